@@ -1,0 +1,45 @@
+# make train | test | test-long | bench | lint. Everything is installed into .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: train test test-long bench lint clean
+
+train: $(VENV)/.installed
+	$(BIN)/python -m profuser.train $(ARGS)
+
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(ARGS)
+
+test-long: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info profuser/*.so
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"profuser needs Python >= 3.11, {sys.executable} is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python $(INSTALL_INPUTS)
+	@echo "installing profuser and its dependencies into $(VENV) (a few minutes the first time)"
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP_INSTALL) --editable ".[test]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	$(PIP_INSTALL) --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,50 @@
+"""What every command shares: one line and a documented exit code for each failure.
+
+0 ok, 1 runtime, 2 usage or recipe, 3 data or store invalid, 4 non-finite, 5 out of memory, 75 saved on SIGTERM, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+
+from profuser.config import Run, parse_run
+from profuser.errors import OutOfMemoryError, ProfuserError, Terminated
+
+parse = parse_run
+
+
+def main_of(command: Callable[[list[str]], None]) -> None:
+    """Run a command with sys.argv and end the process with its exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def terminate(*_) -> None:
+        raise Terminated("stopped by SIGTERM; what was finished is kept, the same command goes on from there")
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        command(sys.argv[1:])
+    except torch.OutOfMemoryError as error:
+        fail(
+            OutOfMemoryError(
+                f"out of memory ({str(error).splitlines()[0]}); lower optim.micro_batch_size, capture.batch_size or "
+                "data.max_length, or set optim.gradient_checkpointing: true"
+            )
+        )
+    except ProfuserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(error: ProfuserError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+__all__ = ["Run", "fail", "main_of", "parse"]

@@ -1,0 +1,340 @@
+"""The recipe: nested dataclasses, read from YAML with dotted overrides on the command line (jsonargparse).
+
+Every command shares the same keys; an unknown one is an error. Defaults that FuseLLM/FuseChat used are marked
+"FuseLLM's"; the ProFuser paper publishes no optimiser settings, top-k, temperature or beta.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from profuser.errors import ConfigError
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+RECIPES_DIR = PACKAGE_DIR / "recipes"
+DEFAULT_RECIPE = RECIPES_DIR / "demo.yaml"
+BUNDLED_PREFIX = "demo:"
+"""`demo:NAME` in a recipe names a file or folder of the bundled demo, wherever profuser is installed."""
+
+SCHEDULES = ("progressive", "simultaneous", "reverse", "fusellm", "sft")
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One source model."""
+
+    name: str
+    """Short unique name, used in the store, the report and `target`."""
+    model: str
+    """Directory, Hub id, or demo:NAME for a bundled model."""
+    revision: str | None = None
+    """Hub revision."""
+    chat_template: str | None = None
+    """Jinja chat template (or a path to a .jinja file) for a tokenizer that brings none."""
+    trust_remote_code: bool = False
+    """Run model code from the model's repository."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Instructions with ground truth: JSONL, JSON, CSV or Parquet files, or Hub dataset ids."""
+
+    train: str
+    """What is fused on."""
+    heldout: str | None = None
+    """Prompts that are read once, for the final scores; without them nothing is scored."""
+    validation: str | None = None
+    """Prompts whose CE and KD are followed during training (the held-out ones are not)."""
+    prompt_column: str = "prompt"
+    response_column: str = "response"
+    skill_column: str | None = "skill"
+    """Column that groups the examples in tables; a data set without it is one group, "all"."""
+    limit: int | None = None
+    """Use only the first so many training examples."""
+    max_length: int = 2048
+    """Longest sequence in tokens, prompt and response together (FuseLLM's)."""
+
+
+@dataclass(kw_only=True)
+class GenerationConfig:
+    """How every source answers the training prompts (inference mode) and the held-out ones."""
+
+    responses_per_source: int = 1
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    """0 = greedy."""
+    top_p: float = 1.0
+    batch_size: int = 16
+
+
+@dataclass(kw_only=True)
+class JudgeConfig:
+    """One voter of the inference mode: a reward model or a function."""
+
+    name: str
+    model: str | None = None
+    """Directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME."""
+    function: str | None = None
+    """`module:function` with `function(example, responses) -> scores`, one score a response, NaN = abstain."""
+    batch_size: int = 32
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class CaptureConfig:
+    """What is stored of a source's distributions."""
+
+    top_k: int = 10
+    """Kept entries a position (FuseLLM's)."""
+    batch_size: int = 8
+    shard_size: int = 4096
+    """Examples a shard; a shard is the unit of resumption."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the sources: auto = bfloat16 on CUDA, float32 on the CPU."""
+
+
+@dataclass(kw_only=True)
+class AlignConfig:
+    """How a source's distributions reach the target's vocabulary."""
+
+    mode: Literal["bytes"] = "bytes"
+    min_reliability: float = 0.1
+    """Positions where less of the source's mass can follow the target's prefix are skipped."""
+    min_ce_unit: Literal["token", "byte"] = "byte"
+    """Training mode compares nats per byte of the response, or per own token as the paper does."""
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """One stage of a schedule: L = infer_weight * L_infer + train_weight * L_train."""
+
+    infer_weight: float = 0.0
+    train_weight: float = 0.0
+    beta: float | None = None
+    """KD weight of this stage; null = optim.beta."""
+    share: float = 1.0
+    """Share of optim's steps or epochs, relative to the other stages'."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with a cosine learning rate and warm-up, restarted in every stage."""
+
+    lr: float = 1e-5
+    """Peak learning rate (FuseLLM's)."""
+    min_lr_ratio: float = 0.0
+    """The cosine ends at this share of lr."""
+    warmup_ratio: float = 0.008
+    """Share of a stage's steps (FuseLLM's)."""
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    batch_size: int = 128
+    """Instructions an optimizer step, over all ranks (FuseLLM's)."""
+    micro_batch_size: int = 8
+    """Instructions a forward pass of one rank."""
+    epochs: float = 3.0
+    """Passes over the training instructions, all stages together (the paper's three)."""
+    steps: int | None = None
+    """Optimizer steps, all stages together; overrides epochs."""
+    beta: float = 0.1 / 0.9
+    """KD weight (from FuseLLM's CE weight of 0.9)."""
+    temperature: float = 1.0
+    """Other than 1 needs tail: renormalize."""
+    tail: Literal["bucket", "renormalize"] = "bucket"
+    """What the mass outside the kept entries does."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto = bf16 on CUDA, fp32 on the CPU."""
+    gradient_checkpointing: bool = False
+    eval_every: int = 100
+    """Steps between evaluations of CE and KD on data.validation; 0 = at the ends of stages only."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 = only on interruption."""
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Held-out scores."""
+
+    match: str | None = None
+    """`module:function` with `function(example, response) -> bool`; null = the ground truth's text is contained."""
+    examples: int = 6
+    """Held-out prompts shown side by side in the report."""
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything that decides the outcome of a run."""
+
+    sources: list[SourceConfig]
+    """The models to be fused."""
+    target: str
+    """A source's name (it is fused into), or another model (directory or Hub id)."""
+    data: DataConfig
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    judges: list[JudgeConfig] = field(default_factory=list)
+    """Voters of the inference mode; none = the schedule must not use it."""
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    schedule: Literal["progressive", "simultaneous", "reverse", "fusellm", "sft"] | list[StageConfig] = "progressive"
+    """A named schedule, or its stages spelt out."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    store: str | None = None
+    """Directory of the prepared targets; null = runs/NAME-store with the recipe's name."""
+    output: str | None = None
+    """Run directory; null = runs/NAME."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.sources]
+        if not names:
+            raise ConfigError("sources must name at least one model, got an empty list; add `- {name: ..., model: ...}`")
+        for kind, given in (("sources", names), ("judges", [j.name for j in self.judges])):
+            for name in given:
+                if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+                    raise ConfigError(f"{kind}: a name may hold letters, digits, - _ and . only, got {name!r}; rename it")
+            if twice := {n for n in given if given.count(n) > 1}:
+                raise ConfigError(f"{kind}: names must differ, got {sorted(twice)[0]!r} twice; rename one")
+        if self.target not in names and not is_path(self.target) and "/" not in self.target:
+            raise ConfigError(
+                f"target must be a source's name or a model, got {self.target!r} (sources: {', '.join(names)}); fix target"
+            )
+        for judge in self.judges:
+            if (judge.model is None) == (judge.function is None):
+                raise ConfigError(f"judges: {judge.name} must have either model or function; set exactly one")
+        positive = {
+            "data.max_length": self.data.max_length,
+            "generation.max_new_tokens": self.generation.max_new_tokens,
+            "generation.batch_size": self.generation.batch_size,
+            "generation.responses_per_source": self.generation.responses_per_source,
+            "capture.top_k": self.capture.top_k,
+            "capture.batch_size": self.capture.batch_size,
+            "capture.shard_size": self.capture.shard_size,
+            "optim.batch_size": self.optim.batch_size,
+            "optim.micro_batch_size": self.optim.micro_batch_size,
+            "optim.lr": self.optim.lr,
+            "optim.epochs": self.optim.epochs,
+            "optim.grad_clip": self.optim.grad_clip,
+            "optim.temperature": self.optim.temperature,
+        }
+        for key, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"{key} must be > 0, got {value}; set a positive number")
+        if self.optim.steps is not None and self.optim.steps < 1:
+            raise ConfigError(f"optim.steps must be >= 1 or null, got {self.optim.steps}; remove it to train by epochs")
+        if self.optim.temperature != 1 and self.optim.tail == "bucket":
+            raise ConfigError(
+                f"optim.temperature must be 1 with tail: bucket (a tail of many tokens has no temperature), got "
+                f"{self.optim.temperature:g}; set optim.tail: renormalize"
+            )
+        if not 0 <= self.align.min_reliability <= 1:
+            raise ConfigError(f"align.min_reliability must be in [0, 1], got {self.align.min_reliability}; default 0.1")
+        if isinstance(self.schedule, list):
+            if not self.schedule:
+                raise ConfigError(f"schedule must have at least one stage, got []; name one of {', '.join(SCHEDULES)}")
+            for i, stage in enumerate(self.schedule):
+                if stage.infer_weight < 0 or stage.train_weight < 0 or stage.infer_weight + stage.train_weight == 0:
+                    raise ConfigError(
+                        f"schedule[{i}] must have a positive infer_weight or train_weight, got {stage.infer_weight:g} and "
+                        f"{stage.train_weight:g}; set one"
+                    )
+                if stage.share <= 0:
+                    raise ConfigError(f"schedule[{i}].share must be > 0, got {stage.share:g}; remove the stage instead")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A recipe with the options of one command."""
+
+    recipe: Recipe
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def store_dir(self) -> Path:
+        return Path(self.recipe.store or f"runs/{self.name}-store")
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.recipe.output or f"runs/{self.name}")
+
+
+def is_path(model: str) -> bool:
+    """Whether a model string means a local directory, and is therefore never looked up on the Hub."""
+    return model.startswith((BUNDLED_PREFIX, "/", ".", "~")) or model.count("/") > 1 or "\\" in model or Path(model).exists()
+
+
+def resolve(location: str) -> str:
+    """A path or Hub id with `demo:NAME` replaced by the bundled file's place."""
+    if not location.startswith(BUNDLED_PREFIX):
+        return str(Path(location).expanduser()) if is_path(location) else location
+    name = location.removeprefix(BUNDLED_PREFIX)
+    demo = PACKAGE_DIR / "demo"
+    folder = "data" if "." in name else "models"
+    path = (demo / folder / name).resolve()
+    if not path.is_relative_to(demo):
+        raise ConfigError(f"{BUNDLED_PREFIX}NAME must stay inside the bundled demo, got {location!r}; give a plain path")
+    return str(path)
+
+
+def parse_run(command: str, argv: list[str] | None, flags: dict[str, str], description: str) -> Run:
+    """Command line → recipe. `flags` are the command's own switches with their help.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a missing key, a contradiction.
+    """
+    parser = jsonargparse.ArgumentParser(prog=f"python -m profuser.{command}", description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="recipe (YAML); without it the bundled demo's")
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    parser.add_class_arguments(Recipe, None, as_group=False)
+    argv = list(argv)
+    config = next((a.split("=", 1)[1] if "=" in a else b for a, b in zip(argv, [*argv[1:], ""]) if a.split("=")[0] == "--config"), None)
+    if config is None:
+        config, argv = str(DEFAULT_RECIPE), ["--config", str(DEFAULT_RECIPE), *argv]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            namespace = parser.instantiate(parser.parse_args(argv))
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(_one_line(str(error), config)) from None
+    values = {k: getattr(namespace, k) for k in Recipe.__dataclass_fields__}
+    return Run(
+        recipe=Recipe(**values),
+        name=Path(config).stem,
+        options={flag: getattr(namespace, flag.replace("-", "_")) for flag in flags},
+    )
+
+
+def _one_line(message: str, config: str) -> str:
+    message = "; ".join(part.strip() for part in message.replace("\n", " \n").splitlines() if part.strip())
+    return f"{message} (recipe: {config}; `--help` lists every key)"
+
+
+def differing_keys(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two resolved recipes differ."""
+    keys = []
+    for key in sorted(set(a) | set(b)):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            keys += differing_keys(x, y, f"{prefix}{key}.")
+        elif _plain(x) != _plain(y):
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def _plain(value: Any) -> Any:
+    """JSON's view of a value: tuples are lists."""
+    return yaml.safe_load(yaml.safe_dump(value)) if not isinstance(value, tuple) else list(value)

@@ -1,0 +1,40 @@
+"""The errors a user can meet, each with the exit code its command ends on.
+
+A message is one line: the rule, the value that broke it, and the fix.
+"""
+
+
+class ProfuserError(Exception):
+    """Any failure that a command reports in one line instead of a traceback (exit code 1)."""
+
+    exit_code = 1
+
+
+class ConfigError(ProfuserError):
+    """The recipe or the command line contradicts itself or names something unknown (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(ProfuserError):
+    """A model, data file or store is missing or invalid (exit code 3)."""
+
+    exit_code = 3
+
+
+class NonFiniteError(ProfuserError):
+    """A loss or gradient is NaN or infinite (exit code 4)."""
+
+    exit_code = 4
+
+
+class OutOfMemoryError(ProfuserError):
+    """The device ran out of memory (exit code 5)."""
+
+    exit_code = 5
+
+
+class Terminated(ProfuserError):
+    """SIGTERM arrived; the state was saved and the same command resumes (exit code 75)."""
+
+    exit_code = 75

@@ -1,0 +1,199 @@
+"""Held-out scores: exact match per skill from generated answers, bits per byte of the ground truth.
+
+Bits per byte, not per token, because vocabularies differ. The sources' answers and log-likelihoods come from the store;
+what is generated here is the target's. `python -m profuser.evaluate` scores a finished run again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from profuser.chat import ChatFormat
+from profuser.cli import main_of, parse
+from profuser.config import Recipe, Run, SourceConfig
+from profuser.data import load_examples
+from profuser.errors import DataError
+from profuser.fusion_model import FusionModel
+from profuser.models import chat_format, default_device, load_model, runtime_dtype
+from profuser.prepare import target_config
+from profuser.progress import Progress
+from profuser.responses import generate
+from profuser.reward import load_function
+from profuser.store import Store, read_json, write_json
+from profuser.targets import TRAIN, Targets
+
+Match = Callable[[dict, str], bool]
+
+
+def contains_truth(example: dict, response: str) -> bool:
+    """The default match: the ground truth's text occurs in the response, case and outer space aside."""
+    return example["response"].casefold() in response.casefold()
+
+
+def match_of(recipe: Recipe) -> Match:
+    path = recipe.evaluation.match
+    return contains_truth if path is None else load_function(path, "evaluation.match")
+
+
+def accuracies(rows: Sequence[dict], correct: Sequence[bool]) -> dict[str, float]:
+    """Share of correct answers per skill, and their mean over skills (each skill counts once)."""
+    by_skill: dict[str, list[bool]] = {}
+    for row, ok in zip(rows, correct):
+        by_skill.setdefault(row["skill"], []).append(bool(ok))
+    scores = {skill: sum(v) / len(v) for skill, v in by_skill.items()}
+    return {**scores, "mean": sum(scores.values()) / len(scores)}
+
+
+def bits_per_byte(rows: Sequence[dict], nll: Sequence[float], size: Sequence[int]) -> dict[str, float]:
+    """Bits per byte of the responses, end of turn included in the bits, per skill and over all bytes."""
+    totals: dict[str, list[float]] = {}
+    for row, nats, count in zip(rows, nll, size):
+        if count and math.isfinite(nats):
+            for key in (row["skill"], "mean"):
+                total = totals.setdefault(key, [0.0, 0.0])
+                total[0] += nats
+                total[1] += count
+    return {key: nats / math.log(2) / count for key, (nats, count) in totals.items()}
+
+
+@torch.no_grad()
+def likelihood(model: FusionModel, targets: Targets, pad_id: int, batch_size: int) -> dict[str, Any]:
+    """Teacher-forced statistics of the target on one split's ground truths.
+
+    Returns:
+        nll: dict example -> nats; response_bytes: dict example -> bytes; ce: nats per target token; kd: KL to the Min-CE
+        winner in nats, mean over the positions that have a distribution.
+    """
+    was_training = model.training
+    model.eval()
+    sequences = sorted((s for s in targets.sequences if s.mode == TRAIN), key=lambda s: len(s.input_ids))
+    nll, size = {}, {}
+    kd_sum = kd_rows = ce_sum = tokens = 0.0
+    device = next(model.parameters()).device
+    for first in range(0, len(sequences), batch_size):
+        batch = sequences[first : first + batch_size]
+        tensors = {k: v.to(device) for k, v in targets.collate(batch, (1.0, 1.0), (1.0, 1.0), pad_id).items()}
+        out = model(**tensors, reduction="sum", return_stats=True)
+        ce = out["ce"].view(len(batch), -1).double().sum(1).tolist()
+        covered = out["source_mass"] > 0
+        kd_sum += float(out["kd"][covered].double().sum())
+        kd_rows += int(covered.sum())
+        for s, nats in zip(batch, ce):
+            nll[s.example], size[s.example] = nats, s.response_bytes
+            ce_sum += nats
+            tokens += s.labels
+    model.train(was_training)
+    return {"nll": nll, "response_bytes": size, "ce": ce_sum / max(tokens, 1), "kd": kd_sum / max(kd_rows, 1)}
+
+
+def answer(model, chat: ChatFormat, rows: Sequence[dict], recipe: Recipe, label: str) -> list[str]:
+    with Progress(f"{label}: answer the held-out prompts", len(rows), "prompts") as bar:
+        answers = generate(
+            model, chat, [r["prompt"] for r in rows], recipe.generation,
+            max_length=recipe.data.max_length, seed=recipe.seed, progress=bar.update,
+        )
+    return [text for ((text, _),) in answers]
+
+
+def source_answers(store: Store, sources: Sequence[str], split: str = "heldout") -> dict[str, list[str]]:
+    return {
+        s: [text for name in store.names(f"capture/{split}-responses-{s}-") for ((text, _),) in store.get_json(name)]
+        for s in sources
+    }
+
+
+def evaluate(run: Run, store: Store) -> dict[str, Any]:
+    """Score the fused model in the run directory against its sources; write scores.json and evaluation.json.
+
+    Returns:
+        The content of scores.json.
+    """
+    recipe, directory = run.recipe, run.output_dir
+    if recipe.data.heldout is None:
+        raise DataError("evaluation needs data.heldout, the recipe names none; add it")
+    rows = load_examples(recipe.data, recipe.data.heldout)
+    match, targets = match_of(recipe), Targets(store, "heldout")
+    names = [s.name for s in recipe.sources]
+    answers = source_answers(store, names)
+    device = default_device()
+    dtype = runtime_dtype(recipe.capture.dtype, device)
+    before_config = target_config(recipe)
+    statistics = {}
+    for label, config in (("target_before", before_config), ("fused", SourceConfig(name="fused", model=str(directory.resolve())))):
+        model = load_model(config, dtype, device)
+        chat = chat_format(config)
+        if label == "target_before" and recipe.target in answers:
+            answers[label] = answers[recipe.target]
+        else:
+            answers[label] = answer(model, chat, rows, recipe, label.replace("_", " "))
+        pad = chat.tokenizer.pad_token_id or 0
+        statistics[label] = likelihood(FusionModel(model, tail=recipe.optim.tail, temperature=recipe.optim.temperature), targets, pad, recipe.capture.batch_size)
+        del model
+    correct = {name: [match(row, text) for row, text in zip(rows, texts)] for name, texts in answers.items()}
+    by_name = {name: accuracies(rows, ok) for name, ok in correct.items()}
+    scores = {"sources": {n: by_name[n] for n in names}, "target_before": by_name["target_before"], "fused": by_name["fused"]}
+    bits = {n: bits_per_byte(rows, *source_likelihood(store, n)) for n in names}
+    for label, s in statistics.items():
+        index = range(len(rows))
+        bits[label] = bits_per_byte(rows, [s["nll"].get(i, math.inf) for i in index], [s["response_bytes"].get(i, 0) for i in index])
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["skill"]] = counts.get(row["skill"], 0) + 1
+    evaluation = {
+        "bits_per_byte": {"sources": {n: bits[n] for n in names}, "target_before": bits["target_before"], "fused": bits["fused"]},
+        "kd": {label: s["kd"] for label, s in statistics.items()},
+        "ce": {label: s["ce"] for label, s in statistics.items()},
+        "counts": counts,
+        "examples": [
+            {
+                "skill": rows[i]["skill"], "prompt": rows[i]["prompt"], "ground_truth": rows[i]["response"],
+                "responses": {n: answers[n][i] for n in answers}, "correct": {n: bool(correct[n][i]) for n in answers},
+            }
+            for i in first_of_each_skill(rows, recipe.evaluation.examples)
+        ],
+    }
+    write_json(directory / "scores.json", scores)
+    write_json(directory / "evaluation.json", evaluation)
+    return scores
+
+
+def source_likelihood(store: Store, source: str, split: str = "heldout") -> tuple[np.ndarray, np.ndarray]:
+    """(nll in nats, response bytes) of a source on a split's ground truths, in the rows' order."""
+    shards = [store.get(name) for name in store.names(f"capture/{split}-gt-{source}-")]
+    return np.concatenate([s["nll"] for s in shards]), np.concatenate([s["response_bytes"] for s in shards])
+
+
+def first_of_each_skill(rows: Sequence[dict], n: int) -> list[int]:
+    """The first rows of every skill in turn: examples that nobody picked."""
+    by_skill: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_skill.setdefault(row["skill"], []).append(i)
+    turns = [i for turn in range(n) for group in by_skill.values() for i in group[turn : turn + 1]]
+    return turns[:n]
+
+
+def score_table(scores: dict[str, Any]) -> str:
+    """scores.json as lines of text, in percent."""
+    rows = [*scores["sources"].items(), ("target before", scores["target_before"]), ("fused", scores["fused"])]
+    skills = list(scores["fused"])
+    width = max(len(n) for n, _ in rows)
+    head = " " * width + "".join(f"{s:>12}" for s in skills)
+    return "\n".join([head, *(f"{n:<{width}}" + "".join(f"{100 * values[s]:12.1f}" for s in skills) for n, values in rows)])
+
+
+def run_command(argv: list[str]) -> None:
+    run = parse("evaluate", argv, {}, __doc__.split("\n")[0])
+    if not Path(run.output_dir, "run.json").exists():
+        raise DataError(f"output must be a finished run, got {run.output_dir} without run.json; run profuser.train first")
+    store = Store.load(Path(read_json(run.output_dir / "run.json")["store"]))
+    print(score_table(evaluate(run, store)))
+
+
+if __name__ == "__main__":
+    main_of(run_command)

@@ -1,0 +1,218 @@
+"""`python -m profuser.experiments.compare`: the demo's claim beside its baselines and controls.
+
+Every arm trains for the same number of optimizer steps on each seed; arms on the same data share one store. Baselines:
+SFT, FuseLLM, SimulFuse, ReverseFuse, SFT on the well-formed ground truth alone, SFT and progressive fusion on clean
+ground truth. Controls that show what the distributions do: progressive without KD (beta = 0) and with every KD row
+moved to the next token. Finished runs are kept, so the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from profuser.cli import main_of
+from profuser.config import DEFAULT_RECIPE, Run, parse_run, resolve
+from profuser.output import environment
+from profuser.prepare import prepare
+from profuser.store import Store, read_json, write_atomic, write_json
+from profuser.train import open_run, train
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One row of the table: a change of the recipe and of the data it trains on."""
+
+    name: str
+    label: str
+    data: str = "fusion"  # fusion | wellformed | clean | shifted
+    schedule: str = "progressive"
+    beta: float | None = None
+
+
+ARMS = (
+    Arm("progressive", "ProFuser (progressive)"),
+    Arm("sft", "SFT", schedule="sft"),
+    Arm("sft-wellformed", "SFT, well-formed ground truth only", data="wellformed", schedule="sft"),
+    Arm("fusellm", "FuseLLM (Min-CE only)", schedule="fusellm"),
+    Arm("simultaneous", "SimulFuse", schedule="simultaneous"),
+    Arm("reverse", "ReverseFuse", schedule="reverse"),
+    Arm("beta0", "control: progressive without KD (beta = 0)", beta=0.0),
+    Arm("shifted", "control: progressive, KD rows moved by one token", data="shifted"),
+    Arm("sft-clean", "SFT, clean ground truth", data="clean", schedule="sft"),
+    Arm("progressive-clean", "ProFuser, clean ground truth", data="clean"),
+)
+
+
+def wellformed_data(directory: Path) -> str:
+    """The demo's training rows whose ground truth is worked out, as a data file of their own."""
+    lines = Path(resolve("demo:fusion.jsonl")).read_text().splitlines()
+    path = directory / "fusion_wellformed.jsonl"
+    write_atomic(path, "".join(f"{line}\n" for line in lines if json.loads(line)["form"] == "worked").encode())
+    return str(path)
+
+
+def shift_rows(store: Store, directory: Path) -> Store:
+    """A copy of a store whose training rows each stand one label later: the right distributions at the wrong tokens."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    shutil.copytree(store.directory, directory)
+    copy = Store.load(directory)
+    for name in copy.names("targets/train-"):
+        copy.put(name, shifted(copy.get(name)))
+    return copy
+
+
+def shifted(shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give every row the position of the next row of the same sequence and source; the last of each is dropped."""
+    sequence = np.repeat(np.arange(len(shard["row_offsets"]) - 1), np.diff(shard["row_offsets"]))
+    key = sequence * 256 + shard["row_source"]
+    has_next = np.zeros(len(key), bool)
+    has_next[:-1] = key[:-1] == key[1:]
+    kept = np.flatnonzero(has_next)
+    counts = np.diff(shard["entry_offsets"])
+    entries = np.repeat(has_next, counts)
+    return shard | {
+        "row_position": shard["row_position"][kept + 1],
+        "row_source": shard["row_source"][kept],
+        "row_tail": shard["row_tail"][kept],
+        "row_reliability": shard["row_reliability"][kept],
+        "row_offsets": np.concatenate([[0], np.cumsum(np.bincount(sequence[kept], minlength=len(shard["row_offsets"]) - 1))]),
+        "entry_offsets": np.concatenate([[0], np.cumsum(counts[kept])]),
+        "entry_ids": shard["entry_ids"][entries],
+        "entry_logprobs": shard["entry_logprobs"][entries],
+    }
+
+
+def run_of(base: Run, arm: Arm, seed: int, directory: Path, stores: dict[str, tuple[str, str]]) -> Run:
+    train_data, store = stores[arm.data]
+    optim = base.recipe.optim if arm.beta is None else replace(base.recipe.optim, beta=arm.beta)
+    recipe = replace(
+        base.recipe,
+        data=replace(base.recipe.data, train=train_data),
+        judges=[] if arm.data == "wellformed" else base.recipe.judges,
+        schedule=arm.schedule,
+        optim=optim,
+        store=store,
+        output=str(directory / f"{arm.name}-{seed}"),
+        seed=seed,
+    )
+    return Run(recipe=recipe, name=f"{arm.name}-{seed}", options={})
+
+
+def work(run: Run) -> str:
+    if not open_run(run):
+        train(run)
+    return run.name
+
+
+def collect(runs: dict[tuple[str, int], Run], seeds: list[int]) -> dict[str, Any]:
+    """All scores: arm -> list over the seeds of {"scores", "kd", "ce"}; the sources' once."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for (arm, _), run in runs.items():
+        scores, evaluation = read_json(run.output_dir / "scores.json"), read_json(run.output_dir / "evaluation.json")
+        arms.setdefault(arm, []).append({"fused": scores["fused"], "kd": evaluation["kd"]["fused"], "ce": evaluation["ce"]["fused"]})
+    return {
+        "seeds": seeds,
+        "sources": scores["sources"],
+        "target_before": scores["target_before"],
+        "kd_before": evaluation["kd"]["target_before"],
+        "arms": arms,
+        **environment(),
+    }
+
+
+def table(results: dict[str, Any], target: str, command: str, demo: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    skills = [s for s in results["target_before"] if s != "mean"]
+    head = ["", *skills, "mean", "held-out KD"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+
+    def spread(values: list[float], scale: float, digits: int) -> str:
+        sd = f" ± {scale * np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{scale * np.mean(values):.{digits}f}{sd}"
+
+    for name, scores in results["sources"].items():
+        label = f"source {name}" + (" = target before" if name == target else "")
+        kd = f"{results['kd_before']:.3f}" if name == target else ""
+        lines.append(f"| {label} | " + " | ".join(f"{100 * scores[k]:.1f}" for k in [*skills, "mean"]) + f" | {kd} |")
+    for arm in ARMS:
+        if arm.name in results["arms"]:
+            seeds = results["arms"][arm.name]
+            cells = [spread([s["fused"][k] for s in seeds], 100, 1) for k in [*skills, "mean"]]
+            lines.append(f"| {arm.label} | " + " | ".join(cells) + f" | {spread([s['kd'] for s in seeds], 1, 3)} |")
+    best = max(s["mean"] for s in results["sources"].values())
+    strong = max(skills, key=lambda k: results["target_before"][k])
+    progressive = results["arms"].get("progressive", [])
+    gains = ", ".join(f"{100 * (s['fused']['mean'] - best):+.1f}" for s in progressive)
+    after = ", ".join(f"{100 * s['fused'][strong]:.1f}" for s in progressive)
+    return "\n".join(
+        [
+            f"Held-out exact match in %, mean ± standard deviation over fusion seeds {results['seeds']} (sources and store fixed); "
+            "held-out KD: KL of the fused model to the Min-CE winner on held-out ground truths, nats a covered token.",
+            f"Ground truth of the fusion data: {demo_line(demo)}.",
+            f"Command: `{command}`; {results['hardware']}; torch {results['versions']['torch']}, transformers "
+            f"{results['versions']['transformers']}; commit {results['commit']}.",
+            "",
+            *lines,
+            "",
+            f"ProFuser against the best single source, by seed: {gains} points. The target's strongest skill ({strong}): "
+            f"{100 * results['target_before'][strong]:.1f} before, {after} after (by seed).",
+        ]
+    )
+
+
+def demo_line(demo: dict[str, Any]) -> str:
+    return f"{100 * demo['terse']:.0f} % terse, {100 * demo['wrong']:.0f} % wrong"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m profuser.experiments.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default=str(DEFAULT_RECIPE), help="recipe that the arms vary")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="fusion seeds")
+    parser.add_argument("--arms", nargs="+", default=[a.name for a in ARMS], choices=[a.name for a in ARMS])
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="directory of the runs and results.json")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--write", type=Path, help="Markdown file whose demo section the table replaces")
+    args = parser.parse_args(argv)
+    base = parse_run("train", ["--config", args.config], {}, "")
+    stores = {
+        "fusion": (base.recipe.data.train, str(base.store_dir)),
+        "wellformed": (wellformed_data(args.output), str(args.output / "store-wellformed")),
+        "clean": ("demo:fusion_clean.jsonl", str(args.output / "store-clean")),
+        "shifted": (base.recipe.data.train, str(args.output / "store-shifted")),
+    }
+    arms = [a for a in ARMS if a.name in args.arms]
+    for data in dict.fromkeys("fusion" if a.data == "shifted" else a.data for a in arms):
+        print(f"store for {data} ground truth: {stores[data][1]}", flush=True)
+        arm = Arm(data, data, data=data, schedule="sft")
+        store = prepare(run_of(base, arm, 0, args.output, stores))
+        if data == "fusion" and any(a.data == "shifted" for a in arms) and not Path(stores["shifted"][1]).exists():
+            shift_rows(store, Path(stores["shifted"][1]))
+    runs = {(a.name, s): run_of(base, a, s, args.output, stores) for s in args.seeds for a in arms}
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.workers, initializer=torch.set_num_threads, initargs=(1,), maxtasksperchild=1) as pool:
+        for n, name in enumerate(pool.imap_unordered(work, runs.values()), start=1):
+            print(f"{n}/{len(runs)}: {name}", flush=True)
+    results = collect(runs, args.seeds)
+    write_json(args.output / "results.json", results)
+    demo = read_json(Path(resolve("demo:demo_data.json")))
+    text = table(results, base.recipe.target, "python -m profuser.experiments.compare " + " ".join(argv), demo)
+    print(text)
+    if args.write:
+        begin, end = "<!-- demo: begin -->", "<!-- demo: end -->"
+        page = args.write.read_text()
+        before, rest = page.split(begin)
+        args.write.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+if __name__ == "__main__":
+    main_of(main)

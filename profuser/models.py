@@ -1,0 +1,177 @@
+"""Loading models and tokenizers, and the one thing the engine needs of a model: hidden states and its head.
+
+A causal language model is used as `hidden = base(input_ids)`, `logits = head(hidden)`. Models that do something between
+the two (a final softcap, a logit scale, a head bias) are honoured when their configuration says so; `Head.of` checks
+the result against the model's own logits once and refuses a model that it cannot reproduce.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from profuser.chat import ChatFormat
+from profuser.config import SourceConfig, is_path, resolve
+from profuser.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Language-model head: logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Head:
+        """The head of a causal language model, checked against the model's own logits.
+
+        Raises:
+            DataError: hidden states and head do not give the model's logits.
+        """
+        layer = model.get_output_embeddings()
+        if layer is None or not hasattr(layer, "weight"):
+            raise DataError(f"a model must have a linear language-model head, {type(model).__name__} has none; use another")
+        config = model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        if scaling := getattr(config, "logits_scaling", None):
+            scale /= float(scaling)
+        head = cls(layer.weight, getattr(layer, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
+        head._check(model)
+        return head
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, D) → (…, V) in fp32; for checks and tiny inputs only."""
+        z = hidden.float() @ self.weight.float().T
+        z = self.logit_scale * (z if self.bias is None else z + self.bias.float())
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    @torch.no_grad()
+    def _check(self, model: PreTrainedModel) -> None:
+        was_training = model.training
+        model.eval()
+        ids = torch.arange(1, 9, device=model.device)[None] % self.weight.shape[0]
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        ours = self.logits(hidden_states(model, ids, None))
+        model.train(was_training)
+        # bf16 rounds a logit of size x by x/256; a missing softcap or scale is far outside of that.
+        if not torch.allclose(own, ours, atol=0.05 * own.abs().max().item() + 1e-4):
+            raise DataError(
+                f"a model's logits must be head(hidden) with the softcap, scale and bias its config names, "
+                f"{type(model).__name__}'s differ by {(own - ours).abs().max():.3g}; use another model"
+            )
+
+
+def hidden_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+) -> torch.Tensor:
+    """Last hidden states (B, T, D) of a causal language model, without its logits."""
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).last_hidden_state
+
+
+def load_tokenizer(source: SourceConfig):
+    """A source's tokenizer, with the recipe's chat template when it gives one."""
+    location = existing(source.model, source.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source.name}: no tokenizer could be loaded from {location} ({first_line(error)})") from error
+    if source.chat_template is not None:
+        template = Path(source.chat_template)
+        is_file = source.chat_template.endswith((".jinja", ".jinja2"))
+        if is_file and not template.is_file():
+            raise DataError(f"{source.name}: chat_template must be a template or an existing .jinja file, got {template}")
+        tokenizer.chat_template = template.read_text() if is_file else source.chat_template
+    return tokenizer
+
+
+def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A source's weights in evaluation mode.
+
+    Raises:
+        DataError: the directory is missing or does not hold a loadable causal language model.
+    """
+    location = existing(source.model, source.name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            location, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype
+        )
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a broken file
+        raise DataError(f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)})") from error
+    return model.to(device).eval()
+
+
+def load_reward_model(name: str, location: str, trust_remote_code: bool, device: torch.device | str = "cpu"):
+    """A judge's weights and tokenizer; it must have exactly one output."""
+    path = existing(location, name)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as in load_model
+        raise DataError(f"judge {name}: no reward model could be loaded from {path} ({first_line(error)})") from error
+    if model.config.num_labels != 1:
+        raise DataError(f"judge {name}: a reward model must have 1 output, got {model.config.num_labels}; use another model")
+    return model.to(device).eval(), tokenizer
+
+
+def chat_format(source: SourceConfig, tokenizer=None) -> ChatFormat:
+    """A source's chat format with all of its end-of-turn tokens (tokenizer's and generation config's)."""
+    tokenizer = tokenizer or load_tokenizer(source)
+    ends = {tokenizer.eos_token_id}
+    generation_config = Path(resolve(source.model)) / "generation_config.json"
+    if generation_config.is_file():
+        eos = json.loads(generation_config.read_text()).get("eos_token_id")
+        ends |= set(eos if isinstance(eos, list) else [eos])
+    return ChatFormat(tokenizer, end_ids=sorted(ends - {None}))
+
+
+def existing(location: str, name: str) -> str:
+    """The resolved place of a model; a path that does not exist is an error and never a Hub id."""
+    path = resolve(location)
+    if is_path(location) and not Path(path).exists():
+        raise DataError(f"{name}: model must be an existing directory, got {location} (no such directory); fix the path")
+    return path
+
+
+def fingerprint(location: str) -> str:
+    """Short hash that changes with a model's files: names, sizes and contents of small ones, sizes of the weights."""
+    path = Path(resolve(location))
+    digest = hashlib.sha256()
+    if not path.is_dir():
+        return location
+    for file in sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".md"):
+        digest.update(f"{file.name}:{file.stat().st_size};".encode())
+        if file.stat().st_size < 64 << 20:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def runtime_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto → bfloat16 on CUDA, float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,385 @@
+"""`python -m profuser.prepare`: from models and prompts to a store of aligned targets.
+
+Phases, each resumable by shard: every source scores the ground truth (training mode) and answers the prompts; the
+judges vote on the answers (inference mode); the winners are captured on their own responses; all captures are aligned
+to the target's tokens. A store holds up to three splits: `train` (both modes), `validation` and `heldout` (ground truth
+only; on `heldout` the sources' answers too, which are scored against the fused model's).
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from profuser import align
+from profuser.align import ByteAligner
+from profuser.capture import (
+    DECODER,
+    EMPTY,
+    NORMALISER,
+    NOT_WINNER,
+    OK,
+    TOO_LONG,
+    Scored,
+    capture,
+    pack_captures,
+    unpack_captures,
+)
+from profuser.chat import ChatFormat, Encoded
+from profuser.cli import main_of, parse
+from profuser.config import Recipe, Run, SourceConfig
+from profuser.data import data_hash, load_examples
+from profuser.errors import ConfigError
+from profuser.models import Head, chat_format, default_device, fingerprint, load_model, load_tokenizer, runtime_dtype
+from profuser.progress import Progress
+from profuser.responses import generate
+from profuser.reward import load_judge, vote
+from profuser.store import Store, set_aside, write_json
+from profuser.targets import INFER, TRAIN, TargetBuilder
+from profuser.token_bytes import TokenBytesMismatch
+
+def target_config(recipe: Recipe) -> SourceConfig:
+    """The target as a model: one of the sources, or one of its own."""
+    by_name = {s.name: s for s in recipe.sources}
+    return by_name.get(recipe.target) or SourceConfig(name="target", model=recipe.target)
+
+
+class Preparation:
+    """The phases of one preparation, over one store."""
+
+    def __init__(self, run: Run):
+        self.recipe = recipe = run.recipe
+        self.device = default_device()
+        self.sources = recipe.sources
+        self.splits = {
+            split: load_examples(recipe.data, location, recipe.data.limit if split == "train" else None)
+            for split in ("train", "validation", "heldout")
+            if (location := getattr(recipe.data, split)) is not None
+        }
+        self.chats = {s.name: chat_format(s, load_tokenizer(s)) for s in self.sources}
+        target = target_config(recipe)
+        self.target = self.chats.get(target.name) or chat_format(target, load_tokenizer(target))
+        self.seconds: Counter[str] = Counter()
+        self.store = Store.open(run.store_dir, self._settings())
+
+    def _settings(self) -> dict[str, dict]:
+        """What decides each layer of the store, for its manifest."""
+        r = self.recipe
+        capture = {
+            "source_names": [s.name for s in r.sources],
+            "sources": {s.name: {"model": s.model, "files": fingerprint(s.model), "template": self._template(self.chats[s.name])} for s in r.sources},
+            "target": {"name": r.target, "files": fingerprint(target_config(r).model), "template": self._template(self.target)},
+            "data": {split: data_hash(rows) for split, rows in self.splits.items()} | {"max_length": r.data.max_length},
+            "generation": without(vars(r.generation), "batch_size") | ({"seed": r.seed} if r.generation.temperature > 0 else {}),
+            "judges": {j.name: {"model": j.model, "function": j.function, "files": j.model and fingerprint(j.model)} for j in r.judges},
+            "capture": without(vars(r.capture), "batch_size"),
+        }
+        return {"capture": capture, "targets": vars(r.align) | {"engine": "python-bytes-1"}}
+
+    @staticmethod
+    def _template(chat: ChatFormat) -> str:
+        import hashlib
+
+        return hashlib.sha256(str(chat.tokenizer.chat_template).encode()).hexdigest()[:16]
+
+    # -- shards ---------------------------------------------------------------------------------------------------
+
+    def _shards(self, split: str) -> Iterator[tuple[int, slice]]:
+        size, total = self.recipe.capture.shard_size, len(self.splits[split])
+        for number, first in enumerate(range(0, total, size)):
+            yield number, slice(first, min(first + size, total))
+
+    def _missing(self, split: str, kind: str) -> list[tuple[str, slice]]:
+        names = [(f"capture/{split}-{kind}-{number:05d}", part) for number, part in self._shards(split)]
+        return [(name, part) for name, part in names if not self.store.valid(name)]
+
+    def run(self) -> Store:
+        if self.store.complete and self._intact():
+            return self.store
+        for phase in (self.capture_ground_truth_and_answer, self.judge, self.capture_winners, self.align):
+            start = time.monotonic()
+            phase()
+            self.seconds[phase.__name__] = round(time.monotonic() - start, 1)
+            gc.collect()
+        self._write_summary()
+        self.store.finish()
+        return self.store
+
+    def _intact(self) -> bool:
+        return all([self.store.valid(name) for name in self.store.names("")])
+
+    # -- phase 1 ---------------------------------------------------------------------------------------------------
+
+    def capture_ground_truth_and_answer(self) -> None:
+        """Every source is loaded once: it scores the ground truth and answers the prompts."""
+        for source in self.sources:
+            truth = [(split, *m) for split in self.splits for m in self._missing(split, f"gt-{source.name}")]
+            answering = [split for split in self.splits if split == "heldout" or (split == "train" and self.recipe.judges)]
+            answers = [(split, *m) for split in answering for m in self._missing(split, f"responses-{source.name}")]
+            if not truth and not answers:
+                continue
+            model = load_model(source, runtime_dtype(self.recipe.capture.dtype, self.device), self.device)
+            head = Head.of(model)
+            with Progress(f"{source.name}: score the ground truth", sum(p.stop - p.start for _, _, p in truth), "examples") as bar:
+                for split, name, part in truth:
+                    rows = self.splits[split][part]
+                    texts = [self._fitted[split][i] for i in range(part.start, part.stop)]
+                    self._capture_shard(name, model, head, self.chats[source.name], rows, texts, bar)
+            with Progress(f"{source.name}: answer the prompts", sum(p.stop - p.start for _, _, p in answers), "prompts") as bar:
+                for split, name, part in answers:
+                    responses = generate(
+                        model,
+                        self.chats[source.name],
+                        [row["prompt"] for row in self.splits[split][part]],
+                        self.recipe.generation,
+                        max_length=self.recipe.data.max_length,
+                        seed=self.recipe.seed + part.start,
+                        responses=self.recipe.generation.responses_per_source if split == "train" else 1,
+                        progress=bar.update,
+                    )
+                    self.store.put_json(name, responses, examples=len(responses))
+            del model, head
+
+    @cached_property
+    def _fitted(self) -> dict[str, list[tuple[str, bool, int]]]:
+        """Ground truths of every split as (text, cut, reason): one cut for all sources, so that they score the same bytes."""
+        chats = [self.target, *self.chats.values()]
+        return {
+            split: [fit(chats, row["prompt"], row["response"], self.recipe.data.max_length) for row in rows]
+            for split, rows in self.splits.items()
+        }
+
+    def _capture_shard(self, name: str, model, head: Head, chat: ChatFormat, rows, texts, bar: Progress) -> None:
+        encoded: list[Encoded] = []
+        reason = np.array([r for _, _, r in texts], dtype=np.uint8)
+        places = []
+        for i, (row, (text, cut, why)) in enumerate(zip(rows, texts)):
+            if why == OK:
+                try:
+                    encoded.append(chat.encode(row["prompt"], text, complete=not cut))
+                    places.append(i)
+                except TokenBytesMismatch as error:
+                    reason[i] = NORMALISER if error.reason == "normaliser" else DECODER
+        lengths = [len(texts[i][0].encode()) for i in places]
+        scored: dict[int, Scored] = {}
+        config = self.recipe.capture
+        for i, result in capture(model, head, encoded, lengths, top_k=config.top_k, batch_size=config.batch_size):
+            scored[places[i]] = result
+            bar.update(1)
+        bar.update(len(rows) - len(scored))
+        self.store.put(name, pack_captures(len(rows), reason, [t[1] for t in texts], scored, config.top_k, head.weight.shape[0]), examples=len(rows))
+
+    # -- phase 2 ---------------------------------------------------------------------------------------------------
+
+    def judge(self) -> None:
+        """Every judge scores every eligible response of the training prompts."""
+        for config in self.recipe.judges:
+            missing = self._missing("train", f"scores-{config.name}")
+            if not missing:
+                continue
+            score = load_judge(config, self.device)
+            with Progress(f"{config.name}: score the responses", sum(p.stop - p.start for _, p in missing), "prompts") as bar:
+                for name, part in missing:
+                    shown = [[text if ok else "" for text, ok in c] for c in self.candidates(part)]
+                    scores = score(self.splits["train"][part], shown)
+                    self.store.put(name, {"scores": scores}, examples=len(shown))
+                    bar.update(len(shown))
+            del score
+
+    def candidates(self, part: slice, split: str = "train") -> list[list[tuple[str, bool]]]:
+        """(text, eligible) of all responses to the prompts of one shard, source by source."""
+        number = part.start // self.recipe.capture.shard_size
+        per_source = [self.store.get_json(f"capture/{split}-responses-{s.name}-{number:05d}") for s in self.sources]
+        return [
+            [(text, bool(text) and finished) for answers in row for text, finished in answers] for row in zip(*per_source)
+        ]
+
+    @cached_property
+    def ballots(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(winner (E,) candidate index or -1, votes (E, C), scores (E, R, C)) over the whole training split."""
+        parts = list(self._shards("train"))
+        eligible = np.array([[ok for _, ok in row] for _, part in parts for row in self.candidates(part)])
+        scores = np.stack(
+            [
+                np.concatenate([self.store.get(f"capture/train-scores-{j.name}-{number:05d}")["scores"] for number, _ in parts])
+                for j in self.recipe.judges
+            ],
+            axis=1,
+        )
+        return *vote(scores, eligible), scores
+
+    # -- phase 3 ---------------------------------------------------------------------------------------------------
+
+    def capture_winners(self) -> None:
+        """The winner of every vote is captured on its own response."""
+        if not self.recipe.judges:
+            return
+        winner, _, _ = self.ballots
+        per_source = self.recipe.generation.responses_per_source
+        for s, source in enumerate(self.sources):
+            missing = self._missing("train", f"infer-{source.name}")
+            if not missing:
+                continue
+            model = load_model(source, runtime_dtype(self.recipe.capture.dtype, self.device), self.device)
+            head = Head.of(model)
+            with Progress(f"{source.name}: capture the responses that won", sum(p.stop - p.start for _, p in missing), "prompts") as bar:
+                for name, part in missing:
+                    rows, candidates = self.splits["train"][part], self.candidates(part)
+                    texts = []
+                    for row, answers, c in zip(rows, candidates, winner[part]):
+                        if c < 0 or c // per_source != s:
+                            texts.append(("", False, NOT_WINNER))
+                        else:
+                            texts.append(fit([self.target, self.chats[source.name]], row["prompt"], answers[c][0], self.recipe.data.max_length))
+                    self._capture_shard(name, model, head, self.chats[source.name], rows, texts, bar)
+            del model, head
+
+    # -- phase 4 ---------------------------------------------------------------------------------------------------
+
+    def align(self) -> None:
+        """All captures onto the target's tokens: the trainer's view."""
+        aligners = {
+            s.name: ByteAligner(self.target, self.chats[s.name], top_k=self.recipe.capture.top_k, min_reliability=self.recipe.align.min_reliability)
+            for s in self.sources
+        }
+        for split, rows in self.splits.items():
+            missing = [(n, p) for n, p in ((f"targets/{split}-{k:05d}", p) for k, p in self._shards(split)) if not self.store.valid(n)]
+            with Progress(f"align {split}", sum(p.stop - p.start for _, p in missing), "examples") as bar:
+                for name, part in missing:
+                    self.store.put(name, self._align_shard(split, part, rows[part], aligners, bar), examples=part.stop - part.start)
+
+    def _align_shard(self, split: str, part: slice, rows: list[dict], aligners: dict[str, ByteAligner], bar: Progress) -> dict[str, np.ndarray]:
+        number = part.start // self.recipe.capture.shard_size
+        modes = [(TRAIN, "gt")] + ([(INFER, "infer")] if split == "train" and self.recipe.judges else [])
+        shards = {
+            mode: [unpack_captures(self.store.get(f"capture/{split}-{kind}-{s.name}-{number:05d}")) for s in self.sources]
+            for mode, kind in modes
+        }
+        builder = TargetBuilder(len(self.sources), len(self.target.tokenizer))
+        for i, row in enumerate(rows):
+            for mode, _ in modes:
+                captures = [shard[i] for shard in shards[mode]]
+                text, cut, reason = self._text(split, mode, part, i)
+                if reason == OK:
+                    try:
+                        encoded = self.target.encode(row["prompt"], text, complete=not cut)
+                    except TokenBytesMismatch as error:
+                        reason = NORMALISER if error.reason == "normaliser" else DECODER
+                if reason != OK:
+                    builder.skip(mode, reason)
+                    continue
+                response = text.encode()
+                source_ce = [c.cross_entropy(self.recipe.align.min_ce_unit) if c is not None else np.inf for c in captures]
+                if mode == INFER:  # the vote has chosen: only the winner takes part
+                    source_ce = [ce if c is not None else np.inf for ce, c in zip(source_ce, captures)]
+                aligned = [
+                    None if c is None else aligners[s.name].align(
+                        response, [encoded.input_ids[t] for t in range(encoded.start, encoded.stop)] + ([] if encoded.end is None else [encoded.input_ids[encoded.end]]),
+                        encoded.spans, encoded.end is not None, c.capture)
+                    for s, c in zip(self.sources, captures)
+                ]
+                builder.add(part.start + i, mode, encoded, source_ce, len(response), aligned)
+            bar.update(1)
+        return builder.arrays()
+
+    def _text(self, split: str, mode: int, part: slice, i: int) -> tuple[str, bool, int]:
+        if mode == TRAIN:
+            return self._fitted[split][part.start + i]
+        winner = self.ballots[0][part.start + i]
+        if winner < 0:
+            return "", False, NOT_WINNER
+        text, _ = self._train_candidates[part.start + i][winner]
+        source = self.sources[winner // self.recipe.generation.responses_per_source]
+        return fit([self.target, self.chats[source.name]], self.splits["train"][part.start + i]["prompt"], text, self.recipe.data.max_length)
+
+    @cached_property
+    def _train_candidates(self) -> list[list[tuple[str, bool]]]:
+        return [row for _, part in self._shards("train") for row in self.candidates(part)]
+
+    # -- summary ---------------------------------------------------------------------------------------------------
+
+    def _write_summary(self) -> None:
+        from profuser.summary import summarise
+
+        summary, samples = summarise(self)
+        write_json(self.store.directory / "summary.json", summary)
+        samples.to_parquet(str(self.store.directory / "samples.parquet"))
+
+
+def without(settings: dict, key: str) -> dict:
+    """A copy that leaves out what does not decide the content."""
+    return {k: v for k, v in settings.items() if k != key}
+
+
+def fit(chats: list[ChatFormat], prompt: str, response: str, max_length: int) -> tuple[str, bool, int]:
+    """(text, cut, reason): the response if it fits every tokenizer, else its longest prefix at a target-token boundary.
+
+    `chats[0]` is the target's. A text that the target's own tokenizer changes cannot be aligned at all; for a source
+    that is found out where it is captured.
+    """
+    if not response:
+        return "", False, EMPTY
+    encoded = []
+    for i, chat in enumerate(chats):
+        try:
+            encoded.append(chat.encode(prompt, response))
+        except TokenBytesMismatch as error:
+            if i == 0:
+                return "", False, NORMALISER if error.reason == "normaliser" else DECODER
+    if all(len(e.input_ids) <= max_length for e in encoded):
+        return response, False, OK
+    raw = response.encode()
+    limit = min(last_byte(e, max_length) for e in encoded)
+    for stop in sorted({f for _, f in encoded[0].spans if 0 < f <= limit}, reverse=True):
+        try:
+            text = raw[:stop].decode()
+        except UnicodeDecodeError:
+            continue
+        if all(len(c.encode(prompt, text, complete=False).input_ids) <= max_length for c in chats):
+            return text, True, OK
+    return "", False, TOO_LONG
+
+
+def last_byte(encoded: Encoded, max_length: int) -> int:
+    """Bytes of the response that lie in the first max_length tokens."""
+    kept = max(0, min(encoded.stop, max_length) - encoded.start)
+    return encoded.spans[kept - 1][1] if kept else 0
+
+
+def announce(command: str, run: Run) -> None:
+    """The first line of a run: what it does, and with which alignment engine."""
+    names = ", ".join(s.name for s in run.recipe.sources)
+    print(f"profuser.{command} {run.name}: {names} -> {run.recipe.target}; alignment: {align.ENGINE}; {default_device()}, {torch.get_num_threads()} threads", flush=True)
+
+
+def prepare(run: Run) -> Store:
+    """Bring the store of a recipe to completeness and return it."""
+    if needs_inference(run.recipe) and not run.recipe.judges:
+        raise ConfigError(f"schedule {run.recipe.schedule} uses the inference mode and needs judges, got none; add judges or use schedule: fusellm")
+    return Preparation(run).run()
+
+
+def needs_inference(recipe: Recipe) -> bool:
+    from profuser.schedule import stages_of
+
+    return any(s.infer_weight > 0 for s in stages_of(recipe))
+
+
+def run_command(argv: list[str]) -> None:
+    run = parse("prepare", argv, {"fresh": "rename an existing store aside and start over"}, __doc__.split("\n")[0])
+    announce("prepare", run)
+    if run.options["fresh"] and (aside := set_aside(run.store_dir)):
+        print(f"renamed the old store to {aside}")
+    store = prepare(run)
+    print(f"store complete: {store.directory} ({len(store.manifest['shards'])} shards); summary in {Path(store.directory) / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    main_of(run_command)

@@ -1,0 +1,69 @@
+"""Responses of a model to prompts, batched: the candidates of the inference mode and the answers that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from profuser.chat import ChatFormat
+from profuser.config import GenerationConfig
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    config: GenerationConfig,
+    *,
+    max_length: int,
+    seed: int = 0,
+    responses: int = 1,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[list[tuple[str, bool]]]:
+    """Answer every prompt through the model's own chat template.
+
+    Args:
+        max_length: longest prompt in tokens; a longer one gets empty responses.
+        responses: how many for each prompt; more than one needs a temperature.
+        progress: called with the number of prompts answered since the last call.
+
+    Returns:
+        For each prompt its responses as (text, finished); text is stripped, finished = the end of turn was reached.
+    """
+    tokenizer = chat.tokenizer
+    encoded = [chat.prompt_ids(p) for p in prompts]
+    order = sorted((i for i in range(len(prompts)) if len(encoded[i]) < max_length), key=lambda i: len(encoded[i]))
+    answers: list[list[tuple[str, bool]]] = [[("", True)] * responses for _ in prompts]
+    progress(len(prompts) - len(order))
+    sampling = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        torch.manual_seed(seed)
+    ends = set(chat.end_ids)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else chat.end_ids[0]
+    for first in range(0, len(order), config.batch_size):
+        batch = order[first : first + config.batch_size]
+        width = max(len(encoded[i]) for i in batch)
+        input_ids = torch.full((len(batch), width), pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, i in enumerate(batch):  # left-padded: generation continues at the right end
+            input_ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
+            attention_mask[row, width - len(encoded[i]) :] = 1
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            max_new_tokens=min(config.max_new_tokens, max(1, max_length - width)),
+            num_return_sequences=responses,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad,
+            **sampling,
+        )[:, width:].tolist()
+        for row, ids in enumerate(output):
+            end = next((t for t, token in enumerate(ids) if token in ends), None)
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+            answers[batch[row // responses]][row % responses] = (text, end is not None)
+        progress(len(batch))
+    return answers

@@ -1,0 +1,139 @@
+"""What a preparation found: wins per mode, alignment per source, and every response with its scores for audit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from profuser.align import KINDS
+from profuser.capture import OK, REASONS
+from profuser.store import Store
+from profuser.targets import INFER, MODE_NAMES, TRAIN
+
+if TYPE_CHECKING:
+    import datasets
+
+    from profuser.prepare import Preparation
+
+
+def summarise(p: Preparation) -> tuple[dict[str, Any], datasets.Dataset]:
+    """(summary.json, the audit table with one row for each training prompt)."""
+    import datasets
+
+    rows, names = p.splits["train"], [s.name for s in p.sources]
+    shards = [p.store.get(name) for name in p.store.names("targets/train-")]
+    min_ce = min_ce_winners(shards, len(rows))
+    skills = list(dict.fromkeys(row["skill"] for row in rows))
+    summary: dict[str, Any] = {
+        "sources": names,
+        "target": p.recipe.target,
+        "skills": skills,
+        "examples": len(rows),
+        "min_ce_unit": p.recipe.align.min_ce_unit,
+        "min_ce_wins": count_wins(rows, [names[w] if w >= 0 else "none" for w in min_ce]),
+        "vote_wins": {},
+        "judges": {},
+        "alignment": alignment_summary(shards, names),
+        "handled": handled(p.store, names),
+        "seconds": dict(p.seconds),
+    }
+    table: dict[str, list] = {
+        "prompt": [r["prompt"] for r in rows],
+        "ground_truth": [r["response"] for r in rows],
+        "skill": [r["skill"] for r in rows],
+        "min_ce_winner": [names[w] if w >= 0 else None for w in min_ce],
+    }
+    if p.recipe.judges:
+        winner, votes, scores = p.ballots
+        per_source = p.recipe.generation.responses_per_source
+        candidates = [c for _, part in p._shards("train") for c in p.candidates(part)]
+        summary["vote_wins"] = count_wins(rows, [names[w // per_source] if w >= 0 else "none" for w in winner])
+        for r, judge in enumerate(p.recipe.judges):
+            summary["judges"][judge.name] = first_choices(scores[:, r], names, per_source)
+        unusable = sum(1 for row in candidates for _, ok in row if not ok)
+        if unusable:
+            summary["handled"]["empty or unfinished response, kept from the judges"] = unusable
+        for c in range(len(names) * per_source):
+            label = names[c // per_source] + (f"_{c % per_source}" if per_source > 1 else "")
+            table[f"response_{label}"] = [row[c][0] for row in candidates]
+            table[f"votes_{label}"] = votes[:, c].tolist()
+            for r, judge in enumerate(p.recipe.judges):
+                table[f"score_{judge.name}_{label}"] = [float(x) for x in scores[:, r, c]]
+        table["vote_winner"] = [names[w // per_source] if w >= 0 else None for w in winner]
+        table["chosen"] = [_messages(r["prompt"], c[w][0]) if w >= 0 else None for r, c, w in zip(rows, candidates, winner)]
+        loser = [_loser(c, v, w) for c, v, w in zip(candidates, votes, winner)]
+        table["rejected"] = [_messages(r["prompt"], c[x][0]) if x is not None else None for r, c, x in zip(rows, candidates, loser)]
+    return summary, datasets.Dataset.from_dict(table)
+
+
+def min_ce_winners(shards: list[dict[str, np.ndarray]], examples: int) -> np.ndarray:
+    """The source with the lowest cross-entropy on each ground truth, lowest index on ties, -1 without any."""
+    winner = np.full(examples, -1)
+    for shard in shards:
+        for example, mode, ce in zip(shard["example"], shard["mode"], shard["source_ce"]):
+            ce = np.where(np.isnan(ce), np.inf, ce)
+            if mode == TRAIN and np.isfinite(ce).any():
+                winner[example] = int(ce.argmin())
+    return winner
+
+
+def count_wins(rows: list[dict], winners: list[str]) -> dict[str, dict[str, int]]:
+    wins: dict[str, Counter] = {}
+    for row, name in zip(rows, winners):
+        wins.setdefault(row["skill"], Counter())[name] += 1
+    return {skill: dict(counter) for skill, counter in wins.items()}
+
+
+def first_choices(scores: np.ndarray, names: list[str], per_source: int) -> dict[str, float]:
+    """Share of one judge's first places that went to each source; ties are split."""
+    share = np.zeros(scores.shape[1])
+    shown = np.where(np.isnan(scores), -np.inf, scores)
+    best = shown == shown.max(1, keepdims=True)
+    best &= np.isfinite(shown)
+    counted = best.any(1)
+    share = (best[counted] / best[counted].sum(1, keepdims=True)).sum(0) / max(1, counted.sum())
+    return {name: float(share[i * per_source : (i + 1) * per_source].sum()) for i, name in enumerate(names)}
+
+
+def alignment_summary(shards: list[dict[str, np.ndarray]], names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Per mode and source: positions, shares by kind, coverage, mean mapped mass, reliability histogram."""
+    total = {key: sum(shard[key] for shard in shards) for key in ("kinds", "covered", "mapped_mass", "reliability")}
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for mode in (TRAIN, INFER):
+        for s, name in enumerate(names):
+            positions = int(total["kinds"][mode, s].sum())
+            if positions:
+                result.setdefault(MODE_NAMES[mode], {})[name] = {
+                    "positions": positions,
+                    **{kind: float(n / positions) for kind, n in zip(KINDS, total["kinds"][mode, s])},
+                    "coverage": float(total["covered"][mode, s] / positions),
+                    "mapped_mass": float(total["mapped_mass"][mode, s] / max(1, total["covered"][mode, s])),
+                    "reliability": total["reliability"][mode, s].tolist(),
+                }
+    return result
+
+
+def handled(store: Store, names: list[str]) -> dict[str, int]:
+    """What was skipped or cut, counted over all splits (once for each source that it concerns)."""
+    counts: Counter[str] = Counter()
+    for name in store.names("capture/"):
+        if "-gt-" in name or "-infer-" in name:
+            shard = store.get(name)
+            for reason, n in enumerate(np.bincount(shard["reason"], minlength=len(REASONS))):
+                if reason != OK and n and REASONS[reason] != "not the winner":
+                    counts[REASONS[reason]] += int(n)
+            if shard["cut"].sum():
+                counts["response cut to max_length"] += int(shard["cut"].sum())
+    return dict(counts)
+
+
+def _messages(prompt: str, response: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def _loser(candidates: list[tuple[str, bool]], votes: np.ndarray, winner: int) -> int | None:
+    """The eligible response with the fewest votes that is not the winner's text."""
+    others = [c for c, (text, ok) in enumerate(candidates) if ok and winner >= 0 and text != candidates[winner][0]]
+    return min(others, key=lambda c: (votes[c], c)) if others else None

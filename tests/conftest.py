@@ -1,0 +1,79 @@
+"""Shared fixtures: a small recipe over the bundled demo's models, and the rule for tests that need a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+from profuser.config import Recipe, Run, parse_run, resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, this machine has none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def small_data(directory: Path, name: str, rows_per_skill: int) -> str:
+    """The first rows of every skill of one of the demo's data files, as a file of their own."""
+    rows = [json.loads(line) for line in Path(resolve(f"demo:{name}.jsonl")).read_text().splitlines()]
+    seen: dict[str, int] = {}
+    kept = []
+    for row in rows:
+        seen[row["skill"]] = seen.get(row["skill"], 0) + 1
+        if seen[row["skill"]] <= rows_per_skill:
+            kept.append(row)
+    path = directory / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return str(path)
+
+
+def small_run(directory: Path, *overrides: str) -> Run:
+    """The demo's recipe on a few prompts and steps, with its store and run under `directory`."""
+    data = {name: small_data(directory, name, n) for name, n in (("fusion", 4), ("validation", 2), ("heldout", 2))}
+    return parse_run(
+        "train",
+        [
+            f"--data.train={data['fusion']}",
+            f"--data.validation={data['validation']}",
+            f"--data.heldout={data['heldout']}",
+            f"--store={directory / 'store'}",
+            f"--output={directory / 'run'}",
+            "--generation.max_new_tokens=24",
+            "--capture.shard_size=5",
+            "--optim.steps=4",
+            "--optim.batch_size=4",
+            "--optim.micro_batch_size=4",
+            "--optim.eval_every=2",
+            "--optim.log_every=1",
+            *overrides,
+        ],
+        {},
+        "",
+    )
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """(directory, run, store): the small recipe with its store prepared once a session; treat the store as read-only."""
+    from profuser.prepare import prepare
+
+    directory = tmp_path_factory.mktemp("small")
+    run = small_run(directory)
+    return directory, run, prepare(run)
+
+
+__all__ = ["ROOT", "Recipe", "small_data", "small_run"]
