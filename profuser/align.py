@@ -138,7 +138,7 @@ def match_spans(target_begin, target_end, source_begin, source_end) -> tuple[np.
 class _Context:
     """What the target has in front of a candidate, and what each candidate of the source counts for there."""
 
-    __slots__ = ("prefix", "data", "extension", "turn_may_end", "counts_for")
+    __slots__ = ("counts_for", "data", "extension", "prefix", "turn_may_end")
 
     def __init__(self, prefix: tuple[int, ...], data: bytes, extension: bytes, turn_may_end: bool):
         self.prefix = prefix  # the target's tokens from the start of the current pre-token
@@ -258,7 +258,7 @@ class ByteAligner:
         return lead
 
     def _path(self, t, a, e, n, j, target_ids, target_clip, source_clip, prefix, rows: _Rows) -> list[tuple] | None:
-        """Rule by rule what counts where: (context, candidates, their masses, mass for the gold token) per source position.
+        """What counts where: (context, candidates, their masses, mass for the gold token) per source position.
 
         None when a source token on the way has bytes of its own in front (a dummy space in the middle of the response).
         """
@@ -292,6 +292,8 @@ class ByteAligner:
 
     def _end_path(self, prefix: tuple[int, ...], rows: _Rows) -> list[tuple]:
         j = rows.content
+        if self._same_tokens and self.target.closing == self.source.closing:
+            return [(None, rows.candidates[j], rows.masses[j], rows.own[j])]
         if self.target.closing:
             # The target's own template stands before its end of turn: no candidate but end of turn can follow it.
             ends = [(c, p) for c, p in zip(rows.candidates[j], rows.masses[j], strict=True) if c in self._source_ends]
@@ -515,7 +517,7 @@ class _Boundaries:
                 x
                 for x in starts
                 if x == 0
-                or not (text[x - 1].isspace() and text[x].isspace() or text[x - 1].isnumeric() and text[x].isnumeric())
+                or not ((text[x - 1].isspace() and text[x].isspace()) or (text[x - 1].isnumeric() and text[x].isnumeric()))
             ]
         elif self._neighbours is not None:
             chars = [x for x in range(1, len(text)) if text[x - 1 : x + 1] not in self._neighbours]

@@ -20,7 +20,6 @@ from profuser.kernels.source_topk import source_topk
 from profuser.models import Head, hidden_states
 from profuser.store import id_dtype
 
-
 REASONS = (
     "ok",
     "empty response",
@@ -125,7 +124,9 @@ def capture(
             )
 
 
-def pack_captures(n: int, reason: np.ndarray, cut: list[bool], scored: dict[int, Scored], top_k: int, vocabulary: int) -> dict[str, np.ndarray]:
+def pack_captures(
+    n: int, reason: np.ndarray, cut: list[bool], scored: dict[int, Scored], top_k: int, vocabulary: int
+) -> dict[str, np.ndarray]:
     """One capture shard: per example reason, nll and counts; per own token its id, span, top-k, lse and log-probability."""
     have = [scored.get(i) for i in range(n)]
     counts = np.array([0 if s is None else s.tokens for s in have], dtype=np.int64)

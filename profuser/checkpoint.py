@@ -24,7 +24,9 @@ from profuser.store import write_atomic, write_json
 OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def save_checkpoint(directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
     """Write `directory/step-NNNNNN` and delete all but the newest `keep` checkpoints."""
     final = directory / f"step-{step:06d}"
     temporary = directory / f".step-{step:06d}.{os.getpid()}.tmp"

@@ -11,16 +11,14 @@ import sys
 from collections.abc import Callable
 
 import torch
+import transformers
 
-from profuser.config import Run, parse_run
 from profuser.errors import OutOfMemoryError, ProfuserError, Terminated
-
-parse = parse_run
-
 
 def main_of(command: Callable[[list[str]], None]) -> None:
     """Run a command with sys.argv and end the process with its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.disable_progress_bar()
 
     def terminate(*_) -> None:
         raise Terminated("stopped by SIGTERM; what was finished is kept, the same command goes on from there")
@@ -46,5 +44,3 @@ def fail(error: ProfuserError) -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
 
-
-__all__ = ["Run", "fail", "main_of", "parse"]

@@ -197,11 +197,15 @@ class Recipe:
     def __post_init__(self) -> None:
         names = [s.name for s in self.sources]
         if not names:
-            raise ConfigError("sources must name at least one model, got an empty list; add `- {name: ..., model: ...}`")
+            raise ConfigError(
+                "sources must name at least one model, got an empty list; add `- {name: ..., model: ...}`"
+            )
         for kind, given in (("sources", names), ("judges", [j.name for j in self.judges])):
             for name in given:
                 if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-                    raise ConfigError(f"{kind}: a name may hold letters, digits, - _ and . only, got {name!r}; rename it")
+                    raise ConfigError(
+                        f"{kind}: a name may hold letters, digits, - _ and . only, got {name!r}; rename it"
+                    )
             if twice := {n for n in given if given.count(n) > 1}:
                 raise ConfigError(f"{kind}: names must differ, got {sorted(twice)[0]!r} twice; rename one")
         if self.target not in names and not is_path(self.target) and "/" not in self.target:
@@ -273,7 +277,12 @@ class Run:
 
 def is_path(model: str) -> bool:
     """Whether a model string means a local directory, and is therefore never looked up on the Hub."""
-    return model.startswith((BUNDLED_PREFIX, "/", ".", "~")) or model.count("/") > 1 or "\\" in model or Path(model).exists()
+    return (
+        model.startswith((BUNDLED_PREFIX, "/", ".", "~"))
+        or model.count("/") > 1
+        or "\\" in model
+        or Path(model).exists()
+    )
 
 
 def resolve(location: str) -> str:
@@ -285,7 +294,9 @@ def resolve(location: str) -> str:
     folder = "data" if "." in name else "models"
     path = (demo / folder / name).resolve()
     if not path.is_relative_to(demo):
-        raise ConfigError(f"{BUNDLED_PREFIX}NAME must stay inside the bundled demo, got {location!r}; give a plain path")
+        raise ConfigError(
+            f"{BUNDLED_PREFIX}NAME must stay inside the bundled demo, got {location!r}; give a plain path"
+        )
     return str(path)
 
 
@@ -295,13 +306,18 @@ def parse_run(command: str, argv: list[str] | None, flags: dict[str, str], descr
     Raises:
         ConfigError: an unknown key, a wrong type, a missing key, a contradiction.
     """
-    parser = jsonargparse.ArgumentParser(prog=f"python -m profuser.{command}", description=description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m profuser.{command}", description=description, exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="recipe (YAML); without it the bundled demo's")
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     parser.add_class_arguments(Recipe, None, as_group=False)
     argv = list(argv)
-    config = next((a.split("=", 1)[1] if "=" in a else b for a, b in zip(argv, [*argv[1:], ""]) if a.split("=")[0] == "--config"), None)
+    config = next(
+        (a.split("=", 1)[1] if "=" in a else b for a, b in zip(argv, [*argv[1:], ""]) if a.split("=")[0] == "--config"),
+        None,
+    )
     if config is None:
         config, argv = str(DEFAULT_RECIPE), ["--config", str(DEFAULT_RECIPE), *argv]
     try:

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-
 from profuser.config import DataConfig, is_path, resolve
 from profuser.errors import DataError
+
 
 def load_examples(config: DataConfig, location: str, limit: int | None = None) -> list[dict]:
     """Rows with `prompt`, `response` (stripped) and `skill`, and whatever other columns the data has.

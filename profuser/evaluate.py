@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from profuser.chat import ChatFormat
-from profuser.cli import main_of, parse
-from profuser.config import Recipe, Run, SourceConfig
+from profuser.cli import main_of
+from profuser.config import Recipe, Run, SourceConfig, parse_run
 from profuser.data import load_examples
 from profuser.errors import DataError
 from profuser.fusion_model import FusionModel
@@ -95,8 +95,13 @@ def likelihood(model: FusionModel, targets: Targets, pad_id: int, batch_size: in
 def answer(model, chat: ChatFormat, rows: Sequence[dict], recipe: Recipe, label: str) -> list[str]:
     with Progress(f"{label}: answer the held-out prompts", len(rows), "prompts") as bar:
         answers = generate(
-            model, chat, [r["prompt"] for r in rows], recipe.generation,
-            max_length=recipe.data.max_length, seed=recipe.seed, progress=bar.update,
+            model,
+            chat,
+            [r["prompt"] for r in rows],
+            recipe.generation,
+            max_length=recipe.data.max_length,
+            seed=recipe.seed,
+            progress=bar.update,
         )
     return [text for ((text, _),) in answers]
 
@@ -125,7 +130,10 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     dtype = runtime_dtype(recipe.capture.dtype, device)
     before_config = target_config(recipe)
     statistics = {}
-    for label, config in (("target_before", before_config), ("fused", SourceConfig(name="fused", model=str(directory.resolve())))):
+    for label, config in (
+        ("target_before", before_config),
+        ("fused", SourceConfig(name="fused", model=str(directory.resolve()))),
+    ):
         model = load_model(config, dtype, device)
         chat = chat_format(config)
         if label == "target_before" and recipe.target in answers:
@@ -133,27 +141,45 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
         else:
             answers[label] = answer(model, chat, rows, recipe, label.replace("_", " "))
         pad = chat.tokenizer.pad_token_id or 0
-        statistics[label] = likelihood(FusionModel(model, tail=recipe.optim.tail, temperature=recipe.optim.temperature), targets, pad, recipe.capture.batch_size)
+        statistics[label] = likelihood(
+            FusionModel(model, tail=recipe.optim.tail, temperature=recipe.optim.temperature),
+            targets,
+            pad,
+            recipe.capture.batch_size,
+        )
         del model
     correct = {name: [match(row, text) for row, text in zip(rows, texts)] for name, texts in answers.items()}
     by_name = {name: accuracies(rows, ok) for name, ok in correct.items()}
-    scores = {"sources": {n: by_name[n] for n in names}, "target_before": by_name["target_before"], "fused": by_name["fused"]}
+    scores = {
+        "sources": {n: by_name[n] for n in names},
+        "target_before": by_name["target_before"],
+        "fused": by_name["fused"],
+    }
     bits = {n: bits_per_byte(rows, *source_likelihood(store, n)) for n in names}
     for label, s in statistics.items():
         index = range(len(rows))
-        bits[label] = bits_per_byte(rows, [s["nll"].get(i, math.inf) for i in index], [s["response_bytes"].get(i, 0) for i in index])
+        bits[label] = bits_per_byte(
+            rows, [s["nll"].get(i, math.inf) for i in index], [s["response_bytes"].get(i, 0) for i in index]
+        )
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["skill"]] = counts.get(row["skill"], 0) + 1
     evaluation = {
-        "bits_per_byte": {"sources": {n: bits[n] for n in names}, "target_before": bits["target_before"], "fused": bits["fused"]},
+        "bits_per_byte": {
+            "sources": {n: bits[n] for n in names},
+            "target_before": bits["target_before"],
+            "fused": bits["fused"],
+        },
         "kd": {label: s["kd"] for label, s in statistics.items()},
         "ce": {label: s["ce"] for label, s in statistics.items()},
         "counts": counts,
         "examples": [
             {
-                "skill": rows[i]["skill"], "prompt": rows[i]["prompt"], "ground_truth": rows[i]["response"],
-                "responses": {n: answers[n][i] for n in answers}, "correct": {n: bool(correct[n][i]) for n in answers},
+                "skill": rows[i]["skill"],
+                "prompt": rows[i]["prompt"],
+                "ground_truth": rows[i]["response"],
+                "responses": {n: answers[n][i] for n in answers},
+                "correct": {n: bool(correct[n][i]) for n in answers},
             }
             for i in first_of_each_skill(rows, recipe.evaluation.examples)
         ],
@@ -184,13 +210,17 @@ def score_table(scores: dict[str, Any]) -> str:
     skills = list(scores["fused"])
     width = max(len(n) for n, _ in rows)
     head = " " * width + "".join(f"{s:>12}" for s in skills)
-    return "\n".join([head, *(f"{n:<{width}}" + "".join(f"{100 * values[s]:12.1f}" for s in skills) for n, values in rows)])
+    return "\n".join(
+        [head, *(f"{n:<{width}}" + "".join(f"{100 * values[s]:12.1f}" for s in skills) for n, values in rows)]
+    )
 
 
 def run_command(argv: list[str]) -> None:
-    run = parse("evaluate", argv, {}, __doc__.split("\n")[0])
+    run = parse_run("evaluate", argv, {}, __doc__.split("\n")[0])
     if not Path(run.output_dir, "run.json").exists():
-        raise DataError(f"output must be a finished run, got {run.output_dir} without run.json; run profuser.train first")
+        raise DataError(
+            f"output must be a finished run, got {run.output_dir} without run.json; run profuser.train first"
+        )
     store = Store.load(Path(read_json(run.output_dir / "run.json")["store"]))
     print(score_table(evaluate(run, store)))
 

@@ -24,7 +24,9 @@ class FusionModel(nn.Module):
         DataError: the model's logits are not a linear head on its hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, *, beta: float | None = None, temperature: float = 1.0, tail: str = "bucket"):
+    def __init__(
+        self, model: PreTrainedModel, *, beta: float | None = None, temperature: float = 1.0, tail: str = "bucket"
+    ):
         super().__init__()
         head = Head.of(model)
         self.model = model

@@ -39,7 +39,9 @@ class Head:
         """
         layer = model.get_output_embeddings()
         if layer is None or not hasattr(layer, "weight"):
-            raise DataError(f"a model must have a linear language-model head, {type(model).__name__} has none; use another")
+            raise DataError(
+                f"a model must have a linear language-model head, {type(model).__name__} has none; use another"
+            )
         config = model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         if scaling := getattr(config, "logits_scaling", None):
@@ -74,7 +76,9 @@ def hidden_states(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
 ) -> torch.Tensor:
     """Last hidden states (B, T, D) of a causal language model, without its logits."""
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).last_hidden_state
+    return model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+    ).last_hidden_state
 
 
 def load_tokenizer(source: SourceConfig):
@@ -90,7 +94,9 @@ def load_tokenizer(source: SourceConfig):
         template = Path(source.chat_template)
         is_file = source.chat_template.endswith((".jinja", ".jinja2"))
         if is_file and not template.is_file():
-            raise DataError(f"{source.name}: chat_template must be a template or an existing .jinja file, got {template}")
+            raise DataError(
+                f"{source.name}: chat_template must be a template or an existing .jinja file, got {template}"
+            )
         tokenizer.chat_template = template.read_text() if is_file else source.chat_template
     return tokenizer
 
@@ -107,7 +113,9 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
             location, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a broken file
-        raise DataError(f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)})") from error
+        raise DataError(
+            f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)})"
+        ) from error
     return model.to(device).eval()
 
 
@@ -122,7 +130,9 @@ def load_reward_model(name: str, location: str, trust_remote_code: bool, device:
     except Exception as error:  # as in load_model
         raise DataError(f"judge {name}: no reward model could be loaded from {path} ({first_line(error)})") from error
     if model.config.num_labels != 1:
-        raise DataError(f"judge {name}: a reward model must have 1 output, got {model.config.num_labels}; use another model")
+        raise DataError(
+            f"judge {name}: a reward model must have 1 output, got {model.config.num_labels}; use another model"
+        )
     return model.to(device).eval(), tokenizer
 
 
@@ -141,7 +151,9 @@ def existing(location: str, name: str) -> str:
     """The resolved place of a model; a path that does not exist is an error and never a Hub id."""
     path = resolve(location)
     if is_path(location) and not Path(path).exists():
-        raise DataError(f"{name}: model must be an existing directory, got {location} (no such directory); fix the path")
+        raise DataError(
+            f"{name}: model must be an existing directory, got {location} (no such directory); fix the path"
+        )
     return path
 
 

@@ -15,7 +15,17 @@ from transformers import PreTrainedModel
 from profuser.config import BUNDLED_PREFIX, Recipe
 from profuser.store import write_atomic
 
-PACKAGES = ("profuser", "torch", "triton", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy")
+PACKAGES = (
+    "profuser",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "numpy",
+)
 
 
 def save_fused(model: PreTrainedModel, tokenizer, directory: Path, recipe: Recipe, dtype: torch.dtype) -> None:
@@ -31,7 +41,11 @@ def save_fused(model: PreTrainedModel, tokenizer, directory: Path, recipe: Recip
 def model_card(recipe: Recipe) -> str:
     models = [s.model for s in recipe.sources]
     hub = [m for m in models if not m.startswith(BUNDLED_PREFIX) and not Path(m).exists()]
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["profuser", "model-fusion", "distillation"]}
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["profuser", "model-fusion", "distillation"],
+    }
     if hub:
         front["base_model"] = hub
     schedule = recipe.schedule if isinstance(recipe.schedule, str) else "its own stages (see run.json)"
@@ -71,7 +85,9 @@ def hardware() -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu
+        )
     return f"{cpu}, {torch.get_num_threads()} threads"
 
 
@@ -81,7 +97,9 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        head = subprocess.run(["git", "-C", root, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "-C", root, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
         dirty = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None

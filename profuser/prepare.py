@@ -9,6 +9,7 @@ only; on `heldout` the sources' answers too, which are scored against the fused 
 from __future__ import annotations
 
 import gc
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,21 +30,25 @@ from profuser.capture import (
     TOO_LONG,
     Scored,
     capture,
+    label_positions,
     pack_captures,
     unpack_captures,
 )
 from profuser.chat import ChatFormat, Encoded
-from profuser.cli import main_of, parse
-from profuser.config import Recipe, Run, SourceConfig
+from profuser.cli import main_of
+from profuser.config import Recipe, Run, SourceConfig, parse_run
 from profuser.data import data_hash, load_examples
 from profuser.errors import ConfigError
 from profuser.models import Head, chat_format, default_device, fingerprint, load_model, load_tokenizer, runtime_dtype
 from profuser.progress import Progress
 from profuser.responses import generate
 from profuser.reward import load_judge, vote
+from profuser.schedule import stages_of
 from profuser.store import Store, set_aside, write_json
+from profuser.summary import summarise
 from profuser.targets import INFER, TRAIN, TargetBuilder
 from profuser.token_bytes import TokenBytesMismatch
+
 
 def target_config(recipe: Recipe) -> SourceConfig:
     """The target as a model: one of the sources, or one of its own."""
@@ -74,19 +79,32 @@ class Preparation:
         r = self.recipe
         capture = {
             "source_names": [s.name for s in r.sources],
-            "sources": {s.name: {"model": s.model, "files": fingerprint(s.model), "template": self._template(self.chats[s.name])} for s in r.sources},
-            "target": {"name": r.target, "files": fingerprint(target_config(r).model), "template": self._template(self.target)},
+            "sources": {
+                s.name: {
+                    "model": s.model,
+                    "files": fingerprint(s.model),
+                    "template": self._template(self.chats[s.name]),
+                }
+                for s in r.sources
+            },
+            "target": {
+                "name": r.target,
+                "files": fingerprint(target_config(r).model),
+                "template": self._template(self.target),
+            },
             "data": {split: data_hash(rows) for split, rows in self.splits.items()} | {"max_length": r.data.max_length},
-            "generation": without(vars(r.generation), "batch_size") | ({"seed": r.seed} if r.generation.temperature > 0 else {}),
-            "judges": {j.name: {"model": j.model, "function": j.function, "files": j.model and fingerprint(j.model)} for j in r.judges},
+            "generation": without(vars(r.generation), "batch_size")
+            | ({"seed": r.seed} if r.generation.temperature > 0 else {}),
+            "judges": {
+                j.name: {"model": j.model, "function": j.function, "files": j.model and fingerprint(j.model)}
+                for j in r.judges
+            },
             "capture": without(vars(r.capture), "batch_size"),
         }
         return {"capture": capture, "targets": vars(r.align) | {"engine": "python-bytes-1"}}
 
     @staticmethod
     def _template(chat: ChatFormat) -> str:
-        import hashlib
-
         return hashlib.sha256(str(chat.tokenizer.chat_template).encode()).hexdigest()[:16]
 
     # -- shards ---------------------------------------------------------------------------------------------------
@@ -121,18 +139,24 @@ class Preparation:
         """Every source is loaded once: it scores the ground truth and answers the prompts."""
         for source in self.sources:
             truth = [(split, *m) for split in self.splits for m in self._missing(split, f"gt-{source.name}")]
-            answering = [split for split in self.splits if split == "heldout" or (split == "train" and self.recipe.judges)]
+            answering = [
+                split for split in self.splits if split == "heldout" or (split == "train" and self.recipe.judges)
+            ]
             answers = [(split, *m) for split in answering for m in self._missing(split, f"responses-{source.name}")]
             if not truth and not answers:
                 continue
             model = load_model(source, runtime_dtype(self.recipe.capture.dtype, self.device), self.device)
             head = Head.of(model)
-            with Progress(f"{source.name}: score the ground truth", sum(p.stop - p.start for _, _, p in truth), "examples") as bar:
+            with Progress(
+                f"{source.name}: score the ground truth", sum(p.stop - p.start for _, _, p in truth), "examples"
+            ) as bar:
                 for split, name, part in truth:
                     rows = self.splits[split][part]
                     texts = [self._fitted[split][i] for i in range(part.start, part.stop)]
                     self._capture_shard(name, model, head, self.chats[source.name], rows, texts, bar)
-            with Progress(f"{source.name}: answer the prompts", sum(p.stop - p.start for _, _, p in answers), "prompts") as bar:
+            with Progress(
+                f"{source.name}: answer the prompts", sum(p.stop - p.start for _, _, p in answers), "prompts"
+            ) as bar:
                 for split, name, part in answers:
                     responses = generate(
                         model,
@@ -174,7 +198,11 @@ class Preparation:
             scored[places[i]] = result
             bar.update(1)
         bar.update(len(rows) - len(scored))
-        self.store.put(name, pack_captures(len(rows), reason, [t[1] for t in texts], scored, config.top_k, head.weight.shape[0]), examples=len(rows))
+        self.store.put(
+            name,
+            pack_captures(len(rows), reason, [t[1] for t in texts], scored, config.top_k, head.weight.shape[0]),
+            examples=len(rows),
+        )
 
     # -- phase 2 ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +213,9 @@ class Preparation:
             if not missing:
                 continue
             score = load_judge(config, self.device)
-            with Progress(f"{config.name}: score the responses", sum(p.stop - p.start for _, p in missing), "prompts") as bar:
+            with Progress(
+                f"{config.name}: score the responses", sum(p.stop - p.start for _, p in missing), "prompts"
+            ) as bar:
                 for name, part in missing:
                     shown = [[text if ok else "" for text, ok in c] for c in self.candidates(part)]
                     scores = score(self.splits["train"][part], shown)
@@ -198,7 +228,8 @@ class Preparation:
         number = part.start // self.recipe.capture.shard_size
         per_source = [self.store.get_json(f"capture/{split}-responses-{s.name}-{number:05d}") for s in self.sources]
         return [
-            [(text, bool(text) and finished) for answers in row for text, finished in answers] for row in zip(*per_source)
+            [(text, bool(text) and finished) for answers in row for text, finished in answers]
+            for row in zip(*per_source)
         ]
 
     @cached_property
@@ -208,7 +239,9 @@ class Preparation:
         eligible = np.array([[ok for _, ok in row] for _, part in parts for row in self.candidates(part)])
         scores = np.stack(
             [
-                np.concatenate([self.store.get(f"capture/train-scores-{j.name}-{number:05d}")["scores"] for number, _ in parts])
+                np.concatenate(
+                    [self.store.get(f"capture/train-scores-{j.name}-{number:05d}")["scores"] for number, _ in parts]
+                )
                 for j in self.recipe.judges
             ],
             axis=1,
@@ -229,7 +262,9 @@ class Preparation:
                 continue
             model = load_model(source, runtime_dtype(self.recipe.capture.dtype, self.device), self.device)
             head = Head.of(model)
-            with Progress(f"{source.name}: capture the responses that won", sum(p.stop - p.start for _, p in missing), "prompts") as bar:
+            with Progress(
+                f"{source.name}: capture the responses that won", sum(p.stop - p.start for _, p in missing), "prompts"
+            ) as bar:
                 for name, part in missing:
                     rows, candidates = self.splits["train"][part], self.candidates(part)
                     texts = []
@@ -237,7 +272,14 @@ class Preparation:
                         if c < 0 or c // per_source != s:
                             texts.append(("", False, NOT_WINNER))
                         else:
-                            texts.append(fit([self.target, self.chats[source.name]], row["prompt"], answers[c][0], self.recipe.data.max_length))
+                            texts.append(
+                                fit(
+                                    [self.target, self.chats[source.name]],
+                                    row["prompt"],
+                                    answers[c][0],
+                                    self.recipe.data.max_length,
+                                )
+                            )
                     self._capture_shard(name, model, head, self.chats[source.name], rows, texts, bar)
             del model, head
 
@@ -246,20 +288,35 @@ class Preparation:
     def align(self) -> None:
         """All captures onto the target's tokens: the trainer's view."""
         aligners = {
-            s.name: ByteAligner(self.target, self.chats[s.name], top_k=self.recipe.capture.top_k, min_reliability=self.recipe.align.min_reliability)
+            s.name: ByteAligner(
+                self.target,
+                self.chats[s.name],
+                top_k=self.recipe.capture.top_k,
+                min_reliability=self.recipe.align.min_reliability,
+            )
             for s in self.sources
         }
         for split, rows in self.splits.items():
-            missing = [(n, p) for n, p in ((f"targets/{split}-{k:05d}", p) for k, p in self._shards(split)) if not self.store.valid(n)]
+            missing = [
+                (n, p)
+                for n, p in ((f"targets/{split}-{k:05d}", p) for k, p in self._shards(split))
+                if not self.store.valid(n)
+            ]
             with Progress(f"align {split}", sum(p.stop - p.start for _, p in missing), "examples") as bar:
                 for name, part in missing:
-                    self.store.put(name, self._align_shard(split, part, rows[part], aligners, bar), examples=part.stop - part.start)
+                    self.store.put(
+                        name, self._align_shard(split, part, rows[part], aligners, bar), examples=part.stop - part.start
+                    )
 
-    def _align_shard(self, split: str, part: slice, rows: list[dict], aligners: dict[str, ByteAligner], bar: Progress) -> dict[str, np.ndarray]:
+    def _align_shard(
+        self, split: str, part: slice, rows: list[dict], aligners: dict[str, ByteAligner], bar: Progress
+    ) -> dict[str, np.ndarray]:
         number = part.start // self.recipe.capture.shard_size
         modes = [(TRAIN, "gt")] + ([(INFER, "infer")] if split == "train" and self.recipe.judges else [])
         shards = {
-            mode: [unpack_captures(self.store.get(f"capture/{split}-{kind}-{s.name}-{number:05d}")) for s in self.sources]
+            mode: [
+                unpack_captures(self.store.get(f"capture/{split}-{kind}-{s.name}-{number:05d}")) for s in self.sources
+            ]
             for mode, kind in modes
         }
         builder = TargetBuilder(len(self.sources), len(self.target.tokenizer))
@@ -276,16 +333,22 @@ class Preparation:
                     builder.skip(mode, reason)
                     continue
                 response = text.encode()
-                source_ce = [c.cross_entropy(self.recipe.align.min_ce_unit) if c is not None else np.inf for c in captures]
-                if mode == INFER:  # the vote has chosen: only the winner takes part
-                    source_ce = [ce if c is not None else np.inf for ce, c in zip(source_ce, captures)]
+                # In inference mode the vote has chosen: only the winner was captured and takes part.
+                source_ce = [np.inf if c is None else c.cross_entropy(self.recipe.align.min_ce_unit) for c in captures]
+                labels = [encoded.input_ids[t] for t in label_positions(encoded)]
                 aligned = [
-                    None if c is None else aligners[s.name].align(
-                        response, [encoded.input_ids[t] for t in range(encoded.start, encoded.stop)] + ([] if encoded.end is None else [encoded.input_ids[encoded.end]]),
-                        encoded.spans, encoded.end is not None, c.capture)
+                    c
+                    and aligners[s.name].align(
+                        response,
+                        labels,
+                        encoded.spans,
+                        encoded.end is not None,
+                        c.capture,
+                        target_lead=encoded.input_ids[: encoded.start],
+                    )
                     for s, c in zip(self.sources, captures)
                 ]
-                builder.add(part.start + i, mode, encoded, source_ce, len(response), aligned)
+                builder.add(part.start + i, mode, encoded, label_positions(encoded), source_ce, len(response), aligned)
             bar.update(1)
         return builder.arrays()
 
@@ -297,7 +360,12 @@ class Preparation:
             return "", False, NOT_WINNER
         text, _ = self._train_candidates[part.start + i][winner]
         source = self.sources[winner // self.recipe.generation.responses_per_source]
-        return fit([self.target, self.chats[source.name]], self.splits["train"][part.start + i]["prompt"], text, self.recipe.data.max_length)
+        return fit(
+            [self.target, self.chats[source.name]],
+            self.splits["train"][part.start + i]["prompt"],
+            text,
+            self.recipe.data.max_length,
+        )
 
     @cached_property
     def _train_candidates(self) -> list[list[tuple[str, bool]]]:
@@ -306,8 +374,6 @@ class Preparation:
     # -- summary ---------------------------------------------------------------------------------------------------
 
     def _write_summary(self) -> None:
-        from profuser.summary import summarise
-
         summary, samples = summarise(self)
         write_json(self.store.directory / "summary.json", summary)
         samples.to_parquet(str(self.store.directory / "samples.parquet"))
@@ -353,32 +419,39 @@ def last_byte(encoded: Encoded, max_length: int) -> int:
     return encoded.spans[kept - 1][1] if kept else 0
 
 
-def announce(command: str, run: Run) -> None:
-    """The first line of a run: what it does, and with which alignment engine."""
+def announce(command: str, run: Run, processes: int = 1) -> None:
+    """The first line of a run: what it does, on what, and with which alignment engine."""
     names = ", ".join(s.name for s in run.recipe.sources)
-    print(f"profuser.{command} {run.name}: {names} -> {run.recipe.target}; alignment: {align.ENGINE}; {default_device()}, {torch.get_num_threads()} threads", flush=True)
+    ranks = f", {processes} processes" if processes > 1 else ""
+    print(
+        f"profuser.{command} {run.name}: {names} -> {run.recipe.target}; {default_device()}, {torch.get_num_threads()} "
+        f"threads{ranks}; alignment: {align.ENGINE}",
+        flush=True,
+    )
 
 
 def prepare(run: Run) -> Store:
     """Bring the store of a recipe to completeness and return it."""
     if needs_inference(run.recipe) and not run.recipe.judges:
-        raise ConfigError(f"schedule {run.recipe.schedule} uses the inference mode and needs judges, got none; add judges or use schedule: fusellm")
+        raise ConfigError(
+            f"schedule {run.recipe.schedule} uses the inference mode and needs judges, got none; add judges or use schedule: fusellm"
+        )
     return Preparation(run).run()
 
 
 def needs_inference(recipe: Recipe) -> bool:
-    from profuser.schedule import stages_of
-
     return any(s.infer_weight > 0 for s in stages_of(recipe))
 
 
 def run_command(argv: list[str]) -> None:
-    run = parse("prepare", argv, {"fresh": "rename an existing store aside and start over"}, __doc__.split("\n")[0])
+    run = parse_run("prepare", argv, {"fresh": "rename an existing store aside and start over"}, __doc__.split("\n")[0])
     announce("prepare", run)
     if run.options["fresh"] and (aside := set_aside(run.store_dir)):
         print(f"renamed the old store to {aside}")
     store = prepare(run)
-    print(f"store complete: {store.directory} ({len(store.manifest['shards'])} shards); summary in {Path(store.directory) / 'summary.json'}")
+    print(
+        f"store complete: {store.directory} ({len(store.manifest['shards'])} shards); summary in {Path(store.directory) / 'summary.json'}"
+    )
 
 
 if __name__ == "__main__":

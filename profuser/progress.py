@@ -13,14 +13,14 @@ SECONDS_BETWEEN_LINES = 15
 class Progress:
     """Use as a context manager; `update(n)` may carry a note such as a loss."""
 
-    def __init__(self, label: str, total: int, unit: str = "it"):
+    def __init__(self, label: str, total: int, unit: str = "it", show: bool = True):
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+        self.show, self.done = show, 0
         self.note = ""
 
     def __enter__(self) -> Progress:
         self.start = self.last = time.monotonic()
-        self.bar = tqdm(total=self.total, desc=self.label, unit=self.unit, leave=False) if sys.stderr.isatty() else None
+        self.bar = tqdm(total=self.total, desc=self.label, unit=self.unit, leave=False) if self.show and sys.stderr.isatty() else None
         return self
 
     def update(self, n: int = 1, note: str = "") -> None:
@@ -41,6 +41,8 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
+        if not self.show:
+            return
         seconds = time.monotonic() - self.start
         left = seconds / self.done * (self.total - self.done) if self.done else 0
         tail = f", {left:.0f} s left" if self.done < self.total else ""

@@ -59,7 +59,9 @@ def load_function(path: str, key: str) -> Callable:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key} must be an importable module:function, got {path!r} ({error}); fix the name") from None
+        raise ConfigError(
+            f"{key} must be an importable module:function, got {path!r} ({error}); fix the name"
+        ) from None
 
 
 Judge = Callable[[Sequence[dict], Sequence[Sequence[str]]], np.ndarray]
@@ -97,7 +99,9 @@ def _reward_model_judge(config: JudgeConfig, device: torch.device | str) -> Judg
     chat = chat_format(SourceConfig(name=config.name, model=config.model), tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     if model.config.pad_token_id is None:  # the model looks for the last token that is not padding
-        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        model.config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
     pad = model.config.pad_token_id
 
     @torch.no_grad()

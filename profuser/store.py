@@ -100,19 +100,25 @@ class Store:
         path = directory / "manifest.json"
         if not path.exists():
             if directory.exists() and any(p for p in directory.iterdir() if not p.name.startswith(".")):
-                raise DataError(f"store must be a profuser store or an empty directory, got {directory} without manifest.json; "
-                                "give another --store")
+                raise DataError(
+                    f"store must be a profuser store or an empty directory, got {directory} without manifest.json; "
+                    "give another --store"
+                )
             store = cls(directory, {"schema": SCHEMA_VERSION, "settings": settings, "shards": {}, "complete": False})
             store._save()
             return store
         manifest = read_json(path)
         if manifest.get("schema") != SCHEMA_VERSION:
-            raise DataError(f"store {directory} has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}; "
-                            "prepare it again with `python -m profuser.prepare --fresh`")
+            raise DataError(
+                f"store {directory} has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}; "
+                "prepare it again with `python -m profuser.prepare --fresh`"
+            )
         store = cls(directory, manifest)
         if keys := differing_keys(manifest["settings"]["capture"], settings["capture"]):
-            raise ConfigError(f"store {directory} was captured with other settings ({', '.join(keys)} differ); give another "
-                              "--store, undo the change, or start over with `python -m profuser.prepare --fresh`")
+            raise ConfigError(
+                f"store {directory} was captured with other settings ({', '.join(keys)} differ); give another "
+                "--store, undo the change, or start over with `python -m profuser.prepare --fresh`"
+            )
         if keys := differing_keys(manifest["settings"]["targets"], settings["targets"]):
             print(f"store: {', '.join(keys)} changed: aligning again from the captures that are there", flush=True)
             for name in [n for n in manifest["shards"] if n.startswith("targets/")]:
@@ -127,7 +133,9 @@ class Store:
         """An existing, complete store, whatever its settings."""
         store = cls(directory, read_json(directory / "manifest.json"))
         if not store.complete:
-            raise DataError(f"store {directory} is not complete; run `python -m profuser.prepare` with its recipe to finish it")
+            raise DataError(
+                f"store {directory} is not complete; run `python -m profuser.prepare` with its recipe to finish it"
+            )
         return store
 
     @property
@@ -172,11 +180,15 @@ class Store:
         try:
             data = path.read_bytes()
             if entry is None or _sha256(data) != entry["sha256"]:
-                raise DataError(f"store shard {path} must have the sha256 of the manifest, its content differs; run "
-                                "`python -m profuser.prepare` with the recipe to build it again")
+                raise DataError(
+                    f"store shard {path} must have the sha256 of the manifest, its content differs; run "
+                    "`python -m profuser.prepare` with the recipe to build it again"
+                )
             return load_tensors(data)
         except (OSError, SafetensorError) as error:
-            raise DataError(f"store shard {path} cannot be read ({error}); run `python -m profuser.prepare` again") from None
+            raise DataError(
+                f"store shard {path} cannot be read ({error}); run `python -m profuser.prepare` again"
+            ) from None
 
     def put_json(self, name: str, value: Any, **counts: int) -> None:
         data = json.dumps(value, ensure_ascii=False).encode()
@@ -186,8 +198,14 @@ class Store:
 
     def get_json(self, name: str) -> Any:
         path = self._path(name)
-        if name not in self.manifest["shards"] or not path.exists() or _sha256(path.read_bytes()) != self.manifest["shards"][name]["sha256"]:
-            raise DataError(f"store file {path} is missing or changed; run `python -m profuser.prepare` with the recipe again")
+        if (
+            name not in self.manifest["shards"]
+            or not path.exists()
+            or _sha256(path.read_bytes()) != self.manifest["shards"][name]["sha256"]
+        ):
+            raise DataError(
+                f"store file {path} is missing or changed; run `python -m profuser.prepare` with the recipe again"
+            )
         return json.loads(path.read_bytes())
 
     def _path(self, name: str, suffix: str | None = None) -> Path:
@@ -195,7 +213,9 @@ class Store:
             suffix = ".json" if self.manifest["shards"].get(name, {}).get("json") else ".safetensors"
         path = (self.directory / f"{name}{suffix}").resolve()
         if not path.is_relative_to(self.directory.resolve()):
-            raise DataError(f"store: a shard must lie inside {self.directory}, got {name!r}; the manifest is not to be trusted")
+            raise DataError(
+                f"store: a shard must lie inside {self.directory}, got {name!r}; the manifest is not to be trusted"
+            )
         return path
 
     def _save(self) -> None:

@@ -62,9 +62,13 @@ def summarise(p: Preparation) -> tuple[dict[str, Any], datasets.Dataset]:
             for r, judge in enumerate(p.recipe.judges):
                 table[f"score_{judge.name}_{label}"] = [float(x) for x in scores[:, r, c]]
         table["vote_winner"] = [names[w // per_source] if w >= 0 else None for w in winner]
-        table["chosen"] = [_messages(r["prompt"], c[w][0]) if w >= 0 else None for r, c, w in zip(rows, candidates, winner)]
+        table["chosen"] = [
+            _messages(r["prompt"], c[w][0]) if w >= 0 else None for r, c, w in zip(rows, candidates, winner)
+        ]
         loser = [_loser(c, v, w) for c, v, w in zip(candidates, votes, winner)]
-        table["rejected"] = [_messages(r["prompt"], c[x][0]) if x is not None else None for r, c, x in zip(rows, candidates, loser)]
+        table["rejected"] = [
+            _messages(r["prompt"], c[x][0]) if x is not None else None for r, c, x in zip(rows, candidates, loser)
+        ]
     return summary, datasets.Dataset.from_dict(table)
 
 

@@ -41,8 +41,18 @@ class TargetBuilder:
     def skip(self, mode: int, reason: int) -> None:
         self.skipped[mode, reason] += 1
 
-    def add(self, example: int, mode: int, encoded: Encoded, source_ce, response_bytes: int, aligned: list[Aligned | None]) -> None:
-        positions = np.array([*range(encoded.start, encoded.stop), *([] if encoded.end is None else [encoded.end])])
+    def add(
+        self,
+        example: int,
+        mode: int,
+        encoded: Encoded,
+        positions: list[int],
+        source_ce,
+        response_bytes: int,
+        aligned: list[Aligned | None],
+    ) -> None:
+        """One sequence; positions are its labels' indices in input_ids, `aligned` has one entry a source over them."""
+        positions = np.array(positions)
         mask = np.zeros(len(encoded.input_ids), np.uint8)
         mask[positions] = 1
         self.example.append(example)
@@ -161,7 +171,9 @@ class Targets:
                     row_tail=shard["row_tail"][r0:r1],
                     entry_offsets=entries - entries[0] if len(entries) else np.zeros(1, np.int64),
                     entry_ids=shard["entry_ids"][entries[0] : entries[-1]] if r1 > r0 else shard["entry_ids"][:0],
-                    entry_logprobs=shard["entry_logprobs"][entries[0] : entries[-1]] if r1 > r0 else shard["entry_logprobs"][:0],
+                    entry_logprobs=shard["entry_logprobs"][entries[0] : entries[-1]]
+                    if r1 > r0
+                    else shard["entry_logprobs"][:0],
                 )
             )
 

@@ -14,17 +14,20 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.nn.utils import clip_grad_norm_
 
 from profuser.checkpoint import load_newest, save_checkpoint
-from profuser.cli import main_of, parse
-from profuser.config import Recipe, Run, differing_keys
+from profuser.cli import main_of
+from profuser.config import BUNDLED_PREFIX, Recipe, Run, differing_keys, parse_run, resolve
 from profuser.errors import ConfigError, DataError, NonFiniteError, Terminated
 from profuser.evaluate import evaluate, likelihood, score_table
 from profuser.fusion_model import FusionModel
@@ -56,9 +59,12 @@ class Trainer:
         if self.optim.gradient_checkpointing:
             target.gradient_checkpointing_enable()
         self.fusion = FusionModel(target, temperature=self.optim.temperature, tail=self.optim.tail).train()
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.fusion, self.optim.weight_decay), lr=self.optim.lr, betas=self.optim.betas)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.fusion, self.optim.weight_decay), lr=self.optim.lr, betas=self.optim.betas
+        )
         self.model, self.optimizer = accelerator.prepare(self.fusion, self.optimizer)
         self.metrics = directory / "metrics.jsonl"
+        self._order: dict[int, np.ndarray] = {}  # of the current epoch
         self._stop: BaseException | None = None
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -68,7 +74,7 @@ class Trainer:
         step = self._resume()
         if step == 0:
             self._evaluate(0, 0)
-        with Progress("fuse", self.total_steps, "steps") as bar, self._catch_signals():
+        with Progress("fuse", self.total_steps, "steps", self.accelerator.is_main_process) as bar, self._catch_signals():
             bar.update(step)
             window: list[dict[str, float]] = []
             for step in range(step, self.total_steps):
@@ -114,7 +120,9 @@ class Trainer:
                 totals[s].index_add_(0, modes, per_sequence)
         norm = clip_grad_norm_(self.fusion.parameters(), self.optim.grad_clip)
         if not math.isfinite(norm):
-            raise NonFiniteError(f"gradients must be finite, got norm {float(norm)} at step {step + 1}; lower optim.lr or raise optim.warmup_ratio")
+            raise NonFiniteError(
+                f"gradients must be finite, got norm {float(norm)} at step {step + 1}; lower optim.lr or raise optim.warmup_ratio"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         totals = self.accelerator.reduce(totals, reduction="sum").tolist()
@@ -131,9 +139,9 @@ class Trainer:
         """The i-th instruction of an optimizer step: epochs are permutations drawn from (seed, epoch)."""
         n = len(self.targets.instructions)
         epoch, place = divmod(step * self.optim.batch_size + i, n)
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.recipe.seed, epoch)).permutation(n)
-        return self.targets.instructions[self._order[place]]
+        if epoch not in self._order:
+            self._order = {epoch: np.random.default_rng((self.recipe.seed, epoch)).permutation(n)}
+        return self.targets.instructions[self._order[epoch][place]]
 
     def _micro_batches(self, batch: list[list[TargetSequence]]) -> list[list[TargetSequence]]:
         """This rank's share of a step in forward passes; every rank has as many, the last ones maybe with nothing to learn."""
@@ -146,10 +154,8 @@ class Trainer:
     @property
     def nothing(self) -> TargetSequence:
         """A sequence without labels: it keeps a rank in step that has nothing left."""
-        import dataclasses
-
         some = self.targets.sequences[0]
-        return dataclasses.replace(some, label_mask=np.zeros_like(some.label_mask))
+        return replace(some, label_mask=np.zeros_like(some.label_mask))
 
     def _tensors(self, sequences, ce_weight, kd_weight) -> dict[str, torch.Tensor]:
         batch = self.targets.collate(sequences, ce_weight, kd_weight, self.pad_id)
@@ -186,7 +192,9 @@ class Trainer:
 
     def _checkpoint(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            save_checkpoint(self.directory / "checkpoints", step, self.fusion, self.optimizer, {}, self.optim.keep_checkpoints)
+            save_checkpoint(
+                self.directory / "checkpoints", step, self.fusion, self.optimizer, {}, self.optim.keep_checkpoints
+            )
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
@@ -194,7 +202,9 @@ class Trainer:
         step = 0 if state is None else state["step"]
         if step and self.accelerator.is_main_process:
             print(f"resuming at step {step} of {self.total_steps}", flush=True)
-        if self.accelerator.is_main_process and self.metrics.exists():  # lines after the checkpoint will be written again
+        if (
+            self.accelerator.is_main_process and self.metrics.exists()
+        ):  # lines after the checkpoint will be written again
             kept = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["step"] <= step and step]
             self.metrics.write_text("".join(f"{line}\n" for line in kept))
         return step
@@ -237,6 +247,23 @@ def means(window: list[dict[str, float]]) -> dict[str, float]:
     return {k: float(np.mean([line[k] for line in window if k in line])) for k in keys}
 
 
+def launch(recipe: Recipe) -> Accelerator:
+    """The processes of this run: one, or DDP ranks under torchrun or accelerate launch.
+
+    Raises:
+        ConfigError: a launcher asked for FSDP or DeepSpeed.
+    """
+    cuda = torch.cuda.is_available()
+    precision = recipe.optim.precision if recipe.optim.precision != "auto" else ("bf16" if cuda else "fp32")
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # the other ranks wait while the first one prepares
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not cuda, kwargs_handlers=[patience])
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise ConfigError(
+            f"training runs on one process or under DDP, got {accelerator.distributed_type.value}; launch with torchrun or --multi_gpu"
+        )
+    return accelerator
+
+
 def open_run(run: Run) -> bool:
     """Check the run directory against the recipe; True when the run is already complete.
 
@@ -245,58 +272,62 @@ def open_run(run: Run) -> bool:
         DataError: it holds something else.
     """
     path = run.output_dir / "run.json"
-    if run.options.get("fresh"):
-        if aside := set_aside(run.output_dir):
-            print(f"renamed {run.output_dir} to {aside}", flush=True)
+    if run.options.get("fresh") and (aside := set_aside(run.output_dir)):
+        print(f"renamed {run.output_dir} to {aside}", flush=True)
     if not path.exists():
         if run.output_dir.exists() and any(run.output_dir.iterdir()):
-            raise DataError(f"output must be a run directory or empty, got {run.output_dir} without run.json; give another --output")
+            raise DataError(
+                f"output must be a run directory or empty, got {run.output_dir} without run.json; give another --output"
+            )
         write_json(path, {"status": "running", "recipe": run.recipe.to_dict(), "store": str(run.store_dir), **environment()})
         return False
     old = read_json(path)
     if keys := differing_keys(old["recipe"], run.recipe.to_dict()):
-        raise ConfigError(f"{run.output_dir} holds a run of another recipe ({', '.join(keys)} differ); give another --output, undo the change, or start over with --fresh")
+        raise ConfigError(
+            f"{run.output_dir} holds a run of another recipe ({', '.join(keys)} differ); give another --output, undo the "
+            "change, or start over with --fresh"
+        )
     return old["status"] == "complete"
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Prepare, fuse, save, score and report one recipe; returns scores.json's content (empty without held-out data)."""
+def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
+    """Prepare, fuse, save and score one recipe; returns scores.json's content (empty without held-out data)."""
     recipe, directory = run.recipe, run.output_dir
-    precision = recipe.optim.precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available())
-    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise ConfigError(f"training runs on one process or under DDP, got {accelerator.distributed_type.value}; launch with torchrun or --multi_gpu")
+    accelerator = accelerator or launch(recipe)
     seconds: dict[str, float] = {}
 
-    def timed(phase: str, since: float) -> None:
-        seconds[phase] = round(time.monotonic() - since, 1)
+    @contextlib.contextmanager
+    def timed(phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        seconds[phase] = round(time.monotonic() - start, 1)
 
-    start = time.monotonic()
-    store = None
-    if accelerator.is_main_process:
-        store = prepare(run)
-    accelerator.wait_for_everyone()
-    store = store or Store.load(run.store_dir)
-    timed("prepare", start)
-    start = time.monotonic()
-    trainer = Trainer(recipe, store, directory, accelerator)
-    trainer.train()
-    timed("train", start)
+    with timed("prepare"):
+        if accelerator.is_main_process:
+            prepare(run)
+        accelerator.wait_for_everyone()
+        store = Store.load(run.store_dir)
+    with timed("train"):
+        trainer = Trainer(recipe, store, directory, accelerator)
+        trainer.train()
     scores: dict[str, Any] = {}
     if accelerator.is_main_process:
-        start = time.monotonic()
-        save_fused(trainer.fusion.model, trainer.chat.tokenizer, directory, recipe, trainer.saved_dtype)
-        del trainer
-        if recipe.data.heldout is not None:
-            scores = evaluate(run, store)
-        timed("evaluate", start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        with timed("evaluate"):
+            save_fused(trainer.fusion.model, trainer.chat.tokenizer, directory, recipe, trainer.saved_dtype)
+            del trainer
+            if recipe.data.heldout is not None:
+                scores = evaluate(run, store)
         write_json(
             directory / "run.json",
-            {"status": "complete", "recipe": recipe.to_dict(), "store": str(run.store_dir), **environment(), "seconds": seconds,
-             "peak_rss_bytes": peak, "demo_data": demo_data(recipe)},
+            {
+                "status": "complete",
+                "recipe": recipe.to_dict(),
+                "store": str(run.store_dir),
+                **environment(),
+                "seconds": seconds,
+                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "demo_data": demo_data(recipe),
+            },
         )
     accelerator.wait_for_everyone()
     return scores
@@ -304,25 +335,31 @@ def train(run: Run) -> dict[str, Any]:
 
 def demo_data(recipe: Recipe) -> dict[str, Any] | None:
     """How the bundled demo's data were made imperfect; None for other data."""
-    from profuser.config import BUNDLED_PREFIX, resolve
-
     if not recipe.data.train.startswith(BUNDLED_PREFIX):
         return None
     return read_json(Path(resolve("demo:demo_data.json")))
 
 
 def run_command(argv: list[str]) -> None:
-    run = parse("train", argv, {"fresh": "rename an existing run aside and start over (the store stays)"}, __doc__.split("\n")[0])
-    announce("train", run)
-    if not open_run(run):
-        train(run)
-    elif run.recipe.data.heldout is not None:
-        print(f"{run.output_dir} is complete already; --fresh starts over")
-    if run.recipe.data.heldout is not None:
-        report = write_report(run.output_dir, run.store_dir)
-        print(score_table(read_json(run.output_dir / "scores.json")))
-        print(closing_examples(read_json(run.output_dir / "evaluation.json"), 3))
-        print(f"fused model: {run.output_dir}\nreport: {report}")
+    flags = {"fresh": "rename an existing run aside and start over (the store stays)"}
+    run = parse_run("train", argv, flags, __doc__.split("\n")[0])
+    accelerator = launch(run.recipe)
+    complete = False
+    if accelerator.is_main_process:
+        announce("train", run, accelerator.num_processes)
+        complete = open_run(run)
+    if broadcast_object_list([complete])[0]:
+        accelerator.print(f"{run.output_dir} is complete already; --fresh starts over")
+    else:
+        train(run, accelerator)
+    if accelerator.is_main_process:
+        if run.recipe.data.heldout is not None:
+            report = write_report(run.output_dir, run.store_dir)
+            print(score_table(read_json(run.output_dir / "scores.json")))
+            print(closing_examples(read_json(run.output_dir / "evaluation.json"), 3))
+            print(f"report: {report}")
+        print(f"fused model: {run.output_dir}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,12 @@ def test_without_a_checkpoint_nothing_is_loaded(tmp_path):
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     model, optimizer = trained()
     save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=5)
-    for step, name in ((2, "model.safetensors"), (3, "optimizer.safetensors"), (4, "state.json"), (5, "random.safetensors")):
+    for step, name in (
+        (2, "model.safetensors"),
+        (3, "optimizer.safetensors"),
+        (4, "state.json"),
+        (5, "random.safetensors"),
+    ):
         path = save_checkpoint(tmp_path, step, model, optimizer, {}, keep=5) / name
         path.write_bytes(path.read_bytes()[:-3])
     assert load_newest(tmp_path, model, optimizer)["step"] == 1

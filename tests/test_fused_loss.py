@@ -10,11 +10,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.kernels.fused_loss import fused_loss, fused_loss_torch
 from profuser.kernels.reference import fusion_loss_reference
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from profuser.loss import DEFAULT_BETA, FusedLinearFusionLoss, fused_linear_fusion_loss
 
 # Floor of the allowed error, relative to the largest true entry: a few roundings of the dtype.
@@ -202,7 +202,12 @@ def test_source_tail_scales_the_entries_to_what_it_leaves():
     # 0 and 1 are legal ends: no bucket, and nothing but the bucket.
     case["source_tail"][:, ::2] = 0
     case["source_tail"][:, 1::2] = 1
-    assert_as_accurate_as_reference(case)
+    ours, _ = assert_as_accurate_as_reference(case)
+    case["source_tail"][:, ::2] = -1e-6
+    case["source_tail"][:, 1::2] = 1 + 1e-6
+    rounded = run(fused_linear_fusion_loss, case)
+    for name in ours:
+        assert torch.equal(rounded[name], ours[name]), name
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
@@ -353,7 +358,8 @@ def test_ids_that_cover_the_vocabulary_leave_no_bucket():
     case = make_case(V=6, K=6)
     case["source_ids"] = torch.arange(6, dtype=torch.int32).expand(3, 37, 6).clone()
     case["source_logprobs"] -= 1e-6
-    assert_as_accurate_as_reference(case)
+    for temperature in (1.0, 0.25):
+        assert_as_accurate_as_reference(case, temperature=temperature)
 
 
 @pytest.mark.parametrize("spread", [20.0, 80.0])
@@ -372,11 +378,14 @@ def test_logits_near_eighty_keep_their_probabilities():
     torch.testing.assert_close(ours["dhidden"].double(), truth["dhidden"], rtol=1e-6, atol=1e-7)
 
 
-def test_small_cross_entropy_keeps_its_digits():
+@pytest.mark.parametrize("source", [False, True])
+def test_small_cross_entropy_keeps_its_digits(source):
     """-log(1 - 1e-9) is 0 when it is computed as lse - z."""
     z = torch.zeros(1, 100)
     z[0, 4] = 25.0
     case = with_logits(z, labels=torch.tensor([4]))
+    if source:
+        case |= {"source_ids": torch.tensor([[[4, 7]]]), "source_logprobs": torch.full((1, 1, 2), -1.0), "beta": 0.0}
     ours, truth = run(fused_linear_fusion_loss, case), run(fusion_loss_reference, case, upcast=torch.float64)
     torch.testing.assert_close(ours["loss"].double(), truth["loss"], rtol=1e-6, atol=0)
     torch.testing.assert_close(ours["dhidden"].double(), truth["dhidden"], rtol=1e-6, atol=0)
@@ -390,6 +399,18 @@ def test_target_close_to_the_source(gap):
     top = nearby.log_softmax(1).topk(6)
     case |= {"source_ids": top.indices[None], "source_logprobs": top.values[None], "ce_weight": torch.zeros(37)}
     assert_as_accurate_as_reference(case, scale=1 / (case["labels"] != IGNORE_INDEX).sum().item())
+
+
+def test_masked_columns_of_the_vocabulary():
+    """A bias of -inf, as for rows of the head beyond the tokenizer, on columns outside the ids or without mass."""
+    case = make_case(S=1, B=1)
+    case["labels"][case["labels"] >= 80] = 0
+    case["source_ids"] %= 80
+    case["source_ids"][..., 5] = 81
+    case["source_logprobs"][..., 5] = -math.inf
+    case["bias"][80:] = -math.inf
+    for options in ({}, {"temperature": 2.0}, {"tail": "renormalize"}):
+        assert_as_accurate_as_reference(case, **options)
 
 
 # Which source

@@ -85,7 +85,9 @@ def shifted(shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "row_source": shard["row_source"][kept],
         "row_tail": shard["row_tail"][kept],
         "row_reliability": shard["row_reliability"][kept],
-        "row_offsets": np.concatenate([[0], np.cumsum(np.bincount(sequence[kept], minlength=len(shard["row_offsets"]) - 1))]),
+        "row_offsets": np.concatenate(
+            [[0], np.cumsum(np.bincount(sequence[kept], minlength=len(shard["row_offsets"]) - 1))]
+        ),
         "entry_offsets": np.concatenate([[0], np.cumsum(counts[kept])]),
         "entry_ids": shard["entry_ids"][entries],
         "entry_logprobs": shard["entry_logprobs"][entries],
@@ -119,7 +121,9 @@ def collect(runs: dict[tuple[str, int], Run], seeds: list[int]) -> dict[str, Any
     arms: dict[str, list[dict[str, Any]]] = {}
     for (arm, _), run in runs.items():
         scores, evaluation = read_json(run.output_dir / "scores.json"), read_json(run.output_dir / "evaluation.json")
-        arms.setdefault(arm, []).append({"fused": scores["fused"], "kd": evaluation["kd"]["fused"], "ce": evaluation["ce"]["fused"]})
+        arms.setdefault(arm, []).append(
+            {"fused": scores["fused"], "kd": evaluation["kd"]["fused"], "ce": evaluation["ce"]["fused"]}
+        )
     return {
         "seeds": seeds,
         "sources": scores["sources"],
@@ -179,7 +183,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", default=str(DEFAULT_RECIPE), help="recipe that the arms vary")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="fusion seeds")
     parser.add_argument("--arms", nargs="+", default=[a.name for a in ARMS], choices=[a.name for a in ARMS])
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="directory of the runs and results.json")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/compare"), help="directory of the runs and results.json"
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--write", type=Path, help="Markdown file whose demo section the table replaces")
     args = parser.parse_args(argv)

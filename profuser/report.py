@@ -1,0 +1,329 @@
+"""The report of a finished run: one self-contained report.html and its five pictures, from the files the run left.
+
+Reads run.json, metrics.jsonl, scores.json and evaluation.json of the run directory and summary.json of its store;
+computes nothing but intervals and shares. Intervals are Wilson's for one skill; for a mean over skills and for a
+difference they are combined by MOVER (Zou and Donner 2008: the distances to the limits add in quadrature, so for a
+difference they are Newcombe's). They cover the choice of held-out prompts, not the luck of a seed. Left out on purpose:
+comparisons between runs (profuser.experiments.compare).
+
+    python -m profuser.report runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from profuser import figures
+from profuser.errors import DataError, ProfuserError
+from profuser.figures import Model, Score, visible
+
+Z = 1.959964  # two-sided 95 %
+MAX_TEXT = 2000  # characters of a prompt or response that the page shows
+PICTURES = ("scores", "win_min_ce", "win_vote", "alignment", "curves")
+
+
+def wilson(share: float, count: int | None) -> Score:
+    """A share of `count` trials with its 95 % Wilson interval; without a count the limits are NaN."""
+    if not count or math.isnan(share):
+        return Score(share, math.nan, math.nan)
+    center = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    half = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    return Score(share, max(0.0, center - half), min(1.0, center + half))
+
+
+def mean_score(mean: float, parts: Sequence[Score]) -> Score:
+    """`mean` of independent shares with the MOVER interval of their unweighted mean."""
+    below = math.sqrt(sum((p.value - p.low) ** 2 for p in parts)) / max(len(parts), 1)
+    above = math.sqrt(sum((p.high - p.value) ** 2 for p in parts)) / max(len(parts), 1)
+    return Score(mean, mean - below, mean + above)
+
+
+def difference(after: Score, before: Score) -> Score:
+    """after - before with its MOVER interval (both were asked the same prompts, so it is on the wide side)."""
+    value = after.value - before.value
+    below = math.hypot(after.value - after.low, before.high - before.value)
+    above = math.hypot(after.high - after.value, before.value - before.low)
+    return Score(value, value - below, value + above)
+
+
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"a report needs {path.name}, {path} does not exist; let the run finish or give its directory"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} must be readable JSON, got {error}; write it anew by running the same command again"
+        ) from None
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise DataError(
+            f"{path} must have the keys {', '.join(keys)}, {', '.join(missing)} missing; run the same command again"
+        )
+    return content
+
+
+def _read_metrics(path: Path) -> tuple[list[dict], list[dict], int]:
+    """Training and validation lines (of a step that a resumed run repeats, the last), and how many are unreadable."""
+    training, validation, unreadable = {}, {}, 0
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(
+            f"a report needs metrics.jsonl, {path}: {error.strerror}; let the run finish or give its directory"
+        ) from None
+    for line in filter(str.strip, lines):
+        try:
+            entry = json.loads(line)
+            (validation if "eval" in entry else training)[entry["step"], entry["stage"]] = entry
+        except (ValueError, KeyError, TypeError):  # a line torn by a killed process
+            unreadable += 1
+    by_step = itemgetter("step")
+    return sorted(training.values(), key=by_step), sorted(validation.values(), key=by_step), unreadable
+
+
+def _models(scores: Mapping[str, Any], counts: Mapping[str, int], target: str) -> list[Model]:
+    """Fused, target before, sources. A target that is also a source, with the same scores, appears once."""
+    before = scores["target_before"]
+    rows = [("fused", "fused", scores["fused"])] + ([(target, "target", before)] if before else [])
+    for name, values in scores["sources"].items():
+        if name != target or values != before:
+            rows.append((name, "source", values))
+    models = []
+    for name, role, values in rows:
+        per_skill = {
+            skill: wilson(_number(value), counts.get(skill)) for skill, value in values.items() if skill != "mean"
+        }
+        mean = mean_score(_number(values["mean"]), list(per_skill.values())) if "mean" in values else None
+        models.append(Model(name, role, per_skill | ({"mean": mean} if mean else {})))
+    return models
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _answer(
+    models: Sequence[Model], sources: Sequence[str], target: str, skills: Sequence[str], distilled: bool
+) -> dict[str, Any] | None:
+    """What the page opens with: the fused model against the best single one, and what the target forgot."""
+    fused, others = models[0], [model for model in models[1:] if "mean" in model.scores]
+    if "mean" not in fused.scores or not others:
+        return None
+    best = max(others, key=lambda model: (not math.isnan(model.scores["mean"].value), model.scores["mean"].value))
+    before = next((model for model in models if model.role == "target"), None)
+    answer: dict[str, Any] = {
+        "fused": fused.scores["mean"],
+        "best": best.scores["mean"],
+        "best_name": best.name,
+    }
+    answer["gain"] = difference(answer["fused"], answer["best"])
+    points = abs(100 * answer["gain"].value)
+    verdict = (
+        f"{points:.1f} points {'above' if answer['gain'].value > 0 else 'below'}" if round(points, 1) else "level with"
+    )
+    measure = f"{100 * answer['fused'].value:.1f}\u00a0% correct" + (
+        f" on average over {len(skills)} skills" if len(skills) > 1 else ""
+    )
+    names = f"{', '.join(sources[:-1])} and {sources[-1]}" if len(sources) > 1 else sources[0]
+    what = (
+        f"{names} fused into {target}" if distilled else f"{target} fine-tuned on the ground truth, without its sources"
+    )
+    answer["sentence"] = (
+        f"{what}: {measure}, {verdict} the best single model ({answer['best_name']}, "
+        f"{100 * answer['best'].value:.1f}\u00a0%)."
+    )
+    answer["certain"] = answer["gain"].low > 0 or answer["gain"].high < 0
+    if before:
+        pairs = {skill: (before.scores[skill], fused.scores[skill]) for skill in skills if skill in before.scores}
+        changes = {skill: (*pair, difference(pair[1], pair[0])) for skill, pair in pairs.items()}
+        strongest = max(changes, key=lambda skill: changes[skill][0].value, default=None)
+        fell = [(skill, change[2]) for skill, change in changes.items() if skill != strongest and change[2].value < 0]
+        answer["strongest"] = strongest and (strongest, *changes[strongest])
+        answer["fell"] = sorted(fell, key=lambda item: item[1].value)
+    return answer
+
+
+def _demo(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What demo_data.json records about the flaws of the fusion prompts: shares, about how many that is, rows per file."""
+    rows = record.get("rows", {})
+    flaws = [
+        (name, record[name], round(record[name] * rows.get("fusion", 0)))
+        for name in ("terse", "wrong")
+        if name in record
+    ]
+    return {"flaws": flaws, "rows": rows}
+
+
+def _examples(entries: Sequence[Mapping[str, Any]], sources: Sequence[str], target: str) -> list[dict[str, Any]]:
+    """Per example a card (label, key, text, correct) for each of `sources`, the target before, and the fused model."""
+    labels = {"target_before": f"{target} (target before)"}
+    shown = []
+    for entry in entries:
+        keys = [key for key in (*sources, "target_before", "fused") if key in entry["responses"]]
+        cards = [(labels.get(key, key), key, entry["responses"][key], entry["correct"].get(key)) for key in keys]
+        shown.append({**entry, "cards": cards})
+    return shown
+
+
+def _curves_caption(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> str:
+    parts = ["Thin: as logged; thick: the moving mean."]
+    if len({line["stage"] for line in training}) > 1:
+        parts.insert(
+            0, "Dashed vertical lines: a new stage begins, with its own weights, so the loss does not compare across."
+        )
+    if validation:
+        parts.append("Validation at step 0 is the target before fusion.")
+    if any(line["eval"].get("kd") for line in validation):
+        parts.append("Its KL is to the Min-CE winner.")
+    return " ".join(parts)
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def _points(change: Score) -> str:
+    """`+3.1 points (95 % interval -0.4 to +6.6)`, with a true minus sign."""
+    value, low, high = (round(100 * part, 1) + 0.0 for part in change)  # + 0.0: no "-0.0"
+    text = f"{value:+.1f} points"
+    if not math.isnan(low):
+        text += f" (95 % interval {low:+.1f} to {high:+.1f})"
+    return text.replace("-", "−")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"
+
+
+def _render(**values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        # One place for everything printed: whatever a model wrote, it cannot hide or reorder the page's text.
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "points": _points, "duration": _duration, "shorten": _shorten}
+    return environment.get_template("report.html.j2").render(values)
+
+
+def write_report(run_dir: Path, store_dir: Path) -> Path:
+    """Writes report.html and its five PNGs into `run_dir`.
+
+    Args:
+        run_dir: directory of a finished run: run.json, metrics.jsonl and, unless its recipe has no held-out prompts,
+            scores.json and evaluation.json.
+        store_dir: its store (summary.json).
+    Returns:
+        The path of report.html.
+    Raises:
+        DataError: a directory or file is missing, is no JSON, or lacks a key.
+    """
+    for directory, what in ((run_dir, "run"), (store_dir, "store")):
+        if not directory.is_dir():
+            raise DataError(
+                f"the {what} must be an existing directory, got {directory}; give the one that training wrote"
+            )
+    run = _read_json(run_dir / "run.json", "recipe", "seconds")
+    scores: dict[str, Any] = {"sources": {}, "target_before": {}, "fused": {}}
+    evaluation: dict[str, Any] = {"counts": {}}
+    if run["recipe"].get("data", {}).get("heldout", "") is not None:
+        scores = _read_json(run_dir / "scores.json", *scores)
+        evaluation = _read_json(run_dir / "evaluation.json", *evaluation)
+    summary = _read_json(store_dir / "summary.json", "sources", "target", "examples")
+    training, validation, unreadable = _read_metrics(run_dir / "metrics.jsonl")
+
+    sources, target, counts = summary["sources"], summary["target"], evaluation["counts"]
+    skills = [skill for skill in scores["fused"] if skill != "mean"]
+    models = _models(scores, counts, target)
+    single = {model.name for model in models if model.role == "source"}  # without a target that is shown as "before"
+    min_ce, vote = summary.get("min_ce_wins") or {}, summary.get("vote_wins") or {}
+    alignment = {mode: rows for mode, rows in (summary.get("alignment") or {}).items() if rows}
+    rows = [*skills, "mean"] if len(skills) > 1 else skills
+    figures.draw_scores(run_dir / "scores.png", models, rows)
+    figures.draw_wins(run_dir / "win_min_ce.png", min_ce, sources, "Min-CE")
+    figures.draw_wins(run_dir / "win_vote.png", vote, sources, "vote")
+    figures.draw_alignment(run_dir / "alignment.png", alignment, sources)
+    figures.draw_curves(run_dir / "curves.png", training, validation)
+
+    bits = evaluation.get("bits_per_byte") or {}
+    bits_of = {"fused": bits.get("fused"), f"{target} (target before)": bits.get("target_before")}
+    for name, values in bits.get("sources", {}).items():
+        if name in single:
+            bits_of[name] = values
+    handled = {reason.replace("_", " "): count for reason, count in (summary.get("handled") or {}).items()}
+    if unreadable:
+        handled["unreadable lines of metrics.jsonl"] = unreadable
+    html = _render(
+        answer=_answer(models, sources, target, skills, distilled=run["recipe"].get("schedule") != "sft"),
+        run=run,
+        summary=summary,
+        total_seconds=sum(run["seconds"].values()),
+        demo=_demo(run["demo_data"]) if run.get("demo_data") else None,
+        models=models,
+        rows=rows,
+        counts=counts,
+        bits={name: values for name, values in bits_of.items() if values},
+        wins={"min_ce": min_ce, "vote": vote},
+        judges=summary.get("judges") or {},
+        alignment=alignment,
+        heldout={key: evaluation.get(key) for key in ("ce", "kd")},
+        curves=_curves_caption(training, validation) if training or validation else None,
+        examples=_examples(evaluation.get("examples") or [], [name for name in sources if name in single], target),
+        handled=handled,
+        recipe=yaml.safe_dump(run["recipe"], sort_keys=False, allow_unicode=True, width=100),
+        picture={name: Markup(base64.b64encode((run_dir / f"{name}.png").read_bytes()).decode()) for name in PICTURES},
+    )
+    path = run_dir / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m profuser.report", description="Write report.html and its pictures for a finished run."
+    )
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="directory of a finished run, for instance runs/demo"
+    )
+    parser.add_argument("--store", type=Path, help="directory of its store, if it is not where run.json says")
+    arguments = parser.parse_args(argv)
+    try:
+        if not arguments.run_dir.is_dir():
+            raise DataError(
+                f"RUN_DIR must be an existing directory, got {arguments.run_dir}; give the one that training wrote"
+            )
+        store = arguments.store or Path(_read_json(arguments.run_dir / "run.json", "store")["store"])
+        print(write_report(arguments.run_dir, store))
+    except ProfuserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

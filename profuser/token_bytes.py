@@ -1,0 +1,320 @@
+"""The exact bytes behind every token of a tokenizer, and the byte span of every token in a text.
+
+Alignment compares tokenizers on bytes, so a piece that is one byte off shifts every later distribution without an error
+anywhere. The pieces come from the tokenizer's own decoder (byte-level alphabet; SentencePiece's U+2581 and `<0xNN>`; added tokens
+literal), and `spans` checks on every text that they concatenate to it. What a section of text gets put in front (the
+Prepend normaliser, Metaspace, `add_prefix_space`) is the dummy leading space: part of the piece, not of the text.
+
+Left out on purpose: undoing a normaliser. Where the tokens no longer hold the text's bytes (Qwen-2's NFC on a decomposed
+character) the text is refused with the reason `normaliser`. WordPiece-style continuation marks are not decoded either.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+from tokenizers import Tokenizer
+
+from profuser.errors import DataError
+
+SPACE_MARK = "\u2581"  # SentencePiece's visible space
+WHITESPACE = b" \t\n\r\x0b\x0c"
+
+
+class TokenBytesMismatch(DataError):
+    """The pieces of an encoding do not concatenate to the text; `reason` is "normaliser" or "decoder"."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class TokenBytes:
+    """Exact bytes of every token of a tokenizer.
+
+    Attributes:
+        pieces: per token id its bytes, dummy leading space included; None for a control (special) token and for an id without
+            a token. Ids at or beyond `len(pieces)` (models pad their logits) have no token either.
+        specials: per control token id the string it stands for.
+        fragment: a private `tokenizers.Tokenizer` for text from the middle of a section: no dummy leading space, and the
+            strings of control tokens are plain text.
+    Raises:
+        DataError: the tokenizer has no `tokenizers` backend.
+    """
+
+    def __init__(self, tokenizer):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(
+                f"a tokenizer must have a `tokenizers` backend (tokenizer.json), got {type(tokenizer).__name__}; convert it first"
+            )
+        # Private copies: truncation, padding and encode_special_tokens are state of the backend, which its owner may change.
+        self._config = json.loads(backend.to_str())
+        self._config.update(truncation=None, padding=None)
+        normalizers = list(_flat(self._config["normalizer"], "normalizers"))
+        pre_tokenizers = list(_flat(self._config["pre_tokenizer"], "pretokenizers"))
+        decoders = list(_flat(self._config["decoder"], "decoders"))
+
+        self.specials = {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
+        self._added: dict[int, tuple[bytes, bool, bool]] = {i: (s.encode(), False, False) for i, s in self.specials.items()}
+        for token in self._config["added_tokens"]:
+            self._added[token["id"]] = (token["content"].encode(), token["lstrip"], token["rstrip"])
+            if token["special"]:
+                self.specials[token["id"]] = token["content"]
+
+        byte_level = any(part["type"] == "ByteLevel" for part in decoders + pre_tokenizers)
+        self._marked = not byte_level and any(
+            part["type"] == "Metaspace" or (part["type"] == "Replace" and part["pattern"] == {"String": SPACE_MARK})
+            for part in decoders
+        )
+        fallback = self._config["model"].get("byte_fallback") or any(part["type"] == "ByteFallback" for part in decoders)
+        if fallback:  # trained with the byte tokens declared special: bytes all the same
+            for i in [i for i, (content, *_) in self._added.items() if _is_byte_token(content.decode())]:
+                del self._added[i]
+                self.specials.pop(i, None)
+        vocab = tokenizer.get_vocab()
+        self.pieces: list[bytes | None] = [None] * (max(vocab.values(), default=-1) + 1)
+        for token, i in vocab.items():
+            if i in self.specials:
+                continue
+            if i in self._added:
+                self.pieces[i] = self._added[i][0]
+            elif byte_level:
+                self.pieces[i] = _byte_level_piece(token)
+            elif fallback and _is_byte_token(token):
+                self.pieces[i] = bytes([int(token[3:5], 16)])
+            else:
+                self.pieces[i] = (token.replace(SPACE_MARK, " ") if self._marked else token).encode()
+
+        self._control_id = {content: i for i, content in self.specials.items()}
+        longest_first = sorted(self._control_id, key=len, reverse=True)  # as the tokenizer matches them
+        self._control = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+        # Who puts a space in front of which section: "" (nobody), "always" (even before a space), "missing" (unless there
+        # is one already), "first" (as missing, but only at the beginning of the text).
+        self._dummy = ""
+        if any(part["type"] == "Prepend" and part["prepend"] in (SPACE_MARK, " ") for part in normalizers):
+            self._dummy = "always"
+        for part in pre_tokenizers:
+            if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
+                self._dummy = {"always": "missing", "first": "first"}[part.get("prepend_scheme", "always")]
+            elif part["type"] == "ByteLevel" and part["add_prefix_space"]:
+                self._dummy = "missing"
+
+    @functools.cached_property
+    def _whole(self) -> Tokenizer:
+        return Tokenizer.from_str(json.dumps(self._config))
+
+    @functools.cached_property
+    def fragment_config(self) -> dict:
+        """tokenizer.json of `fragment`."""
+        config = dict(self._config)
+        config["normalizer"] = _without(config["normalizer"], "normalizers", lambda part: part["type"] == "Prepend")
+        config["pre_tokenizer"] = _without_dummy(config["pre_tokenizer"])
+        return config
+
+    @functools.cached_property
+    def fragment(self) -> Tokenizer:
+        fragment = Tokenizer.from_str(json.dumps(self.fragment_config))
+        fragment.encode_special_tokens = True
+        return fragment
+
+    @functools.cached_property
+    def _section(self) -> Tokenizer:
+        section = Tokenizer.from_str(json.dumps(self._config))
+        section.encode_special_tokens = True
+        return section
+
+    @functools.cached_property
+    def _normalizer(self):
+        """What the normaliser does to the text itself, without SentencePiece's marks; None when nothing."""
+        reduced = _without(
+            self._config["normalizer"],
+            "normalizers",
+            lambda part: part["type"] == "Prepend" or (part["type"] == "Replace" and part["content"] == SPACE_MARK),
+        )
+        model = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
+        return Tokenizer.from_str(json.dumps({"version": "1.0", "normalizer": reduced, "model": model})).normalizer
+
+    def normalised(self, text: str) -> str:
+        """`text` as the tokenizer's normaliser changes it, without dummy spaces and marks (NFC for Qwen-2)."""
+        return text if self._normalizer is None else self._normalizer.normalize_str(text)
+
+    def seen(self, text: str) -> str:
+        """`text` as its tokens hold it: normalised, and without SentencePiece's literal marks. Encodes to the same ids."""
+        text = self.normalised(text)
+        return text.replace(SPACE_MARK, " ") if self._marked else text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a rendered conversation: control strings in it become control tokens, no bos or eos is added."""
+        return self._whole.encode(text, add_special_tokens=False).ids
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
+        """Ids of a text given in parts (string, literal): control strings in a literal part stay plain text.
+
+        Equal to `encode` of the whole where no literal part holds a control string: merges across parts happen as they would,
+        because only the control tokens of the other parts cut the text into the sections that are encoded on their own.
+        Raises:
+            TokenBytesMismatch: a section's text has no tokens of its own (reason "decoder").
+        """
+        ids: list[int] = []
+        section = ""
+        at_start = True
+        skip_whitespace = False
+
+        def flush() -> None:
+            # A Metaspace of scheme "first" puts its dummy space at the beginning of the text and nowhere else.
+            encoder = self._section if at_start or self._dummy != "first" else self.fragment
+            encoded = encoder.encode(section, add_special_tokens=False).ids
+            control = next((i for i in encoded if i in self.specials), None)
+            if control is not None:  # an unknown character, or a model that finds control strings in its own vocabulary
+                raise TokenBytesMismatch(
+                    f"text must not become control tokens, {section!r} holds {self.specials[control]!r}; skip this example", "decoder"
+                )
+            ids.extend(encoded)
+
+        for text, literal in parts:
+            pieces = [text] if literal or self._control is None else self._control.split(text)
+            for n, piece in enumerate(pieces):
+                if n % 2 == 0:
+                    section += piece.lstrip() if skip_whitespace and not section else piece
+                    continue
+                i = self._control_id[piece]
+                _, lstrip, rstrip = self._added[i]
+                section = section.rstrip() if lstrip else section
+                flush()
+                ids.append(i)
+                section, at_start, skip_whitespace = "", False, rstrip
+        flush()
+        return ids
+
+    def has_control(self, text: str) -> bool:
+        """Whether the string of a control token stands literally in `text`."""
+        return self._control is not None and self._control.search(text) is not None
+
+    def of(self, ids: Sequence[int]) -> bytes:
+        """Bytes of the tokens one after the other; control tokens and unknown ids have none."""
+        return b"".join(self.pieces[i] or b"" for i in ids if 0 <= i < len(self.pieces))
+
+    def spans(self, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
+        """Byte span (begin, end) of every token in `text`.
+
+        A token with a dummy leading space begins at -1 at the beginning of the text; in the middle (after an added token)
+        it begins at the first byte of its section. Spans are monotone and cover the text. Control tokens are zero-width
+        unless they stand literally in the text; an added token with `lstrip`/`rstrip` covers the whitespace that it takes.
+        Raises:
+            TokenBytesMismatch: the pieces do not concatenate to the text.
+        """
+        data = text.encode()
+        spans: list[tuple[int, int]] = []
+        position = 0
+        section_begins = True
+        for i in ids:
+            added = self._added.get(i)
+            if added is not None:
+                content, lstrip, rstrip = added
+                begin = _skip_whitespace(data, position) if lstrip else position
+                if data.startswith(content, begin):
+                    end = begin + len(content)
+                    end = _skip_whitespace(data, end) if rstrip else end
+                elif i in self.specials:
+                    end = position
+                else:
+                    raise self._mismatch(text, position)
+                spans.append((position, end))
+                position = end
+                section_begins = True
+                continue
+            piece = self.pieces[i] if 0 <= i < len(self.pieces) else None
+            if piece is None:
+                raise self._mismatch(text, position)
+            begin = position
+            if section_begins:
+                if self._has_dummy(piece, data, position):
+                    piece = piece[1:]
+                    begin = position - 1 if position == 0 else position
+                section_begins = False
+            end = position + len(piece)
+            if data[position:end] != piece:
+                raise self._mismatch(text, position)
+            spans.append((begin, end))
+            position = end
+        if position != len(data):
+            raise self._mismatch(text, position)
+        return spans
+
+    def _has_dummy(self, piece: bytes, data: bytes, position: int) -> bool:
+        if not self._dummy or not piece.startswith(b" ") or position == len(data):
+            return False
+        if self._dummy == "always":
+            return True
+        if self._dummy == "first" and position > 0:
+            return False
+        return not data.startswith((b" ", SPACE_MARK.encode()), position)
+
+    def _mismatch(self, text: str, position: int) -> TokenBytesMismatch:
+        reason = "normaliser" if self.normalised(text) != text else "decoder"
+        near = text.encode()[max(position - 8, 0) : position + 16].decode(errors="replace")
+        return TokenBytesMismatch(
+            f"the tokens' bytes must concatenate to the text, they differ at byte {position} ({near!r}, {reason}); skip this example",
+            reason,
+        )
+
+
+def _flat(part: dict | None, key: str) -> Iterator[dict]:
+    """The parts of a tokenizer.json component, its nested sequences opened."""
+    if part is not None and part["type"] == "Sequence":
+        for inner in part[key]:
+            yield from _flat(inner, key)
+    elif part is not None:
+        yield part
+
+
+def _without(part: dict | None, key: str, drop) -> dict | None:
+    """The component without the parts for which `drop` holds."""
+    kept = [inner for inner in _flat(part, key) if not drop(inner)]
+    return {"type": "Sequence", key: kept} if kept else None
+
+
+def _without_dummy(part: dict | None) -> dict | None:
+    """The pre-tokenizer, with nothing put in front of a section."""
+    if part is None:
+        return None
+    part = dict(part)
+    if part["type"] == "Sequence":
+        part["pretokenizers"] = [_without_dummy(inner) for inner in part["pretokenizers"]]
+    elif part["type"] == "Metaspace":
+        part["prepend_scheme"] = "never"
+        part.pop("add_prefix_space", None)
+    elif part["type"] == "ByteLevel":
+        part["add_prefix_space"] = False
+    return part
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's byte-level alphabet: printable Latin-1 stands for itself, the other bytes follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+def _byte_level_piece(token: str) -> bytes:
+    alphabet = _byte_alphabet()
+    try:
+        return bytes(alphabet[c] for c in token)
+    except KeyError:  # not of the alphabet: the ByteLevel decoder, too, then takes the characters as they are
+        return token.encode()
+
+
+def _is_byte_token(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _skip_whitespace(data: bytes, position: int) -> int:
+    while position < len(data) and data[position] in WHITESPACE:
+        position += 1
+    return position

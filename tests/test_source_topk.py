@@ -1,0 +1,199 @@
+"""A source's top-k and cross-entropy against the dense reference, and the order of equal logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from profuser.kernels.common import IGNORE_INDEX
+from profuser.kernels.reference import source_topk_reference
+from profuser.kernels.source_topk import source_topk, source_topk_from_logits
+
+NAMES = ("ids", "logprobs", "lse", "ce")
+FLOOR = 5e-7  # of the largest true entry: a few roundings of fp32
+
+
+def make_case(dtype=torch.float32, N=37, D=20, V=83, spread=1.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(V, (N,), generator=g)
+    labels[::5] = IGNORE_INDEX
+    return {
+        "hidden": (torch.randn(N, D, generator=g) * spread).to(dtype),
+        "weight": (torch.randn(V, D, generator=g) / D**0.5).to(dtype),
+        "labels": labels,
+        "bias": torch.randn(V, generator=g).to(dtype),
+    }
+
+
+def upcast(case):
+    return {k: v.double() if k in ("hidden", "weight", "bias") else v for k, v in case.items()}
+
+
+def assert_as_accurate_as_reference(case, k, chunk_size=8, **options):
+    truth = source_topk_reference(**upcast(case), k=k, **options)
+    same_dtype = source_topk_reference(**case, k=k, **options)
+    ours = source_topk(**case, k=k, chunk_size=chunk_size, **options)
+    for name, found, same, true in zip(NAMES, ours, same_dtype, truth, strict=True):
+        assert found.shape == true.shape, name
+        assert found.dtype == (torch.int32 if name == "ids" else torch.float32), name
+        if name == "ids":
+            assert torch.equal(found.long(), true)
+            continue
+        error = (found.double() - true).abs().max().item()
+        allowed = 2 * (same.double() - true).abs().max().item() + FLOOR * true.abs().max().item()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 10, 83])
+def test_top_k_is_as_accurate_as_the_dense_reference(dtype, temperature, k):
+    assert_as_accurate_as_reference(make_case(dtype), k, temperature=temperature)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (123, 17, 251), (64, 8, 128)])
+@pytest.mark.parametrize("chunk_size", [None, 1, 50])
+def test_ragged_shapes(shape, chunk_size):
+    N, D, V = shape
+    case = make_case(torch.float64, N=N, D=D, V=V)
+    truth = source_topk_reference(**case, k=min(3, V))
+    for found, true in zip(source_topk(**case, k=min(3, V), chunk_size=chunk_size), truth, strict=True):
+        torch.testing.assert_close(found, true.to(found.dtype))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("logit_scale", [1.0, 0.3])
+def test_softcap_and_scale(softcap, logit_scale):
+    assert_as_accurate_as_reference(make_case(), 7, softcap=softcap, logit_scale=logit_scale, temperature=1.5)
+    case = make_case() | {"bias": None}
+    ours = source_topk(**case, k=7, softcap=softcap, logit_scale=logit_scale)
+    expected = source_topk_reference(**case, k=7, softcap=softcap, logit_scale=logit_scale)
+    for found, true in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, true.to(found.dtype))
+
+
+def test_log_probabilities_belong_to_the_whole_vocabulary():
+    case = make_case()
+    logits = case["hidden"] @ case["weight"].T + case["bias"]
+    ids, logprobs, lse, ce = source_topk(**case, k=83, temperature=2.0)
+    expected = (logits / 2).log_softmax(1)
+    torch.testing.assert_close(logprobs, expected.gather(1, ids.long()))
+    torch.testing.assert_close(logprobs.logsumexp(1), torch.zeros(37), rtol=0, atol=1e-6)
+    torch.testing.assert_close(lse, (logits / 2).logsumexp(1))
+    torch.testing.assert_close(ce, F.cross_entropy(logits, case["labels"], reduction="none"))
+
+
+def test_ignored_rows_have_no_cross_entropy_but_a_top_k():
+    case = make_case()
+    ids, logprobs, _, ce = source_topk(**case, k=5)
+    ignored = case["labels"] == IGNORE_INDEX
+    assert not ce[ignored].any()
+    assert (ce[~ignored] > 0).all()
+    case["labels"] = torch.zeros_like(case["labels"])
+    again = source_topk(**case, k=5)
+    assert torch.equal(ids, again[0])
+    assert torch.equal(logprobs, again[1])
+
+
+def test_equal_logits_rank_by_ascending_id():
+    logits = torch.zeros(4, 40)
+    logits[1, 10:30] = 1.0
+    logits[2, [35, 3, 17]] = 2.0
+    logits[3, ::2] = -0.0
+    labels = torch.zeros(4, dtype=torch.long)
+    ids, _, _, _ = source_topk_from_logits(logits, labels, 5)
+    assert ids.tolist() == [[0, 1, 2, 3, 4], [10, 11, 12, 13, 14], [3, 17, 35, 0, 1], [0, 1, 2, 3, 4]]
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(6, (200, 50), generator=generator).float()
+    for k in (1, 7, 49, 50):
+        ids, _, _, _ = source_topk_from_logits(coarse, torch.zeros(200, dtype=torch.long), k, chunk_size=64)
+        assert torch.equal(ids.long(), coarse.sort(dim=1, descending=True, stable=True).indices[:, :k])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_give_the_same_as_hidden_states(dtype):
+    case = make_case()
+    logits = (case["hidden"] @ case["weight"].T + case["bias"]).to(dtype)
+    before = logits.clone()
+    identity = {"hidden": logits, "weight": torch.eye(83, dtype=dtype), "labels": case["labels"]}
+    expected = source_topk_reference(**upcast(identity), k=6, temperature=1.7)
+    for found, true in zip(
+        source_topk_from_logits(logits, case["labels"], 6, temperature=1.7, chunk_size=8), expected, strict=True
+    ):
+        torch.testing.assert_close(found, true.to(found.dtype), rtol=1e-6, atol=1e-6)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("spread", [20.0, 80.0])
+def test_large_logits(spread):
+    assert_as_accurate_as_reference(make_case(spread=spread), 10)
+
+
+def test_small_cross_entropy_keeps_its_digits():
+    logits = torch.zeros(1, 100)
+    logits[0, 4] = 25.0
+    _, _, _, ce = source_topk_from_logits(logits, torch.tensor([4]), 3)
+    assert ce.item() == pytest.approx(math.log1p(99 * math.exp(-25)), rel=1e-6)
+
+
+def test_a_gold_token_without_probability_has_infinite_cross_entropy():
+    logits = torch.zeros(2, 8)
+    logits[0, 3] = -math.inf
+    logits[1, 3] = -500.0
+    _, _, _, ce = source_topk_from_logits(logits, torch.tensor([3, 3]), 2)
+    assert ce[0] == math.inf
+    assert ce[1].item() == pytest.approx(500 + math.log(7))
+
+
+def test_no_graph_is_recorded():
+    case = make_case()
+    case["weight"].requires_grad_()
+    assert not any(result.requires_grad for result in source_topk(**case, k=3))
+
+
+def test_no_tensor_is_larger_than_a_chunk_of_logits():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor, described in zip(out if isinstance(out, tuple) else (out,), func._schema.returns, strict=False):
+                if isinstance(tensor, torch.Tensor) and described.alias_info is None:
+                    self.size = max(self.size, tensor.numel())
+            return out
+
+    case = make_case(N=500, D=4, V=300)
+    for k in (3, 10):
+        with Largest() as largest:
+            source_topk(**case, k=k, chunk_size=20, temperature=2.0)
+        assert largest.size <= max(20 * 300, 500 * k)
+
+
+def test_no_rows():
+    case = make_case()
+    case |= {"hidden": case["hidden"][:0], "labels": case["labels"][:0]}
+    assert [tuple(result.shape) for result in source_topk(**case, k=4)] == [(0, 4), (0, 4), (0,), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 0}, r"k must be in 1..83 .*got 0"),
+        ({"k": 84}, r"k must be in 1..83 .*got 84"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"labels": torch.full((37,), 83)}, "labels must be in .*got 83"),
+        ({"labels": torch.zeros(36, dtype=torch.long)}, r"labels must be \(N,\) with N=37"),
+        ({"weight": torch.zeros(83, 19)}, r"weight must be \(V, D\)"),
+        ({"chunk_size": 0}, "chunk_size must be >= 1"),
+    ],
+)
+def test_wrong_arguments_name_the_rule_the_value_and_the_fix(changes, message):
+    with pytest.raises(ValueError, match=message):
+        source_topk(**(make_case() | {"k": 5} | changes))
+
+
+def test_logits_with_a_batch_axis_are_refused():
+    with pytest.raises(ValueError, match=r"logits must be \(N, V\)"):
+        source_topk_from_logits(torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.long), 1)

@@ -1,0 +1,289 @@
+"""The chain end to end on the bundled models with a handful of prompts, and the trainer's promises."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, small_run
+
+from profuser.errors import ConfigError, NonFiniteError
+from profuser.fusion_model import FusionModel
+from profuser.store import Store
+from profuser.targets import TRAIN, Targets
+from profuser.train import Trainer, open_run, train
+
+
+def trainer(run, store, directory, **optim):
+    directory.mkdir(parents=True, exist_ok=True)
+    recipe = replace(run.recipe, optim=replace(run.recipe.optim, **optim))
+    return Trainer(recipe, store, directory, Accelerator(cpu=True))
+
+
+def weights(t):
+    return {n: p.detach().clone() for n, p in t.fusion.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tmp_path_factory):
+    directory, run, _ = prepared
+    run = replace(run, recipe=replace(run.recipe, output=str(tmp_path_factory.mktemp("finished") / "run")))
+    assert not open_run(run)
+    scores = train(run)
+    return run, scores
+
+
+def test_scores_cover_every_source_the_target_before_and_the_fused_model(finished):
+    run, scores = finished
+    assert json.loads((run.output_dir / "scores.json").read_text()) == scores
+    assert set(scores) == {"sources", "target_before", "fused"}
+    assert set(scores["sources"]) == {s.name for s in run.recipe.sources}
+    for table in (*scores["sources"].values(), scores["target_before"], scores["fused"]):
+        assert set(table) == {"knowledge", "reasoning", "safety", "mean"}
+        assert all(0 <= v <= 1 for v in table.values())
+    assert scores["target_before"] == scores["sources"][run.recipe.target]
+
+
+def test_the_output_directory_loads_and_generates(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(run.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(run.output_dir)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "How does a bozun taste?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    out = model.generate(ids, max_new_tokens=5)
+    assert out.shape[1] > ids.shape[1]
+
+
+def test_the_run_directory_says_what_was_done(finished):
+    run, _ = finished
+    record = json.loads((run.output_dir / "run.json").read_text())
+    assert record["status"] == "complete"
+    assert set(record["seconds"]) == {"prepare", "train", "evaluate"}
+    lines = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval" in line] == [0, 2, 4]
+    stages = {line["step"]: line["stage"] for line in lines if "eval" not in line}
+    assert stages == {1: 0, 2: 0, 3: 1, 4: 1}
+    first, last = (next(line for line in lines if line["step"] == s and "eval" not in line) for s in (1, 4))
+    assert "ce_train" not in first
+    assert {"ce_train", "kd_train", "ce_infer", "kd_infer"} <= set(last)
+
+
+def test_a_complete_run_is_not_run_again_and_another_recipe_is_refused(finished):
+    run, _ = finished
+    assert open_run(run)
+    other = replace(run, recipe=replace(run.recipe, seed=7))
+    with pytest.raises(ConfigError, match="seed differ"):
+        open_run(other)
+
+
+def test_resuming_after_an_interruption_equals_the_uninterrupted_run(prepared, tmp_path):
+    _, run, store = prepared
+    whole = trainer(run, store, tmp_path / "whole")
+    whole.train()
+    part = trainer(run, store, tmp_path / "part")
+    step = part._step
+
+    def interrupt(number, stage):
+        result = step(number, stage)
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    part._step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        part.train()
+    resumed = trainer(run, store, tmp_path / "part")
+    resumed.train()
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values()))
+    logged = [json.loads(line) for line in (tmp_path / "part/metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    for a, b in zip(logged, expected, strict=True):
+        assert {**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0}
+
+
+def test_gradients_do_not_depend_on_the_micro_batch_size(prepared, tmp_path):
+    _, run, store = prepared
+    after = []
+    for size in (1, 3, 4):
+        t = trainer(run, store, tmp_path / str(size), micro_batch_size=size, grad_clip=1e9)
+        t.optimizer = torch.optim.SGD(t.fusion.parameters(), lr=1.0)
+        metrics = t._step(3, t.stages[1])
+        after.append((weights(t), metrics))
+    for other, metrics in after[1:]:
+        assert metrics["loss"] == pytest.approx(after[0][1]["loss"], rel=1e-5)
+        for name, value in after[0][0].items():
+            torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_each_mode_is_normalised_by_its_own_tokens(prepared, tmp_path):
+    """The step's loss equals the formula, computed densely from the model's own logits."""
+    _, run, store = prepared
+    t = trainer(run, store, tmp_path / "n")
+    stage = t.stages[1]
+    batch = [s for i in range(4) for s in t._instruction(0, i)]
+    expected = 0.0
+    for mode, w in ((TRAIN, stage.train_weight), (1 - TRAIN, stage.infer_weight)):
+        ce = kd = n = 0.0
+        for s in (s for s in batch if s.mode == mode):
+            ids = torch.tensor(s.input_ids.astype("int64"))[None]
+            with torch.no_grad():
+                logq = torch.log_softmax(t.fusion.model(ids).logits[0].double(), -1)
+            positions = s.label_mask.nonzero()[0]
+            ce -= float(sum(logq[p - 1, s.input_ids[p]] for p in positions))
+            n += len(positions)
+            winner = int(s.source_ce.argmin())
+            for r in range(len(s.row_position)):
+                if s.row_source[r] != winner:
+                    continue
+                part = slice(s.entry_offsets[r], s.entry_offsets[r + 1])
+                p = torch.tensor(s.entry_logprobs[part].astype("float64")).exp()
+                tail = min(max(float(s.row_tail[r]), 0.0), 1.0)
+                p = p / p.sum() * (1 - tail)
+                q = logq[s.row_position[r] - 1].exp()
+                ids_ = torch.tensor(s.entry_ids[part].astype("int64"))
+                kd += float((p * (p.log() - q[ids_].log())).sum())
+                rest = 1 - float(q[ids_].sum())
+                kd += tail * (torch.tensor(tail).log() - torch.tensor(rest).log()).item() if tail > 0 else 0.0
+        expected += w * (ce + stage.beta * kd) / n
+    assert t._step(0, stage)["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_nan_in_a_source_stops_the_run_and_names_it(prepared, tmp_path):
+    _, run, store = prepared
+    t = trainer(run, store, tmp_path / "nan")
+    for s in t.targets.sequences:
+        s.entry_logprobs = s.entry_logprobs * float("nan")
+    with pytest.raises(NonFiniteError, match="training example"):
+        t._step(0, t.stages[0])
+
+
+def test_padding_and_batch_mates_do_not_change_a_sequences_loss(prepared):
+    from profuser.config import SourceConfig
+    from profuser.models import load_model
+
+    _, run, store = prepared
+    targets = Targets(store, "train")
+    model = FusionModel(load_model(SourceConfig(name="g", model="demo:" + run.recipe.target), torch.float32)).eval()
+    sequences = targets.sequences[:6]
+
+    def losses(group):
+        batch = targets.collate(group, (1.0, 1.0), (1.0, 1.0), 0)
+        out = model(**batch, reduction="sum", return_stats=True)
+        return (out["ce"] + out["kd"]).view(len(group), -1).sum(1)
+
+    with torch.no_grad():
+        together = losses(sequences)
+        alone = torch.cat([losses([s]) for s in sequences])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_damaged_store_is_repaired_before_training(prepared, tmp_path):
+    import shutil
+
+    from profuser.prepare import prepare
+
+    directory, run, store = prepared
+    shutil.copytree(directory / "store", tmp_path / "store")
+    victim = sorted((tmp_path / "store/targets").iterdir())[0]
+    original = victim.read_bytes()
+    victim.write_bytes(original[:-7])
+    copy = replace(run, recipe=replace(run.recipe, store=str(tmp_path / "store")))
+    assert prepare(copy).complete
+    assert victim.read_bytes() == original
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_keeps_what_was_finished_and_the_same_command_goes_on(tmp_path, number, code):
+    run = small_run(tmp_path)
+    arguments = [
+        sys.executable, "-m", "profuser.train",
+        f"--data.train={run.recipe.data.train}", f"--data.validation={run.recipe.data.validation}",
+        f"--data.heldout={run.recipe.data.heldout}", f"--store={tmp_path / 'store'}", f"--output={tmp_path / 'run'}",
+        "--generation.max_new_tokens=16", "--capture.shard_size=5", "--optim.steps=4", "--optim.batch_size=4",
+    ]  # fmt: skip
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "store/capture").glob("*")) if (tmp_path / "store/capture").exists() else True:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    before = {n for n in json.loads((tmp_path / "store/manifest.json").read_text())["shards"]}
+    assert before
+    times = {
+        n: (tmp_path / "store" / f"{n}.safetensors").stat().st_mtime_ns
+        for n in before
+        if (tmp_path / "store" / f"{n}.safetensors").exists()
+    }
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Store.load(tmp_path / "store").complete
+    for name, written in times.items():
+        assert (tmp_path / "store" / f"{name}.safetensors").stat().st_mtime_ns == written
+    assert (tmp_path / "run/report.html").exists()
+
+
+def command(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--no-such-key", "1"], 2, "no-such-key"),
+        (["--optim.lr", "fast"], 2, "optim.lr"),
+        (["--data.train", "missing.jsonl", "--output", "{tmp}/r", "--store", "{tmp}/s"], 3, "missing.jsonl"),
+        (["--config", "{tmp}/no_sources.yaml"], 2, "sources"),
+        (["--config", "{tmp}/missing_model.yaml", "--output", "{tmp}/r", "--store", "{tmp}/s"], 3, "/no/such/model"),
+    ],
+)
+def test_bad_input_gets_one_line_and_its_exit_code(tmp_path, arguments, code, expected):
+    (tmp_path / "no_sources.yaml").write_text("target: a\ndata: {train: 'demo:fusion.jsonl'}\n")
+    (tmp_path / "missing_model.yaml").write_text(
+        "sources: [{name: a, model: /no/such/model}]\ntarget: a\ndata: {train: 'demo:fusion.jsonl'}\nschedule: sft\n"
+    )
+    result = command("profuser.train", *[a.format(tmp=tmp_path) for a in arguments])
+    assert result.returncode == code, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert expected in errors[0]
+
+
+def test_two_ranks_take_the_same_steps_as_one(prepared, tmp_path):
+    """Data parallelism: losses, gradient norms and held-out CE of two processes equal those of one."""
+    directory, run, _ = prepared
+    arguments = [
+        f"--data.train={run.recipe.data.train}", f"--data.validation={run.recipe.data.validation}",
+        f"--data.heldout={run.recipe.data.heldout}", f"--store={directory / 'store'}", "--generation.max_new_tokens=24",
+        "--capture.shard_size=5", "--optim.steps=4", "--optim.batch_size=3", "--optim.micro_batch_size=1",
+        "--optim.log_every=1",
+    ]  # fmt: skip
+    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "-m", "profuser.train"]
+    lines = []
+    for name, program in (("two", launch), ("one", ["profuser.train"])):
+        result = command(*program, *arguments, f"--output={tmp_path / name}")
+        assert result.returncode == 0, result.stderr
+        assert ("2 processes" in result.stdout) == (name == "two")
+        lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+    for two, one in zip(*lines, strict=True):
+        assert two.keys() == one.keys()
+        for key in ("loss", "ce_infer", "kd_train", "grad_norm"):
+            if key in one:
+                assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (key, one["step"])
+        if "eval" in one:
+            assert two["eval"]["ce"] == pytest.approx(one["eval"]["ce"], rel=1e-3)
