@@ -15,6 +15,7 @@ import transformers
 
 from profuser.errors import OutOfMemoryError, ProfuserError, Terminated
 
+
 def main_of(command: Callable[[list[str]], None]) -> None:
     """Run a command with sys.argv and end the process with its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

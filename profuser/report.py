@@ -159,13 +159,10 @@ def _answer(
 
 
 def _demo(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What demo_data.json records about the flaws of the fusion prompts: shares, about how many that is, rows per file."""
+    """What demo_data.json records: the flaws of the fusion prompts (name, share, about how many) and rows per file."""
     rows = record.get("rows", {})
-    flaws = [
-        (name, record[name], round(record[name] * rows.get("fusion", 0)))
-        for name in ("terse", "wrong")
-        if name in record
-    ]
+    shares = [(name, record[name]) for name in ("terse", "wrong") if name in record]
+    flaws = [(name, share, round(share * rows.get("fusion", 0))) for name, share in shares]
     return {"flaws": flaws, "rows": rows}
 
 

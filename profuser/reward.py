@@ -28,7 +28,6 @@ def vote(scores: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, np.ndarr
         winner: int (E,), -1 where nothing is eligible.
         votes: float (E, C), summed over the judges.
     """
-    examples, judges, candidates = scores.shape
     scores = np.where(eligible[:, None, :], scores.astype(np.float64), -np.inf)
     broken = np.isnan(scores).any(-1)  # (E, R)
     counted = eligible[:, None, :] & ~broken[..., None] & np.isfinite(scores)
@@ -45,8 +44,8 @@ def vote(scores: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, np.ndarr
     votes = (top / np.maximum(top.sum(-1, keepdims=True), 1)).sum(1)
     judging = np.maximum((~broken).sum(1), 1)
     mean_z = z.sum(1) / judging[:, None]
-    winner = np.full(examples, -1)
-    for e in range(examples):
+    winner = np.full(len(scores), -1)
+    for e in range(len(scores)):
         open_to = np.flatnonzero(eligible[e])
         if len(open_to):
             winner[e] = min(open_to, key=lambda c: (-round(votes[e, c], 9), -round(mean_z[e, c], 9), c))

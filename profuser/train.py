@@ -71,13 +71,13 @@ class Trainer:
 
     def train(self) -> None:
         """Run (or go on with) all stages; checkpoints and raises on Ctrl-C or SIGTERM at the end of a step."""
-        step = self._resume()
-        if step == 0:
+        start = self._resume()
+        if start == 0:
             self._evaluate(0, 0)
         with Progress("fuse", self.total_steps, "steps", self.accelerator.is_main_process) as bar, self._catch_signals():
-            bar.update(step)
+            bar.update(start)
             window: list[dict[str, float]] = []
-            for step in range(step, self.total_steps):
+            for step in range(start, self.total_steps):
                 index = stage_at(self.stages, step)
                 stage = self.stages[index]
                 window.append(self._step(step, stage))

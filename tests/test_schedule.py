@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_schedules_share_the_same_number_of_steps(recipe):
         stages = plan(replace(recipe, schedule=schedule, optim=replace(recipe.optim, steps=101)), 100)
         assert stages[0].first == 0
         assert stages[-1].stop == 101
-        assert all(a.stop == b.first for a, b in zip(stages, stages[1:]))
+        assert all(a.stop == b.first for a, b in pairwise(stages))
 
 
 def test_epochs_become_steps(recipe):
@@ -62,4 +63,4 @@ def test_learning_rate_warms_up_and_decays_within_each_stage(recipe):
         assert max(rates) == pytest.approx(1.0)
         assert rates.index(max(rates)) in (9, 10)
         assert rates[-1] == pytest.approx(0.2, abs=0.01)
-        assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+        assert all(a >= b for a, b in pairwise(rates[10:]))

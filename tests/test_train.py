@@ -32,7 +32,7 @@ def weights(t):
 
 @pytest.fixture(scope="module")
 def finished(prepared, tmp_path_factory):
-    directory, run, _ = prepared
+    _, run, _ = prepared
     run = replace(run, recipe=replace(run.recipe, output=str(tmp_path_factory.mktemp("finished") / "run")))
     assert not open_run(run)
     scores = train(run)
@@ -191,7 +191,7 @@ def test_a_damaged_store_is_repaired_before_training(prepared, tmp_path):
 
     from profuser.prepare import prepare
 
-    directory, run, store = prepared
+    directory, run, _ = prepared
     shutil.copytree(directory / "store", tmp_path / "store")
     victim = sorted((tmp_path / "store/targets").iterdir())[0]
     original = victim.read_bytes()
