@@ -353,12 +353,11 @@ def run_command(argv: list[str]) -> None:
     else:
         train(run, accelerator)
     if accelerator.is_main_process:
+        report = write_report(run.output_dir, run.store_dir)
         if run.recipe.data.heldout is not None:
-            report = write_report(run.output_dir, run.store_dir)
             print(score_table(read_json(run.output_dir / "scores.json")))
             print(closing_examples(read_json(run.output_dir / "evaluation.json"), 3))
-            print(f"report: {report}")
-        print(f"fused model: {run.output_dir}")
+        print(f"fused model: {run.output_dir}\nreport: {report}")
     accelerator.end_training()
 
 
