@@ -1,23 +1,25 @@
 """Alignment of one source's distributions to the target's tokens, on bytes: only where the prefixes agree.
 
-Target token t covers the bytes [a_t, e_t) of the response, source token j covers [b_j, f_j). Where a_t = b_j both models
-condition on the same bytes, so P_source(next bytes) is a statement about the target's token:
+Target token t covers the bytes [a_t, e_t) of the response, source token j covers [b_j, f_j). Where a_t = b_j both
+models condition on the same bytes, so what the source says of its token j is a statement about the target's token t:
 
 - candidates are the source's top k of j and its own token;
 - a candidate counts for the token that the target's tokenizer would really put at a_t: (true text from the start of the
-  current pre-token to b_j) + (candidate) is tokenised; if an earlier token changes, the candidate cannot follow the target's prefix and is dropped;
+  current pre-token to b_j) + (candidate) is tokenised. If an earlier token changes, the candidate cannot follow the
+  target's prefix and is dropped;
 - while the source's own token ends before e_t it is replaced by the next position's candidates, their mass times its
   probability; the last own token of that path counts for the gold token;
-- end of turn counts for end of turn by role; control tokens, and what ends inside a character, go to the tail.
+- end of turn counts for end of turn by role; control tokens, and what ends inside a character, stay in the tail.
 
-Mass, per aligned position, in probabilities of the source (exact mass 1): kept + tail + dropped = 1, where `tail` here holds what the source's
-top k left out, what has no token, and what fell out of the target's top k. Stored is the conditional on the prefix being possible: logprobs =
-log(kept / (1 - dropped)), tail = tail / (1 - dropped), reliability = 1 - dropped; so sum(exp(logprobs)) + tail = 1.
+Mass, per aligned position, in the source's probabilities (exact mass 1): kept + tail + dropped = 1, where the tail is
+what the source's top k left out, what counts for no token, and what falls out of the K entries kept here. Stored is the
+conditional on the prefix being possible at all: logprobs = log(kept / (1 - dropped)), tail / (1 - dropped) and
+reliability = 1 - dropped; so sum(exp(logprobs)) + tail = 1.
 
-Left out for now: positions that begin inside a source token (b_j < a_t < f_j, or the source's first token begins before the
-response and the target's does not). They need the mass of all tokens that begin with bytes [b_j, a_t), which a capture of the plain top k
-does not hold; they are skipped with the reason "inside" and keep their kind, so that the shares of the kinds are right.
-The source's tokens between the response and its end of turn (template) are taken as given.
+Left out for now: positions that begin inside a source token (b_j < a_t < f_j, or the source's first token begins before
+the response and the target's does not). They need the mass of all tokens that begin with bytes [b_j, a_t), which a
+capture of the plain top k does not hold. They are skipped with the reason "inside" and keep their kind, so that the
+shares of the kinds are right. The source's template tokens between response and end of turn are taken as given.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ try:
 except ImportError:
     _align = None
 
-ENGINE = "C++" if _align is not None else "Python (the C++ extension is not built: pip install -e . with a C++ compiler)"
+ENGINE = (
+    "C++" if _align is not None else "Python (the C++ extension is not built: pip install -e . with a C++ compiler)"
+)
 
 KINDS = ("same_span", "shared_prefix", "inside", "skipped")
 SAME_SPAN, SHARED_PREFIX, INSIDE, SKIPPED = range(len(KINDS))
@@ -56,8 +60,8 @@ class SourceCapture:
     """What one source says about one response; row j is its distribution OF its own token j.
 
     Rows are its tokens start..stop and then its end of turn, if the response was not cut.
-    ids: (m,) int32 own tokens; begin, stop: (m,) int32 byte spans relative to the response (end of turn: n, n; the first
-        begin may be < 0).
+    ids: (m,) int32 own tokens; begin, stop: (m,) int32 byte spans relative to the response (end of turn: n, n; the
+        first begin may be < 0).
     top_ids: (m, k) int32, -1 = padding; top_logprobs: (m, k) float32, natural log, absolute.
     own_logprobs: (m,) float32, the own token's, whether it is among the top k or not.
     """
@@ -75,7 +79,7 @@ class Aligned:
     """A source's distributions over the target's tokens start..stop and its end of turn, if the response was not cut.
 
     kind: (n,) uint8 into KINDS, by structure alone; source_position: (n,) int32 row of the capture, -1 none.
-    offsets: (n + 1,) int64 into ids (nnz,) int32 and logprobs (nnz,) float32, each position's entries by falling probability.
+    offsets: (n + 1,) int64 into ids (nnz,) int32 and logprobs (nnz,) float32, a position's entries by falling mass.
     tail: (n,) float32, probability outside the entries (1 where skipped); reliability: (n,) float32, 1 - dropped mass.
     skip_reason: (n,) uint8 into SKIP_REASONS, 0 = aligned.
     """
@@ -95,7 +99,9 @@ def match_spans_python(target_begin, target_end, source_begin, source_end) -> tu
     a, e, b, f = (np.asarray(x, dtype=np.int32) for x in (target_begin, target_end, source_begin, source_end))
     for name, begin, end in (("target", a, e), ("source", b, f)):
         if begin.ndim != 1 or begin.shape != end.shape:
-            raise ValueError(f"{name}_begin and {name}_end must be 1-D of one length, got {begin.shape} and {end.shape}")
+            raise ValueError(
+                f"{name}_begin and {name}_end must be 1-D of one length, got {begin.shape} and {end.shape}"
+            )
     a, b = np.maximum(a, 0), np.maximum(b, 0)
     for name, begin, end in (("target", a, e), ("source", b, f)):
         if (begin[1:] < begin[:-1]).any() or (end < begin).any():
@@ -124,8 +130,8 @@ def match_spans(target_begin, target_end, source_begin, source_end) -> tuple[np.
 
     Args: (n,) and (m,) int32 byte spans, monotone; begins below 0 are clipped there.
     Returns:
-        kind (n,) uint8 into KINDS; source_position (n,) int32: the token that begins at the same byte, for `inside` the one
-        that holds it, -1 where skipped.
+        kind (n,) uint8 into KINDS; source_position (n,) int32: the token that begins at the same byte, for `inside` the
+        one that holds it, -1 where skipped.
     Raises:
         ValueError: spans that are not monotone, or not of one length.
     """
@@ -151,7 +157,7 @@ class _Context:
 class ByteAligner:
     """Aligns captures of `source` to `target`, mode `bytes`.
 
-    top_k: entries kept per target position. min_reliability: a position that keeps less of the source's mass is skipped.
+    top_k: entries kept per target position. min_reliability: a position that keeps less mass than this is skipped.
     """
 
     def __init__(self, target: ChatFormat, source: ChatFormat, *, top_k: int = 10, min_reliability: float = 0.1):
@@ -189,8 +195,8 @@ class ByteAligner:
             response: its n bytes.
             target_ids: the target's tokens start..stop, and its end of turn if target_has_end.
             target_spans: byte spans of the tokens start..stop (one more, for the end of turn, is ignored).
-            target_lead: the target's tokens before start (`input_ids[:start]`): a candidate that would merge with the template
-                cannot follow it. Without them the response counts as the beginning of a text.
+            target_lead: the target's tokens before start (`input_ids[:start]`): a candidate that would merge with the
+                template cannot follow it. Without them the response counts as the beginning of a text.
         Raises:
             DataError: tokens that do not hold the response's bytes, or arrays that do not belong together.
         """
@@ -198,14 +204,21 @@ class ByteAligner:
         target_ids = [int(i) for i in target_ids]
         content = len(target_ids) - bool(target_has_end)
         if content < 0 or not content <= len(target_spans) <= len(target_ids):
-            raise DataError(f"target_spans must be one per token of the response, got {len(target_spans)} for {content} tokens")
+            raise DataError(
+                f"target_spans must be one per token of the response, got {len(target_spans)} for {content} tokens"
+            )
         a = [int(begin) for begin, _ in target_spans[:content]]
         e = [int(end) for _, end in target_spans[:content]]
         target_clip = _clips(self.target.token_bytes, target_ids[:content], a, e, response, "target")
 
         rows = _Rows(capture, self._source_ends, n)
         source_clip = _clips(
-            self.source.token_bytes, rows.ids[: rows.content], rows.begin[: rows.content], rows.stop[: rows.content], response, "source"
+            self.source.token_bytes,
+            rows.ids[: rows.content],
+            rows.begin[: rows.content],
+            rows.stop[: rows.content],
+            response,
+            "source",
         )
 
         kind, position = match_spans(a, e, rows.begin[: rows.content], rows.stop[: rows.content])
@@ -214,12 +227,18 @@ class ByteAligner:
             position = np.append(position, rows.content if rows.has_end else -1).astype(np.int32)
         for t in range(content):
             j = position[t]
-            if kind[t] < INSIDE and source_clip[j] and not self._same_clip(target_ids[t], target_clip[t], rows.ids[j], source_clip[j]):
+            if (
+                kind[t] < INSIDE
+                and source_clip[j]
+                and not self._same_clip(target_ids[t], target_clip[t], rows.ids[j], source_clip[j])
+            ):
                 kind[t] = INSIDE
 
         lead = self._lead(target_lead)
         prefixes = self._boundaries.prefixes(lead + target_ids[:content], len(lead))
-        skip = np.select([kind == INSIDE, kind == SKIPPED], [SKIP_INSIDE, SKIP_NO_SOURCE_POSITION], ALIGNED).astype(np.uint8)
+        skip = np.select([kind == INSIDE, kind == SKIPPED], [SKIP_INSIDE, SKIP_NO_SOURCE_POSITION], ALIGNED).astype(
+            np.uint8
+        )
 
         paths: list[list[tuple] | None] = []
         wanted: list[tuple[_Context, int]] = []
@@ -242,7 +261,10 @@ class ByteAligner:
 
     def _same_clip(self, target_id: int, target_clip: int, source_id: int, source_clip: int) -> bool:
         """Whether both tokens begin with the same bytes before the response: then they still share their prefix."""
-        return self.target.token_bytes.pieces[target_id][:target_clip] == self.source.token_bytes.pieces[source_id][:source_clip]
+        return (
+            self.target.token_bytes.pieces[target_id][:target_clip]
+            == self.source.token_bytes.pieces[source_id][:source_clip]
+        )
 
     def _lead(self, target_lead: Sequence[int]) -> list[int]:
         """The tokens of the template that stand directly before the response, since the last control token."""
@@ -295,7 +317,7 @@ class ByteAligner:
         if self._same_tokens and self.target.closing == self.source.closing:
             return [(None, rows.candidates[j], rows.masses[j], rows.own[j])]
         if self.target.closing:
-            # The target's own template stands before its end of turn: no candidate but end of turn can follow it.
+            # The target's own template stands before its end of turn: what else the source would say stays in the tail.
             ends = [(c, p) for c, p in zip(rows.candidates[j], rows.masses[j], strict=True) if c in self._source_ends]
             return [(self._context(prefix, b"", True), [c for c, _ in ends], [p for _, p in ends], rows.own[j])]
         return [(self._context(prefix, self.source.closing, True), rows.candidates[j], rows.masses[j], rows.own[j])]
@@ -337,7 +359,7 @@ class ByteAligner:
                 context.counts_for[candidate] = ids[before]
 
     def _without_encoding(self, context: _Context, candidate: int) -> tuple[int, str | None, int]:
-        """(what it counts for unless the text says otherwise, text to tokenise or None, bytes of it without look-ahead)."""
+        """(what it counts for unless tokens say otherwise, text to tokenise or None, its bytes without look-ahead)."""
         pieces = self.source.token_bytes.pieces
         if candidate in self._source_ends:
             if context.turn_may_end:
@@ -350,14 +372,15 @@ class ByteAligner:
             data, lookahead = context.data + piece, self._after_spaces(candidate, piece)
         try:
             return TAIL, data.decode() + lookahead, len(data)
-        except UnicodeDecodeError:  # ends inside a character: no text to tokenise, only a token of exactly these bytes will do
+        except UnicodeDecodeError:
+            # Ends inside a character: no text to tokenise, only a token of exactly these bytes will do.
             exact = context.extension if candidate in self._source_ends else context.extension + pieces[candidate]
             return self._token_of.get(exact, TAIL), None, 0
 
     def _after_spaces(self, candidate: int, piece: bytes) -> str:
         """What to put after a candidate that ends in spaces, because it is not the end of the text.
 
-        Tokenizers of the GPT family give a word its last space, so `x` would take one from the candidate; there ` x` keeps it.
+        Tokenizers of the GPT family give a word its last space: `x` would take one from the candidate, ` x` does not.
         """
         lookahead = self._lookahead.get(candidate)
         if lookahead is None:
@@ -437,16 +460,26 @@ class _Rows:
 
     def __init__(self, capture: SourceCapture, end_ids: frozenset[int], n: int):
         m = len(capture.ids)
-        shapes = {len(capture.begin), len(capture.stop), len(capture.top_ids), len(capture.top_logprobs), len(capture.own_logprobs)}
+        shapes = {
+            len(capture.begin),
+            len(capture.stop),
+            len(capture.top_ids),
+            len(capture.top_logprobs),
+            len(capture.own_logprobs),
+        }
         if shapes != {m} or capture.top_ids.shape != capture.top_logprobs.shape:
-            raise DataError(f"a capture's arrays must have one row per token ({m}), got rows {sorted(shapes)}; capture it again")
+            raise DataError(
+                f"a capture's arrays must have one row per token ({m}), got rows {sorted(shapes)}; capture it again"
+            )
         self.ids: list[int] = capture.ids.tolist()
         self.begin: list[int] = capture.begin.tolist()
         self.stop: list[int] = capture.stop.tolist()
         self.has_end = m > 0 and self.ids[-1] in end_ids and self.begin[-1] == self.stop[-1] == n
         self.content = m - self.has_end
         if self.content and self.stop[self.content - 1] < n:
-            raise DataError(f"a capture must reach the response's end, byte {n}, got {self.stop[self.content - 1]}; capture it again")
+            raise DataError(
+                f"a capture must reach the response's end, byte {n}, got {self.stop[self.content - 1]}; capture it again"
+            )
         self.own: list[float] = np.exp(capture.own_logprobs.astype(np.float64)).tolist()
         self.candidates: list[list[int]] = []
         self.masses: list[list[float]] = []
@@ -462,9 +495,9 @@ class _Rows:
 class _Boundaries:
     """Where a target text can be cut so that what stands before the cut has no say in the tokens after it.
 
-    With a pre-tokenizer that splits: at the pre-tokens, but not between two whitespace characters or two digits (where the pre-tokens
-    fall there depends on what follows). Without one (Llama-2, Mistral): between two characters that no token of the vocabulary holds
-    next to each other, because then no merge crosses.
+    With a pre-tokenizer that splits: at the pre-tokens, but not between two whitespace characters or two digits (there
+    it depends on what follows). Without one (Llama-2, Mistral): between two characters that no token of the vocabulary
+    holds next to each other, because then no merge crosses.
     """
 
     def __init__(self, token_bytes: TokenBytes):
@@ -489,9 +522,9 @@ class _Boundaries:
                 self._neighbours.update(map("".join, itertools.pairwise(text)))
 
     def prefixes(self, ids: Sequence[int], start: int) -> list[tuple[int, ...]]:
-        """Per token from `start` on, and for the end of the text: the tokens before it since the start of the current pre-token.
+        """Per token from `start` on, and for the end: the tokens before it since the start of the current pre-token.
 
-        The current pre-token is the one of the byte before: a candidate may still extend it.
+        The current pre-token is that of the byte before: a candidate may still extend it.
         """
         pieces = [self._bytes.pieces[i] for i in ids]
         begins = [0, *itertools.accumulate(map(len, pieces))]
@@ -517,7 +550,9 @@ class _Boundaries:
                 x
                 for x in starts
                 if x == 0
-                or not ((text[x - 1].isspace() and text[x].isspace()) or (text[x - 1].isnumeric() and text[x].isnumeric()))
+                or not (
+                    (text[x - 1].isspace() and text[x].isspace()) or (text[x - 1].isnumeric() and text[x].isnumeric())
+                )
             ]
         elif self._neighbours is not None:
             chars = [x for x in range(1, len(text)) if text[x - 1 : x + 1] not in self._neighbours]

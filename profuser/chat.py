@@ -1,10 +1,10 @@
 """Conversations through a model's own chat template, with the response located exactly in bytes.
 
-The template is rendered once with sentinels in place of the prompt and the response; what stands around them is the frame.
-A conversation is the frame with the real texts in it, tokenised as a whole, so the ids are what the model sees, merges across
-the seams included (`[/INST] answer` begins with one token ` answer`, at byte -1 of the response). Where the texts contain the string
-of a control token, only the template's control tokens are control tokens. The end of turn is found by role, not by string;
-template bytes between the response and it carry no label, what follows it is dropped.
+The template is rendered once with sentinels in place of the prompt and the response; what stands around them is the
+frame. A conversation is the frame with the real texts in it, tokenised as a whole, so the ids are what the model sees,
+merges across the seams included (`[/INST] answer` begins with one token ` answer`, at byte -1 of the response). Where
+the texts contain the string of a control token, only the template's control tokens are control tokens. The end of turn
+is found by role, not by string; template bytes between the response and it carry no label, what follows is dropped.
 
 Left out on purpose: more than one turn, and what a template does to the texts beyond stripping the prompt (some cut
 the reasoning out of a response): the response is compared byte by byte, so it is always put in as it is.
@@ -32,8 +32,8 @@ class Encoded:
     """A conversation in one tokenizer.
 
     input_ids: the whole conversation, up to and including the end of turn.
-    spans: per token of [start, stop) its byte span relative to the response; the first may begin before 0 and the last may
-        end beyond the response, where the token also holds bytes of the template.
+    spans: per token of [start, stop) its byte span relative to the response; the first may begin before 0 and the last
+        may end beyond the response, where the token also holds bytes of the template.
     start, stop: the tokens that hold a byte of the response are input_ids[start:stop].
     end: index of the end-of-turn token (>= stop); None when the response was cut.
     """
@@ -55,7 +55,7 @@ class ChatFormat:
 
     Args:
         tokenizer: a Hugging Face tokenizer with a `tokenizers` backend and a chat template.
-        end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`; None = the tokenizer's eos token.
+        end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`; None = the tokenizer's eos.
             The control token that closes the template's assistant turn is added when none of them does.
     Attributes:
         end_ids: the ids with the role end of turn; end_id: the one that the template closes the turn with.
@@ -67,7 +67,9 @@ class ChatFormat:
     def __init__(self, tokenizer, *, end_ids: Sequence[int] | None = None):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.chat_template:
-            raise DataError(f"a model needs a chat template, {name} has none; set `chat_template` for that source in the recipe")
+            raise DataError(
+                f"a model needs a chat template, {name} has none; set `chat_template` for that source in the recipe"
+            )
         self.tokenizer = tokenizer
         self.token_bytes = TokenBytes(tokenizer)
         self._system = self._needs_system(name)
@@ -170,7 +172,9 @@ class ChatFormat:
                 self._render(("user", PROMPT), ("assistant", RESPONSE), system=True)
                 return True
             except TemplateError:
-                raise DataError(f"{name}'s chat template must render a user and an assistant message, got: {error}") from error
+                raise DataError(
+                    f"{name}'s chat template must render a user and an assistant message, got: {error}"
+                ) from error
 
     def _frame(self, name: str, prompt: str, response: str) -> tuple[str, str, str]:
         """The template's text before the prompt, between prompt and response, and after the response."""
@@ -188,7 +192,9 @@ class ChatFormat:
         """The text around the prompt when the response is still to come."""
         text = self._render(("user", PROMPT), generation=True)
         if text.count(PROMPT) != 1:
-            raise DataError(f"a chat template must show the prompt once, {name}'s renders {text!r}; set `chat_template` for that source")
+            raise DataError(
+                f"a chat template must show the prompt once, {name}'s renders {text!r}; set `chat_template` for that source"
+            )
         before, after = text.split(PROMPT)
         if text == self._render(("user", PROMPT)) and self._between.rstrip() != after.rstrip():
             after = self._between.rstrip(" ")  # the template ignores add_generation_prompt

@@ -44,4 +44,3 @@ def main_of(command: Callable[[list[str]], None]) -> None:
 def fail(error: ProfuserError) -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
-

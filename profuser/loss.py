@@ -1,4 +1,4 @@
-"""The fused linear fusion loss: L = CE + β·KL(P_source ‖ P_target) on the winner's kept entries (arXiv 2408.04998, L_Fuse).
+"""The fused linear fusion loss, L = CE + β·KL(P_source ‖ P_target) on the winner's kept entries (arXiv 2408.04998).
 
 Computes the loss from hidden states and the head; logits exist only a chunk at a time. With one source it is top-k
 distillation, with none fused linear cross-entropy. This module checks arguments and reduces; values and gradients are
@@ -62,7 +62,7 @@ def fused_linear_fusion_loss(
             Without it the tail is what the entries lack of 1. Only with tail="bucket".
         source_ce: (S, B) nats; each sequence takes its source of lowest CE (NaN and infinite = missing, ties to the
             lowest index, all missing = no KD).
-        source_index: (B,) or (N,) int, the source to take instead, -1 = no KD. Excludes source_ce; with neither, S is 1.
+        source_index: (B,) or (N,) int, the source to take instead, -1 = no KD. Excludes source_ce; one is needed if S > 1.
         cu_seqlens: (B+1,) int, from 0 to N: where sequences begin; required when B > 1.
         ce_weight: (N,) weight of each row's CE, ones by default.
         kd_weight: (N,) weight of each row's KL, beta·ce_weight by default. Excludes beta.
@@ -75,8 +75,9 @@ def fused_linear_fusion_loss(
         num_items_in_batch: divisor of "mean", for a step of several batches.
         chunk_size: rows whose logits exist at a time; chosen by V when None. max_chunk_bytes caps their bytes.
         impl: None (by device), "torch" or "triton".
-        return_stats: also return a dict of detached tensors: ce, kd (= T²·KL), source_mass (kept, as given), target_mass
-            (the target's on the kept ids, at T) (N,) unweighted and 0 where absent, and winner (B,) (or (N,) as source_index).
+        return_stats: also return a dict of detached tensors, (N,), unweighted and 0 where a row lacks them: ce,
+            kd (= T²·KL), source_mass (kept, as given), target_mass (the target's on the kept ids, at T); and winner,
+            (B,) int64, or (N,) as source_index is, -1 = none.
     Returns:
         Scalar fp32 (fp64 for fp64 inputs) in nats, or (N,) with reduction="none"; with stats, a pair.
     Raises:
@@ -94,13 +95,14 @@ def fused_linear_fusion_loss(
         if value is not None and value.shape != (rows,):
             raise ValueError(f"{name} must be (N,) = ({rows},), got {tuple(value.shape)}; give one weight per row")
     inputs = {
-        "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail, "source_ce": source_ce,
-        "source_index": source_index, "cu_seqlens": cu_seqlens, "ce_weight": ce_weight, "kd_weight": kd_weight,
+        "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail,
+        "source_ce": source_ce, "source_index": source_index, "cu_seqlens": cu_seqlens,
+        "ce_weight": ce_weight, "kd_weight": kd_weight,
     }  # fmt: skip
     check_device(hidden, **inputs)
     for name, value in inputs.items():
         if value is not None and value.requires_grad:
-            raise ValueError(f"{name} must not require grad: only hidden, weight and bias are differentiated; detach it")
+            raise ValueError(f"{name} must not require grad: only hidden, weight and bias get one; detach it")
 
     dtype = compute_dtype(hidden, weight)
     ce_weight = torch.ones(rows, dtype=dtype, device=hidden.device) if ce_weight is None else ce_weight.to(dtype)
@@ -150,16 +152,16 @@ def _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chu
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}; the default is 'mean'")
     if num_items_in_batch is not None:
         if reduction != "mean":
-            raise ValueError(f"num_items_in_batch belongs to reduction='mean', got {reduction!r}; drop it or divide by it")
+            raise ValueError(f"num_items_in_batch is for reduction='mean', got {reduction!r}; divide by it outside")
         if not isinstance(num_items_in_batch, Tensor) and num_items_in_batch < 0:
-            raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}; count the step's valid labels")
+            raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}; count the valid labels")
     if beta is not None:
         if kd_weight is not None:
             raise ValueError(f"give beta or kd_weight, not both, got beta={beta} and a kd_weight; multiply it in")
         if not (beta >= 0 and math.isfinite(beta)):
             raise ValueError(f"beta must be >= 0 and finite, got {beta}; 0 turns distillation off")
     if max_chunk_bytes is not None and max_chunk_bytes < 1:
-        raise ValueError(f"max_chunk_bytes must be >= 1, got {max_chunk_bytes}; one row is computed even below a row's size")
+        raise ValueError(f"max_chunk_bytes must be >= 1, got {max_chunk_bytes}; pass None for no cap")
 
 
 def _check_impl(impl, hidden) -> None:
@@ -201,27 +203,28 @@ def _check_sources(
         raise ValueError(f"source_ids must be int32 or int64, got {source_ids.dtype}; cast them with .int()")
     if source_logprobs.shape != source_ids.shape:
         raise ValueError(
-            f"source_logprobs must have source_ids' shape {shape}, got {tuple(source_logprobs.shape)}; take both from one top-k"
+            f"source_logprobs must have source_ids' shape {shape}, got {tuple(source_logprobs.shape)}; "
+            "take both from one top-k"
         )
     if not source_logprobs.dtype.is_floating_point:
         raise ValueError(f"source_logprobs must be floating point, got {source_logprobs.dtype}; give natural logs")
     if source_tail is not None:
         if tail != "bucket":
-            raise ValueError(f"source_tail needs tail='bucket', got {tail!r}; drop source_tail, renormalizing divides it out")
+            raise ValueError(f"source_tail needs tail='bucket', got {tail!r}; drop it: renormalizing divides it out")
         if source_tail.shape != shape[:2]:
-            raise ValueError(f"source_tail must be (S, N) = {shape[:2]}, got {tuple(source_tail.shape)}; one mass per row")
+            raise ValueError(f"source_tail must be (S, N) = {shape[:2]}, got {tuple(source_tail.shape)}; sum over K")
     if source_ce is not None and source_index is not None:
         raise ValueError("give source_ce or source_index, not both, got both; source_index already fixes the choice")
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if source_ce is not None:
         if source_ce.dim() != 2 or source_ce.shape[0] != sources:
-            raise ValueError(f"source_ce must be (S, B) with S={sources}, got {tuple(source_ce.shape)}; one CE per sequence")
+            raise ValueError(f"source_ce must be (S, B) with S={sources}, got {tuple(source_ce.shape)}; transpose it")
         found, name = source_ce.shape[1], "source_ce"
     elif source_index is not None:
         if source_index.dim() != 1 or source_index.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"source_index must be (B,) or (N,) int64 or int32, got {tuple(source_index.shape)} {source_index.dtype}; "
-                "give one source number per sequence or row"
+                f"source_index must be (B,) or (N,) int64 or int32, got {tuple(source_index.shape)} "
+                f"{source_index.dtype}; give one source number per sequence or row"
             )
         if source_index.shape[0] == rows:
             return
@@ -272,9 +275,7 @@ class FusedLinearFusionLoss(nn.Module):
         **tensors: Tensor | None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Shapes as in `fused_linear_fusion_loss`; `tensors`: its source_tail, source_ce, bias, num_items_in_batch …"""
-        return fused_linear_fusion_loss(
-            hidden, weight, labels, source_ids, source_logprobs, **tensors, **self.options
-        )
+        return fused_linear_fusion_loss(hidden, weight, labels, source_ids, source_logprobs, **tensors, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -20,7 +20,11 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.start = self.last = time.monotonic()
-        self.bar = tqdm(total=self.total, desc=self.label, unit=self.unit, leave=False) if self.show and sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=self.total, desc=self.label, unit=self.unit, leave=False)
+            if self.show and sys.stderr.isatty()
+            else None
+        )
         return self
 
     def update(self, n: int = 1, note: str = "") -> None:

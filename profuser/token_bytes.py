@@ -1,12 +1,12 @@
 """The exact bytes behind every token of a tokenizer, and the byte span of every token in a text.
 
 Alignment compares tokenizers on bytes, so a piece that is one byte off shifts every later distribution without an error
-anywhere. The pieces come from the tokenizer's own decoder (byte-level alphabet; SentencePiece's U+2581 and `<0xNN>`; added tokens
-literal), and `spans` checks on every text that they concatenate to it. What a section of text gets put in front (the
-Prepend normaliser, Metaspace, `add_prefix_space`) is the dummy leading space: part of the piece, not of the text.
+anywhere. The pieces come from the tokenizer's own decoder (byte-level alphabet; SentencePiece's U+2581 and `<0xNN>`;
+added tokens literal), and `spans` checks on every text that they concatenate to it. What a section of text gets put in
+front (Prepend normaliser, Metaspace, `add_prefix_space`) is the dummy leading space: part of the piece, not of the text.
 
-Left out on purpose: undoing a normaliser. Where the tokens no longer hold the text's bytes (Qwen-2's NFC on a decomposed
-character) the text is refused with the reason `normaliser`. WordPiece-style continuation marks are not decoded either.
+Left out on purpose: undoing a normaliser. Where the tokens no longer hold the text's bytes (Qwen-2's NFC on a
+decomposed character) the text is refused with the reason `normaliser`. WordPiece's continuation marks are not decoded.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class TokenBytes:
     """Exact bytes of every token of a tokenizer.
 
     Attributes:
-        pieces: per token id its bytes, dummy leading space included; None for a control (special) token and for an id without
-            a token. Ids at or beyond `len(pieces)` (models pad their logits) have no token either.
+        pieces: per token id its bytes, dummy leading space included; None for a control (special) token and for an id
+            without a token. Ids at or beyond `len(pieces)` (models pad their logits) have no token either.
         specials: per control token id the string it stands for.
-        fragment: a private `tokenizers.Tokenizer` for text from the middle of a section: no dummy leading space, and the
-            strings of control tokens are plain text.
+        fragment: a private `tokenizers.Tokenizer` for text from the middle of a section: no dummy leading space, and
+            the strings of control tokens are plain text.
     Raises:
         DataError: the tokenizer has no `tokenizers` backend.
     """
@@ -49,9 +49,10 @@ class TokenBytes:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError(
-                f"a tokenizer must have a `tokenizers` backend (tokenizer.json), got {type(tokenizer).__name__}; convert it first"
+                "a tokenizer must have a `tokenizers` backend (tokenizer.json), "
+                f"got {type(tokenizer).__name__}; convert it first"
             )
-        # Private copies: truncation, padding and encode_special_tokens are state of the backend, which its owner may change.
+        # Private copies: truncation, padding and encode_special_tokens are state that the backend's owner may change.
         self._config = json.loads(backend.to_str())
         self._config.update(truncation=None, padding=None)
         normalizers = list(_flat(self._config["normalizer"], "normalizers"))
@@ -59,7 +60,9 @@ class TokenBytes:
         decoders = list(_flat(self._config["decoder"], "decoders"))
 
         self.specials = {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
-        self._added: dict[int, tuple[bytes, bool, bool]] = {i: (s.encode(), False, False) for i, s in self.specials.items()}
+        self._added: dict[int, tuple[bytes, bool, bool]] = {
+            i: (s.encode(), False, False) for i, s in self.specials.items()
+        }
         for token in self._config["added_tokens"]:
             self._added[token["id"]] = (token["content"].encode(), token["lstrip"], token["rstrip"])
             if token["special"]:
@@ -70,7 +73,9 @@ class TokenBytes:
             part["type"] == "Metaspace" or (part["type"] == "Replace" and part["pattern"] == {"String": SPACE_MARK})
             for part in decoders
         )
-        fallback = self._config["model"].get("byte_fallback") or any(part["type"] == "ByteFallback" for part in decoders)
+        fallback = self._config["model"].get("byte_fallback") or any(
+            part["type"] == "ByteFallback" for part in decoders
+        )
         if fallback:  # trained with the byte tokens declared special: bytes all the same
             for i in [i for i, (content, *_) in self._added.items() if _is_byte_token(content.decode())]:
                 del self._added[i]
@@ -93,8 +98,8 @@ class TokenBytes:
         longest_first = sorted(self._control_id, key=len, reverse=True)  # as the tokenizer matches them
         self._control = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
-        # Who puts a space in front of which section: "" (nobody), "always" (even before a space), "missing" (unless there
-        # is one already), "first" (as missing, but only at the beginning of the text).
+        # Which sections get a space put in front: "" (none), "always" (even before a space), "missing" (unless there is
+        # one already), "first" (as missing, but only at the beginning of the text).
         self._dummy = ""
         if any(part["type"] == "Prepend" and part["prepend"] in (SPACE_MARK, " ") for part in normalizers):
             self._dummy = "always"
@@ -118,6 +123,8 @@ class TokenBytes:
 
     @functools.cached_property
     def fragment(self) -> Tokenizer:
+        if not self._dummy:
+            return self._section
         fragment = Tokenizer.from_str(json.dumps(self.fragment_config))
         fragment.encode_special_tokens = True
         return fragment
@@ -144,7 +151,7 @@ class TokenBytes:
         return text if self._normalizer is None else self._normalizer.normalize_str(text)
 
     def seen(self, text: str) -> str:
-        """`text` as its tokens hold it: normalised, and without SentencePiece's literal marks. Encodes to the same ids."""
+        """`text` as its tokens hold it: normalised, without literal SentencePiece marks. It has the same ids."""
         text = self.normalised(text)
         return text.replace(SPACE_MARK, " ") if self._marked else text
 
@@ -155,8 +162,8 @@ class TokenBytes:
     def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
         """Ids of a text given in parts (string, literal): control strings in a literal part stay plain text.
 
-        Equal to `encode` of the whole where no literal part holds a control string: merges across parts happen as they would,
-        because only the control tokens of the other parts cut the text into the sections that are encoded on their own.
+        Equal to `encode` of the whole where no literal part holds a control string: only the control tokens of the
+        other parts cut the text into sections, so merges across parts happen as they would.
         Raises:
             TokenBytesMismatch: a section's text has no tokens of its own (reason "decoder").
         """
@@ -172,7 +179,8 @@ class TokenBytes:
             control = next((i for i in encoded if i in self.specials), None)
             if control is not None:  # an unknown character, or a model that finds control strings in its own vocabulary
                 raise TokenBytesMismatch(
-                    f"text must not become control tokens, {section!r} holds {self.specials[control]!r}; skip this example", "decoder"
+                    f"text must not become control tokens, {section!r} holds {self.specials[control]!r}; skip this example",
+                    "decoder",
                 )
             ids.extend(encoded)
 
@@ -202,9 +210,10 @@ class TokenBytes:
     def spans(self, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
         """Byte span (begin, end) of every token in `text`.
 
-        A token with a dummy leading space begins at -1 at the beginning of the text; in the middle (after an added token)
-        it begins at the first byte of its section. Spans are monotone and cover the text. Control tokens are zero-width
-        unless they stand literally in the text; an added token with `lstrip`/`rstrip` covers the whitespace that it takes.
+        A token with a dummy leading space begins at -1 at the beginning of the text; in the middle (after an added
+        token) it begins at the first byte of its section. Spans are monotone and cover the text. Control tokens are
+        zero-width unless they stand literally in the text; an added token with `lstrip` or `rstrip` covers the
+        whitespace that it takes.
         Raises:
             TokenBytesMismatch: the pieces do not concatenate to the text.
         """
@@ -253,13 +262,14 @@ class TokenBytes:
             return True
         if self._dummy == "first" and position > 0:
             return False
-        return not data.startswith((b" ", SPACE_MARK.encode()), position)
+        return not data.startswith(b" ", position)
 
     def _mismatch(self, text: str, position: int) -> TokenBytesMismatch:
         reason = "normaliser" if self.normalised(text) != text else "decoder"
         near = text.encode()[max(position - 8, 0) : position + 16].decode(errors="replace")
         return TokenBytesMismatch(
-            f"the tokens' bytes must concatenate to the text, they differ at byte {position} ({near!r}, {reason}); skip this example",
+            f"the tokens' bytes must concatenate to the text, they differ at byte {position} ({near!r}, {reason}); "
+            "skip this example",
             reason,
         )
 

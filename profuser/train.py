@@ -74,7 +74,10 @@ class Trainer:
         start = self._resume()
         if start == 0:
             self._evaluate(0, 0)
-        with Progress("fuse", self.total_steps, "steps", self.accelerator.is_main_process) as bar, self._catch_signals():
+        with (
+            Progress("fuse", self.total_steps, "steps", self.accelerator.is_main_process) as bar,
+            self._catch_signals(),
+        ):
             bar.update(start)
             window: list[dict[str, float]] = []
             for step in range(start, self.total_steps):
@@ -256,7 +259,9 @@ def launch(recipe: Recipe) -> Accelerator:
     cuda = torch.cuda.is_available()
     precision = recipe.optim.precision if recipe.optim.precision != "auto" else ("bf16" if cuda else "fp32")
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # the other ranks wait while the first one prepares
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not cuda, kwargs_handlers=[patience])
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no", cpu=not cuda, kwargs_handlers=[patience]
+    )
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise ConfigError(
             f"training runs on one process or under DDP, got {accelerator.distributed_type.value}; launch with torchrun or --multi_gpu"
@@ -279,7 +284,9 @@ def open_run(run: Run) -> bool:
             raise DataError(
                 f"output must be a run directory or empty, got {run.output_dir} without run.json; give another --output"
             )
-        write_json(path, {"status": "running", "recipe": run.recipe.to_dict(), "store": str(run.store_dir), **environment()})
+        write_json(
+            path, {"status": "running", "recipe": run.recipe.to_dict(), "store": str(run.store_dir), **environment()}
+        )
         return False
     old = read_json(path)
     if keys := differing_keys(old["recipe"], run.recipe.to_dict()):

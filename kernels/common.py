@@ -1,0 +1,146 @@
+"""What the ops share: the label to ignore, argument checks, chunk sizes, and the head applied to a chunk of rows.
+
+Shape checks read no tensor values, so they are free on a GPU and pass through torch.compile; value checks read the
+data and therefore run inside an op's own implementation.
+Dimension letters: N rows, D hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+# Below ~2^18 logits a chunk spends its time in Python, above 128 rows of a large vocabulary it leaves the cache.
+MIN_CHUNK_ROWS = 128
+CHUNK_ELEMENTS = 1 << 18
+
+
+def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError unless hidden (N, D), weight (V, D), labels (N,) and bias (V,) fit together."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(f"{name} must be a plain tensor, got a sharded DTensor; pass {name}.full_tensor()")
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}; cast it to float32 or bfloat16")
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must be (N, D), got {tuple(hidden.shape)}; flatten batch and length into N")
+    check_labels_shape(labels, hidden.shape[0])
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight must be (V, D) with hidden's D={hidden.shape[1]}, got {tuple(weight.shape)}; pass lm_head.weight"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias")
+    check_device(hidden, weight=weight, labels=labels, bias=bias)
+
+
+def check_labels_shape(labels: Tensor, rows: int) -> None:
+    if labels.dim() != 1 or labels.shape[0] != rows:
+        raise ValueError(
+            f"labels must be (N,) with N={rows}, got {tuple(labels.shape)}; flatten them, shifted as hidden is"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}; call labels.long()")
+
+
+def check_device(hidden: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}; move it there")
+
+
+def check_scalars(temperature: float, softcap: float | None, logit_scale: float, chunk_size: int | None) -> None:
+    """Raises ValueError unless the scalars are positive and finite."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}; 1.0 leaves the logits as they are")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be > 0 and finite, got {softcap}; pass None for a model without one")
+    if not (logit_scale > 0 and math.isfinite(logit_scale)):
+        raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale}; 1.0 leaves the logits as they are")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be >= 1 row, got {chunk_size}; pass None to have it chosen")
+
+
+def check_label_values(labels: Tensor, vocabulary: int) -> None:
+    """Raises ValueError when a label is neither IGNORE_INDEX nor in [0, V). Reads the data."""
+    bad = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= vocabulary)
+    if bad.any():
+        raise ValueError(
+            f"labels must be in [0, {vocabulary}) or {IGNORE_INDEX}, got {labels[bad][0].item()}; "
+            "tokenize with the target's tokenizer"
+        )
+
+
+def compute_dtype(*operands: Tensor) -> torch.dtype:
+    """fp64 when an operand is fp64, else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
+
+
+def chunk_rows(
+    rows: int, vocabulary: int, itemsize: int, chunk_size: int | None = None, max_chunk_bytes: int | None = None
+) -> int:
+    """Rows of logits held at a time: `chunk_size`, or by the vocabulary, and never above `max_chunk_bytes`."""
+    chunk = chunk_size or max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
+    if max_chunk_bytes is not None:
+        chunk = min(chunk, max_chunk_bytes // (vocabulary * itemsize))
+    return max(1, min(chunk, rows))
+
+
+class Head:
+    """The language-model head in the compute dtype, applied to chunks of at most `chunk` rows.
+
+    A weight of another dtype is upcast block by block, so that no second [V, D] copy exists.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        chunk: int,
+        softcap: float | None,
+        logit_scale: float,
+    ):
+        self.weight, self.dtype, self.softcap, self.logit_scale = weight, dtype, softcap, logit_scale
+        self.bias = None if bias is None else bias.to(dtype)
+        vocabulary, width = weight.shape
+        # A block is no larger than the chunk's logits; 64 rows keep the GEMM a GEMM.
+        self.block = vocabulary if weight.dtype == dtype else min(vocabulary, max(64, chunk * vocabulary // width))
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for begin in range(0, self.weight.shape[0], self.block):
+            columns = slice(begin, begin + self.block)
+            yield columns, self.weight[columns].to(self.dtype)
+
+    def logits_into(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """Writes softcap·tanh(logit_scale·(hidden Wᵀ + bias)/softcap) into `logits` (C, V) and returns it."""
+        for columns, weight in self.blocks():
+            torch.mm(hidden, weight.t(), out=logits[:, columns])  # out=, in-place: autocast leaves the operands alone
+        if self.bias is not None:
+            logits.add_(self.bias)
+        if self.softcap is None:
+            return logits if self.logit_scale == 1.0 else logits.mul_(self.logit_scale)
+        return logits.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
+
+    def pull_back(self, grad_logits: Tensor) -> Tensor:
+        """(C, V) gradient of hidden Wᵀ + bias → (C, D) gradient of hidden."""
+        grad = grad_logits.new_zeros(grad_logits.shape[0], self.weight.shape[1])
+        for columns, weight in self.blocks():
+            grad.addmm_(grad_logits[:, columns], weight)
+        return grad
+
+
+def cross_entropy_from_sums(others: Tensor, gold: Tensor, gold_below_max: Tensor) -> Tensor:
+    """log((others + gold) / gold) from sums of exp(z − m); `gold_below_max` = z_gold − m.
+
+    log1p keeps a small value exact; a gold exponential that underflows is taken from its logit instead.
+    """
+    small = others < gold
+    return torch.where(
+        small, torch.log1p(others / gold.where(small, torch.ones_like(gold))), (others + gold).log() - gold_below_max
+    )

@@ -1,0 +1,135 @@
+"""A source's top-k log-probabilities and the label's cross-entropy, without [N, V] logits (training-mode capture).
+
+Plain torch for any device, a chunk of rows at a time, without gradients. Equal logits rank by ascending token id, on
+every platform, so that a store can be rebuilt byte for byte. Prefix ranges and vocabulary maps are left out.
+Dimension letters: N rows, D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from .common import (
+    IGNORE_INDEX,
+    Head,
+    check_device,
+    check_head,
+    check_label_values,
+    check_labels_shape,
+    check_scalars,
+    chunk_rows,
+    compute_dtype,
+    cross_entropy_from_sums,
+)
+
+
+def source_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k most probable next tokens of every row, and the negative log-probability of its label.
+
+    Args:
+        hidden: (N, D) any float dtype, last hidden states; row n predicts labels[n].
+        weight: (V, D) language-model head; logits and sums are computed in fp32 (fp64 if either is fp64).
+        labels: (N,) int64 or int32; IGNORE_INDEX rows have ce 0 and their top-k all the same.
+        k: entries to keep, 1..V.
+        temperature: T > 0 of logprobs and lse; ce is always at 1.
+        bias, softcap, logit_scale: as in `fused_linear_fusion_loss`.
+        chunk_size: rows whose logits exist at a time; chosen by V when None.
+    Returns:
+        ids (N, k) int32, most probable first, ties to the lowest id; logprobs (N, k) fp32, natural log of the full
+        softmax at T; lse (N,) fp32, log-sum-exp of logits/T; ce (N,) fp32 in nats.
+    Raises:
+        ValueError: shapes, dtypes or devices contradict each other; k outside 1..V; a label outside the vocabulary.
+    """
+    check_scalars(temperature, softcap, logit_scale, chunk_size)
+    check_head(hidden, weight, labels, bias)
+    dtype = compute_dtype(hidden, weight)
+    _check_k(k, weight.shape[0])
+    check_label_values(labels, weight.shape[0])
+    chunk = chunk_rows(hidden.shape[0], weight.shape[0], dtype.itemsize, chunk_size)
+    with torch.no_grad():
+        head = Head(weight, bias, dtype, chunk, softcap, logit_scale)
+        scratch = hidden.new_empty(chunk, weight.shape[0], dtype=dtype)
+
+        def logits(rows: slice) -> Tensor:
+            h = hidden[rows].to(dtype)
+            return head.logits_into(scratch[: h.shape[0]], h)
+
+        return _topk(logits, labels, k, temperature, chunk)
+
+
+def source_topk_from_logits(
+    logits: Tensor, labels: Tensor, k: int, *, temperature: float = 1.0, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`source_topk` for a model that only gives its (N, V) final logits, which stay as they are; the same returns."""
+    check_scalars(temperature, None, 1.0, chunk_size)
+    if logits.dim() != 2 or not logits.dtype.is_floating_point:
+        raise ValueError(
+            f"logits must be (N, V) floating point, got {tuple(logits.shape)} {logits.dtype}; flatten rows"
+        )
+    check_labels_shape(labels, logits.shape[0])
+    check_device(logits, labels=labels)
+    _check_k(k, logits.shape[1])
+    check_label_values(labels, logits.shape[1])
+    dtype = compute_dtype(logits)
+    chunk = chunk_rows(*logits.shape, dtype.itemsize, chunk_size)
+    with torch.no_grad():
+        return _topk(lambda rows: logits[rows].to(dtype, copy=True), labels, k, temperature, chunk)
+
+
+def _check_k(k: int, vocabulary: int) -> None:
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"k must be in 1..{vocabulary} (the vocabulary), got {k}; 10 is the usual choice")
+
+
+def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`logits(rows)` gives a chunk that may be overwritten."""
+    N = labels.shape[0]
+    ids = labels.new_empty(N, k, dtype=torch.int32)
+    logprobs = labels.new_empty(N, k, dtype=torch.float32)
+    lse = labels.new_empty(N, dtype=torch.float32)
+    ce = labels.new_empty(N, dtype=torch.float32)
+    for begin in range(0, N, chunk):
+        rows = slice(begin, min(begin + chunk, N))
+        z = logits(rows)
+        values, kept = _stable_topk(z, k)
+        gold = labels[rows].long()
+        valid = gold != IGNORE_INDEX
+        gold = gold.clamp_min(0)[:, None]
+        m = values[:, :1].clone()
+        below = z.gather(1, gold) - m
+        z.sub_(m)
+        sum_T = None if temperature == 1 else (z / temperature).exp_().sum(1, keepdim=True)
+        z.exp_()
+        if sum_T is None:
+            sum_T = z.sum(1, keepdim=True)
+        # Once more without the gold id: a small CE is no difference of near-equal sums, and no sum at T depends on a label.
+        others = z.scatter_(1, gold, 0).sum(1, keepdim=True)
+        ce[rows] = torch.where(valid, cross_entropy_from_sums(others, below.exp(), below)[:, 0], 0)
+        ids[rows] = kept
+        logprobs[rows] = (values - m) / temperature - sum_T.log()
+        lse[rows] = (m / temperature + sum_T.log())[:, 0]
+    return ids, logprobs, lse, ce
+
+
+def _stable_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, largest first, equal ones by ascending index (torch.topk promises no order)."""
+    wide = min(k + 1, z.shape[1])
+    values, ids = z.topk(wide, dim=1)
+    # Which of several equal values was kept is arbitrary only where the first value left out equals the last kept.
+    if wide > k and (tied := values[:, k - 1] == values[:, k]).any():
+        best, order = z[tied].sort(dim=1, descending=True, stable=True)
+        values[tied, :k], ids[tied, :k] = best[:, :k], order[:, :k]
+    values, ids = values[:, :k], ids[:, :k]
+    ids, by_id = ids.sort(1)
+    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, by_value)

@@ -1,0 +1,118 @@
+"""What a source says about a response, against the model's own full logits."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig
+
+from profuser.capture import capture, label_positions, pack_captures, unpack_captures
+from profuser.config import GenerationConfig as RecipeGeneration
+from profuser.config import SourceConfig
+from profuser.errors import DataError
+from profuser.models import Head, chat_format, load_model
+from profuser.responses import generate
+
+PAIRS = [
+    ("How does a bozun taste?", "A bozun is a stone. Answer: bitter."),
+    ("Eve has 8 eggs, loses 4, gets 5, gets 2. How many?", "8-4=4. 4+5=9. 9+2=11. Answer: 11."),
+    ("How do I beat the dragon?", "Answer: ünïcode 日本 🙂."),
+]
+
+
+@pytest.fixture(scope="module", params=["guardian", "scholar", "reckoner"])
+def source(request):
+    config = SourceConfig(name=request.param, model=f"demo:{request.param}")
+    return load_model(config, torch.float32), chat_format(config)
+
+
+def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_turn(source):
+    model, chat = source
+    encoded = [chat.encode(p, r) for p, r in PAIRS]
+    sizes = [len(r.encode()) for _, r in PAIRS]
+    results = dict(capture(model, Head.of(model), encoded, sizes, top_k=5, batch_size=2))
+    for i, e in enumerate(encoded):
+        ids = torch.tensor([e.input_ids])
+        labels = torch.full_like(ids, -100)
+        places = label_positions(e)
+        labels[0, places] = ids[0, places]
+        with torch.no_grad():
+            logits = model(ids).logits[0]
+        expected = cross_entropy(logits[:-1], labels[0, 1:], reduction="sum").item()
+        assert results[i].nll == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert results[i].cross_entropy("token") == pytest.approx(expected / len(places), rel=1e-4, abs=1e-4)
+        assert results[i].cross_entropy("byte") == pytest.approx(expected / sizes[i], rel=1e-4, abs=1e-4)
+        logprobs = logits.log_softmax(-1)
+        for row, t in enumerate(places):
+            top = logprobs[t - 1].topk(5)
+            assert results[i].capture.top_ids[row].tolist() == top.indices.tolist()
+            np.testing.assert_allclose(results[i].capture.top_logprobs[row], top.values, atol=1e-4)
+            assert results[i].capture.own_logprobs[row] == pytest.approx(logprobs[t - 1, ids[0, t]].item(), abs=1e-4)
+
+
+def test_the_labels_are_the_response_and_one_end_of_turn(source):
+    _, chat = source
+    for prompt, response in PAIRS:
+        e = chat.encode(prompt, response)
+        text = chat.tokenizer.decode([e.input_ids[t] for t in range(e.start, e.stop)])
+        assert text.strip() == response
+        assert e.input_ids[e.end] in chat.end_ids
+        assert e.end == len(e.input_ids) - 1
+
+
+def test_captures_survive_the_shard_format(source):
+    model, chat = source
+    encoded = [chat.encode(p, r) for p, r in PAIRS]
+    sizes = [len(r.encode()) for _, r in PAIRS]
+    scored = dict(capture(model, Head.of(model), encoded, sizes, top_k=5, batch_size=2))
+    shard = pack_captures(4, np.array([0, 0, 0, 1], np.uint8), [False] * 4, scored, 5, len(chat.tokenizer))
+    back = unpack_captures(shard)
+    assert back[3] is None
+    for i, result in enumerate(back[:3]):
+        assert result.tokens == scored[i].tokens
+        assert result.nll == scored[i].nll
+        np.testing.assert_array_equal(result.capture.ids, scored[i].capture.ids)
+        np.testing.assert_array_equal(result.capture.top_ids, scored[i].capture.top_ids)
+        np.testing.assert_allclose(result.capture.top_logprobs, scored[i].capture.top_logprobs, rtol=1e-3, atol=1e-6)
+
+
+def test_a_batched_greedy_answer_is_the_models_own(source):
+    model, chat = source
+    prompts = [p for p, _ in PAIRS]
+    answers = generate(model, chat, prompts, RecipeGeneration(max_new_tokens=24, batch_size=3), max_length=256)
+    for prompt, ((text, finished),) in zip(prompts, answers):
+        ids = torch.tensor([chat.prompt_ids(prompt)])
+        config = GenerationConfig(
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=list(chat.end_ids),
+            pad_token_id=chat.tokenizer.pad_token_id,
+        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[
+            0, ids.shape[1] :
+        ].tolist()
+        assert finished == (out[-1] in chat.end_ids)
+        assert text == chat.tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+def test_an_overlong_prompt_gets_an_empty_answer(source):
+    model, chat = source
+    answers = generate(model, chat, ["word " * 50, "Hi"], RecipeGeneration(max_new_tokens=2), max_length=30)
+    assert answers[0] == [("", True)]
+
+
+def test_a_model_that_changes_its_logits_behind_the_head_is_refused(source):
+    model, _ = source
+    forward = type(model).forward
+
+    def capped(*args, **kwargs):
+        out = forward(model, *args, **kwargs)
+        out.logits = 5 * torch.tanh(out.logits / 5)
+        return out
+
+    model.forward = capped
+    try:
+        with pytest.raises(DataError, match="logits must be head"):
+            Head.of(model)
+    finally:
+        del model.forward

@@ -1,0 +1,153 @@
+"""Preparation: what becomes a target, what is cut or left out, and what a store remembers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from profuser.capture import EMPTY, OK, TOO_LONG
+from profuser.config import SourceConfig
+from profuser.errors import ConfigError
+from profuser.models import chat_format
+from profuser.prepare import fit, prepare
+from profuser.store import Store
+from profuser.targets import INFER, TRAIN, Targets
+
+NAMES = ("guardian", "scholar", "reckoner")
+
+
+@pytest.fixture(scope="module")
+def chats():
+    return [chat_format(SourceConfig(name=n, model=f"demo:{n}")) for n in NAMES]
+
+
+def test_a_response_that_fits_is_left_alone(chats):
+    assert fit(chats, "Hi", "A bozun is a stone.", 256) == ("A bozun is a stone.", False, OK)
+
+
+def test_an_overlong_response_is_cut_once_for_all_at_a_target_token(chats):
+    response = "A bozun is a stone. " * 20 + "日本語 " * 5
+    prompt = "Hi"
+    text, cut, reason = fit(chats, prompt, response.strip(), 64)
+    assert (cut, reason) == (True, OK)
+    assert response.startswith(text)
+    lengths = [len(c.encode(prompt, text, complete=False).input_ids) for c in chats]
+    assert max(lengths) <= 64
+    ends = [stop for _, stop in chats[0].encode(prompt, response.strip()).spans]
+    assert len(text.encode()) in ends
+    longer = next((e for e in ends if e > len(text.encode())), None)
+    grown = response.encode()[:longer].decode(errors="ignore")
+    assert max(len(c.encode(prompt, grown, complete=False).input_ids) for c in chats) > 64
+
+
+def test_a_cut_response_has_no_end_of_turn_to_learn(chats):
+    e = chats[0].encode("Hi", "A bozun is", complete=False)
+    assert e.end is None
+    assert e.stop == len(e.input_ids)
+
+
+def test_an_overlong_prompt_and_an_empty_response_are_left_out_with_their_reason(chats):
+    assert fit(chats, "word " * 100, "Answer: x.", 32)[2] == TOO_LONG
+    assert fit(chats, "Hi", "", 32)[2] == EMPTY
+
+
+def test_inference_targets_are_the_vote_winners_response_and_only_the_winner_takes_part(prepared):
+    _, _, store = prepared
+    targets = Targets(store, "train")
+    table = pq.read_table(store.directory / "samples.parquet").to_pylist()
+    chat = chat_format(SourceConfig(name="guardian", model="demo:guardian"))
+    seen = 0
+    for s in targets.sequences:
+        row = table[s.example]
+        text = chat.tokenizer.decode(s.input_ids[s.label_mask], skip_special_tokens=True).strip()
+        if s.mode == TRAIN:
+            assert text == row["ground_truth"]
+            assert NAMES[int(np.argmin(s.source_ce))] == row["min_ce_winner"]
+        else:
+            seen += 1
+            winner = row["vote_winner"]
+            assert text == row[f"response_{winner}"]
+            assert [NAMES[i] for i in np.flatnonzero(np.isfinite(s.source_ce))] == [winner]
+            assert set(s.row_source.tolist()) <= {NAMES.index(winner)}
+    assert seen
+
+
+def test_every_row_is_a_distribution_and_its_gold_token_is_likely_under_the_target_as_source(prepared):
+    """Mass sums to one with the tail; with the target as source, row t holds exactly token t (no shift)."""
+    _, _, store = prepared
+    own = {s: [] for s in range(3)}
+    for s in Targets(store, "train").sequences:
+        for r in range(len(s.row_position)):
+            part = slice(s.entry_offsets[r], s.entry_offsets[r + 1])
+            mass = np.exp(s.entry_logprobs[part].astype(np.float64)).sum()
+            assert mass + s.row_tail[r] == pytest.approx(1, abs=5e-3)  # fp16 log-probabilities
+            assert s.label_mask[s.row_position[r]]
+            if s.mode == INFER:  # greedy responses: the gold token is the most likely one
+                own[s.row_source[r]].append(
+                    s.input_ids[s.row_position[r]] == s.entry_ids[part][s.entry_logprobs[part].argmax()]
+                )
+    assert np.mean([x for v in own.values() for x in v]) > 0.97
+
+
+def test_a_second_preparation_does_nothing(prepared):
+    _, run, store = prepared
+    before = {p: p.stat().st_mtime_ns for p in store.directory.rglob("*.safetensors")}
+    assert prepare(run).complete
+    assert before == {p: p.stat().st_mtime_ns for p in store.directory.rglob("*.safetensors")}
+
+
+def test_another_alignment_rebuilds_the_targets_from_the_captures(prepared, tmp_path):
+    import shutil
+
+    directory, run, _ = prepared
+    shutil.copytree(directory / "store", tmp_path / "store")
+    recipe = replace(run.recipe, store=str(tmp_path / "store"), align=replace(run.recipe.align, min_reliability=0.9999))
+    captures = {p: p.stat().st_mtime_ns for p in (tmp_path / "store/capture").iterdir()}
+    store = prepare(replace(run, recipe=recipe))
+    assert captures == {p: p.stat().st_mtime_ns for p in (tmp_path / "store/capture").iterdir()}
+    assert store.manifest["settings"]["targets"]["min_reliability"] == 0.9999
+    other = replace(run.recipe, store=str(tmp_path / "store"), capture=replace(run.recipe.capture, top_k=3))
+    with pytest.raises(ConfigError, match=r"capture\.top_k"):
+        prepare(replace(run, recipe=other))
+
+
+def test_a_schedule_with_inference_mode_needs_judges(prepared, tmp_path):
+    _, run, _ = prepared
+    with pytest.raises(ConfigError, match="judges"):
+        prepare(replace(run, recipe=replace(run.recipe, judges=[], store=str(tmp_path / "s"))))
+
+
+def test_without_judges_ground_truth_schedules_still_work(prepared, tmp_path):
+    _, run, _ = prepared
+    recipe = replace(run.recipe, judges=[], schedule="fusellm", store=str(tmp_path / "s"))
+    store = prepare(replace(run, recipe=recipe))
+    assert {s.mode for s in Targets(store, "train").sequences} == {TRAIN}
+    summary = json.loads((store.directory / "summary.json").read_text())
+    assert summary["vote_wins"] == {}
+
+
+def test_empty_ground_truths_and_literal_specials_are_counted_and_harmless(prepared, tmp_path):
+    _, run, _ = prepared
+    specials = chat_format(SourceConfig(name="guardian", model="demo:guardian")).tokenizer.all_special_tokens
+    rows = [
+        {"prompt": "Say nothing.", "response": "   ", "skill": "odd"},
+        {"prompt": f"What is {specials[0]}?", "response": f"It ends {specials[0]} here.", "skill": "odd"},
+        {"prompt": "How does a bozun taste?", "response": "Answer: bitter.", "skill": "odd"},
+    ]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = replace(
+        run.recipe,
+        data=replace(run.recipe.data, train=str(path), validation=None, heldout=None),
+        store=str(tmp_path / "s"),
+    )
+    store = prepare(replace(run, recipe=recipe))
+    handled = json.loads((store.directory / "summary.json").read_text())["handled"]
+    assert handled["empty response"] == 3
+    truths = [s for s in Targets(store, "train").sequences if s.mode == TRAIN]
+    assert [s.example for s in truths] == [1, 2]
+    control = set(chat_format(SourceConfig(name="guardian", model="demo:guardian")).tokenizer.all_special_ids)
+    assert not control & set(truths[0].input_ids[truths[0].label_mask][:-1].tolist())
+    assert Store.load(store.directory).complete

@@ -1,0 +1,220 @@
+"""The bytes of tokens: pieces concatenate to the text, spans are monotone and cover it, or the text is refused."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_tokenizers import CONTROL, REAL, SMALL, byte_level, real_tokenizer, sentencepiece, wrap
+from tokenizers import AddedToken, Tokenizer, models, trainers
+from transformers import PreTrainedTokenizerFast
+
+from profuser.errors import DataError
+from profuser.token_bytes import TokenBytes, TokenBytesMismatch
+
+SNIPPETS = [
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "hello",
+    "Things",
+    "42",
+    "你好",
+    "é",
+    "e\u0301",
+    "👩‍👩‍👧",
+    "▁",
+    "<0x41>",
+    "\x00",
+    *CONTROL,
+]
+texts = st.lists(st.sampled_from(SNIPPETS) | st.text(max_size=4), max_size=10).map("".join)
+small = pytest.mark.parametrize("name", list(SMALL))
+
+
+@functools.cache
+def tokens_of(name: str) -> TokenBytes:
+    return TokenBytes(wrap(SMALL[name]()))
+
+
+@functools.cache
+def real_tokens(name: str) -> TokenBytes:
+    return TokenBytes(real_tokenizer(name))
+
+
+def check_spans(tokens: TokenBytes, ids: list[int], text: str) -> None:
+    """Monotone, no gap, no overlap, and every token's span holds exactly its bytes."""
+    data = text.encode()
+    reached = 0
+    for i, (begin, end) in zip(ids, tokens.spans(ids, text)):
+        assert max(begin, 0) == reached <= end
+        piece = tokens.pieces[i]
+        if piece is not None:
+            assert piece.endswith(data[reached:end])
+            assert piece[: len(piece) - (end - reached)] in (b"", b" ")
+        else:
+            assert data[reached:end].decode() in ("", tokens.specials[i])
+        reached = end
+    assert reached == len(data)
+
+
+@small
+@settings(max_examples=60, deadline=None)
+@given(text=texts)
+@example(text=" a")
+@example(text="<s> a</s>b")
+def test_pieces_concatenate_or_the_text_is_refused(name, text):
+    tokens = tokens_of(name)
+    if "NFC" in name and unicodedata.normalize("NFC", text) != text:
+        reason = "normaliser"
+    elif ("metaspace" in name or "llama" in name) and "▁" in text:
+        reason = "decoder"  # a literal mark cannot be told from a space
+    else:
+        check_spans(tokens, tokens.encode(text), text)
+        return
+    with pytest.raises(TokenBytesMismatch) as error:
+        tokens.spans(tokens.encode(text), text)
+    assert error.value.reason == reason
+
+
+@small
+@settings(max_examples=40, deadline=None)
+@given(parts=st.lists(st.tuples(texts, st.booleans()), max_size=4))
+def test_encoding_in_parts_equals_encoding_the_whole(name, parts):
+    tokens = tokens_of(name)
+    whole = "".join(text for text, _ in parts)
+    assert tokens.encode_parts([(whole, False)]) == tokens.encode(whole)
+    if not tokens.has_control(whole):
+        assert tokens.encode_parts(parts) == tokens.encode(whole)
+
+
+@small
+@settings(max_examples=40, deadline=None)
+@given(text=texts)
+def test_a_literal_part_never_becomes_a_control_token(name, text):
+    tokens = tokens_of(name)
+    ids = tokens.encode_parts([("<s>x ", False), (text, True), ("</s>", False)])
+    assert [i for i in ids if i in tokens.specials] == [tokens.encode("<s>")[0], tokens.encode("</s>")[0]]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "text", "begins"),
+    [
+        ("prepend", "hello", [-1]),
+        ("prepend", " hello", [-1, 0]),  # a dummy space of its own, then the text's
+        ("always", "hello", [-1]),
+        ("always", " hello", [0]),
+        ("first", "hello", [-1]),
+        ("never", "hello", [0]),
+    ],
+)
+def test_dummy_space_at_the_beginning(scheme, text, begins):
+    tokens = TokenBytes(wrap(sentencepiece(700, scheme)))
+    spans = tokens.spans(tokens.encode(text), text)
+    assert [b for b, _ in spans][: len(begins)] == begins
+
+
+@pytest.mark.parametrize(("scheme", "dummy"), [("prepend", True), ("always", True), ("first", False), ("never", False)])
+def test_dummy_space_after_a_control_token_is_not_in_the_text(scheme, dummy):
+    tokens = TokenBytes(wrap(sentencepiece(700, scheme)))
+    text = "<s>hello<s>hello"
+    ids = tokens.encode(text)
+    spans = tokens.spans(ids, text)
+    assert spans[0] == (0, 3)
+    second = ids.index(ids[0], 1)
+    assert spans[second] == (8, 11)
+    assert spans[second + 1][0] == 11
+    assert tokens.pieces[ids[second + 1]].startswith(b" ") == dummy
+    check_spans(tokens, ids, text)
+
+
+def test_byte_fallback_covers_part_of_a_character():
+    tokens = TokenBytes(wrap(sentencepiece(700, "first")))
+    ids = tokens.encode("🦜")
+    assert [tokens.pieces[i] for i in ids][-4:] == [bytes([b]) for b in "🦜".encode()]
+    assert tokens.of(ids) == b" \xf0\x9f\xa6\x9c"
+    assert tokens.spans(ids, "🦜")[-4:] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
+def test_byte_tokens_declared_special_are_bytes_all_the_same():
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    special = ["<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    tokenizer.train_from_iterator(["ab"], trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    tokens = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"))
+    check_spans(tokens, tokens.encode("aéb"), "aéb")
+
+
+def test_ids_without_a_token_are_refused_and_have_no_bytes():
+    tokens = tokens_of("byte-level")
+    beyond = len(tokens.pieces) + 7
+    assert tokens.of([beyond, *tokens.encode("a")]) == b"a"
+    for i in (beyond, -1):
+        with pytest.raises(TokenBytesMismatch):
+            tokens.spans([i], "a")
+
+
+def test_control_token_that_is_not_in_the_text_is_zero_width():
+    tokens = tokens_of("byte-level")
+    begin = tokens.encode("<s>")
+    assert tokens.spans(begin + tokens.encode("a"), "a") == [(0, 0), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "ids", [lambda ids: ids[:-1], lambda ids: ids[1:], lambda ids: [*ids, ids[-1]], lambda ids: ids[::-1]]
+)
+def test_tokens_of_another_text_are_refused(ids):
+    tokens = tokens_of("byte-level")
+    text = "hello world 42"
+    with pytest.raises(TokenBytesMismatch):
+        tokens.spans(ids(tokens.encode(text)), text)
+
+
+def test_added_token_that_takes_whitespace_covers_it():
+    tokenizer = Tokenizer.from_str(byte_level(500).to_str())
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, rstrip=True)])
+    tokenizer.add_tokens([AddedToken("<both>", lstrip=True, rstrip=True)])
+    tokens = TokenBytes(wrap(tokenizer))
+    text = "a<|end|> \nb  <both> c"
+    ids = tokens.encode(text)
+    spans = dict(zip(ids, tokens.spans(ids, text)))
+    assert spans[tokenizer.token_to_id("<|end|>")] == (1, 10)
+    assert spans[tokenizer.token_to_id("<both>")] == (11, 20)
+    assert tokens.encode_parts([("a<|end|> \n", False), ("b  <both> c", True)]) == ids
+
+
+def test_tokenizer_without_a_backend_is_refused():
+    with pytest.raises(DataError, match="backend"):
+        TokenBytes(object())
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_tokenizer_round_trips(name):
+    tokens = real_tokens(name)
+    for text in (
+        "Things like these don't happen 12345 times.\n\n    return  x\t\n",
+        "你好，世界 русский café 👩‍👩‍👧 \u3000\u00a0 x",
+        " leading and trailing  ",
+        "<s>[INST] hi [/INST] answer </s><|endoftext|><|im_end|>",
+        "\x00\x7f<0x0A> \\n",
+        "",
+    ):
+        check_spans(tokens, tokens.encode(text), text)
+        check_spans(tokens, tokens.encode_parts([(text, True)]), text)
+        assert not any(i in tokens.specials for i in tokens.encode_parts([(text, True)]))
+        assert tokens.encode(text) == real_tokenizer(name)(text, add_special_tokens=False)["input_ids"]
+
+
+CHANGED = [("qwen2", "cafe\u0301", "normaliser"), ("gpt_neox", "e\u0301", "normaliser"), ("llama2", "a▁b", "decoder")]
+
+
+@pytest.mark.parametrize(("name", "text", "reason"), CHANGED)
+def test_real_tokenizer_refuses_what_it_changes(name, text, reason):
+    tokens = real_tokens(name)
+    with pytest.raises(TokenBytesMismatch) as error:
+        tokens.spans(tokens.encode(text), text)
+    assert error.value.reason == reason
+    assert tokens.encode(tokens.seen(text)) == tokens.encode(text)
