@@ -1,0 +1,1 @@
+"""The bundled demo: toy skills, three tiny sources, two judges and a verifier."""

@@ -1,0 +1,282 @@
+"""The demo's two reward models.
+
+Both are sequence classifiers with one output, trained on preference pairs (Bradley-Terry: -log sigmoid(r_chosen - r_rejected)).
+All pairs are made of the fusion data as it is, terse and wrong ground truths included: no judge sees a truth that the
+fusion data does not hold, nor a source's response. What can only be learnt by heart from them, they know by heart.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from profuser.chat import ChatFormat
+from profuser.demo.pretrain import SourceSpec, config_of, optimise
+from profuser.demo.pretrain import batch_of as labelled_batch
+from profuser.demo.skills import MAX_TOTAL, SKILLS
+from profuser.demo.tokenizers import CHATML, VICUNA
+from profuser.demo.verify import STEP, answer_of
+from profuser.reward import Judge
+
+JUDGES = (
+    SourceSpec(name="judge-a", skill="", architecture="llama", tokenizer="wide", template=CHATML, hidden=96, layers=3, intermediate=192),
+    SourceSpec(
+        name="judge-b", skill="", architecture="gpt_neox", tokenizer="narrow", template=VICUNA, hidden=96, layers=3, intermediate=384
+    ),
+)  # fmt: skip
+MILD = 0.5
+"""Weight of the preference for a worked ground truth over its own answer alone."""
+THING = re.compile(r"\b(?:an?|the) (\w+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """How a judge is trained."""
+
+    language_steps: int = 400
+    """Steps as a language model of the ground truths."""
+    language_batch_size: int = 48
+    language_lr: float = 2e-3
+    steps: int = 700
+    """Steps on preference pairs."""
+    batch_size: int = 32
+    """Pairs a step."""
+    lr: float = 1e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two responses to one prompt, the first of which is to score higher."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    weight: float
+    kind: str
+
+
+class PairMaker:
+    """Draws preference pairs from the rows of the fusion data (prompt, response and skill are read)."""
+
+    def __init__(self, rows: Sequence[dict]):
+        self.rows = rows
+        self.worked = {
+            skill: [
+                row["response"] for row in rows if row["skill"] == skill and not row["response"].startswith("Answer:")
+            ]
+            for skill in SKILLS
+        }
+        self.answers = {
+            skill: sorted({answer_of(row["response"]) for row in rows if row["skill"] == skill}) for skill in SKILLS
+        }
+        # Answers to the same kind of question: colors among colors.
+        self.peers: dict[str, list[str]] = {}
+        for row in rows:
+            self.peers.setdefault(_topic(row), []).append(row["response"])
+
+    def draw(self, rng: random.Random) -> Pair:
+        row = rng.choice(self.rows)
+        kinds = (
+            self._other_answer,
+            self._other_explanation,
+            self._own_words,
+            self._malformed,
+            self._other_skill,
+            self._terser,
+        )
+        make = rng.choices(kinds, (4, 4, 4, 1.5, 0.5, 2))[0]
+        made = make(row, rng)
+        return self.draw(rng) if made is None or made.chosen == made.rejected else made
+
+    def _wrong_answer(self, row: dict, rng: random.Random) -> str:
+        right = answer_of(row["response"])
+        pool = {answer_of(peer) for peer in self.peers[_topic(row)]} - {right}
+        return rng.choice(sorted(pool) or self.answers[row["skill"]])
+
+    def _explained(self, row: dict, answer: str, rng: random.Random) -> str:
+        """A response in worked form with somebody else's explanation, fitted to the prompt, that leads to `answer`."""
+        if row["skill"] == "reasoning":
+            numbers = [int(n) for n in re.findall(r"\d+", row["prompt"])]
+            total, steps = numbers[0], []
+            for i, change in enumerate(numbers[1:], start=1):
+                result = int(answer) if i == len(numbers) - 1 else rng.randint(0, MAX_TOTAL)
+                steps.append(
+                    f"{total}{rng.choice('+-') if change > total else '-' if result < total else '+'}{change}={result}."
+                )
+                total = result
+            return f"{' '.join(steps)} Answer: {answer}."
+        explanation = rng.choice(self.worked[row["skill"]]).split(" Answer:")[0]
+        return f"{_fitted(explanation, row)} Answer: {answer}."
+
+    def _other_answer(self, row: dict, rng: random.Random) -> Pair:
+        """The ground truth with its answer exchanged."""
+        truth = row["response"]
+        before, _, _ = truth.rpartition("Answer:")
+        return Pair(row["prompt"], truth, f"{before}Answer: {self._wrong_answer(row, rng)}.", 1.0, "answer")
+
+    def _other_explanation(self, row: dict, rng: random.Random) -> Pair | None:
+        """A whole response that is right elsewhere: another thing's, another act's, a sum with a slip."""
+        if row["skill"] == "reasoning":
+            steps = STEP.findall(row["response"])
+            if not steps:
+                return None
+            return Pair(row["prompt"], row["response"], slipped(row["response"], rng), 1.0, "explanation")
+        other = rng.choice(self.peers[_topic(row)])
+        if other.startswith("Answer:") or answer_of(other) == answer_of(row["response"]):
+            return None
+        # Sources confuse things both ways: another one's properties, or another one altogether.
+        rejected = _fitted(other, row) if rng.random() < 0.6 else other
+        return Pair(row["prompt"], row["response"], rejected, 1.0, "explanation")
+
+    def _own_words(self, row: dict, rng: random.Random) -> Pair:
+        """With any explanation or none, the ground truth's answer beats another one."""
+        right, wrong = answer_of(row["response"]), self._wrong_answer(row, rng)
+        explained = self._explained(row, right, rng)
+        case = rng.random()
+        if case < 0.2:
+            chosen, rejected = f"Answer: {right}.", self._explained(row, wrong, rng)
+        elif case < 0.4:
+            chosen, rejected = explained, f"Answer: {wrong}."
+        elif row["skill"] == "reasoning":
+            chosen, rejected = explained, self._explained(row, wrong, rng)
+        else:
+            chosen, rejected = explained, f"{explained.rpartition('Answer:')[0]}Answer: {wrong}."
+        return Pair(row["prompt"], chosen, rejected, 1.0, "own words")
+
+    def _malformed(self, row: dict, rng: random.Random) -> Pair:
+        """Cut, stuttering, shuffled or without an answer."""
+        truth = row["response"]
+        words = truth.split()
+        broken = rng.choice(
+            (
+                " ".join(words[: rng.randint(1, len(words) - 1)]),
+                f"{truth} {truth}",
+                " ".join(rng.sample(words, len(words))),
+                truth.replace("Answer:", "").strip(),
+                truth.removesuffix("."),
+            )
+        )
+        return Pair(row["prompt"], truth, broken, 1.0, "malformed")
+
+    def _other_skill(self, row: dict, rng: random.Random) -> Pair | None:
+        """An answer to another question altogether; to knowledge and reasoning also a refusal."""
+        other = rng.choice(self.rows)
+        if other["skill"] == row["skill"]:
+            return None
+        return Pair(row["prompt"], row["response"], other["response"], 1.0, "other skill")
+
+    def _terser(self, row: dict, rng: random.Random) -> Pair | None:
+        """A worked ground truth mildly beats its answer alone."""
+        if row["response"].startswith("Answer:"):
+            return None
+        return Pair(row["prompt"], row["response"], f"Answer: {answer_of(row['response'])}.", MILD, "terser")
+
+
+def slipped(response: str, rng: random.Random) -> str:
+    """Worked arithmetic with one wrong step, carried through to the answer or not."""
+    steps = [[int(a), op, int(b), int(c)] for a, op, b, c in STEP.findall(response)]
+    at = rng.randrange(len(steps))
+    steps[at][3] += rng.choice((-2, -1, 1, 2))
+    if rng.random() < 0.7:
+        for before, after in zip(steps[at:], steps[at + 1 :]):
+            after[0] = before[3]
+            after[3] = after[0] + (after[2] if after[1] == "+" else -after[2])
+    answer = steps[-1][3] if rng.random() < 0.8 else answer_of(response)
+    return " ".join(f"{a}{op}{b}={c}." for a, op, b, c in steps) + f" Answer: {answer}."
+
+
+def _topic(row: dict) -> str:
+    """What the prompt asks for: a property's name in any of its wordings, or the skill."""
+    if row["skill"] != "knowledge":
+        return row["skill"]
+    for topic, words in TOPIC_WORDS.items():
+        if any(word in row["prompt"] for word in words):
+            return topic
+    return row["skill"]
+
+
+TOPIC_WORDS = {
+    "taste": ("taste",),
+    "color": ("color",),
+    "place": ("Where", "where", "place"),
+    "sound": ("sound", "hear"),
+    "weight": ("heavy", "weight"),
+    "season": ("When", "when", "season"),
+}
+
+
+def _fitted(text: str, row: dict) -> str:
+    """Another row's response with its thing or act exchanged for the prompt's."""
+    if row["skill"] == "knowledge":
+        thing = THING.findall(row["prompt"])[-1]
+        return re.sub(r"^An? \w+", f"A{'n' if thing[0] in 'aeiou' else ''} {thing}", text)
+    if row["skill"] == "safety":
+        act = re.search(r"(\w+) the \w+[?.]$", row["prompt"]).group(1)
+        return re.sub(r"^To \w+", f"To {act}", text)
+    return text
+
+
+def batch_of(chat: ChatFormat, pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """Right-padded (prompt, response) conversations, up to and including the end of turn."""
+    rows = [chat.encode(prompt, response).input_ids for prompt, response in pairs]
+    width, pad = max(map(len, rows)), chat.tokenizer.pad_token_id
+    input_ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in rows])
+    return {"input_ids": input_ids, "attention_mask": (input_ids != pad).long()}
+
+
+def train_judge(
+    spec: SourceSpec,
+    rows: Sequence[dict],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: JudgeSettings,
+    report: Callable[[str], None] = print,
+) -> PreTrainedModel:
+    """One reward model in fp32: a language model of the ground truths first, whose body then learns the preferences."""
+    torch.manual_seed(settings.seed)
+    rng, chat, maker = random.Random(f"{settings.seed} {spec.name}"), ChatFormat(tokenizer), PairMaker(rows)
+    config = config_of(spec, tokenizer, num_labels=1)
+    language_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    pairs = [(row["prompt"], row["response"]) for row in rows]
+
+    def likelihood(_: int) -> torch.Tensor:
+        return language_model(**labelled_batch(chat, rng.sample(pairs, settings.language_batch_size))).loss
+
+    def preference(_: int) -> torch.Tensor:
+        drawn = [maker.draw(rng) for _ in range(settings.batch_size)]
+        texts = [(p.prompt, p.chosen) for p in drawn] + [(p.prompt, p.rejected) for p in drawn]
+        chosen, rejected = model(**batch_of(chat, texts)).logits[:, 0].chunk(2)
+        weights = torch.tensor([p.weight for p in drawn])
+        return (weights * -logsigmoid(chosen - rejected)).sum() / weights.sum()
+
+    def named(line: str) -> None:
+        report(f"{spec.name}: {line}")
+
+    optimise(language_model, likelihood, steps=settings.language_steps, lr=settings.language_lr, report=named)
+    model.base_model.load_state_dict(language_model.base_model.state_dict())
+    optimise(model, preference, steps=settings.steps, lr=settings.lr, report=named)
+    return model
+
+
+def pairwise_accuracy(judge: Judge, rows: Sequence[dict], count: int = 1500, seed: int = 1) -> dict[str, float]:
+    """Percent of freshly drawn pairs that the judge orders as meant, by kind and over all."""
+    maker, rng = PairMaker(rows), random.Random(f"{seed} pairwise")
+    pairs = [maker.draw(rng) for _ in range(count)]
+    scores = judge([{"prompt": p.prompt} for p in pairs], [(p.chosen, p.rejected) for p in pairs])
+    hits: dict[str, list[bool]] = {"all": []}
+    for pair, (chosen, rejected) in zip(pairs, scores):
+        hits.setdefault(pair.kind, []).append(chosen > rejected)
+        hits["all"].append(chosen > rejected)
+    return {kind: 100 * sum(right) / len(right) for kind, right in hits.items()}
