@@ -495,8 +495,8 @@ class _Rows:
 class _Boundaries:
     """Where a target text can be cut so that what stands before the cut has no say in the tokens after it.
 
-    With a pre-tokenizer that splits: at the pre-tokens, but not between two whitespace characters or two digits (there
-    it depends on what follows). Without one (Llama-2, Mistral): between two characters that no token of the vocabulary
+    With a pre-tokenizer that splits: at the pre-tokens, but not between two whitespace characters (what follows decides
+    how a run of them is cut). Without one (Llama-2, Mistral): between two characters that no token of the vocabulary
     holds next to each other, because then no merge crosses.
     """
 
@@ -546,14 +546,7 @@ class _Boundaries:
             if len(normalised) != len(text):
                 return {0}
             starts = (begin for _, (begin, _) in self._pre_tokenizer.pre_tokenize_str(normalised))
-            chars = [
-                x
-                for x in starts
-                if x == 0
-                or not (
-                    (text[x - 1].isspace() and text[x].isspace()) or (text[x - 1].isnumeric() and text[x].isnumeric())
-                )
-            ]
+            chars = [x for x in starts if x == 0 or not (text[x - 1].isspace() and text[x].isspace())]
         elif self._neighbours is not None:
             chars = [x for x in range(1, len(text)) if text[x - 1 : x + 1] not in self._neighbours]
         else:

@@ -56,7 +56,7 @@ class ChatFormat:
     Args:
         tokenizer: a Hugging Face tokenizer with a `tokenizers` backend and a chat template.
         end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`; None = the tokenizer's eos.
-            The control token that closes the template's assistant turn is added when none of them does.
+            The first control token that the template puts after a response has the role, too.
     Attributes:
         end_ids: the ids with the role end of turn; end_id: the one that the template closes the turn with.
         closing: the template's bytes between a response and the end of turn (" " for Llama-2, usually none).
@@ -87,9 +87,7 @@ class ChatFormat:
         following = [i for i, (begin, _) in zip(ids, spans, strict=True) if begin >= response_end]
         known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
         known = [i for i in known if i is not None]
-        closing_id = next((i for i in following if i in known), None)
-        if closing_id is None:
-            closing_id = next((i for i in following if i in self.token_bytes.specials), None)
+        closing_id = next((i for i in following if i in known or i in self.token_bytes.specials), None)
         if closing_id is None:
             raise DataError(
                 f"a chat template must close the assistant's turn with an end token, {name}'s ends in {self._suffix!r}; "

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +148,12 @@ class Trainer:
         return self.targets.instructions[self._order[epoch][place]]
 
     def _micro_batches(self, batch: list[list[TargetSequence]]) -> list[list[TargetSequence]]:
-        """This rank's share of a step in forward passes; every rank has as many, the last ones maybe with nothing to learn."""
-        world, rank, size = self.accelerator.num_processes, self.accelerator.process_index, self.optim.micro_batch_size
-        mine = batch[rank::world]
-        passes = math.ceil(len(batch) / (world * size))
-        micro = [[s for group in mine[i * size : (i + 1) * size] for s in group] for i in range(passes)]
-        return [m or [self.nothing] for m in micro] if world > 1 else [m for m in micro if m] or [[self.nothing]]
+        """This rank's share of a step in forward passes, by length, so that little is padded; every rank has as many passes."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        passes = math.ceil(len(batch) / (world * self.optim.micro_batch_size))
+        mine = sorted((s for group in batch[rank::world] for s in group), key=lambda s: len(s.input_ids))
+        bounds = [round(len(mine) * i / passes) for i in range(passes + 1)]
+        return [mine[first:stop] or [self.nothing] for first, stop in pairwise(bounds)]
 
     @property
     def nothing(self) -> TargetSequence:

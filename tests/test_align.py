@@ -23,7 +23,7 @@ from small_tokenizers import (
     small_chat,
     wrap,
 )
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from profuser import align
 from profuser.align import (
@@ -490,6 +490,22 @@ def test_mass_is_whole_and_contexts_are_long_enough(target_name, response, seed)
         again = aligner.align(*arguments, target_lead=lead)  # from the cache
         assert again.ids.tolist() == aligned.ids.tolist()
         assert again.logprobs.tolist() == aligned.logprobs.tolist()
+
+
+def test_digit_groups_that_depend_on_what_follows_are_kept_whole():
+    """Groups of three from the right: after `1,234` a fifth digit makes it `12,345`, so `234` was never there."""
+    tokenizer = chained("123", "234", "345", "12")
+    groups = pre_tokenizers.Split(Regex(r"\d{1,3}(?=(?:\d{3})*(?!\d))"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([groups, tokenizer.pre_tokenizer])
+    target, source = ChatFormat(wrap(tokenizer, BARE)), chain_chat()
+    response = "1234 a"
+    own = labels(source.encode("x", response))
+    assert target.token_bytes.of(labels(target.encode("x", response))[1:2]) == b"234"
+    rows = certain(source, response)
+    rows[4] = {own[4]: 0.6, token(source, "5"): 0.3, token(source, "b"): 0.1}
+    aligned = run(target, source, response, rows)
+    assert aligned.source_position[2] == 4
+    assert aligned.reliability[2] == pytest.approx(0.7, abs=TOLERANCE)
 
 
 REAL_PAIRS = [

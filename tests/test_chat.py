@@ -158,6 +158,14 @@ def test_end_of_turn_is_found_by_role():
     assert chat.encode("x", "y").input_ids[-1] == chat.end_id == turn
 
 
+def test_first_control_token_after_the_response_ends_the_turn():
+    tokenizer = wrap(byte_level(500), CHATML.replace("'<|im_end|>\n'", "' <|im_end|></s>'"))
+    end, turn = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    chat = ChatFormat(tokenizer, end_ids=[end])
+    assert (chat.end_id, chat.end_ids, chat.closing) == (turn, (end, turn), b" ")
+    assert chat.encode("x", "y").input_ids[-1] == turn
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -197,6 +205,10 @@ def test_template_that_ignores_the_generation_prompt_still_opens_the_turn():
     template = CHATML.split("{% if add_generation_prompt %}")[0]
     chat = ChatFormat(wrap(byte_level(500), template))
     assert chat.token_bytes.of(chat.prompt_ids("x")) == b"user\nx\nassistant\n"
+    chat = ChatFormat(wrap(byte_level(500), VICUNA.split("{% if add_generation_prompt %}")[0]))
+    assert (
+        chat.token_bytes.of(chat.prompt_ids("x")) == b"USER: x ASSISTANT:"
+    )  # the space belongs to the response's token
 
 
 def test_a_generation_prompt_unlike_the_finished_turn_is_announced(caplog):

@@ -176,6 +176,7 @@ def test_tokens_of_another_text_are_refused(ids):
 def test_added_token_that_takes_whitespace_covers_it():
     tokenizer = Tokenizer.from_str(byte_level(500).to_str())
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, rstrip=True)])
+    tokenizer.add_special_tokens([AddedToken("<|begin|>", special=True, lstrip=True)])
     tokenizer.add_tokens([AddedToken("<both>", lstrip=True, rstrip=True)])
     tokens = TokenBytes(wrap(tokenizer))
     text = "a<|end|> \nb  <both> c"
@@ -184,6 +185,23 @@ def test_added_token_that_takes_whitespace_covers_it():
     assert spans[tokenizer.token_to_id("<|end|>")] == (1, 10)
     assert spans[tokenizer.token_to_id("<both>")] == (11, 20)
     assert tokens.encode_parts([("a<|end|> \n", False), ("b  <both> c", True)]) == ids
+    text = "a \n<|begin|> b"
+    assert tokens.spans(tokens.encode(text), text)[:2] == [(0, 1), (1, 12)]
+    assert tokens.encode_parts([(text, False)]) == tokens.encode(text)
+
+
+def test_of_two_control_strings_the_longer_one_counts():
+    tokenizer = Tokenizer.from_str(byte_level(500).to_str())
+    tokenizer.add_special_tokens([AddedToken("<|a", special=True), AddedToken("<|a|>", special=True)])
+    tokens = TokenBytes(wrap(tokenizer))
+    assert tokens.encode_parts([("x<|a|><|a", False)]) == tokens.encode("x<|a|><|a")
+
+
+@pytest.mark.parametrize("scheme", ["first", "never"])
+def test_space_that_is_not_in_the_text_is_refused(scheme):
+    tokens = TokenBytes(wrap(sentencepiece(700, scheme)))
+    with pytest.raises(TokenBytesMismatch):
+        tokens.spans(tokens.encode("<s> hello"), "<s>hello")
 
 
 def test_tokenizer_without_a_backend_is_refused():
