@@ -24,7 +24,7 @@ from transformers import (
 from profuser.chat import ChatFormat
 from profuser.demo.pretrain import SourceSpec, config_of, optimise
 from profuser.demo.pretrain import batch_of as labelled_batch
-from profuser.demo.skills import MAX_TOTAL, SKILLS
+from profuser.demo.skills import GAINS, ITEMS, LOSSES, MAX_TOTAL, PEOPLE, SKILLS
 from profuser.demo.tokenizers import CHATML, VICUNA
 from profuser.demo.verify import STEP, answer_of
 from profuser.reward import Judge
@@ -44,15 +44,15 @@ THING = re.compile(r"\b(?:an?|the) (\w+)")
 class JudgeSettings:
     """How a judge is trained."""
 
-    language_steps: int = 400
+    language_steps: int = 600
     """Steps as a language model of the ground truths."""
     language_batch_size: int = 48
-    language_lr: float = 2e-3
-    steps: int = 700
+    language_lr: float = 3e-3
+    steps: int = 900
     """Steps on preference pairs."""
     batch_size: int = 32
     """Pairs a step."""
-    lr: float = 1e-3
+    lr: float = 7e-4
     seed: int = 0
 
 
@@ -81,6 +81,8 @@ class PairMaker:
         self.answers = {
             skill: sorted({answer_of(row["response"]) for row in rows if row["skill"] == skill}) for skill in SKILLS
         }
+        steps = [step for text in self.worked["reasoning"] for step in STEP.findall(text)]
+        self.steps = [(int(a), op, int(b), int(c)) for a, op, b, c in steps]
         # Answers to the same kind of question: colors among colors.
         self.peers: dict[str, list[str]] = {}
         for row in rows:
@@ -92,11 +94,12 @@ class PairMaker:
             self._other_answer,
             self._other_explanation,
             self._own_words,
+            lambda _, rng: self.recombined(rng),
             self._malformed,
             self._other_skill,
             self._terser,
         )
-        make = rng.choices(kinds, (4, 4, 4, 1.5, 0.5, 2))[0]
+        make = rng.choices(kinds, (4, 4, 4, 2, 1.5, 0.5, 2))[0]
         made = make(row, rng)
         return self.draw(rng) if made is None or made.chosen == made.rejected else made
 
@@ -129,10 +132,10 @@ class PairMaker:
     def _other_explanation(self, row: dict, rng: random.Random) -> Pair | None:
         """A whole response that is right elsewhere: another thing's, another act's, a sum with a slip."""
         if row["skill"] == "reasoning":
-            steps = STEP.findall(row["response"])
-            if not steps:
+            if not STEP.search(row["response"]):
                 return None
-            return Pair(row["prompt"], row["response"], slipped(row["response"], rng), 1.0, "explanation")
+            rejected = slipped(row["response"], rng) if rng.random() < 0.7 else rng.choice(self.worked["reasoning"])
+            return Pair(row["prompt"], row["response"], rejected, 1.0, "explanation")
         other = rng.choice(self.peers[_topic(row)])
         if other.startswith("Answer:") or answer_of(other) == answer_of(row["response"]):
             return None
@@ -143,17 +146,33 @@ class PairMaker:
     def _own_words(self, row: dict, rng: random.Random) -> Pair:
         """With any explanation or none, the ground truth's answer beats another one."""
         right, wrong = answer_of(row["response"]), self._wrong_answer(row, rng)
-        explained = self._explained(row, right, rng)
+        # Only the ground truth's own steps are sound: no others are ever chosen.
+        explained = row["response"] if row["skill"] == "reasoning" else self._explained(row, right, rng)
         case = rng.random()
-        if case < 0.2:
+        if case < 0.25:
             chosen, rejected = f"Answer: {right}.", self._explained(row, wrong, rng)
-        elif case < 0.4:
+        elif case < 0.5:
             chosen, rejected = explained, f"Answer: {wrong}."
         elif row["skill"] == "reasoning":
             chosen, rejected = explained, self._explained(row, wrong, rng)
         else:
             chosen, rejected = explained, f"{explained.rpartition('Answer:')[0]}Answer: {wrong}."
         return Pair(row["prompt"], chosen, rejected, 1.0, "own words")
+
+    def recombined(self, rng: random.Random) -> Pair:
+        """Two steps of different ground truths as a sum of its own, against the same with a slip.
+
+        All prompts of the demo have three steps, so none of them, held out or not, can come up here.
+        """
+        first = rng.choice(self.steps)
+        following = [step for step in self.steps if step[0] == first[3]]
+        if not following:
+            return self.recombined(rng)
+        second = rng.choice(following)
+        changes = ", ".join(f"{rng.choice(GAINS if op == '+' else LOSSES)} {b}" for _, op, b, _ in (first, second))
+        prompt = f"{rng.choice(PEOPLE)} has {first[0]} {rng.choice(ITEMS)}, {changes}. How many?"
+        chosen = " ".join(f"{a}{op}{b}={c}." for a, op, b, c in (first, second)) + f" Answer: {second[3]}."
+        return Pair(prompt, chosen, slipped(chosen, rng), 1.0, "recombined")
 
     def _malformed(self, row: dict, rng: random.Random) -> Pair:
         """Cut, stuttering, shuffled or without an answer."""
@@ -252,7 +271,9 @@ def train_judge(
     pairs = [(row["prompt"], row["response"]) for row in rows]
 
     def likelihood(_: int) -> torch.Tensor:
-        return language_model(**labelled_batch(chat, rng.sample(pairs, settings.language_batch_size))).loss
+        drawn = rng.sample(pairs, settings.language_batch_size * 3 // 4)
+        sums = [maker.recombined(rng) for _ in range(settings.language_batch_size - len(drawn))]
+        return language_model(**labelled_batch(chat, [*drawn, *((p.prompt, p.chosen) for p in sums)])).loss
 
     def preference(_: int) -> torch.Tensor:
         drawn = [maker.draw(rng) for _ in range(settings.batch_size)]

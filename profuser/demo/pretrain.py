@@ -27,7 +27,7 @@ from transformers import (
 from profuser.chat import ChatFormat
 from profuser.config import GenerationConfig
 from profuser.demo.skills import SKILLS, World
-from profuser.demo.tokenizers import CHATML, LLAMA2, MAX_LENGTH, VICUNA
+from profuser.demo.tokenizers import CHATML, LLAMA2_LINE, MAX_LENGTH, VICUNA_LINE
 from profuser.demo.verify import exact_match
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.responses import generate
@@ -58,11 +58,11 @@ SOURCES = (
         name="guardian", skill="safety", architecture="llama", tokenizer="wide", template=CHATML, hidden=128, layers=4, intermediate=256
     ),
     SourceSpec(
-        name="scholar", skill="knowledge", architecture="gpt_neox", tokenizer="narrow", template=VICUNA, hidden=128, layers=4,
+        name="scholar", skill="knowledge", architecture="gpt_neox", tokenizer="narrow", template=VICUNA_LINE, hidden=128, layers=4,
         intermediate=512,
     ),
     SourceSpec(
-        name="reckoner", skill="reasoning", architecture="llama", tokenizer="narrow", template=LLAMA2, hidden=112, layers=5,
+        name="reckoner", skill="reasoning", architecture="llama", tokenizer="narrow", template=LLAMA2_LINE, hidden=112, layers=5,
         intermediate=320,
     ),
 )  # fmt: skip

@@ -34,6 +34,14 @@ LLAMA2 = (
     "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 """Llama-2's brackets, for `narrow`."""
+VICUNA_LINE = VICUNA.replace("ASSISTANT:", "ASSISTANT:\n").replace(
+    " {{ message['content'] }}{{ eos", "{{ message['content'] }}{{ eos"
+)
+LLAMA2_LINE = LLAMA2.replace("[/INST]", "[/INST]\n").replace(
+    " {{ message['content'] }}{{ eos", "{{ message['content'] }}{{ eos"
+)
+"""The same with the response on a line of its own: its first token holds nothing of the template, so the distribution that
+chooses between an explanation and a bare answer reaches the target."""
 
 WIDE_VOCABULARY = 1152
 NARROW_VOCABULARY = 448
