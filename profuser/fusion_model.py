@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from profuser.kernels.common import IGNORE_INDEX
 from profuser.loss import fused_linear_fusion_loss
 from profuser.models import Head, hidden_states
 
@@ -14,8 +13,8 @@ from profuser.models import Head, hidden_states
 class FusionModel(nn.Module):
     """Wraps a causal language model: tokens, labels and source distributions in, loss out; logits are never formed.
 
-    Per-token inputs speak of the token they stand at, as Hugging Face labels do; the shift by one happens here, within
-    each sequence.
+    Per-token inputs speak of the token they stand at, as Hugging Face labels do; the shift by one happens here. Each row of
+    the batch is one sequence: packed examples are not told apart.
 
     Args:
         model: the target; its final softcap, logit scale and head bias are honoured (or the model is refused).
@@ -42,7 +41,6 @@ class FusionModel(nn.Module):
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         source_ids: torch.Tensor | None = None,
         source_logprobs: torch.Tensor | None = None,
         source_tail: torch.Tensor | None = None,
@@ -56,19 +54,15 @@ class FusionModel(nn.Module):
     ):
         """Args:
             input_ids, labels: (B, T) int64, labels unshifted, IGNORE_INDEX where nothing is learnt.
-            position_ids: (B, T); restarts mark packed examples, and the first token of each is no label of the one before.
             source_ids, source_logprobs: (S, B, T, K); source_tail: (S, B, T); source_ce: (S, B); source_index: (B,).
             ce_weight, kd_weight: (B, T) fp32.
 
         Returns:
             {"loss": scalar}; with return_stats also the statistics of fused_linear_fusion_loss, over B * (T - 1) rows.
         """
-        extra = {} if position_ids is None else {"position_ids": position_ids}
-        hidden = hidden_states(self.model, input_ids, attention_mask, **extra)
+        hidden = hidden_states(self.model, input_ids, attention_mask)
         B, T = input_ids.shape
         labels = labels[:, 1:]
-        if position_ids is not None:
-            labels = labels.masked_fill(position_ids[:, 1:] == 0, IGNORE_INDEX)
         head = self.model.get_output_embeddings()
         sources = {}
         if source_ids is not None:

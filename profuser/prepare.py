@@ -12,7 +12,7 @@ import gc
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -48,6 +48,9 @@ from profuser.store import Store, set_aside, write_json
 from profuser.summary import summarise
 from profuser.targets import INFER, TRAIN, TargetBuilder
 from profuser.token_bytes import TokenBytesMismatch
+
+ALIGNMENT_RULES = 1
+"""Version of what alignment does with the same captures; another one aligns again."""
 
 
 def target_config(recipe: Recipe) -> SourceConfig:
@@ -101,7 +104,7 @@ class Preparation:
             },
             "capture": without(vars(r.capture), "batch_size"),
         }
-        return {"capture": capture, "targets": vars(r.align) | {"engine": "python-bytes-1"}}
+        return {"capture": capture, "targets": vars(r.align) | {"rules": ALIGNMENT_RULES}}
 
     @staticmethod
     def _template(chat: ChatFormat) -> str:
@@ -114,8 +117,9 @@ class Preparation:
         for number, first in enumerate(range(0, total, size)):
             yield number, slice(first, min(first + size, total))
 
-    def _missing(self, split: str, kind: str) -> list[tuple[str, slice]]:
-        names = [(f"capture/{split}-{kind}-{number:05d}", part) for number, part in self._shards(split)]
+    def _missing(self, split: str, prefix: str) -> list[tuple[str, slice]]:
+        """The shards of one kind that are still to be made: (name, examples)."""
+        names = [(f"{prefix}-{number:05d}", part) for number, part in self._shards(split)]
         return [(name, part) for name, part in names if not self.store.valid(name)]
 
     def run(self) -> Store:
@@ -138,25 +142,27 @@ class Preparation:
     def capture_ground_truth_and_answer(self) -> None:
         """Every source is loaded once: it scores the ground truth and answers the prompts."""
         for source in self.sources:
-            truth = [(split, *m) for split in self.splits for m in self._missing(split, f"gt-{source.name}")]
+            truth = [
+                (split, *m) for split in self.splits for m in self._missing(split, f"capture/{split}-gt-{source.name}")
+            ]
             answering = [
                 split for split in self.splits if split == "heldout" or (split == "train" and self.recipe.judges)
             ]
-            answers = [(split, *m) for split in answering for m in self._missing(split, f"responses-{source.name}")]
+            answers = [
+                (split, *m)
+                for split in answering
+                for m in self._missing(split, f"capture/{split}-responses-{source.name}")
+            ]
             if not truth and not answers:
                 continue
             model = load_model(source, runtime_dtype(self.recipe.capture.dtype, self.device), self.device)
             head = Head.of(model)
-            with Progress(
-                f"{source.name}: score the ground truth", sum(p.stop - p.start for _, _, p in truth), "examples"
-            ) as bar:
+            with Progress(f"{source.name}: score the ground truth", examples_in(truth), "examples") as bar:
                 for split, name, part in truth:
                     rows = self.splits[split][part]
                     texts = [self._fitted[split][i] for i in range(part.start, part.stop)]
                     self._capture_shard(name, model, head, self.chats[source.name], rows, texts, bar)
-            with Progress(
-                f"{source.name}: answer the prompts", sum(p.stop - p.start for _, _, p in answers), "prompts"
-            ) as bar:
+            with Progress(f"{source.name}: answer the prompts", examples_in(answers), "prompts") as bar:
                 for split, name, part in answers:
                     responses = generate(
                         model,
@@ -209,13 +215,11 @@ class Preparation:
     def judge(self) -> None:
         """Every judge scores every eligible response of the training prompts."""
         for config in self.recipe.judges:
-            missing = self._missing("train", f"scores-{config.name}")
+            missing = self._missing("train", f"capture/train-scores-{config.name}")
             if not missing:
                 continue
             score = load_judge(config, self.device)
-            with Progress(
-                f"{config.name}: score the responses", sum(p.stop - p.start for _, p in missing), "prompts"
-            ) as bar:
+            with Progress(f"{config.name}: score the responses", examples_in(missing), "prompts") as bar:
                 for name, part in missing:
                     shown = [[text if ok else "" for text, ok in c] for c in self.candidates(part)]
                     scores = score(self.splits["train"][part], shown)
@@ -257,14 +261,12 @@ class Preparation:
         winner, _, _ = self.ballots
         per_source = self.recipe.generation.responses_per_source
         for s, source in enumerate(self.sources):
-            missing = self._missing("train", f"infer-{source.name}")
+            missing = self._missing("train", f"capture/train-infer-{source.name}")
             if not missing:
                 continue
             model = load_model(source, runtime_dtype(self.recipe.capture.dtype, self.device), self.device)
             head = Head.of(model)
-            with Progress(
-                f"{source.name}: capture the responses that won", sum(p.stop - p.start for _, p in missing), "prompts"
-            ) as bar:
+            with Progress(f"{source.name}: capture the responses that won", examples_in(missing), "prompts") as bar:
                 for name, part in missing:
                     rows, candidates = self.splits["train"][part], self.candidates(part)
                     texts = []
@@ -297,12 +299,8 @@ class Preparation:
             for s in self.sources
         }
         for split, rows in self.splits.items():
-            missing = [
-                (n, p)
-                for n, p in ((f"targets/{split}-{k:05d}", p) for k, p in self._shards(split))
-                if not self.store.valid(n)
-            ]
-            with Progress(f"align {split}", sum(p.stop - p.start for _, p in missing), "examples") as bar:
+            missing = self._missing(split, f"targets/{split}")
+            with Progress(f"align {split}", examples_in(missing), "examples") as bar:
                 for name, part in missing:
                     self.store.put(
                         name, self._align_shard(split, part, rows[part], aligners, bar), examples=part.stop - part.start
@@ -377,6 +375,11 @@ class Preparation:
         summary, samples = summarise(self)
         write_json(self.store.directory / "summary.json", summary)
         samples.to_parquet(str(self.store.directory / "samples.parquet"))
+
+
+def examples_in(missing: Sequence[tuple]) -> int:
+    """Number of examples in shards that end with their slice."""
+    return sum(entry[-1].stop - entry[-1].start for entry in missing)
 
 
 def without(settings: dict, key: str) -> dict:

@@ -17,7 +17,7 @@ from profuser.demo.judges import JUDGES, PairMaker, pairwise_accuracy
 from profuser.demo.pretrain import SOURCES, TARGET, accuracies, respond
 from profuser.demo.skills import SKILLS, DataSettings, World
 from profuser.demo.tokenizers import position_kinds, tokenizer_texts
-from profuser.demo.verify import answer_of, exact_match, score, steps_hold
+from profuser.demo.verify import STEP, answer_of, exact_match, score, steps_hold
 from profuser.reward import load_judge
 
 SPLITS = ("fusion", "validation", "heldout")
@@ -172,13 +172,19 @@ def test_verifier_marks_down_what_is_malformed():
     assert whole > cut > empty
 
 
-def test_judges_are_trained_on_fusion_answers_only(rows, world):
+def test_judges_are_trained_on_fusion_answers_and_steps_only(rows, world):
     maker, rng = PairMaker(rows["fusion"]), world._rng("test")
     stated = {row["prompt"]: answer_of(row["response"]) for row in rows["fusion"]}
-    for _ in range(1000):
+    steps = {step for row in rows["fusion"] for step in STEP.findall(row["response"])}
+    elsewhere = {row["prompt"] for split in ("validation", "heldout") for row in rows[split]}
+    for _ in range(2000):
         pair = maker.draw(rng)
-        assert answer_of(pair.chosen) == stated[pair.prompt]
         assert pair.chosen != pair.rejected
+        assert pair.prompt not in elsewhere
+        if pair.kind == "recombined":
+            assert set(STEP.findall(pair.chosen)) <= steps
+        else:
+            assert answer_of(pair.chosen) == stated[pair.prompt]
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

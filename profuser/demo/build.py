@@ -1,7 +1,7 @@
-"""Builds the bundled demo from nothing: `python -m profuser.demo.build [--parts data,tokenizers,sources,judges,measure] [--out DIR]`.
+"""Builds the bundled demo from nothing: `python -m profuser.demo.build [--parts ...] [--out DIR]`.
 
-Data, tokenizers, three sources, two reward models, then figures on the validation set (`measured.json`). Everything is seeded; the held-out
-set is written and never read here. Several sources train at the same time with `--workers`, one thread each.
+Data, tokenizers, three sources, two reward models, then figures on the validation set (`data/measured.json`). Everything is
+seeded; the held-out set is written and never read here. `--workers 2` trains two models at a time, one thread each.
 """
 
 from __future__ import annotations

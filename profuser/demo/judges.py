@@ -1,8 +1,8 @@
 """The demo's two reward models.
 
-Both are sequence classifiers with one output, trained on preference pairs (Bradley-Terry: -log sigmoid(r_chosen - r_rejected)).
-All pairs are made of the fusion data as it is, terse and wrong ground truths included: no judge sees a truth that the
-fusion data does not hold, nor a source's response. What can only be learnt by heart from them, they know by heart.
+Each is a language model of the fusion data's ground truths first; its body, with one output, then learns preference pairs
+(Bradley-Terry: -log sigmoid(r_chosen - r_rejected)). All pairs are made of the fusion data as it is, terse and wrong
+ground truths included: no judge sees a truth that the fusion data does not hold, nor a source's response.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The demo's three sources: tiny models instruction-tuned from scratch on problems that are in none of the splits.
 
-Each is strong in one skill and knows a fixed small part of the two others (`World.pretraining`). All answer in worked form. They differ
-in architecture, size, tokenizer and chat template, as real ones do. Out of scope: base-model pre-training; 60 % of the
-examples are the source's own skill, 20 % each of the others, the loss is on the response's tokens.
+Each is strong in one skill and knows a fixed small part of the two others (`World.pretraining`): 60 % of its examples are its
+own skill, 20 % each of the others. All answer in worked form. They differ in architecture, size, tokenizer and chat
+template, as real ones do. Left out on purpose: base-model pre-training; the loss is on the response's tokens only.
 """
 
 from __future__ import annotations

@@ -28,26 +28,21 @@ VICUNA = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: {{ message['content'] }} ASSISTANT:"
     "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-"""Vicuna's text roles, for `narrow`. The generation prompt ends without a space: the response's first token brings it."""
-LLAMA2 = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token }}[INST] {{ message['content'] }} [/INST]"
-    "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+"""Vicuna's text roles, for `narrow`. The response's first token brings its space; judge-b reads it so."""
+VICUNA_LINE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: {{ message['content'] }} ASSISTANT:\n"
+    "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-"""Llama-2's brackets, for `narrow`."""
-VICUNA_LINE = VICUNA.replace("ASSISTANT:", "ASSISTANT:\n").replace(
-    " {{ message['content'] }}{{ eos", "{{ message['content'] }}{{ eos"
+LLAMA2_LINE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token }}[INST] {{ message['content'] }} [/INST]\n"
+    "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-LLAMA2_LINE = LLAMA2.replace("[/INST]", "[/INST]\n").replace(
-    " {{ message['content'] }}{{ eos", "{{ message['content'] }}{{ eos"
-)
-"""The same with the response on a line of its own: its first token holds nothing of the template, so the distribution that
-chooses between an explanation and a bare answer reaches the target."""
+"""Vicuna's roles and Llama-2's brackets with the response on a line of its own, for `narrow`: its first token holds nothing
+of the template, so the distribution that chooses between an explanation and a bare answer reaches the target."""
 
 WIDE_VOCABULARY = 1152
 NARROW_VOCABULARY = 448
 MAX_LENGTH = 512
-
-
 TEXTS = 6000
 WIDE_MIX = {"knowledge": 0.6, "safety": 0.3, "reasoning": 0.1}
 NARROW_MIX = {"knowledge": 0.2, "safety": 0.4, "reasoning": 0.4}
