@@ -34,13 +34,19 @@ def main_of(command: Callable[[list[str]], None]) -> None:
                 "data.max_length, or set optim.gradient_checkpointing: true"
             )
         )
-    except ProfuserError as error:
+    except (ProfuserError, Terminated) as error:
         fail(error)
+    except OSError as error:
+        fail(
+            ProfuserError(
+                f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
+            )
+        )
     except KeyboardInterrupt:
         print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 
 
-def fail(error: ProfuserError) -> None:
+def fail(error: ProfuserError | Terminated) -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)

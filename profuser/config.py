@@ -22,6 +22,18 @@ DEFAULT_RECIPE = RECIPES_DIR / "demo.yaml"
 BUNDLED_PREFIX = "demo:"
 """`demo:NAME` in a recipe names a file or folder of the bundled demo, wherever profuser is installed."""
 
+DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Data files by suffix, with the loader of each."""
+
+RESERVED_NAMES = {"target", "target_before", "fused", "none", "mean"}
+"""Names that scores and summaries use beside the sources'."""
+
+FREE_KEYS = (
+    "optim.micro_batch_size", "optim.gradient_checkpointing", "optim.log_every", "optim.eval_every", "optim.checkpoint_every",
+    "optim.keep_checkpoints", "capture.batch_size", "generation.batch_size", "evaluation",
+)  # fmt: skip
+"""Keys that may change between a run and its resumption: they decide how it is computed or shown, not what comes out."""
+
 SCHEDULES = ("progressive", "simultaneous", "reverse", "fusellm", "sft")
 
 
@@ -208,6 +220,10 @@ class Recipe:
                     )
             if twice := {n for n in given if given.count(n) > 1}:
                 raise ConfigError(f"{kind}: names must differ, got {sorted(twice)[0]!r} twice; rename one")
+        if taken := sorted(set(names) & RESERVED_NAMES):
+            raise ConfigError(
+                f"sources: a name must not be one of {', '.join(sorted(RESERVED_NAMES))}, got {taken[0]!r}; rename it"
+            )
         if self.target not in names and not is_path(self.target) and "/" not in self.target:
             raise ConfigError(
                 f"target must be a source's name or a model, got {self.target!r} (sources: {', '.join(names)}); fix target"
@@ -229,10 +245,42 @@ class Recipe:
             "optim.epochs": self.optim.epochs,
             "optim.grad_clip": self.optim.grad_clip,
             "optim.temperature": self.optim.temperature,
+            "optim.log_every": self.optim.log_every,
+            "optim.keep_checkpoints": self.optim.keep_checkpoints,
+            "generation.top_p": self.generation.top_p,
+            **({} if self.data.limit is None else {"data.limit": self.data.limit}),
         }
         for key, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"{key} must be > 0, got {value}; set a positive number")
+        not_negative = {
+            "optim.beta": self.optim.beta,
+            "optim.weight_decay": self.optim.weight_decay,
+            "optim.warmup_ratio": self.optim.warmup_ratio,
+            "optim.min_lr_ratio": self.optim.min_lr_ratio,
+            "optim.eval_every": self.optim.eval_every,
+            "optim.checkpoint_every": self.optim.checkpoint_every,
+            "generation.temperature": self.generation.temperature,
+            "evaluation.examples": self.evaluation.examples,
+            "seed": self.seed,
+        }
+        for key, value in not_negative.items():
+            if not value >= 0:
+                raise ConfigError(f"{key} must be >= 0, got {value}; set 0 or a positive number")
+        for key in ("warmup_ratio", "min_lr_ratio"):
+            if getattr(self.optim, key) > 1:
+                raise ConfigError(
+                    f"optim.{key} is a share and must be <= 1, got {getattr(self.optim, key)}; give a share"
+                )
+        if self.generation.top_p > 1:
+            raise ConfigError(f"generation.top_p must be <= 1, got {self.generation.top_p}; 1 keeps all tokens")
+        if not all(0 <= b < 1 for b in self.optim.betas):
+            raise ConfigError(f"optim.betas must be in [0, 1), got {list(self.optim.betas)}; default [0.9, 0.95]")
+        if self.generation.responses_per_source > 1 and self.generation.temperature == 0:
+            raise ConfigError(
+                f"generation.responses_per_source > 1 needs a temperature > 0 (greedy responses are equal), got "
+                f"{self.generation.responses_per_source} at 0; set generation.temperature"
+            )
         if self.optim.steps is not None and self.optim.steps < 1:
             raise ConfigError(f"optim.steps must be >= 1 or null, got {self.optim.steps}; remove it to train by epochs")
         if self.optim.temperature != 1 and self.optim.tail == "bucket":
@@ -277,12 +325,9 @@ class Run:
 
 def is_path(model: str) -> bool:
     """Whether a model string means a local directory, and is therefore never looked up on the Hub."""
-    return (
-        model.startswith((BUNDLED_PREFIX, "/", ".", "~"))
-        or model.count("/") > 1
-        or "\\" in model
-        or Path(model).exists()
-    )
+    looks_local = model.startswith((BUNDLED_PREFIX, "/", ".", "~")) or model.count("/") > 1 or "\\" in model
+    in_folder = "/" in model and Path(model).parent.is_dir()
+    return looks_local or in_folder or Path(model).suffix in DATA_FILES or Path(model).exists()
 
 
 def resolve(location: str) -> str:
@@ -349,6 +394,13 @@ def differing_keys(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> li
         elif _plain(x) != _plain(y):
             keys.append(f"{prefix}{key}")
     return keys
+
+
+def deciding_keys(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """The differing keys that decide the outcome of a run."""
+    return [
+        key for key in differing_keys(a, b) if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    ]
 
 
 def _plain(value: Any) -> Any:

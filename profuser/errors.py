@@ -34,7 +34,7 @@ class OutOfMemoryError(ProfuserError):
     exit_code = 5
 
 
-class Terminated(ProfuserError):
-    """SIGTERM arrived; the state was saved and the same command resumes (exit code 75)."""
+class Terminated(BaseException):
+    """SIGTERM arrived; the state was saved and the same command resumes (exit code 75). Like KeyboardInterrupt no Exception."""
 
     exit_code = 75

@@ -16,9 +16,9 @@ import torch
 
 from profuser.chat import ChatFormat
 from profuser.cli import main_of
-from profuser.config import Recipe, Run, SourceConfig, parse_run
-from profuser.data import load_examples
-from profuser.errors import DataError
+from profuser.config import Recipe, Run, SourceConfig, deciding_keys, parse_run
+from profuser.data import data_hash, load_examples
+from profuser.errors import ConfigError, DataError
 from profuser.fusion_model import FusionModel
 from profuser.models import chat_format, default_device, load_model, runtime_dtype
 from profuser.prepare import target_config
@@ -33,6 +33,10 @@ Match = Callable[[dict, str], bool]
 
 def contains_truth(example: dict, response: str) -> bool:
     """The default match: the ground truth's text occurs in the response, case and outer space aside."""
+    if not example["response"]:
+        raise DataError(
+            f"a held-out prompt needs a ground truth to be scored, {example['prompt']!r} has none; take it out"
+        )
     return example["response"].casefold() in response.casefold()
 
 
@@ -63,7 +67,7 @@ def bits_per_byte(rows: Sequence[dict], nll: Sequence[float], size: Sequence[int
 
 
 @torch.no_grad()
-def likelihood(model: FusionModel, targets: Targets, pad_id: int, batch_size: int) -> dict[str, Any]:
+def likelihood(model: FusionModel, targets: Targets, pad_id: int, recipe: Recipe) -> dict[str, Any]:
     """Teacher-forced statistics of the target on one split's ground truths.
 
     Returns:
@@ -76,9 +80,12 @@ def likelihood(model: FusionModel, targets: Targets, pad_id: int, batch_size: in
     nll, size = {}, {}
     kd_sum = kd_rows = ce_sum = tokens = 0.0
     device = next(model.parameters()).device
-    for first in range(0, len(sequences), batch_size):
-        batch = sequences[first : first + batch_size]
-        tensors = {k: v.to(device) for k, v in targets.collate(batch, (1.0, 1.0), (1.0, 1.0), pad_id).items()}
+    size_of_batch = recipe.capture.batch_size
+    for first in range(0, len(sequences), size_of_batch):
+        batch = sequences[first : first + size_of_batch]
+        tensors = {
+            k: v.to(device) for k, v in targets.batch(batch, (1.0, 1.0), (1.0, 1.0), pad_id, recipe.optim).items()
+        }
         out = model(**tensors, reduction="sum", return_stats=True)
         ce = out["ce"].view(len(batch), -1).double().sum(1).tolist()
         covered = out["source_mass"] > 0
@@ -108,7 +115,7 @@ def answer(model, chat: ChatFormat, rows: Sequence[dict], recipe: Recipe, label:
 
 def source_answers(store: Store, sources: Sequence[str], split: str = "heldout") -> dict[str, list[str]]:
     return {
-        s: [text for name in store.names(f"capture/{split}-responses-{s}-") for ((text, _),) in store.get_json(name)]
+        s: [text for name in store.shards(f"capture/{split}-responses-{s}") for ((text, _),) in store.get_json(name)]
         for s in sources
     }
 
@@ -123,6 +130,10 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     if recipe.data.heldout is None:
         raise DataError("evaluation needs data.heldout, the recipe names none; add it")
     rows = load_examples(recipe.data, recipe.data.heldout)
+    if data_hash(rows) != store.manifest["settings"]["capture"]["data"].get("heldout"):
+        raise DataError(
+            f"{recipe.data.heldout} must be the held-out data that {store.directory} was prepared with, its rows differ; restore it"
+        )
     match, targets = match_of(recipe), Targets(store, "heldout")
     names = [s.name for s in recipe.sources]
     answers = source_answers(store, names)
@@ -145,7 +156,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
             FusionModel(model, tail=recipe.optim.tail, temperature=recipe.optim.temperature),
             targets,
             pad,
-            recipe.capture.batch_size,
+            recipe,
         )
         del model
     correct = {name: [match(row, text) for row, text in zip(rows, texts)] for name, texts in answers.items()}
@@ -191,7 +202,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
 
 def source_likelihood(store: Store, source: str, split: str = "heldout") -> tuple[np.ndarray, np.ndarray]:
     """(nll in nats, response bytes) of a source on a split's ground truths, in the rows' order."""
-    shards = [store.get(name) for name in store.names(f"capture/{split}-gt-{source}-")]
+    shards = [store.get(name) for name in store.shards(f"capture/{split}-gt-{source}")]
     return np.concatenate([s["nll"] for s in shards]), np.concatenate([s["response_bytes"] for s in shards])
 
 
@@ -221,7 +232,12 @@ def run_command(argv: list[str]) -> None:
         raise DataError(
             f"output must be a finished run, got {run.output_dir} without run.json; run profuser.train first"
         )
-    store = Store.load(Path(read_json(run.output_dir / "run.json")["store"]))
+    record = read_json(run.output_dir / "run.json")
+    if keys := deciding_keys(record["recipe"], run.recipe.to_dict()):
+        raise ConfigError(
+            f"{run.output_dir} holds a run of another recipe ({', '.join(keys)} differ); evaluate it with its own"
+        )
+    store = Store.load(Path(record["store"]))
     print(score_table(evaluate(run, store)))
 
 

@@ -7,14 +7,21 @@ the result against the model's own logits once and refuses a model that it canno
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from profuser.chat import ChatFormat
 from profuser.config import SourceConfig, is_path, resolve
@@ -119,6 +126,14 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
     return model.to(device).eval()
 
 
+def stored_dtype(source: SourceConfig) -> torch.dtype:
+    """The dtype that a model's weights came in; fp32 where its config does not say."""
+    config = AutoConfig.from_pretrained(
+        existing(source.model, source.name), revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    return getattr(config, "dtype", None) or torch.float32
+
+
 def load_reward_model(name: str, location: str, trust_remote_code: bool, device: torch.device | str = "cpu"):
     """A judge's weights and tokenizer; it must have exactly one output."""
     path = existing(location, name)
@@ -140,9 +155,8 @@ def chat_format(source: SourceConfig, tokenizer=None) -> ChatFormat:
     """A source's chat format with all of its end-of-turn tokens (tokenizer's and generation config's)."""
     tokenizer = tokenizer or load_tokenizer(source)
     ends = {tokenizer.eos_token_id}
-    generation_config = Path(resolve(source.model)) / "generation_config.json"
-    if generation_config.is_file():
-        eos = json.loads(generation_config.read_text()).get("eos_token_id")
+    with contextlib.suppress(OSError):  # a model need not bring one
+        eos = GenerationConfig.from_pretrained(resolve(source.model), revision=source.revision).eos_token_id
         ends |= set(eos if isinstance(eos, list) else [eos])
     return ChatFormat(tokenizer, end_ids=sorted(ends - {None}))
 
@@ -157,16 +171,22 @@ def existing(location: str, name: str) -> str:
     return path
 
 
+SAMPLE = 1 << 20
+
+
 def fingerprint(location: str) -> str:
-    """Short hash that changes with a model's files: names, sizes and contents of small ones, sizes of the weights."""
+    """Short hash of a model's files: names, sizes, contents (samples of them where a file is large); a Hub id is its own."""
     path = Path(resolve(location))
     digest = hashlib.sha256()
     if not path.is_dir():
         return location
     for file in sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".md"):
-        digest.update(f"{file.name}:{file.stat().st_size};".encode())
-        if file.stat().st_size < 64 << 20:
-            digest.update(file.read_bytes())
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with open(file, "rb") as data:
+            for start in range(0, size, max(SAMPLE, size // 64)):  # all of a small file, 64 samples of a large one
+                data.seek(start)
+                digest.update(data.read(SAMPLE))
     return digest.hexdigest()[:16]
 
 

@@ -38,11 +38,11 @@ from profuser.chat import ChatFormat, Encoded
 from profuser.cli import main_of
 from profuser.config import Recipe, Run, SourceConfig, parse_run
 from profuser.data import data_hash, load_examples
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, DataError
 from profuser.models import Head, chat_format, default_device, fingerprint, load_model, load_tokenizer, runtime_dtype
 from profuser.progress import Progress
 from profuser.responses import generate
-from profuser.reward import load_judge, vote
+from profuser.reward import judge_fingerprint, load_function, load_judge, vote
 from profuser.schedule import stages_of
 from profuser.store import Store, set_aside, write_json
 from profuser.summary import summarise
@@ -73,7 +73,9 @@ class Preparation:
         }
         self.chats = {s.name: chat_format(s, load_tokenizer(s)) for s in self.sources}
         target = target_config(recipe)
-        self.target = self.chats.get(target.name) or chat_format(target, load_tokenizer(target))
+        self.target = (
+            self.chats[r] if (r := recipe.target) in self.chats else chat_format(target, load_tokenizer(target))
+        )
         self.seconds: Counter[str] = Counter()
         self.store = Store.open(run.store_dir, self._settings())
 
@@ -86,6 +88,7 @@ class Preparation:
                 s.name: {
                     "model": s.model,
                     "files": fingerprint(s.model),
+                    "revision": s.revision,
                     "template": self._template(self.chats[s.name]),
                 }
                 for s in r.sources
@@ -99,8 +102,7 @@ class Preparation:
             "generation": without(vars(r.generation), "batch_size")
             | ({"seed": r.seed} if r.generation.temperature > 0 else {}),
             "judges": {
-                j.name: {"model": j.model, "function": j.function, "files": j.model and fingerprint(j.model)}
-                for j in r.judges
+                j.name: {"model": j.model, "function": j.function, "files": judge_fingerprint(j)} for j in r.judges
             },
             "capture": without(vars(r.capture), "batch_size"),
         }
@@ -250,6 +252,11 @@ class Preparation:
             ],
             axis=1,
         )
+        for r, judge in enumerate(self.recipe.judges):
+            if eligible.any() and np.isnan(scores[:, r][eligible]).all():
+                raise DataError(
+                    f"judge {judge.name} must score some response, it gave NaN to all {eligible.sum()}; fix the judge or take it out"
+                )
         return *vote(scores, eligible), scores
 
     # -- phase 3 ---------------------------------------------------------------------------------------------------
@@ -395,10 +402,11 @@ def fit(chats: list[ChatFormat], prompt: str, response: str, max_length: int) ->
     """
     if not response:
         return "", False, EMPTY
-    encoded = []
+    encoded, able = [], []
     for i, chat in enumerate(chats):
         try:
             encoded.append(chat.encode(prompt, response))
+            able.append(chat)
         except TokenBytesMismatch as error:
             if i == 0:
                 return "", False, NORMALISER if error.reason == "normaliser" else DECODER
@@ -411,7 +419,7 @@ def fit(chats: list[ChatFormat], prompt: str, response: str, max_length: int) ->
             text = raw[:stop].decode()
         except UnicodeDecodeError:
             continue
-        if all(len(c.encode(prompt, text, complete=False).input_ids) <= max_length for c in chats):
+        if all(len(c.encode(prompt, text, complete=False).input_ids) <= max_length for c in able):
             return text, True, OK
     return "", False, TOO_LONG
 
@@ -434,11 +442,22 @@ def announce(command: str, run: Run, processes: int = 1) -> None:
 
 
 def prepare(run: Run) -> Store:
-    """Bring the store of a recipe to completeness and return it."""
-    if needs_inference(run.recipe) and not run.recipe.judges:
+    """Bring the store of a recipe to completeness and return it.
+
+    Raises:
+        ConfigError: the schedule needs judges and there are none; a function that the recipe names cannot be imported.
+    """
+    recipe = run.recipe
+    if needs_inference(recipe) and not recipe.judges:
+        schedule = recipe.schedule if isinstance(recipe.schedule, str) else "with an infer_weight"
         raise ConfigError(
-            f"schedule {run.recipe.schedule} uses the inference mode and needs judges, got none; add judges or use schedule: fusellm"
+            f"a schedule {schedule} needs judges for its inference mode, got none; add judges or set schedule: fusellm"
         )
+    for judge in recipe.judges:
+        if judge.function is not None:
+            load_function(judge.function, f"judges: {judge.name}: function")
+    if recipe.evaluation.match is not None:
+        load_function(recipe.evaluation.match, "evaluation.match")
     return Preparation(run).run()
 
 

@@ -38,9 +38,9 @@ def generate(
     order = sorted((i for i in range(len(prompts)) if len(encoded[i]) < max_length), key=lambda i: len(encoded[i]))
     answers: list[list[tuple[str, bool]]] = [[("", True)] * responses for _ in prompts]
     progress(len(prompts) - len(order))
-    sampling = {"do_sample": False}
+    sampling = {"do_sample": False, "repetition_penalty": 1.0}
     if config.temperature > 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        sampling |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
         torch.manual_seed(seed)
     ends = set(chat.end_ids)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else chat.end_ids[0]
@@ -55,13 +55,15 @@ def generate(
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
-            max_new_tokens=min(config.max_new_tokens, max(1, max_length - width)),
+            max_new_tokens=min(config.max_new_tokens, max_length - min(len(encoded[i]) for i in batch)),
             num_return_sequences=responses,
             eos_token_id=sorted(ends),
             pad_token_id=pad,
             **sampling,
         )[:, width:].tolist()
         for row, ids in enumerate(output):
+            # Each prompt has its own room, whatever else is in its batch.
+            ids = ids[: max_length - len(encoded[batch[row // responses]])]
             end = next((t for t, token in enumerate(ids) if token in ends), None)
             text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
             answers[batch[row // responses]][row % responses] = (text, end is not None)

@@ -6,7 +6,10 @@ ties go to the higher mean z-score (standardised per judge over the whole data s
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,7 +17,8 @@ import torch
 
 from profuser.config import JudgeConfig, SourceConfig
 from profuser.errors import ConfigError, DataError
-from profuser.models import chat_format, load_reward_model
+from profuser.models import chat_format, fingerprint, load_reward_model
+from profuser.token_bytes import TokenBytesMismatch
 
 
 def vote(scores: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,6 +67,14 @@ def load_function(path: str, key: str) -> Callable:
         ) from None
 
 
+def judge_fingerprint(config: JudgeConfig) -> str:
+    """Changes with a judge's weights, or with the source of the module that its function stands in."""
+    if config.model is not None:
+        return fingerprint(config.model)
+    function = load_function(config.function, f"judges: {config.name}: function")
+    return hashlib.sha256(inspect.getsource(inspect.getmodule(function)).encode()).hexdigest()[:16]
+
+
 Judge = Callable[[Sequence[dict], Sequence[Sequence[str]]], np.ndarray]
 """(examples, candidates) -> float32 (E, C); NaN where a candidate was empty (not shown) or got no score."""
 
@@ -81,10 +93,16 @@ def _function_judge(config: JudgeConfig) -> Judge:
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         for e, (example, responses) in enumerate(zip(examples, candidates)):
             shown = [c for c, text in enumerate(responses) if text]
-            given = list(function(example, [responses[c] for c in shown])) if shown else []
+            try:
+                given = [float(x) for x in function(example, [responses[c] for c in shown])] if shown else []
+            except Exception as error:  # the user's own code may raise anything
+                raise DataError(
+                    f"judge {config.name}: {config.function} must return one number a response, on the prompt {example['prompt']!r} it "
+                    f"raised {type(error).__name__}: {error}; fix the function"
+                ) from error
             if len(given) != len(shown):
                 raise DataError(
-                    f"judge {config.name}: {config.function} must return one score a response, got {len(given)} for "
+                    f"judge {config.name}: {config.function} must return one number a response, got {len(given)} for "
                     f"{len(shown)}; fix the function"
                 )
             scores[e, shown] = given
@@ -106,12 +124,13 @@ def _reward_model_judge(config: JudgeConfig, device: torch.device | str) -> Judg
     @torch.no_grad()
     def score(examples: Sequence[dict], candidates: Sequence[Sequence[str]]) -> np.ndarray:
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
-        shown = [
-            (e, c, chat.encode(examples[e]["prompt"], text).input_ids[-limit:])
-            for e, responses in enumerate(candidates)
-            for c, text in enumerate(responses)
-            if text
-        ]
+        shown = []
+        for e, responses in enumerate(candidates):
+            for c, text in enumerate(responses):
+                # A text that the judge's tokenizer cannot give back stays without a score.
+                with contextlib.suppress(TokenBytesMismatch):
+                    if text:
+                        shown.append((e, c, chat.encode(examples[e]["prompt"], text).input_ids[-limit:]))
         shown.sort(key=lambda item: len(item[2]))
         for first in range(0, len(shown), config.batch_size):
             batch = shown[first : first + config.batch_size]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from profuser.config import OptimConfig, Recipe, StageConfig
+from profuser.errors import ConfigError
 
 NAMED: dict[str, list[StageConfig]] = {
     "progressive": [StageConfig(infer_weight=1.0), StageConfig(infer_weight=0.1, train_weight=1.0)],
@@ -42,9 +44,13 @@ def plan(recipe: Recipe, instructions: int) -> list[Stage]:
     total = optim.steps or max(len(configs), math.ceil(optim.epochs * instructions / optim.batch_size))
     whole = sum(c.share for c in configs)
     bounds = [round(total * sum(c.share for c in configs[:i]) / whole) for i in range(len(configs) + 1)]
+    if empty := [i for i, (first, stop) in enumerate(pairwise(bounds), start=1) if first == stop]:
+        raise ConfigError(
+            f"every stage needs at least one step, stage {empty[0]} of {len(configs)} has none of {total}; raise optim.steps"
+        )
     return [
         Stage(c.infer_weight, c.train_weight, optim.beta if c.beta is None else c.beta, first, stop)
-        for c, first, stop in zip(configs, bounds, bounds[1:])
+        for c, (first, stop) in zip(configs, pairwise(bounds))
     ]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from datetime import datetime
@@ -149,6 +150,14 @@ class Store:
 
     def names(self, prefix: str) -> list[str]:
         return sorted(n for n in self.manifest["shards"] if n.startswith(prefix))
+
+    def shards(self, kind: str) -> list[str]:
+        """The shards `kind-00000`, `kind-00001`, …; a name that merely begins like `kind` is not meant."""
+        return sorted(n for n in self.manifest["shards"] if re.fullmatch(re.escape(kind) + r"-\d{5}", n))
+
+    def digest(self, kind: str) -> str:
+        """Changes when any shard of a kind does."""
+        return _sha256("".join(self.manifest["shards"][n]["sha256"] for n in self.shards(kind)).encode())[:16]
 
     def valid(self, name: str) -> bool:
         """Whether a shard is present and its bytes are those that were written; a damaged one is dropped and announced."""

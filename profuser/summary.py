@@ -23,7 +23,7 @@ def summarise(p: Preparation) -> tuple[dict[str, Any], datasets.Dataset]:
     import datasets
 
     rows, names = p.splits["train"], [s.name for s in p.sources]
-    shards = [p.store.get(name) for name in p.store.names("targets/train-")]
+    shards = [p.store.get(name) for name in p.store.shards("targets/train")]
     min_ce = min_ce_winners(shards, len(rows))
     skills = list(dict.fromkeys(row["skill"] for row in rows))
     summary: dict[str, Any] = {

@@ -15,6 +15,7 @@ import torch
 from profuser.align import KINDS, Aligned
 from profuser.capture import REASONS
 from profuser.chat import Encoded
+from profuser.config import OptimConfig
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.store import Store, id_dtype, ragged
 
@@ -144,7 +145,7 @@ class Targets:
         self.sources: list[str] = store.manifest["settings"]["capture"]["source_names"]
         self.top_k = 1
         self.sequences: list[TargetSequence] = []
-        for name in store.names(f"targets/{split}-"):
+        for name in store.shards(f"targets/{split}"):
             self._add(store.get(name))
         by_example: dict[int, list[TargetSequence]] = {}
         for sequence in self.sequences:
@@ -176,6 +177,21 @@ class Targets:
                     else shard["entry_logprobs"][:0],
                 )
             )
+
+    def batch(
+        self,
+        sequences: Sequence[TargetSequence],
+        ce_weight: Sequence[float],
+        kd_weight: Sequence[float],
+        pad_id: int,
+        optim: OptimConfig,
+    ) -> dict[str, torch.Tensor]:
+        """`collate` as the fused loss wants it with this tail and temperature; log-probabilities are stored at temperature 1."""
+        tensors = self.collate(sequences, ce_weight, kd_weight, pad_id)
+        if optim.tail == "renormalize":
+            del tensors["source_tail"]
+            tensors["source_logprobs"] /= optim.temperature
+        return tensors
 
     def collate(
         self, sequences: Sequence[TargetSequence], ce_weight: Sequence[float], kd_weight: Sequence[float], pad_id: int

@@ -28,11 +28,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from profuser.checkpoint import load_newest, save_checkpoint
 from profuser.cli import main_of
-from profuser.config import BUNDLED_PREFIX, Recipe, Run, differing_keys, parse_run, resolve
+from profuser.config import BUNDLED_PREFIX, Recipe, Run, deciding_keys, parse_run, resolve
 from profuser.errors import ConfigError, DataError, NonFiniteError, Terminated
 from profuser.evaluate import evaluate, likelihood, score_table
 from profuser.fusion_model import FusionModel
-from profuser.models import chat_format, load_model
+from profuser.models import chat_format, load_model, stored_dtype
 from profuser.output import closing_examples, environment, save_fused
 from profuser.prepare import announce, prepare, target_config
 from profuser.progress import Progress
@@ -48,15 +48,17 @@ class Trainer:
     def __init__(self, recipe: Recipe, store: Store, directory: Path, accelerator: Accelerator):
         self.recipe, self.optim, self.directory, self.accelerator = recipe, recipe.optim, directory, accelerator
         self.targets = Targets(store, "train")
-        self.validation = Targets(store, "validation") if store.names("targets/validation-") else None
+        self.validation = Targets(store, "validation") if store.shards("targets/validation") else None
         self.stages = plan(recipe, len(self.targets.instructions))
+        self._check_modes(store)
+        self.targets_digest = store.digest("targets/train")
         self.total_steps = self.stages[-1].stop
         config = target_config(recipe)
         self.chat = chat_format(config)
         self.pad_id = self.chat.tokenizer.pad_token_id or 0
         torch.manual_seed(recipe.seed)
         target = load_model(config, torch.float32, accelerator.device)
-        self.saved_dtype = getattr(target.config, "dtype", None) or torch.float32
+        self.saved_dtype = stored_dtype(config)
         if self.optim.gradient_checkpointing:
             target.gradient_checkpointing_enable()
         self.fusion = FusionModel(target, temperature=self.optim.temperature, tail=self.optim.tail).train()
@@ -67,6 +69,17 @@ class Trainer:
         self.metrics = directory / "metrics.jsonl"
         self._order: dict[int, np.ndarray] = {}  # of the current epoch
         self._stop: BaseException | None = None
+
+    def _check_modes(self, store: Store) -> None:
+        """Every stage must find examples of a mode that it weighs."""
+        there = {s.mode for s in self.targets.sequences}
+        for i, stage in enumerate(self.stages, start=1):
+            if not {m for m, w in ((TRAIN, stage.train_weight), (INFER, stage.infer_weight)) if w > 0} & there:
+                handled = read_json(store.directory / "summary.json")["handled"]
+                raise DataError(
+                    f"stage {i} needs training examples of its mode, none is left (skipped: {handled or 'nothing'}); raise "
+                    "data.max_length or check the data"
+                )
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -162,12 +175,9 @@ class Trainer:
         return replace(some, label_mask=np.zeros_like(some.label_mask))
 
     def _tensors(self, sequences, ce_weight, kd_weight) -> dict[str, torch.Tensor]:
-        batch = self.targets.collate(sequences, ce_weight, kd_weight, self.pad_id)
+        batch = self.targets.batch(sequences, ce_weight, kd_weight, self.pad_id, self.optim)
         if not any(kd_weight):
             batch = {k: v for k, v in batch.items() if not k.startswith("source_")}
-        elif self.optim.tail == "renormalize":
-            del batch["source_tail"]
-            batch["source_logprobs"] /= self.optim.temperature
         return {k: v.to(self.accelerator.device) for k, v in batch.items()}
 
     def _check_finite(self, name: str, per_sequence: torch.Tensor, sequences: list[TargetSequence], step: int) -> None:
@@ -186,7 +196,7 @@ class Trainer:
     def _evaluate(self, step: int, stage: int) -> None:
         if self.validation is None or not self.accelerator.is_main_process:
             return
-        s = likelihood(self.fusion, self.validation, self.pad_id, self.recipe.capture.batch_size)
+        s = likelihood(self.fusion, self.validation, self.pad_id, self.recipe)
         self._log({"step": step, "stage": stage, "eval": {"ce": s["ce"], "kd": s["kd"]}})
 
     def _log(self, line: dict[str, Any]) -> None:
@@ -197,19 +207,28 @@ class Trainer:
     def _checkpoint(self, step: int) -> None:
         if self.accelerator.is_main_process:
             save_checkpoint(
-                self.directory / "checkpoints", step, self.fusion, self.optimizer, {}, self.optim.keep_checkpoints
+                self.directory / "checkpoints",
+                step,
+                self.fusion,
+                self.optimizer,
+                {"targets": self.targets_digest},
+                self.optim.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
         state = load_newest(self.directory / "checkpoints", self.fusion, self.optimizer)
         step = 0 if state is None else state["step"]
+        if state is not None and state["targets"] != self.targets_digest:
+            raise ConfigError(
+                f"{self.directory} was trained on other targets than the store holds now; start over with --fresh, or restore the store"
+            )
         if step and self.accelerator.is_main_process:
             print(f"resuming at step {step} of {self.total_steps}", flush=True)
         if (
             self.accelerator.is_main_process and self.metrics.exists()
         ):  # lines after the checkpoint will be written again
-            kept = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["step"] <= step and step]
+            kept = [line for line in self.metrics.read_text().splitlines() if step and step_of(line) <= step]
             self.metrics.write_text("".join(f"{line}\n" for line in kept))
         return step
 
@@ -235,6 +254,14 @@ class Trainer:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; +inf for one that a crash tore."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -285,17 +312,23 @@ def open_run(run: Run) -> bool:
             raise DataError(
                 f"output must be a run directory or empty, got {run.output_dir} without run.json; give another --output"
             )
-        write_json(
-            path, {"status": "running", "recipe": run.recipe.to_dict(), "store": str(run.store_dir), **environment()}
-        )
+        _write_record(run)
         return False
     old = read_json(path)
-    if keys := differing_keys(old["recipe"], run.recipe.to_dict()):
+    started = old["status"] == "complete" or any((run.output_dir / "checkpoints").glob("step-*"))
+    if started and (keys := deciding_keys(old["recipe"], run.recipe.to_dict())):
         raise ConfigError(
             f"{run.output_dir} holds a run of another recipe ({', '.join(keys)} differ); give another --output, undo the "
             "change, or start over with --fresh"
         )
+    if old["status"] != "complete":
+        _write_record(run)
     return old["status"] == "complete"
+
+
+def _write_record(run: Run) -> None:
+    record = {"status": "running", "recipe": run.recipe.to_dict(), "store": str(run.store_dir), **environment()}
+    write_json(run.output_dir / "run.json", record)
 
 
 def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:

@@ -116,3 +116,13 @@ def test_a_model_that_changes_its_logits_behind_the_head_is_refused(source):
             Head.of(model)
     finally:
         del model.forward
+
+
+def test_the_room_for_an_answer_does_not_depend_on_the_batch(source):
+    model, chat = source
+    prompts = ["Eve has 8 eggs, loses 4, gets 5, gets 2. How many?", "word " * 30]
+    limit = len(chat.prompt_ids(prompts[1])) + 3
+    config = RecipeGeneration(max_new_tokens=24, batch_size=2)
+    together = generate(model, chat, prompts, config, max_length=limit)
+    alone = [generate(model, chat, [p], config, max_length=limit)[0] for p in prompts]
+    assert together == alone

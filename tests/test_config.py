@@ -54,6 +54,12 @@ def test_every_bundled_recipe_parses(recipe):
         ({"target": "b"}, "sources: a"),
         ({"judges": [{"name": "j"}]}, "either model or function"),
         ({"align": {"min_reliability": 3.0}}, "min_reliability"),
+        ({"sources": [{"name": "fused", "model": "m"}]}, "'fused'"),
+        ({"generation": {"responses_per_source": 2}}, "temperature"),
+        ({"optim": {"beta": -1.0}}, "optim.beta"),
+        ({"optim": {"betas": [1.5, 0.9]}}, "optim.betas"),
+        ({"optim": {"log_every": 0}}, "optim.log_every"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_a_wrong_recipe_names_the_key(tmp_path, change, expected):

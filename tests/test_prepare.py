@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from profuser.capture import EMPTY, OK, TOO_LONG
-from profuser.config import SourceConfig
-from profuser.errors import ConfigError
+from profuser.config import DataConfig, JudgeConfig, SourceConfig
+from profuser.data import load_examples
+from profuser.errors import ConfigError, DataError
 from profuser.models import chat_format
 from profuser.prepare import fit, prepare
 from profuser.store import Store
@@ -151,3 +153,63 @@ def test_empty_ground_truths_and_literal_specials_are_counted_and_harmless(prepa
     control = set(chat_format(SourceConfig(name="guardian", model="demo:guardian")).tokenizer.all_special_ids)
     assert not control & set(truths[0].input_ids[truths[0].label_mask][:-1].tolist())
     assert Store.load(store.directory).complete
+
+
+def test_a_target_that_is_no_source_keeps_its_own_tokenizer(prepared, tmp_path):
+    """Even one whose directory a source's name resembles."""
+    _, run, _ = prepared
+    target = chat_format(SourceConfig(name="g", model="demo:guardian"))
+    recipe = replace(
+        run.recipe,
+        sources=[SourceConfig(name="s", model="demo:scholar"), SourceConfig(name="s-0.5b", model="demo:reckoner")],
+        target="demo:guardian",
+        store=str(tmp_path / "s"),
+    )
+    store = prepare(replace(run, recipe=recipe))
+    for s in Targets(store, "train").sequences:
+        assert "<|im_start|>" in target.tokenizer.decode(s.input_ids)
+    assert len(store.shards("capture/train-responses-s")) == len(store.shards("capture/train-responses-s-0.5b")) == 3
+
+
+def test_changed_judge_columns_make_another_store(prepared, tmp_path):
+    _, run, store = prepared
+    rows = [json.loads(line) for line in Path(run.recipe.data.train).read_text().splitlines()]
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps({**row, "answer": "?"}) + "\n" for row in rows))
+    recipe = replace(run.recipe, data=replace(run.recipe.data, train=str(path)), store=str(store.directory))
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        prepare(replace(run, recipe=recipe))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"prompt": "p"}', "must have the column 'response'"),
+        ('{"prompt": ["p"], "response": "r"}', "must hold text"),
+        ('{"prompt": "p", "response": "r", "skill": "mean"}', "mean"),
+        ('{"prompt": "p", "resp', "cannot be read"),
+        ("", "cannot be read|at least one row"),
+    ],
+)
+def test_bad_data_is_refused_with_the_reason(tmp_path, text, expected):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=expected):
+        load_examples(DataConfig(train=str(path)), str(path))
+
+
+def test_odd_cells_stay_texts(tmp_path):
+    path = tmp_path / "odd.csv"
+    path.write_text("prompt,response\np,NA\nq,0\n")
+    assert [r["response"] for r in load_examples(DataConfig(train=str(path)), str(path))] == ["NA", "0"]
+
+
+def test_a_judge_that_never_scores_is_an_error(prepared, tmp_path):
+    _, run, _ = prepared
+    judges = [JudgeConfig(name="broken", function="test_prepare:always_nan")]
+    with pytest.raises(DataError, match="judge broken"):
+        prepare(replace(run, recipe=replace(run.recipe, judges=judges, store=str(tmp_path / "s"))))
+
+
+def always_nan(example, responses):
+    return [float("nan")] * len(responses)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, small_run
 
-from profuser.errors import ConfigError, NonFiniteError
+from profuser.errors import ConfigError, DataError, NonFiniteError
 from profuser.fusion_model import FusionModel
+from profuser.prepare import prepare
 from profuser.store import Store
 from profuser.targets import TRAIN, Targets
 from profuser.train import Trainer, open_run, train
@@ -187,10 +189,6 @@ def test_padding_and_batch_mates_do_not_change_a_sequences_loss(prepared):
 
 
 def test_a_damaged_store_is_repaired_before_training(prepared, tmp_path):
-    import shutil
-
-    from profuser.prepare import prepare
-
     directory, run, _ = prepared
     shutil.copytree(directory / "store", tmp_path / "store")
     victim = sorted((tmp_path / "store/targets").iterdir())[0]
@@ -234,6 +232,60 @@ def test_a_signal_keeps_what_was_finished_and_the_same_command_goes_on(tmp_path,
     for name, written in times.items():
         assert (tmp_path / "store" / f"{name}.safetensors").stat().st_mtime_ns == written
     assert (tmp_path / "run/report.html").exists()
+
+
+def test_a_renormalised_tail_with_a_temperature_trains_and_evaluates(prepared, tmp_path):
+    _, run, store = prepared
+    t = trainer(run, store, tmp_path / "t", tail="renormalize", temperature=2.0)
+    t.train()
+    lines = [json.loads(line) for line in t.metrics.read_text().splitlines()]
+    assert all(line["eval"]["kd"] > 0 for line in lines if "eval" in line)
+
+
+def test_a_torn_last_line_of_the_metrics_does_not_stop_a_resumption(prepared, tmp_path):
+    _, run, store = prepared
+    t = trainer(run, store, tmp_path / "t")
+    t.train()
+    with open(t.metrics, "a") as file:
+        file.write('{"step": 4, "lo')
+    again = trainer(run, store, tmp_path / "t")
+    again.train()
+    assert [json.loads(line) for line in t.metrics.read_text().splitlines()]
+
+
+def test_resuming_on_other_targets_is_refused(prepared, tmp_path):
+    _, run, store = prepared
+    trainer(run, store, tmp_path / "t").train()
+    other = trainer(run, store, tmp_path / "t")
+    other.targets_digest = "other"
+    with pytest.raises(ConfigError, match="other targets"):
+        other.train()
+
+
+def test_without_any_training_example_left_the_run_says_so(prepared, tmp_path):
+    _, run, _ = prepared
+    recipe = replace(run.recipe, data=replace(run.recipe.data, max_length=4), store=str(tmp_path / "s"))
+    with pytest.raises(DataError, match="max_length"):
+        trainer(replace(run, recipe=recipe), prepare(replace(run, recipe=recipe)), tmp_path / "t")
+
+
+def test_a_recipe_can_be_corrected_until_there_is_something_to_lose(prepared, tmp_path):
+    _, run, _ = prepared
+    first = replace(run, recipe=replace(run.recipe, output=str(tmp_path / "r"), seed=1))
+    assert not open_run(first)
+    assert not open_run(replace(first, recipe=replace(first.recipe, seed=2)))
+    (tmp_path / "r/checkpoints/step-000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="seed differ"):
+        open_run(replace(first, recipe=replace(first.recipe, seed=3)))
+    smaller = replace(first.recipe, seed=2, optim=replace(first.recipe.optim, micro_batch_size=1))
+    assert not open_run(replace(first, recipe=smaller))
+
+
+def test_the_fused_model_keeps_the_targets_dtype(finished):
+    from safetensors.torch import load_file
+
+    run, _ = finished
+    assert {t.dtype for t in load_file(run.output_dir / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def command(*arguments, cwd=ROOT):

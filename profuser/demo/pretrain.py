@@ -182,6 +182,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
             do_sample=False,
         )
     model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600, which a wheel would carry to other users
     tokenizer.save_pretrained(folder)
 
 

@@ -66,7 +66,7 @@ def shift_rows(store: Store, directory: Path) -> Store:
         shutil.rmtree(directory)
     shutil.copytree(store.directory, directory)
     copy = Store.load(directory)
-    for name in copy.names("targets/train-"):
+    for name in copy.shards("targets/train"):
         copy.put(name, shifted(copy.get(name)))
     return copy
 
