@@ -16,6 +16,8 @@ import yaml
 
 from profuser.errors import ConfigError
 
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the texts under the fields are --help's
+
 PACKAGE_DIR = Path(__file__).resolve().parent
 RECIPES_DIR = PACKAGE_DIR / "recipes"
 DEFAULT_RECIPE = RECIPES_DIR / "demo.yaml"
@@ -345,6 +347,17 @@ def resolve(location: str) -> str:
     return str(path)
 
 
+def load_recipe(record: dict[str, Any]) -> Recipe:
+    """The recipe of a run.json."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, None, as_group=False)
+    try:
+        values = parser.instantiate(parser.parse_object(record))
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(_one_line(str(error), "run.json")) from None
+    return Recipe(**{k: getattr(values, k) for k in Recipe.__dataclass_fields__})
+
+
 def parse_run(command: str, argv: list[str] | None, flags: dict[str, str], description: str) -> Run:
     """Command line → recipe. `flags` are the command's own switches with their help.
 
@@ -380,6 +393,8 @@ def parse_run(command: str, argv: list[str] | None, flags: dict[str, str], descr
 
 
 def _one_line(message: str, config: str) -> str:
+    if message.startswith('Parser key "schedule"'):
+        message = f"schedule must be one of {', '.join(SCHEDULES)} or a list of stages, got {message.rsplit('Given value: ')[-1]}"
     message = "; ".join(part.strip() for part in message.replace("\n", " \n").splitlines() if part.strip())
     return f"{message} (recipe: {config}; `--help` lists every key)"
 

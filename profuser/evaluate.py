@@ -1,13 +1,15 @@
 """Held-out scores: exact match per skill from generated answers, bits per byte of the ground truth.
 
 Bits per byte, not per token, because vocabularies differ. The sources' answers and log-likelihoods come from the store;
-what is generated here is the target's. `python -m profuser.evaluate` scores a finished run again.
+what is generated here is the target's. `python -m profuser.evaluate RUN_DIR` scores a finished run again.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ import torch
 
 from profuser.chat import ChatFormat
 from profuser.cli import main_of
-from profuser.config import Recipe, Run, SourceConfig, deciding_keys, parse_run
+from profuser.config import Recipe, Run, SourceConfig, load_recipe
 from profuser.data import data_hash, load_examples
-from profuser.errors import ConfigError, DataError
+from profuser.errors import DataError
 from profuser.fusion_model import FusionModel
 from profuser.models import chat_format, default_device, load_model, runtime_dtype
 from profuser.prepare import target_config
@@ -226,20 +228,20 @@ def score_table(scores: dict[str, Any]) -> str:
     )
 
 
-def run_command(argv: list[str]) -> None:
-    run = parse_run("evaluate", argv, {}, __doc__.split("\n")[0])
-    if not Path(run.output_dir, "run.json").exists():
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m profuser.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="directory of a finished run, for instance runs/demo"
+    )
+    directory = parser.parse_args(argv).run_dir
+    record = read_json(directory / "run.json")
+    if record["status"] != "complete":
         raise DataError(
-            f"output must be a finished run, got {run.output_dir} without run.json; run profuser.train first"
+            f"RUN_DIR must hold a finished run, {directory} is not complete; run profuser.train with its recipe again"
         )
-    record = read_json(run.output_dir / "run.json")
-    if keys := deciding_keys(record["recipe"], run.recipe.to_dict()):
-        raise ConfigError(
-            f"{run.output_dir} holds a run of another recipe ({', '.join(keys)} differ); evaluate it with its own"
-        )
-    store = Store.load(Path(record["store"]))
-    print(score_table(evaluate(run, store)))
+    recipe = replace(load_recipe(record["recipe"]), output=str(directory))
+    print(score_table(evaluate(Run(recipe=recipe, name=directory.name, options={}), Store.load(Path(record["store"])))))
 
 
 if __name__ == "__main__":
-    main_of(run_command)
+    main_of(main)

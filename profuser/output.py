@@ -60,7 +60,11 @@ def model_card(recipe: Recipe) -> str:
         "The licences of the sources and of the training data apply to this model.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this directory")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("this directory")\n```\n'
+        'tokenizer = AutoTokenizer.from_pretrained("this directory")\n'
+        'messages = [{"role": "user", "content": "..."}]\n'
+        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)\n'
+        "output = model.generate(**inputs, max_new_tokens=64)\n"
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n```\n'
     )
 
 

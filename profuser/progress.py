@@ -11,17 +11,17 @@ SECONDS_BETWEEN_LINES = 15
 
 
 class Progress:
-    """Use as a context manager; `update(n)` may carry a note such as a loss."""
+    """Use as a context manager; `update(n)` may carry a note such as a loss. `initial` was done before, by a resumed run."""
 
-    def __init__(self, label: str, total: int, unit: str = "it", show: bool = True):
+    def __init__(self, label: str, total: int, unit: str = "it", show: bool = True, initial: int = 0):
         self.label, self.total, self.unit = label, total, unit
-        self.show, self.done = show, 0
+        self.show, self.done, self.initial = show and total > 0, initial, initial
         self.note = ""
 
     def __enter__(self) -> Progress:
         self.start = self.last = time.monotonic()
         self.bar = (
-            tqdm(total=self.total, desc=self.label, unit=self.unit, leave=False)
+            tqdm(total=self.total, initial=self.initial, desc=self.label, unit=self.unit, leave=False)
             if self.show and sys.stderr.isatty()
             else None
         )
@@ -48,7 +48,8 @@ class Progress:
         if not self.show:
             return
         seconds = time.monotonic() - self.start
-        left = seconds / self.done * (self.total - self.done) if self.done else 0
+        now = self.done - self.initial
+        left = seconds / now * (self.total - self.done) if now else 0
         tail = f", {left:.0f} s left" if self.done < self.total else ""
         note = f", {self.note}" if self.note else ""
         print(f"{self.label}: {self.done}/{self.total} {self.unit} in {seconds:.0f} s{tail}{note}", flush=True)

@@ -63,7 +63,8 @@ def load_function(path: str, key: str) -> Callable:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"{key} must be an importable module:function, got {path!r} ({error}); fix the name"
+            f"{key} must be an importable module:function, got {path!r} ({error}); fix the name, or run where the module "
+            "lies (or set PYTHONPATH)"
         ) from None
 
 

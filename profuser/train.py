@@ -89,10 +89,9 @@ class Trainer:
         if start == 0:
             self._evaluate(0, 0)
         with (
-            Progress("fuse", self.total_steps, "steps", self.accelerator.is_main_process) as bar,
+            Progress("fuse", self.total_steps, "steps", self.accelerator.is_main_process, start) as bar,
             self._catch_signals(),
         ):
-            bar.update(start)
             window: list[dict[str, float]] = []
             for step in range(start, self.total_steps):
                 index = stage_at(self.stages, step)

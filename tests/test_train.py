@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from conftest import ROOT, small_run
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
+from profuser.evaluate import main as evaluate_command
 from profuser.fusion_model import FusionModel
 from profuser.prepare import prepare
 from profuser.store import Store
@@ -63,6 +64,20 @@ def test_the_output_directory_loads_and_generates(finished):
     )["input_ids"]
     out = model.generate(ids, max_new_tokens=5)
     assert out.shape[1] > ids.shape[1]
+
+
+def test_the_model_cards_code_runs_where_the_model_is(finished, capsys):
+    run, _ = finished
+    code = (run.output_dir / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace("this directory", str(run.output_dir)), {})
+    assert capsys.readouterr().out
+
+
+def test_a_finished_run_can_be_scored_again_from_its_directory_alone(finished, capsys):
+    run, scores = finished
+    evaluate_command([str(run.output_dir)])
+    assert json.loads((run.output_dir / "scores.json").read_text()) == scores
+    assert "fused" in capsys.readouterr().out
 
 
 def test_the_run_directory_says_what_was_done(finished):
