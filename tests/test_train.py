@@ -127,6 +127,23 @@ def test_resuming_after_an_interruption_equals_the_uninterrupted_run(prepared, t
         assert {**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0}
 
 
+def test_an_interruption_while_scoring_costs_only_the_scoring(prepared, tmp_path, monkeypatch):
+    _, run, _ = prepared
+    run = replace(run, recipe=replace(run.recipe, output=str(tmp_path / "run")))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    open_run(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("profuser.train.evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    assert not open_run(run)
+    monkeypatch.setattr(Trainer, "_step", interrupted)  # no step is taken again
+    assert train(run)["fused"]
+
+
 def test_gradients_do_not_depend_on_the_micro_batch_size(prepared, tmp_path):
     _, run, store = prepared
     after = []
