@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +27,6 @@ from profuser.config import differing_keys
 from profuser.errors import ConfigError, DataError
 
 SCHEMA_VERSION = 1
-LAYERS = ("capture", "targets")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -240,13 +238,6 @@ def ragged(parts: Sequence[np.ndarray], dtype) -> tuple[np.ndarray, np.ndarray]:
 
 def id_dtype(vocabulary: int):
     return np.uint16 if vocabulary <= 1 << 16 else np.int32
-
-
-def remove_layer(store: Store, layer: str) -> None:
-    """Delete the files of a layer that no manifest entry names any more."""
-    folder = store.directory / layer
-    if folder.is_dir() and not store.names(f"{layer}/"):
-        shutil.rmtree(folder)
 
 
 def _sha256(data: bytes) -> str:
