@@ -240,7 +240,15 @@ def test_a_signal_keeps_what_was_finished_and_the_same_command_goes_on(tmp_path,
         f"--data.heldout={run.recipe.data.heldout}", f"--store={tmp_path / 'store'}", f"--output={tmp_path / 'run'}",
         "--generation.max_new_tokens=16", "--capture.shard_size=5", "--optim.steps=4", "--optim.batch_size=4",
     ]  # fmt: skip
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Under a shell's `&` SIGINT is ignored, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     manifest = tmp_path / "store/manifest.json"
     while not (manifest.exists() and json.loads(manifest.read_text())["shards"]):
