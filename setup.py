@@ -3,6 +3,8 @@
 It is optional: without a compiler the install succeeds and alignment runs in Python, which every run's first line says.
 """
 
+from glob import glob
+
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
@@ -10,8 +12,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "profuser._align",
-            ["csrc/bindings.cpp", "csrc/sequence_align.cpp"],
-            depends=["csrc/align.h"],
+            sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
             optional=True,
         )

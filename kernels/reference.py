@@ -147,16 +147,27 @@ def source_topk_reference(
     labels: Tensor,
     k: int,
     *,
+    ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`source_topk`, dense: ids (N, k), logprobs (N, k), lse (N,) at `temperature`, ce (N,) at 1."""
+) -> tuple[Tensor, ...]:
+    """`source_topk`, dense: ids (N, k), logprobs (N, k), lse (N,) at `temperature`, ce (N,) at 1, and of the ranges."""
     logits = head_logits(hidden, weight, bias, softcap, logit_scale)
     # A stable descending sort keeps equal logits in index order.
     values, ids = logits.sort(dim=1, descending=True, stable=True)
     lse = (logits / temperature).logsumexp(1)
     ce = logits.logsumexp(1) - logits.gather(1, labels.long().clamp_min(0)[:, None])[:, 0]
     ce = torch.where(labels == IGNORE_INDEX, 0, ce)
-    return ids[:, :k], values[:, :k] / temperature - lse[:, None], lse, ce
+    found = (ids[:, :k], values[:, :k] / temperature - lse[:, None], lse, ce)
+    if ranges is None:
+        return found
+    rows, lo, hi, order = ranges
+    outside = torch.ones(len(rows), logits.shape[1], dtype=torch.bool)
+    for r in range(len(rows)):
+        outside[r, order[lo[r] : hi[r]].long()] = False
+    logprobs = ((logits / temperature).log_softmax(1)[rows.long()]).masked_fill(outside, -torch.inf)
+    values, ids = logprobs.sort(dim=1, descending=True, stable=True)
+    ids = ids[:, :k].masked_fill(values[:, :k] == -torch.inf, -1)
+    return *found, ids, values[:, :k], logprobs.logsumexp(1)

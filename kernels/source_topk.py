@@ -1,8 +1,8 @@
 """A source's top-k log-probabilities and the label's cross-entropy, without [N, V] logits (training-mode capture).
 
 Plain torch for any device, a chunk of rows at a time, without gradients. Equal logits rank by ascending token id, on
-every platform, so that a store can be rebuilt byte for byte. Prefix ranges and vocabulary maps are left out.
-Dimension letters: N rows, D hidden, V vocabulary.
+every platform, so that a store can be rebuilt byte for byte. Vocabulary maps are left out.
+Dimension letters: N rows, D hidden, V vocabulary, R ranges.
 """
 
 import torch
@@ -28,12 +28,13 @@ def source_topk(
     labels: Tensor,
     k: int,
     *,
+    ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The k most probable next tokens of every row, and the negative log-probability of its label.
 
     Args:
@@ -41,14 +42,18 @@ def source_topk(
         weight: (V, D) language-model head; logits and sums are computed in fp32 (fp64 if either is fp64).
         labels: (N,) int64 or int32; IGNORE_INDEX rows have ce 0 and their top-k all the same.
         k: entries to keep, 1..V.
+        ranges: (rows (R,) ascending, lo (R,), hi (R,), vocab_order (V',)) integers: for row rows[r] also the exact mass of
+            the tokens vocab_order[lo[r]:hi[r]] and the k most probable of them, ties in that order.
         temperature: T > 0 of logprobs and lse; ce is always at 1.
         bias, softcap, logit_scale: as in `fused_linear_fusion_loss`.
         chunk_size: rows whose logits exist at a time; chosen by V when None.
     Returns:
         ids (N, k) int32, most probable first, ties to the lowest id; logprobs (N, k) fp32, natural log of the full
-        softmax at T; lse (N,) fp32, log-sum-exp of logits/T; ce (N,) fp32 in nats.
+        softmax at T; lse (N,) fp32, log-sum-exp of logits/T; ce (N,) fp32 in nats. With ranges also range_ids (R, k) int32,
+        -1 = padding, range_logprobs (R, k) and range_logmass (R,) fp32, both absolute at T, -inf where there is nothing.
     Raises:
-        ValueError: shapes, dtypes or devices contradict each other; k outside 1..V; a label outside the vocabulary.
+        ValueError: shapes, dtypes or devices contradict each other; k outside 1..V; a label outside the vocabulary; ranges
+            outside the rows or the order, or rows that do not ascend.
     """
     check_scalars(temperature, softcap, logit_scale, chunk_size)
     check_head(hidden, weight, labels, bias)
@@ -64,12 +69,18 @@ def source_topk(
             h = hidden[rows].to(dtype)
             return head.logits_into(scratch[: h.shape[0]], h)
 
-        return _topk(logits, labels, k, temperature, chunk)
+        return _topk(logits, labels, k, temperature, chunk, _checked_ranges(ranges, labels, weight.shape[0]))
 
 
 def source_topk_from_logits(
-    logits: Tensor, labels: Tensor, k: int, *, temperature: float = 1.0, chunk_size: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    *,
+    ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, ...]:
     """`source_topk` for a model that only gives its (N, V) final logits, which stay as they are; the same returns."""
     check_scalars(temperature, None, 1.0, chunk_size)
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
@@ -83,7 +94,8 @@ def source_topk_from_logits(
     dtype = compute_dtype(logits)
     chunk = chunk_rows(*logits.shape, dtype.itemsize, chunk_size)
     with torch.no_grad():
-        return _topk(lambda rows: logits[rows].to(dtype, copy=True), labels, k, temperature, chunk)
+        ranges = _checked_ranges(ranges, labels, logits.shape[1])
+        return _topk(lambda rows: logits[rows].to(dtype, copy=True), labels, k, temperature, chunk, ranges)
 
 
 def _check_k(k: int, vocabulary: int) -> None:
@@ -91,13 +103,48 @@ def _check_k(k: int, vocabulary: int) -> None:
         raise ValueError(f"k must be in 1..{vocabulary} (the vocabulary), got {k}; 10 is the usual choice")
 
 
-def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _checked_ranges(ranges, labels: Tensor, vocabulary: int) -> tuple[list[tuple[int, int, int]], Tensor] | None:
+    """([(row, lo, hi)], order) with every value in bounds."""
+    if ranges is None:
+        return None
+    rows, lo, hi, order = ranges
+    check_device(labels, rows=rows, lo=lo, hi=hi, vocab_order=order)
+    if order.dim() != 1 or any(x.dim() != 1 or len(x) != len(rows) for x in (rows, lo, hi)):
+        raise ValueError(
+            "ranges must be rows (R,), lo (R,), hi (R,) and vocab_order (V',), got "
+            f"{tuple(rows.shape)}, {tuple(lo.shape)}, {tuple(hi.shape)}, {tuple(order.shape)}"
+        )
+    if any(x.dtype.is_floating_point or x.dtype.is_complex for x in ranges):
+        raise ValueError(f"ranges must be integers, got {', '.join(str(x.dtype) for x in ranges)}")
+    if len(order) and not 0 <= int(order.min()) <= int(order.max()) < vocabulary:
+        raise ValueError(
+            f"vocab_order must be < {vocabulary} (the vocabulary), got {int(order.min())}..{int(order.max())}; "
+            "build it from this model's tokenizer"
+        )
+    listed = list(zip(rows.tolist(), lo.tolist(), hi.tolist()))
+    previous = 0
+    for row, first, last in listed:
+        if not (previous <= row < labels.shape[0] and 0 <= first <= last <= len(order)):
+            raise ValueError(
+                f"a range must have its row in [{previous}, {labels.shape[0]}) (ascending) and 0 <= lo <= hi <= {len(order)}, "
+                f"got row {row}, [{first}, {last}); sort the ranges by row"
+            )
+        previous = row
+    return listed, order.long()
+
+
+def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int, ranges=None) -> tuple[Tensor, ...]:
     """`logits(rows)` gives a chunk that may be overwritten."""
     N = labels.shape[0]
     ids = labels.new_empty(N, k, dtype=torch.int32)
     logprobs = labels.new_empty(N, k, dtype=torch.float32)
     lse = labels.new_empty(N, dtype=torch.float32)
     ce = labels.new_empty(N, dtype=torch.float32)
+    listed, order = ranges or ([], None)
+    range_ids = labels.new_full((len(listed), k), -1, dtype=torch.int32)
+    range_logprobs = labels.new_full((len(listed), k), -torch.inf, dtype=torch.float32)
+    range_logmass = labels.new_full((len(listed),), -torch.inf, dtype=torch.float32)
+    done = 0  # ranges
     for begin in range(0, N, chunk):
         rows = slice(begin, min(begin + chunk, N))
         z = logits(rows)
@@ -108,6 +155,16 @@ def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int) -> tup
         m = values[:, :1].clone()
         below = z.gather(1, gold) - m
         z.sub_(m)
+        first = done
+        while done < len(listed) and listed[done][0] < rows.stop:
+            row, lo, hi = listed[done]
+            if lo < hi:
+                among = order[lo:hi]
+                shifted = z[row - begin, among] / temperature
+                range_logmass[done] = shifted.logsumexp(0)
+                best, at = _stable_topk(shifted[None], min(k, hi - lo))
+                range_logprobs[done, : len(at[0])], range_ids[done, : len(at[0])] = best[0], among[at[0]].int()
+            done += 1
         sum_T = None if temperature == 1 else (z / temperature).exp_().sum(1, keepdim=True)
         z.exp_()
         if sum_T is None:
@@ -118,7 +175,14 @@ def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int) -> tup
         ids[rows] = kept
         logprobs[rows] = (values - m) / temperature - sum_T.log()
         lse[rows] = (m / temperature + sum_T.log())[:, 0]
-    return ids, logprobs, lse, ce
+        if done > first:
+            of_range = torch.tensor([row - begin for row, _, _ in listed[first:done]], device=lse.device)
+            log_sum = sum_T.log()[of_range, 0]
+            range_logmass[first:done] -= log_sum
+            range_logprobs[first:done] -= log_sum[:, None]
+    if ranges is None:
+        return ids, logprobs, lse, ce
+    return ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass
 
 
 def _stable_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:

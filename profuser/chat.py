@@ -36,6 +36,7 @@ class Encoded:
         may end beyond the response, where the token also holds bytes of the template.
     start, stop: the tokens that hold a byte of the response are input_ids[start:stop].
     end: index of the end-of-turn token (>= stop); None when the response was cut.
+    words: per token of input_ids the number of its pre-token, ascending.
     """
 
     input_ids: list[int]
@@ -43,6 +44,7 @@ class Encoded:
     start: int
     stop: int
     end: int | None
+    words: list[int]
 
     @property
     def label_mask(self) -> list[bool]:
@@ -103,7 +105,7 @@ class ChatFormat:
         before, after = self._generation
         parts = [(before, False), (self._prompt(prompt), True), (after, False)]
         if self.token_bytes.has_control(prompt):
-            return self.token_bytes.encode_parts(parts)
+            return self.token_bytes.encode_parts(parts)[0]
         return self.token_bytes.encode("".join(text for text, _ in parts))
 
     def encode(self, prompt: str, response: str, *, complete: bool = True) -> Encoded:
@@ -125,14 +127,14 @@ class ChatFormat:
         begin = prompt_end + len(self._between.encode())
         end = begin + len(response.encode())
 
-        ids = self.token_bytes.encode(text)
+        ids, words = self.token_bytes.encode_words(text)
         spans = self.token_bytes.spans(ids, text)
         specials = self.token_bytes.specials
         if any(
             i in specials and b < f and ((prompt_begin < f and b < prompt_end) or (begin < f and b < end))
             for i, (b, f) in zip(ids, spans, strict=True)
         ):
-            ids = self.token_bytes.encode_parts(parts)
+            ids, words = self.token_bytes.encode_parts(parts)
             spans = self.token_bytes.spans(ids, text)
 
         start = next((n for n, (b, f) in enumerate(spans) if max(b, begin) < min(f, end)), None)
@@ -141,12 +143,14 @@ class ChatFormat:
         else:
             stop = 1 + max(n for n, (b, f) in enumerate(spans) if max(b, begin) < min(f, end))
         end_index = next((n for n in range(stop, len(ids)) if ids[n] in self.end_ids), None) if complete else None
+        length = stop if end_index is None else end_index + 1
         return Encoded(
-            input_ids=ids[: stop if end_index is None else end_index + 1],
+            input_ids=ids[:length],
             spans=[(b - begin, f - begin) for b, f in spans[start:stop]],
             start=start,
             stop=stop,
             end=end_index,
+            words=words[:length],
         )
 
     def _prompt(self, prompt: str) -> str:

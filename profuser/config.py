@@ -117,7 +117,10 @@ class CaptureConfig:
 class AlignConfig:
     """How a source's distributions reach the target's vocabulary."""
 
-    mode: Literal["bytes"] = "bytes"
+    mode: Literal["bytes", "fusellm"] = "bytes"
+    """bytes: exact, by what the target's tokenizer does; fusellm: FuseLLM's dynamic time warping on token strings."""
+    fallback: Literal["skip", "label"] = "skip"
+    """fusellm only: a position that it does not match says nothing, or puts all mass on the label."""
     min_reliability: float = 0.1
     """Positions where less of the source's mass can follow the target's prefix are skipped."""
     min_ce_unit: Literal["token", "byte"] = "byte"

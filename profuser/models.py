@@ -94,8 +94,11 @@ def load_tokenizer(source: SourceConfig):
         tokenizer = AutoTokenizer.from_pretrained(
             location, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source.name}: no tokenizer could be loaded from {location} ({first_line(error)})") from error
+    except Exception as error:  # transformers and tokenizers each raise their own kinds for a broken file
+        raise DataError(
+            f"{source.name}: no tokenizer could be loaded from {location} ({first_line(error)}); give a directory with "
+            "a tokenizer.json, or the id of a Hub model that is downloaded"
+        ) from error
     if source.chat_template is not None:
         template = Path(source.chat_template)
         is_file = source.chat_template.endswith((".jinja", ".jinja2"))

@@ -19,8 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from profuser import align
-from profuser.align import ByteAligner
+from profuser.alignment.engine import byte_aligner
+from profuser.alignment.fusellm import FuseLLMAligner
+from profuser.alignment.ranges import RangeRequest, ranges_needed
+from profuser.alignment.spans import ENGINE
+from profuser.alignment.types import Aligned
+from profuser.alignment.vocab_map import ByteOrder
 from profuser.capture import (
     DECODER,
     EMPTY,
@@ -49,7 +53,7 @@ from profuser.summary import summarise
 from profuser.targets import INFER, TRAIN, TargetBuilder
 from profuser.token_bytes import TokenBytesMismatch
 
-ALIGNMENT_RULES = 1
+ALIGNMENT_RULES = 2
 """Version of what alignment does with the same captures; another one aligns again."""
 
 
@@ -163,7 +167,7 @@ class Preparation:
                 for split, name, part in truth:
                     rows = self.splits[split][part]
                     texts = [self._fitted[split][i] for i in range(part.start, part.stop)]
-                    self._capture_shard(name, model, head, self.chats[source.name], rows, texts, bar)
+                    self._capture_shard(name, source.name, model, head, rows, texts, bar)
             with Progress(f"{source.name}: answer the prompts", examples_in(answers), "prompts") as bar:
                 for split, name, part in answers:
                     responses = generate(
@@ -188,21 +192,28 @@ class Preparation:
             for split, rows in self.splits.items()
         }
 
-    def _capture_shard(self, name: str, model, head: Head, chat: ChatFormat, rows, texts, bar: Progress) -> None:
+    def _capture_shard(self, name: str, source: str, model, head: Head, rows, texts, bar: Progress) -> None:
+        chat, order = self.chats[source], self._byte_orders[source]
         encoded: list[Encoded] = []
+        ranges: list[RangeRequest] = []
         reason = np.array([r for _, _, r in texts], dtype=np.uint8)
         places = []
         for i, (row, (text, cut, why)) in enumerate(zip(rows, texts)):
             if why == OK:
                 try:
-                    encoded.append(chat.encode(row["prompt"], text, complete=not cut))
+                    own = chat.encode(row["prompt"], text, complete=not cut)
+                    target = self.target.encode(row["prompt"], text, complete=not cut)
+                    encoded.append(own)
+                    ranges.append(ranges_needed(self.target.token_bytes, target, chat.token_bytes, own, order))
                     places.append(i)
                 except TokenBytesMismatch as error:
                     reason[i] = NORMALISER if error.reason == "normaliser" else DECODER
         lengths = [len(texts[i][0].encode()) for i in places]
         scored: dict[int, Scored] = {}
         config = self.recipe.capture
-        for i, result in capture(model, head, encoded, lengths, top_k=config.top_k, batch_size=config.batch_size):
+        for i, result in capture(
+            model, head, encoded, lengths, ranges, order, top_k=config.top_k, batch_size=config.batch_size
+        ):
             scored[places[i]] = result
             bar.update(1)
         bar.update(len(rows) - len(scored))
@@ -211,6 +222,10 @@ class Preparation:
             pack_captures(len(rows), reason, [t[1] for t in texts], scored, config.top_k, head.weight.shape[0]),
             examples=len(rows),
         )
+
+    @cached_property
+    def _byte_orders(self) -> dict[str, ByteOrder]:
+        return {name: ByteOrder(chat.token_bytes) for name, chat in self.chats.items()}
 
     # -- phase 2 ---------------------------------------------------------------------------------------------------
 
@@ -289,22 +304,14 @@ class Preparation:
                                     self.recipe.data.max_length,
                                 )
                             )
-                    self._capture_shard(name, model, head, self.chats[source.name], rows, texts, bar)
+                    self._capture_shard(name, source.name, model, head, rows, texts, bar)
             del model, head
 
     # -- phase 4 ---------------------------------------------------------------------------------------------------
 
     def align(self) -> None:
         """All captures onto the target's tokens: the trainer's view."""
-        aligners = {
-            s.name: ByteAligner(
-                self.target,
-                self.chats[s.name],
-                top_k=self.recipe.capture.top_k,
-                min_reliability=self.recipe.align.min_reliability,
-            )
-            for s in self.sources
-        }
+        aligners = {s.name: self._aligner(self.chats[s.name]) for s in self.sources}
         for split, rows in self.splits.items():
             missing = self._missing(split, f"targets/{split}")
             with Progress(f"align {split}", examples_in(missing), "examples") as bar:
@@ -313,8 +320,15 @@ class Preparation:
                         name, self._align_shard(split, part, rows[part], aligners, bar), examples=part.stop - part.start
                     )
 
+    def _aligner(self, source: ChatFormat):
+        config, top_k = self.recipe.align, self.recipe.capture.top_k
+        if config.mode == "fusellm":
+            return FuseLLMAligner(self.target, source, top_k=top_k, fallback=config.fallback)
+        threads = torch.get_num_threads()
+        return byte_aligner(self.target, source, top_k=top_k, min_reliability=config.min_reliability, threads=threads)
+
     def _align_shard(
-        self, split: str, part: slice, rows: list[dict], aligners: dict[str, ByteAligner], bar: Progress
+        self, split: str, part: slice, rows: list[dict], aligners: dict, bar: Progress
     ) -> dict[str, np.ndarray]:
         number = part.start // self.recipe.capture.shard_size
         modes = [(TRAIN, "gt")] + ([(INFER, "infer")] if split == "train" and self.recipe.judges else [])
@@ -325,37 +339,38 @@ class Preparation:
             for mode, kind in modes
         }
         builder = TargetBuilder(len(self.sources), len(self.target.tokenizer))
+        sequences: list[tuple[int, int, str, Encoded, list]] = []  # example, mode, text, in target tokens, captures
         for i, row in enumerate(rows):
             for mode, _ in modes:
-                captures = [shard[i] for shard in shards[mode]]
                 text, cut, reason = self._text(split, mode, part, i)
                 if reason == OK:
                     try:
                         encoded = self.target.encode(row["prompt"], text, complete=not cut)
                     except TokenBytesMismatch as error:
                         reason = NORMALISER if error.reason == "normaliser" else DECODER
-                if reason != OK:
+                if reason == OK:
+                    sequences.append((part.start + i, mode, text, encoded, [shard[i] for shard in shards[mode]]))
+                else:
                     builder.skip(mode, reason)
-                    continue
-                response = text.encode()
-                # In inference mode the vote has chosen: only the winner was captured and takes part.
-                source_ce = [np.inf if c is None else c.cross_entropy(self.recipe.align.min_ce_unit) for c in captures]
-                labels = [encoded.input_ids[t] for t in label_positions(encoded)]
-                aligned = [
-                    c
-                    and aligners[s.name].align(
-                        response,
-                        labels,
-                        encoded.spans,
-                        encoded.end is not None,
-                        c.capture,
-                        target_lead=encoded.input_ids[: encoded.start],
-                    )
-                    for s, c in zip(self.sources, captures)
-                ]
-                builder.add(part.start + i, mode, encoded, label_positions(encoded), source_ce, len(response), aligned)
-            bar.update(1)
+        aligned = [self._align_source(aligners[s.name], sequences, n) for n, s in enumerate(self.sources)]
+        for n, (example, mode, text, encoded, captures) in enumerate(sequences):
+            # In inference mode the vote has chosen: only the winner was captured and takes part.
+            source_ce = [np.inf if c is None else c.cross_entropy(self.recipe.align.min_ce_unit) for c in captures]
+            per_source = [found.get(n) for found in aligned]
+            builder.add(example, mode, encoded, label_positions(encoded), source_ce, len(text.encode()), per_source)
+        bar.update(len(rows))
         return builder.arrays()
+
+    @staticmethod
+    def _align_source(aligner, sequences: list[tuple], source: int) -> dict[int, Aligned]:
+        """By index in `sequences` what one source says; it says nothing where it was not captured or gave NaN."""
+        there = [n for n, s in enumerate(sequences) if s[4][source] is not None and np.isfinite(s[4][source].nll)]
+        found = aligner.align_batch(
+            [sequences[n][2].encode() for n in there],
+            [sequences[n][3] for n in there],
+            [sequences[n][4][source].capture for n in there],
+        )
+        return dict(zip(there, found))
 
     def _text(self, split: str, mode: int, part: slice, i: int) -> tuple[str, bool, int]:
         if mode == TRAIN:
@@ -436,7 +451,7 @@ def announce(command: str, run: Run, processes: int = 1) -> None:
     ranks = f", {processes} processes" if processes > 1 else ""
     print(
         f"profuser.{command} {run.name}: {names} -> {run.recipe.target}; {default_device()}, {torch.get_num_threads()} "
-        f"threads{ranks}; alignment: {align.ENGINE}",
+        f"threads{ranks}; alignment: {ENGINE}",
         flush=True,
     )
 

@@ -26,7 +26,7 @@ from safetensors.numpy import save as save_tensors
 from profuser.config import differing_keys
 from profuser.errors import ConfigError, DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def write_atomic(path: Path, data: bytes) -> None:

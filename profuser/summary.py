@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from profuser.align import KINDS
+from profuser.alignment.types import KINDS
 from profuser.capture import OK, REASONS
 from profuser.store import Store
 from profuser.targets import INFER, MODE_NAMES, TRAIN

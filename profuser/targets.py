@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from profuser.align import KINDS, Aligned
+from profuser.alignment.types import KINDS, Aligned
 from profuser.capture import REASONS
 from profuser.chat import Encoded
 from profuser.config import OptimConfig

@@ -39,6 +39,7 @@ class TokenBytes:
         pieces: per token id its bytes, dummy leading space included; None for a control (special) token and for an id
             without a token. Ids at or beyond `len(pieces)` (models pad their logits) have no token either.
         specials: per control token id the string it stands for.
+        byte_tokens: the ids of `<0xNN>`, which text uses only for characters that are in no other token.
         fragment: a private `tokenizers.Tokenizer` for text from the middle of a section: no dummy leading space, and
             the strings of control tokens are plain text.
     Raises:
@@ -81,6 +82,7 @@ class TokenBytes:
                 del self._added[i]
                 self.specials.pop(i, None)
         vocab = tokenizer.get_vocab()
+        self.byte_tokens = frozenset(i for token, i in vocab.items() if fallback and _is_byte_token(token))
         self.pieces: list[bytes | None] = [None] * (max(vocab.values(), default=-1) + 1)
         for token, i in vocab.items():
             if i in self.specials:
@@ -89,7 +91,7 @@ class TokenBytes:
                 self.pieces[i] = self._added[i][0]
             elif byte_level:
                 self.pieces[i] = _byte_level_piece(token)
-            elif fallback and _is_byte_token(token):
+            elif i in self.byte_tokens:
                 self.pieces[i] = bytes([int(token[3:5], 16)])
             else:
                 self.pieces[i] = (token.replace(SPACE_MARK, " ") if self._marked else token).encode()
@@ -157,10 +159,15 @@ class TokenBytes:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered conversation: control strings in it become control tokens, no bos or eos is added."""
-        return self._whole.encode(text, add_special_tokens=False).ids
+        return self.encode_words(text)[0]
 
-    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
-        """Ids of a text given in parts (string, literal): control strings in a literal part stay plain text.
+    def encode_words(self, text: str) -> tuple[list[int], list[int]]:
+        """(ids, words) as `encode`; words: per token the number of its pre-token."""
+        encoding = self._whole.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.word_ids
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+        """(ids, words) of a text given in parts (string, literal): control strings in a literal part stay plain text.
 
         Equal to `encode` of the whole where no literal part holds a control string: only the control tokens of the
         other parts cut the text into sections, so merges across parts happen as they would.
@@ -168,6 +175,7 @@ class TokenBytes:
             TokenBytesMismatch: a section's text has no tokens of its own (reason "decoder").
         """
         ids: list[int] = []
+        words: list[int] = []
         section = ""
         at_start = True
         skip_whitespace = False
@@ -175,14 +183,16 @@ class TokenBytes:
         def flush() -> None:
             # A Metaspace of scheme "first" puts its dummy space at the beginning of the text and nowhere else.
             encoder = self._section if at_start or self._dummy != "first" else self.fragment
-            encoded = encoder.encode(section, add_special_tokens=False).ids
-            control = next((i for i in encoded if i in self.specials), None)
+            encoded = encoder.encode(section, add_special_tokens=False)
+            control = next((i for i in encoded.ids if i in self.specials), None)
             if control is not None:  # an unknown character, or a model that finds control strings in its own vocabulary
                 raise TokenBytesMismatch(
                     f"text must not become control tokens, {section!r} holds {self.specials[control]!r}; skip this example",
                     "decoder",
                 )
-            ids.extend(encoded)
+            first = len(words)  # no fewer than the pre-tokens so far
+            ids.extend(encoded.ids)
+            words.extend(first + word for word in encoded.word_ids)
 
         for text, literal in parts:
             pieces = [text] if literal or self._control is None else self._control.split(text)
@@ -195,9 +205,10 @@ class TokenBytes:
                 section = section.rstrip() if lstrip else section
                 flush()
                 ids.append(i)
+                words.append(len(words))
                 section, at_start, skip_whitespace = "", False, rstrip
         flush()
-        return ids
+        return ids, words
 
     def has_control(self, text: str) -> bool:
         """Whether the string of a control token stands literally in `text`."""

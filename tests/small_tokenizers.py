@@ -6,14 +6,18 @@ import functools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from profuser.align import SourceCapture
+from profuser.alignment.ranges import ranges_needed
+from profuser.alignment.types import PrefixRanges, SourceCapture
+from profuser.alignment.vocab_map import ByteOrder
 from profuser.chat import ChatFormat, Encoded
+from profuser.token_bytes import TokenBytes
 
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
@@ -112,6 +116,20 @@ def chained(*words: str, split: bool = True) -> Tokenizer:
     return tokenizer
 
 
+def side(*tokens: str, control: tuple[str, ...] = ("<end>",), end: str | None = "<end>") -> SimpleNamespace:
+    """A format with exactly these token strings, the control tokens first; ▁ in one of them makes it SentencePiece's."""
+    vocab = {token: i for i, token in enumerate([*control, *tokens])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=control[0]))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
+    marked = any("▁" in token for token in tokens)
+    tokenizer.decoder = decoders.Metaspace() if marked else decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    ends = () if end is None else (vocab[end],)
+    return SimpleNamespace(
+        tokenizer=fast, token_bytes=TokenBytes(fast), end_ids=ends, end_id=vocab.get(end), closing=b"", vocab=vocab
+    )
+
+
 SMALL = {
     "byte-level": lambda: byte_level(500),
     "byte-level NFC": lambda: byte_level(460, nfc=True),
@@ -153,17 +171,27 @@ def labels(encoded: Encoded) -> list[int]:
     return encoded.input_ids[encoded.start : encoded.stop] + end
 
 
-def capture_of(encoded: Encoded, n: int, rows: list[dict[int, float]], k: int) -> SourceCapture:
-    """A capture from full distributions {id: probability}, one per label, cut to the top k."""
+def capture_of(
+    source: ChatFormat, encoded: Encoded, n: int, rows: list[dict[int, float]], k: int, target=None
+) -> SourceCapture:
+    """A capture from full distributions {id: probability}, one per label, cut to the top k.
+
+    target: (ChatFormat, Encoded) whose prefix ranges are captured, too.
+    """
     ids = labels(encoded)
     assert len(rows) == len(ids)
     spans = [*encoded.spans, *([(n, n)] if encoded.end is not None else [])]
-    top_ids = np.full((len(ids), k), -1, np.int32)
-    top_logprobs = np.full((len(ids), k), -np.inf, np.float32)
-    for j, row in enumerate(rows):
-        best = sorted(row.items(), key=lambda item: (-item[1], item[0]))[:k]
-        for c, (i, p) in enumerate(best):
-            top_ids[j, c], top_logprobs[j, c] = i, np.log(p)
+    pieces = source.token_bytes.pieces
+    needed = target and ranges_needed(target[0].token_bytes, target[1], source.token_bytes, encoded, order_of(source))
+    among, masses = [], []
+    for j, strip in zip(needed.rows.tolist(), needed.strip.tolist()) if needed else ():
+        prefix = pieces[ids[j]][:strip]
+        among.append(
+            {i: p for i, p in rows[j].items() if i < len(pieces) and (pieces[i] or b"")[:strip] == prefix != pieces[i]}
+        )
+        masses.append(sum(among[-1].values()))
+    top_ids, top_logprobs = top_of(rows, k)
+    range_ids, range_logprobs = top_of(among, k)
     return SourceCapture(
         ids=np.array(ids, np.int32),
         begin=np.array([b for b, _ in spans], np.int32),
@@ -171,7 +199,30 @@ def capture_of(encoded: Encoded, n: int, rows: list[dict[int, float]], k: int) -
         top_ids=top_ids,
         top_logprobs=top_logprobs,
         own_logprobs=np.array([np.log(row[i]) for i, row in zip(ids, rows)], np.float32),
+        ranges=PrefixRanges(
+            rows=needed.rows if needed else np.zeros(0, np.int32),
+            strip=needed.strip if needed else np.zeros(0, np.int32),
+            logmass=np.log(np.array(masses)).astype(np.float32),
+            ids=range_ids,
+            logprobs=range_logprobs,
+        ),
     )
+
+
+def top_of(rows: list[dict[int, float]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids (n, k) int32 with -1 = padding, log-probabilities (n, k) float32), the k most probable first."""
+    ids = np.full((len(rows), k), -1, np.int32)
+    logprobs = np.full((len(rows), k), -np.inf, np.float32)
+    for j, row in enumerate(rows):
+        best = sorted(row.items(), key=lambda item: (-item[1], item[0]))[:k]
+        for c, (i, p) in enumerate(best):
+            ids[j, c], logprobs[j, c] = i, np.log(p)
+    return ids, logprobs
+
+
+@functools.cache
+def order_of(chat) -> ByteOrder:
+    return ByteOrder(chat.token_bytes)
 
 
 def random_rows(encoded: Encoded, pool, rng: np.random.Generator, own: float = 0.3) -> list[dict[int, float]]:

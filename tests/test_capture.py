@@ -6,6 +6,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
+from profuser.alignment.ranges import ranges_needed
+from profuser.alignment.vocab_map import ByteOrder
 from profuser.capture import capture, label_positions, pack_captures, unpack_captures
 from profuser.config import GenerationConfig as RecipeGeneration
 from profuser.config import SourceConfig
@@ -26,11 +28,24 @@ def source(request):
     return load_model(config, torch.float32), chat_format(config)
 
 
-def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_turn(source):
+def captured(source) -> tuple[list, list[int], dict]:
+    """(encodings, bytes, captures) of PAIRS, with the ranges that guardian as target needs."""
     model, chat = source
+    target = chat_format(SourceConfig(name="guardian", model="demo:guardian"))
+    order = ByteOrder(chat.token_bytes)
     encoded = [chat.encode(p, r) for p, r in PAIRS]
     sizes = [len(r.encode()) for _, r in PAIRS]
-    results = dict(capture(model, Head.of(model), encoded, sizes, top_k=5, batch_size=2))
+    ranges = [
+        ranges_needed(target.token_bytes, target.encode(p, r), chat.token_bytes, e, order)
+        for (p, r), e in zip(PAIRS, encoded)
+    ]
+    return encoded, sizes, dict(capture(model, Head.of(model), encoded, sizes, ranges, order, top_k=5, batch_size=2))
+
+
+def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_turn(source):
+    model, chat = source
+    encoded, sizes, results = captured(source)
+    ranges = 0
     for i, e in enumerate(encoded):
         ids = torch.tensor([e.input_ids])
         labels = torch.full_like(ids, -100)
@@ -48,6 +63,19 @@ def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_tur
             assert results[i].capture.top_ids[row].tolist() == top.indices.tolist()
             np.testing.assert_allclose(results[i].capture.top_logprobs[row], top.values, atol=1e-4)
             assert results[i].capture.own_logprobs[row] == pytest.approx(logprobs[t - 1, ids[0, t]].item(), abs=1e-4)
+        kept = results[i].capture.ranges
+        for r, (row, strip) in enumerate(zip(kept.rows.tolist(), kept.strip.tolist())):
+            pieces, t = chat.token_bytes.pieces, places[row]
+            prefix = pieces[e.input_ids[t]][:strip]
+            among = torch.tensor([v for v, p in enumerate(pieces) if p and p.startswith(prefix) and len(p) > strip])
+            own = logprobs[t - 1, among]
+            assert kept.logmass[r] == pytest.approx(own.logsumexp(0).item(), abs=1e-4)
+            top = own.topk(min(5, len(among)))
+            assert kept.ids[r, : len(top.indices)].tolist() == among[top.indices].tolist()
+            np.testing.assert_allclose(kept.logprobs[r, : len(top.values)], top.values, atol=1e-4)
+            assert (kept.ids[r, len(top.indices) :] == -1).all()
+            ranges += 1
+    assert bool(ranges) == (chat.tokenizer.name_or_path.split("/")[-1] != "guardian")
 
 
 def test_the_labels_are_the_response_and_one_end_of_turn(source):
@@ -61,10 +89,8 @@ def test_the_labels_are_the_response_and_one_end_of_turn(source):
 
 
 def test_captures_survive_the_shard_format(source):
-    model, chat = source
-    encoded = [chat.encode(p, r) for p, r in PAIRS]
-    sizes = [len(r.encode()) for _, r in PAIRS]
-    scored = dict(capture(model, Head.of(model), encoded, sizes, top_k=5, batch_size=2))
+    _, chat = source
+    _, _, scored = captured(source)
     shard = pack_captures(4, np.array([0, 0, 0, 1], np.uint8), [False] * 4, scored, 5, len(chat.tokenizer))
     back = unpack_captures(shard)
     assert back[3] is None
@@ -74,6 +100,10 @@ def test_captures_survive_the_shard_format(source):
         np.testing.assert_array_equal(result.capture.ids, scored[i].capture.ids)
         np.testing.assert_array_equal(result.capture.top_ids, scored[i].capture.top_ids)
         np.testing.assert_allclose(result.capture.top_logprobs, scored[i].capture.top_logprobs, rtol=1e-3, atol=1e-6)
+        ours, theirs = result.capture.ranges, scored[i].capture.ranges
+        for name in ("rows", "strip", "logmass", "ids"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=1e-3, atol=2e-3)
 
 
 def test_a_batched_greedy_answer_is_the_models_own(source):

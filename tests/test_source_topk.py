@@ -11,7 +11,7 @@ from profuser.kernels.common import IGNORE_INDEX
 from profuser.kernels.reference import source_topk_reference
 from profuser.kernels.source_topk import source_topk, source_topk_from_logits
 
-NAMES = ("ids", "logprobs", "lse", "ce")
+NAMES = ("ids", "logprobs", "lse", "ce", "range_ids", "range_logprobs", "range_logmass")
 FLOOR = 5e-7  # of the largest true entry: a few roundings of fp32
 
 
@@ -35,14 +35,17 @@ def assert_as_accurate_as_reference(case, k, chunk_size=8, **options):
     truth = source_topk_reference(**upcast(case), k=k, **options)
     same_dtype = source_topk_reference(**case, k=k, **options)
     ours = source_topk(**case, k=k, chunk_size=chunk_size, **options)
-    for name, found, same, true in zip(NAMES, ours, same_dtype, truth, strict=True):
+    assert len(ours) == len(truth)
+    for name, found, same, true in zip(NAMES, ours, same_dtype, truth):
         assert found.shape == true.shape, name
-        assert found.dtype == (torch.int32 if name == "ids" else torch.float32), name
-        if name == "ids":
+        assert found.dtype == (torch.int32 if name.endswith("ids") else torch.float32), name
+        if name.endswith("ids"):
             assert torch.equal(found.long(), true)
             continue
-        error = (found.double() - true).abs().max().item()
-        allowed = 2 * (same.double() - true).abs().max().item() + FLOOR * true.abs().max().item()
+        assert torch.equal(found.isfinite(), true.isfinite()), name  # a range may hold fewer than k
+        found, same, true = (x[true.isfinite()].double() for x in (found, same, true))
+        error = (found - true).abs().max().item()
+        allowed = 2 * (same - true).abs().max().item() + FLOOR * true.abs().max().item()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -51,6 +54,42 @@ def assert_as_accurate_as_reference(case, k, chunk_size=8, **options):
 @pytest.mark.parametrize("k", [1, 10, 83])
 def test_top_k_is_as_accurate_as_the_dense_reference(dtype, temperature, k):
     assert_as_accurate_as_reference(make_case(dtype), k, temperature=temperature)
+
+
+def make_ranges(N=37, V=83, R=60, seed=0):
+    """Ranges of every size, none, one and all of a shuffled vocabulary without its last ids among them."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(V - 3, generator=g)
+    rows = torch.randint(N, (R,), generator=g).sort().values
+    edges = torch.randint(len(order) + 1, (2, R), generator=g).sort(0).values
+    edges[:, 0], edges[:, 1], edges[:, 2] = torch.tensor([5, 5]), torch.tensor([7, 8]), torch.tensor([0, len(order)])
+    return rows, *edges, order
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 10, 83])
+def test_ranges_are_as_accurate_as_the_dense_reference(dtype, temperature, k):
+    assert_as_accurate_as_reference(make_case(dtype, spread=4.0), k, temperature=temperature, ranges=make_ranges())
+
+
+def test_equal_logits_in_a_range_rank_by_its_order():
+    order = torch.tensor([6, 2, 5, 0])
+    *_, ids, _, logmass = source_topk_from_logits(
+        torch.zeros(1, 8), torch.tensor([0]), 3, ranges=(torch.tensor([0]), torch.tensor([1]), torch.tensor([4]), order)
+    )
+    assert ids.tolist() == [[2, 5, 0]]
+    assert logmass.item() == pytest.approx(math.log(3 / 8))
+
+
+def test_ranges_of_no_rows():
+    none = torch.zeros(0, dtype=torch.long)
+    *_, ids, logprobs, logmass = source_topk(**make_case(), k=4, ranges=(none, none, none, torch.arange(83)))
+    assert (ids.shape, logprobs.shape, logmass.shape) == ((0, 4), (0, 4), (0,))
+
+
+def ranges_with(**changes):
+    return tuple((dict(zip(("rows", "lo", "hi", "order"), make_ranges())) | changes).values())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (123, 17, 251), (64, 8, 128)])
@@ -187,6 +226,13 @@ def test_no_rows():
         ({"labels": torch.zeros(36, dtype=torch.long)}, r"labels must be \(N,\) with N=37"),
         ({"weight": torch.zeros(83, 19)}, r"weight must be \(V, D\)"),
         ({"chunk_size": 0}, "chunk_size must be >= 1"),
+        ({"ranges": ranges_with(rows=torch.arange(59))}, r"rows \(R,\), lo \(R,\)"),
+        ({"ranges": ranges_with(rows=torch.arange(60).flip(0) % 37)}, "ascending"),
+        ({"ranges": ranges_with(rows=torch.full((60,), 37))}, r"row in \[0, 37\)"),
+        ({"ranges": ranges_with(hi=torch.full((60,), 81))}, "hi <= 80, got row"),
+        ({"ranges": ranges_with(lo=torch.full((60,), -1))}, "0 <= lo"),
+        ({"ranges": ranges_with(order=torch.arange(84))}, "vocab_order must be < 83"),
+        ({"ranges": ranges_with(lo=torch.zeros(60))}, "ranges must be integers"),
     ],
 )
 def test_wrong_arguments_name_the_rule_the_value_and_the_fix(changes, message):

@@ -21,6 +21,7 @@ import torch
 
 from profuser.cli import main_of
 from profuser.config import DEFAULT_RECIPE, Run, parse_run, resolve
+from profuser.experiments.page import write_section
 from profuser.output import environment
 from profuser.prepare import prepare
 from profuser.store import Store, read_json, write_atomic, write_json
@@ -214,10 +215,7 @@ def main(argv: list[str]) -> None:
     text = table(results, base.recipe.target, "python -m profuser.experiments.compare " + " ".join(argv), demo)
     print(text)
     if args.write:
-        begin, end = "<!-- demo: begin -->", "<!-- demo: end -->"
-        page = args.write.read_text()
-        before, rest = page.split(begin)
-        args.write.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+        write_section(args.write, "demo", text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,569 @@
+// Candidates, paths and merged mass; see byte_align.h.
+
+#include "byte_align.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+
+namespace profuser {
+
+namespace {
+
+constexpr std::int32_t kFree = -1;          // no candidate
+constexpr std::int32_t kAnyEnd = -2;        // stands for all of the source's end tokens
+constexpr float kMostLogprob = 1e-3F;       // float32 sums may end a hair above 0
+constexpr std::string_view kLookaheads[] = {"", "x", " x"};
+
+std::string shown(std::string_view bytes) {
+    constexpr char digits[] = "0123456789abcdef";
+    std::string text = "'";
+    for (const unsigned char c : bytes.substr(0, 40)) {
+        if (c >= 0x20 && c < 0x7F) {
+            text += static_cast<char>(c);
+        } else {
+            text += std::string("\\x") + digits[c >> 4] + digits[c & 15];
+        }
+    }
+    return text + "'";
+}
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+// As Python's strict decoder: no overlong forms, no surrogates, nothing beyond U+10FFFF.
+bool is_utf8(std::string_view bytes) {
+    const auto* p = reinterpret_cast<const unsigned char*>(bytes.data());
+    const auto* const end = p + bytes.size();
+    const auto continues = [&](std::ptrdiff_t n) { return end - p > n && (p[n] & 0xC0) == 0x80; };
+    while (p < end) {
+        if (p[0] < 0x80) {
+            p += 1;
+        } else if (p[0] >= 0xC2 && p[0] <= 0xDF && continues(1)) {
+            p += 2;
+        } else if ((p[0] & 0xF0) == 0xE0 && continues(1) && continues(2) && !(p[0] == 0xE0 && p[1] < 0xA0) &&
+                   !(p[0] == 0xED && p[1] > 0x9F)) {
+            p += 3;
+        } else if (p[0] >= 0xF0 && p[0] <= 0xF4 && continues(1) && continues(2) && continues(3) &&
+                   !(p[0] == 0xF0 && p[1] < 0x90) && !(p[0] == 0xF4 && p[1] > 0x8F)) {
+            p += 4;
+        } else {
+            return false;
+        }
+    }
+    return true;
+}
+
+std::size_t slot_of(std::int32_t candidate, std::size_t mask) {
+    return (static_cast<std::uint32_t>(candidate) * 2654435769U >> 7) & mask;
+}
+
+// Key of a context: its strip, the number of its prefix's tokens, these, then the extension.
+void write_key(std::string& key, const std::int32_t* prefix, std::size_t size, std::size_t strip, std::string_view extension) {
+    const std::uint32_t head[2] = {static_cast<std::uint32_t>(strip), static_cast<std::uint32_t>(size)};
+    key.assign(reinterpret_cast<const char*>(head), sizeof(head));
+    key.append(reinterpret_cast<const char*>(prefix), size * sizeof(*prefix));
+    key.append(extension);
+}
+
+}  // namespace
+
+Vocabulary::Vocabulary(std::string bytes, std::vector<std::int64_t> offsets, std::vector<std::uint8_t> text)
+    : bytes_(std::move(bytes)), offsets_(std::move(offsets)), text_(std::move(text)) {
+    if (offsets_.size() != text_.size() + 1 || offsets_.front() != 0 || !std::is_sorted(offsets_.begin(), offsets_.end()) ||
+        offsets_.back() != static_cast<std::int64_t>(bytes_.size())) {
+        refuse("a vocabulary's offsets must ascend from 0 to its number of bytes, one more than its tokens, got " +
+               std::to_string(offsets_.size()) + " for " + std::to_string(text_.size()) + " tokens");
+    }
+}
+
+const std::int32_t* ByteAligner::Context::find(std::int32_t candidate) const {
+    if (slots.empty()) return nullptr;
+    const std::size_t mask = slots.size() - 1;
+    for (std::size_t i = slot_of(candidate, mask);; i = (i + 1) & mask) {
+        if (slots[i].first == candidate) return &slots[i].second;
+        if (slots[i].first == kFree) return nullptr;
+    }
+}
+
+void ByteAligner::Context::insert(std::int32_t candidate, std::int32_t counts_for) {
+    if (2 * (used + 1) > slots.size()) {
+        auto old = std::move(slots);
+        slots.assign(std::max<std::size_t>(16, 2 * old.size()), {kFree, kTail});
+        used = 0;
+        for (const auto& [known, value] : old) {
+            if (known != kFree) insert(known, value);
+        }
+    }
+    const std::size_t mask = slots.size() - 1;
+    std::size_t i = slot_of(candidate, mask);
+    while (slots[i].first != kFree && slots[i].first != candidate) i = (i + 1) & mask;
+    used += slots[i].first == kFree;
+    slots[i] = {candidate, counts_for};
+}
+
+ByteAligner::ByteAligner(Vocabulary target, Vocabulary source, Settings settings)
+    : target_(std::move(target)), source_(std::move(source)), settings_(std::move(settings)) {
+    const auto source_size = static_cast<std::size_t>(source_.size()), target_size = static_cast<std::size_t>(target_.size());
+    const Settings& s = settings_;
+    if (s.source_ends.size() != source_size || s.table.size() != source_size || s.opens.size() != source_size ||
+        s.lookahead.size() != source_size || s.closes.size() != target_size) {
+        refuse("a candidate table must have one row per token of its vocabulary (" + std::to_string(source_size) + ", " +
+               std::to_string(target_size) + "); build it again from these tokenizers");
+    }
+    for (const std::int32_t id : s.table) {
+        if (id < kTail || id >= target_.size()) refuse("a candidate table must hold target ids or -1, got " + std::to_string(id));
+    }
+    for (const std::uint8_t which : s.lookahead) {
+        if (which > 2) refuse("lookahead must be 0, 1 or 2, got " + std::to_string(which));
+    }
+    for (const std::int32_t id : s.exact) {
+        if (!target_.is_text(id)) refuse("exact must hold target ids of text, got " + std::to_string(id));
+        exact_.emplace(target_.piece(id), id);
+    }
+}
+
+// Aligns sequences, one after the other, over a cache that nobody writes to.
+class ByteAligner::Worker {
+  public:
+    explicit Worker(const ByteAligner& aligner)
+        : aligner_(aligner), target_(aligner.target_), source_(aligner.source_), settings_(aligner.settings_) {}
+
+    void run(const Sequence& sequence, Output& out);
+
+    std::vector<Missing> missing;
+
+  private:
+    // What a source's position says: its candidates with their log-probabilities, at most one of them its own token.
+    struct Row {
+        const std::int32_t* ids;
+        const float* logprobs;
+        std::size_t k;
+    };
+
+    void check(const Sequence& q);
+    void clips(const Vocabulary& vocabulary, const std::int32_t* ids, Spans spans, std::string_view response, const char* name,
+               std::vector<std::int32_t>& clip);
+    std::uint8_t add_path(const Sequence& q, std::size_t t, std::size_t j, bool inside, double& exact);
+    void add_end(const Sequence& q, std::size_t rows);
+    void add_row(const Sequence& q, std::size_t t, const Row& row, std::int32_t own, double weight, std::string_view extension,
+                 std::size_t strip, bool turn_may_end);
+    void add_unchanged(const Row& row, std::int32_t own);
+    void add(std::int32_t token, double mass);
+    void count(std::int32_t counts_for, double mass);
+    std::uint8_t keep(double exact, Output& out, std::size_t t);
+
+    const ByteAligner& aligner_;
+    const Vocabulary &target_, &source_;
+    const Settings& settings_;
+    std::vector<std::int32_t> target_clip_, source_clip_;
+    std::string key_;
+    // Of the current position.
+    std::vector<std::pair<std::int32_t, double>> mass_;
+    double dropped_ = 0.0;
+    std::int32_t end_ = -1;
+};
+
+void ByteAligner::Worker::check(const Sequence& q) {
+    if (q.target_size < q.start + q.target.size || q.target_size - q.start != q.target.size) {
+        refuse("target spans must be one per token of the response, got " + std::to_string(q.target.size) + " for " +
+               std::to_string(q.target_size) + " tokens from " + std::to_string(q.start));
+    }
+    for (std::size_t t = 0; t < q.target_size; ++t) {
+        if (q.target_ids[t] < 0 || q.target_ids[t] >= target_.size()) {
+            refuse("a target id must be in [0, " + std::to_string(target_.size()) + ") (its vocabulary), got " +
+                   std::to_string(q.target_ids[t]) + "; encode the response with this tokenizer");
+        }
+    }
+    for (std::size_t t = 0; t <= q.target.size; ++t) {
+        if (q.prefix_start[t] < 0 || static_cast<std::size_t>(q.prefix_start[t]) > q.start + t) {
+            refuse("prefix_start must be in [0, " + std::to_string(q.start + t) + "], got " + std::to_string(q.prefix_start[t]));
+        }
+        for (std::size_t i = q.prefix_start[t]; t == 0 && i < q.start; ++i) {
+            if (!target_.is_text(q.target_ids[i])) refuse("a prefix must be text, got token " + std::to_string(q.target_ids[i]));
+        }
+    }
+    for (std::size_t t = 1; t <= q.target.size; ++t) {
+        if (q.prefix_start[t] < q.prefix_start[t - 1]) {
+            refuse("prefix_start must not descend, got " + std::to_string(q.prefix_start[t]) + " after " +
+                   std::to_string(q.prefix_start[t - 1]));
+        }
+    }
+    const auto logprobs = [](const float* values, std::size_t size, const char* name) {
+        for (std::size_t i = 0; i < size; ++i) {
+            if (!(values[i] <= kMostLogprob)) {
+                refuse(std::string(name) + " must be natural log-probabilities, got " + std::to_string(values[i]) +
+                       "; apply log_softmax, or capture it again");
+            }
+        }
+    };
+    logprobs(q.top_logprobs, q.source.size * q.k, "top_logprobs");
+    logprobs(q.own_logprobs, q.source.size, "own_logprobs");
+    logprobs(q.range_logmass, q.ranges, "ranges.logmass");
+    logprobs(q.range_logprobs, q.ranges * q.range_k, "ranges.logprobs");
+    for (std::size_t r = 0; r < q.ranges; ++r) {
+        const std::int32_t row = q.range_rows[r], strip = q.range_strip[r];
+        const bool there = row >= 0 && static_cast<std::size_t>(row) < q.source.size && strip > 0;
+        const bool ascends = r == 0 || row > q.range_rows[r - 1] || (row == q.range_rows[r - 1] && strip > q.range_strip[r - 1]);
+        if (!there || !ascends) {
+            refuse("a prefix range must belong to one of " + std::to_string(q.source.size) +
+                   " rows, have bytes and come in order, got row " + std::to_string(row) + " with " + std::to_string(strip) +
+                   " bytes; capture it again");
+        }
+    }
+}
+
+void ByteAligner::Worker::clips(const Vocabulary& vocabulary, const std::int32_t* ids, Spans spans, std::string_view response,
+                                const char* name, std::vector<std::int32_t>& clip) {
+    const auto n = static_cast<std::int64_t>(response.size());
+    std::int64_t reached = 0;
+    clip.resize(spans.size);
+    for (std::size_t i = 0; i < spans.size; ++i) {
+        const std::int64_t first = std::max(spans.begin[i], 0), end = spans.end[i], inside = std::min(end, n);
+        const bool text = vocabulary.is_text(ids[i]);
+        const std::string_view piece = text ? vocabulary.piece(ids[i]) : std::string_view();
+        const std::int64_t size = static_cast<std::int64_t>(piece.size()), before = size - (end - first);
+        if (!text || before < 0 || first != reached || first > inside ||
+            piece.substr(before, inside - first) != response.substr(first, inside - first)) {
+            refuse("a " + std::string(name) + " token must hold the response's bytes [" + std::to_string(first) + ", " +
+                   std::to_string(end) + "), token " + std::to_string(ids[i]) + " is " + shown(piece) +
+                   "; encode the response again with this tokenizer");
+        }
+        clip[i] = static_cast<std::int32_t>(before);
+        reached = std::max<std::int64_t>(end, 0);
+    }
+    if (reached < n) {
+        refuse("the " + std::string(name) + "'s tokens must reach the response's end, byte " + std::to_string(n) + ", got " +
+               std::to_string(reached) + "; encode it again");
+    }
+}
+
+void ByteAligner::Worker::add(std::int32_t token, double mass) {
+    for (auto& [known, sum] : mass_) {
+        if (known == token) {
+            sum += mass;
+            return;
+        }
+    }
+    mass_.emplace_back(token, mass);
+}
+
+void ByteAligner::Worker::count(std::int32_t counts_for, double mass) {
+    if (counts_for == kEnd) counts_for = end_;  // a target without one: tail
+    if (counts_for == kDropped) {
+        dropped_ += mass;
+    } else if (counts_for >= 0) {
+        add(counts_for, mass);
+    }
+}
+
+void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& row, std::int32_t own, double weight,
+                                  std::string_view extension, std::size_t strip, bool turn_may_end) {
+    const std::size_t first = q.prefix_start[t], size = q.start + t - first;
+    const std::int32_t* prefix = q.target_ids + first;
+    const bool plain = strip == 0 && extension.empty();
+    const bool closed = plain && (size == 0 || settings_.closes[prefix[size - 1]]);
+    const Context* context = nullptr;
+    bool looked_up = false;
+    Missing* asked = nullptr;
+    for (std::size_t i = 0; i < row.k; ++i) {
+        const std::int32_t candidate = row.ids[i];
+        if (candidate < 0 || candidate == own) continue;
+        const double mass = weight * std::exp(static_cast<double>(row.logprobs[i]));
+        std::int32_t lookup = candidate;
+        if (candidate < source_.size() && settings_.source_ends[candidate]) {
+            if (turn_may_end) {
+                count(kEnd, mass);
+                continue;
+            }
+            lookup = kAnyEnd;
+        } else if (!source_.is_text(candidate) || source_.piece(candidate).empty()) {
+            continue;  // control tokens, and what models pad their logits with: tail
+        } else if (closed && (size == 0 || settings_.opens[candidate])) {
+            count(settings_.table[candidate], mass);
+            continue;
+        }
+        if (!looked_up) {
+            write_key(key_, prefix, size, strip, extension);
+            const auto found = aligner_.known_.find(key_);
+            if (found != aligner_.known_.end()) context = &aligner_.contexts_[found->second];
+            looked_up = true;
+        }
+        if (const std::int32_t* known = context ? context->find(lookup) : nullptr) {
+            count(*known, mass);
+        } else {
+            if (!asked) asked = &missing.emplace_back(Missing{key_, {}});
+            asked->candidates.push_back(lookup);
+        }
+    }
+}
+
+void ByteAligner::Worker::add_unchanged(const Row& row, std::int32_t own) {
+    for (std::size_t i = 0; i < row.k; ++i) {
+        const std::int32_t candidate = row.ids[i];
+        if (candidate < 0 || candidate == own) continue;
+        const double mass = std::exp(static_cast<double>(row.logprobs[i]));
+        if (candidate < source_.size() && settings_.source_ends[candidate]) {
+            count(kEnd, mass);
+        } else if (target_.is_text(candidate) && !target_.piece(candidate).empty()) {
+            add(candidate, mass);
+        }
+    }
+}
+
+std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std::size_t j, bool inside, double& exact) {
+    const std::int32_t gold = q.target_ids[q.start + t];
+    const std::string_view piece = target_.piece(gold), own_piece = source_.piece(q.source_ids[j]);
+    const std::int32_t begin = std::max(q.target.begin[t], 0);
+    const std::int32_t end = std::min<std::int64_t>(q.target.end[t], q.response.size());  // beyond it is template, no one's label
+    const std::string_view clip = piece.substr(0, target_clip_[t]);  // bytes that the target has in front
+    std::size_t strip = 0;
+    Row row{q.top_ids + j * q.k, q.top_logprobs + j * q.k, q.k};
+    if (inside) {
+        strip = source_clip_[j] + begin - std::max(q.source.begin[j], 0);
+    } else if (own_piece.substr(0, source_clip_[j]) != clip) {
+        strip = source_clip_[j];
+    } else if (settings_.same_tokens && q.source.end[j] == q.target.end[t] && q.source_ids[j] == gold) {
+        add(gold, std::exp(static_cast<double>(q.own_logprobs[j])));
+        add_unchanged(row, q.source_ids[j]);
+        return kAligned;
+    }
+    if (strip > 0) {
+        // Binary search by (row, strip).
+        std::size_t low = 0, high = q.ranges;
+        while (low < high) {
+            const std::size_t middle = (low + high) / 2;
+            const std::int32_t its_row = q.range_rows[middle];
+            const bool before = its_row < static_cast<std::int32_t>(j) ||
+                                (its_row == static_cast<std::int32_t>(j) && q.range_strip[middle] < static_cast<std::int32_t>(strip));
+            before ? low = middle + 1 : high = middle;
+        }
+        if (low == q.ranges || q.range_rows[low] != static_cast<std::int32_t>(j) ||
+            q.range_strip[low] != static_cast<std::int32_t>(strip)) {
+            return kNoPrefixRange;
+        }
+        for (std::size_t i = 0; i < q.range_k; ++i) {
+            const std::int32_t candidate = q.range_ids[low * q.range_k + i];
+            if (candidate >= 0 && (!source_.is_text(candidate) || source_.piece(candidate).size() <= strip)) {
+                refuse("a prefix range's tokens must be longer than its " + std::to_string(strip) + " bytes, got token " +
+                       std::to_string(candidate) + "; capture it again");
+            }
+        }
+        row = {q.range_ids + low * q.range_k, q.range_logprobs + low * q.range_k, q.range_k};
+        exact = std::exp(static_cast<double>(q.range_logmass[low]));
+    }
+    // Bytes that both have in front are part of every candidate.
+    std::string_view extension = source_clip_[j] > 0 && strip == 0 ? std::string_view() : clip;
+    double weight = 1.0;
+    while (true) {
+        add_row(q, t, row, q.source_ids[j], weight, extension, strip, q.source.begin[j] <= begin);
+        weight *= std::exp(static_cast<double>(q.own_logprobs[j]));
+        if (q.source.end[j] >= end) {
+            add(gold, weight);
+            return kAligned;
+        }
+        ++j;  // the last source token of a response ends at its end
+        if (source_clip_[j] > 0) return kNoPrefixRange;
+        row = {q.top_ids + j * q.k, q.top_logprobs + j * q.k, q.k};
+        strip = 0;
+        extension = piece.substr(0, target_clip_[t] + q.source.begin[j] - begin);
+    }
+}
+
+void ByteAligner::Worker::add_end(const Sequence& q, std::size_t rows) {
+    const Row row{q.top_ids + rows * q.k, q.top_logprobs + rows * q.k, q.k};
+    const std::int32_t own = q.source_ids[rows];
+    add(q.target_end, std::exp(static_cast<double>(q.own_logprobs[rows])));
+    if (settings_.same_tokens && settings_.target_closing == settings_.source_closing) {
+        add_unchanged(row, own);
+    } else if (!settings_.target_closing.empty()) {
+        // The target's own template stands before its end of turn: what else the source would say stays in the tail.
+        for (std::size_t i = 0; i < row.k; ++i) {
+            const std::int32_t candidate = row.ids[i];
+            if (candidate >= 0 && candidate != own && candidate < source_.size() && settings_.source_ends[candidate]) {
+                count(kEnd, std::exp(static_cast<double>(row.logprobs[i])));
+            }
+        }
+    } else {
+        add_row(q, q.target.size, row, own, 1.0, settings_.source_closing, 0, true);
+    }
+}
+
+// What is kept of the position's mass; the rules of mass stand in reference.py.
+std::uint8_t ByteAligner::Worker::keep(double exact, Output& out, std::size_t t) {
+    double possible = std::max(exact - dropped_, 0.0);
+    out.reliability[t] = exact > 0.0 ? static_cast<float>(possible / exact) : 0.0F;
+    if (out.reliability[t] < settings_.min_reliability) return kLowReliability;
+    mass_.erase(std::remove_if(mass_.begin(), mass_.end(), [](const auto& entry) { return !(entry.second > 0.0); }), mass_.end());
+    if (mass_.empty()) return kEmpty;
+    const std::size_t kept = std::min<std::size_t>(mass_.size(), settings_.top_k);
+    std::partial_sort(mass_.begin(), mass_.begin() + kept, mass_.end(), [](const auto& left, const auto& right) {
+        return left.second != right.second ? left.second > right.second : left.first < right.first;
+    });
+    double sum = 0.0;
+    for (std::size_t i = 0; i < kept; ++i) sum += mass_[i].second;
+    possible = std::max(possible, sum);  // float32 log-probabilities may add up to a hair more than the exact mass
+    for (std::size_t i = 0; i < kept; ++i) {
+        out.ids.push_back(mass_[i].first);
+        out.logprobs.push_back(static_cast<float>(std::log(mass_[i].second / possible)));
+    }
+    out.tail[t] = static_cast<float>(std::max(0.0, 1.0 - sum / possible));
+    out.counts[t] = static_cast<std::int64_t>(kept);
+    return kAligned;
+}
+
+void ByteAligner::Worker::run(const Sequence& q, Output& out) {
+    out.ids.clear();
+    out.logprobs.clear();
+    check(q);
+    const auto n = static_cast<std::int64_t>(q.response.size());
+    // The source's last row is its end of turn where that follows the response.
+    std::size_t rows = q.source.size;
+    const bool source_has_end = rows > 0 && q.source_ids[rows - 1] >= 0 && q.source_ids[rows - 1] < source_.size() &&
+                                settings_.source_ends[q.source_ids[rows - 1]] && q.source.begin[rows - 1] == n &&
+                                q.source.end[rows - 1] == n;
+    rows -= source_has_end;
+    const Spans source{q.source.begin, q.source.end, rows};
+    for (const auto& [spans, name] : {std::pair(q.target, "target"), std::pair(source, "source")}) {
+        if (const std::size_t i = first_unordered_span(spans); i < spans.size) {
+            refuse(std::string(name) + " spans must be monotone with begin <= end, got [" + std::to_string(spans.begin[i]) + ", " +
+                   std::to_string(spans.end[i]) + ") at " + std::to_string(i) + "; re-encode the response");
+        }
+    }
+    clips(target_, q.target_ids + q.start, q.target, q.response, "target", target_clip_);
+    clips(source_, q.source_ids, source, q.response, "source", source_clip_);
+
+    match_spans(q.target, source, out.kind, out.source_position);
+    if (q.target_end >= 0) {
+        out.kind[q.target.size] = source_has_end ? kSameSpan : kSkipped;
+        out.source_position[q.target.size] = source_has_end ? static_cast<std::int32_t>(rows) : -1;
+    }
+    for (std::size_t t = 0; t < q.positions(); ++t) {
+        mass_.clear();
+        dropped_ = 0.0;
+        end_ = t == q.target.size ? q.target_end : settings_.target_end;
+        double exact = 1.0;
+        std::uint8_t reason = kNoSourcePosition;
+        if (out.kind[t] != kSkipped && t == q.target.size) {
+            add_end(q, rows);
+            reason = kAligned;
+        } else if (out.kind[t] != kSkipped) {
+            reason = add_path(q, t, out.source_position[t], out.kind[t] == kInside, exact);
+        }
+        out.counts[t] = 0;
+        out.tail[t] = 1.0F;
+        out.reliability[t] = 0.0F;
+        out.skip_reason[t] = reason == kAligned ? keep(exact, out, t) : reason;
+    }
+}
+
+void ByteAligner::align(const std::vector<Sequence>& batch, std::vector<Output>& out, unsigned threads) {
+    threads = std::max(1U, std::min<unsigned>(threads, static_cast<unsigned>(batch.size())));
+    texts_.clear();
+    pending_.clear();
+    // Once more where all that was missing could be told without the tokenizer.
+    while (run(batch, out, threads) && texts_.empty()) {
+    }
+}
+
+bool ByteAligner::run(const std::vector<Sequence>& batch, std::vector<Output>& out, unsigned threads) {
+    std::vector<Worker> workers(threads, Worker(*this));
+    std::atomic<std::size_t> next{0};
+    std::mutex mutex;
+    std::size_t failed = batch.size();  // the first sequence that was refused, so that threads do not decide which
+    std::string message;
+    const auto work = [&](Worker& worker) {
+        for (std::size_t i; (i = next++) < batch.size();) {
+            try {
+                worker.run(batch[i], out[i]);
+            } catch (const std::invalid_argument& error) {
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (i < failed) {
+                    failed = i;
+                    message = error.what();
+                }
+            }
+        }
+    };
+    std::vector<std::thread> others;
+    for (unsigned w = 1; w < threads; ++w) others.emplace_back(work, std::ref(workers[w]));
+    work(workers[0]);
+    for (std::thread& thread : others) thread.join();
+    if (failed < batch.size()) refuse(message + " (sequence " + std::to_string(failed) + " of the batch)");
+
+    bool missing = false;
+    for (const Worker& worker : workers) {
+        for (const Missing& asked : worker.missing) intern(asked);
+        missing |= !worker.missing.empty();
+    }
+    return missing;
+}
+
+void ByteAligner::intern(const Missing& missing) {
+    const auto [found, fresh] = known_.emplace(missing.key, static_cast<std::uint32_t>(contexts_.size()));
+    if (fresh) {
+        Context context;
+        std::uint32_t head[2];
+        std::memcpy(head, missing.key.data(), sizeof(head));
+        context.strip = head[0];
+        context.prefix.resize(head[1]);
+        std::memcpy(context.prefix.data(), missing.key.data() + sizeof(head), head[1] * sizeof(std::int32_t));
+        for (const std::int32_t id : context.prefix) context.data += target_.piece(id);
+        context.extension = missing.key.substr(sizeof(head) + head[1] * sizeof(std::int32_t));
+        context.data += context.extension;
+        contexts_.push_back(std::move(context));
+    }
+    Context& context = contexts_[found->second];
+    for (const std::int32_t candidate : missing.candidates) {
+        if (context.find(candidate)) continue;
+        ++cached_;
+        const std::string_view piece =
+            candidate == kAnyEnd ? std::string_view() : source_.piece(candidate).substr(context.strip);
+        std::string text = context.data;
+        text += piece;
+        if (!is_utf8(text)) {
+            // Ends inside a character: no text to tokenise, only a token of exactly these bytes will do.
+            const std::string bytes = context.extension + std::string(piece);
+            const auto exact = exact_.find(bytes);
+            context.insert(candidate, exact == exact_.end() ? kTail : exact->second);
+            continue;
+        }
+        pending_.push_back({found->second, candidate, text.size()});
+        if (candidate != kAnyEnd) text += kLookaheads[settings_.lookahead[candidate]];
+        texts_.push_back(std::move(text));
+        context.insert(candidate, kTail);
+    }
+}
+
+void ByteAligner::learn(const std::int32_t* ids, const std::int64_t* offsets) {
+    for (std::size_t i = 0; i < pending_.size(); ++i) {
+        const Pending& pending = pending_[i];
+        Context& context = contexts_[pending.context];
+        const std::int32_t* const found = ids + offsets[i];
+        const std::size_t size = offsets[i + 1] - offsets[i], before = context.prefix.size();
+        if (size < before || !std::equal(context.prefix.begin(), context.prefix.end(), found)) {
+            context.insert(pending.candidate, kDropped);
+            continue;
+        }
+        if (size == before || !target_.is_text(found[before])) continue;  // no token of its own: stays in the tail
+        const std::string_view piece = target_.piece(found[before]), text = texts_[i];
+        const std::size_t begin = context.data.size() - context.extension.size();
+        // Longer than the candidate: reaches into the look-ahead. Other bytes: the normaliser changed them.
+        if (begin + piece.size() <= pending.size && text.substr(begin, piece.size()) == piece) {
+            context.insert(pending.candidate, found[before]);
+        }
+    }
+    texts_.clear();
+    pending_.clear();
+}
+
+void ByteAligner::clear() {
+    known_.clear();
+    contexts_.clear();
+    cached_ = 0;
+}
+
+}  // namespace profuser

@@ -1,0 +1,149 @@
+"""Where a target's text can be cut so that what stands before the cut has no say in the tokens after it.
+
+A candidate is tokenised behind the target's tokens since the last cut, not behind the whole text. With a pre-tokenizer
+that splits, cuts are at its pre-tokens, but not between two whitespace characters (what follows decides how a run of them
+is cut). Without one (Llama-2, Mistral) they are between two characters that no token of the vocabulary holds next to each
+other, because then no merge crosses.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from profuser.token_bytes import TokenBytes
+
+MAX_LEAD_TOKENS = 32  # of the template before the response where nothing cuts; a pre-token is far shorter
+PROBE = "a b. c1 2\nd"
+KINDS_OF_CHARACTERS = (
+    *"aZé好あ한яא1²٣.,'\"(-_/:$+=^`|<©🙂",
+    "\u0301",
+    "\u200d",
+    "'s",
+    "...",
+    "12",
+    "ǅ",
+    "ʰ",
+    "Ⅻ",
+    "‿",
+    "«",
+)
+
+NO_TEXT, LEAD_BYTE, CONTINUATION = -1, -2, -3  # in place of a character: none, a part of one
+
+
+class Boundaries:
+    """Attributes:
+    splits: the tokenizer has a pre-tokenizer that cuts text.
+    """
+
+    def __init__(self, tokens: TokenBytes):
+        self._pieces = tokens.pieces
+        self._normalizer, self._pre_tokenizer = tokens.fragment.normalizer, tokens.fragment.pre_tokenizer
+        probe = PROBE if self._normalizer is None else self._normalizer.normalize_str(PROBE)
+        self.splits = self._pre_tokenizer is not None and len(self._pre_tokenizer.pre_tokenize_str(probe)) > 1
+        size = len(tokens.pieces)
+        self._control = np.array([piece is None for piece in tokens.pieces])
+        self._empty = np.array([not piece for piece in tokens.pieces])
+        self.first, self.last = np.full(size, NO_TEXT), np.full(size, NO_TEXT)
+        pairs: set[tuple[int, int]] = set()
+        self._neighbours: np.ndarray | None = None
+        whole = True  # every token is whole characters or one byte, so that characters tell where merges cross
+        for i, piece in enumerate(tokens.pieces):
+            if not piece:
+                continue
+            try:
+                codes = [ord(c) for c in piece.decode()]
+            except UnicodeDecodeError:
+                whole &= len(piece) == 1
+                self.first[i] = CONTINUATION if piece[0] & 0xC0 == 0x80 else LEAD_BYTE
+                self.last[i] = CONTINUATION
+                continue
+            self.first[i], self.last[i] = codes[0], codes[-1]
+            if not self.splits:
+                pairs.update(itertools.pairwise(codes))
+        if not self.splits and whole:
+            self._neighbours = np.array(sorted(_pair_key(a, b) for a, b in pairs), dtype=np.int64)
+
+    def prefix_starts(self, ids: Sequence[int], words: Sequence[int], start: int) -> np.ndarray:
+        """(len(ids) - start + 1,) int32: per token from `start` on, and for the end, the first token of its prefix.
+
+        The prefix of a token is what stands before it in the current pre-token: that of the byte before, since a candidate
+        may still extend it.
+
+        Args:
+            ids: the text's tokens; words: the pre-token of each, from the tokenizer's encoding.
+            start: the first token of the response; what stands before it is template.
+        """
+        n = len(ids)
+        ids = np.asarray(ids, dtype=np.int64)
+        # A cut at the token's own begin does not count, since what follows is not known: hence the shift by one.
+        latest = np.zeros(n + 1, dtype=np.int64)
+        np.maximum.accumulate(np.where(self._cuts(ids, np.asarray(words)), np.arange(n), 0), out=latest[1:])
+        # The token at a control token's place has no text: the prefix begins after it.
+        latest += self._control[ids[np.minimum(latest, n - 1)]] if n else 0
+        starts = np.minimum(latest, np.arange(n + 1))[start:]
+        floor = max(start - MAX_LEAD_TOKENS, 0)
+        if len(starts) and starts[0] < floor:
+            while floor < start and self.first[ids[floor]] == CONTINUATION:
+                floor += 1
+            starts = np.maximum(starts, floor)
+        return starts.astype(np.int32)
+
+    def closes_before_space(self) -> np.ndarray:
+        """(vocabulary,) bool: the tokens after which a space and what it begins are a new pre-token."""
+        solid = (self.last >= 0) & ~_may_be_space(self.last)
+        if self.splits:
+            return solid & self._cuts_words_at_spaces
+        if self._neighbours is None:
+            return np.zeros_like(solid)
+        return solid & ~np.isin(_pair_key(self.last, ord(" ")), self._neighbours)
+
+    @functools.cached_property
+    def _cuts_words_at_spaces(self) -> bool:
+        """Whether the pre-tokenizer begins a new pre-token at a space between any two characters that are none."""
+        for left, right in itertools.product(KINDS_OF_CHARACTERS, repeat=2):
+            text = f"a{left} {right}b"
+            normalised = text if self._normalizer is None else self._normalizer.normalize_str(text)
+            begins = [begin for _, (begin, _) in self._pre_tokenizer.pre_tokenize_str(normalised)]
+            if len(normalised) == len(text) and 1 + len(left) not in begins:
+                return False
+        return True
+
+    def _cuts(self, ids: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Per token whether the text can be cut where it begins."""
+        cuts = np.zeros(len(ids), dtype=bool)
+        if not len(ids):
+            return cuts
+        before, after = self.last[ids[:-1]], self.first[ids[1:]]
+        if self.splits:
+            cuts[1:] = (words[1:] != words[:-1]) & ~(_may_be_space(before) & _may_be_space(after))
+        elif self._neighbours is not None:
+            whole = (before >= 0) & (after >= 0)
+            key = _pair_key(before, after)
+            found = np.searchsorted(self._neighbours, key)
+            known = np.zeros(len(key), dtype=bool)
+            inside = found < len(self._neighbours)
+            known[inside] = self._neighbours[found[inside]] == key[inside]
+            # A character that is spelt in bytes is in no token.
+            spelt = (after == LEAD_BYTE) | ((before == CONTINUATION) & (after != CONTINUATION))
+            cuts[1:] = (whole & ~known) | spelt
+        control = self._control[ids]
+        cuts |= control
+        cuts[1:] |= control[:-1]
+        cuts[0] = True
+        return cuts & (~self._empty[ids] | control)
+
+
+def _pair_key(a, b):
+    return a * (1 << 21) + b
+
+
+_SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()])
+
+
+def _may_be_space(codes: np.ndarray) -> np.ndarray:
+    return (codes < 0) | np.isin(codes, _SPACES)

@@ -1,0 +1,197 @@
+"""Byte alignment in batches: the C++ engine where it was built, else its plain-Python oracle (`reference.py`).
+
+C++ walks the sequences and merges the mass; what a candidate counts for is asked of the target's tokenizer, for all
+candidates of a batch that are not known yet at once, and remembered.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from profuser.alignment.boundaries import Boundaries
+from profuser.alignment.reference import MAX_CACHED_CANDIDATES, PythonByteAligner, check_encoded
+from profuser.alignment.spans import _align
+from profuser.alignment.types import Aligned, SourceCapture
+from profuser.alignment.vocab_map import CandidateTable, TextFormat, same_tokens
+from profuser.chat import Encoded
+from profuser.errors import DataError
+from profuser.store import ragged
+from profuser.token_bytes import TokenBytes
+
+TEXTS_AT_ONCE = 65536  # encodings are ~1 kB each
+
+
+class CppByteAligner:
+    """`PythonByteAligner` in C++: the same arguments, the same results to rounding.
+
+    threads: over the sequences of a batch.
+    """
+
+    def __init__(
+        self,
+        target: TextFormat,
+        source: TextFormat,
+        *,
+        top_k: int = 10,
+        min_reliability: float = 0.1,
+        threads: int = 1,
+    ):
+        if top_k < 1:
+            raise ValueError(f"top_k must be >= 1, got {top_k}; 10 is the usual choice")
+        self.target, self.source = target, source
+        self.threads = threads
+        self._boundaries = Boundaries(target.token_bytes)
+        table = CandidateTable(target.token_bytes, source.token_bytes, self._boundaries)
+        ends = np.zeros(len(source.token_bytes.pieces), dtype=np.uint8)
+        ends[[i for i in source.end_ids if i < len(ends)]] = 1
+        self._engine = _align.ByteAligner(
+            _vocabulary(target.token_bytes),
+            _vocabulary(source.token_bytes),
+            {
+                "top_k": top_k,
+                "min_reliability": min_reliability,
+                "same_tokens": same_tokens(target.token_bytes, source.token_bytes),
+                "target_end": -1 if target.end_id is None else target.end_id,
+                "target_closing": target.closing,
+                "source_closing": source.closing,
+                "source_ends": ends,
+                "table": table.counts_for,
+                "opens": table.opens.astype(np.uint8),
+                "closes": table.closes.astype(np.uint8),
+                "lookahead": table.lookahead,
+                "exact": np.fromiter(table.exact.values(), np.int32),
+            },
+        )
+
+    def align(self, response: bytes, encoded: Encoded, capture: SourceCapture) -> Aligned:
+        return self.align_batch([response], [encoded], [capture])[0]
+
+    def align_batch(
+        self, responses: Sequence[bytes], encoded: Sequence[Encoded], captures: Sequence[SourceCapture]
+    ) -> list[Aligned]:
+        """`align` of several responses: in threads, with one question to the tokenizer."""
+        return self.align_arrays(self.batch_of(responses, encoded, captures))
+
+    def batch_of(
+        self, responses: Sequence[bytes], encoded: Sequence[Encoded], captures: Sequence[SourceCapture]
+    ) -> dict:
+        """The sequences end to end, as the C++ engine reads them."""
+        if not len(responses) == len(encoded) == len(captures):
+            raise ValueError(
+                f"a batch must have one encoding and one capture per response, got {len(responses)}, {len(encoded)} and "
+                f"{len(captures)}"
+            )
+        for e in encoded:
+            check_encoded(e, len(self.target.token_bytes.pieces))
+        target_offsets, target_ids = ragged([np.array(e.input_ids[: e.stop]) for e in encoded], np.int32)
+        span_offsets, spans = ragged([np.array(e.spans).reshape(-1, 2) for e in encoded], np.int32)
+        spans = spans.reshape(-1, 2)
+        starts = [self._boundaries.prefix_starts(e.input_ids[: e.stop], e.words[: e.stop], e.start) for e in encoded]
+        ranges = [c.ranges for c in captures]
+        widest = max((r.ids.shape[1] for r in ranges), default=1)
+        return {
+            "response": b"".join(responses),
+            "response_offsets": np.cumsum([0, *map(len, responses)], dtype=np.int64),
+            "target_ids": target_ids,
+            "target_offsets": target_offsets,
+            "start": np.array([e.start for e in encoded], dtype=np.int64),
+            "target_end": np.array([-1 if e.end is None else e.input_ids[e.end] for e in encoded], dtype=np.int32),
+            "span_offsets": span_offsets,
+            "target_begin": np.ascontiguousarray(spans[:, 0]),
+            "target_stop": np.ascontiguousarray(spans[:, 1]),
+            "prefix_start": _joined(starts, np.int32),
+            "source_offsets": np.cumsum([0, *(len(c.ids) for c in captures)], dtype=np.int64),
+            "source_ids": _joined([c.ids for c in captures], np.int32),
+            "source_begin": _joined([c.begin for c in captures], np.int32),
+            "source_stop": _joined([c.stop for c in captures], np.int32),
+            "top_ids": _joined([c.top_ids for c in captures], np.int32, columns=True),
+            "top_logprobs": _joined([c.top_logprobs for c in captures], np.float32, columns=True),
+            "own_logprobs": _joined([c.own_logprobs for c in captures], np.float32),
+            "range_offsets": np.cumsum([0, *(len(r.rows) for r in ranges)], dtype=np.int64),
+            "range_rows": _joined([r.rows for r in ranges], np.int32),
+            "range_strip": _joined([r.strip for r in ranges], np.int32),
+            "range_logmass": _joined([r.logmass for r in ranges], np.float32),
+            "range_ids": _joined([_widened(r.ids, widest, -1) for r in ranges], np.int32, columns=True),
+            "range_logprobs": _joined(
+                [_widened(r.logprobs, widest, -np.inf) for r in ranges], np.float32, columns=True
+            ),
+        }
+
+    def align_arrays(self, batch: dict) -> list[Aligned]:
+        """`align_batch` of what `batch_of` gives."""
+        try:
+            found = self._engine.align(batch, self.threads)
+            while texts := self._engine.wanted():
+                self._learn(texts)
+                found = self._engine.align(batch, self.threads)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        if self._engine.cached > MAX_CACHED_CANDIDATES:
+            self._engine.clear()
+        return _split(found)
+
+    def _learn(self, texts: list[str]) -> None:
+        fragment = self.target.token_bytes.fragment
+        counts, ids = [0], []
+        for first in range(0, len(texts), TEXTS_AT_ONCE):
+            part = texts[first : first + TEXTS_AT_ONCE]
+            for encoding in fragment.encode_batch_fast(part, add_special_tokens=False):
+                found = encoding.ids
+                counts.append(len(found))
+                ids.extend(found)
+        self._engine.learn(np.array(ids, dtype=np.int32), np.cumsum(counts, dtype=np.int64))
+
+
+def byte_aligner(
+    target: TextFormat, source: TextFormat, *, top_k: int = 10, min_reliability: float = 0.1, threads: int = 1
+) -> CppByteAligner | PythonByteAligner:
+    """The engine that is there; `profuser.alignment.spans.ENGINE` names it."""
+    if _align is None:
+        return PythonByteAligner(target, source, top_k=top_k, min_reliability=min_reliability)
+    return CppByteAligner(target, source, top_k=top_k, min_reliability=min_reliability, threads=threads)
+
+
+def _vocabulary(tokens: TokenBytes) -> dict:
+    pieces = tokens.pieces
+    return {
+        "bytes": b"".join(piece or b"" for piece in pieces),
+        "offsets": np.cumsum([0, *(len(piece or b"") for piece in pieces)], dtype=np.int64),
+        "text": np.array([piece is not None for piece in pieces], dtype=np.uint8),
+    }
+
+
+def _joined(parts: Sequence[np.ndarray], dtype, columns: bool = False) -> np.ndarray:
+    if not parts:
+        return np.zeros((0, 1) if columns else 0, dtype=dtype)
+    for part in parts:
+        if part.dtype != dtype:
+            raise DataError(f"a capture's array must be {np.dtype(dtype)}, got {part.dtype}; capture it again")
+    return np.ascontiguousarray(np.concatenate(parts))
+
+
+def _widened(rows: np.ndarray, width: int, padding) -> np.ndarray:
+    missing = width - rows.shape[1]
+    return np.pad(rows, ((0, 0), (0, missing)), constant_values=padding) if missing else rows
+
+
+def _split(found: dict) -> list[Aligned]:
+    """The batch's results sequence by sequence, as views."""
+    entries, result = found["entry_offsets"], []
+    for begin, end in itertools.pairwise(found["position_offsets"].tolist()):
+        part, kept = slice(begin, end), slice(*entries[[begin, end]].tolist())
+        result.append(
+            Aligned(
+                kind=found["kind"][part],
+                source_position=found["source_position"][part],
+                offsets=entries[begin : end + 1] - entries[begin],
+                ids=found["ids"][kept],
+                logprobs=found["logprobs"][kept],
+                tail=found["tail"][part],
+                reliability=found["reliability"][part],
+                skip_reason=found["skip_reason"][part],
+            )
+        )
+    return result

@@ -1,0 +1,427 @@
+"""FuseLLM's token alignment (compatibility mode `fusellm`): by token strings and edit distance, not by bytes.
+
+- vocabulary map: a source token's string with its word prefix replaced by the target's (Ġ, ▁); the equal string of the
+  target's vocabulary, else the one of the smallest Levenshtein distance;
+- positions: dynamic time warping over the token strings without their word prefixes, Levenshtein cost, steps back
+  diagonal, up (previous source token), left (previous target token), preferred in that order;
+- a target token is accepted iff exactly one source token lies on its part of the path and the map takes that token to
+  it (FuseLLM's soft variant; equal strings, its hard one, are mapped to each other);
+- a distribution is taken by the token in front of it. FuseLLM's position i holds the distribution of token i + 1 and is
+  accepted by token i; our row t is the distribution OF token t, so token t - 1 accepts it, and the row after that
+  token's match is taken. Row 0 follows the prompt on both sides and is always accepted, the end of turn is accepted by
+  the last token;
+- of an accepted row the source's top k are mapped token by token, renormalised by softmax, of colliding entries the
+  larger is kept.
+
+Source: FuseLLM, arXiv 2401.10491, section 3.2, and the behaviour of its code. Different from it on purpose: its one-hot
+fallback names the token in front, ours (`fallback="label"`) the row's own; end of turn counts for end of turn by role, no
+other control token has a counterpart; distances tie to the lowest target id, not to the order of a hash table. Left out:
+its exception for the first token of a text, where a missing word prefix was overlooked.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
+
+from profuser.alignment.reference import check_capture, check_encoded
+from profuser.alignment.spans import match_spans
+from profuser.alignment.types import (
+    ALIGNED,
+    SKIP_EMPTY,
+    SKIP_NO_SOURCE_POSITION,
+    SKIP_NOT_MATCHED,
+    SKIPPED,
+    Aligned,
+    SourceCapture,
+)
+from profuser.chat import ChatFormat, Encoded
+from profuser.errors import DataError
+from profuser.store import write_atomic
+
+try:
+    from profuser import _align
+except ImportError:
+    _align = None
+
+logger = logging.getLogger(__name__)
+
+WORD_PREFIXES = ("Ġ", "▁", " ")  # what a space looks like in byte-level, SentencePiece and plain token strings
+MAP_VERSION = 1  # part of the cache's key: a changed rule makes another map
+MAX_DISTANCES = 4_000_000  # int32, held at once: 16 MB
+
+
+class FuseLLMAligner:
+    """Aligns captures of `source` to `target`, mode `fusellm`.
+
+    Args:
+        target, source: `ChatFormat`, or anything else with its `tokenizer`, `token_bytes`, `end_ids` and `end_id`.
+        top_k: entries of a source's row that are mapped.
+        fallback: what a position without a distribution gets: "skip" (nothing) or "label" (one-hot on its label).
+        cache_dir: see `vocabulary_map`, which runs here.
+    """
+
+    def __init__(
+        self,
+        target: ChatFormat,
+        source: ChatFormat,
+        *,
+        top_k: int = 10,
+        fallback: Literal["skip", "label"] = "skip",
+        cache_dir: Path | None = None,
+    ):
+        if top_k < 1:
+            raise ValueError(f"top_k must be >= 1, got {top_k}")
+        if fallback not in ("skip", "label"):
+            raise ValueError(f'fallback must be "skip" or "label", got {fallback!r}')
+        self.target, self.source = target, source
+        self.top_k, self.fallback = top_k, fallback
+        self.token_map = vocabulary_map(target, source, cache_dir=cache_dir)
+        self._source_ends = frozenset(source.end_ids)
+
+    def align(self, response: bytes, encoded: Encoded, capture: SourceCapture) -> Aligned:
+        """One response's distributions.
+
+        Row t is accepted iff token t - 1 is (`accepted_positions`), and takes the source's row after the one that token
+        t - 1 is matched with; row 0 is accepted and takes the source's row 0. The end of turn is a row like the others.
+        A row that the source does not have: SKIP_NO_SOURCE_POSITION.
+
+        Nothing in this rule looks at bytes: where the two matched tokens end at different bytes, the row taken follows
+        another prefix than the target's row (measured: 0 to 0.4 % of the positions). `kind` cannot show that, it may say
+        same_span there.
+
+        Args:
+            response: its n bytes.
+            encoded: the response in the target's tokens.
+        Returns:
+            source_position is the row taken. kind of an accepted row is what `match_spans` says of the target's token,
+            whichever row was taken; else SKIPPED, also where the fallback put a label. Positions with entries have tail
+            0 and reliability 1.
+        Raises:
+            DataError: arrays that do not belong together, or ids outside the vocabularies.
+        """
+        check_encoded(encoded, len(self.target.token_bytes.pieces))
+        check_capture(capture)
+        n, rows = len(response), len(capture.ids)
+        content = encoded.stop - encoded.start
+        labels, spans = encoded.input_ids[encoded.start : encoded.stop], encoded.spans
+        if encoded.end is not None:
+            labels, spans = [*labels, encoded.input_ids[encoded.end]], [*spans, (n, n)]
+        source_has_end = (
+            rows > 0 and int(capture.ids[-1]) in self._source_ends and capture.begin[-1] == capture.stop[-1] == n
+        )
+        source_content = rows - bool(source_has_end)
+
+        accepted, matched = accepted_positions(
+            labels[:content], capture.ids[:source_content], self.target, self.source, self.token_map
+        )
+        # One row more than tokens, the end of turn's: left off where the response was cut.
+        accepted = np.append(True, accepted)[: len(labels)]
+        position = np.append(0, matched + 1)[: len(labels)].astype(np.int32)
+        skip = np.where(position < rows, ALIGNED, SKIP_NO_SOURCE_POSITION).astype(np.uint8)
+        skip[~accepted] = SKIP_NOT_MATCHED
+        begin, end = np.asarray(spans, dtype=np.int32).reshape(-1, 2).T
+        kind, _ = match_spans(begin, end, capture.begin, capture.stop)
+        kind[skip != ALIGNED] = SKIPPED
+        position[skip != ALIGNED] = -1
+
+        rows_of_positions: list[list[tuple[int, float]]] = []
+        for t, label in enumerate(labels):
+            entries: list[tuple[int, float]] = []
+            if skip[t] == ALIGNED:
+                entries = self._mapped(capture, int(position[t]), label if t == content else self.target.end_id)
+                skip[t] = ALIGNED if entries else SKIP_EMPTY
+            if not entries and self.fallback == "label":
+                entries, skip[t], position[t] = [(label, 0.0)], ALIGNED, -1
+            rows_of_positions.append(entries)
+        sizes = np.array([len(entries) for entries in rows_of_positions], dtype=np.int64)
+        return Aligned(
+            kind=kind,
+            source_position=position,
+            offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+            ids=np.array([i for entries in rows_of_positions for i, _ in entries], dtype=np.int32),
+            logprobs=np.array([logprob for entries in rows_of_positions for _, logprob in entries], dtype=np.float32),
+            tail=(sizes == 0).astype(np.float32),
+            reliability=(sizes > 0).astype(np.float32),
+            skip_reason=skip,
+        )
+
+    def align_batch(
+        self, responses: Sequence[bytes], encoded: Sequence[Encoded], captures: Sequence[SourceCapture]
+    ) -> list[Aligned]:
+        """`align` of several responses."""
+        return [self.align(*sequence) for sequence in zip(responses, encoded, captures, strict=True)]
+
+    def _mapped(self, capture: SourceCapture, row: int, end_id: int | None) -> list[tuple[int, float]]:
+        """A row's top k as (target token, log-probability), by falling probability, together 1."""
+        ids, logprobs = capture.top_ids[row], capture.top_logprobs[row].astype(np.float64)
+        entries: dict[int, float] = {}
+        for c in np.argsort(-logprobs, kind="stable")[: self.top_k]:
+            i = int(ids[c])
+            token = int(self.token_map[i]) if 0 <= i < len(self.token_map) else -1
+            if i in self._source_ends and end_id is not None:
+                token = end_id
+            if token >= 0 and logprobs[c] > -np.inf:
+                entries.setdefault(token, float(logprobs[c]))  # falling: the first of a collision is the larger
+        if not entries:
+            return []
+        lse = np.logaddexp.reduce(list(entries.values()))
+        return sorted(((i, float(x - lse)) for i, x in entries.items()), key=lambda entry: (-entry[1], entry[0]))
+
+
+def accepted_positions(
+    target_ids: Sequence[int],
+    source_ids: Sequence[int],
+    target: ChatFormat,
+    source: ChatFormat,
+    token_map: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of a text's target tokens FuseLLM's rule accepts, and the source token that each is matched with.
+
+    Args:
+        target_ids (n,), source_ids (m,): tokens of one text, no end of turn.
+        token_map: (source vocabulary,) of `vocabulary_map(target, source)`.
+    Returns:
+        accepted (n,) bool; source_position (n,) int32, -1 where not accepted.
+    """
+    target_ids = _checked_ids(target_ids, len(target.token_bytes.pieces), "target")
+    source_ids = _checked_ids(source_ids, len(token_map), "source")
+    path_source, path_target = dtw(*_bare_tokens(source, source_ids), *_bare_tokens(target, target_ids))
+    position = np.full(len(target_ids), -1, dtype=np.int32)
+    position[path_target] = path_source
+    accepted = np.bincount(path_target, minlength=len(target_ids)) == 1
+    accepted[accepted] = token_map[source_ids[position[accepted]]] == target_ids[accepted]
+    position[~accepted] = -1
+    return accepted, position
+
+
+def vocabulary_map(target: ChatFormat, source: ChatFormat, *, cache_dir: Path | None = None) -> np.ndarray:
+    """The target token that FuseLLM takes each source token for.
+
+    Computed once (about a minute for vocabularies of 150,000) and kept in `cache_dir`, by default $PROFUSER_CACHE or
+    ~/.cache/profuser, under a hash of both vocabularies. A damaged file is made again.
+
+    Returns:
+        (source vocabulary,) int32: a source's end of turn has the target's; -1 for its other control tokens and for ids
+        without a token. Control tokens of the target are no one's counterpart but by role.
+    """
+    tokens = [_vocabulary(side.tokenizer) for side in (target, source)]
+    parts = [
+        [strings, sorted(side.token_bytes.specials), sorted(side.end_ids), side.end_id]
+        for side, strings in zip((target, source), tokens, strict=True)
+    ]
+    key = hashlib.sha256(json.dumps([MAP_VERSION, *parts]).encode()).hexdigest()[:32]
+    directory = Path(cache_dir or os.environ.get("PROFUSER_CACHE") or Path.home() / ".cache" / "profuser")
+    path = directory / f"vocabulary-map-{key}.npy"
+    known = _read_map(path, len(tokens[1]), len(tokens[0]))
+    if known is not None:
+        return known
+
+    logger.info("mapping a vocabulary of %d onto one of %d, once: %s", len(tokens[1]), len(tokens[0]), path)
+    mapped = _compute_map(target, source, *tokens)
+    buffer = io.BytesIO()
+    np.save(buffer, mapped)
+    try:
+        write_atomic(path, buffer.getvalue())
+    except OSError as error:
+        logger.warning(
+            "the vocabulary map could not be kept (%s) and is made again next time; set PROFUSER_CACHE", error
+        )
+    return mapped
+
+
+def _compute_map(
+    target: ChatFormat, source: ChatFormat, target_tokens: list[str], source_tokens: list[str]
+) -> np.ndarray:
+    mapped = np.full(len(source_tokens), -1, dtype=np.int32)
+    no_choice = {*target.token_bytes.specials, *target.end_ids}
+    choices = [i for i, token in enumerate(target_tokens) if token and i not in no_choice]
+    id_of = {target_tokens[i]: i for i in choices}
+    old, new = _word_prefix(source), _word_prefix(target)
+    rest: dict[str, list[int]] = {}
+    for i, token in enumerate(source_tokens):
+        if i in source.end_ids:
+            mapped[i] = -1 if target.end_id is None else target.end_id
+        elif token and i not in source.token_bytes.specials:
+            token = token.replace(old, new)
+            mapped[i] = id_of.get(token, -1)
+            if mapped[i] < 0:
+                rest.setdefault(token, []).append(i)
+    if not choices:
+        return mapped
+    nearest = _nearest(list(rest), [target_tokens[i] for i in choices])
+    for ids, choice in zip(rest.values(), nearest.tolist(), strict=True):
+        mapped[ids] = choices[choice]
+    return mapped
+
+
+def _nearest(queries: list[str], choices: list[str]) -> np.ndarray:
+    """Per query the index of the choice of least Levenshtein distance, the first of several: (len(queries),) int64.
+
+    Choices go by length, from the query's own outwards, until their lengths alone rule the others out. Characters that
+    no choice has are all alike to a distance: they become one, which makes most foreign-script queries equal.
+    """
+    alphabet = set("".join(choices))
+    foreign = next(chr(code) for code in range(len(alphabet) + 1) if chr(code) not in alphabet)
+    reduced = ["".join(c if c in alphabet else foreign for c in query) for query in queries]
+    index = dict.fromkeys(reduced)
+    queries_of_length: dict[int, list[str]] = {}
+    for query in index:
+        queries_of_length.setdefault(len(query), []).append(query)
+    choices_of_length: dict[int, list[int]] = {}
+    for i, choice in enumerate(choices):
+        choices_of_length.setdefault(len(choice), []).append(i)
+
+    for length, same_length in queries_of_length.items():
+        foreign_count = np.array([query.count(foreign) for query in same_length])
+        best = np.full(len(same_length), max(length, *choices_of_length) + 1)  # more than any distance
+        best_index = np.full(len(same_length), len(choices))
+        for other in sorted(choices_of_length, key=lambda other: abs(other - length)):
+            bucket = np.array(choices_of_length[other])
+            strings = [choices[i] for i in bucket]
+            # Every foreign character costs an edit, and so does every character that one string is longer.
+            excess = other - length
+            bound = foreign_count + excess if excess > 0 else np.maximum(foreign_count, -excess)
+            (open_queries,) = np.nonzero((bound < best) | ((bound == best) & (bucket[0] < best_index)))
+            rows = max(1, MAX_DISTANCES // len(strings))
+            for begin in range(0, len(open_queries), rows):
+                part = open_queries[begin : begin + rows]
+                distances = cdist(
+                    [same_length[i] for i in part],
+                    strings,
+                    scorer=Levenshtein.distance,
+                    score_cutoff=int(best[part].max()),
+                    dtype=np.int32,
+                    workers=-1,
+                )
+                column = distances.argmin(axis=1)
+                distance = distances[np.arange(len(part)), column]
+                better = (distance < best[part]) | ((distance == best[part]) & (bucket[column] < best_index[part]))
+                best[part[better]] = distance[better]
+                best_index[part[better]] = bucket[column[better]]
+        index.update(zip(same_length, best_index.tolist(), strict=True))
+    return np.array([index[query] for query in reduced], dtype=np.int64)
+
+
+def dtw(source_codes, source_offsets, target_codes, target_offsets) -> tuple[np.ndarray, np.ndarray]:
+    """The cheapest way to walk through two token sequences together, Levenshtein distance as the cost of a pair.
+
+    Args: per sequence `code_points(tokens)`: (c,) uint32 and (tokens + 1,) int64.
+    Returns:
+        source_position, target_position: (p,) int32, the path's pairs from the first to the last; empty when a sequence is.
+    Raises:
+        TypeError, ValueError: arrays of another dtype, offsets that fall or do not cover the code points.
+    """
+    engine = dtw_python if _align is None else _align.dtw
+    return engine(source_codes, source_offsets, target_codes, target_offsets)
+
+
+def dtw_python(source_codes, source_offsets, target_codes, target_offsets) -> tuple[np.ndarray, np.ndarray]:
+    """The oracle of `dtw`."""
+    source = _strings("source", source_codes, source_offsets)
+    target = _strings("target", target_codes, target_offsets)
+    n, m = len(source), len(target)
+    path: list[tuple[int, int]] = []
+    if n and m:
+        distance = functools.cache(Levenshtein.distance)
+        total = [[0.0] + m * [np.inf]] + [(m + 1) * [np.inf] for _ in range(n)]
+        for i in range(1, n + 1):
+            for j in range(1, m + 1):
+                before = min(total[i - 1][j - 1], total[i - 1][j], total[i][j - 1])
+                total[i][j] = distance(source[i - 1], target[j - 1]) + before
+        i, j = n, m
+        while (i, j) != (0, 0):
+            path.append((i - 1, j - 1))
+            i, j = min(((i - 1, j - 1), (i - 1, j), (i, j - 1)), key=lambda cell: total[cell[0]][cell[1]])
+    positions = np.array(path[::-1], dtype=np.int32).reshape(-1, 2)
+    return positions[:, 0].copy(), positions[:, 1].copy()
+
+
+def code_points(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Strings one after another: code points (c,) uint32; offsets (len(strings) + 1,) int64, string i is at [i], [i + 1)."""
+    codes = np.frombuffer("".join(strings).encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(
+        np.uint32, copy=False
+    )
+    return codes, np.cumsum([0, *map(len, strings)], dtype=np.int64)
+
+
+def _strings(name: str, codes: np.ndarray, offsets: np.ndarray) -> list[str]:
+    for what, array, dtype in ((f"{name}_codes", codes, np.uint32), (f"{name}_offsets", offsets, np.int64)):
+        if not isinstance(array, np.ndarray) or array.dtype != dtype:
+            got = getattr(array, "dtype", type(array))
+            raise TypeError(f"{what} must be a {np.dtype(dtype)} array, got {got}; make it with code_points()")
+        if array.ndim != 1:
+            raise ValueError(f"{what} must be a 1-D array, got {array.ndim}-D; make it with code_points()")
+    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(codes) or (np.diff(offsets) < 0).any():
+        raise ValueError(
+            f"{name}_offsets must rise from 0 to the number of code points, {len(codes)}, got {offsets.tolist()[:8]}...; "
+            "make them with code_points()"
+        )
+    if (codes > 0x10FFFF).any():
+        raise ValueError(
+            f"{name}_codes must be code points <= 0x10FFFF, got {codes.max()}; make them with code_points()"
+        )
+    text = "".join(map(chr, codes.tolist()))
+    return [text[b:f] for b, f in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+
+
+def _bare_tokens(side: ChatFormat, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The token strings without their word prefix, as `dtw` takes them."""
+    prefix = _word_prefix(side)
+    return code_points([token.replace(prefix, "") for token in side.tokenizer.convert_ids_to_tokens(ids.tolist())])
+
+
+def _word_prefix(side: ChatFormat) -> str:
+    """The character that stands for a space in the tokenizer's token strings."""
+    for i, piece in enumerate(side.token_bytes.pieces):
+        if piece and piece.startswith(b" "):
+            first = side.tokenizer.convert_ids_to_tokens(i)[0]
+            if first in WORD_PREFIXES:  # not <0x20>
+                return first
+    return " "
+
+
+def _vocabulary(tokenizer) -> list[str]:
+    """Token strings by id, "" for an id without a token."""
+    vocab = tokenizer.get_vocab()
+    tokens = [""] * (max(vocab.values(), default=-1) + 1)
+    for token, i in vocab.items():
+        tokens[i] = token
+    return tokens
+
+
+def _read_map(path: Path, source_size: int, target_size: int) -> np.ndarray | None:
+    """A kept map; None when there is none or it is damaged."""
+    try:
+        known = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("the vocabulary map %s cannot be read (%s) and is made again", path, error)
+        return None
+    right = isinstance(known, np.ndarray) and known.dtype == np.int32 and known.shape == (source_size,)
+    if not right or ((known < -1) | (known >= target_size)).any():
+        logger.warning("the vocabulary map %s is not one of %d ids and is made again", path, source_size)
+        return None
+    return known
+
+
+def _checked_ids(ids: Sequence[int] | np.ndarray, vocabulary: int, name: str) -> np.ndarray:
+    ids = np.asarray(ids, dtype=np.int64)
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(wrong):
+        raise DataError(
+            f"{name} ids must be in [0, {vocabulary}), got {wrong[0]}; encode the response with the {name}'s own tokenizer"
+        )
+    return ids

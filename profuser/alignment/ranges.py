@@ -1,0 +1,66 @@
+"""Which of a source's distributions alignment needs more of than their top k: those that it enters in the middle.
+
+Where a target token begins inside a source token, at byte a of [b, f), the source's say is restricted to its tokens that
+begin with the bytes [b, a) and are longer. They are one range of its vocabulary in byte order, so their exact mass and the
+top k among them cost the capture one slice of a row's logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from profuser.alignment.spans import match_spans
+from profuser.alignment.types import INSIDE
+from profuser.alignment.vocab_map import ByteOrder
+from profuser.chat import Encoded
+from profuser.token_bytes import TokenBytes
+
+
+@dataclass(slots=True)
+class RangeRequest:
+    """(r,) int32 each, sorted by (rows, strip): row of the capture, bytes of its own token, [lo, hi) in byte order."""
+
+    rows: np.ndarray
+    strip: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+
+
+def ranges_needed(
+    target_tokens: TokenBytes, target: Encoded, source_tokens: TokenBytes, source: Encoded, order: ByteOrder
+) -> RangeRequest:
+    """The ranges that aligning `source` to `target`, two encodings of one response, needs."""
+    a, e = _spans(target)
+    b, f = _spans(source)
+    kind, position = match_spans(a, e, b, f)
+    source_ids = source.input_ids[source.start : source.stop]
+    target_ids = target.input_ids[target.start : target.stop]
+    clip = _clips(source_tokens, source_ids, b, f)
+    a, b = np.maximum(a, 0), np.maximum(b, 0)
+    pairs: set[tuple[int, int]] = set()
+    for t in np.flatnonzero(kind == INSIDE).tolist():
+        j = int(position[t])
+        pairs.add((j, int(clip[j] + a[t] - b[j])))
+    clipped = np.flatnonzero(clip > 0)
+    for t in np.flatnonzero((kind < INSIDE) & np.isin(position, clipped)).tolist():
+        j = int(position[t])
+        ours, theirs = target_tokens.pieces[target_ids[t]], source_tokens.pieces[source_ids[j]]
+        if ours[: len(ours) - int(e[t] - a[t])] != theirs[: clip[j]]:
+            pairs.add((j, int(clip[j])))
+    found = sorted(pairs)
+    ranges = [order.range_of(source_tokens.pieces[source_ids[j]][:strip]) for j, strip in found]
+    columns = np.array([(*pair, *span) for pair, span in zip(found, ranges)], dtype=np.int32).reshape(-1, 4)
+    return RangeRequest(*(np.ascontiguousarray(column) for column in columns.T))
+
+
+def _spans(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    spans = np.asarray(encoded.spans, dtype=np.int32).reshape(-1, 2)
+    return np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])
+
+
+def _clips(tokens: TokenBytes, ids: list[int], begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Per token the number of its bytes in front of the response."""
+    lengths = np.array([len(tokens.pieces[i]) for i in ids], dtype=np.int32)
+    return lengths - (end - np.maximum(begin, 0))

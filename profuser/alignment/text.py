@@ -1,0 +1,185 @@
+"""`align`: a source's distributions of a plain text on a target's tokens, for a trainer of your own.
+
+No chat template, no begin and no end of turn: the text is one response that stands alone. What the trainer of this
+package does with conversations is the same alignment (`engine.py`) behind a template.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from profuser.alignment.engine import byte_aligner
+from profuser.alignment.ranges import RangeRequest, ranges_needed
+from profuser.alignment.types import PrefixRanges, SourceCapture
+from profuser.alignment.vocab_map import ByteOrder
+from profuser.chat import Encoded
+from profuser.token_bytes import TokenBytes
+
+
+class PlainText:
+    """A tokenizer as one side of an alignment of texts without a template (`vocab_map.TextFormat`)."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.token_bytes = TokenBytes(tokenizer)
+        self.end_ids: tuple[int, ...] = ()
+        self.end_id: int | None = None
+        self.closing = b""
+
+    @functools.cached_property
+    def order(self) -> ByteOrder:
+        return ByteOrder(self.token_bytes)
+
+    def encode(self, text: str) -> Encoded:
+        """The text as a response of its own; strings of control tokens in it are plain text.
+
+        Raises:
+            TokenBytesMismatch: the tokens do not hold the text's bytes exactly (reason "normaliser" or "decoder").
+        """
+        ids, words = self.token_bytes.encode_parts([(text, True)])
+        spans = self.token_bytes.spans(ids, text)
+        return Encoded(input_ids=ids, spans=spans, start=0, stop=len(ids), end=None, words=words)
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedText:
+    """N target tokens of a text, with a source's distribution of each: row n speaks of token n, emitted one position before.
+
+    target_ids: (N,) int64; target_spans: (N, 2) int32, bytes of the text.
+    source_ids: (N, K) int32, target tokens, -1 = padding; source_logprobs: (N, K) fp32, natural log; source_tail: (N,)
+        fp32, probability outside the K entries. As `fused_linear_fusion_loss` takes them; a skipped token has no entry.
+    reliability: (N,) fp32, share of the source's mass that can follow the target's prefix.
+    kind, skip_reason: (N,) uint8 into profuser.alignment.types.KINDS and SKIP_REASONS.
+    """
+
+    target_ids: Tensor
+    target_spans: Tensor
+    source_ids: Tensor
+    source_logprobs: Tensor
+    source_tail: Tensor
+    reliability: Tensor
+    kind: Tensor
+    skip_reason: Tensor
+
+
+def prefix_ranges(text: str, target, source) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `source_topk` has to be asked for besides its top k: `source_topk(..., ranges=prefix_ranges(...))`.
+
+    Where a target token begins inside a source token, alignment needs the source's mass among the tokens that begin with
+    the bytes before it. Needs neither model.
+
+    Args:
+        target, source: Hugging Face tokenizers with a `tokenizers` backend.
+    Returns:
+        rows, lo, hi (R,) int64: row of the source's tokens of `text`, and a range of vocab_order (V',) int64, the source's
+        tokens sorted by their bytes.
+    Raises:
+        TokenBytesMismatch: a tokenizer changes the text.
+    """
+    ours, theirs = plain_text(target), plain_text(source)
+    needed = _needed(text, ours, theirs)
+    return (
+        *(torch.from_numpy(x).long() for x in (needed.rows, needed.lo, needed.hi)),
+        torch.from_numpy(theirs.order.order).long(),
+    )
+
+
+def align(
+    text: str,
+    target,
+    source,
+    top_ids: Tensor,
+    top_logprobs: Tensor,
+    own_logprobs: Tensor,
+    ranges: Sequence[Tensor] | None = None,
+    *,
+    top_k: int = 10,
+    min_reliability: float = 0.1,
+) -> AlignedText:
+    """A source's top-k distributions of its tokens of `text` as distributions of the target's tokens.
+
+    Args:
+        text: tokenised on both sides as it stands, without begin or end tokens.
+        target, source: Hugging Face tokenizers with a `tokenizers` backend.
+        top_ids, top_logprobs: (M, k) the source's top-k ids and natural log-probabilities; row m is its distribution OF its
+            own token m, so from the position before. -1 = padding; a row of nothing but padding says nothing.
+        own_logprobs: (M,) log-probability of the source's own token m (`-ce` of `source_topk`).
+        ranges: (range_ids (R, k), range_logprobs (R, k), range_logmass (R,)) that `source_topk` returns for
+            `prefix_ranges(text, target, source)`. Without them, target tokens that begin inside a source token are skipped.
+        top_k: K, entries kept. min_reliability: a token that keeps less of the source's mass is skipped.
+    Raises:
+        TokenBytesMismatch: a tokenizer changes the text (reason "normaliser" or "decoder"); skip it.
+        DataError: arrays that do not belong to these tokens, or are no log-probabilities.
+
+    Source: the rules are this project's; they stand in profuser/alignment/reference.py.
+    """
+    ours, theirs = plain_text(target), plain_text(source)
+    encoded, own = ours.encode(text), theirs.encode(text)
+    spans = np.array(own.spans, dtype=np.int32).reshape(-1, 2)
+    ids, logprobs = _array(top_ids, np.int32), _array(top_logprobs, np.float32)
+    if ranges is None:
+        captured = PrefixRanges.none()
+    else:
+        needed = _needed(text, ours, theirs)
+        range_ids, range_logprobs, range_logmass = ranges
+        captured = PrefixRanges(
+            rows=needed.rows,
+            strip=needed.strip,
+            logmass=_array(range_logmass, np.float32),
+            ids=_array(range_ids, np.int32),
+            logprobs=_array(range_logprobs, np.float32),
+        )
+    capture = SourceCapture(
+        ids=np.array(own.input_ids, dtype=np.int32),
+        begin=np.ascontiguousarray(spans[:, 0]),
+        stop=np.ascontiguousarray(spans[:, 1]),
+        top_ids=ids,
+        top_logprobs=logprobs,
+        own_logprobs=_array(own_logprobs, np.float32),
+        ranges=captured,
+    )
+    aligned = _aligner(ours, theirs, top_k, min_reliability).align(text.encode(), encoded, capture)
+    counts = np.diff(aligned.offsets)
+    row = np.repeat(np.arange(len(counts)), counts)
+    slot = np.arange(len(row)) - np.repeat(aligned.offsets[:-1], counts)
+    source_ids = np.full((len(counts), top_k), -1, dtype=np.int32)
+    source_logprobs = np.zeros((len(counts), top_k), dtype=np.float32)
+    source_ids[row, slot], source_logprobs[row, slot] = aligned.ids, aligned.logprobs
+    return AlignedText(
+        target_ids=torch.tensor(encoded.input_ids, dtype=torch.long),
+        target_spans=torch.tensor(encoded.spans, dtype=torch.int32).reshape(-1, 2),
+        source_ids=torch.from_numpy(source_ids),
+        source_logprobs=torch.from_numpy(source_logprobs),
+        source_tail=torch.from_numpy(np.where(counts > 0, aligned.tail, 0).astype(np.float32)),
+        reliability=torch.from_numpy(aligned.reliability.copy()),
+        kind=torch.from_numpy(aligned.kind.copy()),
+        skip_reason=torch.from_numpy(aligned.skip_reason.copy()),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def plain_text(tokenizer) -> PlainText:
+    """One a tokenizer, so that what was learnt about a pair is there for the next text."""
+    return PlainText(tokenizer)
+
+
+@functools.lru_cache(maxsize=8)
+def _aligner(target: PlainText, source: PlainText, top_k: int, min_reliability: float):
+    return byte_aligner(target, source, top_k=top_k, min_reliability=min_reliability)
+
+
+def _needed(text: str, target: PlainText, source: PlainText) -> RangeRequest:
+    return ranges_needed(target.token_bytes, target.encode(text), source.token_bytes, source.encode(text), source.order)
+
+
+def _array(values, dtype) -> np.ndarray:
+    values = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if np.issubdtype(values.dtype, np.floating) != np.issubdtype(dtype, np.floating):
+        raise ValueError(f"ids must be integers and log-probabilities floating point, got {values.dtype}")
+    return np.ascontiguousarray(values.astype(dtype))

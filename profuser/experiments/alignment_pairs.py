@@ -1,0 +1,123 @@
+"""`python -m profuser.experiments.alignment_pairs`: what alignment makes of real tokenizers in five languages.
+
+Every text of `profuser/experiments/texts` is one response, diagnosed as `python -m profuser.doctor` does; every position
+that gets nothing is listed with its text. `--align fusellm` sets beside it what FuseLLM's rule accepts on the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+from pathlib import Path
+
+from profuser.alignment.spans import ENGINE
+from profuser.alignment.text import PlainText
+from profuser.alignment.types import KINDS
+from profuser.cli import main_of
+from profuser.config import SourceConfig
+from profuser.doctor import Diagnosis, diagnose, read_text
+from profuser.experiments.page import write_section
+from profuser.models import load_tokenizer
+from profuser.output import commit, versions
+
+PAIRS = (
+    ("llama2", "gpt_neox"),
+    ("llama2", "qwen2"),
+    ("llama2", "mistral_v1"),
+    ("gpt2", "deepseek_v3"),
+    ("qwen2", "llama2"),
+    ("gpt_neox", "llama2"),
+)
+"""(target, source)."""
+
+LANGUAGES = ("en", "code", "de", "ru", "zh")
+TEXTS = Path(__file__).resolve().parent / "texts"
+SECTION = "alignment_pairs"
+
+Results = dict[tuple[str, str, str], dict[str, Diagnosis]]
+"""(target, source, language) -> mode of alignment -> diagnosis."""
+
+
+def measure(tokenizers: Path, modes: tuple[str, ...]) -> Results:
+    @functools.cache
+    def side(name: str) -> PlainText:
+        return PlainText(load_tokenizer(SourceConfig(name=name, model=str(tokenizers.resolve() / name))))
+
+    texts = {language: read_text(TEXTS / f"{language}.txt") for language in LANGUAGES}
+    return {
+        (target, source, language): {mode: diagnose(side(target), side(source), text, mode) for mode in modes}
+        for target, source in PAIRS
+        for language, text in texts.items()
+    }
+
+
+def markdown(results: Results, command: str) -> str:
+    """The kinds per pair and language in percent of the target's tokens, then every position that gets nothing."""
+    compared = any("fusellm" in by_mode for by_mode in results.values())
+    head = ["target ← source", "text", "positions", *(name.replace("_", " ") for name in KINDS), "usable"]
+    head += ["FuseLLM accepts"] * compared
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    skips = []
+    for (target, source, language), by_mode in results.items():
+        pair, diagnosis = f"{target} ← {source}", by_mode["bytes"]
+        cells = [f"{100 * share:.1f}" for share in diagnosis.shares.values()]
+        cells += [f"{100 * by_mode['fusellm'].shares['usable']:.1f}"] if compared else []
+        lines.append(f"| {pair} | {language} | " + " | ".join([str(len(diagnosis.kind)), *cells]) + " |")
+        for skip in diagnosis.skips:
+            plural = "s" if skip.positions > 1 else ""
+            skips.append(f"- {pair}, {language}: {skip.positions} position{plural}, {skip.reason}: {code(skip.text)}")
+    least = min(by_mode["bytes"].shares["usable"] for by_mode in results.values())
+    return "\n".join(
+        [
+            "Share of the target's tokens by kind, in %; each text is one response.",
+            f"Command: `{command}`; {ENGINE}; tokenizers {versions()['tokenizers']}; commit {commit()}.",
+            "",
+            *lines,
+            "",
+            f"Usable in the worst case: {100 * least:.2f} %. Every position that is skipped:"
+            if skips
+            else "No position is skipped.",
+            *([""] if skips else []),
+            *skips,
+        ]
+    )
+
+
+def code(text: str) -> str:
+    """A text as Markdown code, on one line."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", escaped)), default=0))
+    return f"{fence} {escaped} {fence}"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m profuser.experiments.{SECTION}", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--tokenizers",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help=f"folder with the tokenizers {', '.join(sorted({name for pair in PAIRS for name in pair}))}",
+    )
+    parser.add_argument(
+        "--align",
+        choices=("fusellm",),
+        help="also what FuseLLM's rule accepts; its vocabulary maps take minutes the first time",
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help=f"Markdown file whose {SECTION} section this replaces"
+    )
+    args = parser.parse_args(argv)
+    results = measure(args.tokenizers, ("bytes", *([args.align] if args.align else [])))
+    flag = f" --align {args.align}" if args.align else ""
+    text = markdown(results, f"python -m profuser.experiments.{SECTION} --tokenizers DIR{flag}")
+    print(text)
+    if args.write:
+        write_section(args.write, SECTION, text)
+
+
+if __name__ == "__main__":
+    main_of(main)

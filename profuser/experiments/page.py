@@ -1,0 +1,24 @@
+"""Results pages: a Markdown file with sections that the experiments fill in, between comments that name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from profuser.errors import DataError
+from profuser.store import write_atomic
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+
+    Raises:
+        DataError: the page is missing, or does not hold these comments once each, in this order.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    content = page.read_text() if page.is_file() else ""
+    if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
+        raise DataError(
+            f"--write must name a page with `{begin}` and then `{end}` in it once each, got {page}; add them"
+        )
+    before, rest = content.split(begin)
+    write_atomic(page, f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}".encode())

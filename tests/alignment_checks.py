@@ -1,0 +1,126 @@
+"""What the tests of alignment share: both engines on full distributions, and the checks that always hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from small_tokenizers import capture_of, chained, distribution, labels, order_of, wrap
+
+from profuser.alignment.engine import byte_aligner
+from profuser.alignment.ranges import ranges_needed
+from profuser.alignment.reference import PythonByteAligner
+from profuser.alignment.types import ALIGNED, Aligned, PrefixRanges, SourceCapture
+from profuser.chat import ChatFormat, Encoded
+
+TOLERANCE = 2e-6  # of float32 log-probabilities
+
+BARE = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '</s>' }}{% endfor %}"
+"""Nothing stands before a response but a control token."""
+
+TEXTS = [
+    "Things like these don't happen, hello help 12345.",
+    "def f(x):\n    if x > 10:\n        return  x + 1\n\n\n    else:\treturn",
+    "你好，世界！我们 Straße café 👩‍👩‍👧 🙂🦜",
+    "3.14  and <s> or </s>, it's I'LL  'x'",
+    "",
+    "a",
+]
+
+
+def run(
+    target: ChatFormat,
+    source: ChatFormat,
+    response: str,
+    rows: list[dict[int, float]],
+    k: int | None = None,
+    **settings,
+) -> Aligned:
+    """Aligns full distributions, one per label of the source; k: how many of each are captured (all unless given)."""
+    encoded, own = target.encode("x", response), source.encode("x", response)
+    capture = capture_of(source, own, len(response.encode()), rows, k or max(map(len, rows)), (target, encoded))
+    settings = {"top_k": 1000, **settings}
+    aligned, oracle = (
+        engine(target, source, **settings).align(response.encode(), encoded, capture)
+        for engine in (byte_aligner, PythonByteAligner)
+    )
+    assert_same(aligned, oracle)
+    return aligned
+
+
+def check_mass(aligned: Aligned) -> None:
+    """Every position's probabilities sum to one with the tail; skipped ones hold nothing."""
+    for t in range(len(aligned.kind)):
+        entries = distribution(aligned, t)
+        assert all(p > 0 for p in entries.values())
+        assert list(entries.values()) == sorted(entries.values(), reverse=True)
+        assert 0 <= aligned.tail[t] <= 1
+        assert sum(entries.values()) + aligned.tail[t] == pytest.approx(1, abs=1e-5)
+        assert bool(entries) == (aligned.skip_reason[t] == ALIGNED)
+    assert aligned.offsets[-1] == len(aligned.ids) == len(aligned.logprobs)
+    assert len(aligned.offsets) == len(aligned.kind) + 1
+
+
+def token(chat: ChatFormat, text: str) -> int:
+    ids = chat.token_bytes.fragment.encode(text, add_special_tokens=False).ids
+    assert len(ids) == 1, (text, ids)
+    return ids[0]
+
+
+def chain_chat(*words: str, template: str = BARE, split: bool = True, **settings) -> ChatFormat:
+    return ChatFormat(wrap(chained(*words, split=split), template), **settings)
+
+
+def certain(chat: ChatFormat, response: str) -> list[dict[int, float]]:
+    """A source that is sure of its own tokens."""
+    return [{i: 1.0} for i in labels(chat.encode("x", response))]
+
+
+def assert_same(aligned: Aligned, oracle: Aligned) -> None:
+    """Equal to rounding: of equal masses either may come first, or be the last that is kept."""
+    for field in ("kind", "source_position", "offsets", "skip_reason"):
+        assert getattr(aligned, field).tolist() == getattr(oracle, field).tolist(), field
+    np.testing.assert_allclose(aligned.tail, oracle.tail, atol=1e-6)
+    np.testing.assert_allclose(aligned.reliability, oracle.reliability, atol=1e-6)
+    np.testing.assert_allclose(np.exp(aligned.logprobs), np.exp(oracle.logprobs), atol=1e-6)
+    for t in np.flatnonzero(np.diff(aligned.offsets)).tolist():
+        left, right = distribution(aligned, t), distribution(oracle, t)
+        least = min(left.values())
+        assert {i for i, p in left.items() if p > least + 1e-6} == {i for i, p in right.items() if p > least + 1e-6}
+
+
+def random_capture(
+    source: ChatFormat, own: Encoded, response: bytes, target: ChatFormat, encoded: Encoded, pool, rng, k: int = 8
+) -> SourceCapture:
+    """Any log-probabilities for any candidates: half of them from `pool`, half from the whole vocabulary."""
+    ids = np.array(labels(own), np.int32)
+    m, vocabulary, n = len(ids), len(source.token_bytes.pieces), len(response)
+    spans = np.array([*own.spans, *([(n, n)] if own.end is not None else [])], np.int32).reshape(-1, 2)
+    needed = ranges_needed(target.token_bytes, encoded, source.token_bytes, own, order_of(source))
+    r = len(needed.rows)
+    order = order_of(source).order
+    width = needed.hi - needed.lo
+    among = needed.lo[:, None] + np.arange(k) * np.maximum(width[:, None] // k, 1)
+    range_ids = np.where(among < needed.hi[:, None], order[np.minimum(among, len(order) - 1)], -1)
+    logmass = np.log(rng.uniform(0.01, 1, r))
+
+    def logprobs(rows: int) -> np.ndarray:
+        return np.log(rng.dirichlet(np.full(k + 1, 0.5), rows)[:, :k] + 1e-9)
+
+    top = np.where(rng.random((m, k)) < 0.5, rng.choice(pool, (m, k)), rng.integers(0, vocabulary + 2, (m, k)))
+    top.sort(axis=1)
+    top[:, 1:][top[:, 1:] == top[:, :-1]] = -1  # no candidate twice
+    return SourceCapture(
+        ids=ids,
+        begin=spans[:, 0].copy(),
+        stop=spans[:, 1].copy(),
+        top_ids=top.astype(np.int32),
+        top_logprobs=logprobs(m).astype(np.float32),
+        own_logprobs=np.log(rng.uniform(0.01, 1, m)).astype(np.float32),
+        ranges=PrefixRanges(
+            rows=needed.rows,
+            strip=needed.strip,
+            logmass=logmass.astype(np.float32),
+            ids=range_ids.astype(np.int32),
+            logprobs=(logprobs(r) + logmass[:, None]).astype(np.float32),
+        ),
+    )
