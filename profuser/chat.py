@@ -137,11 +137,11 @@ class ChatFormat:
             ids, words = self.token_bytes.encode_parts(parts)
             spans = self.token_bytes.spans(ids, text)
 
-        start = next((n for n, (b, f) in enumerate(spans) if max(b, begin) < min(f, end)), None)
-        if start is None:  # an empty response
+        held = [n for n, (b, f) in enumerate(spans) if b < end and f > begin and b < f]
+        if held and begin < end:
+            start, stop = held[0], held[-1] + 1
+        else:  # an empty response
             start = stop = next((n for n, (b, _) in enumerate(spans) if b >= begin), len(ids))
-        else:
-            stop = 1 + max(n for n, (b, f) in enumerate(spans) if max(b, begin) < min(f, end))
         end_index = next((n for n in range(stop, len(ids)) if ids[n] in self.end_ids), None) if complete else None
         length = stop if end_index is None else end_index + 1
         return Encoded(

@@ -12,7 +12,9 @@ decomposed character) the text is refused with the reason `normaliser`. WordPiec
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 
@@ -231,40 +233,47 @@ class TokenBytes:
         data = text.encode()
         spans: list[tuple[int, int]] = []
         position = 0
-        section_begins = True
+        section: list[int] = []
         for i in ids:
             added = self._added.get(i)
-            if added is not None:
-                content, lstrip, rstrip = added
-                begin = _skip_whitespace(data, position) if lstrip else position
-                if data.startswith(content, begin):
-                    end = begin + len(content)
-                    end = _skip_whitespace(data, end) if rstrip else end
-                elif i in self.specials:
-                    end = position
-                else:
-                    raise self._mismatch(text, position)
-                spans.append((position, end))
-                position = end
-                section_begins = True
+            if added is None:
+                section.append(i)
                 continue
-            piece = self.pieces[i] if 0 <= i < len(self.pieces) else None
-            if piece is None:
+            position = self._section_spans(section, data, position, spans, text)
+            section = []
+            content, lstrip, rstrip = added
+            begin = _skip_whitespace(data, position) if lstrip else position
+            if data.startswith(content, begin):
+                end = begin + len(content)
+                end = _skip_whitespace(data, end) if rstrip else end
+            elif i in self.specials:
+                end = position
+            else:
                 raise self._mismatch(text, position)
-            begin = position
-            if section_begins:
-                if self._has_dummy(piece, data, position):
-                    piece = piece[1:]
-                    begin = position - 1 if position == 0 else position
-                section_begins = False
-            end = position + len(piece)
-            if data[position:end] != piece:
-                raise self._mismatch(text, position)
-            spans.append((begin, end))
+            spans.append((position, end))
             position = end
-        if position != len(data):
-            raise self._mismatch(text, position)
+        if self._section_spans(section, data, position, spans, text) != len(data):
+            raise self._mismatch(text, spans[-1][1] if spans else 0)
         return spans
+
+    def _section_spans(self, ids: list[int], data: bytes, position: int, spans: list, text: str) -> int:
+        """Appends the spans of tokens without an added one between them, which begin at `position`; returns their end."""
+        if not ids:
+            return position
+        pieces = [self.pieces[i] if 0 <= i < len(self.pieces) else None for i in ids]
+        if None in pieces:
+            known = b"".join(pieces[: pieces.index(None)])
+            raise self._mismatch(text, position + len(known))
+        joined = b"".join(pieces)
+        dummy = self._has_dummy(pieces[0], data, position)
+        if not data.startswith(joined[dummy:], position):
+            same = len(os.path.commonprefix([joined[dummy:], data[position:]]))
+            raise self._mismatch(text, position + same)
+        ends = list(itertools.accumulate(map(len, pieces), initial=position - dummy))
+        begins = ends[:-1]
+        begins[0] = position - 1 if dummy and position == 0 else position
+        spans.extend(zip(begins, ends[1:]))
+        return ends[-1]
 
     def _has_dummy(self, piece: bytes, data: bytes, position: int) -> bool:
         if not self._dummy or not piece.startswith(b" ") or position == len(data):

@@ -97,8 +97,9 @@ class FuseLLMAligner:
         t - 1 is matched with; row 0 is accepted and takes the source's row 0. The end of turn is a row like the others.
         A row that the source does not have: SKIP_NO_SOURCE_POSITION.
 
-        Nothing in this rule looks at bytes: where the two matched tokens end at different bytes, the row taken follows
-        another prefix than the target's row (measured: 0 to 0.4 % of the positions). `kind` cannot show that, it may say
+        Nothing in this rule looks at bytes: where the two matched tokens end at different bytes (`▁trust` and `Ġtrusted`),
+        the row taken follows another prefix than the target's row. Measured on code and texts in four languages: up to
+        0.4 % of the positions for Llama-2 from GPT-NeoX, up to 2.2 % from Qwen-2. `kind` cannot show that, it may say
         same_span there.
 
         Args:
