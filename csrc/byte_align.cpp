@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::int32_t kFree = -1;          // no candidate
 constexpr std::int32_t kAnyEnd = -2;        // stands for all of the source's end tokens
+constexpr std::int64_t kMostBytes = 65535;  // of a token, so that a key's numbers fit in 16 bits
 constexpr float kMostLogprob = 1e-3F;       // float32 sums may end a hair above 0
 constexpr std::string_view kLookaheads[] = {"", "x", " x"};
 
@@ -61,14 +62,6 @@ std::size_t slot_of(std::int32_t candidate, std::size_t mask) {
     return (static_cast<std::uint32_t>(candidate) * 2654435769U >> 7) & mask;
 }
 
-// Key of a context: its strip, the number of its prefix's tokens, these, then the extension.
-void write_key(std::string& key, const std::int32_t* prefix, std::size_t size, std::size_t strip, std::string_view extension) {
-    const std::uint32_t head[2] = {static_cast<std::uint32_t>(strip), static_cast<std::uint32_t>(size)};
-    key.assign(reinterpret_cast<const char*>(head), sizeof(head));
-    key.append(reinterpret_cast<const char*>(prefix), size * sizeof(*prefix));
-    key.append(extension);
-}
-
 }  // namespace
 
 Vocabulary::Vocabulary(std::string bytes, std::vector<std::int64_t> offsets, std::vector<std::uint8_t> text)
@@ -78,31 +71,55 @@ Vocabulary::Vocabulary(std::string bytes, std::vector<std::int64_t> offsets, std
         refuse("a vocabulary's offsets must ascend from 0 to its number of bytes, one more than its tokens, got " +
                std::to_string(offsets_.size()) + " for " + std::to_string(text_.size()) + " tokens");
     }
+    for (std::size_t i = 0; i + 1 < offsets_.size(); ++i) {
+        if (offsets_[i + 1] - offsets_[i] > kMostBytes) {
+            refuse("a token must have at most " + std::to_string(kMostBytes) + " bytes, token " + std::to_string(i) + " has " +
+                   std::to_string(offsets_[i + 1] - offsets_[i]));
+        }
+    }
 }
 
 const std::int32_t* ByteAligner::Context::find(std::int32_t candidate) const {
-    if (slots.empty()) return nullptr;
-    const std::size_t mask = slots.size() - 1;
+    if (slots_.empty()) return nullptr;
+    const std::size_t mask = slots_.size() - 1;
     for (std::size_t i = slot_of(candidate, mask);; i = (i + 1) & mask) {
-        if (slots[i].first == candidate) return &slots[i].second;
-        if (slots[i].first == kFree) return nullptr;
+        if (slots_[i].first == candidate) return &slots_[i].second;
+        if (slots_[i].first == kFree) return nullptr;
     }
 }
 
 void ByteAligner::Context::insert(std::int32_t candidate, std::int32_t counts_for) {
-    if (2 * (used + 1) > slots.size()) {
-        auto old = std::move(slots);
-        slots.assign(std::max<std::size_t>(16, 2 * old.size()), {kFree, kTail});
-        used = 0;
+    if (2 * (used_ + 1) > slots_.size()) {
+        auto old = std::move(slots_);
+        slots_.assign(std::max<std::size_t>(16, 2 * old.size()), {kFree, kTail});
+        used_ = 0;
         for (const auto& [known, value] : old) {
             if (known != kFree) insert(known, value);
         }
     }
-    const std::size_t mask = slots.size() - 1;
+    const std::size_t mask = slots_.size() - 1;
     std::size_t i = slot_of(candidate, mask);
-    while (slots[i].first != kFree && slots[i].first != candidate) i = (i + 1) & mask;
-    used += slots[i].first == kFree;
-    slots[i] = {candidate, counts_for};
+    while (slots_[i].first != kFree && slots_[i].first != candidate) i = (i + 1) & mask;
+    used_ += slots_[i].first == kFree;
+    slots_[i] = {candidate, counts_for};
+}
+
+// The prefix's tokens, the extension, then the extension's and the strip's number of bytes. Most keys have at most two
+// tokens and so need no memory of their own.
+void ByteAligner::write_key(std::string& key, const std::int32_t* prefix, const Key& parts) {
+    const std::uint16_t numbers[2] = {static_cast<std::uint16_t>(parts.extension.size()), static_cast<std::uint16_t>(parts.strip)};
+    key.assign(reinterpret_cast<const char*>(prefix), parts.prefix * sizeof(*prefix));
+    key.append(parts.extension);
+    key.append(reinterpret_cast<const char*>(numbers), sizeof(numbers));
+}
+
+ByteAligner::Key ByteAligner::read_key(const std::string& key, std::vector<std::int32_t>& prefix) {
+    std::uint16_t numbers[2];
+    const std::size_t rest = key.size() - sizeof(numbers);
+    std::memcpy(numbers, key.data() + rest, sizeof(numbers));
+    prefix.resize((rest - numbers[0]) / sizeof(std::int32_t));
+    std::memcpy(prefix.data(), key.data(), rest - numbers[0]);
+    return {prefix.size(), std::string_view(key).substr(rest - numbers[0], numbers[0]), numbers[1]};
 }
 
 ByteAligner::ByteAligner(Vocabulary target, Vocabulary source, Settings settings)
@@ -123,6 +140,14 @@ ByteAligner::ByteAligner(Vocabulary target, Vocabulary source, Settings settings
     for (const std::int32_t id : s.exact) {
         if (!target_.is_text(id)) refuse("exact must hold target ids of text, got " + std::to_string(id));
         exact_.emplace(target_.piece(id), id);
+    }
+    candidates_.resize(source_size);
+    for (std::int32_t id = 0; id < source_.size(); ++id) {
+        if (s.source_ends[id]) {
+            candidates_[id].role = Role::kEnd;
+        } else if (source_.is_text(id) && !source_.piece(id).empty()) {
+            candidates_[id] = {s.table[id], s.opens[id] ? Role::kOpens : Role::kText};
+        }
     }
 }
 
@@ -271,25 +296,25 @@ void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& r
     Missing* asked = nullptr;
     for (std::size_t i = 0; i < row.k; ++i) {
         const std::int32_t candidate = row.ids[i];
-        if (candidate < 0 || candidate == own) continue;
+        if (candidate == own || candidate < 0 || candidate >= source_.size()) continue;
+        const auto [table, role] = aligner_.candidates_[candidate];
+        if (role == Role::kNone) continue;  // control tokens, and what models pad their logits with: tail
         const double mass = weight * std::exp(static_cast<double>(row.logprobs[i]));
         std::int32_t lookup = candidate;
-        if (candidate < source_.size() && settings_.source_ends[candidate]) {
+        if (role == Role::kEnd) {
             if (turn_may_end) {
                 count(kEnd, mass);
                 continue;
             }
             lookup = kAnyEnd;
-        } else if (!source_.is_text(candidate) || source_.piece(candidate).empty()) {
-            continue;  // control tokens, and what models pad their logits with: tail
-        } else if (closed && (size == 0 || settings_.opens[candidate])) {
-            count(settings_.table[candidate], mass);
+        } else if (closed && (size == 0 || role == Role::kOpens)) {
+            count(table, mass);
             continue;
         }
         if (!looked_up) {
-            write_key(key_, prefix, size, strip, extension);
-            const auto found = aligner_.known_.find(key_);
-            if (found != aligner_.known_.end()) context = &aligner_.contexts_[found->second];
+            write_key(key_, prefix, {size, extension, strip});
+            const auto found = aligner_.contexts_.find(key_);
+            if (found != aligner_.contexts_.end()) context = &found->second;
             looked_up = true;
         }
         if (const std::int32_t* known = context ? context->find(lookup) : nullptr) {
@@ -354,6 +379,8 @@ std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std
         }
         row = {q.range_ids + low * q.range_k, q.range_logprobs + low * q.range_k, q.range_k};
         exact = std::exp(static_cast<double>(q.range_logmass[low]));
+        // A lone dummy space: not longer, but the path goes on from it.
+        if (own_piece.size() == strip) exact += std::exp(static_cast<double>(q.own_logprobs[j]));
     }
     // Bytes that both have in front are part of every candidate.
     std::string_view extension = source_clip_[j] > 0 && strip == 0 ? std::string_view() : clip;
@@ -503,35 +530,25 @@ bool ByteAligner::run(const std::vector<Sequence>& batch, std::vector<Output>& o
 }
 
 void ByteAligner::intern(const Missing& missing) {
-    const auto [found, fresh] = known_.emplace(missing.key, static_cast<std::uint32_t>(contexts_.size()));
-    if (fresh) {
-        Context context;
-        std::uint32_t head[2];
-        std::memcpy(head, missing.key.data(), sizeof(head));
-        context.strip = head[0];
-        context.prefix.resize(head[1]);
-        std::memcpy(context.prefix.data(), missing.key.data() + sizeof(head), head[1] * sizeof(std::int32_t));
-        for (const std::int32_t id : context.prefix) context.data += target_.piece(id);
-        context.extension = missing.key.substr(sizeof(head) + head[1] * sizeof(std::int32_t));
-        context.data += context.extension;
-        contexts_.push_back(std::move(context));
-    }
-    Context& context = contexts_[found->second];
+    const auto node = contexts_.try_emplace(missing.key).first;
+    const auto& key = node->first;
+    Context& context = node->second;
+    const Key parts = read_key(key, prefix_);
+    std::string prefix;
+    for (const std::int32_t id : prefix_) prefix += target_.piece(id);
     for (const std::int32_t candidate : missing.candidates) {
         if (context.find(candidate)) continue;
         ++cached_;
-        const std::string_view piece =
-            candidate == kAnyEnd ? std::string_view() : source_.piece(candidate).substr(context.strip);
-        std::string text = context.data;
-        text += piece;
+        std::string added(parts.extension);
+        if (candidate != kAnyEnd) added += source_.piece(candidate).substr(parts.strip);
+        std::string text = prefix + added;
         if (!is_utf8(text)) {
             // Ends inside a character: no text to tokenise, only a token of exactly these bytes will do.
-            const std::string bytes = context.extension + std::string(piece);
-            const auto exact = exact_.find(bytes);
+            const auto exact = exact_.find(added);
             context.insert(candidate, exact == exact_.end() ? kTail : exact->second);
             continue;
         }
-        pending_.push_back({found->second, candidate, text.size()});
+        pending_.push_back({&key, &context, candidate, prefix.size(), text.size()});
         if (candidate != kAnyEnd) text += kLookaheads[settings_.lookahead[candidate]];
         texts_.push_back(std::move(text));
         context.insert(candidate, kTail);
@@ -541,19 +558,18 @@ void ByteAligner::intern(const Missing& missing) {
 void ByteAligner::learn(const std::int32_t* ids, const std::int64_t* offsets) {
     for (std::size_t i = 0; i < pending_.size(); ++i) {
         const Pending& pending = pending_[i];
-        Context& context = contexts_[pending.context];
+        read_key(*pending.key, prefix_);
         const std::int32_t* const found = ids + offsets[i];
-        const std::size_t size = offsets[i + 1] - offsets[i], before = context.prefix.size();
-        if (size < before || !std::equal(context.prefix.begin(), context.prefix.end(), found)) {
-            context.insert(pending.candidate, kDropped);
+        const std::size_t size = offsets[i + 1] - offsets[i], before = prefix_.size();
+        if (size < before || !std::equal(prefix_.begin(), prefix_.end(), found)) {
+            pending.context->insert(pending.candidate, kDropped);
             continue;
         }
         if (size == before || !target_.is_text(found[before])) continue;  // no token of its own: stays in the tail
         const std::string_view piece = target_.piece(found[before]), text = texts_[i];
-        const std::size_t begin = context.data.size() - context.extension.size();
         // Longer than the candidate: reaches into the look-ahead. Other bytes: the normaliser changed them.
-        if (begin + piece.size() <= pending.size && text.substr(begin, piece.size()) == piece) {
-            context.insert(pending.candidate, found[before]);
+        if (pending.prefix_bytes + piece.size() <= pending.size && text.substr(pending.prefix_bytes, piece.size()) == piece) {
+            pending.context->insert(pending.candidate, found[before]);
         }
     }
     texts_.clear();
@@ -561,7 +577,8 @@ void ByteAligner::learn(const std::int32_t* ids, const std::int64_t* offsets) {
 }
 
 void ByteAligner::clear() {
-    known_.clear();
+    texts_.clear();
+    pending_.clear();
     contexts_.clear();
     cached_ = 0;
 }

@@ -106,21 +106,32 @@ class ByteAligner {
     void clear();
 
   private:
-    struct Context {
-        std::vector<std::int32_t> prefix;   // the target's tokens from the start of the current pre-token
-        std::string data;                   // their bytes and the extension's
-        std::string extension;              // bytes between the target's position and the candidate
-        std::size_t strip;                  // bytes of the candidate that stand before the target's position
-        std::vector<std::pair<std::int32_t, std::int32_t>> slots;  // open addressing: candidate (kFree: none), counts for
-        std::size_t used = 0;
-
+    // What a source's token is, apart from any context.
+    enum class Role : std::uint8_t { kNone, kText, kOpens, kEnd };  // kOpens: text that begins a new pre-token
+    struct Candidate {
+        std::int32_t table = kTail;  // what it counts for at the beginning of a pre-token
+        Role role = Role::kNone;
+    };
+    // What candidates count for behind one prefix; the prefix stands in its key.
+    class Context {
+      public:
         const std::int32_t* find(std::int32_t candidate) const;
         void insert(std::int32_t candidate, std::int32_t counts_for);
+
+      private:
+        std::vector<std::pair<std::int32_t, std::int32_t>> slots_;  // open addressing: candidate (kFree: none), counts for
+        std::size_t used_ = 0;
+    };
+    struct Key {
+        std::size_t prefix;          // number of the target's tokens from the start of the current pre-token
+        std::string_view extension;  // bytes between the target's position and the candidate
+        std::size_t strip;           // bytes of the candidate that stand before the target's position
     };
     struct Pending {
-        std::uint32_t context;
+        const std::string* key;
+        Context* context;
         std::int32_t candidate;
-        std::size_t size;  // bytes of the text without look-ahead
+        std::size_t prefix_bytes, size;  // of the text: of its prefix, and without look-ahead
     };
     struct Missing {
         std::string key;
@@ -131,15 +142,18 @@ class ByteAligner {
     // One pass; whether something was not known.
     bool run(const std::vector<Sequence>& batch, std::vector<Output>& out, unsigned threads);
     void intern(const Missing& missing);
+    static void write_key(std::string& key, const std::int32_t* prefix, const Key& parts);
+    static Key read_key(const std::string& key, std::vector<std::int32_t>& prefix);
 
     Vocabulary target_, source_;
     Settings settings_;
     std::unordered_map<std::string_view, std::int32_t> exact_;  // into target_'s bytes
-    std::unordered_map<std::string, std::uint32_t> known_;      // context key -> index
-    std::vector<Context> contexts_;
+    std::vector<Candidate> candidates_;                         // by source id
+    std::unordered_map<std::string, Context> contexts_;         // by key; nodes stay where they are
     std::size_t cached_ = 0;  // candidates
     std::vector<std::string> texts_;
     std::vector<Pending> pending_;
+    std::vector<std::int32_t> prefix_;  // scratch
 };
 
 }  // namespace profuser

@@ -187,6 +187,8 @@ class PythonByteAligner:
             if (j, strip) not in rows.ranges:
                 return None
             candidates, masses, exact = rows.ranges[j, strip]
+            if len(self.source.token_bytes.pieces[rows.ids[j]]) == strip:
+                exact += rows.own[j]  # a lone dummy space: not longer, but the path goes on from it
             pieces = self.source.token_bytes.pieces
             for c in candidates:
                 if not (0 <= c < len(pieces) and len(pieces[c] or b"") > strip):
