@@ -1,4 +1,4 @@
-# make train | test | test-long | bench | lint. Everything is installed into .venv on first use.
+# make train | test | test-long | bench | lint | sanitize. Everything is installed into .venv on first use.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-long bench lint clean
+.PHONY: train test test-long bench lint sanitize clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m profuser.train $(ARGS)
@@ -23,6 +23,18 @@ bench: $(VENV)/.installed-test
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The C++ tests under AddressSanitizer and UBSan, on a copy: the installed extension stays as it is.
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/.installed-dev
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r csrc kernels profuser tests docs README.md LICENSE setup.py pyproject.toml build/sanitize
+	rm -f build/sanitize/profuser/_align*
+	cd build/sanitize && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not long" tests/test_spans.py tests/test_byte_align*.py \
+	  tests/test_fusellm*.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info profuser/*.so

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from profuser.errors import DataError
 
@@ -56,27 +56,27 @@ class TokenBytes:
                 f"got {type(tokenizer).__name__}; convert it first"
             )
         # Private copies: truncation, padding and encode_special_tokens are state that the backend's owner may change.
-        self._config = json.loads(backend.to_str())
-        self._config.update(truncation=None, padding=None)
-        normalizers = list(_flat(self._config["normalizer"], "normalizers"))
-        pre_tokenizers = list(_flat(self._config["pre_tokenizer"], "pretokenizers"))
-        decoders = list(_flat(self._config["decoder"], "decoders"))
+        self._serialised = backend.to_str()
+        self._rules = _rules_of(backend)
+        normalizers = list(_flat(self._rules["normalizer"], "normalizers"))
+        pre_tokenizers = list(_flat(self._rules["pre_tokenizer"], "pretokenizers"))
+        decoders = list(_flat(self._rules["decoder"], "decoders"))
 
         self.specials = {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
         self._added: dict[int, tuple[bytes, bool, bool]] = {
             i: (s.encode(), False, False) for i, s in self.specials.items()
         }
-        for token in self._config["added_tokens"]:
-            self._added[token["id"]] = (token["content"].encode(), token["lstrip"], token["rstrip"])
-            if token["special"]:
-                self.specials[token["id"]] = token["content"]
+        for i, token in backend.get_added_tokens_decoder().items():
+            self._added[i] = (token.content.encode(), token.lstrip, token.rstrip)
+            if token.special:
+                self.specials[i] = token.content
 
         byte_level = any(part["type"] == "ByteLevel" for part in decoders + pre_tokenizers)
         self._marked = not byte_level and any(
             part["type"] == "Metaspace" or (part["type"] == "Replace" and part["pattern"] == {"String": SPACE_MARK})
             for part in decoders
         )
-        fallback = self._config["model"].get("byte_fallback") or any(
+        fallback = getattr(backend.model, "byte_fallback", False) or any(
             part["type"] == "ByteFallback" for part in decoders
         )
         if fallback:  # trained with the byte tokens declared special: bytes all the same
@@ -115,40 +115,43 @@ class TokenBytes:
 
     @functools.cached_property
     def _whole(self) -> Tokenizer:
-        return Tokenizer.from_str(json.dumps(self._config))
+        whole = Tokenizer.from_str(self._serialised)
+        whole.no_truncation()
+        whole.no_padding()
+        return whole
 
     @functools.cached_property
-    def fragment_config(self) -> dict:
-        """tokenizer.json of `fragment`."""
-        config = dict(self._config)
-        config["normalizer"] = _without(config["normalizer"], "normalizers", lambda part: part["type"] == "Prepend")
-        config["pre_tokenizer"] = _without_dummy(config["pre_tokenizer"])
-        return config
+    def _section(self) -> Tokenizer:
+        section = Tokenizer.from_str(self._serialised)
+        section.no_truncation()
+        section.no_padding()
+        section.encode_special_tokens = True
+        return section
 
     @functools.cached_property
     def fragment(self) -> Tokenizer:
         if not self._dummy:
             return self._section
-        fragment = Tokenizer.from_str(json.dumps(self.fragment_config))
+        fragment = Tokenizer.from_str(self._serialised)
+        fragment.no_truncation()
+        fragment.no_padding()
         fragment.encode_special_tokens = True
+        parts = _parts_of(
+            normalizer=_without(self._rules["normalizer"], "normalizers", lambda part: part["type"] == "Prepend"),
+            pre_tokenizer=_without_dummy(self._rules["pre_tokenizer"]),
+        )
+        fragment.normalizer, fragment.pre_tokenizer = parts.normalizer, parts.pre_tokenizer
         return fragment
-
-    @functools.cached_property
-    def _section(self) -> Tokenizer:
-        section = Tokenizer.from_str(json.dumps(self._config))
-        section.encode_special_tokens = True
-        return section
 
     @functools.cached_property
     def _normalizer(self):
         """What the normaliser does to the text itself, without SentencePiece's marks; None when nothing."""
         reduced = _without(
-            self._config["normalizer"],
+            self._rules["normalizer"],
             "normalizers",
             lambda part: part["type"] == "Prepend" or (part["type"] == "Replace" and part["content"] == SPACE_MARK),
         )
-        model = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
-        return Tokenizer.from_str(json.dumps({"version": "1.0", "normalizer": reduced, "model": model})).normalizer
+        return _parts_of(normalizer=reduced).normalizer
 
     def normalised(self, text: str) -> str:
         """`text` as the tokenizer's normaliser changes it, without dummy spaces and marks (NFC for Qwen-2)."""
@@ -294,6 +297,21 @@ class TokenBytes:
         )
 
 
+def _rules_of(backend: Tokenizer) -> dict:
+    """tokenizer.json of a tokenizer without its vocabulary, which would take most of the time."""
+    bare = Tokenizer(models.WordLevel({"": 0}, unk_token=""))
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if getattr(backend, part) is not None:
+            setattr(bare, part, getattr(backend, part))
+    return json.loads(bare.to_str())
+
+
+def _parts_of(**rules: dict | None) -> Tokenizer:
+    """A tokenizer with parts of a tokenizer.json and no vocabulary."""
+    model = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
+    return Tokenizer.from_str(json.dumps({"version": "1.0", "model": model, **rules}))
+
+
 def _flat(part: dict | None, key: str) -> Iterator[dict]:
     """The parts of a tokenizer.json component, its nested sequences opened."""
     if part is not None and part["type"] == "Sequence":
@@ -324,19 +342,22 @@ def _without_dummy(part: dict | None) -> dict | None:
     return part
 
 
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's byte-level alphabet: printable Latin-1 stands for itself, the other bytes follow from U+0100 on."""
+def _byte_alphabet() -> dict[int, int]:
+    """GPT-2's byte-level alphabet as str.translate takes it: printable Latin-1 stands for itself, the other bytes follow
+    from U+0100 on; a Latin-1 character outside it stands for none."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+    return {b: NO_BYTE for b in others} | {0x100 + n: b for n, b in enumerate(others)}
+
+
+NO_BYTE = 0xFFFF
+BYTE_ALPHABET = _byte_alphabet()
 
 
 def _byte_level_piece(token: str) -> bytes:
-    alphabet = _byte_alphabet()
     try:
-        return bytes(alphabet[c] for c in token)
-    except KeyError:  # not of the alphabet: the ByteLevel decoder, too, then takes the characters as they are
+        return token.translate(BYTE_ALPHABET).encode("latin-1")
+    except UnicodeEncodeError:  # not of the alphabet: the ByteLevel decoder, too, then takes the characters as they are
         return token.encode()
 
 

@@ -8,9 +8,11 @@ the tokens that begin with given bytes are one contiguous range of it (alignment
 from __future__ import annotations
 
 import bisect
+import json
 from typing import Protocol
 
 import numpy as np
+from tokenizers import models
 
 from profuser.alignment.boundaries import Boundaries
 from profuser.token_bytes import TokenBytes
@@ -145,16 +147,16 @@ class CandidateTable:
 
 def _prefixes_stay(target: TokenBytes) -> bool:
     """Whether the first tokens of a text are also the tokens of their own text: so it is with plain BPE merges."""
-    model = target.fragment_config["model"]
-    return model["type"] == "BPE" and not model.get("ignore_merges") and not model.get("dropout")
+    model = target.fragment.model
+    return isinstance(model, models.BPE) and not model.ignore_merges and not model.dropout
 
 
 def same_tokens(left: TokenBytes, right: TokenBytes) -> bool:
     """Whether two tokenizers give every text the same ids (control tokens aside)."""
 
     def essence(tokens: TokenBytes):
-        config = tokens.fragment_config
+        config = json.loads(tokens.fragment.to_str())
         added = {t["content"]: t["id"] for t in config["added_tokens"] if t["id"] not in tokens.specials}
         return added, config["normalizer"], config["pre_tokenizer"], config["model"]
 
-    return left is right or essence(left) == essence(right)
+    return left is right or (left.pieces == right.pieces and essence(left) == essence(right))
