@@ -1,0 +1,53 @@
+"""The benchmarks' option, and a line per pair of tokenizers when they are done.
+
+benchmarks/ is a package so that this file and tests/conftest.py can be loaded in one run.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # times are of one core
+
+MS_PER_SEQUENCE = pytest.StashKey[dict[str, dict[str, float]]]()  # by pair, then by what was measured
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--tokenizers",
+        metavar="DIR",
+        default=os.environ.get("PROFUSER_TOKENIZERS") or None,
+        help="folder of real tokenizers, one folder each, for bench_align.py (default: $PROFUSER_TOKENIZERS, else the "
+        "bundled demo's tokenizers)",
+    )
+
+
+def pytest_configure(config):
+    config.stash[MS_PER_SEQUENCE] = {}
+
+
+@pytest.fixture
+def ms_per_sequence(request):
+    return request.config.stash[MS_PER_SEQUENCE]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    found = config.stash[MS_PER_SEQUENCE]
+    if not found:
+        return
+    parts = ("ranges", "align", "C++", "C++ x2", "cold", "oracle", "our DTW", "plain DTW", "target text", "source text")
+    terminalreporter.section("alignment, ms per sequence of 2048 target tokens")
+    header = "".join(f"{part:>12}" for part in ("total", *parts))
+    terminalreporter.write_line(f"{'target <- source':24}{header}")
+    for pair, ms in found.items():
+        # Everything that alignment adds to a text that both sides have encoded.
+        total = ms["ranges"] + ms["align"] if {"ranges", "align"} <= ms.keys() else None
+        cells = [total, *map(ms.get, parts)]
+        line = "".join(f"{'-' if value is None else f'{value:.2f}':>12}" for value in cells)
+        terminalreporter.write_line(f"{pair:24}{line}")
+    terminalreporter.write_line(
+        "total = ranges + align, caches warm, one thread; the encodings of the text, spans included, are the last two"
+    )
