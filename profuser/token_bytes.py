@@ -55,8 +55,7 @@ class TokenBytes:
                 "a tokenizer must have a `tokenizers` backend (tokenizer.json), "
                 f"got {type(tokenizer).__name__}; convert it first"
             )
-        # Private copies: truncation, padding and encode_special_tokens are state that the backend's owner may change.
-        self._serialised = backend.to_str()
+        self._backend = backend
         self._rules = _rules_of(backend)
         normalizers = list(_flat(self._rules["normalizer"], "normalizers"))
         pre_tokenizers = list(_flat(self._rules["pre_tokenizer"], "pretokenizers"))
@@ -115,16 +114,11 @@ class TokenBytes:
 
     @functools.cached_property
     def _whole(self) -> Tokenizer:
-        whole = Tokenizer.from_str(self._serialised)
-        whole.no_truncation()
-        whole.no_padding()
-        return whole
+        return _copy(self._backend)
 
     @functools.cached_property
     def _section(self) -> Tokenizer:
-        section = Tokenizer.from_str(self._serialised)
-        section.no_truncation()
-        section.no_padding()
+        section = _copy(self._backend)
         section.encode_special_tokens = True
         return section
 
@@ -132,9 +126,7 @@ class TokenBytes:
     def fragment(self) -> Tokenizer:
         if not self._dummy:
             return self._section
-        fragment = Tokenizer.from_str(self._serialised)
-        fragment.no_truncation()
-        fragment.no_padding()
+        fragment = _copy(self._backend)
         fragment.encode_special_tokens = True
         parts = _parts_of(
             normalizer=_without(self._rules["normalizer"], "normalizers", lambda part: part["type"] == "Prepend"),
@@ -297,10 +289,30 @@ class TokenBytes:
         )
 
 
+PARTS = ("normalizer", "pre_tokenizer", "decoder")
+
+
+def _copy(backend: Tokenizer) -> Tokenizer:
+    """A tokenizer of our own with the same model: truncation, padding and encode_special_tokens are state that the
+    backend's owner may change."""
+    copy = Tokenizer(backend.model)
+    for part in PARTS:
+        if getattr(backend, part) is not None:
+            setattr(copy, part, getattr(backend, part))
+    added = sorted(backend.get_added_tokens_decoder().items())
+    for special, tokens in itertools.groupby((token for _, token in added), key=lambda token: token.special):
+        (copy.add_special_tokens if special else copy.add_tokens)(list(tokens))
+    if any(copy.token_to_id(token.content) != i for i, token in added):  # ids with gaps: the long way
+        copy = Tokenizer.from_str(backend.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+    return copy
+
+
 def _rules_of(backend: Tokenizer) -> dict:
     """tokenizer.json of a tokenizer without its vocabulary, which would take most of the time."""
     bare = Tokenizer(models.WordLevel({"": 0}, unk_token=""))
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
+    for part in PARTS:
         if getattr(backend, part) is not None:
             setattr(bare, part, getattr(backend, part))
     return json.loads(bare.to_str())

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from profuser.experiments import alignment_truth as truth
 from profuser.experiments.byte_sampler import ByteVocab, Continuation, TextModel, continuations, covers
+from profuser.experiments.windows import TEXTS, windows
 from profuser.token_bytes import TokenBytes
 
 WORDS = ("a", "b", " ", "ab", " a", "aba", "</s>")  # the tokens that the toy source gives mass to
@@ -201,10 +202,10 @@ def test_exact_bytes_takes_the_longest_token_that_a_candidate_begins_with():
 def test_texts_are_fit_to_be_measured():
     tokens = TokenBytes(wrap(chained("ab")))
     for name in truth.LANGUAGES:
-        text = (truth.TEXTS / f"{name}.txt").read_text("utf-8")
+        text = (TEXTS / f"{name}.txt").read_text("utf-8")
         assert unicodedata.is_normalized("NFC", text)
         assert "\u2581" not in text
         assert 4900 < len(text.encode()) < 6200
-        parts = truth.windows(name, text, tokens)
+        parts = windows(name, text, tokens)
         assert all(len(part.ids) <= truth.WINDOW or "\n" not in part.text for part in parts)
         assert "".join("".join(part.text for part in parts).split()) == "".join(text.split())
