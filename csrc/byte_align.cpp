@@ -445,6 +445,8 @@ std::uint8_t ByteAligner::Worker::keep(double exact, Output& out, std::size_t t)
 void ByteAligner::Worker::run(const Sequence& q, Output& out) {
     out.ids.clear();
     out.logprobs.clear();
+    out.ids.reserve(q.positions() * settings_.top_k);
+    out.logprobs.reserve(q.positions() * settings_.top_k);
     check(q);
     const auto n = static_cast<std::int64_t>(q.response.size());
     // The source's last row is its end of turn where that follows the response.

@@ -1,0 +1,229 @@
+"""A language model read as a distribution over byte strings: sampled continuations of a text cut at any byte.
+
+Tokens that hold the bytes before a cut are not unique: `the` may be one token, or `t` and `he`, or the beginning of
+`there`. Given the bytes x, a continuation is drawn by
+
+    P(s | x) = P(s) / P(x),    P(x) = sum of P(s) over the covers s of x,
+
+a cover being a token sequence of which all but the last token are shorter than x and which begins with x. `covers`
+enumerates them with their probabilities, `continuations` samples one and goes on with the model from there.
+
+Approximate on purpose: only covers that begin with the given history are enumerated, that is, segmentations other than
+the tokenizer's own are allowed in the bytes since a cut a few words back, not in the whole text; and a partial cover whose
+posterior probability given the bytes up to its own end is below `floor` is not followed (the sum of what was cut off is
+returned). The model is a function from token histories to log-probabilities, so the same code runs on a table.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+History = tuple[int, ...]
+LogProbs = Callable[[Sequence[History]], np.ndarray]
+"""histories, n of them -> (n, V) float32 natural log-probabilities of the next token."""
+
+MAX_ROWS = 256  # histories given to the model at a time: their log-probabilities take 50 MB at V = 49152
+
+
+class ByteVocab:
+    """A vocabulary by its bytes. Tokens without bytes (control tokens) hold no text: a sample ends with them."""
+
+    def __init__(self, pieces: Sequence[bytes | None]):
+        self.pieces = pieces
+        self.order = np.array(sorted((i for i, p in enumerate(pieces) if p), key=lambda i: (pieces[i], i)))
+        self._sorted = [pieces[i] for i in self.order]
+
+    def range_of(self, prefix: bytes) -> tuple[int, int]:
+        """[lo, hi) of `order`: the tokens whose bytes begin with `prefix`, itself included."""
+        lo = bisect.bisect_left(self._sorted, prefix)
+        hi = bisect.bisect_left(self._sorted, True, lo=lo, key=lambda piece: piece[: len(prefix)] > prefix)
+        return lo, hi
+
+    def count_equal(self, piece: bytes) -> int:
+        """How many tokens have exactly these bytes."""
+        return bisect.bisect_right(self._sorted, piece) - bisect.bisect_left(self._sorted, piece)
+
+
+@dataclass(slots=True)
+class Covers:
+    """Token sequences that hold the given bytes, without their last token, and what the last may be.
+
+    A cover is (histories[i], tokens[i][n]) with probability masses[i][n]; where the last token is longer than what is
+    left of the bytes, its rest, pieces[token][strip[i]:], already belongs to the continuation.
+    """
+
+    histories: list[History] = field(default_factory=list)
+    strip: list[int] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)
+    masses: list[np.ndarray] = field(default_factory=list)
+    pruned: float = 0.0  # posterior probability of the partial covers that were not followed, an upper bound
+
+
+def covers(logprobs: LogProbs, vocab: ByteVocab, data: bytes, *, floor: float = 1e-4) -> Covers:
+    """All covers of `data`; of no bytes there is one, the history as it is, and `tokens` is empty."""
+    found = Covers()
+    if not data:
+        return found
+    reach = np.zeros(len(data) + 1)  # per byte the probability that the text goes through data[:byte]
+    reach[0] = 1.0
+    waiting: dict[int, list[tuple[History, float]]] = {0: [((), 1.0)]}  # bytes held -> (tokens, their probability)
+    while waiting:
+        begin = min(waiting)
+        partial = waiting.pop(begin)
+        kept = [(history, p) for history, p in partial if p >= floor * reach[begin]]
+        found.pruned += sum(p for _, p in partial if p < floor * reach[begin]) / reach[begin]
+        rest = data[begin:]
+        ranges = np.array([vocab.range_of(rest[:length]) for length in range(1, len(rest) + 1)])
+        lo, hi = ranges[-1]
+        for first in range(0, len(kept), MAX_ROWS):
+            some = kept[first : first + MAX_ROWS]
+            for (history, p), row in zip(some, logprobs([history for history, _ in some]), strict=True):
+                masses = p * np.exp(row[vocab.order].astype(np.float64))
+                summed = np.concatenate([[0.0], masses.cumsum()])
+                reach[begin + 1 :] += summed[ranges[:, 1]] - summed[ranges[:, 0]]
+                found.histories.append(history)
+                found.strip.append(len(rest))
+                found.tokens.append(vocab.order[lo:hi])
+                found.masses.append(masses[lo:hi])
+                for length, (first_equal, _) in enumerate(ranges[:-1], start=1):
+                    # In byte order the tokens of exactly these bytes come first among those that begin with them.
+                    for n in range(first_equal, first_equal + vocab.count_equal(rest[:length])):
+                        waiting.setdefault(begin + length, []).append(((*history, int(vocab.order[n])), masses[n]))
+    return found
+
+
+@dataclass(slots=True)
+class Continuation:
+    """What follows a cut in one sample: its bytes, and the token that ended the text (None: sampling was stopped)."""
+
+    data: bytes
+    ended_by: int | None = None
+
+
+def continuations(
+    logprobs: LogProbs,
+    vocab: ByteVocab,
+    found: Covers,
+    n: int,
+    rng: np.random.Generator,
+    finished: Callable[[bytes], bool],
+    *,
+    max_tokens: int = 64,
+) -> list[Continuation]:
+    """n independent samples of what follows the covered bytes.
+
+    A sample goes on until `finished` holds for its bytes, a token without bytes ends it, or it has max_tokens. Equal
+    histories are given to the model once, so the cost is in how much the samples differ.
+    """
+    histories, samples = _drawn_covers(vocab, found, n, rng)
+    active = [i for i in range(n) if not finished(samples[i].data)]
+    for _ in range(max_tokens):
+        groups: dict[History, list[int]] = {}
+        for i in active:
+            groups.setdefault(histories[i], []).append(i)
+        unique = list(groups)
+        active = []
+        for first in range(0, len(unique), MAX_ROWS):
+            some = unique[first : first + MAX_ROWS]
+            for history, row in zip(some, logprobs(some), strict=True):
+                summed = np.exp(row, dtype=np.float64).cumsum()
+                members = groups[history]
+                for i, token in zip(members, _inverse(summed, rng.random(len(members))).tolist(), strict=True):
+                    piece = vocab.pieces[token] if token < len(vocab.pieces) else None
+                    if not piece:
+                        samples[i].ended_by = token
+                        continue
+                    histories[i] = (*history, token)
+                    samples[i].data += piece
+                    if not finished(samples[i].data):
+                        active.append(i)
+        if not active:
+            break
+    return samples
+
+
+def _drawn_covers(vocab: ByteVocab, found: Covers, n: int, rng) -> tuple[list[History], list[Continuation]]:
+    if not found.histories:
+        return [()] * n, [Continuation(b"") for _ in range(n)]
+    owner = np.repeat(np.arange(len(found.histories)), [len(t) for t in found.tokens])
+    tokens = np.concatenate(found.tokens)
+    drawn = _inverse(np.concatenate(found.masses).cumsum(), rng.random(n))
+    histories, samples = [], []
+    for i, token in zip(owner[drawn].tolist(), tokens[drawn].tolist(), strict=True):
+        histories.append((*found.histories[i], token))
+        samples.append(Continuation(vocab.pieces[token][found.strip[i] :]))
+    return histories, samples
+
+
+def _inverse(summed: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Indices drawn in proportion to the masses whose running sums are given."""
+    return np.minimum(np.searchsorted(summed, u * summed[-1], side="right"), len(summed) - 1)
+
+
+class TextModel:
+    """A model that has read one text, and goes on from any token of it along many histories.
+
+    All histories share one sequence of the key-value cache: every new token attends to the text before its cut and to
+    its own ancestors, by a mask (tree attention), so nothing is copied and each distinct history is computed once.
+
+    Args:
+        model: any causal Hugging Face model whose attention takes a 4-D mask, in fp32 for the distributions compared.
+        lead: tokens in front of the text; ids: the text's tokens.
+    Attributes:
+        hidden: (len(ids) + 1, D), the states that predict token 0..len(ids) of the text.
+    """
+
+    def __init__(self, model: PreTrainedModel, lead: Sequence[int], ids: Sequence[int]):
+        self._body, self._head = model.base_model, model.get_output_embeddings()
+        self._lead, self._ids = len(lead), tuple(ids)
+        self._cache = DynamicCache(config=model.config)
+        self._size = len(lead) + len(ids)
+        with torch.inference_mode():
+            out = self._body(torch.tensor([[*lead, *ids]]), past_key_values=self._cache, use_cache=True)
+        self.hidden = out.last_hidden_state[0, self._lead - 1 :]
+
+    def after(self, cut: int) -> LogProbs:
+        """The model behind the text's first `cut` tokens; histories begin there. Only the latest one may be called."""
+        if (grown := self._cache.get_seq_length() - self._size) > 0:
+            self._cache.crop(-grown)
+        states: dict[History, torch.Tensor] = {}
+        seen: dict[History, torch.Tensor] = {}
+        for end in range(cut, len(self._ids) + 1):  # the text's own tokens are computed already
+            states[self._ids[cut:end]] = self.hidden[end]
+            seen[self._ids[cut:end]] = torch.arange(self._lead + end)
+
+        @torch.inference_mode()
+        def logprobs(histories: Sequence[History]) -> np.ndarray:
+            new: list[History] = []
+            for history in histories:
+                known = next(n for n in range(len(history), -1, -1) if history[:n] in seen)
+                for n in range(known + 1, len(history) + 1):
+                    index = self._cache.get_seq_length() + len(new)
+                    seen[history[:n]] = torch.cat([seen[history[: n - 1]], torch.tensor([index])])
+                    new.append(history[:n])
+            if new:
+                self._extend(new, seen, states, self._lead + cut)
+            logits = self._head(torch.stack([states[history] for history in histories]))
+            return logits.float().log_softmax(-1).numpy()
+
+        return logprobs
+
+    def _extend(self, new: list[History], seen, states, depth: int) -> None:
+        total = self._cache.get_seq_length() + len(new)
+        mask = torch.zeros(1, 1, len(new), total, dtype=torch.bool)
+        for n, history in enumerate(new):
+            mask[0, 0, n, seen[history]] = True
+        out = self._body(
+            torch.tensor([[history[-1] for history in new]]),
+            attention_mask=mask,
+            position_ids=torch.tensor([[depth + len(history) - 1 for history in new]]),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        states.update(zip(new, out.last_hidden_state[0]))

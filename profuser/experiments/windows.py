@@ -1,0 +1,115 @@
+"""The texts in windows that a source model reads, and what a target's tokenizer and the library make of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from profuser.alignment.spans import match_spans
+from profuser.alignment.text import AlignedText, align, prefix_ranges
+from profuser.alignment.types import INSIDE, SAME_SPAN, SHARED_PREFIX
+from profuser.experiments.byte_sampler import ByteVocab, TextModel
+from profuser.kernels.source_topk import source_topk
+from profuser.token_bytes import TokenBytes
+
+TEXTS = Path(__file__).resolve().parent / "texts"
+LANGUAGES = ("en", "code", "de", "ru", "zh")
+KINDS = ("same span", "target longer", "target shorter", "inside")
+TOP_K = 10
+WINDOW = 512  # source tokens
+
+
+@dataclass(slots=True)
+class Window:
+    """A part of a text that the source reads at once."""
+
+    language: str
+    number: int
+    text: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+def windows(language: str, text: str, tokens: TokenBytes) -> list[Window]:
+    """The text in parts of at most WINDOW source tokens (or one line), cut at blank lines where it can be, else at line ends."""
+    lines = text.strip().split("\n")
+    found = []
+    while lines:
+        n = 1
+        while n < len(lines) and len(tokens.encode("\n".join(lines[: n + 1]).strip())) <= WINDOW:
+            n += 1
+        if n < len(lines):
+            n = next((i for i in range(n, n // 2, -1) if not lines[i].strip()), n)
+        part = "\n".join(lines[:n]).strip()
+        lines = lines[n:]
+        if part:
+            ids = tokens.encode(part)
+            found.append(Window(language, len(found), part, ids, tokens.spans(ids, part)))
+    return found
+
+
+class Source:
+    """The source model, its tokenizer and what it says about windows."""
+
+    def __init__(self, directory: Path):
+        self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+        self.tokens = TokenBytes(self.tokenizer)
+        self.vocab = ByteVocab(self.tokens.pieces)
+        self.lead = self.tokens.encode("\n")
+        self.windows = [
+            w for name in LANGUAGES for w in windows(name, (TEXTS / f"{name}.txt").read_text("utf-8"), self.tokens)
+        ]
+
+    def read(self, window: Window) -> TextModel:
+        return TextModel(self.model, self.lead, window.ids)
+
+    def topk(self, window: Window, text_model: TextModel, ranges=None) -> tuple[torch.Tensor, ...]:
+        """`source_topk` of the window's tokens."""
+        head = self.model.get_output_embeddings().weight.detach()
+        return source_topk(text_model.hidden[:-1], head, torch.tensor(window.ids), TOP_K, ranges=ranges)
+
+
+class Target:
+    """A target's tokenizer and what it makes of windows."""
+
+    def __init__(self, name: str, tokenizer):
+        self.name = name
+        self.tokenizer = tokenizer
+        self.tokens = TokenBytes(tokenizer)
+        self.by_bytes: dict[bytes, int] = {}
+        for i, piece in enumerate(self.tokens.pieces):
+            # Byte-fallback tokens come first in SentencePiece vocabularies, but text uses the plain one.
+            if piece and (piece not in self.by_bytes or self.by_bytes[piece] in self.tokens.byte_tokens):
+                self.by_bytes[piece] = i
+        self._known: dict[tuple[str, int], tuple[list[int], list[tuple[int, int]]]] = {}
+
+    def of(self, window: Window) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, byte spans) of a window."""
+        key = (window.language, window.number)
+        if key not in self._known:
+            ids = self.tokens.encode(window.text)
+            self._known[key] = ids, self.tokens.spans(ids, window.text)
+        return self._known[key]
+
+    def kinds(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Per token its kind (into KINDS, -1 = skipped) and the source token it is matched with."""
+        spans, own = np.array(self.of(window)[1], np.int32), np.array(window.spans, np.int32)
+        structure, position = match_spans(spans[:, 0], spans[:, 1], own[:, 0], own[:, 1])
+        ends = own[position, 1]
+        shared = np.where(spans[:, 1] > ends, KINDS.index("target longer"), KINDS.index("target shorter"))
+        kinds = np.full(len(spans), -1)
+        kinds[structure == SAME_SPAN] = KINDS.index("same span")
+        kinds[structure == SHARED_PREFIX] = shared[structure == SHARED_PREFIX]
+        kinds[structure == INSIDE] = KINDS.index("inside")
+        return kinds, position
+
+    def align(self, window: Window, source: Source, text_model: TextModel) -> AlignedText:
+        """The library's distributions for all tokens of a window."""
+        ranges = prefix_ranges(window.text, self.tokenizer, source.tokenizer)
+        ids, logprobs, _, ce, *of_ranges = source.topk(window, text_model, ranges)
+        return align(window.text, self.tokenizer, source.tokenizer, ids, logprobs, -ce, of_ranges, top_k=TOP_K)
