@@ -299,6 +299,7 @@ void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& r
         if (candidate == own || candidate < 0 || candidate >= source_.size()) continue;
         const auto [table, role] = aligner_.candidates_[candidate];
         if (role == Role::kNone) continue;  // control tokens, and what models pad their logits with: tail
+        if (strip > 0 && source_.piece(candidate).size() == strip) continue;  // ends where the position begins: tail
         const double mass = weight * std::exp(static_cast<double>(row.logprobs[i]));
         std::int32_t lookup = candidate;
         if (role == Role::kEnd) {
@@ -372,15 +373,13 @@ std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std
         }
         for (std::size_t i = 0; i < q.range_k; ++i) {
             const std::int32_t candidate = q.range_ids[low * q.range_k + i];
-            if (candidate >= 0 && (!source_.is_text(candidate) || source_.piece(candidate).size() <= strip)) {
-                refuse("a prefix range's tokens must be longer than its " + std::to_string(strip) + " bytes, got token " +
+            if (candidate >= 0 && (!source_.is_text(candidate) || source_.piece(candidate).substr(0, strip) != own_piece.substr(0, strip))) {
+                refuse("a prefix range's tokens must begin with " + shown(own_piece.substr(0, strip)) + ", got token " +
                        std::to_string(candidate) + "; capture it again");
             }
         }
         row = {q.range_ids + low * q.range_k, q.range_logprobs + low * q.range_k, q.range_k};
         exact = std::exp(static_cast<double>(q.range_logmass[low]));
-        // A lone dummy space: not longer, but the path goes on from it.
-        if (own_piece.size() == strip) exact += std::exp(static_cast<double>(q.own_logprobs[j]));
     }
     // Bytes that both have in front are part of every candidate.
     std::string_view extension = source_clip_[j] > 0 && strip == 0 ? std::string_view() : clip;

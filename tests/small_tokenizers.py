@@ -186,9 +186,7 @@ def capture_of(
     among, masses = [], []
     for j, strip in zip(needed.rows.tolist(), needed.strip.tolist()) if needed else ():
         prefix = pieces[ids[j]][:strip]
-        among.append(
-            {i: p for i, p in rows[j].items() if i < len(pieces) and (pieces[i] or b"")[:strip] == prefix != pieces[i]}
-        )
+        among.append({i: p for i, p in rows[j].items() if i < len(pieces) and (pieces[i] or b"")[:strip] == prefix})
         masses.append(sum(among[-1].values()))
     top_ids, top_logprobs = top_of(rows, k)
     range_ids, range_logprobs = top_of(among, k)

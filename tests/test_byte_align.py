@@ -161,24 +161,24 @@ def test_colliding_mass_is_added():
     assert distribution(aligned, 0) == pytest.approx({token(target, "a"): 0.5, token(target, "b"): 0.5}, abs=TOLERANCE)
 
 
-def test_candidate_that_ends_inside_a_character_needs_a_token_of_exactly_its_bytes():
-    """`é` is two bytes: a byte-level source may say the first alone, SentencePiece has it as a byte token."""
-    source = chain_chat()
-    half = source.token_bytes.pieces.index("é".encode()[:1])
-    rows = certain(source, "ab")
-    rows[1] = {labels(source.encode("x", "ab"))[1]: 0.6, half: 0.4}
+@pytest.mark.parametrize(("byte", "kept"), [(0xEE, True), (0xC3, False)])
+def test_candidate_that_ends_inside_a_character_counts_where_its_bytes_leave_no_choice(byte, kept):
+    """The source says one byte of a character. SentencePiece has it as a byte token, which is what comes if the vocabulary
+    has no character that begins with it; `é` begins with 0xC3."""
     target = ChatFormat(wrap(sentencepiece(620, "never"), BARE))
+    assert any(piece and piece[0] == byte and len(piece) > 1 for piece in target.token_bytes.pieces) != kept
+    source = chain_chat()
+    rows = certain(source, "ab")
+    rows[1] = {labels(source.encode("x", "ab"))[1]: 0.6, source.token_bytes.pieces.index(bytes([byte])): 0.4}
     aligned = run(target, source, "ab", rows)
     at = int(np.flatnonzero(aligned.source_position == 1)[0])
-    assert distribution(aligned, at)[target.token_bytes.pieces.index("é".encode()[:1])] == pytest.approx(
-        0.4, abs=TOLERANCE
-    )
-    joined = chain_chat("aé")  # here only the character follows `a` in one token; alone its bytes are tokens
-    assert sum(distribution(run(joined, source, "ab", rows), 1).values()) == pytest.approx(1, abs=TOLERANCE)
+    found = distribution(aligned, at).get(target.token_bytes.pieces.index(bytes([byte])), 0.0)
+    assert found == pytest.approx(0.4 if kept else 0.0, abs=TOLERANCE)
+    assert aligned.tail[at] == pytest.approx(0.0 if kept else 0.4, abs=TOLERANCE)
 
 
 def test_inside_a_source_token_only_tokens_with_its_first_bytes_count():
-    """The source says ` caf` .5, ` cab` .2, ` ca` .1 (no longer than the bytes so far), ` dog` .2; the target is at `b` of ` ca|b`."""
+    """The source says ` cafe` .5, ` cab` .2, ` ca` .1, ` dog` .2; the target is at `b` of ` ca|b`. How ` ca` goes on is unknown."""
     target, source = chain_chat(" ca", "fe"), chain_chat(" cafe", " cab", " dog")
     response = "a cab"
     own = labels(source.encode("x", response))
@@ -189,8 +189,9 @@ def test_inside_a_source_token_only_tokens_with_its_first_bytes_count():
     assert [KINDS[kind] for kind in aligned.kind] == ["same_span", "shared_prefix", "inside", "same_span"]
     assert not aligned.skip_reason.any()
     assert aligned.source_position.tolist() == [0, 1, 1, 2]
-    expected = {token(target, "fe"): 5 / 7, token(target, "b"): 2 / 7}
+    expected = {token(target, "fe"): 5 / 8, token(target, "b"): 2 / 8}
     assert distribution(aligned, 2) == pytest.approx(expected, abs=TOLERANCE)
+    assert aligned.tail[2] == pytest.approx(1 / 8, abs=TOLERANCE)
 
 
 def test_mass_of_the_prefix_is_exact_though_its_top_k_is_not_all_of_it():

@@ -312,7 +312,7 @@ BAD = {
         lambda e, c: (e, replaced(c, ranges=replaced(c.ranges, strip=c.ranges.strip * 0))),
         "range",
     ),
-    "range of shorter tokens": (
+    "range of other bytes": (
         lambda e, c: (e, replaced(c, ranges=replaced(c.ranges, ids=np.full_like(c.ranges.ids, 7)))),
         "range",
     ),

@@ -94,10 +94,12 @@ def brute_force(
         nonlocal total
         for i, p in rows[j].items():
             piece = source.token_bytes.pieces[i]
-            if entered and not (piece and piece.startswith(entered) and len(piece) > len(entered)):
+            if entered and not (piece and piece.startswith(entered)):
                 continue
             if entered or (j == holder and not so_far):
                 total += p
+            if piece == entered:  # ends where t begins; what follows is not in `rows`
+                continue
             if i == source.end_id and not so_far:
                 found[target.end_id] = found.get(target.end_id, 0.0) + mass * p
             elif i == source.end_id:
@@ -223,8 +225,6 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
         ours = target.token_bytes.pieces[encoded.input_ids[encoded.start + t]]
         same_clip = strip == clip and ours[: len(ours) - (encoded.spans[t][1] - begin)] == pieces[own_ids[j]][:clip]
         exact = stored[j, strip] if strip and not same_clip else 0.0
-        if exact and lengths[j] == strip:
-            exact = float(np.logaddexp(exact, own_logprob[j]))
         first += exact if t == 0 else 0.0
         path = 0.0
         while spans[j][1] < end:
@@ -235,7 +235,7 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
         elif until := lengths[j] - (spans[j][1] - end):
             # The own token goes on beyond: all that begin with the bytes up to there, by brute force.
             prefix = pieces[own_ids[j]][:until]
-            among = [v for v, p in enumerate(pieces) if p and len(p) > until and p.startswith(prefix)]
+            among = [v for v, p in enumerate(pieces) if p and p.startswith(prefix)]
             path += float(logprobs[j, among].logsumexp(0))
         total += path - exact
     expected = sum(own_logprob[: len(own.spans)]) - first

@@ -1,7 +1,7 @@
 """Which of a source's distributions alignment needs more of than their top k: those that it enters in the middle.
 
 Where a target token begins inside a source token, at byte a of [b, f), the source's say is restricted to its tokens that
-begin with the bytes [b, a) and are longer. They are one range of its vocabulary in byte order, so their exact mass and the
+begin with the bytes [b, a). They are one range of its vocabulary in byte order, so their exact mass and the
 top k among them cost the capture one slice of a row's logits.
 """
 

@@ -6,14 +6,16 @@ Target token t covers the bytes [a_t, e_t) of the response, source token j cover
 models condition on the same bytes, so what the source says of its token j is a statement about the target's token t:
 
 - candidates are the source's top k of j and its own token, of exact mass 1;
-- where t begins inside a source token (b_j < a_t < f_j) they are the tokens that begin with the bytes [b_j, a_t) and are
-  longer: the capture holds the exact mass of all of them, and the top k of these;
+- where t begins inside a source token (b_j < a_t < f_j) they are the tokens that begin with the bytes [b_j, a_t): the
+  capture holds the exact mass of all of them, and the top k of these. One of exactly these bytes ends where t begins, so
+  what follows it is unknown: tail;
 - a candidate counts for the token that the target's tokenizer would really put at a_t: (true text from the start of the
   current pre-token to a_t) + (the candidate's bytes from there) is tokenised. If an earlier token changes, the candidate
   cannot follow the target's prefix and is dropped;
 - while the source's own token ends before e_t it is replaced by the next position's candidates, their mass times its
   probability; the last own token of that path counts for the gold token;
-- end of turn counts for end of turn by role; control tokens, and what ends inside a character, stay in the tail;
+- end of turn counts for end of turn by role; control tokens stay in the tail, and so does what ends inside a character,
+  unless the target has a token of exactly these bytes and none that goes on from them;
 - bytes before the response: a source's are a prefix like [b_j, a_t), the target's stand before every candidate.
 
 Mass, per aligned position, in the source's probabilities: kept + tail + dropped = exact mass, where the tail is what the
@@ -187,13 +189,12 @@ class PythonByteAligner:
             if (j, strip) not in rows.ranges:
                 return None
             candidates, masses, exact = rows.ranges[j, strip]
-            if len(self.source.token_bytes.pieces[rows.ids[j]]) == strip:
-                exact += rows.own[j]  # a lone dummy space: not longer, but the path goes on from it
             pieces = self.source.token_bytes.pieces
+            prefix = pieces[rows.ids[j]][:strip]
             for c in candidates:
-                if not (0 <= c < len(pieces) and len(pieces[c] or b"") > strip):
+                if not (0 <= c < len(pieces) and (pieces[c] or b"").startswith(prefix)):
                     raise DataError(
-                        f"a prefix range's tokens must be longer than its {strip} bytes, got token {c}; capture it again"
+                        f"a prefix range's tokens must begin with {prefix!r}, got token {c}; capture it again"
                     )
         # Bytes that both have in front are part of every candidate.
         extension = b"" if source_clip[j] and not strip else clip
@@ -272,7 +273,9 @@ class PythonByteAligner:
             piece, lookahead = b"", ""
         else:
             piece = pieces[candidate] if 0 <= candidate < len(pieces) else None
-            if not piece:
+            if (
+                not piece or len(piece) == context.strip
+            ):  # the latter ends where the position begins: who knows how it goes on
                 return TAIL, None, 0
             piece, lookahead = piece[context.strip :], self._after_spaces(candidate)
         data = context.data + piece

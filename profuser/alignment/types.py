@@ -42,7 +42,7 @@ class SourceCapture:
 
 @dataclass(slots=True)
 class PrefixRanges:
-    """A source's distribution among its tokens that begin with the first `strip` bytes of row's own token and are longer.
+    """A source's distribution among its tokens that begin with the first `strip` bytes of a row's own token.
 
     rows, strip: (r,) int32, sorted by (rows, strip), no pair twice.
     logmass: (r,) float32, log of the exact probability of all of these tokens.

@@ -48,10 +48,10 @@ class ByteOrder:
         self._ranges: dict[bytes, tuple[int, int]] = {}
 
     def range_of(self, prefix: bytes) -> tuple[int, int]:
-        """[lo, hi) in `order`: the tokens that begin with `prefix` and are longer."""
+        """[lo, hi) in `order`: the tokens that begin with `prefix`, it itself among them."""
         known = self._ranges.get(prefix)
         if known is None:
-            lo = bisect.bisect_right(self._sorted, prefix)
+            lo = bisect.bisect_left(self._sorted, prefix)
             beyond = prefix.rstrip(b"\xff")
             hi = len(self._sorted)
             if beyond:
@@ -96,7 +96,11 @@ def first_tokens(target: TokenBytes, texts: list[str], sizes: list[int]) -> list
 
 
 def exact_tokens(target: TokenBytes) -> dict[bytes, int]:
-    """The target token of exactly these bytes; a byte-fallback token only where there is no other."""
+    """The target token of exactly these bytes, where no longer one begins with them.
+
+    For candidates that end inside a character. Where a longer token begins with their bytes, how the character ends decides
+    which it is: a byte token of Llama-2 is hardly ever emitted where whole characters begin like it.
+    """
     found: dict[bytes, int] = {}
     for i, piece in enumerate(target.pieces):
         if piece:
@@ -104,7 +108,8 @@ def exact_tokens(target: TokenBytes) -> dict[bytes, int]:
             # They come first in SentencePiece vocabularies, but text uses the plain one.
             if known in target.byte_tokens:
                 found[piece] = i
-    return found
+    ordered = sorted(found)
+    return {piece: found[piece] for piece, after in zip(ordered, [*ordered[1:], b""]) if not after.startswith(piece)}
 
 
 class CandidateTable:
