@@ -190,11 +190,11 @@ class PythonByteAligner:
                 return None
             candidates, masses, exact = rows.ranges[j, strip]
             pieces = self.source.token_bytes.pieces
-            prefix = pieces[rows.ids[j]][:strip]
+            entered = pieces[rows.ids[j]][:strip]
             for c in candidates:
-                if not (0 <= c < len(pieces) and (pieces[c] or b"").startswith(prefix)):
+                if not (0 <= c < len(pieces) and (pieces[c] or b"").startswith(entered)):
                     raise DataError(
-                        f"a prefix range's tokens must begin with {prefix!r}, got token {c}; capture it again"
+                        f"a prefix range's tokens must begin with {entered!r}, got token {c}; capture it again"
                     )
         # Bytes that both have in front are part of every candidate.
         extension = b"" if source_clip[j] and not strip else clip
