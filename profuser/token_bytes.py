@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 
@@ -262,8 +261,8 @@ class TokenBytes:
         joined = b"".join(pieces)
         dummy = self._has_dummy(pieces[0], data, position)
         if not data.startswith(joined[dummy:], position):
-            same = len(os.path.commonprefix([joined[dummy:], data[position:]]))
-            raise self._mismatch(text, position + same)
+            both = zip(joined[dummy:], data[position:])
+            raise self._mismatch(text, position + next((n for n, (x, y) in enumerate(both) if x != y), 0))
         ends = list(itertools.accumulate(map(len, pieces), initial=position - dummy))
         begins = ends[:-1]
         begins[0] = position - 1 if dummy and position == 0 else position
