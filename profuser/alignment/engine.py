@@ -7,6 +7,7 @@ candidates of a batch that are not known yet at once, and remembered.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +44,7 @@ class CppByteAligner:
             raise ValueError(f"top_k must be >= 1, got {top_k}; 10 is the usual choice")
         self.target, self.source = target, source
         self.threads = threads
+        self._lock = threading.Lock()  # C++ works without the GIL
         self._boundaries = Boundaries(target.token_bytes)
         table = CandidateTable(target.token_bytes, source.token_bytes, self._boundaries)
         ends = np.zeros(len(source.token_bytes.pieces), dtype=np.uint8)
@@ -122,15 +124,16 @@ class CppByteAligner:
 
     def align_arrays(self, batch: dict) -> list[Aligned]:
         """`align_batch` of what `batch_of` gives."""
-        try:
-            found = self._engine.align(batch, self.threads)
-            while texts := self._engine.wanted():
-                self._learn(texts)
+        with self._lock:
+            try:
                 found = self._engine.align(batch, self.threads)
-        except ValueError as error:
-            raise DataError(str(error)) from None
-        if self._engine.cached > MAX_CACHED_CANDIDATES:
-            self._engine.clear()
+                while texts := self._engine.wanted():
+                    self._learn(texts)
+                    found = self._engine.align(batch, self.threads)
+            except ValueError as error:
+                raise DataError(str(error)) from None
+            if self._engine.cached > MAX_CACHED_CANDIDATES:
+                self._engine.clear()
         return _split(found)
 
     def _learn(self, texts: list[str]) -> None:
