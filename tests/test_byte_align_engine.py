@@ -41,6 +41,7 @@ from profuser.alignment.spans import ENGINE, _align
 from profuser.alignment.types import ALIGNED, INSIDE, SAME_SPAN, SKIP_NO_PREFIX_RANGE
 from profuser.chat import ChatFormat
 from profuser.errors import DataError
+from profuser.experiments.alignment_pairs import PAIRS
 from profuser.kernels.source_topk import source_topk_from_logits
 from profuser.token_bytes import TokenBytesMismatch
 
@@ -127,16 +128,7 @@ SMALL_PAIRS = [
     ("metaspace always", "llama-2 prepend"),
     ("llama-2 prepend", "byte-level"),
 ]
-REAL_PAIRS = [
-    ("llama2", "gpt_neox"),
-    ("llama2", "qwen2"),
-    ("llama2", "mistral_v1"),
-    ("gpt2", "deepseek_v3"),
-    ("qwen2", "llama2"),
-    ("gpt_neox", "llama2"),
-    ("deepseek_v3", "qwen2"),
-    ("mistral_v1", "gpt2"),
-]
+REAL_PAIRS = [*PAIRS, ("deepseek_v3", "qwen2"), ("mistral_v1", "gpt2")]
 REAL_TEMPLATE = {"llama2": "llama2", "qwen2": "chatml"}
 
 
