@@ -18,6 +18,7 @@ from profuser.cli import main_of
 from profuser.config import SourceConfig
 from profuser.doctor import Diagnosis, diagnose, read_text
 from profuser.experiments.page import write_section
+from profuser.experiments.windows import LANGUAGES, TEXTS
 from profuser.models import load_tokenizer
 from profuser.output import commit, versions
 
@@ -31,8 +32,6 @@ PAIRS = (
 )
 """(target, source)."""
 
-LANGUAGES = ("en", "code", "de", "ru", "zh")
-TEXTS = Path(__file__).resolve().parent / "texts"
 SECTION = "alignment_pairs"
 
 Results = dict[tuple[str, str, str], dict[str, Diagnosis]]

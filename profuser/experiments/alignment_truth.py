@@ -38,7 +38,6 @@ from transformers import AutoTokenizer
 
 from profuser.cli import main_of
 from profuser.errors import ConfigError
-from profuser.experiments.alignment_pairs import LANGUAGES, TEXTS
 from profuser.experiments.byte_sampler import Continuation, TextModel, continuations, covers
 from profuser.experiments.page import write_section
 from profuser.experiments.windows import KINDS, LANGUAGES, TOP_K, WINDOW, Source, Target, Window
