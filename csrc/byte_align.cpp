@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::int32_t kFree = -1;          // no candidate
 constexpr std::int32_t kAnyEnd = -2;        // stands for all of the source's end tokens
+constexpr std::int32_t kClosed = -3;        // stands for any that opens: 1 where the prefix stays as it is before one
 constexpr std::int64_t kMostBytes = 65535;  // of a token, so that a key's numbers fit in 16 bits
 constexpr float kMostLogprob = 1e-3F;       // float32 sums may end a hair above 0
 constexpr std::string_view kLookaheads[] = {"", "x", " x"};
@@ -290,10 +291,22 @@ void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& r
     const std::size_t first = q.prefix_start[t], size = q.start + t - first;
     const std::int32_t* prefix = q.target_ids + first;
     const bool plain = strip == 0 && extension.empty();
-    const bool closed = plain && (size == 0 || settings_.closes[prefix[size - 1]]);
+    const bool may_close = plain && size > 0 && settings_.closes[prefix[size - 1]];
     const Context* context = nullptr;
     bool looked_up = false;
-    Missing* asked = nullptr;
+    Missing* asked = nullptr;  // what is asked once, even where several candidates want it
+    const auto find = [&](std::int32_t wanted) -> const std::int32_t* {
+        if (!looked_up) {
+            write_key(key_, prefix, {size, extension, strip});
+            const auto found = aligner_.contexts_.find(key_);
+            if (found != aligner_.contexts_.end()) context = &found->second;
+            looked_up = true;
+        }
+        if (const std::int32_t* known = context ? context->find(wanted) : nullptr) return known;
+        if (!asked) asked = &missing.emplace_back(Missing{key_, {}});
+        asked->candidates.push_back(wanted);
+        return nullptr;
+    };
     for (std::size_t i = 0; i < row.k; ++i) {
         const std::int32_t candidate = row.ids[i];
         if (candidate == own || candidate < 0 || candidate >= source_.size()) continue;
@@ -308,22 +321,18 @@ void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& r
                 continue;
             }
             lookup = kAnyEnd;
-        } else if (closed && (size == 0 || role == Role::kOpens)) {
+        } else if (plain && size == 0) {
             count(table, mass);
             continue;
+        } else if (may_close && role == Role::kOpens) {
+            const std::int32_t* closed = find(kClosed);
+            if (!closed) continue;
+            if (*closed) {
+                count(table, mass);
+                continue;
+            }
         }
-        if (!looked_up) {
-            write_key(key_, prefix, {size, extension, strip});
-            const auto found = aligner_.contexts_.find(key_);
-            if (found != aligner_.contexts_.end()) context = &found->second;
-            looked_up = true;
-        }
-        if (const std::int32_t* known = context ? context->find(lookup) : nullptr) {
-            count(*known, mass);
-        } else {
-            if (!asked) asked = &missing.emplace_back(Missing{key_, {}});
-            asked->candidates.push_back(lookup);
-        }
+        if (const std::int32_t* known = find(lookup)) count(*known, mass);
     }
 }
 
@@ -541,8 +550,16 @@ void ByteAligner::intern(const Missing& missing) {
         if (context.find(candidate)) continue;
         ++cached_;
         std::string added(parts.extension);
-        if (candidate != kAnyEnd) added += source_.piece(candidate).substr(parts.strip);
+        if (candidate == kClosed) {
+            added = " x";
+        } else if (candidate != kAnyEnd) {
+            added += source_.piece(candidate).substr(parts.strip);
+        }
         std::string text = prefix + added;
+        if (!is_utf8(text) && candidate == kClosed) {
+            context.insert(kClosed, 0);
+            continue;
+        }
         if (!is_utf8(text)) {
             // Ends inside a character: no text to tokenise, only a token of exactly these bytes will do.
             const auto exact = exact_.find(added);
@@ -550,7 +567,7 @@ void ByteAligner::intern(const Missing& missing) {
             continue;
         }
         pending_.push_back({&key, &context, candidate, prefix.size(), text.size()});
-        if (candidate != kAnyEnd) text += kLookaheads[settings_.lookahead[candidate]];
+        if (candidate >= 0) text += kLookaheads[settings_.lookahead[candidate]];
         texts_.push_back(std::move(text));
         context.insert(candidate, kTail);
     }
@@ -562,8 +579,9 @@ void ByteAligner::learn(const std::int32_t* ids, const std::int64_t* offsets) {
         read_key(*pending.key, prefix_);
         const std::int32_t* const found = ids + offsets[i];
         const std::size_t size = offsets[i + 1] - offsets[i], before = prefix_.size();
-        if (size < before || !std::equal(prefix_.begin(), prefix_.end(), found)) {
-            pending.context->insert(pending.candidate, kDropped);
+        const bool stays = size >= before && std::equal(prefix_.begin(), prefix_.end(), found);
+        if (pending.candidate == kClosed || !stays) {
+            pending.context->insert(pending.candidate, pending.candidate == kClosed ? stays : kDropped);
             continue;
         }
         if (size == before || !target_.is_text(found[before])) continue;  // no token of its own: stays in the tail

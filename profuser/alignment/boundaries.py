@@ -1,15 +1,17 @@
 """Where a target's text can be cut so that what stands before the cut has no say in the tokens after it.
 
 A candidate is tokenised behind the target's tokens since the last cut, not behind the whole text. With a pre-tokenizer
-that splits, cuts are at its pre-tokens, but not between two whitespace characters (what follows decides how a run of them
-is cut). Without one (Llama-2, Mistral) they are between two characters that no token of the vocabulary holds next to each
-other, because then no merge crosses.
+that splits, cuts are where its pre-tokens begin with another kind of character than stands before: letter, number, space
+or other. How a run of one kind is cut may depend on what follows (spaces before a word; groups of digits; DeepSeek's
+regular expression gives a word the last of several format characters). Without one (Llama-2, Mistral) they are between
+two characters that no token of the vocabulary holds next to each other, because then no merge crosses.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +34,7 @@ KINDS_OF_CHARACTERS = (
     "«",
 )
 
+REPLACED = "\ufffd"
 NO_TEXT, LEAD_BYTE, CONTINUATION = -1, -2, -3  # in place of a character: none, a part of one
 
 
@@ -59,12 +62,17 @@ class Boundaries:
                 codes = [ord(c) for c in piece.decode()]
             except UnicodeDecodeError:
                 whole &= len(piece) == 1
-                self.first[i] = CONTINUATION if piece[0] & 0xC0 == 0x80 else LEAD_BYTE
-                self.last[i] = CONTINUATION
+                text = piece.decode(errors="replace")
+                self.first[i], self.last[i] = ord(text[0]), ord(text[-1])
+                if text[0] == REPLACED:
+                    self.first[i] = CONTINUATION if piece[0] & 0xC0 == 0x80 else LEAD_BYTE
+                if text[-1] == REPLACED:
+                    self.last[i] = CONTINUATION
                 continue
             self.first[i], self.last[i] = codes[0], codes[-1]
             if not self.splits:
                 pairs.update(itertools.pairwise(codes))
+        self._first_kind, self._last_kind = _kinds(self.first), _kinds(self.last)
         if not self.splits and whole:
             self._neighbours = np.array(sorted(_pair_key(a, b) for a, b in pairs), dtype=np.int64)
 
@@ -120,7 +128,9 @@ class Boundaries:
             return cuts
         before, after = self.last[ids[:-1]], self.first[ids[1:]]
         if self.splits:
-            cuts[1:] = (words[1:] != words[:-1]) & ~(_may_be_space(before) & _may_be_space(after))
+            kinds_before, kinds_after = self._last_kind[ids[:-1]], self._first_kind[ids[1:]]
+            known = (kinds_before >= 0) & (kinds_after >= 0)
+            cuts[1:] = (words[1:] != words[:-1]) & known & (kinds_before != kinds_after)
         elif self._neighbours is not None:
             whole = (before >= 0) & (after >= 0)
             key = _pair_key(before, after)
@@ -140,6 +150,16 @@ class Boundaries:
 
 def _pair_key(a, b):
     return a * (1 << 21) + b
+
+
+def _kinds(codes: np.ndarray) -> np.ndarray:
+    """Per character 0 letter or mark, 1 number, 2 space, 3 other; -1 for no whole character."""
+    known = {code: _kind(chr(code)) for code in np.unique(codes[codes >= 0]).tolist()}
+    return np.array([known.get(code, -1) for code in codes.tolist()], dtype=np.int8)
+
+
+def _kind(character: str) -> int:
+    return 2 if character.isspace() else {"L": 0, "M": 0, "N": 1}.get(unicodedata.category(character)[0], 3)
 
 
 _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()])

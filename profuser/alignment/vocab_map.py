@@ -12,7 +12,6 @@ import json
 from typing import Protocol
 
 import numpy as np
-from tokenizers import models
 
 from profuser.alignment.boundaries import Boundaries
 from profuser.token_bytes import TokenBytes
@@ -123,8 +122,8 @@ class CandidateTable:
         lookahead: (source vocabulary,) uint8 into LOOKAHEADS.
         exact: the target token of exactly given bytes.
     A candidate opens when it is a space and then something else: every pre-tokenizer that splits words cuts there (probed),
-    and without one the cut must be between characters that no token of the target holds next to each other. Everything
-    else depends on what stands before it and is found out in context.
+    and without one the cut must be between characters that no token of the target holds next to each other. What stands
+    before must also stay as it is, which is found out once a prefix. Everything else depends on the prefix anyway.
     """
 
     def __init__(self, target: TokenBytes, source: TokenBytes, boundaries: Boundaries):
@@ -147,13 +146,7 @@ class CandidateTable:
             texts.append(text + LOOKAHEADS[self.lookahead[i]])
             sizes.append(len(piece))
         self.counts_for[places] = first_tokens(target, texts, sizes)
-        self.closes = boundaries.closes_before_space() if _prefixes_stay(target) else np.zeros(len(target.pieces), bool)
-
-
-def _prefixes_stay(target: TokenBytes) -> bool:
-    """Whether the first tokens of a text are also the tokens of their own text: so it is with plain BPE merges."""
-    model = target.fragment.model
-    return isinstance(model, models.BPE) and not model.ignore_merges and not model.dropout
+        self.closes = boundaries.closes_before_space()
 
 
 def same_tokens(left: TokenBytes, right: TokenBytes) -> bool:
