@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
@@ -142,6 +143,7 @@ ByteAligner::ByteAligner(Vocabulary target, Vocabulary source, Settings settings
         if (!target_.is_text(id)) refuse("exact must hold target ids of text, got " + std::to_string(id));
         exact_.emplace(target_.piece(id), id);
     }
+    settings_.top_k = std::min(settings_.top_k, std::max(target_.size(), 1));
     candidates_.resize(source_size);
     for (std::int32_t id = 0; id < source_.size(); ++id) {
         if (s.source_ends[id]) {
@@ -217,6 +219,10 @@ void ByteAligner::Worker::check(const Sequence& q) {
             refuse("prefix_start must not descend, got " + std::to_string(q.prefix_start[t]) + " after " +
                    std::to_string(q.prefix_start[t - 1]));
         }
+    }
+    if (q.target_end >= target_.size()) {
+        refuse("target_end must be < " + std::to_string(target_.size()) + " (the target's vocabulary), got " +
+               std::to_string(q.target_end));
     }
     const auto logprobs = [](const float* values, std::size_t size, const char* name) {
         for (std::size_t i = 0; i < size; ++i) {
@@ -499,8 +505,7 @@ void ByteAligner::Worker::run(const Sequence& q, Output& out) {
 
 void ByteAligner::align(const std::vector<Sequence>& batch, std::vector<Output>& out, unsigned threads) {
     threads = std::max(1U, std::min<unsigned>(threads, static_cast<unsigned>(batch.size())));
-    texts_.clear();
-    pending_.clear();
+    if (!pending_.empty()) clear();  // what was asked and never learnt stands in the cache as tail
     // Once more where all that was missing could be told without the tokenizer.
     while (run(batch, out, threads) && texts_.empty()) {
     }
@@ -512,6 +517,7 @@ bool ByteAligner::run(const std::vector<Sequence>& batch, std::vector<Output>& o
     std::mutex mutex;
     std::size_t failed = batch.size();  // the first sequence that was refused, so that threads do not decide which
     std::string message;
+    std::exception_ptr other;
     const auto work = [&](Worker& worker) {
         for (std::size_t i; (i = next++) < batch.size();) {
             try {
@@ -522,6 +528,10 @@ bool ByteAligner::run(const std::vector<Sequence>& batch, std::vector<Output>& o
                     failed = i;
                     message = error.what();
                 }
+            } catch (...) {
+                const std::lock_guard<std::mutex> lock(mutex);
+                other = std::current_exception();
+                return;
             }
         }
     };
@@ -529,6 +539,7 @@ bool ByteAligner::run(const std::vector<Sequence>& batch, std::vector<Output>& o
     for (unsigned w = 1; w < threads; ++w) others.emplace_back(work, std::ref(workers[w]));
     work(workers[0]);
     for (std::thread& thread : others) thread.join();
+    if (other) std::rethrow_exception(other);
     if (failed < batch.size()) refuse(message + " (sequence " + std::to_string(failed) + " of the batch)");
 
     bool missing = false;

@@ -68,6 +68,7 @@ py::dict align(profuser::ByteAligner& aligner, const py::dict& batch, unsigned t
     const auto response_offsets = field<std::int64_t>(batch, "response_offsets", -1);
     const py::ssize_t B = response_offsets.size() - 1;
     require(B >= 0, "response_offsets must have one entry more than there are sequences, got none");
+    require(batch.contains("response"), "a batch needs response");
     const std::string_view response = batch["response"].cast<std::string_view>();
     const auto target_ids = field<std::int32_t>(batch, "target_ids", -1);
     const auto target_offsets = field<std::int64_t>(batch, "target_offsets", B + 1);

@@ -73,7 +73,9 @@ class ChatFormat:
                 f"a model needs a chat template, {name} has none; set `chat_template` for that source in the recipe"
             )
         self.tokenizer = tokenizer
-        self.token_bytes = TokenBytes(tokenizer)
+        known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
+        known = [i for i in known if i is not None]
+        self.token_bytes = TokenBytes(tokenizer, control=known)
         self._system = self._needs_system(name)
 
         before, after, self._suffix = self._frame(name, PROMPT, RESPONSE)
@@ -87,8 +89,6 @@ class ChatFormat:
         spans = self.token_bytes.spans(ids, before + PROMPT + after + RESPONSE + self._suffix)
         response_end = len((before + PROMPT + after + RESPONSE).encode())
         following = [i for i, (begin, _) in zip(ids, spans, strict=True) if begin >= response_end]
-        known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
-        known = [i for i in known if i is not None]
         closing_id = next((i for i in following if i in known or i in self.token_bytes.specials), None)
         if closing_id is None:
             raise DataError(
@@ -142,6 +142,7 @@ class ChatFormat:
             start, stop = held[0], held[-1] + 1
         else:  # an empty response
             start = stop = next((n for n, (b, _) in enumerate(spans) if b >= begin), len(ids))
+        self.token_bytes.check_whole(ids[start:stop], spans[start:stop], text)
         end_index = next((n for n in range(stop, len(ids)) if ids[n] in self.end_ids), None) if complete else None
         length = stop if end_index is None else end_index + 1
         return Encoded(

@@ -81,6 +81,7 @@ class Preparation:
             self.chats[r] if (r := recipe.target) in self.chats else chat_format(target, load_tokenizer(target))
         )
         self.seconds: Counter[str] = Counter()
+        self._byte_orders: dict[str, ByteOrder] = {}
         self.store = Store.open(run.store_dir, self._settings())
 
     def _settings(self) -> dict[str, dict]:
@@ -193,7 +194,10 @@ class Preparation:
         }
 
     def _capture_shard(self, name: str, source: str, model, head: Head, rows, texts, bar: Progress) -> None:
-        chat, order = self.chats[source], self._byte_orders[source]
+        chat = self.chats[source]
+        if source not in self._byte_orders:
+            self._byte_orders[source] = ByteOrder(chat.token_bytes, head.weight.shape[0])
+        order = self._byte_orders[source]
         encoded: list[Encoded] = []
         ranges: list[RangeRequest] = []
         reason = np.array([r for _, _, r in texts], dtype=np.uint8)
@@ -222,10 +226,6 @@ class Preparation:
             pack_captures(len(rows), reason, [t[1] for t in texts], scored, config.top_k, head.weight.shape[0]),
             examples=len(rows),
         )
-
-    @cached_property
-    def _byte_orders(self) -> dict[str, ByteOrder]:
-        return {name: ByteOrder(chat.token_bytes) for name, chat in self.chats.items()}
 
     # -- phase 2 ---------------------------------------------------------------------------------------------------
 

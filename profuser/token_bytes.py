@@ -15,7 +15,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer, models
 
@@ -36,10 +36,13 @@ class TokenBytesMismatch(DataError):
 class TokenBytes:
     """Exact bytes of every token of a tokenizer.
 
+    Args:
+        control: ids with a role, end of turn above all, that the tokenizer does not declare special: control tokens, too.
     Attributes:
         pieces: per token id its bytes, dummy leading space included; None for a control (special) token and for an id
             without a token. Ids at or beyond `len(pieces)` (models pad their logits) have no token either.
         specials: per control token id the string it stands for.
+        added: bytes of the added tokens that are text.
         byte_tokens: the ids of `<0xNN>`, which text uses only for characters that are in no other token.
         fragment: a private `tokenizers.Tokenizer` for text from the middle of a section: no dummy leading space, and
             the strings of control tokens are plain text.
@@ -47,7 +50,7 @@ class TokenBytes:
         DataError: the tokenizer has no `tokenizers` backend.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, *, control: Iterable[int] = ()):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError(
@@ -60,7 +63,8 @@ class TokenBytes:
         pre_tokenizers = list(_flat(self._rules["pre_tokenizer"], "pretokenizers"))
         decoders = list(_flat(self._rules["decoder"], "decoders"))
 
-        self.specials = {i: tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
+        special_ids = dict.fromkeys([*tokenizer.all_special_ids, *control])
+        self.specials = {i: token for i in special_ids if (token := tokenizer.convert_ids_to_tokens(i)) is not None}
         self._added: dict[int, tuple[bytes, bool, bool]] = {
             i: (s.encode(), False, False) for i, s in self.specials.items()
         }
@@ -96,6 +100,9 @@ class TokenBytes:
             else:
                 self.pieces[i] = (token.replace(SPACE_MARK, " ") if self._marked else token).encode()
 
+        # Added tokens that may take the whitespace beside them.
+        self._greedy = {i for i, (_, left, right) in self._added.items() if (left or right) and i not in self.specials}
+        self.added = [content for i, (content, *_) in self._added.items() if i not in self.specials]
         self._control_id = {content: i for i, content in self.specials.items()}
         longest_first = sorted(self._control_id, key=len, reverse=True)  # as the tokenizer matches them
         self._control = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
@@ -113,22 +120,24 @@ class TokenBytes:
 
     @functools.cached_property
     def _whole(self) -> Tokenizer:
-        return _copy(self._backend)
+        return _copy(self._backend, self.specials)
 
     @functools.cached_property
     def _section(self) -> Tokenizer:
-        section = _copy(self._backend)
+        section = _copy(self._backend, self.specials)
         section.encode_special_tokens = True
         return section
 
     @functools.cached_property
     def fragment(self) -> Tokenizer:
-        if not self._dummy:
+        at_ends = ("Prepend", "Strip")  # what a normaliser does at the ends of a section only
+        normalizers = list(_flat(self._rules["normalizer"], "normalizers"))
+        if not self._dummy and not any(part["type"] in at_ends for part in normalizers):
             return self._section
-        fragment = _copy(self._backend)
+        fragment = _copy(self._backend, self.specials)
         fragment.encode_special_tokens = True
         parts = _parts_of(
-            normalizer=_without(self._rules["normalizer"], "normalizers", lambda part: part["type"] == "Prepend"),
+            normalizer=_without(self._rules["normalizer"], "normalizers", lambda part: part["type"] in at_ends),
             pre_tokenizer=_without_dummy(self._rules["pre_tokenizer"]),
         )
         fragment.normalizer, fragment.pre_tokenizer = parts.normalizer, parts.pre_tokenizer
@@ -209,6 +218,16 @@ class TokenBytes:
     def has_control(self, text: str) -> bool:
         """Whether the string of a control token stands literally in `text`."""
         return self._control is not None and self._control.search(text) is not None
+
+    def check_whole(self, ids: Sequence[int], spans: Sequence[tuple[int, int]], text: str) -> None:
+        """That no token of a response covers bytes that are not its own.
+
+        Raises:
+            TokenBytesMismatch: an added token took the whitespace beside it (reason "decoder").
+        """
+        for i, (begin, end) in zip(ids, spans) if self._greedy and not self._greedy.isdisjoint(ids) else ():
+            if i in self._greedy and len(self.pieces[i]) < end - max(begin, 0):
+                raise self._mismatch(text, max(begin, 0))
 
     def of(self, ids: Sequence[int]) -> bytes:
         """Bytes of the tokens one after the other; control tokens and unknown ids have none."""
@@ -291,20 +310,21 @@ class TokenBytes:
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
 
-def _copy(backend: Tokenizer) -> Tokenizer:
+def _copy(backend: Tokenizer, specials: Collection[int]) -> Tokenizer:
     """A tokenizer of our own with the same model: truncation, padding and encode_special_tokens are state that the
-    backend's owner may change."""
+    backend's owner may change. specials: ids that are special in the copy."""
     copy = Tokenizer(backend.model)
     for part in PARTS:
         if getattr(backend, part) is not None:
             setattr(copy, part, getattr(backend, part))
     added = sorted(backend.get_added_tokens_decoder().items())
-    for special, tokens in itertools.groupby((token for _, token in added), key=lambda token: token.special):
-        (copy.add_special_tokens if special else copy.add_tokens)(list(tokens))
+    for special, tokens in itertools.groupby(added, key=lambda item: item[0] in specials):
+        (copy.add_special_tokens if special else copy.add_tokens)([token for _, token in tokens])
     if any(copy.token_to_id(token.content) != i for i, token in added):  # ids with gaps: the long way
         copy = Tokenizer.from_str(backend.to_str())
         copy.no_truncation()
         copy.no_padding()
+        copy.add_special_tokens([token for i, token in added if i in specials])
     return copy
 
 

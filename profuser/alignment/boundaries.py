@@ -18,7 +18,7 @@ import numpy as np
 
 from profuser.token_bytes import TokenBytes
 
-MAX_LEAD_TOKENS = 32  # of the template before the response where nothing cuts; a pre-token is far shorter
+MAX_PREFIX_TOKENS = 64  # where nothing cuts; a pre-token is far shorter
 PROBE = "a b. c1 2\nd"
 KINDS_OF_CHARACTERS = (
     *"aZé好あ한яא1²٣.,'\"(-_/:$+=^`|<©🙂",
@@ -49,6 +49,8 @@ class Boundaries:
         probe = PROBE if self._normalizer is None else self._normalizer.normalize_str(PROBE)
         self.splits = self._pre_tokenizer is not None and len(self._pre_tokenizer.pre_tokenize_str(probe)) > 1
         size = len(tokens.pieces)
+        # Of spaces alone: cuts are not between them anyway.
+        self._added = [content for content in tokens.added if len(content) > 1 and not content.isspace()]
         self._control = np.array([piece is None for piece in tokens.pieces])
         self._empty = np.array([not piece for piece in tokens.pieces])
         self.first, self.last = np.full(size, NO_TEXT), np.full(size, NO_TEXT)
@@ -87,19 +89,40 @@ class Boundaries:
             start: the first token of the response; what stands before it is template.
         """
         n = len(ids)
+        if n == 0:
+            return np.zeros(1, dtype=np.int32)
         ids = np.asarray(ids, dtype=np.int64)
+        cuts = self._cuts(ids, np.asarray(words)) & ~self._within_added(ids)
         # A cut at the token's own begin does not count, since what follows is not known: hence the shift by one.
         latest = np.zeros(n + 1, dtype=np.int64)
-        np.maximum.accumulate(np.where(self._cuts(ids, np.asarray(words)), np.arange(n), 0), out=latest[1:])
+        np.maximum.accumulate(np.where(cuts, np.arange(n), 0), out=latest[1:])
         # The token at a control token's place has no text: the prefix begins after it.
-        latest += self._control[ids[np.minimum(latest, n - 1)]] if n else 0
+        latest += self._control[ids[np.minimum(latest, n - 1)]]
         starts = np.minimum(latest, np.arange(n + 1))[start:]
-        floor = max(start - MAX_LEAD_TOKENS, 0)
-        if len(starts) and starts[0] < floor:
-            while floor < start and self.first[ids[floor]] == CONTINUATION:
-                floor += 1
-            starts = np.maximum(starts, floor)
+        # The tokens of a stretch of text are also the tokens that this stretch has for itself, so far back nothing is lost.
+        starts = np.maximum(starts, np.arange(start, n + 1) - MAX_PREFIX_TOKENS)
+        while (
+            within := (starts < np.arange(start, n + 1)) & (self.first[ids[np.minimum(starts, n - 1)]] == CONTINUATION)
+        ).any():
+            starts += within  # not from the middle of a character
         return starts.astype(np.int32)
+
+    def _within_added(self, ids: np.ndarray) -> np.ndarray:
+        """Per token whether it begins where an added token may be half spelt: what follows may complete it."""
+        if not self._added:
+            return np.zeros(len(ids), dtype=bool)
+        pieces = [self._pieces[i] or b"" for i in ids.tolist()]
+        data, within = b"".join(pieces), set()
+        for content in self._added:
+            at = data.find(content[:1])
+            while at >= 0:
+                spelt = 1
+                while spelt < len(content) and data.startswith(content[: spelt + 1], at):
+                    spelt += 1
+                within.update(range(at + 1, at + min(spelt + 1, len(content))))
+                at = data.find(content[:1], at + 1)
+        begins = itertools.accumulate(map(len, pieces[:-1]), initial=0)
+        return np.array([begin in within for begin in begins])
 
     def closes_before_space(self) -> np.ndarray:
         """(vocabulary,) bool: the tokens after which a space and what it begins are a new pre-token."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from profuser.alignment.boundaries import Boundaries
-from profuser.alignment.reference import MAX_CACHED_CANDIDATES, PythonByteAligner, check_encoded
+from profuser.alignment.reference import MAX_CACHED_CANDIDATES, PythonByteAligner, check_encoded, check_settings
 from profuser.alignment.spans import _align
 from profuser.alignment.types import Aligned, SourceCapture
 from profuser.alignment.vocab_map import CandidateTable, TextFormat, same_tokens
@@ -22,7 +22,7 @@ from profuser.errors import DataError
 from profuser.store import ragged
 from profuser.token_bytes import TokenBytes
 
-TEXTS_AT_ONCE = 65536  # encodings are ~1 kB each
+BYTES_AT_ONCE = 1 << 20  # of text; its encodings take ~100 times as much
 
 
 class CppByteAligner:
@@ -40,8 +40,7 @@ class CppByteAligner:
         min_reliability: float = 0.1,
         threads: int = 1,
     ):
-        if top_k < 1:
-            raise ValueError(f"top_k must be >= 1, got {top_k}; 10 is the usual choice")
+        check_settings(top_k, min_reliability)
         self.target, self.source = target, source
         self.threads = threads
         self._lock = threading.Lock()  # C++ works without the GIL
@@ -139,8 +138,10 @@ class CppByteAligner:
     def _learn(self, texts: list[str]) -> None:
         fragment = self.target.token_bytes.fragment
         counts, ids = [0], []
-        for first in range(0, len(texts), TEXTS_AT_ONCE):
-            part = texts[first : first + TEXTS_AT_ONCE]
+        ends = np.cumsum([len(text) for text in texts])
+        parts = np.searchsorted(ends, np.arange(BYTES_AT_ONCE, ends[-1] + BYTES_AT_ONCE, BYTES_AT_ONCE), side="right")
+        for first, last in itertools.pairwise([0, *parts.tolist()]):
+            part = texts[first:last]
             for encoding in fragment.encode_batch_fast(part, add_special_tokens=False):
                 found = encoding.ids
                 counts.append(len(found))

@@ -36,7 +36,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from profuser.alignment.reference import check_capture, check_encoded
-from profuser.alignment.spans import match_spans
+from profuser.alignment.spans import _align, match_spans
 from profuser.alignment.types import (
     ALIGNED,
     SKIP_EMPTY,
@@ -49,11 +49,6 @@ from profuser.alignment.types import (
 from profuser.chat import ChatFormat, Encoded
 from profuser.errors import DataError
 from profuser.store import write_atomic
-
-try:
-    from profuser import _align
-except ImportError:
-    _align = None
 
 logger = logging.getLogger(__name__)
 

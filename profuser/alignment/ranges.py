@@ -50,6 +50,7 @@ def ranges_needed(
         if ours[: len(ours) - int(e[t] - a[t])] != theirs[: clip[j]]:
             pairs.add((j, int(clip[j])))
     found = sorted(pairs)
+    assert all(strip > 0 for _, strip in found), "encodings hold the response's bytes"
     ranges = [order.range_of(source_tokens.pieces[source_ids[j]][:strip]) for j, strip in found]
     columns = np.array([(*pair, *span) for pair, span in zip(found, ranges)], dtype=np.int32).reshape(-1, 4)
     return RangeRequest(*(np.ascontiguousarray(column) for column in columns.T))

@@ -85,8 +85,7 @@ class PythonByteAligner:
     """
 
     def __init__(self, target: TextFormat, source: TextFormat, *, top_k: int = 10, min_reliability: float = 0.1):
-        if top_k < 1:
-            raise ValueError(f"top_k must be >= 1, got {top_k}; 10 is the usual choice")
+        check_settings(top_k, min_reliability)
         self.target, self.source = target, source
         self.top_k, self.min_reliability = top_k, min_reliability
         self._same_tokens = same_tokens(target.token_bytes, source.token_bytes)
@@ -240,19 +239,23 @@ class PythonByteAligner:
         """Finds out what candidates count for, by tokenising them after their context, all at once."""
         pending = []
         texts = []
+        seen: set[tuple[int, int]] = set()
         for context, candidate in wanted:
-            if candidate in context.counts_for:
+            if candidate in context.counts_for or (id(context), candidate) in seen:
                 continue
             known, text, size = self._without_encoding(context, candidate)
-            context.counts_for[candidate] = known
-            self._cached += 1
-            if text is not None:
+            if text is None:
+                context.counts_for[candidate] = known
+            else:
+                seen.add((id(context), candidate))
                 pending.append((context, candidate, text, size))
                 texts.append(text)
+        self._cached += len(pending)
         encodings = self.target.token_bytes.fragment.encode_batch_fast(texts, add_special_tokens=False) if texts else []
         pieces = self.target.token_bytes.pieces
         for (context, candidate, text, size), encoding in zip(pending, encodings, strict=True):
             ids = encoding.ids
+            context.counts_for[candidate] = TAIL
             before = len(context.prefix)
             if tuple(ids[:before]) != context.prefix:
                 context.counts_for[candidate] = DROPPED
@@ -397,6 +400,14 @@ def _others(ids: Sequence[int], masses: Sequence[float], own: int) -> tuple[Sequ
         return ids, masses
     keep = [n for n, i in enumerate(ids) if i != own and i >= 0]
     return [ids[n] for n in keep], [masses[n] for n in keep]
+
+
+def check_settings(top_k: int, min_reliability: float) -> None:
+    """Raises ValueError unless top_k is a positive integer and min_reliability a share."""
+    if not isinstance(top_k, int) or not 1 <= top_k < 1 << 31:
+        raise ValueError(f"top_k must be an integer >= 1, got {top_k}; 10 is the usual choice")
+    if not 0 <= min_reliability <= 1:
+        raise ValueError(f"min_reliability must be in [0, 1], got {min_reliability}; default 0.1")
 
 
 def check_encoded(encoded: Encoded, vocabulary: int) -> None:

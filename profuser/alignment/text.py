@@ -16,9 +16,11 @@ from torch import Tensor
 
 from profuser.alignment.engine import byte_aligner
 from profuser.alignment.ranges import RangeRequest, ranges_needed
+from profuser.alignment.reference import check_capture
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.chat import Encoded
+from profuser.errors import DataError
 from profuser.token_bytes import TokenBytes
 
 
@@ -44,6 +46,7 @@ class PlainText:
         """
         ids, words = self.token_bytes.encode_parts([(text, True)])
         spans = self.token_bytes.spans(ids, text)
+        self.token_bytes.check_whole(ids, spans, text)
         return Encoded(input_ids=ids, spans=spans, start=0, stop=len(ids), end=None, words=words)
 
 
@@ -115,7 +118,8 @@ def align(
         top_k: K, entries kept. min_reliability: a token that keeps less of the source's mass is skipped.
     Raises:
         TokenBytesMismatch: a tokenizer changes the text (reason "normaliser" or "decoder"); skip it.
-        DataError: arrays that do not belong to these tokens, or are no log-probabilities.
+        DataError: arrays that do not belong to these tokens, are no log-probabilities, or contradict each other.
+        ValueError: ids that are no integers, log-probabilities that are no floats; settings out of range.
 
     Source: the rules are this project's; they stand in profuser/alignment/reference.py.
     """
@@ -127,6 +131,11 @@ def align(
         captured = PrefixRanges.none()
     else:
         needed = _needed(text, ours, theirs)
+        if len(ranges) != 3:
+            raise ValueError(
+                f"ranges must be (range_ids, range_logprobs, range_logmass) of source_topk, got {len(ranges)} values; pass the "
+                "last three that it returns"
+            )
         range_ids, range_logprobs, range_logmass = ranges
         captured = PrefixRanges(
             rows=needed.rows,
@@ -144,12 +153,15 @@ def align(
         own_logprobs=_array(own_logprobs, np.float32),
         ranges=captured,
     )
+    check_capture(capture)
+    check_consistent(capture)
     aligned = _aligner(ours, theirs, top_k, min_reliability).align(text.encode(), encoded, capture)
     counts = np.diff(aligned.offsets)
     row = np.repeat(np.arange(len(counts)), counts)
     slot = np.arange(len(row)) - np.repeat(aligned.offsets[:-1], counts)
-    source_ids = np.full((len(counts), top_k), -1, dtype=np.int32)
-    source_logprobs = np.zeros((len(counts), top_k), dtype=np.float32)
+    width = min(top_k, len(ours.token_bytes.pieces))
+    source_ids = np.full((len(counts), width), -1, dtype=np.int32)
+    source_logprobs = np.zeros((len(counts), width), dtype=np.float32)
     source_ids[row, slot], source_logprobs[row, slot] = aligned.ids, aligned.logprobs
     return AlignedText(
         target_ids=torch.tensor(encoded.input_ids, dtype=torch.long),
@@ -163,10 +175,41 @@ def align(
     )
 
 
-@functools.lru_cache(maxsize=16)
+def check_consistent(capture: SourceCapture) -> None:
+    """Raises DataError where the arrays say two things about one token, or more than everything about one position."""
+    same = (capture.top_ids == capture.ids[:, None]) & (capture.top_logprobs > -np.inf)
+    own = np.maximum(capture.own_logprobs, np.finfo(np.float32).min)[:, None]
+    told = np.where(same, capture.top_logprobs, own)
+    apart = np.flatnonzero((np.abs(told - own) > 0.05 + 0.01 * np.abs(own)).any(1))  # bf16 is that coarse
+    if len(apart):
+        row = int(apart[0])
+        raise DataError(
+            f"own_logprobs must be the log-probability that the top k gives to the same token, got {capture.own_logprobs[row]:.3f} "
+            f"and {told[row][same[row]][0]:.3f} in row {row}; row m of both speaks of token m"
+        )
+    ranges = capture.ranges
+    for name, ids, logprobs, mass in (
+        ("top_logprobs", capture.top_ids, capture.top_logprobs, np.ones(len(capture.ids))),
+        ("range_logprobs", ranges.ids, ranges.logprobs, np.exp(ranges.logmass.astype(np.float64))),
+    ):
+        total = np.where(ids >= 0, np.exp(logprobs.astype(np.float64)), 0.0).sum(1)
+        over = np.flatnonzero(total > 1.01 * mass + 1e-6)
+        if len(over):
+            row = int(over[0])
+            raise DataError(
+                f"{name} must add up to at most the mass they are part of ({mass[row]:.4g}), got {total[row]:.4g} in row {row}; "
+                "pass natural log-probabilities, each id once"
+            )
+
+
 def plain_text(tokenizer) -> PlainText:
     """One a tokenizer, so that what was learnt about a pair is there for the next text."""
-    return PlainText(tokenizer)
+    return _plain_text(tokenizer, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=16)
+def _plain_text(tokenizer, size: int) -> PlainText:
+    return PlainText(tokenizer)  # anew once tokens were added
 
 
 @functools.lru_cache(maxsize=8)
@@ -179,7 +222,12 @@ def _needed(text: str, target: PlainText, source: PlainText) -> RangeRequest:
 
 
 def _array(values, dtype) -> np.ndarray:
-    values = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+    values = np.asarray(values)
     if np.issubdtype(values.dtype, np.floating) != np.issubdtype(dtype, np.floating):
         raise ValueError(f"ids must be integers and log-probabilities floating point, got {values.dtype}")
+    if dtype == np.int32 and values.size and np.abs(values).max() > np.iinfo(np.int32).max:
+        raise ValueError(f"ids must fit in 32 bits, got {values.min()}..{values.max()}")
     return np.ascontiguousarray(values.astype(dtype))

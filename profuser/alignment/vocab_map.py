@@ -35,12 +35,14 @@ class TextFormat(Protocol):
 class ByteOrder:
     """The tokens of a vocabulary sorted by their bytes; control tokens and those without bytes are left out.
 
+    Args:
+        size: rows of the model's head; a tokenizer may know more tokens.
     Attributes:
         order: (V',) int32 token ids.
     """
 
-    def __init__(self, tokens: TokenBytes):
-        pieces = tokens.pieces
+    def __init__(self, tokens: TokenBytes, size: int | None = None):
+        pieces = tokens.pieces[:size]
         ids = sorted((i for i, piece in enumerate(pieces) if piece), key=lambda i: (pieces[i], i))
         self.order = np.array(ids, dtype=np.int32)
         self._sorted = [pieces[i] for i in ids]
