@@ -78,13 +78,9 @@ class Head:
             )
 
 
-def hidden_states(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
-) -> torch.Tensor:
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Last hidden states (B, T, D) of a causal language model, without its logits."""
-    return model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
-    ).last_hidden_state
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 def load_tokenizer(source: SourceConfig):
