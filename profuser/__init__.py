@@ -1,5 +1,4 @@
 """profuser: fuse several language models into one (ProFuser, arXiv 2408.04998)."""
-# ruff: noqa: E402
 
 import os
 
