@@ -208,6 +208,8 @@ def table(diagnosis: Diagnosis, target: str, source: str, align: str, file: str,
     lines = [f"{name:<8}{value}" for name, value in facts]
     lines += ["", f"{'kind':<16}{'positions':>10}{'share':>9}"]
     shares, counts = diagnosis.shares, diagnosis.counts
+    if not len(diagnosis.kind):
+        return "\n".join([*lines[:-2], "", "the text has no tokens"])
     for k, name in enumerate(KINDS):
         lines.append(f"{paint(f'{name:<16}', k, color)}{counts[name]:>10}{100 * shares[name]:>8.1f}%")
     usable = len(diagnosis.kind) - counts["skipped"]
@@ -230,7 +232,9 @@ def table(diagnosis: Diagnosis, target: str, source: str, align: str, file: str,
     if examples:
         lines += ["", *itertools.chain.from_iterable((*example, "") for example in examples)]
         lines += [
-            "a mark stands where a token begins, the target's in the row `target`, the source's in the row `source`"
+            "lines with the most to see, cut to the width; · is a space, ⏎ a line end, \\xe4 one byte of a character that tokens "
+            "split, ∅ a token without bytes",
+            "a mark stands where a token begins, the target's in the row `target`, the source's (|) in the row `source`",
         ]
         lines += [
             f"  {paint(mark, k, color)}  {paint(KINDS[k], k, color)}: {meaning}"
