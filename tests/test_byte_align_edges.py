@@ -162,7 +162,7 @@ def source_rows():
     [
         (lambda i, p, own, r: (i.roll(1, 0), p.roll(1, 0), own, r), DataError, "row m of both speaks of token m"),
         (lambda i, p, own, r: (i, p, own - 9, r), DataError, "same token"),
-        (lambda i, p, own, r: (i[:, :1].expand(-1, 5), p, own, r), DataError, "same token|each id once"),
+        (lambda i, p, own, r: (i[:, :1].expand(-1, 5), p, own, r), DataError, "same token"),
         (lambda i, p, own, r: (i, p / np.log(2), own / np.log(2) - 1, r), DataError, "same token"),
         (lambda i, p, own, r: (i, p.exp(), own, r), DataError, "log_softmax"),
         (lambda i, p, own, r: (i, p, -own, r), DataError, "log_softmax"),

@@ -177,15 +177,22 @@ def align(
 
 def check_consistent(capture: SourceCapture) -> None:
     """Raises DataError where the arrays say two things about one token, or more than everything about one position."""
+    own = np.maximum(capture.own_logprobs, np.finfo(np.float32).min)
+    slack = 0.05 + 0.01 * np.abs(own)  # bf16 is that coarse
     same = (capture.top_ids == capture.ids[:, None]) & (capture.top_logprobs > -np.inf)
-    own = np.maximum(capture.own_logprobs, np.finfo(np.float32).min)[:, None]
-    told = np.where(same, capture.top_logprobs, own)
-    apart = np.flatnonzero((np.abs(told - own) > 0.05 + 0.01 * np.abs(own)).any(1))  # bf16 is that coarse
-    if len(apart):
-        row = int(apart[0])
+    apart = same & (np.abs(np.where(same, capture.top_logprobs, own[:, None]) - own[:, None]) > slack[:, None])
+    full = (capture.top_ids >= 0).all(1) & ~same.any(1)
+    beyond = full & (own > capture.top_logprobs.min(axis=1, initial=np.inf) + slack)
+    if (wrong := np.flatnonzero(apart.any(1) | beyond)).size:
+        row = int(wrong[0])
+        top = (
+            f"{capture.top_logprobs[row][same[row]][0]:.3f} there"
+            if same[row].any()
+            else f"not there, whose last is {capture.top_logprobs[row].min():.3f}"
+        )
         raise DataError(
-            f"own_logprobs must be the log-probability that the top k gives to the same token, got {capture.own_logprobs[row]:.3f} "
-            f"and {told[row][same[row]][0]:.3f} in row {row}; row m of both speaks of token m"
+            f"own_logprobs must be what the top k says of the same token, got {capture.own_logprobs[row]:.3f} and {top}, in row "
+            f"{row}; row m of both speaks of token m"
         )
     ranges = capture.ranges
     for name, ids, logprobs, mass in (
