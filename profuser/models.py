@@ -162,6 +162,9 @@ def chat_format(source: SourceConfig, tokenizer=None) -> ChatFormat:
 def existing(location: str, name: str) -> str:
     """The resolved place of a model; a path that does not exist is an error and never a Hub id."""
     path = resolve(location)
+    if location.startswith("demo:") and not Path(path).exists():
+        bundled = sorted(p.name for p in Path(resolve("demo:guardian")).parent.iterdir() if p.is_dir())
+        raise DataError(f"{name}: a bundled model must be one of {', '.join(bundled)}, got {location}; fix the name")
     if is_path(location) and not Path(path).exists():
         raise DataError(
             f"{name}: model must be an existing directory, got {location} (no such directory); fix the path"
