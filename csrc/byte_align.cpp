@@ -1,11 +1,10 @@
-// Candidates, paths and merged mass; see byte_align.h.
+// The rules for one sequence after the other: candidates, paths and merged mass; see byte_align.h.
 
 #include "byte_align.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <exception>
 #include <mutex>
 #include <stdexcept>
@@ -15,12 +14,7 @@ namespace profuser {
 
 namespace {
 
-constexpr std::int32_t kFree = -1;          // no candidate
-constexpr std::int32_t kAnyEnd = -2;        // stands for all of the source's end tokens
-constexpr std::int32_t kClosed = -3;        // stands for any that opens: 1 where the prefix stays as it is before one
-constexpr std::int64_t kMostBytes = 65535;  // of a token, so that a key's numbers fit in 16 bits
-constexpr float kMostLogprob = 1e-3F;       // float32 sums may end a hair above 0
-constexpr std::string_view kLookaheads[] = {"", "x", " x"};
+constexpr float kMostLogprob = 1e-3F;  // float32 sums may end a hair above 0
 
 std::string shown(std::string_view bytes) {
     constexpr char digits[] = "0123456789abcdef";
@@ -35,124 +29,7 @@ std::string shown(std::string_view bytes) {
     return text + "'";
 }
 
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
-
-// As Python's strict decoder: no overlong forms, no surrogates, nothing beyond U+10FFFF.
-bool is_utf8(std::string_view bytes) {
-    const auto* p = reinterpret_cast<const unsigned char*>(bytes.data());
-    const auto* const end = p + bytes.size();
-    const auto continues = [&](std::ptrdiff_t n) { return end - p > n && (p[n] & 0xC0) == 0x80; };
-    while (p < end) {
-        if (p[0] < 0x80) {
-            p += 1;
-        } else if (p[0] >= 0xC2 && p[0] <= 0xDF && continues(1)) {
-            p += 2;
-        } else if ((p[0] & 0xF0) == 0xE0 && continues(1) && continues(2) && !(p[0] == 0xE0 && p[1] < 0xA0) &&
-                   !(p[0] == 0xED && p[1] > 0x9F)) {
-            p += 3;
-        } else if (p[0] >= 0xF0 && p[0] <= 0xF4 && continues(1) && continues(2) && continues(3) &&
-                   !(p[0] == 0xF0 && p[1] < 0x90) && !(p[0] == 0xF4 && p[1] > 0x8F)) {
-            p += 4;
-        } else {
-            return false;
-        }
-    }
-    return true;
-}
-
-std::size_t slot_of(std::int32_t candidate, std::size_t mask) {
-    return (static_cast<std::uint32_t>(candidate) * 2654435769U >> 7) & mask;
-}
-
 }  // namespace
-
-Vocabulary::Vocabulary(std::string bytes, std::vector<std::int64_t> offsets, std::vector<std::uint8_t> text)
-    : bytes_(std::move(bytes)), offsets_(std::move(offsets)), text_(std::move(text)) {
-    if (offsets_.size() != text_.size() + 1 || offsets_.front() != 0 || !std::is_sorted(offsets_.begin(), offsets_.end()) ||
-        offsets_.back() != static_cast<std::int64_t>(bytes_.size())) {
-        refuse("a vocabulary's offsets must ascend from 0 to its number of bytes, one more than its tokens, got " +
-               std::to_string(offsets_.size()) + " for " + std::to_string(text_.size()) + " tokens");
-    }
-    for (std::size_t i = 0; i + 1 < offsets_.size(); ++i) {
-        if (offsets_[i + 1] - offsets_[i] > kMostBytes) {
-            refuse("a token must have at most " + std::to_string(kMostBytes) + " bytes, token " + std::to_string(i) + " has " +
-                   std::to_string(offsets_[i + 1] - offsets_[i]));
-        }
-    }
-}
-
-const std::int32_t* ByteAligner::Context::find(std::int32_t candidate) const {
-    if (slots_.empty()) return nullptr;
-    const std::size_t mask = slots_.size() - 1;
-    for (std::size_t i = slot_of(candidate, mask);; i = (i + 1) & mask) {
-        if (slots_[i].first == candidate) return &slots_[i].second;
-        if (slots_[i].first == kFree) return nullptr;
-    }
-}
-
-void ByteAligner::Context::insert(std::int32_t candidate, std::int32_t counts_for) {
-    if (2 * (used_ + 1) > slots_.size()) {
-        auto old = std::move(slots_);
-        slots_.assign(std::max<std::size_t>(16, 2 * old.size()), {kFree, kTail});
-        used_ = 0;
-        for (const auto& [known, value] : old) {
-            if (known != kFree) insert(known, value);
-        }
-    }
-    const std::size_t mask = slots_.size() - 1;
-    std::size_t i = slot_of(candidate, mask);
-    while (slots_[i].first != kFree && slots_[i].first != candidate) i = (i + 1) & mask;
-    used_ += slots_[i].first == kFree;
-    slots_[i] = {candidate, counts_for};
-}
-
-// The prefix's tokens, the extension, then the extension's and the strip's number of bytes. Most keys have at most two
-// tokens and so need no memory of their own.
-void ByteAligner::write_key(std::string& key, const std::int32_t* prefix, const Key& parts) {
-    const std::uint16_t numbers[2] = {static_cast<std::uint16_t>(parts.extension.size()), static_cast<std::uint16_t>(parts.strip)};
-    key.assign(reinterpret_cast<const char*>(prefix), parts.prefix * sizeof(*prefix));
-    key.append(parts.extension);
-    key.append(reinterpret_cast<const char*>(numbers), sizeof(numbers));
-}
-
-ByteAligner::Key ByteAligner::read_key(const std::string& key, std::vector<std::int32_t>& prefix) {
-    std::uint16_t numbers[2];
-    const std::size_t rest = key.size() - sizeof(numbers);
-    std::memcpy(numbers, key.data() + rest, sizeof(numbers));
-    prefix.resize((rest - numbers[0]) / sizeof(std::int32_t));
-    std::memcpy(prefix.data(), key.data(), rest - numbers[0]);
-    return {prefix.size(), std::string_view(key).substr(rest - numbers[0], numbers[0]), numbers[1]};
-}
-
-ByteAligner::ByteAligner(Vocabulary target, Vocabulary source, Settings settings)
-    : target_(std::move(target)), source_(std::move(source)), settings_(std::move(settings)) {
-    const auto source_size = static_cast<std::size_t>(source_.size()), target_size = static_cast<std::size_t>(target_.size());
-    const Settings& s = settings_;
-    if (s.source_ends.size() != source_size || s.table.size() != source_size || s.opens.size() != source_size ||
-        s.lookahead.size() != source_size || s.closes.size() != target_size) {
-        refuse("a candidate table must have one row per token of its vocabulary (" + std::to_string(source_size) + ", " +
-               std::to_string(target_size) + "); build it again from these tokenizers");
-    }
-    for (const std::int32_t id : s.table) {
-        if (id < kTail || id >= target_.size()) refuse("a candidate table must hold target ids or -1, got " + std::to_string(id));
-    }
-    for (const std::uint8_t which : s.lookahead) {
-        if (which > 2) refuse("lookahead must be 0, 1 or 2, got " + std::to_string(which));
-    }
-    for (const std::int32_t id : s.exact) {
-        if (!target_.is_text(id)) refuse("exact must hold target ids of text, got " + std::to_string(id));
-        exact_.emplace(target_.piece(id), id);
-    }
-    settings_.top_k = std::min(settings_.top_k, std::max(target_.size(), 1));
-    candidates_.resize(source_size);
-    for (std::int32_t id = 0; id < source_.size(); ++id) {
-        if (s.source_ends[id]) {
-            candidates_[id].role = Role::kEnd;
-        } else if (source_.is_text(id) && !source_.piece(id).empty()) {
-            candidates_[id] = {s.table[id], s.opens[id] ? Role::kOpens : Role::kText};
-        }
-    }
-}
 
 // Aligns sequences, one after the other, over a cache that nobody writes to.
 class ByteAligner::Worker {
@@ -548,69 +425,6 @@ bool ByteAligner::run(const std::vector<Sequence>& batch, std::vector<Output>& o
         missing |= !worker.missing.empty();
     }
     return missing;
-}
-
-void ByteAligner::intern(const Missing& missing) {
-    const auto node = contexts_.try_emplace(missing.key).first;
-    const auto& key = node->first;
-    Context& context = node->second;
-    const Key parts = read_key(key, prefix_);
-    std::string prefix;
-    for (const std::int32_t id : prefix_) prefix += target_.piece(id);
-    for (const std::int32_t candidate : missing.candidates) {
-        if (context.find(candidate)) continue;
-        ++cached_;
-        std::string added(parts.extension);
-        if (candidate == kClosed) {
-            added = " x";
-        } else if (candidate != kAnyEnd) {
-            added += source_.piece(candidate).substr(parts.strip);
-        }
-        std::string text = prefix + added;
-        if (!is_utf8(text) && candidate == kClosed) {
-            context.insert(kClosed, 0);
-            continue;
-        }
-        if (!is_utf8(text)) {
-            // Ends inside a character: no text to tokenise, only a token of exactly these bytes will do.
-            const auto exact = exact_.find(added);
-            context.insert(candidate, exact == exact_.end() ? kTail : exact->second);
-            continue;
-        }
-        pending_.push_back({&key, &context, candidate, prefix.size(), text.size()});
-        if (candidate >= 0) text += kLookaheads[settings_.lookahead[candidate]];
-        texts_.push_back(std::move(text));
-        context.insert(candidate, kTail);
-    }
-}
-
-void ByteAligner::learn(const std::int32_t* ids, const std::int64_t* offsets) {
-    for (std::size_t i = 0; i < pending_.size(); ++i) {
-        const Pending& pending = pending_[i];
-        read_key(*pending.key, prefix_);
-        const std::int32_t* const found = ids + offsets[i];
-        const std::size_t size = offsets[i + 1] - offsets[i], before = prefix_.size();
-        const bool stays = size >= before && std::equal(prefix_.begin(), prefix_.end(), found);
-        if (pending.candidate == kClosed || !stays) {
-            pending.context->insert(pending.candidate, pending.candidate == kClosed ? stays : kDropped);
-            continue;
-        }
-        if (size == before || !target_.is_text(found[before])) continue;  // no token of its own: stays in the tail
-        const std::string_view piece = target_.piece(found[before]), text = texts_[i];
-        // Longer than the candidate: reaches into the look-ahead. Other bytes: the normaliser changed them.
-        if (pending.prefix_bytes + piece.size() <= pending.size && text.substr(pending.prefix_bytes, piece.size()) == piece) {
-            pending.context->insert(pending.candidate, found[before]);
-        }
-    }
-    texts_.clear();
-    pending_.clear();
-}
-
-void ByteAligner::clear() {
-    texts_.clear();
-    pending_.clear();
-    contexts_.clear();
-    cached_ = 0;
 }
 
 }  // namespace profuser

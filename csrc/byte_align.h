@@ -18,6 +18,9 @@ namespace profuser {
 // What a candidate counts for when it is not a target token; as in profuser/alignment/vocab_map.py.
 constexpr std::int32_t kTail = -1, kDropped = -2, kEnd = -3;
 
+// Throws std::invalid_argument.
+[[noreturn]] void refuse(const std::string& message);
+
 // The order is that of SKIP_REASONS in profuser/alignment/types.py.
 enum SkipReason : std::uint8_t { kAligned = 0, kNoPrefixRange = 1, kLowReliability = 2, kEmpty = 3, kNoSourcePosition = 4 };
 
@@ -106,6 +109,8 @@ class ByteAligner {
     void clear();
 
   private:
+    // In place of a candidate: none; any of the source's end tokens; any that opens (1 where the prefix stays before it).
+    static constexpr std::int32_t kFree = -1, kAnyEnd = -2, kClosed = -3;
     // What a source's token is, apart from any context.
     enum class Role : std::uint8_t { kNone, kText, kOpens, kEnd };  // kOpens: text that begins a new pre-token
     struct Candidate {
@@ -115,10 +120,20 @@ class ByteAligner {
     // What candidates count for behind one prefix; the prefix stands in its key.
     class Context {
       public:
-        const std::int32_t* find(std::int32_t candidate) const;
+        const std::int32_t* find(std::int32_t candidate) const {
+            if (slots_.empty()) return nullptr;
+            const std::size_t mask = slots_.size() - 1;
+            for (std::size_t i = slot_of(candidate, mask);; i = (i + 1) & mask) {
+                if (slots_[i].first == candidate) return &slots_[i].second;
+                if (slots_[i].first == kFree) return nullptr;
+            }
+        }
         void insert(std::int32_t candidate, std::int32_t counts_for);
 
       private:
+        static std::size_t slot_of(std::int32_t candidate, std::size_t mask) {
+            return (static_cast<std::uint32_t>(candidate) * 2654435769U >> 7) & mask;
+        }
         std::vector<std::pair<std::int32_t, std::int32_t>> slots_;  // open addressing: candidate (kFree: none), counts for
         std::size_t used_ = 0;
     };

@@ -1,0 +1,90 @@
+"""What the tests of the fused loss share: cases, and the comparison with the dense reference."""
+
+import torch
+
+from profuser.kernels.common import IGNORE_INDEX
+from profuser.kernels.reference import fusion_loss_reference
+from profuser.loss import fused_linear_fusion_loss
+
+# Floor of the allowed error, relative to the largest true entry: a few roundings of the dtype.
+FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 5e-3}
+DIFFERENTIABLE = ("hidden", "weight", "bias")
+
+
+def make_case(dtype=torch.float32, N=37, D=20, V=83, S=3, K=6, B=4, spread=1.0, seed=0, **options):
+    """Ragged sizes, ignored rows, duplicate and padded ids, gold ids inside and outside, rows without an entry."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(V, (N,), generator=g)
+    labels[torch.rand(N, generator=g) < 0.3] = IGNORE_INDEX
+    labels[0] = V // 2
+    ids = torch.randint(V, (S, N, K), generator=g, dtype=torch.int32)
+    ids[:, ::3, 0] = labels[::3].clamp_min(0).int()
+    if K > 3:
+        ids[:, ::4, 2] = ids[:, ::4, 1]
+        ids[:, 1::4, 3] = -1
+    ids[:, 5:6] = -1
+    logprobs = torch.randn(S, N, K, generator=g).log_softmax(-1) - 0.25
+    bounds = torch.linspace(0, N, B + 1).long()
+    case = {
+        "hidden": torch.randn(N, D, generator=g) * spread,
+        "weight": torch.randn(V, D, generator=g) / D**0.5,
+        "labels": labels,
+        "source_ids": ids,
+        "source_logprobs": logprobs,
+        "source_ce": torch.rand(S, B, generator=g),
+        "cu_seqlens": bounds,
+        "ce_weight": torch.rand(N, generator=g),
+        "kd_weight": torch.rand(N, generator=g),
+        "bias": torch.randn(V, generator=g),
+    }
+    for name in DIFFERENTIABLE:
+        case[name] = case[name].to(dtype)
+    return case | options
+
+
+def run(function, case, upcast=None, grad_output=None, **options):
+    """Loss, gradients of hidden, weight and bias, and stats."""
+    case = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in case.items()} | options
+    leaves = [name for name in DIFFERENTIABLE if case.get(name) is not None]
+    for name in leaves:
+        case[name] = (case[name] if upcast is None else case[name].to(upcast)).requires_grad_()
+    loss, stats = function(**case, return_stats=True)
+    (loss if grad_output is None else loss * grad_output).sum().backward()
+    return {"loss": loss.detach()} | {f"d{name}": case[name].grad for name in leaves} | stats
+
+
+def assert_as_accurate_as_reference(case, scale=0.0, chunk_size=8, **options):
+    """Every result within twice the same-dtype reference's own error against fp64.
+
+    `scale`: size of the terms a result is the difference of, where that is larger than the result.
+    """
+    dtype = case["hidden"].dtype
+    truth = run(fusion_loss_reference, case, upcast=torch.float64, **options)
+    same_dtype = run(fusion_loss_reference, case, **options)
+    ours = run(fused_linear_fusion_loss, case, chunk_size=chunk_size, **options)
+    assert ours.keys() == truth.keys()
+    for name, true in truth.items():
+        assert ours[name].shape == true.shape, name
+        if name == "winner":
+            assert torch.equal(ours[name], true)
+            continue
+        assert torch.isfinite(true).all(), f"{name}: the case itself is not finite"
+        error = (ours[name].double() - true).abs().max().item()
+        floor = FLOOR[dtype] * max(scale, true.abs().max().item())
+        allowed = 2 * (same_dtype[name].double() - true).abs().max().item() + floor
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    return ours, truth
+
+
+def assert_close_to_truth(case, tolerance=1e-9, chunk_size=None, **options):
+    case = {k: v.double() if k in DIFFERENTIABLE and v is not None else v for k, v in case.items()}
+    ours = run(fused_linear_fusion_loss, case, chunk_size=chunk_size, **options)
+    truth = run(fusion_loss_reference, case, **options)
+    for name, true in truth.items():
+        torch.testing.assert_close(ours[name], true, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    return ours
+
+
+def with_logits(logits, **case):
+    """A case whose logits are given: hidden = logits and weight = 1, so that dhidden is the gradient in the logits."""
+    return {"hidden": logits, "weight": torch.eye(logits.shape[1], dtype=logits.dtype)} | case

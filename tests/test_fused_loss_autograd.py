@@ -1,0 +1,321 @@
+"""The fused loss as a differentiable op: gradients, compilation, memory, and its interface."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loss_checks import DIFFERENTIABLE, assert_close_to_truth, make_case, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from profuser.kernels.fused_loss import fused_loss, fused_loss_torch
+from profuser.kernels.reference import fusion_loss_reference
+from profuser.loss import FusedLinearFusionLoss, fused_linear_fusion_loss
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+# Autograd
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_grad_output_scales_the_gradient(reduction):
+    case = make_case(torch.float64)
+    once = run(fused_linear_fusion_loss, case, reduction=reduction)
+    scaled = run(fused_linear_fusion_loss, case, reduction=reduction, grad_output=-3.7)
+    for name in DIFFERENTIABLE:
+        torch.testing.assert_close(scaled[f"d{name}"], -3.7 * once[f"d{name}"])
+
+
+def test_the_scale_of_a_bf16_gradient_is_not_rounded_to_bf16():
+    case = make_case(torch.bfloat16, num_items_in_batch=307)  # bf16 rounds 1/307 by 0.22 %
+    ours = run(fused_linear_fusion_loss, case)["dhidden"].double()
+    true = run(fusion_loss_reference, case, upcast=torch.float64)["dhidden"]
+    assert ((ours * true).sum() / (true * true).sum()).item() == pytest.approx(1, abs=5e-4)
+
+
+def test_transposed_operands():
+    case = make_case(torch.float64)
+    for name in ("hidden", "weight"):
+        case[name] = case[name].T.contiguous().T
+    for name in ("source_ids", "source_logprobs"):
+        case[name] = case[name].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert_close_to_truth(case, chunk_size=8)
+    for name in DIFFERENTIABLE:
+        case[name].requires_grad_()
+    torch.library.opcheck(fused_loss, op_arguments(case))
+
+
+def test_none_weighs_each_row_by_its_grad_output():
+    case = make_case(torch.float64)
+    assert_close_to_truth(case, reduction="none")
+    grad_output = torch.randn(37, dtype=torch.float64)
+    ours = run(fused_linear_fusion_loss, case, reduction="none", grad_output=grad_output)
+    truth = run(fusion_loss_reference, case, reduction="none", grad_output=grad_output)
+    for name in DIFFERENTIABLE:
+        torch.testing.assert_close(ours[f"d{name}"], truth[f"d{name}"])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_two_backwards_add_the_gradient_twice(reduction):
+    case = make_case(torch.float64)
+    expected = run(fused_linear_fusion_loss, case, reduction=reduction)
+    for name in DIFFERENTIABLE:
+        case[name].requires_grad_()
+    loss = fused_linear_fusion_loss(**case, reduction=reduction).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name in DIFFERENTIABLE:
+        torch.testing.assert_close(case[name].grad, 2 * expected[f"d{name}"])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",), ("hidden", "weight"), DIFFERENTIABLE])
+def test_frozen_parts_get_no_gradient(frozen, reduction):
+    case = make_case()
+    expected = run(fused_linear_fusion_loss, case, reduction=reduction)
+    learning = [name for name in DIFFERENTIABLE if name not in frozen]
+    for name in learning:
+        case[name].requires_grad_()
+    loss = fused_linear_fusion_loss(**case, reduction=reduction)
+    torch.testing.assert_close(loss.detach(), expected["loss"])
+    assert loss.requires_grad == bool(learning)
+    if learning:
+        loss.sum().backward()
+    for name in DIFFERENTIABLE:
+        if name in frozen:
+            assert case[name].grad is None
+        else:
+            torch.testing.assert_close(case[name].grad, expected[f"d{name}"])
+
+
+def test_no_gradient_is_computed_without_autograd():
+    case = make_case()
+    expected = run(fused_linear_fusion_loss, case)["loss"]
+    for name in DIFFERENTIABLE:
+        case[name].requires_grad_()
+    sizes = []
+    with torch.no_grad(), LargestTensor(sizes, inside="profuser::fused_loss"):
+        loss = fused_linear_fusion_loss(**case, chunk_size=4)
+    torch.testing.assert_close(loss, expected)
+    assert max(sizes) < 83 * 20  # no [V, D] gradient
+
+
+def test_a_tied_head_gets_both_gradients():
+    case = make_case(torch.float64)
+    table = case.pop("weight")
+    tokens = torch.randint(83, (37,))
+    grads = []
+    for function in (fused_linear_fusion_loss, fusion_loss_reference):
+        tied = table.clone().requires_grad_()
+        function(**(case | {"hidden": F.embedding(tokens, tied).tanh(), "weight": tied})).backward()
+        grads.append(tied.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options", [{}, {"tail": "renormalize", "temperature": 2.0}, {"softcap": 2.0, "logit_scale": 0.5}], ids=str
+)
+def test_gradcheck(reduction, options):
+    case = make_case(torch.float64, N=7, D=3, V=9, S=2, K=4, B=2)
+    leaves = [case.pop(name).requires_grad_() for name in DIFFERENTIABLE]
+
+    def loss(hidden, weight, bias):
+        return fused_linear_fusion_loss(
+            hidden=hidden, weight=weight, bias=bias, **case, **options, reduction=reduction, chunk_size=3
+        )
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def op_arguments(case, **options):
+    """The op's positional arguments for a case of the public function."""
+    names = ("source_ids", "source_logprobs", "source_tail", "source_ce", "source_index", "cu_seqlens")
+    defaults = {
+        "temperature": 1.0, "bucket": True, "softcap": None, "logit_scale": 1.0, "per_row": False, "grad_hidden": True,
+        "grad_weight": True, "grad_bias": True, "chunk_size": 8, "max_chunk_bytes": None,
+    } | options  # fmt: skip
+    return (
+        case["hidden"], case["weight"], case.get("bias"), case["labels"], *(case.get(name) for name in names),
+        case["ce_weight"], case["kd_weight"], *defaults.values(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("sources", [True, False])
+def test_opcheck(per_row, sources):
+    case = make_case()
+    if not sources:
+        case = {k: v for k, v in case.items() if k not in ("source_ids", "source_logprobs", "source_ce", "cu_seqlens")}
+    for name in DIFFERENTIABLE:
+        case[name].requires_grad_()
+    needs = {f"grad_{name}": not per_row for name in DIFFERENTIABLE}
+    torch.library.opcheck(fused_loss, op_arguments(case, per_row=per_row, temperature=2.0, **needs))
+
+
+def compiled_results(backend):
+    for reduction in ("mean", "none"):
+        case = make_case()
+        expected = run(fused_linear_fusion_loss, case, reduction=reduction)
+        compiled = torch.compile(fused_linear_fusion_loss, fullgraph=True, backend=backend)
+        yield run(compiled, case, reduction=reduction), expected
+
+
+def test_compiles_in_one_graph():
+    for found, expected in compiled_results("aot_eager"):
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.long
+def test_compiles_with_inductor():
+    for found, expected in compiled_results("inductor"):
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name])
+
+
+def test_autocast_leaves_the_logits_in_fp32():
+    case = make_case()
+    expected = run(fused_linear_fusion_loss, case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(fused_linear_fusion_loss, case)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+# Memory
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of every new tensor an op returns; `inside` is an op to be looked into."""
+
+    def __init__(self, sizes, inside=None):
+        super().__init__()
+        self.sizes, self.inside = sizes, inside
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.inside is not None and func.name() == self.inside:
+            with LargestTensor(self.sizes):
+                return fused_loss_torch(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for tensor, described in zip(out if isinstance(out, tuple) else (out,), func._schema.returns, strict=False):
+            # A return that aliases an argument is a view or was written in place.
+            if isinstance(tensor, torch.Tensor) and described.alias_info is None:
+                self.sizes.append(tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "softcap": 3.0}], ids=str)
+def test_no_tensor_is_larger_than_a_chunk_of_logits_or_a_gradient(options):
+    N, D, V, chunk = 512, 6, 300, 8
+    case = make_case(N=N, D=D, V=V, K=4, **options)
+    del case["bias"]
+    sizes = []
+    for reduction in ("mean", "none"):
+        with LargestTensor(sizes, inside="profuser::fused_loss"):
+            run(fused_linear_fusion_loss, case, reduction=reduction, chunk_size=chunk)
+    # The whole batch's sources and gradients are allowed, the whole batch's logits are 50 chunks.
+    assert max(sizes) <= max(chunk * V, N * D, V * D, 3 * N * 4)
+
+
+def test_a_bf16_head_is_not_copied_to_fp32_at_once():
+    case = make_case(torch.bfloat16, N=64, D=256, V=1000, K=4)
+    sizes = []
+    with LargestTensor(sizes):
+        fused_loss_torch(*op_arguments(case, grad_weight=False, grad_bias=False, chunk_size=16))
+    assert max(sizes) <= 64 * 256 < 1000 * 256
+
+
+# Interface
+
+
+def test_the_module_is_the_function():
+    case = make_case(tail="renormalize")
+    module = FusedLinearFusionLoss(temperature=2.0, tail="renormalize", reduction="sum", return_stats=True)
+    del case["tail"]
+    loss, stats = module(**case)
+    expected, expected_stats = fused_linear_fusion_loss(
+        **case, temperature=2.0, tail="renormalize", reduction="sum", return_stats=True
+    )
+    assert torch.equal(loss, expected)
+    assert stats.keys() == expected_stats.keys()
+    assert not list(module.parameters())
+    assert "temperature=2.0" in repr(module)
+
+
+def test_stats_are_detached_and_add_up_to_the_loss():
+    case = make_case(torch.float64)
+    for name in DIFFERENTIABLE:
+        case[name].requires_grad_()
+    loss, stats = fused_linear_fusion_loss(**case, reduction="sum", temperature=1.5, return_stats=True)
+    assert {name: tuple(value.shape) for name, value in stats.items()} == {
+        "ce": (37,), "kd": (37,), "source_mass": (37,), "target_mass": (37,), "winner": (4,)
+    }  # fmt: skip
+    assert not any(value.requires_grad for value in stats.values())
+    total = (case["ce_weight"] * stats["ce"] + case["kd_weight"] * stats["kd"]).sum()
+    torch.testing.assert_close(loss.detach(), total)
+
+
+WRONG = {
+    "id beyond the vocabulary": ({"source_ids": lambda x: x.index_fill(1, torch.tensor([0]), 83)}, "< 83.*got 83"),
+    "id below padding": ({"source_ids": lambda x: x.index_fill(1, torch.tensor([0]), -2)}, ">= -1.*got -2"),
+    "label beyond the vocabulary": ({"labels": lambda x: x.index_fill(0, torch.tensor([0]), 83)}, "labels must be in"),
+    "negative label": ({"labels": lambda x: x.index_fill(0, torch.tensor([0]), -1)}, r"labels must be in.*got -1"),
+    "probabilities": ({"source_logprobs": torch.exp}, "natural log-probabilities <= 0.*take log"),
+    "K-first layout": ({"source_ids": lambda x: x.permute(2, 1, 0)[:, :5]}, r"\(S, N, K\).*got \(6, 5, 3\)"),
+    "N last": ({"source_ids": lambda x: x.transpose(1, 2)}, r"\(S, N, K\) with N=37.*permute"),
+    "no source axis": ({"source_ids": lambda x: x[0]}, r"unsqueeze\(0\)"),
+    "log-probabilities of another top-k": ({"source_logprobs": lambda x: x[..., :4]}, "source_ids' shape"),
+    "no log-probabilities": ({"source_logprobs": lambda x: None}, "needs source_logprobs"),
+    "float ids": ({"source_ids": lambda x: x.float()}, "int32 or int64"),
+    "integer log-probabilities": ({"source_logprobs": lambda x: x.int()}, "source_logprobs must be floating"),
+    "sources without ids": ({"source_ids": lambda x: None}, "source_logprobs needs source_ids"),
+    "label of another length": ({"labels": lambda x: x[1:]}, r"labels must be \(N,\) with N=37, got \(36,\)"),
+    "float labels": ({"labels": lambda x: x.float()}, "labels must be int64"),
+    "hidden with a batch axis": ({"hidden": lambda x: x[None]}, r"hidden must be \(N, D\)"),
+    "transposed head": ({"weight": lambda x: x.T}, r"weight must be \(V, D\)"),
+    "bias of another head": ({"bias": lambda x: x[1:]}, r"bias must be \(V,\)"),
+    "integer hidden": ({"hidden": lambda x: x.int()}, "hidden must be floating point"),
+    "beta and kd_weight": ({"beta": 0.5}, "beta or kd_weight, not both"),
+    "negative beta": ({"beta": -1.0, "kd_weight": None}, "beta must be >= 0"),
+    "source_ce and source_index": ({"source_index": torch.zeros(4).long()}, "source_ce or source_index, not both"),
+    "no choice": ({"source_ce": None}, "with S=3 sources a choice is needed"),
+    "source_ce transposed": ({"source_ce": lambda x: x.T}, r"source_ce must be \(S, B\) with S=3"),
+    "bounds missing": ({"cu_seqlens": None}, "cu_seqlens is required when B > 1"),
+    "bounds of another batch": ({"cu_seqlens": torch.tensor([0, 20, 37])}, "B=2 sequences"),
+    "bounds that end early": ({"cu_seqlens": torch.tensor([0, 9, 18, 27, 36])}, "rise from 0 to N=37"),
+    "bounds that fall": ({"cu_seqlens": torch.tensor([0, 18, 9, 27, 37])}, "rise from 0 to N=37"),
+    "source_index out of range": (
+        {"source_ce": None, "source_index": torch.tensor([0, 1, 2, 3])}, r"source_index must be in \[0, 3\).*got 3",
+    ),
+    "float source_index": ({"source_ce": None, "source_index": torch.zeros(4)}, "source_index must be"),
+    "temperature 0": ({"temperature": 0.0}, "temperature must be > 0.*got 0.0"),
+    "negative temperature": ({"temperature": -1.0}, "temperature must be > 0"),
+    "softcap 0": ({"softcap": 0.0}, "softcap must be > 0"),
+    "logit_scale 0": ({"logit_scale": 0.0}, "logit_scale must be > 0"),
+    "chunk of no rows": ({"chunk_size": 0}, "chunk_size must be >= 1"),
+    "chunk of no bytes": ({"max_chunk_bytes": 0}, "max_chunk_bytes must be >= 1"),
+    "unknown tail": ({"tail": "drop"}, "tail must be one of"),
+    "tail mass without a bucket": ({"source_tail": torch.zeros(3, 37), "tail": "renormalize"}, "needs tail='bucket'"),
+    "tail mass per entry": ({"source_tail": torch.zeros(3, 37, 6)}, r"source_tail must be \(S, N\)"),
+    "log of a tail mass": ({"source_tail": torch.full((3, 37), -2.0)}, r"linear mass in \[0, 1\].*exp"),
+    "unknown reduction": ({"reduction": "batchmean"}, "reduction must be one of"),
+    "divisor of a sum": ({"reduction": "sum", "num_items_in_batch": 5}, "is for reduction='mean'"),
+    "negative divisor": ({"num_items_in_batch": -1}, "num_items_in_batch must be >= 0"),
+    "weight per sequence": ({"ce_weight": torch.ones(4)}, r"ce_weight must be \(N,\)"),
+    "source that requires grad": ({"source_logprobs": lambda x: x.requires_grad_()}, "must not require grad"),
+    "triton without a GPU": ({"impl": "triton"}, "needs a CUDA device.*hidden is on cpu"),
+    "unknown impl": ({"impl": "cuda"}, "impl must be None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_arguments_name_the_rule_the_value_and_the_fix(changes, message):
+    case = make_case()
+    for name, change in changes.items():
+        case[name] = change(case[name]) if callable(change) else change
+    with pytest.raises(ValueError, match=message) as error:
+        fused_linear_fusion_loss(**case)
+    assert "\n" not in str(error.value)
