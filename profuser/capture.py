@@ -25,10 +25,10 @@ from profuser.store import id_dtype
 
 REASONS = (
     "ok",
-    "empty response",
-    "prompt too long",
-    "normaliser changes the text",
-    "decoder cannot give the text back",
+    "empty response, skipped",
+    "over-long prompt, skipped",
+    "text that a normaliser changes, skipped",
+    "text that a decoder cannot give back, skipped",
     "not the winner",
 )
 """Why a response was not captured; the store keeps the index."""

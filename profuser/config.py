@@ -332,7 +332,7 @@ def is_path(model: str) -> bool:
     """Whether a model string means a local directory, and is therefore never looked up on the Hub."""
     looks_local = model.startswith((BUNDLED_PREFIX, "/", ".", "~")) or model.count("/") > 1 or "\\" in model
     in_folder = "/" in model and Path(model).parent.is_dir()
-    return looks_local or in_folder or Path(model).suffix in DATA_FILES or Path(model).exists()
+    return looks_local or in_folder or Path(model).suffix in (".gguf", *DATA_FILES) or Path(model).exists()
 
 
 def resolve(location: str) -> str:
@@ -348,6 +348,12 @@ def resolve(location: str) -> str:
             f"{BUNDLED_PREFIX}NAME must stay inside the bundled demo, got {location!r}; give a plain path"
         )
     return str(path)
+
+
+def target_config(recipe: Recipe) -> SourceConfig:
+    """The target as a model: one of the sources, or one of its own."""
+    by_name = {s.name: s for s in recipe.sources}
+    return by_name.get(recipe.target) or SourceConfig(name="target", model=recipe.target)
 
 
 def load_recipe(record: dict[str, Any]) -> Recipe:

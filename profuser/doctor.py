@@ -1,5 +1,8 @@
 """`python -m profuser.doctor`: how well a source's tokens cover a target's, on a text of yours and without any model.
 
+With a recipe instead it shows one training example in every model's own chat template: what is context, what is learnt,
+where the turn ends. The rest of this page is about the text.
+
 The file is taken as one response, as it is: no template, no begin or end of turn, nothing stripped. Both tokenizers
 encode it and every target token, zero-width ones included, has exactly one kind (design.md section 5): `same_span`,
 `shared_prefix`, `inside` or `skipped`. A token that begins before the text (dummy leading space) counts by its clipped
@@ -36,9 +39,11 @@ from profuser.alignment.spans import ENGINE, match_spans
 from profuser.alignment.text import PlainText
 from profuser.alignment.types import KINDS, SKIP_NO_SOURCE_POSITION, SKIP_NOT_MATCHED, SKIP_REASONS, SKIPPED
 from profuser.cli import main_of
-from profuser.config import SourceConfig
-from profuser.errors import DataError
-from profuser.models import load_tokenizer
+from profuser.config import Recipe, SourceConfig, parse_run, target_config
+from profuser.data import load_examples
+from profuser.errors import ConfigError, DataError
+from profuser.models import chat_format, load_tokenizer
+from profuser.template_rows import MASK_LEGEND, conversation_rows, describe
 from profuser.token_bytes import TokenBytes, TokenBytesMismatch
 from profuser.token_rows import LEGEND, clipped, example_rows, paint
 
@@ -266,16 +271,47 @@ def use_color() -> bool:
     return wanted and not os.environ.get("NO_COLOR")
 
 
+def show_templates(recipe: Recipe, example: int, as_json: bool) -> None:
+    """Print one training example as every model of a recipe sees it, through its own chat template."""
+    rows = load_examples(recipe.data, recipe.data.train)
+    if not 0 <= example < len(rows):
+        raise ConfigError(f"--example must be in 0..{len(rows) - 1} ({recipe.data.train}), got {example}; give another")
+    row = rows[example]
+    models = {s.name: s for s in [*recipe.sources, target_config(recipe)]}
+    described = {}
+    for name, config in models.items():
+        chat = chat_format(config)
+        try:
+            if as_json:
+                described[name] = describe(chat, row["prompt"], row["response"])
+                continue
+            width = shutil.get_terminal_size().columns
+            shown = conversation_rows(chat, row["prompt"], row["response"], color=use_color(), width=width)
+        except TokenBytesMismatch as error:
+            described[name], shown = {"skipped": error.reason}, [f"skipped: {error}"]
+        print("\n".join([f"{name}  {config.model}", "", *shown, ""]))
+    if as_json:
+        print(json.dumps({"example": example, "models": described}))
+    else:
+        print(f"example {example} of {recipe.data.train}; {MASK_LEGEND}")
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m profuser.doctor", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m profuser.doctor",
+        description=__doc__.split("\n")[0],
+        usage="%(prog)s --tokenizers TARGET SOURCE --text FILE [--align fusellm] [--json]\n"
+        "       %(prog)s --config RECIPE [--example N] [--json] [recipe overrides]",
+    )
     parser.add_argument(
         "--tokenizers",
         nargs=2,
-        required=True,
         metavar=("TARGET", "SOURCE"),
         help="each a directory, a Hub id, or demo:NAME for a bundled model",
     )
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text, taken as one response")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, taken as one response")
+    parser.add_argument("--config", metavar="RECIPE", help="show a training example in every model's chat template")
+    parser.add_argument("--example", type=int, default=0, metavar="N", help="which one, from 0")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument(
         "--align",
@@ -283,7 +319,16 @@ def main(argv: list[str]) -> None:
         default="bytes",
         help="bytes: ours; fusellm: only what FuseLLM's dynamic time warping accepts",
     )
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_known_args(argv)
+    if args.config is not None:
+        if args.tokenizers or args.text:
+            parser.error("give --config, or --tokenizers and --text")
+        run = parse_run("doctor", ["--config", args.config, *overrides], {}, __doc__.split("\n")[0])
+        return show_templates(run.recipe, args.example, args.json)
+    if overrides or not (args.tokenizers and args.text):
+        parser.error(
+            f"give --tokenizers and --text, or --config{'; unknown: ' + ' '.join(overrides) if overrides else ''}"
+        )
     text = read_text(args.text)
     target, source = (
         PlainText(load_tokenizer(SourceConfig(name=f"--tokenizers {role}", model=model)))

@@ -18,12 +18,11 @@ import torch
 
 from profuser.chat import ChatFormat
 from profuser.cli import main_of
-from profuser.config import Recipe, Run, SourceConfig, load_recipe
+from profuser.config import Recipe, Run, SourceConfig, load_recipe, target_config
 from profuser.data import data_hash, load_examples
 from profuser.errors import DataError
 from profuser.fusion_model import FusionModel
 from profuser.models import chat_format, default_device, load_model, runtime_dtype
-from profuser.prepare import target_config
 from profuser.progress import Progress
 from profuser.responses import generate
 from profuser.reward import load_function
@@ -35,10 +34,6 @@ Match = Callable[[dict, str], bool]
 
 def contains_truth(example: dict, response: str) -> bool:
     """The default match: the ground truth's text occurs in the response, case and outer space aside."""
-    if not example["response"]:
-        raise DataError(
-            f"a held-out prompt needs a ground truth to be scored, {example['prompt']!r} has none; take it out"
-        )
     return example["response"].casefold() in response.casefold()
 
 
@@ -161,8 +156,15 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
             recipe,
         )
         del model
-    correct = {name: [match(row, text) for row, text in zip(rows, texts)] for name, texts in answers.items()}
-    by_name = {name: accuracies(rows, ok) for name, ok in correct.items()}
+    # A prompt without a ground truth can only be scored by a match of the user's own.
+    asked = [i for i, row in enumerate(rows) if row["response"] or recipe.evaluation.match is not None]
+    if not asked:
+        raise DataError(
+            f"{recipe.data.heldout} must hold a ground truth to score by, every response is empty; fill them in"
+        )
+    asked_rows = [rows[i] for i in asked]
+    correct = {name: {i: match(rows[i], texts[i]) for i in asked} for name, texts in answers.items()}
+    by_name = {name: accuracies(asked_rows, list(ok.values())) for name, ok in correct.items()}
     scores = {
         "sources": {n: by_name[n] for n in names},
         "target_before": by_name["target_before"],
@@ -175,7 +177,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
             rows, [s["nll"].get(i, math.inf) for i in index], [s["response_bytes"].get(i, 0) for i in index]
         )
     counts: dict[str, int] = {}
-    for row in rows:
+    for row in asked_rows:
         counts[row["skill"]] = counts.get(row["skill"], 0) + 1
     evaluation = {
         "bits_per_byte": {
@@ -194,7 +196,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
                 "responses": {n: answers[n][i] for n in answers},
                 "correct": {n: bool(correct[n][i]) for n in answers},
             }
-            for i in first_of_each_skill(rows, recipe.evaluation.examples)
+            for i in (asked[n] for n in first_of_each_skill(asked_rows, recipe.evaluation.examples))
         ],
     }
     write_json(directory / "scores.json", scores)

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -19,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PreTrainedModel,
 )
 
@@ -85,11 +89,11 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mas
 
 def load_tokenizer(source: SourceConfig):
     """A source's tokenizer, with the recipe's chat template when it gives one."""
-    location = existing(source.model, source.name)
+    location, options = weights_of(source)
+    if (Path(location) / "tokenizer.json").exists():
+        options.pop("gguf_file", None)  # the original tokenizer beside a converted model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            location, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
     except Exception as error:  # transformers and tokenizers each raise their own kinds for a broken file
         raise DataError(
             f"{source.name}: no tokenizer could be loaded from {location} ({first_line(error)}); give a directory with "
@@ -112,24 +116,28 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
     Raises:
         DataError: the directory is missing or does not hold a loadable causal language model.
     """
-    location = existing(source.model, source.name)
+    location, options = weights_of(source)
+    if "gguf_file" in options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            location, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype
-        )
+        model = AutoModelForCausalLM.from_pretrained(location, **options, dtype=dtype)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a broken file
+        if "gguf_file" in options:
+            fix = "transformers must know the architecture of a GGUF file: give the model's safetensors instead"
+        else:
+            fix = "copy or download it again"
         raise DataError(
-            f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)})"
+            f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)}); {fix}"
         ) from error
     return model.to(device).eval()
 
 
 def stored_dtype(source: SourceConfig) -> torch.dtype:
     """The dtype that a model's weights came in; fp32 where its config does not say."""
-    config = AutoConfig.from_pretrained(
-        existing(source.model, source.name), revision=source.revision, trust_remote_code=source.trust_remote_code
-    )
-    return getattr(config, "dtype", None) or torch.float32
+    location, options = weights_of(source)
+    return getattr(AutoConfig.from_pretrained(location, **options), "dtype", None) or torch.float32
 
 
 def load_reward_model(name: str, location: str, trust_remote_code: bool, device: torch.device | str = "cpu"):
@@ -154,7 +162,7 @@ def chat_format(source: SourceConfig, tokenizer=None) -> ChatFormat:
     tokenizer = tokenizer or load_tokenizer(source)
     ends = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):  # a model need not bring one
-        eos = GenerationConfig.from_pretrained(resolve(source.model), revision=source.revision).eos_token_id
+        eos = GenerationConfig.from_pretrained(weights_of(source)[0], revision=source.revision).eos_token_id
         ends |= set(eos if isinstance(eos, list) else [eos])
     return ChatFormat(tokenizer, end_ids=sorted(ends - {None}))
 
@@ -167,9 +175,49 @@ def existing(location: str, name: str) -> str:
         raise DataError(f"{name}: a bundled model must be one of {', '.join(bundled)}, got {location}; fix the name")
     if is_path(location) and not Path(path).exists():
         raise DataError(
-            f"{name}: model must be an existing directory, got {location} (no such directory); fix the path"
+            f"{name}: model must be an existing directory or GGUF file, got {location} (no such place); fix the path"
         )
     return path
+
+
+def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
+    """(location, options) for transformers' loaders; a GGUF file, or a directory with nothing else, is read by them, too.
+
+    Raises:
+        DataError: no such directory; several GGUF files; a part of one; the `gguf` package is missing.
+    """
+    location = existing(source.model, source.name)
+    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    file = gguf_file(Path(location), source.name)
+    if file is None:
+        return location, options
+    if importlib.util.find_spec("gguf") is None:
+        raise DataError(
+            f"{source.name}: reading {file} needs the gguf package, it is not installed; run `pip install gguf`"
+        )
+    return str(file.parent), options | {"gguf_file": file.name}
+
+
+def gguf_file(path: Path, name: str) -> Path | None:
+    """The GGUF file that a model's place means; None for a model in any other form."""
+    if path.is_file() and path.suffix == ".gguf":
+        found = [path]
+    elif path.is_dir() and not (path / "config.json").exists():
+        found = sorted(path.glob("*.gguf"))
+    else:
+        return None
+    if parts := [f for f in found if re.search(r"-\d{5}-of-\d{5}$", f.stem)]:
+        merged = re.sub(r"-\d{5}-of-\d{5}$", "", parts[0].stem)
+        raise DataError(
+            f"{name}: a GGUF model must be one file, {parts[0]} is a part of one; merge them with "
+            f"`llama-gguf-split --merge {parts[0]} {parts[0].with_name(merged)}.gguf`"
+        )
+    if len(found) > 1:
+        raise DataError(
+            f"{name}: a directory must hold one GGUF file, {path} holds {', '.join(f.name for f in found)}; set model to one "
+            f"of them, for instance {found[0]}"
+        )
+    return found[0] if found else None
 
 
 SAMPLE = 1 << 20
@@ -179,9 +227,10 @@ def fingerprint(location: str) -> str:
     """Short hash of a model's files: names, sizes, contents (samples of them where a file is large); a Hub id is its own."""
     path = Path(resolve(location))
     digest = hashlib.sha256()
-    if not path.is_dir():
+    if not path.exists():
         return location
-    for file in sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".md"):
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".md")
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size};".encode())
         with open(file, "rb") as data:

@@ -40,7 +40,7 @@ from profuser.capture import (
 )
 from profuser.chat import ChatFormat, Encoded
 from profuser.cli import main_of
-from profuser.config import Recipe, Run, SourceConfig, parse_run
+from profuser.config import Recipe, Run, parse_run, target_config
 from profuser.data import data_hash, load_examples
 from profuser.errors import ConfigError, DataError
 from profuser.models import Head, chat_format, default_device, fingerprint, load_model, load_tokenizer, runtime_dtype
@@ -48,19 +48,13 @@ from profuser.progress import Progress
 from profuser.responses import generate
 from profuser.reward import judge_fingerprint, load_function, load_judge, vote
 from profuser.schedule import stages_of
-from profuser.store import Store, set_aside, write_json
-from profuser.summary import summarise
+from profuser.store import Store, read_json, set_aside, write_json
+from profuser.summary import handled_line, summarise
 from profuser.targets import INFER, TRAIN, TargetBuilder
 from profuser.token_bytes import TokenBytesMismatch
 
 ALIGNMENT_RULES = 2
 """Version of what alignment does with the same captures; another one aligns again."""
-
-
-def target_config(recipe: Recipe) -> SourceConfig:
-    """The target as a model: one of the sources, or one of its own."""
-    by_name = {s.name: s for s in recipe.sources}
-    return by_name.get(recipe.target) or SourceConfig(name="target", model=recipe.target)
 
 
 class Preparation:
@@ -486,6 +480,8 @@ def run_command(argv: list[str]) -> None:
     if run.options["fresh"] and (aside := set_aside(run.store_dir)):
         print(f"renamed the old store to {aside}")
     store = prepare(run)
+    if line := handled_line(read_json(store.directory / "summary.json")):
+        print(line)
     print(
         f"store complete: {store.directory} ({len(store.manifest['shards'])} shards); summary in {Path(store.directory) / 'summary.json'}"
     )

@@ -94,7 +94,7 @@ class Store:
 
         Raises:
             ConfigError: the store's captures were made with other settings.
-            DataError: the manifest is broken or of another schema.
+            DataError: they were made with other models or tokenizers; the manifest is broken or of another schema.
         """
         path = directory / "manifest.json"
         if not path.exists():
@@ -113,7 +113,13 @@ class Store:
                 "prepare it again with `python -m profuser.prepare --fresh`"
             )
         store = cls(directory, manifest)
-        if keys := differing_keys(manifest["settings"]["capture"], settings["capture"]):
+        keys = differing_keys(manifest["settings"]["capture"], settings["capture"])
+        if foreign := [key for key in keys if key.endswith((".files", ".template"))]:
+            raise DataError(
+                f"store {directory} belongs to other models, tokenizers or chat templates ({', '.join(foreign)} differ); restore "
+                "them, give another --store, or start over with `python -m profuser.prepare --fresh`"
+            )
+        if keys:
             raise ConfigError(
                 f"store {directory} was captured with other settings ({', '.join(keys)} differ); give another "
                 "--store, undo the change, or start over with `python -m profuser.prepare --fresh`"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from profuser.alignment.types import KINDS
-from profuser.capture import OK, REASONS
-from profuser.store import Store
+from profuser.capture import NOT_WINNER, OK, REASONS
 from profuser.targets import INFER, MODE_NAMES, TRAIN
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def summarise(p: Preparation) -> tuple[dict[str, Any], datasets.Dataset]:
         "vote_wins": {},
         "judges": {},
         "alignment": alignment_summary(shards, names),
-        "handled": handled(p.store, names),
+        "handled": handled(p),
         "seconds": dict(p.seconds),
     }
     table: dict[str, list] = {
@@ -119,18 +118,30 @@ def alignment_summary(shards: list[dict[str, np.ndarray]], names: list[str]) -> 
     return result
 
 
-def handled(store: Store, names: list[str]) -> dict[str, int]:
-    """What was skipped or cut, counted over all splits (once for each source that it concerns)."""
+def handled(p: Preparation) -> dict[str, int]:
+    """What was skipped, cut or kept as text, in examples of all splits: what several sources skip counts once."""
     counts: Counter[str] = Counter()
-    for name in store.names("capture/"):
-        if "-gt-" in name or "-infer-" in name:
-            shard = store.get(name)
-            for reason, n in enumerate(np.bincount(shard["reason"], minlength=len(REASONS))):
-                if reason != OK and n and REASONS[reason] != "not the winner":
-                    counts[REASONS[reason]] += int(n)
-            if shard["cut"].sum():
-                counts["response cut to max_length"] += int(shard["cut"].sum())
-    return dict(counts)
+    for split, rows in p.splits.items():
+        for kind in ("gt", "infer"):
+            names = [p.store.shards(f"capture/{split}-{kind}-{s.name}") for s in p.sources]
+            for same_examples in zip(*names):
+                shards = [p.store.get(name) for name in same_examples]
+                reasons, cut = (np.stack([shard[key] for shard in shards]) for key in ("reason", "cut"))
+                for reason, name in enumerate(REASONS):
+                    if reason not in (OK, NOT_WINNER):
+                        counts[name] += int((reasons == reason).any(0).sum())
+                counts["over-long response, cut without an end of turn"] += int(cut.any(0).sum())
+        held = [chat.token_bytes.has_control for chat in (p.target, *p.chats.values())]
+        counts["control token spelt out in a text, kept as text"] += sum(
+            any(has(row["prompt"]) or has(row["response"]) for has in held) for row in rows
+        )
+    return {name: n for name, n in counts.items() if n}
+
+
+def handled_line(summary: dict[str, Any]) -> str:
+    """`handled` in one line for the end of a run; empty where there was nothing."""
+    counts = summary["handled"]
+    return "handled: " + "; ".join(f"{n} x {name}" for name, n in counts.items()) if counts else ""
 
 
 def _messages(prompt: str, response: str) -> list[dict[str, str]]:

@@ -43,8 +43,8 @@ def clipped(text: str, width: int) -> str:
     """At most `width` columns of a text, made printable."""
     out, used = "", 0
     for character in text:
-        shown = _printable(character)
-        used += _width(shown)
+        shown = printable(character)
+        used += column_width(shown)
         if used >= width:
             return f"{out}…"
         out += shown
@@ -99,7 +99,7 @@ def _rows(data, stop, target: Spans, kind, source: Spans, first, number, color, 
     starts, source_starts = _tokens_at(target, begin, stop), _tokens_at(source, begin, stop)
     text, marks, ticks, used = "", "", "", 0
     for position, shown, n in _columns(data, begin, stop, starts, source_starts):
-        columns = _width(shown)
+        columns = column_width(shown)
         if used + columns >= width:
             text += "…"
             break
@@ -144,8 +144,8 @@ def _columns(data: bytes, begin: int, stop: int, *starts: dict[int, dict[int, in
             yield position, f"\\x{data[position]:02x}", HELD
             position += 1
             continue
-        shown = "·" if character == " " else _printable(character)
-        if not _width(shown) and any(HELD in at.get(position, {}) for at in starts):
+        shown = "·" if character == " " else printable(character)
+        if not column_width(shown) and any(HELD in at.get(position, {}) for at in starts):
             shown = f"◌{shown}"  # a combining mark has no column to put a token's mark under
         yield position, shown, HELD
         position += size
@@ -156,13 +156,13 @@ def _size(lead: int) -> int:
     return 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2 if lead >= 0xC0 else 1
 
 
-def _printable(character: str) -> str:
+def printable(character: str) -> str:
     if character == "\n":
         return "⏎"
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
-def _width(shown: str) -> int:
+def column_width(shown: str) -> int:
     """Columns on a terminal."""
     return sum(
         0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1

@@ -28,17 +28,18 @@ from torch.nn.utils import clip_grad_norm_
 
 from profuser.checkpoint import load_newest, save_checkpoint
 from profuser.cli import main_of
-from profuser.config import BUNDLED_PREFIX, Recipe, Run, deciding_keys, parse_run, resolve
+from profuser.config import BUNDLED_PREFIX, Recipe, Run, deciding_keys, parse_run, resolve, target_config
 from profuser.errors import ConfigError, DataError, NonFiniteError, Terminated
 from profuser.evaluate import evaluate, likelihood, score_table
 from profuser.fusion_model import FusionModel
 from profuser.models import chat_format, load_model, stored_dtype
 from profuser.output import closing_examples, environment, save_fused
-from profuser.prepare import announce, prepare, target_config
+from profuser.prepare import announce, prepare
 from profuser.progress import Progress
 from profuser.report import write_report
 from profuser.schedule import Stage, learning_rate, plan, stage_at
 from profuser.store import Store, read_json, set_aside, write_json
+from profuser.summary import handled_line
 from profuser.targets import INFER, MODE_NAMES, TRAIN, Targets, TargetSequence
 
 
@@ -75,9 +76,9 @@ class Trainer:
         there = {s.mode for s in self.targets.sequences}
         for i, stage in enumerate(self.stages, start=1):
             if not {m for m, w in ((TRAIN, stage.train_weight), (INFER, stage.infer_weight)) if w > 0} & there:
-                handled = read_json(store.directory / "summary.json")["handled"]
+                handled = handled_line(read_json(store.directory / "summary.json"))
                 raise DataError(
-                    f"stage {i} needs training examples of its mode, none is left (skipped: {handled or 'nothing'}); raise "
+                    f"stage {i} needs training examples of its mode, none is left ({handled or 'nothing was skipped'}); raise "
                     "data.max_length or check the data"
                 )
 
@@ -397,6 +398,8 @@ def run_command(argv: list[str]) -> None:
         if run.recipe.data.heldout is not None:
             print(score_table(read_json(run.output_dir / "scores.json")))
             print(closing_examples(read_json(run.output_dir / "evaluation.json"), 3))
+        if line := handled_line(read_json(run.store_dir / "summary.json")):
+            print(line)
         print(f"fused model: {run.output_dir}\nreport: {report}")
     accelerator.end_training()
 

@@ -147,7 +147,7 @@ def test_empty_ground_truths_and_literal_specials_are_counted_and_harmless(prepa
     )
     store = prepare(replace(run, recipe=recipe))
     handled = json.loads((store.directory / "summary.json").read_text())["handled"]
-    assert handled["empty response"] == 3
+    assert handled["empty response, skipped"] == 1
     truths = [s for s in Targets(store, "train").sequences if s.mode == TRAIN]
     assert [s.example for s in truths] == [1, 2]
     control = set(chat_format(SourceConfig(name="guardian", model="demo:guardian")).tokenizer.all_special_ids)
