@@ -6,10 +6,11 @@ Every command shares the same keys; an unknown one is an error. Defaults that Fu
 
 from __future__ import annotations
 
+import re
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import jsonargparse
 import yaml
@@ -402,10 +403,35 @@ def parse_run(command: str, argv: list[str] | None, flags: dict[str, str], descr
 
 
 def _one_line(message: str, config: str) -> str:
-    if message.startswith('Parser key "schedule"'):
-        message = f"schedule must be one of {', '.join(SCHEDULES)} or a list of stages, got {message.rsplit('Given value: ')[-1]}"
-    message = "; ".join(part.strip() for part in message.replace("\n", " \n").splitlines() if part.strip())
+    """jsonargparse's message as rule, value and fix."""
+    key = found[1] if (found := re.match(r'Parser key "([^"]+)"', message)) else None
+    value = re.split(r"(?:Given|Got) value: ", message)[-1].strip()
+    types = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
+    message = "; ".join(line.strip() for line in message.splitlines() if line.strip())
+    if key == "schedule":
+        message = f"schedule must be one of {', '.join(SCHEDULES)} or a list of stages, got {value}"
+    elif key == "config":
+        message = f"--config must be an existing recipe, got {config}"
+    elif key and types:
+        message = f"{key} must be {' or '.join(t.replace('NoneType', 'null') for t in types)}, got {value}"
+    elif found := re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
+        message = _unknown_key(found[1])
+    elif found := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
+        message = _unknown_key(f"{found[1]}.{found[2]}")
+    elif found := re.match(r"Problems parsing config: (.*)", message):
+        at = re.sub(r" in \"<unicode string>\",", "", found[1])
+        message = f"the recipe must be YAML, got: {at}"
     return f"{message} (recipe: {config}; `--help` lists every key)"
+
+
+def _unknown_key(key: str) -> str:
+    """Names the keys beside the one that does not exist."""
+    group, _, name = key.rpartition(".")
+    of: Any = Recipe
+    for part in group.split(".") if group else ():
+        of = get_type_hints(of).get(part, Recipe)
+    known = ", ".join(f.name for f in fields(of)) if is_dataclass(of) else ""
+    return f"a key of {group or 'the recipe'} must be one of {known}; got {name}"
 
 
 def differing_keys(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -24,6 +24,8 @@ def load_examples(config: DataConfig, location: str, limit: int | None = None) -
         raise DataError(f"data must be an existing file or a Hub data set, got {location} (no such file); fix the path")
     datasets.disable_progress_bars()
     try:
+        if path.is_file() and not path.stat().st_size:
+            raise DataError(f"data {location} must have at least one row, got an empty file; fix the file")
         if path.is_file():
             if path.suffix not in DATA_FILES:
                 raise DataError(f"data must be {', '.join(DATA_FILES)}, got {location}; convert it")

@@ -39,7 +39,20 @@ def contains_truth(example: dict, response: str) -> bool:
 
 def match_of(recipe: Recipe) -> Match:
     path = recipe.evaluation.match
-    return contains_truth if path is None else load_function(path, "evaluation.match")
+    if path is None:
+        return contains_truth
+    function = load_function(path, "evaluation.match")
+
+    def match(example: dict, response: str) -> bool:
+        try:
+            return bool(function(example, response))
+        except Exception as error:  # the user's own code may raise anything
+            raise DataError(
+                f"evaluation.match: {path} must return whether a response is right, on the prompt {example['prompt']!r} it "
+                f"raised {type(error).__name__}: {error}; fix the function and run `python -m profuser.evaluate` on the run"
+            ) from error
+
+    return match
 
 
 def accuracies(rows: Sequence[dict], correct: Sequence[bool]) -> dict[str, float]:

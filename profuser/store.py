@@ -224,8 +224,8 @@ class Store:
     def _path(self, name: str, suffix: str | None = None) -> Path:
         if suffix is None:
             suffix = ".json" if self.manifest["shards"].get(name, {}).get("json") else ".safetensors"
-        path = (self.directory / f"{name}{suffix}").resolve()
-        if not path.is_relative_to(self.directory.resolve()):
+        path = self.directory / f"{name}{suffix}"
+        if not path.resolve().is_relative_to(self.directory.resolve()):
             raise DataError(
                 f"store: a shard must lie inside {self.directory}, got {name!r}; the manifest is not to be trusted"
             )

@@ -1,0 +1,331 @@
+"""Every kind of bad input gets its exit code and one line with rule, value and fix, and loses nothing that was prepared.
+
+    python tests/test_bad_input.py > docs/bad_input.md
+
+runs the same cases and writes them as a table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from profuser import evaluate, prepare, train
+from profuser.cli import main_of
+from profuser.config import resolve
+
+RECIPE = """\
+sources:
+  - { name: guardian, model: ./guardian }
+  - { name: scholar, model: "demo:scholar" }
+target: guardian
+data: { train: train.jsonl, heldout: heldout.jsonl, max_length: 96 }
+generation: { max_new_tokens: 16 }
+judges: [{ name: verifier, function: "profuser.demo.verify:score" }]
+capture: { shard_size: 4 }
+schedule: simultaneous
+optim: { steps: 2, batch_size: 4, lr: 1.0e-3 }
+evaluation: { match: "profuser.demo.verify:exact_match" }
+"""
+COMMANDS = {"prepare": prepare.run_command, "train": train.run_command, "evaluate": evaluate.main}
+STORE = "runs/recipe-store"
+
+
+NEW = ("--store", "new")
+
+
+@dataclass
+class Case:
+    """One bad input: what is done to a good folder, the command, its exit code, and what its line must say."""
+
+    what: str
+    code: int
+    says: tuple[str, ...]
+    edit: Callable[[], object] = lambda: None
+    arguments: tuple[str, ...] = ()
+    command: str = "train"
+
+
+def replace(path: str, old: str, new: str) -> Callable[[], object]:
+    def edit() -> None:
+        text = Path(path).read_text()
+        assert old in text
+        Path(path).write_text(text.replace(old, new))
+
+    return edit
+
+
+def truncate(pattern: str) -> Callable[[], object]:
+    """Cut a file to a half."""
+
+    def edit() -> None:
+        path = sorted(Path().glob(pattern))[0]
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return edit
+
+
+def corrupt(pattern: str) -> Callable[[], object]:
+    """Turn over the first bytes of a file."""
+
+    def edit() -> None:
+        path = sorted(Path().glob(pattern))[0]
+        data = bytearray(path.read_bytes())
+        data[:16] = bytes(b ^ 0xFF for b in data[:16])
+        path.write_bytes(data)
+
+    return edit
+
+
+def without_template() -> None:
+    for file in Path("guardian").glob("chat_template*"):
+        file.unlink()
+    path = Path("guardian/tokenizer_config.json")
+    config = json.loads(path.read_text())
+    config.pop("chat_template", None)
+    path.write_text(json.dumps(config))
+
+
+def rename_column(old: str, new: str) -> Callable[[], object]:
+    return replace("train.jsonl", f'"{old}":', f'"{new}":')
+
+
+def two_gguf_files() -> None:
+    Path("guardian/config.json").unlink()
+    for name in ("a.gguf", "b.gguf"):
+        (Path("guardian") / name).write_bytes(b"GGUF")
+
+
+def part_of_a_gguf() -> None:
+    Path("guardian/config.json").unlink()
+    Path("guardian/m-00001-of-00002.gguf").write_bytes(b"GGUF")
+
+
+CASES = [
+    Case("an unknown key on the command line", 2, ("optim", "lr, ", "got speed", "--help"), arguments=("--optim.speed", "9")),
+    Case("an unknown key in the recipe", 2, ("optim", "lr, ", "got lerning_rate"), replace("recipe.yaml", "lr:", "lerning_rate:")),
+    Case("a wrong type", 2, ("optim.steps must be int or null, got many",), arguments=("--optim.steps", "many")),
+    Case("an unknown schedule", 2, ("schedule", "progressive", "slow"), arguments=("--schedule", "slow")),
+    Case("a recipe that does not exist", 2, ("other.yaml",), arguments=("--config", "other.yaml")),
+    Case("a recipe that is no YAML", 2, ("recipe.yaml",), replace("recipe.yaml", "target: guardian", "target: [guardian")),
+    Case("no source", 2, ("sources", "empty"), arguments=("--sources", "[]")),
+    Case("a target that is no source and no model", 2, ("target", "guardain", "guardian, scholar"), arguments=("--target", "guardain")),
+    Case("a stage without weights", 2, ("schedule[0]", "infer_weight", "train_weight"), arguments=("--schedule", "[{share: 1}]")),
+    Case("an inference mode without judges", 2, ("judges", "fusellm"), arguments=("--judges", "[]")),
+    Case("a judge that cannot be imported", 2, ("verifier", "no_such_module"), replace("recipe.yaml", "profuser.demo.verify:score", "no_such_module:score")),
+    Case("a temperature that the tail forbids", 2, ("optim.temperature", "tail", "renormalize"), arguments=("--optim.temperature", "2")),
+    Case("a negative number", 2, ("optim.lr", "> 0", "-1"), arguments=("--optim.lr", "-1")),
+    Case("other settings than the store's", 2, ("capture.top_k", "--fresh"), arguments=("--capture.top_k", "3")),
+    Case("other settings than the run's", 2, ("optim.lr", "--output", "--fresh"), arguments=("--optim.lr", "1", "--output", "runs/recipe")),
+    Case("a judge that fails", 3, ("verifier", "AttributeError", "fix the function"), replace("recipe.yaml", "demo.verify:score", "demo.verify:exact_match"), NEW),
+    Case("a match that fails", 3, ("evaluation.match", "TypeError", "profuser.evaluate"), replace("recipe.yaml", "verify:exact_match", "verify:answer_of")),
+    Case("a model directory that does not exist", 3, ("scholar", "./nowhere"), replace("recipe.yaml", "demo:scholar", "./nowhere")),
+    Case("a bundled model that does not exist", 3, ("demo:scolar", "guardian, "), replace("recipe.yaml", "demo:scholar", "demo:scolar")),
+    Case("a data file that does not exist", 3, ("missing.jsonl",), arguments=("--data.train", "missing.jsonl")),
+    Case("a column that is missing", 3, ("'response'", "prompt, output, skill", "data.response_column"), rename_column("response", "output")),
+    Case("a column that is misnamed", 3, ("'question'", "prompt, response, skill"), arguments=("--data.prompt_column", "question")),
+    Case("a column that holds no text", 3, ("'prompt'", "row 0", "list"), replace("train.jsonl", '"prompt": "', '"prompt": ["x"], "was": "')),
+    Case("a data file that is cut off", 3, ("train.jsonl",), truncate("train.jsonl")),
+    Case("a data file without a row", 3, ("train.jsonl", "row"), lambda: Path("train.jsonl").write_text("")),
+    Case("a model's truncated safetensors", 3, ("guardian", "download"), truncate("guardian/model.safetensors"), NEW),
+    Case("a model's corrupt safetensors", 3, ("guardian", "download"), corrupt("guardian/model.safetensors"), NEW),
+    Case("a model without weights", 3, ("guardian", "download"), lambda: Path("guardian/model.safetensors").unlink(), NEW),
+    Case("a broken tokenizer", 3, ("guardian", "tokenizer"), truncate("guardian/tokenizer.json"), NEW),
+    Case("a tokenizer without a chat template", 3, ("guardian", "chat_template"), without_template, NEW),
+    Case("a directory with two GGUF files", 3, ("a.gguf, ", "b.gguf"), two_gguf_files, NEW),
+    Case("a part of a GGUF file", 3, ("llama-gguf-split --merge",), part_of_a_gguf, NEW),
+    Case("a tokenizer that the store does not belong to", 3, ("sources.guardian.files", "--fresh"), replace("guardian/tokenizer_config.json", "{", '{"a": 1,')),
+    Case("a chat template that the store does not belong to", 3, ("sources.guardian.template", "--fresh"), replace("recipe.yaml", "./guardian }", './guardian, chat_template: "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}" }')),
+    Case("another directory as the store", 3, ("guardian", "manifest.json", "--store"), arguments=("--store", "guardian")),
+    Case("a broken manifest", 3, ("manifest.json", "--fresh"), truncate(f"{STORE}/manifest.json")),
+    Case("a truncated shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), truncate(f"{STORE}/targets/heldout-*"), ("runs/recipe",), "evaluate"),
+    Case("a corrupt shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), corrupt(f"{STORE}/capture/heldout-gt-scholar-*"), ("runs/recipe",), "evaluate"),
+    Case("a run directory of something else", 3, ("run.json", "--output"), arguments=("--output", "guardian")),
+]  # fmt: skip
+
+
+def rows(name: str, count: int) -> list[dict]:
+    return [json.loads(line) for line in Path(resolve(f"demo:{name}.jsonl")).read_text().splitlines()[:count]]
+
+
+def write_rows(path: str, content: list[dict]) -> None:
+    Path(path).write_text(
+        "".join(json.dumps({k: r[k] for k in ("prompt", "response", "skill", "answer")}) + "\n" for r in content)
+    )
+
+
+def run(command: str, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command, as its process would end."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, [command, *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main_of(COMMANDS[command])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
+
+
+def run_case(case: Case) -> tuple[int, str, str]:
+    if case.command == "evaluate":
+        return run(case.command, *case.arguments)
+    # In a directory of its own, unless the case is about that: a finished run would answer first.
+    given = (("--config", "recipe.yaml"), ("--store", STORE), ("--output", "other"))
+    return run(case.command, *(a for pair in given if pair[0] not in case.arguments for a in pair), *case.arguments)
+
+
+@contextlib.contextmanager
+def folder(origin: Path) -> Iterator[Path]:
+    """A copy of a folder as the working directory."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(origin, place, dirs_exist_ok=True)
+        os.chdir(place)
+        try:
+            yield Path(place)
+        finally:
+            os.chdir(before)
+
+
+def make_good(place: Path) -> None:
+    """A folder with a recipe, its data, a model of its own and a finished run."""
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        Path("recipe.yaml").write_text(RECIPE)
+        write_rows("train.jsonl", rows("fusion", 6))
+        write_rows("heldout.jsonl", rows("heldout", 3))
+        shutil.copytree(resolve("demo:guardian"), "guardian")
+        code, _, err = run("train", "--config", "recipe.yaml")
+        assert code == 0, err
+    finally:
+        os.chdir(before)
+
+
+def prepared_files() -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(Path("runs").rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    place = tmp_path_factory.mktemp("good")
+    make_good(place)
+    return place
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what.replace(" ", "-"))
+def test_bad_input_ends_in_its_exit_code_with_one_line(good, case):
+    with folder(good):
+        case.edit()
+        before = prepared_files()
+        code, _, err = run_case(case)
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert (code, len(lines)) == (case.code, 1), err
+        assert lines[0].startswith("error: ")
+        for part in case.says:
+            assert part in lines[0]
+        assert prepared_files() == before, "something that was prepared or trained is lost"
+
+
+def test_a_damaged_shard_is_built_again_and_nothing_else_is(good):
+    with folder(good):
+        shutil.rmtree("runs/recipe")
+        whole = prepared_files()
+        corrupt(f"{STORE}/capture/train-gt-scholar-*")()
+        code, out, err = run("train", "--config", "recipe.yaml")
+        assert code == 0, err
+        assert "damaged or missing: building it again" in out
+        after = prepared_files()
+        assert {n for n in whole if after[n] != whole[n]} <= {
+            f"{STORE}/{n}" for n in ("manifest.json", "summary.json", "samples.parquet")
+        }
+
+
+def odd_rows() -> list[dict]:
+    """Rows with everything that is handled instead of refused."""
+    normal = rows("fusion", 6)
+    return [
+        *normal,
+        {**normal[0], "response": ""},
+        {**normal[0], "prompt": "Say it again. " * 60},
+        {**normal[0], "response": "One more word. " * 60},
+        {**normal[0], "prompt": "What does <|im_end|> mean?", "response": "It ends </s> a turn."},
+        {**normal[0], "response": unicodedata.normalize("NFD", "Answer: caf\u00e9.")},
+    ]
+
+
+HANDLED = (
+    "1 x empty response, skipped",
+    "1 x over-long prompt, skipped",
+    "1 x over-long response, cut without an end of turn",
+    "1 x control token spelt out in a text, kept as text",
+    "1 x text that a normaliser changes, skipped",
+)
+
+
+def nfc_normaliser() -> None:
+    """Give the folder's own model a tokenizer that composes characters."""
+    path = Path("guardian/tokenizer.json")
+    tokenizer = json.loads(path.read_text())
+    tokenizer["normalizer"] = {"type": "NFC"}
+    path.write_text(json.dumps(tokenizer))
+
+
+def run_odd() -> tuple[int, str, str]:
+    nfc_normaliser()
+    write_rows("train.jsonl", odd_rows())
+    return run("train", "--config", "recipe.yaml", "--store", "odd-store", "--output", "odd")
+
+
+def handled_line(out: str) -> str:
+    lines = [line for line in out.splitlines() if line.startswith("handled: ")]
+    assert len(lines) == 1, out
+    return lines[0]
+
+
+def test_odd_examples_are_handled_and_summed_up_in_one_line(good):
+    with folder(good):
+        code, out, err = run_odd()
+        assert code == 0, err
+        line = handled_line(out)
+        for part in HANDLED:
+            assert part in line
+        assert re.search(r"fused model: odd\n", out)
+
+
+def main() -> None:
+    print(
+        "# Bad input\n\nEvery line below was printed by the command; `python tests/test_bad_input.py > docs/bad_input.md` "
+        "writes this page, and `tests/test_bad_input.py` tests the same cases.\n\n| input | exit | what is printed |\n|---|---:|---|"
+    )
+    with tempfile.TemporaryDirectory() as place:
+        make_good(Path(place))
+        for case in CASES:
+            with folder(Path(place)):
+                case.edit()
+                code, _, err = run_case(case)
+                print(f"| {case.what} | {code} | `{err.strip().replace('|', chr(92) + '|')}` |")
+        with folder(Path(place)):
+            code, out, _ = run_odd()
+            print(f"| examples that are handled, and counted at the end | {code} | `{handled_line(out)}` |")
+
+
+if __name__ == "__main__":
+    main()
