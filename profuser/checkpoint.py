@@ -58,6 +58,11 @@ def save_checkpoint(
     return final
 
 
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint by its name; 0 without any."""
+    return max((int(path.name.removeprefix("step-")) for path in directory.glob("step-*")), default=0)
+
+
 def load_newest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """Restore the newest complete checkpoint into model and optimizer; its state, or None when there is none."""
     for path in sorted(directory.glob("step-*"), reverse=True):

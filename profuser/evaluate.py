@@ -77,7 +77,7 @@ def bits_per_byte(rows: Sequence[dict], nll: Sequence[float], size: Sequence[int
 
 
 @torch.no_grad()
-def likelihood(model: FusionModel, targets: Targets, pad_id: int, recipe: Recipe) -> dict[str, Any]:
+def likelihood(model: FusionModel, targets: Targets, pad_id: int, recipe: Recipe, label: str) -> dict[str, Any]:
     """Teacher-forced statistics of the target on one split's ground truths.
 
     Returns:
@@ -91,20 +91,22 @@ def likelihood(model: FusionModel, targets: Targets, pad_id: int, recipe: Recipe
     kd_sum = kd_rows = ce_sum = tokens = 0.0
     device = next(model.parameters()).device
     size_of_batch = recipe.capture.batch_size
-    for first in range(0, len(sequences), size_of_batch):
-        batch = sequences[first : first + size_of_batch]
-        tensors = {
-            k: v.to(device) for k, v in targets.batch(batch, (1.0, 1.0), (1.0, 1.0), pad_id, recipe.optim).items()
-        }
-        out = model(**tensors, reduction="sum", return_stats=True)
-        ce = out["ce"].view(len(batch), -1).double().sum(1).tolist()
-        covered = out["source_mass"] > 0
-        kd_sum += float(out["kd"][covered].double().sum())
-        kd_rows += int(covered.sum())
-        for s, nats in zip(batch, ce):
-            nll[s.example], size[s.example] = nats, s.response_bytes
-            ce_sum += nats
-            tokens += s.labels
+    with Progress(label, len(sequences), "examples", brief=True) as bar:
+        for first in range(0, len(sequences), size_of_batch):
+            batch = sequences[first : first + size_of_batch]
+            tensors = {
+                k: v.to(device) for k, v in targets.batch(batch, (1.0, 1.0), (1.0, 1.0), pad_id, recipe.optim).items()
+            }
+            out = model(**tensors, reduction="sum", return_stats=True)
+            ce = out["ce"].view(len(batch), -1).double().sum(1).tolist()
+            covered = out["source_mass"] > 0
+            kd_sum += float(out["kd"][covered].double().sum())
+            kd_rows += int(covered.sum())
+            for s, nats in zip(batch, ce):
+                nll[s.example], size[s.example] = nats, s.response_bytes
+                ce_sum += nats
+                tokens += s.labels
+            bar.update(len(batch), tokens=sum(len(s.input_ids) for s in batch))
     model.train(was_training)
     return {"nll": nll, "response_bytes": size, "ce": ce_sum / max(tokens, 1), "kd": kd_sum / max(kd_rows, 1)}
 
@@ -167,6 +169,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
             targets,
             pad,
             recipe,
+            f"{label.replace('_', ' ')}: score the held-out ground truths",
         )
         del model
     # A prompt without a ground truth can only be scored by a match of the user's own.
@@ -236,10 +239,10 @@ def score_table(scores: dict[str, Any]) -> str:
     """scores.json as lines of text, in percent."""
     rows = [*scores["sources"].items(), ("target before", scores["target_before"]), ("fused", scores["fused"])]
     skills = list(scores["fused"])
-    width = max(len(n) for n, _ in rows)
-    head = " " * width + "".join(f"{s:>12}" for s in skills)
+    width, column = max(len(n) for n, _ in rows), max(10, *map(len, skills)) + 2
+    head = " " * width + "".join(f"{s:>{column}}" for s in skills)
     return "\n".join(
-        [head, *(f"{n:<{width}}" + "".join(f"{100 * values[s]:12.1f}" for s in skills) for n, values in rows)]
+        [head, *(f"{n:<{width}}" + "".join(f"{100 * values[s]:{column}.1f}" for s in skills) for n, values in rows)]
     )
 
 

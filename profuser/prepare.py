@@ -43,11 +43,12 @@ from profuser.cli import main_of
 from profuser.config import Recipe, Run, parse_run, target_config
 from profuser.data import data_hash, load_examples
 from profuser.errors import ConfigError, DataError
+from profuser.estimate import expected, sentence
 from profuser.models import Head, chat_format, default_device, fingerprint, load_model, load_tokenizer, runtime_dtype
 from profuser.progress import Progress
 from profuser.responses import generate
 from profuser.reward import judge_fingerprint, load_function, load_judge, vote
-from profuser.schedule import stages_of
+from profuser.schedule import plan, stages_of
 from profuser.store import Store, read_json, set_aside, write_json
 from profuser.summary import handled_line, summarise
 from profuser.targets import INFER, TRAIN, TargetBuilder
@@ -61,7 +62,8 @@ class Preparation:
     """The phases of one preparation, over one store."""
 
     def __init__(self, run: Run):
-        self.recipe = recipe = run.recipe
+        self.recipe, self.name = run.recipe, run.name
+        recipe = run.recipe
         self.device = default_device()
         self.sources = recipe.sources
         self.splits = {
@@ -123,6 +125,15 @@ class Preparation:
         names = [(f"{prefix}-{number:05d}", part) for number, part in self._shards(split)]
         return [(name, part) for name, part in names if not self.store.valid(name)]
 
+    def unmade(self, split: str, prefix: str) -> int:
+        """Examples of one kind of shard that the manifest does not list."""
+        listed = self.store.manifest["shards"]
+        return sum(p.stop - p.start for n, p in self._shards(split) if f"{prefix}-{n:05d}" not in listed)
+
+    def answered(self, split: str) -> bool:
+        """Whether the sources answer a split's prompts: the held-out ones for the scores, the training ones for the vote."""
+        return split == "heldout" or (split == "train" and bool(self.recipe.judges))
+
     def run(self) -> Store:
         if self.store.complete and self._intact():
             return self.store
@@ -146,12 +157,9 @@ class Preparation:
             truth = [
                 (split, *m) for split in self.splits for m in self._missing(split, f"capture/{split}-gt-{source.name}")
             ]
-            answering = [
-                split for split in self.splits if split == "heldout" or (split == "train" and self.recipe.judges)
-            ]
             answers = [
                 (split, *m)
-                for split in answering
+                for split in filter(self.answered, self.splits)
                 for m in self._missing(split, f"capture/{split}-responses-{source.name}")
             ]
             if not truth and not answers:
@@ -213,7 +221,7 @@ class Preparation:
             model, head, encoded, lengths, ranges, order, top_k=config.top_k, batch_size=config.batch_size
         ):
             scored[places[i]] = result
-            bar.update(1)
+            bar.update(1, tokens=len(encoded[i].input_ids))
         bar.update(len(rows) - len(scored))
         self.store.put(
             name,
@@ -233,9 +241,8 @@ class Preparation:
             with Progress(f"{config.name}: score the responses", examples_in(missing), "prompts") as bar:
                 for name, part in missing:
                     shown = [[text if ok else "" for text, ok in c] for c in self.candidates(part)]
-                    scores = score(self.splits["train"][part], shown)
+                    scores = score(self.splits["train"][part], shown, bar.update)
                     self.store.put(name, {"scores": scores}, examples=len(shown))
-                    bar.update(len(shown))
             del score
 
     def candidates(self, part: slice, split: str = "train") -> list[list[tuple[str, bool]]]:
@@ -352,7 +359,7 @@ class Preparation:
             source_ce = [np.inf if c is None else c.cross_entropy(self.recipe.align.min_ce_unit) for c in captures]
             per_source = [found.get(n) for found in aligned]
             builder.add(example, mode, encoded, label_positions(encoded), source_ce, len(text.encode()), per_source)
-        bar.update(len(rows))
+        bar.update(len(rows), tokens=sum(len(encoded.input_ids) for _, _, _, encoded, _ in sequences))
         return builder.arrays()
 
     @staticmethod
@@ -439,19 +446,23 @@ def last_byte(encoded: Encoded, max_length: int) -> int:
     return encoded.spans[kept - 1][1] if kept else 0
 
 
-def announce(command: str, run: Run, processes: int = 1) -> None:
-    """The first line of a run: what it does, on what, and with which alignment engine."""
-    names = ", ".join(s.name for s in run.recipe.sources)
+def announce(command: str, preparation: Preparation, processes: int = 1, first_step: int | None = None) -> None:
+    """The first line of a run: what it does, on what, with which alignment engine, and how long it should take."""
+    p, recipe = preparation, preparation.recipe
+    schedule = recipe.schedule if isinstance(recipe.schedule, str) else f"{len(recipe.schedule)} stages"
+    size = f"{len(p.splits['train'])} instructions"
+    if first_step is not None:
+        size += f", {plan(recipe, len(p.splits['train']))[-1].stop - first_step} steps ({schedule})"
     ranks = f", {processes} processes" if processes > 1 else ""
     print(
-        f"profuser.{command} {run.name}: {names} -> {run.recipe.target}; {default_device()}, {torch.get_num_threads()} "
-        f"threads{ranks}; alignment: {ENGINE}",
+        f"profuser.{command} {p.name}: {', '.join(s.name for s in recipe.sources)} -> {recipe.target}, {size}; {p.device}, "
+        f"{torch.get_num_threads()} threads{ranks}; alignment: {ENGINE}; {sentence(expected(p, first_step))}",
         flush=True,
     )
 
 
-def prepare(run: Run) -> Store:
-    """Bring the store of a recipe to completeness and return it.
+def open_preparation(run: Run) -> Preparation:
+    """A recipe's preparation, checked and not yet run.
 
     Raises:
         ConfigError: the schedule needs judges and there are none; a function that the recipe names cannot be imported.
@@ -467,7 +478,12 @@ def prepare(run: Run) -> Store:
             load_function(judge.function, f"judges: {judge.name}: function")
     if recipe.evaluation.match is not None:
         load_function(recipe.evaluation.match, "evaluation.match")
-    return Preparation(run).run()
+    return Preparation(run)
+
+
+def prepare(run: Run) -> Store:
+    """Bring the store of a recipe to completeness and return it; raises what open_preparation does."""
+    return open_preparation(run).run()
 
 
 def needs_inference(recipe: Recipe) -> bool:
@@ -476,10 +492,11 @@ def needs_inference(recipe: Recipe) -> bool:
 
 def run_command(argv: list[str]) -> None:
     run = parse_run("prepare", argv, {"fresh": "rename an existing store aside and start over"}, __doc__.split("\n")[0])
-    announce("prepare", run)
     if run.options["fresh"] and (aside := set_aside(run.store_dir)):
         print(f"renamed the old store to {aside}")
-    store = prepare(run)
+    preparation = open_preparation(run)
+    announce("prepare", preparation)
+    store = preparation.run()
     if line := handled_line(read_json(store.directory / "summary.json")):
         print(line)
     print(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from profuser.chat import ChatFormat
 from profuser.config import GenerationConfig
+from profuser.progress import silent
 
 
 @torch.no_grad()
@@ -21,14 +22,14 @@ def generate(
     max_length: int,
     seed: int = 0,
     responses: int = 1,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Callable[..., None] = silent,
 ) -> list[list[tuple[str, bool]]]:
     """Answer every prompt through the model's own chat template.
 
     Args:
         max_length: longest prompt in tokens; a longer one gets empty responses.
         responses: how many for each prompt; more than one needs a temperature.
-        progress: called with the number of prompts answered since the last call.
+        progress: called as `Progress.update` is, with the prompts answered and the tokens generated for them.
 
     Returns:
         For each prompt its responses as (text, finished); text is stripped, finished = the end of turn was reached.
@@ -61,11 +62,13 @@ def generate(
             pad_token_id=pad,
             **sampling,
         )[:, width:].tolist()
+        generated = 0
         for row, ids in enumerate(output):
             # Each prompt has its own room, whatever else is in its batch.
             ids = ids[: max_length - len(encoded[batch[row // responses]])]
             end = next((t for t, token in enumerate(ids) if token in ends), None)
+            generated += len(ids) if end is None else end + 1
             text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
             answers[batch[row // responses]][row % responses] = (text, end is not None)
-        progress(len(batch))
+        progress(len(batch), tokens=generated)
     return answers

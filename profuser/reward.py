@@ -18,6 +18,7 @@ import torch
 from profuser.config import JudgeConfig, SourceConfig
 from profuser.errors import ConfigError, DataError
 from profuser.models import chat_format, fingerprint, load_reward_model
+from profuser.progress import silent
 from profuser.token_bytes import TokenBytesMismatch
 
 
@@ -76,8 +77,9 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     return hashlib.sha256(inspect.getsource(inspect.getmodule(function)).encode()).hexdigest()[:16]
 
 
-Judge = Callable[[Sequence[dict], Sequence[Sequence[str]]], np.ndarray]
-"""(examples, candidates) -> float32 (E, C); NaN where a candidate was empty (not shown) or got no score."""
+Judge = Callable[..., np.ndarray]
+"""(examples, candidates, progress) -> float32 (E, C); NaN where a candidate was empty (not shown) or got no score.
+progress: called as `Progress.update` is."""
 
 
 def load_judge(config: JudgeConfig, device: torch.device | str = "cpu") -> Judge:
@@ -90,7 +92,7 @@ def load_judge(config: JudgeConfig, device: torch.device | str = "cpu") -> Judge
 def _function_judge(config: JudgeConfig) -> Judge:
     function = load_function(config.function, f"judges: {config.name}: function")
 
-    def score(examples: Sequence[dict], candidates: Sequence[Sequence[str]]) -> np.ndarray:
+    def score(examples: Sequence[dict], candidates: Sequence[Sequence[str]], progress=silent) -> np.ndarray:
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         for e, (example, responses) in enumerate(zip(examples, candidates)):
             shown = [c for c, text in enumerate(responses) if text]
@@ -107,6 +109,7 @@ def _function_judge(config: JudgeConfig) -> Judge:
                     f"{len(shown)}; fix the function"
                 )
             scores[e, shown] = given
+            progress(1)
         return scores
 
     return score
@@ -123,7 +126,7 @@ def _reward_model_judge(config: JudgeConfig, device: torch.device | str) -> Judg
     pad = model.config.pad_token_id
 
     @torch.no_grad()
-    def score(examples: Sequence[dict], candidates: Sequence[Sequence[str]]) -> np.ndarray:
+    def score(examples: Sequence[dict], candidates: Sequence[Sequence[str]], progress=silent) -> np.ndarray:
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         shown = []
         for e, responses in enumerate(candidates):
@@ -141,6 +144,8 @@ def _reward_model_judge(config: JudgeConfig, device: torch.device | str) -> Judg
             logits = model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float().cpu()
             for (e, c, _), value in zip(batch, logits.tolist()):
                 scores[e, c] = value
+            progress(0, tokens=sum(len(ids) for _, _, ids in batch))
+        progress(len(examples))
         return scores
 
     return score

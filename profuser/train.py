@@ -26,15 +26,16 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.nn.utils import clip_grad_norm_
 
-from profuser.checkpoint import load_newest, save_checkpoint
+from profuser.checkpoint import load_newest, newest_step, save_checkpoint
 from profuser.cli import main_of
 from profuser.config import BUNDLED_PREFIX, Recipe, Run, deciding_keys, parse_run, resolve, target_config
 from profuser.errors import ConfigError, DataError, NonFiniteError, Terminated
+from profuser.estimate import in_words
 from profuser.evaluate import evaluate, likelihood, score_table
 from profuser.fusion_model import FusionModel
 from profuser.models import chat_format, load_model, stored_dtype
 from profuser.output import closing_examples, environment, save_fused
-from profuser.prepare import announce, prepare
+from profuser.prepare import announce, open_preparation
 from profuser.progress import Progress
 from profuser.report import write_report
 from profuser.schedule import Stage, learning_rate, plan, stage_at
@@ -99,7 +100,8 @@ class Trainer:
                 stage = self.stages[index]
                 window.append(self._step(step, stage))
                 done = step + 1
-                bar.update(1, f"stage {index + 1}/{len(self.stages)}, loss {window[-1]['loss']:.3f}")
+                note = f"stage {index + 1}/{len(self.stages)}, loss {window[-1]['loss']:.3f}"
+                bar.update(1, tokens=window[-1]["tokens"], note=note)
                 if done % self.optim.log_every == 0 or done == stage.stop:
                     self._log({"step": done, "stage": index, **means(window)})
                     window = []
@@ -149,8 +151,9 @@ class Trainer:
                 ce, kd = totals[0][mode] / count[mode], totals[1][mode] / count[mode]
                 metrics |= {f"ce_{name}": ce, f"kd_{name}": kd, f"loss_{name}": ce + stage.beta * kd}
         loss = sum(w * metrics.get(f"loss_{name}", 0.0) for w, name in zip(weights, MODE_NAMES))
-        seconds = time.monotonic() - start
-        return {"loss": loss, **metrics, "lr": lr, "grad_norm": float(norm), "tokens_per_second": sum(count) / seconds}
+        tokens = sum(len(s.input_ids) for group in batch for s in group)
+        speed = {"tokens": tokens, "tokens_per_second": tokens / (time.monotonic() - start)}
+        return {"loss": loss, **metrics, "lr": lr, "grad_norm": float(norm), **speed}
 
     def _instruction(self, step: int, i: int) -> list[TargetSequence]:
         """The i-th instruction of an optimizer step: epochs are permutations drawn from (seed, epoch)."""
@@ -196,7 +199,7 @@ class Trainer:
     def _evaluate(self, step: int, stage: int) -> None:
         if self.validation is None or not self.accelerator.is_main_process:
             return
-        s = likelihood(self.fusion, self.validation, self.pad_id, self.recipe)
+        s = likelihood(self.fusion, self.validation, self.pad_id, self.recipe, "score the validation prompts")
         self._log({"step": step, "stage": stage, "eval": {"ce": s["ce"], "kd": s["kd"]}})
 
     def _log(self, line: dict[str, Any]) -> None:
@@ -345,7 +348,10 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
 
     with timed("prepare"):
         if accelerator.is_main_process:
-            prepare(run)
+            preparation = open_preparation(run)
+            announce("train", preparation, accelerator.num_processes, newest_step(directory / "checkpoints"))
+            preparation.run()
+            del preparation
         accelerator.wait_for_everyone()
         store = Store.load(run.store_dir)
     with timed("train"):
@@ -387,7 +393,6 @@ def run_command(argv: list[str]) -> None:
     accelerator = launch(run.recipe)
     complete = False
     if accelerator.is_main_process:
-        announce("train", run, accelerator.num_processes)
         complete = open_run(run)
     if broadcast_object_list([complete])[0]:
         accelerator.print(f"{run.output_dir} is complete already; --fresh starts over")
@@ -400,6 +405,8 @@ def run_command(argv: list[str]) -> None:
             print(closing_examples(read_json(run.output_dir / "evaluation.json"), 3))
         if line := handled_line(read_json(run.store_dir / "summary.json")):
             print(line)
+        seconds = read_json(run.output_dir / "run.json")["seconds"]
+        print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in seconds.items())}")
         print(f"fused model: {run.output_dir}\nreport: {report}")
     accelerator.end_training()
 

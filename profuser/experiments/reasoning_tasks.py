@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import re
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 """The tasks of reasoning-gym 0.1.25 that are asked, with their settings."""
 
-SPLITS = {"train": 80, "validation": 20, "heldout": 40}
+SPLITS = {"train": 100, "validation": 20, "heldout": 50}
 """Prompts a task in each file."""
 
 ANSWER = re.compile(r"(?:\bis:?|answer:|=)\s+([^\n]+)", re.IGNORECASE)
@@ -56,11 +55,14 @@ def verifier(example: dict, responses: list[str]) -> list[float]:
     return [verified(example, response) for response in responses]
 
 
-def agreement(example: dict, responses: list[str]) -> list[float]:
-    """Judge: how many of the other responses give the same answer."""
-    answers = [answer_of(response) for response in responses]
-    votes = Counter(answers)
-    return [votes[answer] - 1.0 for answer in answers]
+def form(example: dict, responses: list[str]) -> list[float]:
+    """Judge: 1 where the answer is of the ground truth's kind, a number or a word."""
+    wanted = is_number(answer_of(example["response"]))
+    return [float(is_number(answer_of(response)) == wanted) for response in responses]
+
+
+def is_number(text: str) -> bool:
+    return NUMBER.fullmatch(text) is not None
 
 
 def verified(example: dict, response: str) -> float:

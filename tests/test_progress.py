@@ -1,0 +1,142 @@
+"""Progress lines and the estimate that the first line of a run gives."""
+
+import re
+
+import pytest
+import torch
+
+from profuser import progress
+from profuser.checkpoint import newest_step
+from profuser.config import SourceConfig
+from profuser.estimate import Size, expected, in_words, probe, sentence, size_of
+from profuser.models import load_model
+from profuser.prepare import announce, open_preparation
+from profuser.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """time.monotonic() of the progress module, moved by hand."""
+
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr(progress.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_off_a_terminal_there_is_a_line_every_few_seconds_and_one_at_the_end(clock, capsys):
+    with Progress("fuse", 10, "steps") as bar:
+        for _ in range(10):
+            clock.now += 4
+            bar.update(1, tokens=100, note="loss 1.5")
+    assert capsys.readouterr().out.splitlines() == [
+        "fuse: 4/10 steps in 16 s, 24 s left, 25 tokens/s, loss 1.5",
+        "fuse: 8/10 steps in 32 s, 8 s left, 25 tokens/s, loss 1.5",
+        "fuse: 10/10 steps in 40 s, 25 tokens/s, loss 1.5",
+    ]
+
+
+def test_the_last_line_is_printed_once(clock, capsys):
+    with Progress("align", 1) as bar:
+        clock.now += 20
+        bar.update(1)
+    assert capsys.readouterr().out == "align: 1/1 it in 20 s\n"
+
+
+def test_a_brief_part_of_something_else_says_nothing(clock, capsys):
+    with Progress("score", 2, brief=True) as bar:
+        bar.update(2)
+    with Progress("nothing to do", 0):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interrupted_phase_prints_no_closing_line(capsys):
+    def interrupted():
+        with Progress("fuse", 3) as bar:
+            bar.update(1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_phase_estimates_from_what_it_did_itself(clock, capsys):
+    with Progress("fuse", 100, "steps", initial=90) as bar:
+        clock.now += 20
+        bar.update(5)
+        clock.now += 20
+        bar.update(5)
+    assert capsys.readouterr().out.splitlines()[0] == "fuse: 95/100 steps in 20 s, 20 s left"
+
+
+def test_on_a_terminal_the_bar_carries_rate_and_note(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Progress("fuse", 2, "steps") as bar:
+        bar.update(1, tokens=10, note="loss 0.5")
+        bar.bar.refresh()
+    out = capsys.readouterr()
+    assert re.search(r"fuse:.*1/2.*tokens/s, loss 0\.5", out.err)
+
+
+def test_the_size_of_a_model_is_read_from_its_files():
+    source = SourceConfig(name="scholar", model="demo:scholar")
+    model = load_model(source, torch.float32)
+    weights = {p.data_ptr(): p.numel() for p in model.parameters()}
+    assert size_of(source) == Size(sum(weights.values()), model.config.num_hidden_layers)
+
+
+def test_a_model_that_is_not_here_has_no_size_and_the_line_says_so():
+    assert size_of(SourceConfig(name="far", model="nobody/nothing")) is None
+    assert "unknown" in sentence(None)
+
+
+def test_what_is_done_already_is_not_expected_again(prepared, tmp_path):
+    from dataclasses import replace
+
+    _, run, _ = prepared
+    done = expected(open_preparation(run), first_step=run.recipe.optim.steps)
+    assert done["score"] == done["answer"] == 0
+    assert done["evaluate"] > 0
+    fresh = replace(run, recipe=replace(run.recipe, store=str(tmp_path / "store")))
+    todo = expected(open_preparation(fresh), first_step=0)
+    assert all(todo[phase] > 0 for phase in ("score", "answer", "fuse", "evaluate"))
+    assert todo["fuse"] > done["fuse"]
+
+
+def test_the_first_line_says_what_on_what_and_how_long(prepared, capsys):
+    _, run, _ = prepared
+    announce("train", open_preparation(run), processes=2, first_step=1)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    for part in (
+        "guardian, scholar, reckoner -> guardian",
+        "12 instructions",
+        "3 steps (progressive)",
+        "2 processes",
+        "expected",
+    ):
+        assert part in line
+
+
+def test_the_probe_finds_a_machine():
+    machine = probe(torch.device("cpu"), torch.float32)
+    assert machine.flops > 1e8
+    assert machine.bandwidth > 1e8
+    assert 0 < machine.op < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "1 s"), (40.4, "40 s"), (75, "1 min"), (1800, "30 min"), (8000, "2 h")]
+)
+def test_durations_have_no_more_digits_than_they_are_worth(seconds, words):
+    assert in_words(seconds) == words
+
+
+def test_the_newest_checkpoint_tells_where_a_run_goes_on(tmp_path):
+    assert newest_step(tmp_path) == 0
+    for step in (5, 20):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    assert newest_step(tmp_path) == 20
