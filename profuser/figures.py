@@ -70,7 +70,7 @@ class Theme:
 
 
 LIGHT = Theme(
-    page="#ffffff", text="#16191d", soft="#525a63", line="#dde1e5", band="#f3f5f7", fused="#b73d00",
+    page="#ffffff", text="#16191d", soft="#48505a", line="#dde1e5", band="#f3f5f7", fused="#b73d00",
     sources=("#1250cf", "#d67d00", "#00aa57", "#cc79a7", "#5e8cf8", "#656163"),
     heat=("#f1f5fb", "#a9c8ee", "#4d8fd9", "#1250a8", "#0a2c66"),
 )  # fmt: skip

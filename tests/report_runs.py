@@ -166,3 +166,52 @@ def edit(path: Path, change) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def rich_run(root: Path) -> tuple[Path, Path]:
+    """A run that is hard to lay out: six skills, four sources, three stages, long names and hostile texts."""
+    sources = (
+        "guardian",
+        "Qwen-2.5-7B-Instruct-fine-tuned-on-everything",
+        "anunbrokennameofmorethanthirtyletters",
+        "b",
+    )
+    skills = (
+        "knowledge",
+        "grade_school_mathematics_word_problems",
+        "x" * 48,
+        "safety",
+        "עברית",
+        "code <b>generation</b>",
+    )
+    run_dir, store_dir = make_run(root, sources=sources, skills=skills)
+
+    def three_stages(run):
+        weights = ((1.0, 0.0), (0.5, 0.5), (0.1, 1.0))
+        run["recipe"]["schedule"] = [{"infer_weight": i, "train_weight": t, "beta": None} for i, t in weights]
+        run["hardware"] = "A processor with a very long name @ 3.14159 GHz, 128 threads"
+
+    def hostile(evaluation):
+        texts = (
+            "</pre><script>alert(1)</script><img src='https://example.org/x.png'>",
+            "שלום עולם, זהו טקסט מימין לשמאל \u202e with an override",
+            "https://example.org/" + "an-address-without-a-break" * 12,
+            "def f(x):\n    return [x] * 3\n" * 30,
+            "",
+        )
+        for i, example in enumerate(evaluation["examples"]):
+            example["prompt"] = texts[i % len(texts)] or "?"
+            example["responses"]["fused"] = texts[(i + 1) % len(texts)]
+        for i, example in enumerate(evaluation["votes"]):
+            example["ground_truth"] = texts[i % len(texts)]
+            for source in example["sources"]:
+                source["responses"] *= 2
+            example["sources"][1]["responses"][0] = {"text": "", "eligible": False, "votes": 0.0, "wins_vote": False}
+
+    edit(run_dir / "run.json", three_stages)
+    edit(run_dir / "evaluation.json", hostile)
+    edit(store_dir / "summary.json", lambda summary: summary["handled"].update({"unusually " * 12: 1234567}))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    late = ({**line, "stage": 2} if line["step"] > 300 else line for line in lines)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in late))
+    return run_dir, store_dir
