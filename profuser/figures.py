@@ -127,9 +127,15 @@ def _is_hidden(character: str) -> bool:
     )
 
 
-def _wrap(name: str, width: int) -> str:
+def _wrap(name: str, width: int, most: int = 3) -> str:
     lines = textwrap.wrap(visible(name).replace("_", " "), width)  # an underscore reads as a space and breaks like one
-    return "\n".join(lines[:3]) + ("…" if len(lines) > 3 else "")
+    return "\n".join(lines[:most]) + ("…" if len(lines) > most else "")
+
+
+def _short(name: str, width: int) -> str:
+    """One line, cut in the middle: names of models differ at both ends."""
+    name = visible(name)
+    return name if len(name) <= width else f"{name[: width - width // 3 - 1]}…{name[-(width // 3) :]}"
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -231,23 +237,26 @@ def draw_wins(wins: Mapping[str, Mapping[str, int]], sources: Sequence[str], by:
             return _note(f"No wins by {by}: this run did not compare its sources that way.", theme)
         columns = [*sources, *sorted({name for row in wins.values() for name in row} - set(sources))]
         counts = np.array([[row.get(name, 0) for name in columns] for row in wins.values()], dtype=float)
-        labels = [_wrap(skill, 14) for skill in wins]
+        labels = [_wrap(skill, 15, 2) for skill in wins]
         if len(labels) > 1:
             counts, labels = np.vstack([counts, counts.sum(0)]), [*labels, "all skills"]
         totals = counts.sum(1, keepdims=True)
         shares = np.divide(100 * counts, totals, out=np.zeros_like(counts), where=totals > 0)
-        slanted = len(columns) > 4
+        count = "{}\nn = {:.0f}" if len(labels) < 9 else "{} ({:.0f})"
+        labels = [count.format(*pair) for pair in zip(labels, totals[:, 0])]
+        slanted = len(columns) > 4 or max(map(len, columns)) > 36 // len(columns)
+        names = [_short(name, 20) for name in columns]
+        turn = {"rotation": 50, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
         unit = "" if slanted else " %"
         texts = [[f"{share:.0f}{unit}" if total else "–" for share in row] for row, (total,) in zip(shares, totals)]
-        figure, (axis,) = _figure((1.9 if slanted else 1.1) + 0.44 * len(labels))
+        pitch = 0.1 + 0.17 * max(label.count("\n") + 1 for label in labels)  # inches a row
+        head = 0.6 + (0.065 * max(map(len, names)) if slanted else 0.2)
+        figure, (axis,) = _figure(head + pitch * len(labels))
         _heat(axis, shares / 100, texts, theme, 11)
         if len(wins) > 1:
             axis.axhline(len(wins), color=theme.text, lw=1.8)
-        names = [_wrap(name, 20 if slanted else max(8, 34 // len(columns))) for name in columns]
-        turn = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
-        count = "{}\nn = {:.0f}" if len(labels) < 9 else "{} ({:.0f})"
         axis.set_xticks(np.arange(len(columns)) + 0.5, names, **turn)
-        axis.set_yticks(np.arange(len(labels)) + 0.5, [count.format(*pair) for pair in zip(labels, totals[:, 0])])
+        axis.set_yticks(np.arange(len(labels)) + 0.5, labels)
         axis.xaxis.tick_top()
         axis.tick_params(length=0)
         figure.suptitle(f"Share of examples won by {by}{', %' if slanted else ''}", size=11.5, weight="bold")
@@ -274,7 +283,7 @@ def draw_alignment(
             strip.text(0, **place)
             top += heading
             center = top + np.arange(len(rows)) + 0.5
-            ticks |= {y: _wrap(source, 14) for y, (source, _) in zip(center, rows)}
+            ticks |= {y: _short(source, 16) for y, (source, _) in zip(center, rows)}
             left = np.zeros(len(rows))
             for kind, (color, hatch) in _KINDS.items():
                 width = 100 * np.array([row.get(kind, 0.0) for _, row in rows])
@@ -298,8 +307,8 @@ def draw_alignment(
         bars.spines["left"].set_visible(False)
         bins = counts.shape[1]
         strip.set_xticks(np.linspace(0, bins, 6), [f"{tick:.1f}" for tick in np.linspace(0, 1, 6)])
-        strip.set_xlabel("reliability")
-        strip.set_title("Covered positions by reliability", loc="left")
+        strip.set_xlabel("reliability of covered positions")
+        strip.set_title("By reliability, %", loc="left")
         for axis in (bars, strip):
             axis.set_yticks(list(ticks), list(ticks.values()))
             axis.tick_params(axis="y", length=0)

@@ -62,9 +62,9 @@ def stage_table(
     beta = recipe.get("optim", {}).get("beta")
     rows: list[tuple[str, str, list[Any]]] = [
         ("", "optimizer steps", [f"{start + 1}–{stop}" for start, stop in zip(starts, stops)]),
-        ("", "weight of inference mode", [c.get("infer_weight") for c in configs]),
-        ("", "weight of training mode", [c.get("train_weight") for c in configs]),
-        ("", "β, weight of the KL", [beta if c.get("beta") is None else c["beta"] for c in configs]),
+        ("Weight", "inference mode", [c.get("infer_weight") for c in configs]),
+        ("Weight", "training mode", [c.get("train_weight") for c in configs]),
+        ("Weight", "KL (β)", [beta if c.get("beta") is None else c["beta"] for c in configs]),
     ]
     for quantity, key in (("Cross-entropy", "ce"), ("KL to the source", "kd")):
         for mode, name in (("inference mode", "infer"), ("training mode", "train")):

@@ -16,6 +16,7 @@ import argparse
 import base64
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from profuser import figures
@@ -184,6 +185,11 @@ def _change(value: Any) -> str:
     return "–" if value is None else value if isinstance(value, str) else f"{value:.3g}"
 
 
+def _breakable(name: str) -> Markup:
+    """A name that may break after an underscore or a slash."""
+    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(visible(name)))))
+
+
 def _draw(draw: Callable[[Theme], Figure], path: Path) -> dict[str, Markup]:
     """Writes the light picture to `path` and returns those of both themes for the page, SVG in base64."""
     light, dark = draw(LIGHT), draw(DARK)
@@ -208,6 +214,7 @@ def _render(**values: Any) -> str:
         "duration": _duration,
         "shorten": _shorten,
         "change": _change,
+        "breakable": _breakable,
     }
     return environment.get_template("report.html.j2").render(values)
 
