@@ -283,7 +283,7 @@ def draw_alignment(
             strip.text(0, **place)
             top += heading
             center = top + np.arange(len(rows)) + 0.5
-            ticks |= {y: _short(source, 16) for y, (source, _) in zip(center, rows)}
+            ticks |= {y: _short(source, 13) for y, (source, _) in zip(center, rows)}
             left = np.zeros(len(rows))
             for kind, (color, hatch) in _KINDS.items():
                 width = 100 * np.array([row.get(kind, 0.0) for _, row in rows])
@@ -298,7 +298,7 @@ def draw_alignment(
             shares = np.divide(100 * counts, totals, out=np.zeros_like(counts), where=totals > 0)
             texts = [["" if share == 0 else "<1" if share < 1 else f"{share:.0f}" for share in row] for row in shares]
             # The square root keeps a bin of 2 % visible beside one of 95 %; the numbers are the shares themselves.
-            _heat(strip, np.sqrt(shares / 100), texts, theme, 9, top)
+            _heat(strip, np.sqrt(shares / 100), texts, theme, 8.5, top)
             top += len(rows)
         bars.set(xlim=(0, 100), xlabel="target positions, %", ylim=(height, 0))
         bars.text(102, heading / 2 + 0.08, "coverage", va="center", color=theme.soft, fontsize=10)
@@ -310,7 +310,7 @@ def draw_alignment(
         strip.set_xlabel("reliability of covered positions")
         strip.set_title("By reliability, %", loc="left")
         for axis in (bars, strip):
-            axis.set_yticks(list(ticks), list(ticks.values()))
+            axis.set_yticks(list(ticks), list(ticks.values()), fontsize=10)
             axis.tick_params(axis="y", length=0)
         return figure
 

@@ -257,7 +257,7 @@ def test_a_loss_against_the_best_source_is_said_plainly(tmp_path):
         lambda s: s["target_before"].update(mean=0.3) or s["sources"]["guardian"].update(mean=0.3),
     )
     page = Page(write_report(run_dir, store_dir))
-    assert "1.0 points below the best single model (scholar, 51.0 %)" in page.text
+    assert "1.0 points below the best single model ( scholar , 51.0 %)" in page.text
     assert "−1.0 points" in page.text
     assert "cannot tell the two apart" in page.text
 
