@@ -211,7 +211,9 @@ def draw_scores(models: Sequence[Model], skills: Sequence[str], theme: Theme) ->
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="x")
         axis.text(1.03, -0.55, "fused", va="bottom", **margin)
-        figure.legend(loc="outside upper left", ncols=2, handletextpad=0.4, columnspacing=1.2, borderpad=0)
+        figure.legend(
+            loc="outside upper left", ncols=2, handlelength=1.2, handletextpad=0.4, columnspacing=1, borderpad=0
+        )
         return figure
 
 
