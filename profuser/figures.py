@@ -178,7 +178,7 @@ def draw_scores(models: Sequence[Model], skills: Sequence[str], theme: Theme) ->
     with matplotlib.rc_context(theme.style):
         if not rows:
             return _note("No scores: the recipe has no held-out prompts.", theme)
-        names = [_wrap(model.label, 24) for model in models]
+        names = [_wrap(model.label, 24 if len(model.label) <= 24 else 20) for model in models]
         legend = sum(max(n.count("\n") for n in pair) + 1 for pair in zip(names[::2], [*names[1::2], ""]))
         figure, (axis,) = _figure(rows * pitch + 1.05 + 0.19 * legend)
         styles = itertools.cycle(zip(theme.sources, _MARKERS))

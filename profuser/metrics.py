@@ -62,12 +62,12 @@ def stage_table(
     beta = recipe.get("optim", {}).get("beta")
     rows: list[tuple[str, str, list[Any]]] = [
         ("", "optimizer steps", [f"{start + 1}–{stop}" for start, stop in zip(starts, stops)]),
-        ("Weight", "inference mode", [c.get("infer_weight") for c in configs]),
-        ("Weight", "training mode", [c.get("train_weight") for c in configs]),
+        ("Weight", "inference", [c.get("infer_weight") for c in configs]),
+        ("Weight", "training", [c.get("train_weight") for c in configs]),
         ("Weight", "KL (β)", [beta if c.get("beta") is None else c["beta"] for c in configs]),
     ]
     for quantity, key in (("Cross-entropy", "ce"), ("KL to the source", "kd")):
-        for mode, name in (("inference mode", "infer"), ("training mode", "train")):
+        for mode, name in (("inference", "infer"), ("training", "train")):
             rows.append((quantity, mode, [_tenths(lines, f"{key}_{name}") for lines in stages]))
         spans = zip(starts, stops)
         rows.append((quantity, "validation", [_passes(validation, key, start, stop) for start, stop in spans]))

@@ -183,13 +183,13 @@ def test_stages_are_told_with_their_weights_and_changes(reported):
     assert rows[:5] == [
         ["optimizer steps", "1–200", "201–400"],
         ["Weight"],
-        ["inference mode", "1", "0.1"],
-        ["training mode", "0", "1"],
+        ["inference", "1", "0.1"],
+        ["training", "0", "1"],
         ["KL (β)", "0.25", "0.25"],
     ]
     assert [row[0] for row in rows[5:]] == [
-        *("Cross-entropy", "inference mode", "training mode", "validation"),
-        *("KL to the source", "inference mode", "training mode", "validation"),
+        *("Cross-entropy", "inference", "training", "validation"),
+        *("KL to the source", "inference", "training", "validation"),
     ]
     assert rows[7][1] == "–"  # no training mode in stage 1
 
@@ -204,10 +204,10 @@ def test_changes_of_a_stage_are_tenths_of_its_lines_and_the_passes_around_it():
     assert names == ["stage 1", "stage 2"]
     assert rows == [
         ("", "optimizer steps", ["1–200", "201–300"]),
-        ("Weight", "inference mode", [0.0, 0.0]),
-        ("Weight", "training mode", [1.0, 0.5]),
+        ("Weight", "inference", [0.0, 0.0]),
+        ("Weight", "training", [1.0, 0.5]),
         ("Weight", "KL (β)", [0.5, 2.0]),
-        ("Cross-entropy", "training mode", [Change(1.5, 19.5), Change(21.0, 30.0)]),
+        ("Cross-entropy", "training", [Change(1.5, 19.5), Change(21.0, 30.0)]),
         ("Cross-entropy", "validation", [Change(9.0, 7.0), Change(7.0, 6.0)]),
     ]
 
