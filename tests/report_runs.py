@@ -57,7 +57,7 @@ def make_run(
             "sources": [
                 {
                     "name": name,
-                    "ce": None if i == 2 and s == 1 else 0.125 * (1 + (s + i) % len(sources)),
+                    "ce": None if i == 2 and s == 2 else 0.125 * (1 + (s + i) % len(sources)),
                     "wins_min_ce": (s + i) % len(sources) == 0,
                     "responses": [
                         {"text": f"A feget is a {name}.", "eligible": True, "votes": 1.5 * (s < 2), "wins_vote": s == 0}
