@@ -1,7 +1,8 @@
 """Held-out scores: exact match per skill from generated answers, bits per byte of the ground truth.
 
 Bits per byte, not per token, because vocabularies differ. The sources' answers and log-likelihoods come from the store;
-what is generated here is the target's. `python -m profuser.evaluate RUN_DIR` scores a finished run again.
+what is generated here is the target's. Beside the scores: a few held-out prompts, and a few training prompts with their
+votes. `python -m profuser.evaluate RUN_DIR` scores a finished run again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from profuser.ballots import judged_examples
 from profuser.chat import ChatFormat
 from profuser.cli import main_of
 from profuser.config import Recipe, Run, SourceConfig, load_recipe, target_config
@@ -132,6 +134,18 @@ def source_answers(store: Store, sources: Sequence[str], split: str = "heldout")
     }
 
 
+def prepared_rows(recipe: Recipe, store: Store, split: str) -> list[dict]:
+    """The rows of a split, which must still be those that the store was prepared with."""
+    location = getattr(recipe.data, split)
+    rows = load_examples(recipe.data, location, recipe.data.limit if split == "train" else None)
+    if data_hash(rows) != store.manifest["settings"]["capture"]["data"].get(split):
+        name = {"train": "training", "heldout": "held-out"}[split]
+        raise DataError(
+            f"{location} must be the {name} data that {store.directory} was prepared with, its rows differ; restore it"
+        )
+    return rows
+
+
 def evaluate(run: Run, store: Store) -> dict[str, Any]:
     """Score the fused model in the run directory against its sources; write scores.json and evaluation.json.
 
@@ -141,11 +155,8 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     recipe, directory = run.recipe, run.output_dir
     if recipe.data.heldout is None:
         raise DataError("evaluation needs data.heldout, the recipe names none; add it")
-    rows = load_examples(recipe.data, recipe.data.heldout)
-    if data_hash(rows) != store.manifest["settings"]["capture"]["data"].get("heldout"):
-        raise DataError(
-            f"{recipe.data.heldout} must be the held-out data that {store.directory} was prepared with, its rows differ; restore it"
-        )
+    rows, training = prepared_rows(recipe, store, "heldout"), prepared_rows(recipe, store, "train")
+    votes = judged_examples(store, recipe, training, first_of_each_skill(training, recipe.evaluation.examples))
     match, targets = match_of(recipe), Targets(store, "heldout")
     names = [s.name for s in recipe.sources]
     answers = source_answers(store, names)
@@ -171,6 +182,10 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
             recipe,
             f"{label.replace('_', ' ')}: score the held-out ground truths",
         )
+        if label == "fused":
+            prompts, limit = [example["prompt"] for example in votes], recipe.data.max_length
+            now = generate(model, chat, prompts, recipe.generation, max_length=limit, seed=recipe.seed)
+            votes = [{**example, "fused": text} for example, ((text, _),) in zip(votes, now)]
         del model
     # A prompt without a ground truth can only be scored by a match of the user's own.
     asked = [i for i, row in enumerate(rows) if row["response"] or recipe.evaluation.match is not None]
@@ -214,6 +229,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
             }
             for i in (asked[n] for n in first_of_each_skill(asked_rows, recipe.evaluation.examples))
         ],
+        "votes": votes,
     }
     write_json(directory / "scores.json", scores)
     write_json(directory / "evaluation.json", evaluation)

@@ -25,6 +25,7 @@ from profuser.alignment.ranges import RangeRequest, ranges_needed
 from profuser.alignment.spans import ENGINE
 from profuser.alignment.types import Aligned
 from profuser.alignment.vocab_map import ByteOrder
+from profuser.ballots import candidates, count_votes
 from profuser.capture import (
     DECODER,
     EMPTY,
@@ -42,12 +43,12 @@ from profuser.chat import ChatFormat, Encoded
 from profuser.cli import main_of
 from profuser.config import Recipe, Run, parse_run, target_config
 from profuser.data import data_hash, load_examples
-from profuser.errors import ConfigError, DataError
+from profuser.errors import ConfigError
 from profuser.estimate import expected, sentence
 from profuser.models import Head, chat_format, default_device, fingerprint, load_model, load_tokenizer, runtime_dtype
 from profuser.progress import Progress
 from profuser.responses import generate
-from profuser.reward import judge_fingerprint, load_function, load_judge, vote
+from profuser.reward import judge_fingerprint, load_function, load_judge
 from profuser.schedule import plan, stages_of
 from profuser.store import Store, read_json, set_aside, write_json
 from profuser.summary import handled_line, summarise
@@ -247,33 +248,14 @@ class Preparation:
 
     def candidates(self, part: slice, split: str = "train") -> list[list[tuple[str, bool]]]:
         """(text, eligible) of all responses to the prompts of one shard, source by source."""
-        number = part.start // self.recipe.capture.shard_size
-        per_source = [self.store.get_json(f"capture/{split}-responses-{s.name}-{number:05d}") for s in self.sources]
-        return [
-            [(text, bool(text) and finished) for answers in row for text, finished in answers]
-            for row in zip(*per_source)
-        ]
+        return candidates(
+            self.store, [s.name for s in self.sources], part.start // self.recipe.capture.shard_size, split
+        )
 
     @cached_property
     def ballots(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(winner (E,) candidate index or -1, votes (E, C), scores (E, R, C)) over the whole training split."""
-        parts = list(self._shards("train"))
-        eligible = np.array([[ok for _, ok in row] for _, part in parts for row in self.candidates(part)])
-        scores = np.stack(
-            [
-                np.concatenate(
-                    [self.store.get(f"capture/train-scores-{j.name}-{number:05d}")["scores"] for number, _ in parts]
-                )
-                for j in self.recipe.judges
-            ],
-            axis=1,
-        )
-        for r, judge in enumerate(self.recipe.judges):
-            if eligible.any() and np.isnan(scores[:, r][eligible]).all():
-                raise DataError(
-                    f"judge {judge.name} must score some response, it gave NaN to all {eligible.sum()}; fix the judge or take it out"
-                )
-        return *vote(scores, eligible), scores
+        return count_votes(self.store, [s.name for s in self.sources], [j.name for j in self.recipe.judges])
 
     # -- phase 3 ---------------------------------------------------------------------------------------------------
 

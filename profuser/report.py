@@ -1,7 +1,8 @@
 """The report of a finished run: one self-contained report.html and its five pictures, from the files the run left.
 
 Reads run.json, metrics.jsonl, scores.json and evaluation.json of the run directory and summary.json of its store;
-computes nothing but intervals and shares. Intervals are Wilson's for one skill; for a mean over skills and for a
+computes nothing but intervals and shares. The page carries each picture as two SVGs, for light and for dark screens; the
+run directory gets the light ones as PNG files. Intervals are Wilson's for one skill; for a mean over skills and for a
 difference they are combined by MOVER (Zou and Donner 2008: the distances to the limits add in quadrature, so for a
 difference they are Newcombe's). They cover the choice of held-out prompts, not the luck of a seed. Left out on purpose:
 comparisons between runs (profuser.experiments.compare).
@@ -15,23 +16,24 @@ import argparse
 import base64
 import json
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
 from profuser import figures
 from profuser.errors import DataError, ProfuserError
-from profuser.figures import Model, Score, visible
+from profuser.figures import DARK, LIGHT, Model, Score, Theme, visible
+from profuser.metrics import Change, read_metrics, stage_table
 
 Z = 1.959964  # two-sided 95 %
 MAX_TEXT = 2000  # characters of a prompt or response that the page shows
-PICTURES = ("scores", "win_min_ce", "win_vote", "alignment", "curves")
 
 
 def wilson(share: float, count: int | None) -> Score:
@@ -77,25 +79,6 @@ def _read_json(path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
-def _read_metrics(path: Path) -> tuple[list[dict], list[dict], int]:
-    """Training and validation lines (of a step that a resumed run repeats, the last), and how many are unreadable."""
-    training, validation, unreadable = {}, {}, 0
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"a report needs metrics.jsonl, {path}: {error.strerror}; let the run finish or give its directory"
-        ) from None
-    for line in filter(str.strip, lines):
-        try:
-            entry = json.loads(line)
-            (validation if "eval" in entry else training)[entry["step"], entry["stage"]] = entry
-        except (ValueError, KeyError, TypeError):  # a line torn by a killed process
-            unreadable += 1
-    by_step = itemgetter("step")
-    return sorted(training.values(), key=by_step), sorted(validation.values(), key=by_step), unreadable
-
-
 def _models(scores: Mapping[str, Any], counts: Mapping[str, int], target: str) -> list[Model]:
     """Fused, target before, sources. A target that is also a source, with the same scores, appears once."""
     before = scores["target_before"]
@@ -117,9 +100,14 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _answer(
-    models: Sequence[Model], sources: Sequence[str], target: str, skills: Sequence[str], distilled: bool
-) -> dict[str, Any] | None:
+def _title(sources: Sequence[str], target: str, distilled: bool) -> str:
+    if not distilled:
+        return f"{target} fine-tuned on the ground truth, without its sources"
+    names = f"{', '.join(sources[:-1])} and {sources[-1]}" if len(sources) > 1 else sources[0]
+    return f"{names} fused into {target}"
+
+
+def _answer(models: Sequence[Model], skills: Sequence[str]) -> dict[str, Any] | None:
     """What the page opens with: the fused model against the best single one, and what the target forgot."""
     fused, others = models[0], [model for model in models[1:] if "mean" in model.scores]
     if "mean" not in fused.scores or not others:
@@ -133,19 +121,8 @@ def _answer(
     }
     answer["gain"] = difference(answer["fused"], answer["best"])
     points = abs(100 * answer["gain"].value)
-    verdict = (
+    answer["verdict"] = (
         f"{points:.1f} points {'above' if answer['gain'].value > 0 else 'below'}" if round(points, 1) else "level with"
-    )
-    measure = f"{100 * answer['fused'].value:.1f}\u00a0% correct" + (
-        f" on average over {len(skills)} skills" if len(skills) > 1 else ""
-    )
-    names = f"{', '.join(sources[:-1])} and {sources[-1]}" if len(sources) > 1 else sources[0]
-    what = (
-        f"{names} fused into {target}" if distilled else f"{target} fine-tuned on the ground truth, without its sources"
-    )
-    answer["sentence"] = (
-        f"{what}: {measure}, {verdict} the best single model ({answer['best_name']}, "
-        f"{100 * answer['best'].value:.1f}\u00a0%)."
     )
     answer["certain"] = answer["gain"].low > 0 or answer["gain"].high < 0
     if before:
@@ -177,19 +154,6 @@ def _examples(entries: Sequence[Mapping[str, Any]], sources: Sequence[str], targ
     return shown
 
 
-def _curves_caption(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> str:
-    parts = ["Thin: as logged; thick: the moving mean."]
-    if len({line["stage"] for line in training}) > 1:
-        parts.insert(
-            0, "Dashed vertical lines: a new stage begins, with its own weights, so the loss does not compare across."
-        )
-    if validation:
-        parts.append("Validation at step 0 is the target before fusion.")
-    if any(line["eval"].get("kd") for line in validation):
-        parts.append("Its KL is to the Min-CE winner.")
-    return " ".join(parts)
-
-
 def _percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
 
@@ -214,6 +178,26 @@ def _shorten(text: str) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"
 
 
+def _change(value: Any) -> str:
+    """A cell of the stages' table."""
+    if isinstance(value, Change):
+        return f"{value.first:.3f} → {value.last:.3f}"
+    return "–" if value is None else value if isinstance(value, str) else f"{value:.3g}"
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may break after an underscore or a slash."""
+    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(visible(name)))))
+
+
+def _draw(draw: Callable[[Theme], Figure], path: Path) -> dict[str, Markup]:
+    """Writes the light picture to `path` and returns those of both themes for the page, SVG in base64."""
+    light, dark = draw(LIGHT), draw(DARK)
+    figures.save_png(light, path)
+    pictures = {"light": figures.to_svg(light), "dark": figures.to_svg(dark)}
+    return {theme: Markup(base64.b64encode(svg).decode()) for theme, svg in pictures.items()}
+
+
 def _render(**values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -224,7 +208,14 @@ def _render(**values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "duration": _duration, "shorten": _shorten}
+    environment.filters |= {
+        "percent": _percent,
+        "points": _points,
+        "duration": _duration,
+        "shorten": _shorten,
+        "change": _change,
+        "breakable": _breakable,
+    }
     return environment.get_template("report.html.j2").render(values)
 
 
@@ -252,7 +243,7 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
         scores = _read_json(run_dir / "scores.json", *scores)
         evaluation = _read_json(run_dir / "evaluation.json", *evaluation)
     summary = _read_json(store_dir / "summary.json", "sources", "target", "examples")
-    training, validation, unreadable = _read_metrics(run_dir / "metrics.jsonl")
+    training, validation, unreadable = read_metrics(run_dir / "metrics.jsonl")
 
     sources, target, counts = summary["sources"], summary["target"], evaluation["counts"]
     skills = [skill for skill in scores["fused"] if skill != "mean"]
@@ -261,22 +252,23 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
     min_ce, vote = summary.get("min_ce_wins") or {}, summary.get("vote_wins") or {}
     alignment = {mode: rows for mode, rows in (summary.get("alignment") or {}).items() if rows}
     rows = [*skills, "mean"] if len(skills) > 1 else skills
-    figures.draw_scores(run_dir / "scores.png", models, rows)
-    figures.draw_wins(run_dir / "win_min_ce.png", min_ce, sources, "Min-CE")
-    figures.draw_wins(run_dir / "win_vote.png", vote, sources, "vote")
-    figures.draw_alignment(run_dir / "alignment.png", alignment, sources)
-    figures.draw_curves(run_dir / "curves.png", training, validation)
+    pictures: dict[str, Callable[[Theme], Figure]] = {
+        "scores": lambda theme: figures.draw_scores(models, rows, theme),
+        "win_min_ce": lambda theme: figures.draw_wins(min_ce, sources, "Min-CE", theme),
+        "win_vote": lambda theme: figures.draw_wins(vote, sources, "vote", theme),
+        "alignment": lambda theme: figures.draw_alignment(alignment, sources, theme),
+        "curves": lambda theme: figures.draw_curves(training, validation, theme),
+    }
 
     bits = evaluation.get("bits_per_byte") or {}
-    bits_of = {"fused": bits.get("fused"), f"{target} (target before)": bits.get("target_before")}
-    for name, values in bits.get("sources", {}).items():
-        if name in single:
-            bits_of[name] = values
+    keys = {"fused": "fused", "target": "target_before"}
+    bits_of = [(m, bits.get(keys[m.role]) if m.role in keys else bits.get("sources", {}).get(m.name)) for m in models]
     handled = {reason.replace("_", " "): count for reason, count in (summary.get("handled") or {}).items()}
     if unreadable:
         handled["unreadable lines of metrics.jsonl"] = unreadable
     html = _render(
-        answer=_answer(models, sources, target, skills, distilled=run["recipe"].get("schedule") != "sft"),
+        title=_title(sources, target, distilled=run["recipe"].get("schedule") != "sft"),
+        answer=_answer(models, skills),
         run=run,
         summary=summary,
         total_seconds=sum(run["seconds"].values()),
@@ -284,16 +276,18 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
         models=models,
         rows=rows,
         counts=counts,
-        bits={name: values for name, values in bits_of.items() if values},
+        bits=[(model, values) for model, values in bits_of if values],
         wins={"min_ce": min_ce, "vote": vote},
         judges=summary.get("judges") or {},
         alignment=alignment,
         heldout={key: evaluation.get(key) for key in ("ce", "kd")},
-        curves=_curves_caption(training, validation) if training or validation else None,
+        curves=figures.curves_caption(training, validation) if training or validation else None,
+        stages=stage_table(training, validation, run["recipe"]),
+        judged=evaluation.get("votes") or [],
         examples=_examples(evaluation.get("examples") or [], [name for name in sources if name in single], target),
         handled=handled,
         recipe=yaml.safe_dump(run["recipe"], sort_keys=False, allow_unicode=True, width=100),
-        picture={name: Markup(base64.b64encode((run_dir / f"{name}.png").read_bytes()).decode()) for name in PICTURES},
+        picture={name: _draw(draw, run_dir / f"{name}.png") for name, draw in pictures.items()},
     )
     path = run_dir / "report.html"
     path.write_text(html, encoding="utf-8")

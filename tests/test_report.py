@@ -3,156 +3,25 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
-import random
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from report_runs import SKILLS, edit, make_run
 
 from profuser.errors import DataError
-from profuser.figures import visible
-from profuser.report import _read_metrics, difference, main, wilson, write_report
+from profuser.figures import DARK, LIGHT, luminance, visible
+from profuser.metrics import Change, read_metrics, stage_table
+from profuser.report import difference, main, wilson, write_report
 
 PICTURES = ("win_min_ce.png", "win_vote.png", "alignment.png", "curves.png", "scores.png")
-SOURCES = ("guardian", "scholar", "reckoner")
-SKILLS = ("knowledge", "safety", "reasoning")
-
-
-def make_run(
-    root: Path, *, sources=SOURCES, skills=SKILLS, method="progressive", target=None, demo=True, scored=True, seed=0
-) -> tuple[Path, Path]:
-    """A run directory and its store as training leaves them, with made-up but plausible numbers."""
-    rng = random.Random(seed)
-    target = target or sources[0]
-    distils, votes = method != "sft", method not in ("sft", "fusellm")
-    run_dir, store_dir = root / "run", root / "store"
-    run_dir.mkdir(parents=True)
-    store_dir.mkdir()
-
-    def with_mean(values: dict[str, float]) -> dict[str, float]:
-        return values | {"mean": sum(values.values()) / len(values)}
-
-    def accuracies(own: int | None) -> dict[str, float]:
-        strong = {skill: own is None or i % max(len(sources), 2) == own for i, skill in enumerate(skills)}
-        return with_mean(
-            {s: round(200 * (rng.uniform(0.8, 0.95) if strong[s] else rng.uniform(0.1, 0.6))) / 200 for s in skills}
-        )
-
-    accuracy = {name: accuracies(i) for i, name in enumerate(sources)}
-    before = accuracy.get(target) or accuracies(0)
-    bits = {name: with_mean({s: rng.uniform(0.3, 1.4) for s in skills}) for name in sources}
-    scores = {"sources": accuracy, "target_before": before, "fused": accuracies(None)}
-    examples = []
-    for i in range(6):
-        texts = {name: f"A bozun is a {name}. Answer: bitter." for name in sources}
-        texts |= {"target_before": texts.get(target, "I do not know."), "fused": "A bozun is a stone. Answer: bitter."}
-        correct = {name: rng.random() < 0.5 for name in texts}
-        examples.append(
-            {
-                "skill": skills[i % len(skills)],
-                "prompt": f"Q{i}: How does a bozun taste?",
-                "ground_truth": "A bozun is a stone. Answer: bitter.",
-                "responses": texts,
-                "correct": correct,
-            }
-        )
-    evaluation = {
-        "bits_per_byte": {
-            "sources": bits,
-            "target_before": bits.get(target, {s: 1.0 for s in (*skills, "mean")}),
-            "fused": with_mean({s: rng.uniform(0.2, 0.5) for s in skills}),
-        },
-        "ce": {"target_before": 2.6, "fused": 0.61},
-        "kd": {"target_before": 1.9, "fused": 0.43},
-        "counts": {skill: 200 for skill in skills},
-        "examples": examples,
-    }
-    demo_data = {"seed": 0, "terse": 0.4, "wrong": 0.1, "rows": {"fusion": 788, "validation": 450, "heldout": 600}}
-    run = {
-        "recipe": {
-            "sources": [{"name": n, "model": f"demo:{n}"} for n in sources],
-            "target": target,
-            "schedule": method,
-            "data": {"train": "demo:fusion.jsonl", "heldout": "demo:heldout.jsonl" if scored else None},
-        },
-        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-        "hardware": "x86_64, 2 cores",
-        "commit": None,
-        "store": str(store_dir),
-        "seconds": {"prepare": 43.1, "train": 3671.0, "evaluate": 8.25},
-        "peak_rss_bytes": 1_834_000_000,
-        "demo_data": demo_data if demo else None,
-    }
-
-    def wins(extra: bool) -> dict[str, dict[str, int]]:
-        table = {}
-        for i, skill in enumerate(skills):
-            weights = [rng.uniform(0.5, 1) + 4 * (i % len(sources) == j) for j in range(len(sources))]
-            counts = [int(260 * w / sum(weights)) for w in weights]
-            table[skill] = dict(zip(sources, counts)) | ({"none": rng.randrange(4)} if extra else {})
-        return table
-
-    def aligned(name: str) -> dict[str, object]:
-        own = name == target
-        weights = [70, 0, 0, 0] if own else [rng.uniform(*span) for span in ((60, 80), (8, 15), (3, 10), (0.2, 2))]
-        kinds = dict(zip(("same_span", "shared_prefix", "inside", "skipped"), (w / sum(weights) for w in weights)))
-        bins = [0] * 9 + [21034] if own else [0, 55, 90, 110, 150, 180, 240, 410, 900, 18300]
-        coverage = 1 - kinds["skipped"]
-        return {"positions": 21034, **kinds, "coverage": coverage, "mapped_mass": 0.93, "reliability": bins}
-
-    modes = (["train"] if distils else []) + (["infer"] if votes else [])
-    even = {name: 1 / len(sources) for name in sources}
-    summary = {
-        "sources": list(sources),
-        "target": target,
-        "skills": list(skills),
-        "examples": 788,
-        "min_ce_wins": wins(False) if distils else {},
-        "vote_wins": wins(True) if votes else {},
-        "judges": {"judge-a": even, "verifier": even} if votes else {},
-        "alignment": {mode: {name: aligned(name) for name in sources} for mode in modes},
-        "handled": {"normaliser": 3, "truncated_response": 41, "empty_response": 0},
-        "seconds": {"generate": 22.0, "judge": 6.4, "capture": 9.1, "align": 3.2},
-    }
-    lines, steps = [], 400
-    for step in range(1, steps + 1):
-        stage = int(step > steps // 2) if method in ("progressive", "reverse") else 0
-        fall = math.exp(-step / 90)
-        infer, train = (
-            votes and (stage == 0 or method != "reverse"),
-            method not in ("progressive", "reverse") or stage == 1,
-        )
-        ce, kd = 0.25 + 2.2 * fall + rng.gauss(0, 0.03), 0.2 + 1.4 * fall + rng.gauss(0, 0.04)
-        line = {
-            "step": step,
-            "stage": stage,
-            "loss_infer": ce + 0.3 * kd if infer else 0.0,
-            "loss_train": ce + 0.6 if train else 0.0,
-            "ce_infer": ce if infer else None,
-            "kd_infer": kd if infer else None,
-            "ce_train": ce + 0.5 if train else None,
-            "kd_train": kd + 0.3 if train and distils else None,
-        }
-        lines.append(line | {"loss": line["loss_infer"] * (0.1 if stage else 1) + line["loss_train"]})
-    for step in range(0, steps + 1, 50):
-        kd = 0.4 + 1.5 * math.exp(-step / 90) if distils else None
-        lines.append({"step": step, "stage": 0, "eval": {"ce": 0.6 + 2 * math.exp(-step / 90), "kd": kd}})
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, content in ({"run": run} | ({"scores": scores, "evaluation": evaluation} if scored else {})).items():
-        (run_dir / f"{name}.json").write_text(json.dumps(content))
-    (store_dir / "summary.json").write_text(json.dumps(summary))
-    return run_dir, store_dir
-
-
-def edit(path: Path, change) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +40,7 @@ class Page(HTMLParser):
         self.tables: dict[str, list[list[str]]] = {}
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
+        self.headings: list[tuple[str, str]] = []
         self.stack: list[str] = []
         self.table = ""
         self.feed(path.read_text(encoding="utf-8"))
@@ -179,7 +49,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in {"meta", "img", "br", "link"}:
+        if tag not in {"meta", "img", "br", "link", "source", "wbr"}:
             self.stack.append(tag)
         if tag == "div" and "aria-label" in dict(attributes):
             self.table = dict(attributes)["aria-label"]
@@ -196,6 +66,8 @@ class Page(HTMLParser):
         if self.stack and self.stack[-1] == "style":
             return
         self.texts.append(data)
+        if self.stack and self.stack[-1] in {"h1", "h2"}:
+            self.headings.append((self.stack[-1], data))
         if "td" in self.stack or "th" in self.stack:
             self.tables[self.table][-1][-1] += data
 
@@ -211,12 +83,27 @@ def test_report_writes_every_picture_and_one_self_contained_page(reported):
     assert ("html", {"lang": "en"}) in page.tags
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == len(PICTURES)
+    assert [a["media"] for tag, a in page.tags if tag == "source"] == ["screen and (prefers-color-scheme: dark)"] * len(
+        PICTURES
+    )
     assert all(len(image["alt"]) > 20 for image in images)
     assert not {"link", "script", "iframe", "object"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:
         for name in {"src", "href", "srcset", "data", "action"} & set(attributes):
-            assert attributes[name].startswith(("data:image/png;base64,", "#"))
+            assert attributes[name].startswith(("data:image/svg+xml;base64,", "#"))
     assert not re.search(r"@import|url\(", path.read_text())
+    headings = [texts for tag, texts in page.headings if tag == "h2"]
+    assert headings == [
+        "Which source wins where",
+        "Alignment of the tokenizers",
+        "Loss and KL per stage",
+        "Scores per skill",
+        "How the sources were judged",
+        "Side by side",
+        "What was handled",
+        "What it took, and the settings",
+    ]
+    assert {a["href"][1:] for tag, a in page.tags if tag == "a"} <= {a.get("id") for tag, a in page.tags}
 
 
 def test_numbers_in_the_page_are_those_of_the_score_file(reported):
@@ -253,6 +140,110 @@ def test_the_demo_data_stand_beside_the_result(reported):
     assert page.text.index("made imperfect on purpose") < page.text.index("Scores per skill")
 
 
+def test_votes_are_those_of_training_prompts_and_winners_are_words(reported):
+    page = Page(reported / "report.html")
+    judged = json.loads((reported / "evaluation.json").read_text())["votes"]
+    assert page.text.count("★ wins the vote") == page.text.count("▼ wins Min-CE") == len(judged)
+    assert page.text.count("1.5 of 2 votes") == 2 * len(judged)
+    assert page.text.count("CE not scored") == 1
+    assert "Training prompts (held-out ones are never judged)" in page.text
+    assert page.text.index(judged[0]["prompt"]) < page.text.index("Held-out prompts, taken in order")
+
+
+def test_several_responses_of_a_source_each_show_their_votes(tmp_path):
+    run_dir, store_dir = make_run(tmp_path)
+
+    def sample_more(content):
+        responses = content["votes"][0]["sources"][0]["responses"]
+        responses[0]["votes"] = 1.0
+        responses += [
+            {"text": "the second", "eligible": True, "votes": 0.5, "wins_vote": False},
+            {"text": "cut off", "eligible": False, "votes": 0.0, "wins_vote": False},
+            {"text": "", "eligible": False, "votes": 0.0, "wins_vote": False},
+        ]
+
+    edit(run_dir / "evaluation.json", sample_more)
+    page = Page(write_report(run_dir, store_dir))
+    first = page.text[page.text.index("T0:") : page.text.index("T1:")]
+    assert re.search(r"wins the vote 1 of 2 votes ★ .* 0\.5 of 2 votes the second", first)
+    assert re.search(r"kept from the judges: unfinished cut off kept from the judges: empty empty response", first)
+
+
+def test_a_run_directory_from_before_the_votes_still_gives_a_report(tmp_path):
+    run_dir, store_dir = make_run(tmp_path)
+    edit(run_dir / "evaluation.json", lambda content: content.pop("votes"))
+    page = Page(write_report(run_dir, store_dir))
+    assert "How the sources were judged" not in page.text
+    assert "Side by side" in page.text
+
+
+def test_stages_are_told_with_their_weights_and_changes(reported):
+    page = Page(reported / "report.html")
+    _, *rows = page.tables["Stages"]
+    assert rows[:5] == [
+        ["optimizer steps", "1–200", "201–400"],
+        ["Weight"],
+        ["inference", "1", "0.1"],
+        ["training", "0", "1"],
+        ["KL (β)", "0.25", "0.25"],
+    ]
+    assert [row[0] for row in rows[5:]] == [
+        *("Cross-entropy", "inference", "training", "validation"),
+        *("KL to the source", "inference", "training", "validation"),
+    ]
+    assert rows[7][1] == "–"  # no training mode in stage 1
+
+
+def test_changes_of_a_stage_are_tenths_of_its_lines_and_the_passes_around_it():
+    training = [{"step": 10 * i, "stage": int(i > 20), "ce_train": float(i), "kd_train": 0.0} for i in range(1, 31)]
+    validation = [
+        {"step": s, "stage": 0, "eval": {"ce": ce}} for s, ce in ((0, 9.0), (100, 8.0), (200, 7.0), (300, 6.0))
+    ]
+    stages = [{"train_weight": 1.0, "infer_weight": 0.0, "beta": 0.5}, {"train_weight": 0.5, "infer_weight": 0.0}]
+    names, rows = stage_table(training, validation, {"schedule": stages, "optim": {"beta": 2.0}})
+    assert names == ["stage 1", "stage 2"]
+    assert rows == [
+        ("", "optimizer steps", ["1–200", "201–300"]),
+        ("Weight", "inference", [0.0, 0.0]),
+        ("Weight", "training", [1.0, 0.5]),
+        ("Weight", "KL (β)", [0.5, 2.0]),
+        ("Cross-entropy", "training", [Change(1.5, 19.5), Change(21.0, 30.0)]),
+        ("Cross-entropy", "validation", [Change(9.0, 7.0), Change(7.0, 6.0)]),
+    ]
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
+SEEN_BY = {
+    "anybody": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+
+
+def lab(color: str, sight: str) -> np.ndarray:
+    """A colour in CIELAB (D65), as seen by `sight`."""
+    rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(SEEN_BY[sight]) @ linear, 0, 1)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    ratio = to_xyz @ seen / (0.95047, 1, 1.08883)
+    x, y, z = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_colours_differ_for_every_sight_and_from_the_page(theme):
+    colours = (theme.text, theme.fused, *theme.sources)
+    page = luminance(theme.page)
+    for colour in colours:
+        low, high = sorted((page, luminance(colour)))
+        assert (high + 0.05) / (low + 0.05) >= 3, colour
+    for sight in SEEN_BY:
+        for one, other in itertools.combinations(colours, 2):
+            assert np.linalg.norm(lab(one, sight) - lab(other, sight)) >= 20, (sight, one, other)
+
+
 def test_a_loss_against_the_best_source_is_said_plainly(tmp_path):
     run_dir, store_dir = make_run(tmp_path)
     edit(run_dir / "scores.json", lambda s: s["fused"].update(knowledge=0.5, safety=0.5, reasoning=0.5, mean=0.5))
@@ -266,7 +257,7 @@ def test_a_loss_against_the_best_source_is_said_plainly(tmp_path):
         lambda s: s["target_before"].update(mean=0.3) or s["sources"]["guardian"].update(mean=0.3),
     )
     page = Page(write_report(run_dir, store_dir))
-    assert "1.0 points below the best single model (scholar, 51.0 %)" in page.text
+    assert "1.0 points below the best single model ( scholar , 51.0 %)" in page.text
     assert "−1.0 points" in page.text
     assert "cannot tell the two apart" in page.text
 
@@ -327,7 +318,7 @@ def test_runs_of_other_shapes_are_drawn(tmp_path, shape):
     assert ("took no distributions" in page.text) == (shape["method"] == "sft")
     assert ("fine-tuned on the ground truth, without its sources" in page.text) == (shape["method"] == "sft")
     assert ("imperfect on purpose" in page.text) == shape.get("demo", True)
-    assert ("nothing was scored" in page.text) == (not shape.get("scored", True))
+    assert ("Nothing was scored" in page.text) == (not shape.get("scored", True))
     if shape.get("scored", True):
         rows = page.tables["Scores per skill"][1:]
         assert [row[0] for row in rows] == [
@@ -368,7 +359,7 @@ def test_a_torn_metrics_line_is_counted_and_repeated_steps_are_read_once(tmp_pat
     lines = ({"step": s, "stage": 0, "loss": loss} for s, loss in ((10, 3.0), (20, 2.0), (10, 2.5), (20, 1.5)))
     evals = ({"step": s, "stage": 0, "eval": {"ce": 1.0, "kd": None}} for s in (0, 20, 20))
     path.write_text("".join(json.dumps(line) + "\n" for line in (*lines, *evals)) + '{"step": 30, "sta')
-    training, validation, unreadable = _read_metrics(path)
+    training, validation, unreadable = read_metrics(path)
     assert [(line["step"], line["loss"]) for line in training] == [(10, 2.5), (20, 1.5)]
     assert [line["step"] for line in validation] == [0, 20]
     assert unreadable == 1

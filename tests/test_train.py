@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from conftest import ROOT, small_run
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
+from profuser.evaluate import evaluate
 from profuser.evaluate import main as evaluate_command
 from profuser.fusion_model import FusionModel
 from profuser.prepare import prepare
@@ -75,9 +77,28 @@ def test_the_model_cards_code_runs_where_the_model_is(finished, capsys):
 
 def test_a_finished_run_can_be_scored_again_from_its_directory_alone(finished, capsys):
     run, scores = finished
+    before = json.loads((run.output_dir / "evaluation.json").read_text())
     evaluate_command([str(run.output_dir)])
+    assert json.loads((run.output_dir / "evaluation.json").read_text()) == before
     assert json.loads((run.output_dir / "scores.json").read_text()) == scores
     assert "fused" in capsys.readouterr().out
+
+
+def test_the_evaluation_shows_training_prompts_of_every_skill_with_votes_and_the_fused_response(finished):
+    run, _ = finished
+    votes = json.loads((run.output_dir / "evaluation.json").read_text())["votes"]
+    assert len(votes) == run.recipe.evaluation.examples
+    assert len({example["skill"] for example in votes}) == 3
+    assert all(len(example["sources"]) == 3 and isinstance(example["fused"], str) for example in votes)
+
+
+def test_changed_training_data_are_refused_when_scoring(finished, tmp_path):
+    run, _ = finished
+    data = tmp_path / "fusion.jsonl"
+    data.write_text(Path(run.recipe.data.train).read_text().replace("?", "??"))
+    changed = replace(run, recipe=replace(run.recipe, data=replace(run.recipe.data, train=str(data))))
+    with pytest.raises(DataError, match="must be the training data"):
+        evaluate(changed, Store.load(run.store_dir))
 
 
 def test_the_run_directory_says_what_was_done(finished):
