@@ -6,7 +6,9 @@ computed by kernels/fused_loss.py and derived in kernels/README.md. Alignment of
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
 """
 
+import importlib.util
 import math
+import os
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from .kernels.common import IGNORE_INDEX, check_device, check_head, check_scalars, compute_dtype
 from .kernels.fused_loss import fused_loss
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
 TAILS = ("bucket", "renormalize")
@@ -88,7 +91,8 @@ def fused_linear_fusion_loss(
     check_scalars(temperature, softcap, logit_scale, chunk_size)
     check_head(hidden, weight, labels, bias)
     _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
-    _check_impl(impl, hidden)
+    dtype = compute_dtype(hidden, weight)
+    impl = _check_impl(impl, hidden, dtype)
     rows = hidden.shape[0]
     _check_sources(rows, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens, tail)
     for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
@@ -104,7 +108,6 @@ def fused_linear_fusion_loss(
         if value is not None and value.requires_grad:
             raise ValueError(f"{name} must not require grad: only hidden, weight and bias get one; detach it")
 
-    dtype = compute_dtype(hidden, weight)
     ce_weight = torch.ones(rows, dtype=dtype, device=hidden.device) if ce_weight is None else ce_weight.to(dtype)
     if kd_weight is None:
         kd_weight = ce_weight * (DEFAULT_BETA if beta is None else beta)
@@ -129,6 +132,7 @@ def fused_linear_fusion_loss(
         in_forward and bias is not None and bias.requires_grad,
         chunk_size,
         max_chunk_bytes,
+        impl,
     )
     if reduction == "mean":
         # Outside the op, so that autograd carries the divisor to backward; a step without rows is 0/1.
@@ -164,12 +168,21 @@ def _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chu
         raise ValueError(f"max_chunk_bytes must be >= 1, got {max_chunk_bytes}; pass None for no cap")
 
 
-def _check_impl(impl, hidden) -> None:
+def _check_impl(impl, hidden, dtype) -> str:
+    """The path to take: Triton on CUDA unless an operand is fp64."""
     if impl not in (None, "torch", "triton"):
         raise ValueError(f"impl must be None, 'torch' or 'triton', got {impl!r}; None chooses by device")
+    if impl is None:
+        return "triton" if hidden.is_cuda and HAS_TRITON and dtype != torch.float64 else "torch"
     if impl == "triton":
-        fix = "use impl=None" if not hidden.is_cuda else "this version has the plain-torch path only, use impl='torch'"
-        raise ValueError(f"impl='triton' needs a CUDA device and a Triton kernel, hidden is on {hidden.device}; {fix}")
+        if dtype == torch.float64:
+            raise ValueError("impl='triton' computes in float32, got float64 operands; use impl=None, or cast them")
+        if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"impl='triton' needs a CUDA device, hidden is on {hidden.device}; use impl=None, "
+                "or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
+            )
+    return impl
 
 
 def _check_sources(
