@@ -21,11 +21,11 @@ PAD = 16
 SLOT_BLOCK = 32
 
 
-def dense_config(vocabulary: int) -> tuple[int, int]:
+def dense_config(vocabulary: int, warp_size: int = 32) -> tuple[int, int]:
     """(columns a program holds, warps): 16 columns a thread, and the larger block where a row is many of the smaller."""
     block = 8192 if vocabulary < 1 << 16 else 16384
     block = min(block, max(1024, triton.next_power_of_2(vocabulary)))
-    return block, block // (16 * (64 if torch.version.hip else 32))
+    return block, block // (16 * warp_size)
 
 
 def prep_config(entries: int) -> tuple[int, int, int]:
@@ -81,7 +81,7 @@ def fused_loss_triton(
     lifted_grad = empty(C, slots) if need_grad else None
 
     head = (float(logit_scale), softcap)
-    block, warps = dense_config(V)
+    block, warps = dense_config(V, 64 if torch.version.hip else 32)
     slot_block = min(SLOT_BLOCK, triton.next_power_of_2(slots))
 
     with torch.cuda.device_of(hidden):
