@@ -60,7 +60,6 @@ def fused_loss_triton(
     need_grad = grad_hidden or grad_weight or grad_bias
     weight = weight.to(hidden.dtype)
     labels, ce_weight, kd_weight = labels.contiguous(), ce_weight.contiguous(), kd_weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=hidden.device)
@@ -76,6 +75,7 @@ def fused_loss_triton(
     padded = -(-V // PAD) * PAD
     logits = empty(C, padded)
     logits[:, V:] = -torch.inf
+    bias = None if bias is None else torch.nn.functional.pad(bias, (0, padded - V))
     grad = empty(C, padded, dtype=hidden.dtype) if need_grad else None
     lifted_z = empty(C, slots)
     lifted_grad = empty(C, slots) if need_grad else None
@@ -101,7 +101,7 @@ def fused_loss_triton(
             _dense_kernel[(n,)](
                 *(logits, grad, bias, lifted_z, lifted_grad, gold_slot, lifted_ids, p, t, source_mass),
                 *(ce_weight, kd_weight, loss, ce, kd, target_mass, begin, temperature),
-                *(V, padded, slots, temperature != 1, *head, block, triton.next_power_of_2(slots)),
+                *(padded, slots, temperature != 1, *head, block, triton.next_power_of_2(slots)),
                 num_warps=warps,
             )
             if not need_grad:

@@ -142,11 +142,20 @@ def _tanh(x):
 
 
 @triton.jit
-def _activate(product, bias_ptr, columns, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+def _logits(
+    product_ptr, bias_ptr, columns, inside, MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr
+):  # fmt: skip
     """Logits from h Wᵀ; a lifted column stays -inf, which a softcap alone would make finite."""
+    if MASKED:
+        product = tl.load(product_ptr + columns, mask=inside, other=float("-inf"))
+    else:
+        product = tl.load(product_ptr + columns)
     z = product
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + columns, mask=inside, other=0).to(tl.float32)
+        if MASKED:
+            z += tl.load(bias_ptr + columns, mask=inside, other=0).to(tl.float32)
+        else:
+            z += tl.load(bias_ptr + columns).to(tl.float32)
     if SCALE != 1.0:
         z *= SCALE
     if SOFTCAP is not None:
@@ -183,8 +192,7 @@ def _gather_kernel(
     for start in range(0, SLOTS, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         ids = tl.load(lifted_ids_ptr + (begin + row) * SLOTS + slot, mask=slot < SLOTS, other=-1)
-        product = tl.load(logits_ptr + ids, mask=ids >= 0, other=float("-inf"))
-        z = _activate(product, bias_ptr, ids, ids >= 0, SCALE, SOFTCAP)
+        z = _logits(logits_ptr, bias_ptr, ids, ids >= 0, True, SCALE, SOFTCAP)
         tl.store(lifted_z_ptr + row * SLOTS + slot, z, mask=slot < SLOTS)
         tl.store(logits_ptr + ids, float("-inf"), mask=ids >= 0)
 
@@ -218,18 +226,6 @@ def _log1p(x):
     r = s * s
     series = 1 / 9 + r * (1 / 11 + r * (1 / 13 + r * (1 / 15 + r * (1 / 17))))
     return 2 * s * (1 + r * (1 / 3 + r * (1 / 5 + r * (1 / 7 + r * series))))
-
-
-@triton.jit
-def _logits(
-    logits_ptr, bias_ptr, columns,
-    V: tl.constexpr, V_PADDED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    if MASKED:
-        product = tl.load(logits_ptr + columns, mask=columns < V_PADDED, other=float("-inf"))
-    else:
-        product = tl.load(logits_ptr + columns)
-    return _activate(product, bias_ptr, columns, columns < V, SCALE, SOFTCAP)
 
 
 @triton.jit
@@ -281,7 +277,6 @@ def _dense_kernel(
     target_mass_ptr,
     begin,
     temperature,
-    V: tl.constexpr,
     V_PADDED: tl.constexpr,
     SLOTS: tl.constexpr,
     TEMPERED: tl.constexpr,
@@ -321,10 +316,10 @@ def _dense_kernel(
         total = tl.zeros([lanes], tl.float32)
         total_T = tl.zeros([lanes], tl.float32)
         for start in range(0, WHOLE, BLOCK_V):
-            z = _logits(logits_ptr, bias_ptr, start + tile, V, V_PADDED, SCALE, SOFTCAP, False)
+            z = _logits(logits_ptr, bias_ptr, start + tile, None, False, SCALE, SOFTCAP)
             top, total, total_T = _add_exps(top, total, total_T, z, inv_T, TEMPERED)
         if WHOLE < V_PADDED:
-            z = _logits(logits_ptr, bias_ptr, WHOLE + tile, V, V_PADDED, SCALE, SOFTCAP, True)
+            z = _logits(logits_ptr, bias_ptr, WHOLE + tile, WHOLE + tile < V_PADDED, True, SCALE, SOFTCAP)
             top, total, total_T = _add_exps(top, total, total_T, z, inv_T, TEMPERED)
         m_dense = tl.max(top, 0)
         sum_dense = tl.sum(total * tl.exp(top - m_dense), 0)
@@ -405,13 +400,13 @@ def _dense_kernel(
             # Backwards: what was read last is still in the cache.
             if WHOLE < V_PADDED:
                 columns = WHOLE + tile
-                z = _logits(logits_ptr, bias_ptr, columns, V, V_PADDED, SCALE, SOFTCAP, True)
+                z = _logits(logits_ptr, bias_ptr, columns, columns < V_PADDED, True, SCALE, SOFTCAP)
                 _store_grad(
                     grad_ptr, z, columns, m_dense, coefficient, coefficient_T, inv_T, V_PADDED, SOFTCAP, TEMPERED, True
                 )
             for done in range(0, WHOLE, BLOCK_V):
                 columns = WHOLE - BLOCK_V - done + tile
-                z = _logits(logits_ptr, bias_ptr, columns, V, V_PADDED, SCALE, SOFTCAP, False)
+                z = _logits(logits_ptr, bias_ptr, columns, None, False, SCALE, SOFTCAP)
                 _store_grad(
                     grad_ptr, z, columns, m_dense, coefficient, coefficient_T, inv_T, V_PADDED, SOFTCAP, TEMPERED, False
                 )

@@ -24,7 +24,8 @@ from profuser.kernels.reference import fusion_loss_reference
 from profuser.loss import fused_linear_fusion_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-small_case = partial(make_case, N=18)
+ROWS = 10
+small_case = partial(make_case, N=ROWS)
 
 
 @pytest.fixture(scope="session")
@@ -65,16 +66,26 @@ def poisoned_buffers(monkeypatch):
 # Values and gradients
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(
+    ("dtype", "tail", "temperature"),
+    [
+        (torch.float32, "bucket", 1.0),
+        (torch.float32, "bucket", 2.5),
+        (torch.float32, "renormalize", 1.0),
+        (torch.bfloat16, "bucket", 1.0),
+        (torch.bfloat16, "renormalize", 2.5),
+        (torch.float16, "bucket", 2.5),
+    ],
+    ids=str,
+)
 def test_values_and_gradients_are_as_accurate_as_the_dense_reference(check, dtype, tail, temperature):
     check(small_case(dtype, spread=2.0), tail=tail, temperature=temperature)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("logit_scale", [1.0, 0.3])
-@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("softcap", "logit_scale", "biased"),
+    [(None, 1.0, False), (None, 0.3, True), (3.0, 1.0, False), (3.0, 0.3, True), (3.0, 0.3, False)],
+)
 def test_softcap_scale_and_bias_chain(check, softcap, logit_scale, biased):
     case = small_case(spread=2.0, softcap=softcap, logit_scale=logit_scale)
     if not biased:
@@ -84,23 +95,24 @@ def test_softcap_scale_and_bias_chain(check, softcap, logit_scale, biased):
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 2, 1, 1, 1), (5, 3, 7, 2, 1, 2), (21, 17, 251, 4, 9, 5), (9, 8, 128, 1, 33, 1), (4, 5, 300, 2, 128, 2)],
+    [(1, 1, 2, 1, 1, 1), (5, 3, 7, 2, 1, 2), (9, 17, 251, 4, 9, 5), (6, 8, 128, 1, 33, 1), (4, 5, 300, 2, 128, 2)],
 )
 def test_ragged_shapes_and_chunks(check, shape):
     N, D, V, S, K, B = shape
-    check(make_case(N=N, D=D, V=V, S=S, K=K, B=B), chunk_size=4)
+    # The single row's KL is small against its terms.
+    check(make_case(N=N, D=D, V=V, S=S, K=K, B=B), chunk_size=4, scale=1.0 if N == 1 else 0.0)
 
 
 @pytest.mark.parametrize("block", [16, 128, 1024])
 def test_the_block_of_columns_does_not_matter(check, monkeypatch, block):
     monkeypatch.setattr(driver, "dense_config", lambda *args: (block, 1))
-    check(small_case(N=7, B=1), temperature=1.5, softcap=4.0)
+    check(small_case(N=4, B=1), temperature=1.5, softcap=4.0)
 
 
 def test_chunks_do_not_change_the_result(loss, poisoned_buffers):
     case = small_case()
     whole = loss(case, chunk_size=1000)
-    for options in ({"chunk_size": 5}, {"max_chunk_bytes": 3 * 83 * 4}, {"chunk_size": 1}):
+    for options in ({"chunk_size": 4}, {"max_chunk_bytes": 3 * 83 * 4}):
         parts = loss(case, **options)
         for name in whole:
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-6)
@@ -135,17 +147,17 @@ def test_strided_operands(loss):
         case[name] = case[name].permute(2, 0, 1).contiguous().permute(1, 2, 0)
     for name in ("labels", "ce_weight", "kd_weight", "bias"):
         case[name] = case[name].repeat_interleave(2)[::2]
-    case["source_tail"] = torch.full((18, 3), 0.25).T
+    case["source_tail"] = torch.full((ROWS, 3), 0.25).T
     found = loss(case | {"source_tail": None})
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
-    contiguous = loss(case | {"source_tail": torch.full((3, 18), 0.25)})
+    contiguous = loss(case | {"source_tail": torch.full((3, ROWS), 0.25)})
     assert torch.equal(loss(case)["loss"], contiguous["loss"])
 
 
 def test_source_tail_scales_the_entries_to_what_it_leaves(check):
     case = small_case()
-    case["source_tail"] = torch.rand(3, 18, generator=torch.Generator().manual_seed(0))
+    case["source_tail"] = torch.rand(3, ROWS, generator=torch.Generator().manual_seed(0))
     check(case)
     # 0 and 1 are legal ends: no bucket, and nothing but the bucket.
     case["source_tail"][:, ::2] = 0
@@ -175,7 +187,7 @@ def test_ignored_rows_write_zeros_even_when_they_hold_garbage(loss, reduction, p
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("rows", [18, 0])
+@pytest.mark.parametrize("rows", [ROWS, 0])
 def test_a_batch_without_valid_rows_is_zero_with_zero_gradients(loss, reduction, rows, poisoned_buffers):
     case = small_case()
     case["labels"][:] = IGNORE_INDEX
@@ -203,15 +215,14 @@ def test_rows_without_an_entry_have_no_kd(check):
 @pytest.mark.parametrize("K", [4, 40])
 def test_duplicate_ids_add_their_mass(loss, K):
     """Also where the duplicates are further apart than one block of the comparison."""
-    case = make_case(N=8, S=1, B=1, K=K)
+    case = make_case(N=4, S=1, B=1, K=K)
     case["source_ids"][..., (0, K - 1)] = 9
     merged = copy.deepcopy(case)
     merged["source_ids"][..., K - 1] = -1
     merged["source_logprobs"][..., 0] = case["source_logprobs"][..., (0, K - 1)].logsumexp(-1)
-    for tail in ("bucket", "renormalize"):
-        twice, once = (loss(c, tail=tail) for c in (case, merged))
-        for name in twice:
-            torch.testing.assert_close(twice[name], once[name], rtol=2e-6, atol=1e-6)
+    twice, once = loss(case), loss(merged)
+    for name in twice:
+        torch.testing.assert_close(twice[name], once[name], rtol=2e-6, atol=1e-6)
 
 
 def test_padding_may_hold_any_log_probability(loss):
@@ -230,8 +241,8 @@ INVALID = {
     "negative label": ("labels", lambda x: x.index_fill(0, torch.tensor([1]), -1)),
     "probabilities": ("source_logprobs", lambda x: x.index_fill(1, torch.tensor([1]), 0.5)),
     "NaN": ("source_logprobs", lambda x: x.index_fill(1, torch.tensor([1]), math.nan)),
-    "log of a tail mass": ("source_tail", lambda x: torch.zeros(3, 18).index_fill(1, torch.tensor([1]), -2.0)),
-    "source out of range": ("source_index", lambda x: torch.ones(18).long().index_fill(0, torch.tensor([1]), 3)),
+    "log of a tail mass": ("source_tail", lambda x: x.index_fill(1, torch.tensor([1]), -2.0)),
+    "source out of range": ("source_index", lambda x: x.index_fill(0, torch.tensor([1]), 3)),
 }
 
 
@@ -241,13 +252,13 @@ def test_a_row_with_a_value_out_of_range_is_nan_and_no_other(loss, monkeypatch, 
     case = small_case()
     case["labels"][:3] = 7
     if name == "source_index":
-        case["source_ce"] = None
-    expected = loss(case | ({"source_index": torch.ones(18).long()} if name == "source_index" else {}))
+        case |= {"source_ce": None, "source_index": torch.ones(ROWS).long()}
     if name == "source_tail":
-        expected = loss(case | {"source_tail": torch.zeros(3, 18)})
-    case[name] = change(case.get(name))
+        case["source_tail"] = torch.zeros(3, ROWS)
+    expected = loss(case)
+    case[name] = change(case[name])
     found = loss(case)
-    others = torch.arange(18) != 1
+    others = torch.arange(ROWS) != 1
     assert torch.isnan(found["loss"])
     assert torch.isnan(found["ce"][1] + found["kd"][1])
     for stat in ("ce", "kd", "target_mass", "source_mass"):
@@ -257,10 +268,10 @@ def test_a_row_with_a_value_out_of_range_is_nan_and_no_other(loss, monkeypatch, 
 
 def test_bounds_that_end_early_make_the_rows_beyond_them_nan(loss, monkeypatch):
     monkeypatch.setattr(op_module, "check_values", lambda *args: None)
-    case = small_case(cu_seqlens=torch.tensor([0, 4, 8, 12, 15]))
+    case = small_case(cu_seqlens=torch.tensor([0, 2, 4, 6, 7]))
     case["labels"][:] = 7
     found = loss(case, reduction="none")
-    assert torch.isnan(found["loss"]).tolist() == [False] * 15 + [True] * 3
+    assert torch.isnan(found["loss"]).tolist() == [False] * 7 + [True] * 3
 
 
 # Numerics
@@ -297,14 +308,14 @@ def test_a_target_without_mass_outside_stays_finite(check):
 
 def test_mass_above_one_by_rounding_is_divided_out(check):
     case = small_case(S=1, B=1)
-    case["source_ids"] = torch.arange(6, dtype=torch.int32).expand(1, 18, 6).clone()
-    logits = torch.randn(1, 18, 6, generator=torch.Generator().manual_seed(0))
+    case["source_ids"] = torch.arange(6, dtype=torch.int32).expand(1, ROWS, 6).clone()
+    logits = torch.randn(1, ROWS, 6, generator=torch.Generator().manual_seed(0))
     check(case | {"source_logprobs": logits.log_softmax(-1) + 1e-3})
 
 
 def test_ids_that_cover_the_vocabulary_leave_no_bucket(check):
     case = small_case(V=6, K=6)
-    case["source_ids"] = torch.arange(6, dtype=torch.int32).expand(3, 18, 6).clone()
+    case["source_ids"] = torch.arange(6, dtype=torch.int32).expand(3, ROWS, 6).clone()
     case["source_logprobs"] -= 1e-6
     for temperature in (1.0, 0.25):
         check(case, temperature=temperature)
@@ -312,7 +323,7 @@ def test_ids_that_cover_the_vocabulary_leave_no_bucket(check):
 
 @pytest.mark.parametrize("spread", [20.0, 80.0])
 def test_large_logits(check, spread):
-    case = small_case(spread=spread)
+    case = make_case(N=18, spread=spread)
     check(case)
     check(case, tail="renormalize", temperature=3.0)
 
@@ -350,7 +361,7 @@ def test_target_close_to_the_source(check, gap):
     logits = case["hidden"] @ case["weight"].T + case["bias"]
     nearby = logits + gap * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     top = nearby.log_softmax(1).topk(6)
-    case |= {"source_ids": top.indices[None], "source_logprobs": top.values[None], "ce_weight": torch.zeros(18)}
+    case |= {"source_ids": top.indices[None], "source_logprobs": top.values[None], "ce_weight": torch.zeros(ROWS)}
     check(case, scale=1 / (case["labels"] != IGNORE_INDEX).sum().item())
 
 
@@ -377,18 +388,18 @@ def test_min_ce_picks_the_lowest_finite_source_of_each_sequence(check):
         [0.5, 3.0, 2.0, inf, nan, 4.0],
         [0.7, inf, 2.5, nan, 0.5, nan],
     ])  # fmt: skip
-    case = small_case(B=6, source_ce=source_ce, cu_seqlens=torch.tensor([0, 4, 6, 6, 10, 14, 18]))
+    case = small_case(B=6, source_ce=source_ce, cu_seqlens=torch.tensor([0, 2, 4, 4, 6, 8, 10]))
     case["labels"][:] = 1
     ours, _ = check(case)
     assert ours["winner"].tolist() == [1, 1, 0, -1, 0, 1]
-    assert not ours["kd"][6:10].any()
-    assert ours["ce"][6:10].all()
+    assert not ours["kd"][4:6].any()
+    assert ours["ce"][4:6].all()
 
 
 def test_a_loser_is_not_read(loss):
     case = small_case()
     expected = loss(case)
-    lost = torch.ones(3, 18, dtype=torch.bool)
+    lost = torch.ones(3, ROWS, dtype=torch.bool)
     for b, s in enumerate(expected["winner"].tolist()):
         lost[s, case["cu_seqlens"][b] : case["cu_seqlens"][b + 1]] = False
     case["source_logprobs"][lost] = math.nan
@@ -437,7 +448,7 @@ def test_grad_output_scales_the_gradient(loss, reduction):
 
 def test_none_weighs_each_row_by_its_grad_output(loss):
     case = small_case()
-    grad_output = torch.randn(18, generator=torch.Generator().manual_seed(0))
+    grad_output = torch.randn(ROWS, generator=torch.Generator().manual_seed(0))
     grad_output[case["labels"] == IGNORE_INDEX] = math.nan
     truth = run(fusion_loss_reference, case, reduction="none", grad_output=grad_output.nan_to_num())
     ours = loss(case, reduction="none", grad_output=grad_output)
@@ -458,7 +469,7 @@ def test_two_backwards_add_the_gradient_twice(loss, device, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",), DIFFERENTIABLE])
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",), DIFFERENTIABLE], ids="-".join)
 def test_frozen_parts_get_no_gradient(loss, device, frozen, reduction, poisoned_buffers):
     case = small_case()
     expected = loss(case, reduction=reduction)
@@ -477,7 +488,7 @@ def test_frozen_parts_get_no_gradient(loss, device, frozen, reduction, poisoned_
 def test_a_tied_head_gets_both_gradients(device):
     case = small_case()
     table = case.pop("weight")
-    tokens = torch.randint(83, (18,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(83, (ROWS,), generator=torch.Generator().manual_seed(0))
     grads = []
     for place, function in ((device, partial(fused_linear_fusion_loss, impl="triton")), ("cpu", fusion_loss_reference)):
         tied = table.to(place, copy=True).requires_grad_()
@@ -541,7 +552,7 @@ def test_the_driver_reads_nothing_back(device, monkeypatch):
     monkeypatch.setattr(op_module, "check_values", lambda *args: None)
     forbidden = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
     with torch.profiler.profile() as profile:
-        fused_linear_fusion_loss(**case, impl="triton", chunk_size=8).backward()
+        fused_linear_fusion_loss(**case, impl="triton", chunk_size=4).backward()
     assert not forbidden & {event.key for event in profile.key_averages()}
 
 
