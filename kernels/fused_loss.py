@@ -1,5 +1,7 @@
 """Cross-entropy plus KL to the winning source's kept entries, without [N, V] logits: the op and its plain-torch path.
 
+The op dispatches to `fused_loss_torch` below or to fused_loss_triton.py, which computes the same on a GPU.
+
 Every term's gradient in the logits is row scalars × softmax − a sparse vector (derived in README.md), so one dense
 pass per chunk serves them all: the kept ids and the gold id are lifted out of the logits, −inf takes their place, the
 rest is exponentiated and scaled by one number per row, and the few lifted entries are written back. The gradients are

@@ -39,11 +39,11 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) ->
     mixed = a.dtype != out.dtype
     if mixed and not a.is_cuda:  # only there is such a product one call
         a, b, mixed = a.to(out.dtype), b.to(out.dtype), False
-    widen = (out.dtype,) if mixed else ()
+    widen = {"out_dtype": out.dtype} if mixed else {}
     if accumulate:
-        torch.addmm(out, a, b, *widen, out=out)
+        torch.addmm(out, a, b, **widen, out=out)
     else:
-        torch.mm(a, b, *widen, out=out)  # out=: autocast leaves the operands alone
+        torch.mm(a, b, **widen, out=out)  # out=: autocast leaves the operands alone
 
 
 @torch.no_grad()
@@ -52,7 +52,8 @@ def fused_loss_triton(
     temperature, bucket, softcap, logit_scale, per_row, grad_hidden, grad_weight, grad_bias,
     chunk_size, max_chunk_bytes,
 ):  # fmt: skip
-    """As `fused_loss_torch`. The GEMMs run in hidden's dtype, which a weight of another dtype is cast to."""
+    """As `fused_loss_torch`, for bf16, fp16 and fp32. The GEMMs run in hidden's dtype, to which the weight is cast; dweight
+    is fp32 all the same."""
     N, D = hidden.shape
     V = weight.shape[0]
     K = 0 if source_ids is None else source_ids.shape[2]

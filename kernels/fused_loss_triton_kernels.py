@@ -38,7 +38,11 @@ def _entries(ids_ptr, logprobs_ptr, slot, stride_ids, stride_logprobs, has_sourc
     return ids, tl.where(ids >= 0, tl.exp(logprobs), 0.0), invalid
 
 
-@triton.jit
+# Strides change with N, and the kernel is too short to gain from a variant per alignment.
+@triton.jit(do_not_specialize=[
+    "stride_ids_s", "stride_ids_n", "stride_ids_k", "stride_logprobs_s", "stride_logprobs_n", "stride_logprobs_k",
+    "stride_tail_s", "stride_tail_n", "S", "V",
+])  # fmt: skip
 def _prep_kernel(
     labels_ptr,
     winner_ptr,
@@ -342,7 +346,7 @@ def _dense_kernel(
         total_e = others + e_gold
         small = others < e_gold
         ce = tl.where(small, _log1p(others / tl.where(small, e_gold, 1.0)), tl.log(total_e) - (z_gold - m))
-        a = tl.load(ce_weight_ptr + n)
+        a = tl.load(ce_weight_ptr + n).to(tl.float32)
         loss = a * ce
         a *= SCALE  # the gradient leaves through the scale, a factor of every row scalar
         coefficient = a * shrink / total_e
@@ -378,7 +382,7 @@ def _dense_kernel(
             kl += t * (tl.log(tl.where(t == 0, 1.0, t)) - (rest_below + tl.log(rest) - log_total_T))
             kd = T * T * kl
             target_mass = mass_kept / total_e_T
-            b = tl.where(present, tl.load(kd_weight_ptr + n), 0.0)
+            b = tl.where(present, tl.load(kd_weight_ptr + n).to(tl.float32), 0.0)
             loss += b * kd
             b *= SCALE * T
             # Dividing by the rest's own sum survives a q_rest that underflows.

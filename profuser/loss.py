@@ -2,7 +2,8 @@
 
 Computes the loss from hidden states and the head; logits exist only a chunk at a time. With one source it is top-k
 distillation, with none fused linear cross-entropy. This module checks arguments and reduces; values and gradients are
-computed by kernels/fused_loss.py and derived in kernels/README.md. Alignment of tokenizers happens before.
+computed by kernels/fused_loss.py (on a GPU fused_loss_triton.py beside it) and derived in kernels/README.md. Alignment of
+tokenizers happens before.
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
 """
 
@@ -57,6 +58,7 @@ def fused_linear_fusion_loss(
     Args:
         hidden: (N, D) bf16/fp16/fp32/fp64, last hidden states; row n predicts labels[n], so they are already shifted.
         weight: (V, D) language-model head; logits, sums and its gradient are computed in fp32 (fp64 if either is fp64).
+            With impl "triton" the operands of the matrix products are in hidden's dtype, or in autocast's.
         labels: (N,) int64 or int32; IGNORE_INDEX rows add nothing, whatever else they hold.
         source_ids: (S, N, K) int32 or int64 in [0, V), -1 = padding; duplicates in a row are merged by adding mass.
             None = cross-entropy alone.
@@ -77,7 +79,9 @@ def fused_linear_fusion_loss(
         reduction: "mean" over num_items_in_batch or the valid rows (0 when there are none), "sum", or "none": (N,).
         num_items_in_batch: divisor of "mean", for a step of several batches.
         chunk_size: rows whose logits exist at a time; chosen by V when None. max_chunk_bytes caps their bytes.
-        impl: None (by device), "torch" or "triton".
+        impl: "triton" (CUDA, or under TRITON_INTERPRET=1), "torch" (anywhere), or None: triton on CUDA unless an
+            operand is fp64, else torch. Triton reads no value back, so there a value out of range gives no error: its
+            row's loss is NaN. It spends time on ignored rows, torch does not.
         return_stats: also return a dict of detached tensors, (N,), unweighted and 0 where a row lacks them: ce,
             kd (= T²·KL), source_mass (kept, as given), target_mass (the target's on the kept ids, at T); and winner,
             (B,) int64, or (N,) as source_index is, -1 = none.
@@ -98,6 +102,9 @@ def fused_linear_fusion_loss(
     for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
         if value is not None and value.shape != (rows,):
             raise ValueError(f"{name} must be (N,) = ({rows},), got {tuple(value.shape)}; give one weight per row")
+    if impl == "triton" and hidden.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
+        # As autocast treats a linear head. Logits and dweight stay fp32; so does the weight, which the op casts.
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     inputs = {
         "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail,
         "source_ce": source_ce, "source_index": source_index, "cu_seqlens": cu_seqlens,

@@ -46,7 +46,7 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         return -(-V // driver.PAD) * driver.PAD
 
     def prep(K, **changes):
-        block, compare, warps = driver.prep_config(K)
+        block, compare, warps = driver.prep_config(max(K, 1))
         strides = {f"stride_{name}": "i64" for name in ("ids_s", "ids_n", "ids_k", "tail_s", "tail_n")}
         strides |= {f"stride_logprobs_{axis}": "i64" for axis in "snk"}
         pointers = {
@@ -80,10 +80,12 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         }  # fmt: skip
         return Kernel(function=source._dense_kernel, arguments=arguments | changes, warps=warps, streams=True)
 
+    source_pointers = ("winner_ptr", "ids_ptr", "logprobs_ptr", "tail_ptr", "p_ptr", "t_ptr")
     everything = {"TEMPERED": True, "SCALE": 0.5, "SOFTCAP": 30.0, "bias_ptr": "*bf16"}
     return {
         "prep K=10": prep(10, tail_ptr=None),
         "prep K=128, tail": prep(128),
+        "prep, no source": prep(0, **dict.fromkeys(source_pointers)),
         "gather K=10": gather(10),
         "gather K=128, softcap, bias": gather(128, bias="*bf16", SCALE=0.5, SOFTCAP=30.0),
         "scatter K=128": scatter(128),

