@@ -54,6 +54,15 @@ def run(function, case, upcast=None, grad_output=None, device="cpu", **options):
     return {name: result.cpu() for name, result in results.items()}
 
 
+def on(device, case, frozen=()):
+    """A copy of the case on `device`; what is differentiable and not frozen requires grad."""
+    case = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+    for name in DIFFERENTIABLE:
+        if case.get(name) is not None:
+            case[name].requires_grad_(name not in frozen)
+    return case
+
+
 def assert_as_accurate_as_reference(case, scale=0.0, chunk_size=8, device="cpu", impl=None, **options):
     """Every result within twice the same-dtype reference's own error against fp64.
 

@@ -13,8 +13,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_checks import DIFFERENTIABLE, assert_as_accurate_as_reference, make_case, run, with_logits
-from test_fused_loss_autograd import op_arguments
+from loss_checks import DIFFERENTIABLE, assert_as_accurate_as_reference, make_case, on, run, with_logits
+from test_fused_loss_autograd import LargestTensor, op_arguments
 
 from profuser.kernels import fused_loss as op_module
 from profuser.kernels import fused_loss_triton as driver
@@ -545,7 +545,18 @@ def test_autocast_casts_hidden_and_leaves_the_logits_and_the_weight_gradient_in_
         assert torch.equal(found[name], rounded[name].to(found[name].dtype)), name
 
 
-# Interface
+# Memory and interface
+
+
+def test_no_tensor_is_larger_than_a_chunk_of_logits_or_a_gradient(device):
+    N, D, V, chunk = 24, 6, 300, 4
+    case = on(device, make_case(N=N, D=D, V=V, K=4, temperature=2.0, softcap=3.0))
+    sizes = []
+    with LargestTensor(sizes, inside="profuser::fused_loss"):
+        fused_linear_fusion_loss(**case, chunk_size=chunk, impl="triton").backward()
+    padded = V + 4
+    assert chunk * padded in sizes
+    assert max(sizes) <= max(chunk * padded, N * D, V * D) < N * V
 
 
 def test_the_driver_reads_nothing_back(device, monkeypatch):
@@ -578,11 +589,3 @@ print(fused_linear_fusion_loss(hidden, weight, torch.tensor([1, 2])).item())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(math.log(5))
-
-
-def on(device, case, frozen=()):
-    """The case on a device, with what is not frozen requiring grad."""
-    case = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
-    for name in DIFFERENTIABLE:
-        case[name].requires_grad_(name not in frozen)
-    return case
