@@ -413,19 +413,28 @@ def _backward(ctx, grad_loss, *unused):
     if grad_loss is None:
         return None, None, None, *none
     temperature, bucket, softcap, logit_scale, per_row, _, _, _, chunk_size, max_chunk_bytes, impl = ctx.options
-    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    needs = ctx.needs_input_grad[:3]
     if per_row:
         *tensors, ce_weight, kd_weight = ctx.saved_tensors
-        _, dhidden, dweight, dbias, *_ = fused_loss(
+        _, *grads = fused_loss(
             *(None if x is None else x.detach() for x in tensors), ce_weight * grad_loss, kd_weight * grad_loss,
-            temperature, bucket, softcap, logit_scale, False, need_hidden, need_weight, need_bias,
-            chunk_size, max_chunk_bytes, impl,
-        )  # fmt: skip
+            temperature, bucket, softcap, logit_scale, False, *needs, chunk_size, max_chunk_bytes, impl,
+        )[:4]  # fmt: skip
     else:
-        # In fp32: beside a bf16 gradient a grad_output of 1/N may itself be rounded to bf16, scaling all of it.
-        dhidden, dweight, dbias = (grad.to(grad_loss.dtype) * grad_loss for grad in ctx.saved_tensors)
-    grads = zip((dhidden, dweight, dbias), (need_hidden, need_weight, need_bias), ctx.dtypes, strict=True)
-    return *(grad.to(dtype) if need else None for grad, need, dtype in grads), *none
+        grads = ctx.saved_tensors
+    grads = zip(grads, needs, ctx.dtypes, strict=True)
+    if per_row:
+        return *(grad.to(dtype) if need else None for grad, need, dtype in grads), *none
+    return *(_scaled(grad, grad_loss, dtype) if need else None for grad, need, dtype in grads), *none
+
+
+def _scaled(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad · grad_loss as a new tensor: a second backward may follow.
+
+    Multiplied in fp32: beside a bf16 gradient a grad_output of 1/N may itself be rounded to bf16, scaling all of it.
+    Written in its final dtype: an fp32 product as large as the head would be a copy too many.
+    """
+    return torch.mul(grad.to(grad_loss.dtype), grad_loss.detach(), out=torch.empty_like(grad, dtype=dtype))
 
 
 fused_loss.register_autograd(_backward, setup_context=_setup_context)
