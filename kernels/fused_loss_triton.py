@@ -102,7 +102,7 @@ def fused_loss_triton(
             _dense_kernel[(n,)](
                 *(logits, grad, bias, lifted_z, lifted_grad, gold_slot, lifted_ids, p, t, source_mass),
                 *(ce_weight, kd_weight, loss, ce, kd, target_mass, begin, temperature),
-                *(padded, slots, temperature != 1, *head, block, triton.next_power_of_2(slots)),
+                *(padded, slots, p is not None and temperature != 1, *head, block, triton.next_power_of_2(slots)),
                 num_warps=warps,
             )
             if not need_grad:

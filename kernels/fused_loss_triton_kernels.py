@@ -110,7 +110,8 @@ def _prep_kernel(
             else:
                 t = tl.load(tail_ptr + source * stride_tail_s + row * stride_tail_n, mask=has_source, other=0.0)
                 t = t.to(tl.float32)
-                invalid = invalid | (((t < -_TAIL_SLACK) | (t > 1 + _TAIL_SLACK)) & present)
+                in_range = (t >= -_TAIL_SLACK) & (t <= 1 + _TAIL_SLACK)  # false for NaN, which min and max would drop
+                invalid = invalid | ((in_range == 0) & present)
                 t = tl.minimum(tl.maximum(t, 0.0), 1.0)
             # No column outside the ids could take a tail: it is rounding, and p is renormalised.
             t = tl.where(present & (tl.sum(first.to(tl.int32), 0) < V), t, 0.0)

@@ -242,6 +242,7 @@ INVALID = {
     "probabilities": ("source_logprobs", lambda x: x.index_fill(1, torch.tensor([1]), 0.5)),
     "NaN": ("source_logprobs", lambda x: x.index_fill(1, torch.tensor([1]), math.nan)),
     "log of a tail mass": ("source_tail", lambda x: x.index_fill(1, torch.tensor([1]), -2.0)),
+    "NaN tail": ("source_tail", lambda x: x.index_fill(1, torch.tensor([1]), math.nan)),
     "source out of range": ("source_index", lambda x: x.index_fill(0, torch.tensor([1]), 3)),
 }
 
@@ -510,6 +511,29 @@ def test_gradient_checkpointing_recomputes_the_same(loss, device):
     torch.utils.checkpoint.checkpoint(head, hidden, weight, use_reentrant=False).backward()
     torch.testing.assert_close(hidden.grad.cpu(), expected["dhidden"])
     torch.testing.assert_close(weight.grad.cpu(), expected["dweight"])
+
+
+def test_distributed_data_parallel(loss, device):
+    case = small_case()
+    expected = loss(case)
+
+    class HeadWithLoss(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = torch.nn.Parameter(weight)
+
+        def forward(self, **case):
+            return fused_linear_fusion_loss(weight=self.weight, **case, impl="triton")
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        case = on(device, case)
+        model = torch.nn.parallel.DistributedDataParallel(HeadWithLoss(case.pop("weight").detach()))
+        model(**case).backward()
+        torch.testing.assert_close(model.module.weight.grad.cpu(), expected["dweight"])
+        torch.testing.assert_close(case["hidden"].grad.cpu(), expected["dhidden"])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("per_row", [False, True])
