@@ -72,14 +72,14 @@ def _prep_kernel(
     """Unique ids and p, the bucket's t, the kept mass as given, and the slot of the gold id."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int64)
-    ignored = label == _IGNORE_INDEX
-    invalid = ((label < 0) | (label >= V)) & (label != _IGNORE_INDEX)
+    active = label != _IGNORE_INDEX
+    invalid = active & ((label < 0) | (label >= V))
     gold_slot = K
     mass = 0.0
     if ids_ptr is not None:
         winner = tl.load(winner_ptr + row)
-        invalid = (invalid | (winner < -1) | (winner >= S)) & (label != _IGNORE_INDEX)
-        has_source = (winner >= 0) & (winner < S) & (label != _IGNORE_INDEX)
+        invalid = invalid | (active & ((winner < -1) | (winner >= S)))
+        has_source = active & (winner >= 0) & (winner < S)
         source = tl.where(has_source, winner, 0).to(tl.int64)
         ids_ptr += source * stride_ids_s + row * stride_ids_n
         logprobs_ptr += source * stride_logprobs_s + row * stride_logprobs_n
@@ -124,11 +124,11 @@ def _prep_kernel(
         tl.store(lifted_ids_ptr + row * (K + 1) + slot, tl.where(first, ids, -1), mask=slot < K)
         tl.store(p_ptr + row * (K + 1) + slot, tl.where(first, p, 0.0), mask=slot < K)
         tl.store(t_ptr + row, t)
-    valid = (label != _IGNORE_INDEX) & (invalid == 0)
+    valid = active & (invalid == 0)
     tl.store(lifted_ids_ptr + row * (K + 1) + K, tl.where(valid & (gold_slot == K), label, -1).to(tl.int32))
     if ids_ptr is not None:
         tl.store(p_ptr + row * (K + 1) + K, 0.0)
-    tl.store(gold_slot_ptr + row, tl.where(valid, gold_slot, tl.where(ignored, _IGNORED, _INVALID)).to(tl.int32))
+    tl.store(gold_slot_ptr + row, tl.where(valid, gold_slot, tl.where(active, _INVALID, _IGNORED)).to(tl.int32))
     tl.store(source_mass_ptr + row, tl.where(invalid, float("nan"), mass))
 
 
@@ -222,6 +222,15 @@ def _scatter_kernel(
 
 
 # dense: one program per row
+
+
+@triton.jit
+def _exp(x):
+    """exp(x) for x <= 0 to a few ulp: tl.exp rounds x·log2(e), which costs 1e-6 at x = -25."""
+    x = tl.maximum(x, -150.0, propagate_nan=tl.PropagateNan.ALL)  # exp is 0 there; -inf has no remainder
+    k = tl.floor(x * 1.4426950408889634 + 0.5)
+    remainder = (x - k * 0.693145751953125) - k * 1.4286068203094173e-06  # ln 2 in two parts, the first product exact
+    return tl.exp(remainder) * tl.exp2(k)
 
 
 @triton.jit
@@ -340,9 +349,9 @@ def _dense_kernel(
         z_gold = tl.where(gold_slot == _INVALID, float("nan"), z_gold)
         m = tl.maximum(m_dense, tl.max(z, 0))
         below = z - m
-        e = tl.exp(below)  # 0 in an empty slot
-        e_gold = tl.exp(z_gold - m)
-        shrink = tl.exp(m_dense - m)
+        e = _exp(below)  # 0 in an empty slot
+        e_gold = _exp(z_gold - m)
+        shrink = _exp(m_dense - m)
         others = sum_dense * shrink + tl.sum(tl.where(is_gold, 0.0, e), 0)
         total_e = others + e_gold
         small = others < e_gold
@@ -364,18 +373,18 @@ def _dense_kernel(
             gold_kept = (gold_slot >= 0) & (gold_slot < SLOTS - 1)
             e_T, e_gold_T, shrink_T = e, e_gold, shrink
             if TEMPERED:
-                e_T = tl.exp(below * inv_T)
-                e_gold_T = tl.exp((z_gold - m) * inv_T)
-                shrink_T = tl.exp((m_dense - m) * inv_T)
+                e_T = _exp(below * inv_T)
+                e_gold_T = _exp((z_gold - m) * inv_T)
+                shrink_T = _exp((m_dense - m) * inv_T)
             # Outside the kept ids: the streamed columns, and the gold id if it was lifted without being kept.
             m_rest = tl.where(gold_kept, m_dense, tl.maximum(m_dense, z_gold))
-            dense_in_rest = tl.exp((m_dense - m_rest) * inv_T)
-            gold_in_rest = tl.where(gold_kept, 0.0, tl.exp((z_gold - m_rest) * inv_T))
+            dense_in_rest = _exp((m_dense - m_rest) * inv_T)
+            gold_in_rest = tl.where(gold_kept, 0.0, _exp((z_gold - m_rest) * inv_T))
             rest = sum_dense_T * dense_in_rest + gold_in_rest
             rest = tl.maximum(rest, _TINY, propagate_nan=tl.PropagateNan.ALL)
             mass_kept = tl.sum(tl.where(kept, e_T, 0.0), 0)
             rest_below = (m_rest - m) * inv_T
-            total_e_T = mass_kept + rest * tl.exp(rest_below)
+            total_e_T = mass_kept + rest * _exp(rest_below)
             log_total_T = tl.log(total_e_T)
             log_p = tl.log(tl.where(p == 0, 1.0, p))
             # p = 0 drops the term by name: its log q may be -inf.
