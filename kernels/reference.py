@@ -147,15 +147,25 @@ def source_topk_reference(
     labels: Tensor,
     k: int,
     *,
-    vocab_map: Tensor | None = None,
-    ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    **options,
 ) -> tuple[Tensor, ...]:
     """`source_topk`, dense: ids (N, k), logprobs (N, k), lse (N,) at `temperature`, ce (N,) at 1, and of the ranges."""
-    logits = head_logits(hidden, weight, bias, softcap, logit_scale)
+    return logits_topk_reference(head_logits(hidden, weight, bias, softcap, logit_scale), labels, k, **options)
+
+
+def logits_topk_reference(
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    *,
+    vocab_map: Tensor | None = None,
+    ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """`source_topk_from_logits`, dense."""
     # A stable descending sort keeps equal logits in index order.
     values, ids = logits.sort(dim=1, descending=True, stable=True)
     lse = (logits / temperature).logsumexp(1)

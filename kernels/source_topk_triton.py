@@ -338,7 +338,11 @@ def topk_rows(
         found += [labels.new_full((R, k), -1, dtype=torch.int32)]
         found += [labels.new_full(shape, torch.nan, dtype=torch.float32) for shape in ((R, k), (R,))]
         ranges = [x.contiguous() for x in ranges]
-    elementwise = {"temperature": temperature, "softcap": softcap, "logit_scale": None if logit_scale == 1 else logit_scale}
+    elementwise = {
+        "temperature": temperature,
+        "softcap": softcap,
+        "logit_scale": None if logit_scale == 1 else logit_scale,
+    }
     with torch.cuda.device_of(labels):
         for begin in range(0, N, chunk):
             rows = slice(begin, min(begin + chunk, N))

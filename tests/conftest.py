@@ -13,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, so before anything imports it
+
 from profuser.config import Recipe, Run, parse_run, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
