@@ -5,7 +5,7 @@ top k from those maxima, and reads k groups of logits again; `_range_kernel` loo
 the k best groups hold the k best tokens stands in README.md. What a launch writes, only later launches read: no
 barriers, no atomics, no device sync.
 Imported when used only: Triton exists on Linux alone.
-Dimension letters: N rows, C rows of a chunk, V vocabulary, G groups, K kept entries, R ranges.
+Dimension letters: N rows, C rows of a chunk, V vocabulary, G groups (a multiple of GROUP), K kept entries, R ranges.
 """
 
 from collections.abc import Callable
@@ -109,6 +109,7 @@ def _add_block(
     softcap,
     logit_scale,
     V: tl.constexpr,
+    G: tl.constexpr,
     AT_ONE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -122,7 +123,7 @@ def _add_block(
         z = _load_logits(row_ptr, columns, columns < V, columns < width, bias_ptr, softcap, logit_scale)
     best = tl.max(z, 1)
     groups += start // GROUP
-    tl.store(maxima_ptr + groups, best, mask=groups < tl.cdiv(V, GROUP))
+    tl.store(maxima_ptr + groups, best, mask=groups < G)
     new_top = tl.maximum(top, best)
     below = z - new_top[:, None]
     fade = _exp(top - new_top)
@@ -153,12 +154,13 @@ def _reduce_kernel(
     softcap,
     logit_scale,
     V: tl.constexpr,
+    G: tl.constexpr,
     AT_ONE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # int64: C*V overflows int32 above 14k rows at V=152k
     row_ptr = logits_ptr + row * width
-    maxima_ptr += row * tl.cdiv(V, GROUP)
+    maxima_ptr += row * G
     label = tl.load(labels_ptr + row).to(tl.int64)
     valid = (label >= 0) & (label < V)
     gold = tl.where(valid, label, -1).to(tl.int32)
@@ -171,12 +173,12 @@ def _reduce_kernel(
     for start in range(0, V // BLOCK_V * BLOCK_V, BLOCK_V):
         top, others, total = _add_block(
             top, others, total, start, row_ptr, width, bias_ptr, maxima_ptr, gold, inverse, softcap, logit_scale,
-            V, AT_ONE, BLOCK_V, True,
+            V, G, AT_ONE, BLOCK_V, True,
         )  # fmt: skip
     if V % BLOCK_V != 0:
         top, others, total = _add_block(
             top, others, total, V // BLOCK_V * BLOCK_V, row_ptr, width, bias_ptr, maxima_ptr, gold, inverse, softcap,
-            logit_scale, V, AT_ONE, BLOCK_V, False,
+            logit_scale, V, G, AT_ONE, BLOCK_V, False,
         )  # fmt: skip
 
     row_max = tl.max(top, 0)
@@ -208,22 +210,23 @@ def _select_kernel(
     softcap,
     logit_scale,
     V: tl.constexpr,
+    G: tl.constexpr,
     K: tl.constexpr,  # k rounded up to a power of two
-    BLOCK_S: tl.constexpr,  # groups of groups, rounded up likewise
+    BLOCK_S: tl.constexpr,  # groups of groups, at least K, rounded up likewise
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * width
-    maxima_ptr += row * tl.cdiv(V, GROUP)
+    maxima_ptr += row * G
     within = tl.arange(0, GROUP)[None, :]
 
     # What lies beyond V is -inf with an index above every column's, so it ranks behind them all and needs no care.
     supers = tl.arange(0, BLOCK_S)
     groups = supers[:, None] * GROUP + within
-    maxima = tl.load(maxima_ptr + groups, mask=groups < tl.cdiv(V, GROUP), other=-float("inf"))
+    maxima = tl.load(maxima_ptr + groups, mask=groups < G, other=-float("inf"))
     supers = _index(tl.topk(_key(tl.max(maxima, 1), supers), K))
 
     groups = supers[:, None] * GROUP + within
-    maxima = tl.load(maxima_ptr + groups, mask=groups < tl.cdiv(V, GROUP), other=-float("inf"))
+    maxima = tl.load(maxima_ptr + groups, mask=groups < G, other=-float("inf"))
     groups = _index(tl.topk(tl.reshape(_key(maxima, groups), [K * GROUP]), K))
 
     columns = groups[:, None] * GROUP + within
@@ -237,7 +240,7 @@ def _select_kernel(
     tl.store(logprobs_ptr + row * k + slot, logprobs, mask=slot < k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "chunk_rows", "order_size"])
 def _range_kernel(
     logits_ptr,  # (C, W) raw
     width,  # W >= V, columns of a row
@@ -323,13 +326,12 @@ def topk_rows(
     """The returns of `source_topk`. `logits` gives a slice of at most `chunk` rows before bias, scale and softcap:
     (C, W >= V), contiguous; what stands from column V on does not matter."""
     N = labels.shape[0]
-    groups = triton.cdiv(vocabulary, GROUP.value)
+    supers = triton.cdiv(vocabulary, GROUP.value**2)
+    groups = supers * GROUP.value
     K = max(2, triton.next_power_of_2(k))  # tl.topk of one element is not implemented
-    shapes = {"V": vocabulary, "K": K}
-    block_s = max(K, triton.next_power_of_2(triton.cdiv(groups, GROUP.value)))
     ids = labels.new_empty(N, k, dtype=torch.int32)
-    logprobs, lse, ce = (labels.new_empty(*shape, dtype=torch.float32) for shape in ((N, k), (N,), (N,)))
-    row_max, log_sum = labels.new_empty(2, chunk, dtype=torch.float32)
+    logprobs, lse, ce = (labels.new_empty(shape, dtype=torch.float32) for shape in ((N, k), N, N))
+    row_max, log_sum = (labels.new_empty(chunk, dtype=torch.float32) for _ in range(2))
     maxima = labels.new_empty(chunk, groups, dtype=torch.float32)
     found = [ids, logprobs, lse, ce]
     if ranges is not None:
@@ -350,16 +352,16 @@ def topk_rows(
             raw = (z, z.shape[1], bias)
             _reduce_kernel[(len(z),)](
                 *raw, labels[rows], maxima, row_max, log_sum, lse[rows], ce[rows],
-                **elementwise, V=vocabulary, AT_ONE=temperature == 1, BLOCK_V=2048, num_warps=8,
+                **elementwise, V=vocabulary, G=groups, AT_ONE=temperature == 1, BLOCK_V=2048, num_warps=4,
             )  # fmt: skip
             _select_kernel[(len(z),)](
                 *raw, maxima, row_max, log_sum, ids[rows], logprobs[rows], k,
-                **elementwise, **shapes, BLOCK_S=block_s, num_warps=4,
+                **elementwise, V=vocabulary, G=groups, K=K, BLOCK_S=max(K, triton.next_power_of_2(supers)), num_warps=4,
             )  # fmt: skip
             if ranges is not None and R:
                 # A program for every range at every chunk; most return at once. Finding a chunk's own would sync.
                 _range_kernel[(R,)](
                     *raw, row_max, log_sum, *ranges, *found[4:], begin, len(z), len(ranges[3]), k,
-                    **elementwise, **shapes, BLOCK=1024, num_warps=4,
+                    **elementwise, V=vocabulary, K=K, BLOCK=1024, num_warps=4,
                 )  # fmt: skip
     return tuple(found)
