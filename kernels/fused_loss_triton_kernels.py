@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .common import IGNORE_INDEX, LOGPROB_SLACK, LOWEST, TAIL_SLACK
+from .triton_math import exact_exp, log1p, tanh
 
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
 _LOGPROB_SLACK = tl.constexpr(LOGPROB_SLACK)
@@ -136,17 +137,6 @@ def _prep_kernel(
 
 
 @triton.jit
-def _tanh(x):
-    """tanh without libdevice, to about 2 ulp: a series where 1 - exp(-2x) would cancel."""
-    e = tl.exp(-2 * tl.abs(x))
-    far = (1 - e) / (1 + e)
-    s = x * x
-    near = tl.abs(x) * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
-    y = tl.where(tl.abs(x) < 0.25, near, far)
-    return tl.where(x < 0, -y, y)
-
-
-@triton.jit
 def _logits(
     product_ptr, bias_ptr, columns, inside, MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr
 ):  # fmt: skip
@@ -164,7 +154,7 @@ def _logits(
     if SCALE != 1.0:
         z *= SCALE
     if SOFTCAP is not None:
-        z = tl.where(product == float("-inf"), float("-inf"), SOFTCAP * _tanh(z * (1 / SOFTCAP)))
+        z = tl.where(product == float("-inf"), float("-inf"), SOFTCAP * tanh(z * (1 / SOFTCAP)))
     return z
 
 
@@ -222,24 +212,6 @@ def _scatter_kernel(
 
 
 # dense: one program per row
-
-
-@triton.jit
-def _exp(x):
-    """exp(x) for x <= 0 to a few ulp: tl.exp rounds x·log2(e), which costs 1e-6 at x = -25."""
-    x = tl.maximum(x, -150.0, propagate_nan=tl.PropagateNan.ALL)  # exp is 0 there; -inf has no remainder
-    k = tl.floor(x * 1.4426950408889634 + 0.5)
-    remainder = (x - k * 0.693145751953125) - k * 1.4286068203094173e-06  # ln 2 in two parts, the first product exact
-    return tl.exp(remainder) * tl.exp2(k)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for 0 <= x <= 1, as 2·artanh(x / (2 + x)): exact where log(1 + x) has lost x."""
-    s = x / (2 + x)
-    r = s * s
-    series = 1 / 9 + r * (1 / 11 + r * (1 / 13 + r * (1 / 15 + r * (1 / 17))))
-    return 2 * s * (1 + r * (1 / 3 + r * (1 / 5 + r * (1 / 7 + r * series))))
 
 
 @triton.jit
@@ -349,13 +321,13 @@ def _dense_kernel(
         z_gold = tl.where(gold_slot == _INVALID, float("nan"), z_gold)
         m = tl.maximum(m_dense, tl.max(z, 0))
         below = z - m
-        e = _exp(below)  # 0 in an empty slot
-        e_gold = _exp(z_gold - m)
-        shrink = _exp(m_dense - m)
+        e = exact_exp(below)  # 0 in an empty slot
+        e_gold = exact_exp(z_gold - m)
+        shrink = exact_exp(m_dense - m)
         others = sum_dense * shrink + tl.sum(tl.where(is_gold, 0.0, e), 0)
         total_e = others + e_gold
         small = others < e_gold
-        ce = tl.where(small, _log1p(others / tl.where(small, e_gold, 1.0)), tl.log(total_e) - (z_gold - m))
+        ce = tl.where(small, log1p(others / tl.where(small, e_gold, 1.0)), tl.log(total_e) - (z_gold - m))
         a = tl.load(ce_weight_ptr + n).to(tl.float32)
         loss = a * ce
         a *= SCALE  # the gradient leaves through the scale, a factor of every row scalar
@@ -373,18 +345,18 @@ def _dense_kernel(
             gold_kept = (gold_slot >= 0) & (gold_slot < SLOTS - 1)
             e_T, e_gold_T, shrink_T = e, e_gold, shrink
             if TEMPERED:
-                e_T = _exp(below * inv_T)
-                e_gold_T = _exp((z_gold - m) * inv_T)
-                shrink_T = _exp((m_dense - m) * inv_T)
+                e_T = exact_exp(below * inv_T)
+                e_gold_T = exact_exp((z_gold - m) * inv_T)
+                shrink_T = exact_exp((m_dense - m) * inv_T)
             # Outside the kept ids: the streamed columns, and the gold id if it was lifted without being kept.
             m_rest = tl.where(gold_kept, m_dense, tl.maximum(m_dense, z_gold))
-            dense_in_rest = _exp((m_dense - m_rest) * inv_T)
-            gold_in_rest = tl.where(gold_kept, 0.0, _exp((z_gold - m_rest) * inv_T))
+            dense_in_rest = exact_exp((m_dense - m_rest) * inv_T)
+            gold_in_rest = tl.where(gold_kept, 0.0, exact_exp((z_gold - m_rest) * inv_T))
             rest = sum_dense_T * dense_in_rest + gold_in_rest
             rest = tl.maximum(rest, _TINY, propagate_nan=tl.PropagateNan.ALL)
             mass_kept = tl.sum(tl.where(kept, e_T, 0.0), 0)
             rest_below = (m_rest - m) * inv_T
-            total_e_T = mass_kept + rest * _exp(rest_below)
+            total_e_T = mass_kept + rest * exact_exp(rest_below)
             log_total_T = tl.log(total_e_T)
             log_p = tl.log(tl.where(p == 0, 1.0, p))
             # p = 0 drops the term by name: its log q may be -inf.
