@@ -185,7 +185,9 @@ def test_the_driver_reads_nothing_back(device, monkeypatch):
 
 def test_triton_without_a_gpu_or_the_interpreter_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"needs a CUDA device, the tensors are on cpu; use impl=None.*TRITON_INTERPRET=1"):
+    with pytest.raises(
+        ValueError, match=r"needs a CUDA device, the tensors are on cpu; use impl=None.*TRITON_INTERPRET=1"
+    ):
         fused_linear_fusion_loss(**small_case(), impl="triton")
 
 
