@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_checks import DIFFERENTIABLE, assert_close_to_truth, make_case, run
-from torch.utils._python_dispatch import TorchDispatchMode
+from new_tensors import NewTensors
 
 from profuser.kernels.fused_loss import fused_loss, fused_loss_forward
 from profuser.kernels.reference import fusion_loss_reference
@@ -95,11 +95,10 @@ def test_no_gradient_is_computed_without_autograd():
     expected = run(fused_linear_fusion_loss, case)["loss"]
     for name in DIFFERENTIABLE:
         case[name].requires_grad_()
-    sizes = []
-    with torch.no_grad(), LargestTensor(sizes, inside="profuser::fused_loss"):
+    with torch.no_grad(), NewTensors(look_inside=True) as new:
         loss = fused_linear_fusion_loss(**case, chunk_size=4)
     torch.testing.assert_close(loss, expected)
-    assert max(sizes) < 83 * 20  # no [V, D] gradient
+    assert max(new.sizes) < 83 * 20  # no [V, D] gradient
 
 
 def test_a_tied_head_gets_both_gradients():
@@ -189,44 +188,23 @@ def test_autocast_leaves_the_logits_in_fp32():
 # Memory
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of every new tensor an op returns; `inside` is an op to be looked into."""
-
-    def __init__(self, sizes, inside=None):
-        super().__init__()
-        self.sizes, self.inside = sizes, inside
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.inside is not None and func.name() == self.inside:
-            with LargestTensor(self.sizes):
-                return fused_loss_forward(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        for tensor, described in zip(out if isinstance(out, tuple) else (out,), func._schema.returns, strict=False):
-            # A return that aliases an argument is a view or was written in place.
-            if isinstance(tensor, torch.Tensor) and described.alias_info is None:
-                self.sizes.append(tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "softcap": 3.0}], ids=str)
 def test_no_tensor_is_larger_than_a_chunk_of_logits_or_a_gradient(options):
     N, D, V, chunk = 512, 6, 300, 8
     case = make_case(N=N, D=D, V=V, K=4, **options)
     del case["bias"]
-    sizes = []
-    for reduction in ("mean", "none"):
-        with LargestTensor(sizes, inside="profuser::fused_loss"):
+    with NewTensors(look_inside=True) as new:
+        for reduction in ("mean", "none"):
             run(fused_linear_fusion_loss, case, reduction=reduction, chunk_size=chunk)
     # The whole batch's sources and gradients are allowed, the whole batch's logits are 50 chunks.
-    assert max(sizes) <= max(chunk * V, N * D, V * D, 3 * N * 4)
+    assert max(new.sizes) <= max(chunk * V, N * D, V * D, 3 * N * 4)
 
 
 def test_a_bf16_head_is_not_copied_to_fp32_at_once():
     case = make_case(torch.bfloat16, N=64, D=256, V=1000, K=4)
-    sizes = []
-    with LargestTensor(sizes):
+    with NewTensors() as new:
         fused_loss_forward(*op_arguments(case, grad_weight=False, grad_bias=False, chunk_size=16))
-    assert max(sizes) <= 64 * 256 < 1000 * 256
+    assert max(new.sizes) <= 64 * 256 < 1000 * 256
 
 
 # Interface

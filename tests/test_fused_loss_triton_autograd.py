@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_checks import DIFFERENTIABLE, make_case, on, run
-from test_fused_loss_autograd import LargestTensor, op_arguments
+from new_tensors import NewTensors
+from test_fused_loss_autograd import op_arguments
 
 from profuser.kernels import fused_loss as op_module
 from profuser.kernels.common import IGNORE_INDEX
@@ -165,12 +166,11 @@ def test_autocast_casts_hidden_and_leaves_the_logits_and_the_weight_gradient_in_
 def test_no_tensor_is_larger_than_a_chunk_of_logits_or_a_gradient(device):
     N, D, V, chunk = 24, 6, 300, 4
     case = on(device, make_case(N=N, D=D, V=V, K=4, temperature=2.0, softcap=3.0))
-    sizes = []
-    with LargestTensor(sizes, inside="profuser::fused_loss"):
+    with NewTensors(look_inside=True) as new:
         fused_linear_fusion_loss(**case, chunk_size=chunk, impl="triton").backward()
     padded = V + 4
-    assert chunk * padded in sizes
-    assert max(sizes) <= max(chunk * padded, N * D, V * D) < N * V
+    assert chunk * padded in new.sizes
+    assert max(new.sizes) <= max(chunk * padded, N * D, V * D) < N * V
 
 
 def test_the_driver_reads_nothing_back(device, monkeypatch):
