@@ -81,7 +81,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def size_of(source: SourceConfig) -> Size | None:
-    """From the files' headers, no weight is read; None for a model that is not on this machine yet.
+    """From the files' headers, no weight is read; None for a model that is not on this machine yet, or not in safetensors or GGUF.
 
     Raises:
         DataError: a file is truncated or damaged.
@@ -200,6 +200,6 @@ def in_words(seconds: float) -> str:
 def sentence(expected_seconds: dict[str, float] | None) -> str:
     """For the first line of a run."""
     if expected_seconds is None:
-        return "the time is unknown until every model is downloaded"
+        return "how long is unknown: a model is not downloaded yet, or has no safetensors"
     parts = ", ".join(f"{phase} {in_words(s)}" for phase, s in expected_seconds.items() if s >= 0.5)
     return f"expected to take about {in_words(sum(expected_seconds.values()))}" + (f" ({parts})" if parts else "")
