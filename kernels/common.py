@@ -16,6 +16,14 @@ IGNORE_INDEX = -100
 # Below ~2^18 logits a chunk spends its time in Python, above 128 rows of a large vocabulary it leaves the cache.
 MIN_CHUNK_ROWS = 128
 CHUNK_ELEMENTS = 1 << 18
+# On a GPU every chunk reads and writes the whole fp32 weight gradient, which few rows do not pay for.
+MIN_CHUNK_ROWS_GPU = 2048
+
+# Maxima start here, not at -inf: a row whose every column was lifted out would give inf - inf. Finite over T, too.
+LOWEST = -1e30
+# fp16 rounding and the merging of tokens leave a log-probability just above 0; a probability is far above.
+LOGPROB_SLACK = 1e-2
+TAIL_SLACK = 1e-3
 
 
 def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
@@ -88,6 +96,16 @@ def chunk_rows(
     chunk = chunk_size or max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
     if max_chunk_bytes is not None:
         chunk = min(chunk, max_chunk_bytes // (vocabulary * itemsize))
+    return max(1, min(chunk, rows))
+
+
+def chunk_rows_gpu(
+    rows: int, vocabulary: int, width: int, chunk_size: int | None = None, max_chunk_bytes: int | None = None
+) -> int:
+    """`chunk_rows` for a GPU with fp32 logits: many rows, because each chunk passes over the weight gradient once."""
+    chunk = chunk_size or -(-max(MIN_CHUNK_ROWS_GPU, width // 2) // 128) * 128
+    if max_chunk_bytes is not None:
+        chunk = min(chunk, max_chunk_bytes // (vocabulary * 4))
     return max(1, min(chunk, rows))
 
 

@@ -1,5 +1,7 @@
 """Cross-entropy plus KL to the winning source's kept entries, without [N, V] logits: the op and its plain-torch path.
 
+The op dispatches to `fused_loss_torch` below or to fused_loss_triton.py, which computes the same on a GPU.
+
 Every term's gradient in the logits is row scalars × softmax − a sparse vector (derived in README.md), so one dense
 pass per chunk serves them all: the kept ids and the gold id are lifted out of the logits, −inf takes their place, the
 rest is exponentiated and scaled by one number per row, and the few lifted entries are written back. The gradients are
@@ -13,14 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import IGNORE_INDEX, Head, check_label_values, chunk_rows, compute_dtype, cross_entropy_from_sums
+from .common import (
+    IGNORE_INDEX,
+    LOGPROB_SLACK,
+    LOWEST,
+    TAIL_SLACK,
+    Head,
+    check_label_values,
+    chunk_rows,
+    compute_dtype,
+    cross_entropy_from_sums,
+)
 
-# Maxima start here, not at -inf: a row whose every column was lifted out would give inf - inf. Finite over T, too.
-LOWEST = -1e30
 TINY = 1e-38
-# fp16 rounding and the merging of tokens leave a log-probability just above 0; a probability is far above.
-LOGPROB_SLACK = 1e-2
-TAIL_SLACK = 1e-3
 
 
 def choose_winner(
@@ -52,7 +59,9 @@ def choose_winner(
     if sequences == 1:
         return winner, winner.expand(rows)
     row = torch.arange(rows, device=winner.device)
-    return winner, winner[torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(cu_seqlens.dtype), right=True)]
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(cu_seqlens.dtype), right=True)
+    # Bounds that end before the last row are an error where values may be read; -2 marks it where they may not.
+    return winner, torch.nn.functional.pad(winner, (0, 1), value=-2)[sequence]
 
 
 class Kept(NamedTuple):
@@ -157,8 +166,7 @@ def check_values(
         )
 
 
-@torch.library.custom_op("profuser::fused_loss", mutates_args=())
-def fused_loss(
+def fused_loss_forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -181,30 +189,39 @@ def fused_loss(
     grad_bias: bool,
     chunk_size: int | None,
     max_chunk_bytes: int | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns loss (scalar, or (N,) when per_row), dhidden, dweight, dbias for grad_output = 1 (empty unless asked for;
     dweight and dbias in the compute dtype), ce, kd, source_mass, target_mass (N,) and winner."""
-    return fused_loss_torch(
-        hidden, weight, bias, labels, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens,
-        ce_weight, kd_weight, temperature, bucket, softcap, logit_scale, per_row, grad_hidden, grad_weight, grad_bias,
+    N = hidden.shape[0]
+    if not (impl == "triton" and hidden.is_cuda):  # there a check would wait for the device: the row becomes NaN
+        check_values(labels, weight.shape[0], source_ids, source_logprobs, source_index, cu_seqlens)
+    winner, row_winner = choose_winner(N, source_ids, source_ce, source_index, cu_seqlens)
+    if impl == "triton":
+        from .fused_loss_triton import fused_loss_triton as compute  # not before: without a GPU there may be no triton
+    else:
+        compute = fused_loss_torch
+    results = compute(
+        hidden, weight, bias, labels, row_winner, source_ids, source_logprobs, source_tail, ce_weight, kd_weight,
+        temperature, bucket, softcap, logit_scale, per_row, grad_hidden, grad_weight, grad_bias,
         chunk_size, max_chunk_bytes,
     )  # fmt: skip
+    return *results, winner.to(hidden.device).clone()  # an op's output may not be its input
+
+
+fused_loss = torch.library.custom_op("profuser::fused_loss", mutates_args=())(fused_loss_forward)
 
 
 @torch.no_grad()
 def fused_loss_torch(
-    hidden, weight, bias, labels, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens,
-    ce_weight, kd_weight, temperature, bucket, softcap, logit_scale, per_row, grad_hidden, grad_weight, grad_bias,
+    hidden, weight, bias, labels, row_winner, source_ids, source_logprobs, source_tail, ce_weight, kd_weight,
+    temperature, bucket, softcap, logit_scale, per_row, grad_hidden, grad_weight, grad_bias,
     chunk_size, max_chunk_bytes,
 ):  # fmt: skip
-    """The op in plain torch, chunk by chunk, for any device."""
+    """The op in plain torch, chunk by chunk, for any device; row_winner (N,) as from `choose_winner`."""
     N, D = hidden.shape
     V = weight.shape[0]
     dtype = compute_dtype(hidden, weight)
-    check_values(labels, V, source_ids, source_logprobs, source_index, cu_seqlens)
-    winner, row_winner = choose_winner(N, source_ids, source_ce, source_index, cu_seqlens)
-    winner = winner.to(hidden.device).clone()  # an op's output may not be its input
-
     rows = (labels != IGNORE_INDEX).nonzero()[:, 0]
     n = rows.shape[0]
     gold = labels[rows].long()
@@ -264,7 +281,7 @@ def fused_loss_torch(
             if grad_bias:
                 dbias.add_(z.sum(0))
     loss = terms if per_row else terms.sum()
-    return loss, dhidden, dweight, dbias, ce, kd, source_mass, target_mass, winner
+    return loss, dhidden, dweight, dbias, ce, kd, source_mass, target_mass
 
 
 def chunk_losses(
@@ -356,7 +373,7 @@ def chunk_losses(
 def _(
     hidden, weight, bias, labels, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens,
     ce_weight, kd_weight, temperature, bucket, softcap, logit_scale, per_row, grad_hidden, grad_weight, grad_bias,
-    chunk_size, max_chunk_bytes,
+    chunk_size, max_chunk_bytes, impl,
 ):  # fmt: skip
     N = hidden.shape[0]
     V, D = weight.shape
@@ -392,23 +409,32 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *unused):
-    none = (None,) * 19
+    none = (None,) * 20
     if grad_loss is None:
         return None, None, None, *none
-    temperature, bucket, softcap, logit_scale, per_row, _, _, _, chunk_size, max_chunk_bytes = ctx.options
-    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    temperature, bucket, softcap, logit_scale, per_row, _, _, _, chunk_size, max_chunk_bytes, impl = ctx.options
+    needs = ctx.needs_input_grad[:3]
     if per_row:
         *tensors, ce_weight, kd_weight = ctx.saved_tensors
-        _, dhidden, dweight, dbias, *_ = fused_loss(
+        _, *grads = fused_loss(
             *(None if x is None else x.detach() for x in tensors), ce_weight * grad_loss, kd_weight * grad_loss,
-            temperature, bucket, softcap, logit_scale, False, need_hidden, need_weight, need_bias,
-            chunk_size, max_chunk_bytes,
-        )  # fmt: skip
+            temperature, bucket, softcap, logit_scale, False, *needs, chunk_size, max_chunk_bytes, impl,
+        )[:4]  # fmt: skip
     else:
-        # In fp32: beside a bf16 gradient a grad_output of 1/N may itself be rounded to bf16, scaling all of it.
-        dhidden, dweight, dbias = (grad.to(grad_loss.dtype) * grad_loss for grad in ctx.saved_tensors)
-    grads = zip((dhidden, dweight, dbias), (need_hidden, need_weight, need_bias), ctx.dtypes, strict=True)
-    return *(grad.to(dtype) if need else None for grad, need, dtype in grads), *none
+        grads = ctx.saved_tensors
+    grads = zip(grads, needs, ctx.dtypes, strict=True)
+    if per_row:
+        return *(grad.to(dtype) if need else None for grad, need, dtype in grads), *none
+    return *(_scaled(grad, grad_loss, dtype) if need else None for grad, need, dtype in grads), *none
+
+
+def _scaled(grad: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad · grad_loss as a new tensor: a second backward may follow.
+
+    Multiplied in fp32: beside a bf16 gradient a grad_output of 1/N may itself be rounded to bf16, scaling all of it.
+    Written in its final dtype: an fp32 product as large as the head would be a copy too many.
+    """
+    return torch.mul(grad.to(grad_loss.dtype), grad_loss.detach(), out=torch.empty_like(grad, dtype=dtype))
 
 
 fused_loss.register_autograd(_backward, setup_context=_setup_context)

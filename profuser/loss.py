@@ -2,11 +2,14 @@
 
 Computes the loss from hidden states and the head; logits exist only a chunk at a time. With one source it is top-k
 distillation, with none fused linear cross-entropy. This module checks arguments and reduces; values and gradients are
-computed by kernels/fused_loss.py and derived in kernels/README.md. Alignment of tokenizers happens before.
+computed by kernels/fused_loss.py (on a GPU fused_loss_triton.py beside it) and derived in kernels/README.md. Alignment of
+tokenizers happens before.
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
 """
 
+import importlib.util
 import math
+import os
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from .kernels.common import IGNORE_INDEX, check_device, check_head, check_scalars, compute_dtype
 from .kernels.fused_loss import fused_loss
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
 TAILS = ("bucket", "renormalize")
@@ -54,6 +58,7 @@ def fused_linear_fusion_loss(
     Args:
         hidden: (N, D) bf16/fp16/fp32/fp64, last hidden states; row n predicts labels[n], so they are already shifted.
         weight: (V, D) language-model head; logits, sums and its gradient are computed in fp32 (fp64 if either is fp64).
+            With impl "triton" the operands of the matrix products are in hidden's dtype, or in autocast's.
         labels: (N,) int64 or int32; IGNORE_INDEX rows add nothing, whatever else they hold.
         source_ids: (S, N, K) int32 or int64 in [0, V), -1 = padding; duplicates in a row are merged by adding mass.
             None = cross-entropy alone.
@@ -74,7 +79,9 @@ def fused_linear_fusion_loss(
         reduction: "mean" over num_items_in_batch or the valid rows (0 when there are none), "sum", or "none": (N,).
         num_items_in_batch: divisor of "mean", for a step of several batches.
         chunk_size: rows whose logits exist at a time; chosen by V when None. max_chunk_bytes caps their bytes.
-        impl: None (by device), "torch" or "triton".
+        impl: "triton" (CUDA, or under TRITON_INTERPRET=1), "torch" (anywhere), or None: triton on CUDA unless an
+            operand is fp64, else torch. Triton reads no value back, so there a value out of range gives no error: its
+            row's loss is NaN. It spends time on ignored rows, torch does not.
         return_stats: also return a dict of detached tensors, (N,), unweighted and 0 where a row lacks them: ce,
             kd (= T²·KL), source_mass (kept, as given), target_mass (the target's on the kept ids, at T); and winner,
             (B,) int64, or (N,) as source_index is, -1 = none.
@@ -88,12 +95,16 @@ def fused_linear_fusion_loss(
     check_scalars(temperature, softcap, logit_scale, chunk_size)
     check_head(hidden, weight, labels, bias)
     _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
-    _check_impl(impl, hidden)
+    dtype = compute_dtype(hidden, weight)
+    impl = _check_impl(impl, hidden, dtype)
     rows = hidden.shape[0]
     _check_sources(rows, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens, tail)
     for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
         if value is not None and value.shape != (rows,):
             raise ValueError(f"{name} must be (N,) = ({rows},), got {tuple(value.shape)}; give one weight per row")
+    if impl == "triton" and hidden.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
+        # As autocast treats a linear head. Logits and dweight stay fp32; so does the weight, which the op casts.
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     inputs = {
         "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail,
         "source_ce": source_ce, "source_index": source_index, "cu_seqlens": cu_seqlens,
@@ -104,7 +115,6 @@ def fused_linear_fusion_loss(
         if value is not None and value.requires_grad:
             raise ValueError(f"{name} must not require grad: only hidden, weight and bias get one; detach it")
 
-    dtype = compute_dtype(hidden, weight)
     ce_weight = torch.ones(rows, dtype=dtype, device=hidden.device) if ce_weight is None else ce_weight.to(dtype)
     if kd_weight is None:
         kd_weight = ce_weight * (DEFAULT_BETA if beta is None else beta)
@@ -129,6 +139,7 @@ def fused_linear_fusion_loss(
         in_forward and bias is not None and bias.requires_grad,
         chunk_size,
         max_chunk_bytes,
+        impl,
     )
     if reduction == "mean":
         # Outside the op, so that autograd carries the divisor to backward; a step without rows is 0/1.
@@ -164,12 +175,21 @@ def _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chu
         raise ValueError(f"max_chunk_bytes must be >= 1, got {max_chunk_bytes}; pass None for no cap")
 
 
-def _check_impl(impl, hidden) -> None:
+def _check_impl(impl, hidden, dtype) -> str:
+    """The path to take: Triton on CUDA unless an operand is fp64."""
     if impl not in (None, "torch", "triton"):
         raise ValueError(f"impl must be None, 'torch' or 'triton', got {impl!r}; None chooses by device")
+    if impl is None:
+        return "triton" if hidden.is_cuda and HAS_TRITON and dtype != torch.float64 else "torch"
     if impl == "triton":
-        fix = "use impl=None" if not hidden.is_cuda else "this version has the plain-torch path only, use impl='torch'"
-        raise ValueError(f"impl='triton' needs a CUDA device and a Triton kernel, hidden is on {hidden.device}; {fix}")
+        if dtype == torch.float64:
+            raise ValueError("impl='triton' computes in float32, got float64 operands; use impl=None, or cast them")
+        if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"impl='triton' needs a CUDA device, hidden is on {hidden.device}; use impl=None, "
+                "or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
+            )
+    return impl
 
 
 def _check_sources(

@@ -13,6 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
+# Read when triton is imported, which transformers does: without a GPU its kernels run under its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from profuser.config import Recipe, Run, parse_run, resolve
 
 ROOT = Path(__file__).resolve().parent.parent

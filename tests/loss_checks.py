@@ -7,7 +7,7 @@ from profuser.kernels.reference import fusion_loss_reference
 from profuser.loss import fused_linear_fusion_loss
 
 # Floor of the allowed error, relative to the largest true entry: a few roundings of the dtype.
-FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 5e-3}
+FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 
@@ -42,26 +42,37 @@ def make_case(dtype=torch.float32, N=37, D=20, V=83, S=3, K=6, B=4, spread=1.0, 
     return case | options
 
 
-def run(function, case, upcast=None, grad_output=None, **options):
-    """Loss, gradients of hidden, weight and bias, and stats."""
-    case = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in case.items()} | options
+def run(function, case, upcast=None, grad_output=None, device="cpu", **options):
+    """Loss, gradients of hidden, weight and bias, and stats, computed on `device` and returned on the CPU."""
+    case = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in (case | options).items()}
     leaves = [name for name in DIFFERENTIABLE if case.get(name) is not None]
     for name in leaves:
         case[name] = (case[name] if upcast is None else case[name].to(upcast)).requires_grad_()
     loss, stats = function(**case, return_stats=True)
     (loss if grad_output is None else loss * grad_output).sum().backward()
-    return {"loss": loss.detach()} | {f"d{name}": case[name].grad for name in leaves} | stats
+    results = {"loss": loss.detach()} | {f"d{name}": case[name].grad for name in leaves} | stats
+    return {name: result.cpu() for name, result in results.items()}
 
 
-def assert_as_accurate_as_reference(case, scale=0.0, chunk_size=8, **options):
+def on(device, case, frozen=()):
+    """A copy of the case on `device`; what is differentiable and not frozen requires grad."""
+    case = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+    for name in DIFFERENTIABLE:
+        if case.get(name) is not None:
+            case[name].requires_grad_(name not in frozen)
+    return case
+
+
+def assert_as_accurate_as_reference(case, scale=0.0, chunk_size=8, device="cpu", impl=None, **options):
     """Every result within twice the same-dtype reference's own error against fp64.
 
-    `scale`: size of the terms a result is the difference of, where that is larger than the result.
+    `scale`: size of the terms a result is the difference of, where that is larger than the result. `device` and `impl`
+    are those of the op; the reference runs on the CPU.
     """
     dtype = case["hidden"].dtype
     truth = run(fusion_loss_reference, case, upcast=torch.float64, **options)
     same_dtype = run(fusion_loss_reference, case, **options)
-    ours = run(fused_linear_fusion_loss, case, chunk_size=chunk_size, **options)
+    ours = run(fused_linear_fusion_loss, case, device=device, chunk_size=chunk_size, impl=impl, **options)
     assert ours.keys() == truth.keys()
     for name, true in truth.items():
         assert ours[name].shape == true.shape, name

@@ -1,0 +1,417 @@
+"""The Triton kernels of the fused loss: prep, gather, dense, scatter, in the order in which a chunk needs them.
+
+fused_loss_triton.py launches them; README.md derives what they compute. Everything is fp32 after the load, whatever the
+dtype in memory: under the interpreter bf16 arithmetic is wrong without a word.
+Dimension letters: N rows, C rows of a chunk, V vocabulary, V_PADDED its row stride, S sources, K kept entries; a row has
+K + 1 slots, the last one for a gold id that is not among the entries.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import IGNORE_INDEX, LOGPROB_SLACK, LOWEST, TAIL_SLACK
+
+_IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
+_LOGPROB_SLACK = tl.constexpr(LOGPROB_SLACK)
+_TAIL_SLACK = tl.constexpr(TAIL_SLACK)
+_LOWEST = tl.constexpr(LOWEST)
+_TINY = tl.constexpr(1e-37)  # a normal number: hardware may flush subnormal ones
+# What gold_slot holds for a row without a gold id.
+_IGNORED = tl.constexpr(-1)
+_INVALID = tl.constexpr(-2)
+# Neighbouring columns of one thread: two 16-byte loads of fp32, one 16-byte store of bf16.
+_LANE = tl.constexpr(8)
+
+
+# prep: one program per row, no logits
+
+
+@triton.jit
+def _entries(ids_ptr, logprobs_ptr, slot, stride_ids, stride_logprobs, has_source, V, K: tl.constexpr):
+    """ids (-1 = no entry), p (0 there), and whether a slot holds a value out of range."""
+    inside = (slot < K) & has_source
+    slot = slot.to(tl.int64)
+    ids = tl.load(ids_ptr + slot * stride_ids, mask=inside, other=-1).to(tl.int64)
+    logprobs = tl.load(logprobs_ptr + slot * stride_logprobs, mask=inside, other=0).to(tl.float32)
+    invalid = (ids < -1) | (ids >= V) | ((ids >= 0) & (logprobs > _LOGPROB_SLACK))
+    ids = tl.where(invalid, -1, ids).to(tl.int32)
+    return ids, tl.where(ids >= 0, tl.exp(logprobs), 0.0), invalid
+
+
+# Strides change with N, and the kernel is too short to gain from a variant per alignment.
+@triton.jit(do_not_specialize=[
+    "stride_ids_s", "stride_ids_n", "stride_ids_k", "stride_logprobs_s", "stride_logprobs_n", "stride_logprobs_k",
+    "stride_tail_s", "stride_tail_n", "S", "V",
+])  # fmt: skip
+def _prep_kernel(
+    labels_ptr,
+    winner_ptr,
+    ids_ptr,
+    stride_ids_s,
+    stride_ids_n,
+    stride_ids_k,
+    logprobs_ptr,
+    stride_logprobs_s,
+    stride_logprobs_n,
+    stride_logprobs_k,
+    tail_ptr,
+    stride_tail_s,
+    stride_tail_n,
+    gold_slot_ptr,
+    lifted_ids_ptr,
+    p_ptr,
+    t_ptr,
+    source_mass_ptr,
+    S,
+    V,
+    K: tl.constexpr,
+    BUCKET: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_COMPARE: tl.constexpr,
+):
+    """Unique ids and p, the bucket's t, the kept mass as given, and the slot of the gold id."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row).to(tl.int64)
+    ignored = label == _IGNORE_INDEX
+    invalid = ((label < 0) | (label >= V)) & (label != _IGNORE_INDEX)
+    gold_slot = K
+    mass = 0.0
+    if ids_ptr is not None:
+        winner = tl.load(winner_ptr + row)
+        invalid = (invalid | (winner < -1) | (winner >= S)) & (label != _IGNORE_INDEX)
+        has_source = (winner >= 0) & (winner < S) & (label != _IGNORE_INDEX)
+        source = tl.where(has_source, winner, 0).to(tl.int64)
+        ids_ptr += source * stride_ids_s + row * stride_ids_n
+        logprobs_ptr += source * stride_logprobs_s + row * stride_logprobs_n
+        slot = tl.arange(0, BLOCK_K)
+        ids, p, wrong = _entries(ids_ptr, logprobs_ptr, slot, stride_ids_k, stride_logprobs_k, has_source, V, K)
+
+        # Every slot against every slot: the first of equal ids takes the mass of all.
+        merged = tl.zeros([BLOCK_K], tl.float32)
+        earlier = tl.zeros([BLOCK_K], tl.int32)
+        for start in range(0, K, BLOCK_COMPARE):
+            other = start + tl.arange(0, BLOCK_COMPARE)
+            other_ids, other_p, _ = _entries(
+                ids_ptr, logprobs_ptr, other, stride_ids_k, stride_logprobs_k, has_source, V, K
+            )
+            same = (ids[:, None] == other_ids[None, :]) & (ids >= 0)[:, None]
+            merged += tl.sum(tl.where(same, other_p[None, :], 0.0), 1)
+            earlier += tl.sum((same & (other[None, :] < slot[:, None])).to(tl.int32), 1)
+        first = (ids >= 0) & (earlier == 0)
+        p = tl.where(first, merged, 0.0)
+        mass = tl.sum(p, 0)
+        # True for NaN: a poisoned source must show in the loss.
+        present = tl.max((p != 0).to(tl.int32), 0) > 0
+
+        t = 0.0
+        if BUCKET:
+            if tail_ptr is None:
+                t = tl.maximum(1 - mass, 0.0)
+            else:
+                t = tl.load(tail_ptr + source * stride_tail_s + row * stride_tail_n, mask=has_source, other=0.0)
+                t = t.to(tl.float32)
+                in_range = (t >= -_TAIL_SLACK) & (t <= 1 + _TAIL_SLACK)  # false for NaN, which min and max would drop
+                invalid = invalid | ((in_range == 0) & present)
+                t = tl.minimum(tl.maximum(t, 0.0), 1.0)
+            # No column outside the ids could take a tail: it is rounding, and p is renormalised.
+            t = tl.where(present & (tl.sum(first.to(tl.int32), 0) < V), t, 0.0)
+        p = p * ((1 - t) / tl.where(present, mass, 1.0))
+
+        invalid = invalid | (tl.max(wrong.to(tl.int32), 0) > 0)
+        first = first & present & (invalid == 0)
+        is_gold = first & (ids == label)
+        gold_slot = tl.where(tl.max(is_gold.to(tl.int32), 0) > 0, tl.sum(tl.where(is_gold, slot, 0), 0), K)
+        tl.store(lifted_ids_ptr + row * (K + 1) + slot, tl.where(first, ids, -1), mask=slot < K)
+        tl.store(p_ptr + row * (K + 1) + slot, tl.where(first, p, 0.0), mask=slot < K)
+        tl.store(t_ptr + row, t)
+    valid = (label != _IGNORE_INDEX) & (invalid == 0)
+    tl.store(lifted_ids_ptr + row * (K + 1) + K, tl.where(valid & (gold_slot == K), label, -1).to(tl.int32))
+    if ids_ptr is not None:
+        tl.store(p_ptr + row * (K + 1) + K, 0.0)
+    tl.store(gold_slot_ptr + row, tl.where(valid, gold_slot, tl.where(ignored, _IGNORED, _INVALID)).to(tl.int32))
+    tl.store(source_mass_ptr + row, tl.where(invalid, float("nan"), mass))
+
+
+# The head's elementwise part
+
+
+@triton.jit
+def _tanh(x):
+    """tanh without libdevice, to about 2 ulp: a series where 1 - exp(-2x) would cancel."""
+    e = tl.exp(-2 * tl.abs(x))
+    far = (1 - e) / (1 + e)
+    s = x * x
+    near = tl.abs(x) * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
+    y = tl.where(tl.abs(x) < 0.25, near, far)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def _logits(
+    product_ptr, bias_ptr, columns, inside, MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """Logits from h Wᵀ; a lifted column stays -inf, which a softcap alone would make finite."""
+    if MASKED:
+        product = tl.load(product_ptr + columns, mask=inside, other=float("-inf"))
+    else:
+        product = tl.load(product_ptr + columns)
+    z = product
+    if bias_ptr is not None:
+        if MASKED:
+            z += tl.load(bias_ptr + columns, mask=inside, other=0).to(tl.float32)
+        else:
+            z += tl.load(bias_ptr + columns).to(tl.float32)
+    if SCALE != 1.0:
+        z *= SCALE
+    if SOFTCAP is not None:
+        z = tl.where(product == float("-inf"), float("-inf"), SOFTCAP * _tanh(z * (1 / SOFTCAP)))
+    return z
+
+
+@triton.jit
+def _slope(z, SOFTCAP: tl.constexpr):
+    """The softcap's derivative, 0 for a lifted column."""
+    u = z * (1 / SOFTCAP)
+    return tl.where(z == float("-inf"), 0.0, 1 - u * u)
+
+
+# gather and scatter: one warp per row, so that the thread that reads a column is the one that overwrites it
+
+
+@triton.jit(do_not_specialize=["begin"])
+def _gather_kernel(
+    logits_ptr,
+    bias_ptr,
+    lifted_ids_ptr,
+    lifted_z_ptr,
+    begin,
+    V_PADDED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Logits at the lifted ids (-inf where a slot is empty); their columns become -inf."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V_PADDED
+    for start in range(0, SLOTS, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        ids = tl.load(lifted_ids_ptr + (begin + row) * SLOTS + slot, mask=slot < SLOTS, other=-1)
+        z = _logits(logits_ptr, bias_ptr, ids, ids >= 0, True, SCALE, SOFTCAP)
+        tl.store(lifted_z_ptr + row * SLOTS + slot, z, mask=slot < SLOTS)
+        tl.store(logits_ptr + ids, float("-inf"), mask=ids >= 0)
+
+
+@triton.jit(do_not_specialize=["begin"])
+def _scatter_kernel(
+    grad_ptr,
+    lifted_ids_ptr,
+    lifted_grad_ptr,
+    begin,
+    V_PADDED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Overwrites the lifted columns of the dense gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    for start in range(0, SLOTS, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        ids = tl.load(lifted_ids_ptr + (begin + row) * SLOTS + slot, mask=slot < SLOTS, other=-1)
+        grad = tl.load(lifted_grad_ptr + row * SLOTS + slot, mask=ids >= 0, other=0.0)
+        tl.store(grad_ptr + row * V_PADDED + ids, grad.to(grad_ptr.dtype.element_ty), mask=ids >= 0)
+
+
+# dense: one program per row
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for 0 <= x <= 1, as 2·artanh(x / (2 + x)): exact where log(1 + x) has lost x."""
+    s = x / (2 + x)
+    r = s * s
+    series = 1 / 9 + r * (1 / 11 + r * (1 / 13 + r * (1 / 15 + r * (1 / 17))))
+    return 2 * s * (1 + r * (1 / 3 + r * (1 / 5 + r * (1 / 7 + r * series))))
+
+
+@triton.jit
+def _add_exps(top, total, total_T, z, inv_T, TEMPERED: tl.constexpr):
+    """Running maximum and sums of exp of each lane: no other thread is asked, so the loop has no barrier."""
+    new_top = tl.maximum(top, tl.max(z, 1))
+    below = z - new_top[:, None]
+    total = total * tl.exp(top - new_top) + tl.sum(tl.exp(below), 1)
+    if TEMPERED:
+        total_T = total_T * tl.exp((top - new_top) * inv_T) + tl.sum(tl.exp(below * inv_T), 1)
+    return new_top, total, total_T
+
+
+@triton.jit
+def _store_grad(
+    grad_ptr, z, columns, top, coefficient, coefficient_T, inv_T,
+    V_PADDED: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    below = z - top
+    grad = tl.exp(below) * coefficient
+    if TEMPERED:
+        grad += tl.exp(below * inv_T) * coefficient_T
+    if SOFTCAP is not None:
+        grad *= _slope(z, SOFTCAP)
+    grad = grad.to(grad_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(grad_ptr + columns, grad, mask=columns < V_PADDED)
+    else:
+        tl.store(grad_ptr + columns, grad)
+
+
+@triton.jit(do_not_specialize=["begin"])
+def _dense_kernel(
+    logits_ptr,
+    grad_ptr,
+    bias_ptr,
+    lifted_z_ptr,
+    lifted_grad_ptr,
+    gold_slot_ptr,
+    lifted_ids_ptr,
+    p_ptr,
+    t_ptr,
+    source_mass_ptr,
+    ce_weight_ptr,
+    kd_weight_ptr,
+    loss_ptr,
+    ce_ptr,
+    kd_ptr,
+    target_mass_ptr,
+    begin,
+    temperature,
+    V_PADDED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    """Losses, statistics and the gradient in h Wᵀ + bias of one row, all as zeros where the row is ignored.
+
+    grad_ptr = None: no gradient. p_ptr = None: no source, so no KD. The row's scalars are named as in `chunk_losses`
+    of fused_loss.py, which computes the same thing.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    n = begin + row
+    logits_ptr += row * V_PADDED
+    if grad_ptr is not None:
+        grad_ptr += row * V_PADDED
+    lanes: tl.constexpr = BLOCK_V // _LANE
+    tile = tl.arange(0, lanes)[:, None] * _LANE + tl.arange(0, _LANE)[None, :]
+    WHOLE: tl.constexpr = V_PADDED // BLOCK_V * BLOCK_V
+    gold_slot = tl.load(gold_slot_ptr + n)
+    if gold_slot == _IGNORED:
+        tl.store(loss_ptr + n, 0.0)
+        tl.store(ce_ptr + n, 0.0)
+        tl.store(kd_ptr + n, 0.0)
+        tl.store(target_mass_ptr + n, 0.0)
+        if grad_ptr is not None:
+            zeros = tl.zeros([lanes, _LANE], grad_ptr.dtype.element_ty)
+            for start in range(0, V_PADDED, BLOCK_V):
+                tl.store(grad_ptr + start + tile, zeros, mask=start + tile < V_PADDED)
+    else:
+        inv_T = 1.0
+        if TEMPERED:
+            inv_T = 1 / temperature
+        top = tl.full([lanes], _LOWEST, tl.float32)
+        total = tl.zeros([lanes], tl.float32)
+        total_T = tl.zeros([lanes], tl.float32)
+        for start in range(0, WHOLE, BLOCK_V):
+            z = _logits(logits_ptr, bias_ptr, start + tile, None, False, SCALE, SOFTCAP)
+            top, total, total_T = _add_exps(top, total, total_T, z, inv_T, TEMPERED)
+        if WHOLE < V_PADDED:
+            z = _logits(logits_ptr, bias_ptr, WHOLE + tile, WHOLE + tile < V_PADDED, True, SCALE, SOFTCAP)
+            top, total, total_T = _add_exps(top, total, total_T, z, inv_T, TEMPERED)
+        m_dense = tl.max(top, 0)
+        sum_dense = tl.sum(total * tl.exp(top - m_dense), 0)
+        sum_dense_T = sum_dense
+        if TEMPERED:
+            sum_dense_T = tl.sum(total_T * tl.exp((top - m_dense) * inv_T), 0)
+
+        slot = tl.arange(0, BLOCK_SLOTS)
+        z = tl.load(lifted_z_ptr + row * SLOTS + slot, mask=slot < SLOTS, other=float("-inf"))
+        is_gold = slot == gold_slot
+        z_gold = tl.sum(tl.where(is_gold, z, 0.0), 0)
+        # From here NaN spreads into all that the row writes.
+        z_gold = tl.where(gold_slot == _INVALID, float("nan"), z_gold)
+        m = tl.maximum(m_dense, tl.max(z, 0))
+        below = z - m
+        e = tl.exp(below)  # 0 in an empty slot
+        e_gold = tl.exp(z_gold - m)
+        shrink = tl.exp(m_dense - m)
+        others = sum_dense * shrink + tl.sum(tl.where(is_gold, 0.0, e), 0)
+        total_e = others + e_gold
+        small = others < e_gold
+        ce = tl.where(small, _log1p(others / tl.where(small, e_gold, 1.0)), tl.log(total_e) - (z_gold - m))
+        a = tl.load(ce_weight_ptr + n).to(tl.float32)
+        loss = a * ce
+        a *= SCALE  # the gradient leaves through the scale, a factor of every row scalar
+        coefficient = a * shrink / total_e
+        coefficient_T = 0.0
+        grad = tl.where(is_gold, -a * (others / total_e), a * (e / total_e))
+        kd = 0.0
+        target_mass = 0.0
+        if p_ptr is not None:
+            T = temperature
+            p = tl.load(p_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=0.0)
+            t = tl.load(t_ptr + n)
+            present = tl.load(source_mass_ptr + n) != 0
+            kept = (slot < SLOTS - 1) & (tl.load(lifted_ids_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=-1) >= 0)
+            gold_kept = (gold_slot >= 0) & (gold_slot < SLOTS - 1)
+            e_T, e_gold_T, shrink_T = e, e_gold, shrink
+            if TEMPERED:
+                e_T = tl.exp(below * inv_T)
+                e_gold_T = tl.exp((z_gold - m) * inv_T)
+                shrink_T = tl.exp((m_dense - m) * inv_T)
+            # Outside the kept ids: the streamed columns, and the gold id if it was lifted without being kept.
+            m_rest = tl.where(gold_kept, m_dense, tl.maximum(m_dense, z_gold))
+            dense_in_rest = tl.exp((m_dense - m_rest) * inv_T)
+            gold_in_rest = tl.where(gold_kept, 0.0, tl.exp((z_gold - m_rest) * inv_T))
+            rest = sum_dense_T * dense_in_rest + gold_in_rest
+            rest = tl.maximum(rest, _TINY, propagate_nan=tl.PropagateNan.ALL)
+            mass_kept = tl.sum(tl.where(kept, e_T, 0.0), 0)
+            rest_below = (m_rest - m) * inv_T
+            total_e_T = mass_kept + rest * tl.exp(rest_below)
+            log_total_T = tl.log(total_e_T)
+            log_p = tl.log(tl.where(p == 0, 1.0, p))
+            # p = 0 drops the term by name: its log q may be -inf.
+            kl = tl.sum(tl.where(p == 0, 0.0, p * (log_p - (below * inv_T - log_total_T))), 0)
+            kl += t * (tl.log(tl.where(t == 0, 1.0, t)) - (rest_below + tl.log(rest) - log_total_T))
+            kd = T * T * kl
+            target_mass = mass_kept / total_e_T
+            b = tl.where(present, tl.load(kd_weight_ptr + n).to(tl.float32), 0.0)
+            loss += b * kd
+            b *= SCALE * T
+            # Dividing by the rest's own sum survives a q_rest that underflows.
+            alpha_dense = shrink_T / total_e_T - t * dense_in_rest / rest
+            alpha_gold = e_gold_T / total_e_T - t * gold_in_rest / rest
+            grad += b * tl.where(is_gold & (slot == SLOTS - 1), alpha_gold, e_T / total_e_T - p)
+            if TEMPERED:
+                coefficient_T = b * alpha_dense
+            else:
+                coefficient += b * alpha_dense
+        tl.store(loss_ptr + n, loss)
+        tl.store(ce_ptr + n, ce)
+        tl.store(kd_ptr + n, kd)
+        tl.store(target_mass_ptr + n, target_mass)
+        if grad_ptr is not None:
+            if SOFTCAP is not None:
+                grad *= _slope(z, SOFTCAP)
+            tl.store(lifted_grad_ptr + row * SLOTS + slot, grad, mask=slot < SLOTS)
+            # Backwards: what was read last is still in the cache.
+            if WHOLE < V_PADDED:
+                columns = WHOLE + tile
+                z = _logits(logits_ptr, bias_ptr, columns, columns < V_PADDED, True, SCALE, SOFTCAP)
+                _store_grad(
+                    grad_ptr, z, columns, m_dense, coefficient, coefficient_T, inv_T, V_PADDED, SOFTCAP, TEMPERED, True
+                )
+            for done in range(0, WHOLE, BLOCK_V):
+                columns = WHOLE - BLOCK_V - done + tile
+                z = _logits(logits_ptr, bias_ptr, columns, None, False, SCALE, SOFTCAP)
+                _store_grad(
+                    grad_ptr, z, columns, m_dense, coefficient, coefficient_T, inv_T, V_PADDED, SOFTCAP, TEMPERED, False
+                )

@@ -1,0 +1,175 @@
+"""Compiles the Triton kernels ahead of time, as they are shipped, and reports what the compiler made of them.
+
+Run as a program, for one target, in a process of its own: the interpreter and the compiler cannot share one.
+
+    python tests/compiled_kernels.py sm_90      # JSON: kernel -> registers, spills, loops …
+
+A kernel of another file is one more entry of `kernels`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b")
+
+
+@dataclass(kw_only=True, slots=True)
+class Kernel:
+    function: Callable
+    arguments: dict
+    """Each argument: a type ("*bf16", "i32") if it is one at run time, else its compile-time value."""
+    warps: int = 4
+    streams: bool = False
+    """Its loops must load and store 16 bytes at a time, without a barrier."""
+
+
+def kernels(warp_size: int) -> dict[str, Kernel]:
+    return fused_loss_kernels(warp_size)
+
+
+def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
+    import triton
+
+    from profuser.kernels import fused_loss_triton as driver
+    from profuser.kernels import fused_loss_triton_kernels as source
+
+    def padded(V):
+        return -(-V // driver.PAD) * driver.PAD
+
+    def prep(K, **changes):
+        block, compare, warps = driver.prep_config(max(K, 1))
+        strides = {f"stride_{name}": "i64" for name in ("ids_s", "ids_n", "ids_k", "tail_s", "tail_n")}
+        strides |= {f"stride_logprobs_{axis}": "i64" for axis in "snk"}
+        pointers = {
+            "labels_ptr": "*i64", "winner_ptr": "*i64", "ids_ptr": "*i32", "logprobs_ptr": "*fp16", "tail_ptr": "*fp32",
+            "gold_slot_ptr": "*i32", "lifted_ids_ptr": "*i32", "p_ptr": "*fp32", "t_ptr": "*fp32",
+            "source_mass_ptr": "*fp32",
+        }  # fmt: skip
+        sizes = {"S": "i32", "V": "i32", "K": K, "BUCKET": True, "BLOCK_K": block, "BLOCK_COMPARE": compare}
+        return Kernel(function=source._prep_kernel, arguments=pointers | strides | sizes | changes, warps=warps)
+
+    def slots(function, K, pointers, **options):
+        sizes = {"V_PADDED": padded(32000), "SLOTS": K + 1}
+        sizes["BLOCK"] = min(driver.SLOT_BLOCK, triton.next_power_of_2(K + 1))
+        return Kernel(function=function, arguments=pointers | {"begin": "i32"} | sizes | options, warps=1)
+
+    def gather(K, bias=None, **options):
+        pointers = {"logits_ptr": "*fp32", "bias_ptr": bias, "lifted_ids_ptr": "*i32", "lifted_z_ptr": "*fp32"}
+        return slots(source._gather_kernel, K, pointers, **({"SCALE": 1.0, "SOFTCAP": None} | options))
+
+    def scatter(K):
+        pointers = {"grad_ptr": "*bf16", "lifted_ids_ptr": "*i32", "lifted_grad_ptr": "*fp32"}
+        return slots(source._scatter_kernel, K, pointers)
+
+    def dense(V, K=10, dtype="bf16", **changes):
+        block, warps = driver.dense_config(V, warp_size)
+        floats = ("lifted_z", "lifted_grad", "p", "t", "source_mass", "ce_weight", "kd_weight", "loss", "ce", "kd")
+        arguments = {f"{name}_ptr": "*fp32" for name in ("logits", *floats, "target_mass")} | {
+            "grad_ptr": f"*{dtype}", "bias_ptr": None, "gold_slot_ptr": "*i32", "lifted_ids_ptr": "*i32",
+            "begin": "i32", "temperature": "fp32", "V_PADDED": padded(V), "SLOTS": K + 1, "TEMPERED": False,
+            "SCALE": 1.0, "SOFTCAP": None, "BLOCK_V": block, "BLOCK_SLOTS": triton.next_power_of_2(K + 1),
+        }  # fmt: skip
+        return Kernel(function=source._dense_kernel, arguments=arguments | changes, warps=warps, streams=True)
+
+    source_pointers = ("winner_ptr", "ids_ptr", "logprobs_ptr", "tail_ptr", "p_ptr", "t_ptr")
+    everything = {"TEMPERED": True, "SCALE": 0.5, "SOFTCAP": 30.0, "bias_ptr": "*bf16"}
+    return {
+        "prep K=10": prep(10, tail_ptr=None),
+        "prep K=128, tail": prep(128),
+        "prep, no source": prep(0, **dict.fromkeys(source_pointers)),
+        "gather K=10": gather(10),
+        "gather K=128, softcap, bias": gather(128, bias="*bf16", SCALE=0.5, SOFTCAP=30.0),
+        "scatter K=128": scatter(128),
+        "dense V=32000": dense(32000),
+        "dense V=32000, fp32": dense(32000, dtype="fp32"),
+        "dense V=32003, all options": dense(32003, **everything),
+        "dense V=151936": dense(151936),
+        "dense V=151936, T": dense(151936, TEMPERED=True),
+        "dense V=151936, K=128, all options": dense(151936, K=128, **everything),
+        "dense V=151936, no source": dense(151936, K=0, p_ptr=None, t_ptr=None),
+        "dense V=151936, forward only": dense(151936, grad_ptr=None, lifted_grad_ptr=None),
+    }
+
+
+def compile_kernel(kernel: Kernel, target):
+    from triton import compile
+    from triton.compiler import ASTSource
+
+    names = kernel.function.arg_names
+    assert set(names) == set(kernel.arguments), set(names) ^ set(kernel.arguments)
+    types = {name: kernel.arguments[name] for name in names if isinstance(kernel.arguments[name], str)}
+    source = ASTSource(
+        fn=kernel.function,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in kernel.arguments.items() if name not in types},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")},
+    )
+    return compile(source, target=target, options={"num_warps": kernel.warps})
+
+
+def loops(ptx: str) -> list[dict]:
+    """Of each loop: the bytes of every access to global memory, and whether it holds a barrier."""
+    lines = ptx.splitlines()
+    labels = {line.split(":")[0]: number for number, line in enumerate(lines) if line.startswith("$L__BB")}
+    found = []
+    for number, line in enumerate(lines):
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+)", line)
+        if jump and (begin := labels[jump[1]]) < number:
+            body = "\n".join(lines[begin:number])
+            accesses = [int(count or 1) * int(bits) // 8 for _, count, bits in ACCESS.findall(body)]
+            found.append({"access_bytes": accesses, "barrier": "bar.sync" in body})
+    return found
+
+
+def nvidia_report(compiled, arch: str) -> dict:
+    import triton
+
+    programs = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as directory:
+        cubin, ptx = Path(directory) / "kernel.cubin", Path(directory) / "kernel.ptx"
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        used = subprocess.run(
+            [programs / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        full_arch = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
+        ptxas = programs / ("ptxas-blackwell" if int(arch.removeprefix("sm_")) >= 100 else "ptxas")
+        command = [ptxas, "-v", f"-arch={full_arch}", ptx, "-o", Path(directory) / "out"]
+        spilt = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    fields = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
+    report = {name: int(re.search(rf"\b{field}:(\d+)", used)[1]) for name, field in fields.items()}
+    report["spills"] = sum(int(count) for count in re.findall(r"(\d+) bytes spill", spilt))
+    return report | {"loops": loops(compiled.asm["ptx"])}
+
+
+def amd_report(compiled) -> dict:
+    fields = {"registers": "vgpr_count", "spills": "vgpr_spill_count", "stack": "private_segment_fixed_size"}
+    return {name: int(re.search(rf"\.{field}:\s+(\d+)", compiled.asm["amdgcn"])[1]) for name, field in fields.items()}
+
+
+def main(target: str) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    amd = target.startswith("gfx")
+    warp_size = 64 if amd else 32
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    reports = {}
+    for name, kernel in kernels(warp_size).items():
+        compiled = compile_kernel(kernel, gpu)
+        reports[name] = amd_report(compiled) if amd else nvidia_report(compiled, target)
+        reports[name] |= {"threads": kernel.warps * warp_size, "streams": kernel.streams}
+    json.dump(reports, sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main(sys.argv[1])

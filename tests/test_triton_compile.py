@@ -1,0 +1,48 @@
+"""The Triton kernels compiled for real GPUs, without one: nothing spills, and what streams does so 16 bytes at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from compiled_kernels import TARGETS
+
+# Of a multiprocessor (NVIDIA) or a compute unit (AMD), in registers of one thread.
+REGISTERS = {"sm": 1 << 16, "gf": 1 << 17}
+# What ptxas of Triton 3.6 gives up outside a loop to fit twice as many warps.
+SPILLED_BYTES = 16 if version("triton") < "3.7" else 0
+
+
+@cache
+def reports(target):
+    """Of every kernel, from a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "compiled_kernels.py"), target]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_spills_or_needs_more_registers_than_there_are(target):
+    for name, report in reports(target).items():
+        assert report["spills"] <= SPILLED_BYTES, f"{name}: {report}"
+        assert max(report["stack"], report.get("local", 0)) <= SPILLED_BYTES, f"{name}: {report}"
+        assert report["registers"] * report["threads"] <= REGISTERS[target[:2]], f"{name}: {report}"
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("sm_")])
+def test_streaming_loops_move_16_bytes_at_a_time_without_a_barrier(target):
+    """Read from PTX, which AMD targets do not have."""
+    for name, report in reports(target).items():
+        if not report["streams"]:
+            continue
+        streaming = [loop for loop in report["loops"] if loop["access_bytes"]]
+        assert streaming, name
+        for loop in streaming:
+            assert set(loop["access_bytes"]) == {16}, f"{name}: {loop}"
+            assert not loop["barrier"], f"{name}: {loop}"
