@@ -147,27 +147,60 @@ def source_topk_reference(
     labels: Tensor,
     k: int,
     *,
-    ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    **options,
 ) -> tuple[Tensor, ...]:
     """`source_topk`, dense: ids (N, k), logprobs (N, k), lse (N,) at `temperature`, ce (N,) at 1, and of the ranges."""
-    logits = head_logits(hidden, weight, bias, softcap, logit_scale)
+    return logits_topk_reference(head_logits(hidden, weight, bias, softcap, logit_scale), labels, k, **options)
+
+
+def logits_topk_reference(
+    logits: Tensor,
+    labels: Tensor,
+    k: int,
+    *,
+    vocab_map: Tensor | None = None,
+    ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """`source_topk_from_logits`, dense."""
     # A stable descending sort keeps equal logits in index order.
     values, ids = logits.sort(dim=1, descending=True, stable=True)
     lse = (logits / temperature).logsumexp(1)
     ce = logits.logsumexp(1) - logits.gather(1, labels.long().clamp_min(0)[:, None])[:, 0]
     ce = torch.where(labels == IGNORE_INDEX, 0, ce)
-    found = (ids[:, :k], values[:, :k] / temperature - lse[:, None], lse, ce)
+    ids, logprobs = ids[:, :k], values[:, :k] / temperature - lse[:, None]
+    if vocab_map is not None:
+        ids, logprobs = merge_mapped(ids, logprobs, vocab_map)
     if ranges is None:
-        return found
+        return ids, logprobs, lse, ce
     rows, lo, hi, order = ranges
-    outside = torch.ones(len(rows), logits.shape[1], dtype=torch.bool)
+    range_ids = torch.full((len(rows), k), -1)
+    range_logprobs = torch.full((len(rows), k), -torch.inf, dtype=logits.dtype)
+    range_logmass = torch.full((len(rows),), -torch.inf, dtype=logits.dtype)
     for r in range(len(rows)):
-        outside[r, order[lo[r] : hi[r]].long()] = False
-    logprobs = ((logits / temperature).log_softmax(1)[rows.long()]).masked_fill(outside, -torch.inf)
-    values, ids = logprobs.sort(dim=1, descending=True, stable=True)
-    ids = ids[:, :k].masked_fill(values[:, :k] == -torch.inf, -1)
-    return *found, ids, values[:, :k], logprobs.logsumexp(1)
+        among = order[lo[r] : hi[r]].long()
+        within = logits[rows[r], among] / temperature - lse[rows[r]]
+        best, at = within.sort(descending=True, stable=True)
+        best = best[:k][best[:k] > -torch.inf]
+        range_ids[r, : len(best)], range_logprobs[r, : len(best)] = among[at[: len(best)]], best
+        range_logmass[r] = within.logsumexp(0)
+    if vocab_map is not None:
+        range_ids, range_logprobs = merge_mapped(range_ids, range_logprobs, vocab_map)
+    return ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass
+
+
+def merge_mapped(ids: Tensor, logprobs: Tensor, vocab_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's ids through vocab_map, equal ones added, most probable first, -1 / -inf behind them."""
+    merged_ids, merged = torch.full_like(ids, -1), torch.full_like(logprobs, -torch.inf)
+    for row in range(len(ids)):
+        mass: dict[int, list[Tensor]] = {}
+        for token, logprob in zip(ids[row].tolist(), logprobs[row]):
+            if token >= 0 and vocab_map[token] >= 0 and logprob > -torch.inf:
+                mass.setdefault(int(vocab_map[token]), []).append(logprob)
+        summed = [(-torch.stack(parts).logsumexp(0).item(), token) for token, parts in mass.items()]
+        for slot, (negative, token) in enumerate(sorted(summed)):
+            merged_ids[row, slot], merged[row, slot] = token, -negative
+    return merged_ids, merged

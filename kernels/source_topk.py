@@ -1,9 +1,12 @@
 """A source's top-k log-probabilities and the label's cross-entropy, without [N, V] logits (training-mode capture).
 
-Plain torch for any device, a chunk of rows at a time, without gradients. Equal logits rank by ascending token id, on
-every platform, so that a store can be rebuilt byte for byte. Vocabulary maps are left out.
+A chunk of rows at a time, without gradients: Triton kernels on CUDA (source_topk_triton.py), plain torch anywhere. Equal
+logits rank by ascending token id, on every platform, so that a store can be rebuilt byte for byte.
 Dimension letters: N rows, D hidden, V vocabulary, R ranges.
 """
+
+import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +24,9 @@ from .common import (
     cross_entropy_from_sums,
 )
 
+TRITON_MAX_K = 128  # more candidates do not fit a program's registers
+TRITON_CHUNK_ROWS = 2048  # fewer leave part of a large GPU idle in every chunk's GEMM
+
 
 def source_topk(
     hidden: Tensor,
@@ -28,12 +34,14 @@ def source_topk(
     labels: Tensor,
     k: int,
     *,
+    vocab_map: Tensor | None = None,
     ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
+    impl: str | None = None,
 ) -> tuple[Tensor, ...]:
     """The k most probable next tokens of every row, and the negative log-probability of its label.
 
@@ -42,34 +50,52 @@ def source_topk(
         weight: (V, D) language-model head; logits and sums are computed in fp32 (fp64 if either is fp64).
         labels: (N,) int64 or int32; IGNORE_INDEX rows have ce 0 and their top-k all the same.
         k: entries to keep, 1..V.
+        vocab_map: (V,) integers, the id of each token in another vocabulary, -1 = none. The top k are chosen among the
+            source's own tokens and then mapped: the masses of equal ids are added, and what has no id is left out (its
+            mass belongs to the tail). lse, ce and range_logmass do not change.
         ranges: (rows (R,) ascending, lo (R,), hi (R,), vocab_order (V',)) integers: for row rows[r] also the exact mass of
             the tokens vocab_order[lo[r]:hi[r]] and the k most probable of them, ties in that order.
         temperature: T > 0 of logprobs and lse; ce is always at 1.
         bias, softcap, logit_scale: as in `fused_linear_fusion_loss`.
-        chunk_size: rows whose logits exist at a time; chosen by V when None.
+        chunk_size: rows whose logits exist at a time; chosen when None.
+        impl: "torch", "triton" (CUDA, or any device under TRITON_INTERPRET=1; k <= 128, no fp64), or None: Triton on CUDA
+            wherever it can.
     Returns:
         ids (N, k) int32, most probable first, ties to the lowest id; logprobs (N, k) fp32, natural log of the full
         softmax at T; lse (N,) fp32, log-sum-exp of logits/T; ce (N,) fp32 in nats. With ranges also range_ids (R, k) int32,
-        -1 = padding, range_logprobs (R, k) and range_logmass (R,) fp32, both absolute at T, -inf where there is nothing.
+        -1 = padding, range_logprobs (R, k) and range_logmass (R,) fp32, both absolute at T, -inf where there is nothing or
+        no probability. With vocab_map ids are the mapped ones, ordered and padded in the same way.
+        A row with NaN or +inf among its logits has NaN lse, logprobs and ce (0 if ignored), and ids without meaning but in
+        bounds. Logits of -inf are no obstacle.
     Raises:
-        ValueError: shapes, dtypes or devices contradict each other; k outside 1..V; a label outside the vocabulary; ranges
-            outside the rows or the order, or rows that do not ascend.
+        ValueError: shapes, dtypes or devices contradict each other; k outside 1..V; impl cannot do it. In plain torch also a
+            label outside the vocabulary; ranges outside the rows or the order, or rows that do not ascend; vocab_map < -1.
+            Triton reads no value on the host: such a label gives ce NaN, such a range NaN and ids -1, any id < 0 is -1.
     """
     check_scalars(temperature, softcap, logit_scale, chunk_size)
     check_head(hidden, weight, labels, bias)
-    dtype = compute_dtype(hidden, weight)
-    _check_k(k, weight.shape[0])
-    check_label_values(labels, weight.shape[0])
-    chunk = chunk_rows(hidden.shape[0], weight.shape[0], dtype.itemsize, chunk_size)
+    dtype, vocabulary = compute_dtype(hidden, weight), weight.shape[0]
+    _check_shapes(labels, k, vocabulary, vocab_map, ranges)
     with torch.no_grad():
-        head = Head(weight, bias, dtype, chunk, softcap, logit_scale)
-        scratch = hidden.new_empty(chunk, weight.shape[0], dtype=dtype)
+        if not _use_triton(impl, hidden.device, dtype, k):
+            _check_values(labels, vocabulary, vocab_map)
+            chunk = chunk_rows(hidden.shape[0], vocabulary, dtype.itemsize, chunk_size)
+            head = Head(weight, bias, dtype, chunk, softcap, logit_scale)
+            scratch = hidden.new_empty(chunk, vocabulary, dtype=dtype)
 
-        def logits(rows: slice) -> Tensor:
-            h = hidden[rows].to(dtype)
-            return head.logits_into(scratch[: h.shape[0]], h)
+            def logits(rows: slice) -> Tensor:
+                h = hidden[rows].to(dtype)
+                return head.logits_into(scratch[: h.shape[0]], h)
 
-        return _topk(logits, labels, k, temperature, chunk, _checked_ranges(ranges, labels, weight.shape[0]))
+            found = _topk(logits, labels, k, temperature, chunk, _listed_ranges(ranges, labels, vocabulary))
+        else:
+            from .source_topk_triton import topk_rows
+
+            chunk = chunk_rows(hidden.shape[0], vocabulary, dtype.itemsize, chunk_size or TRITON_CHUNK_ROWS)
+            found = topk_rows(
+                _fp32_logits(hidden, weight, chunk), labels, k, vocabulary, temperature, chunk, ranges, bias, softcap, logit_scale
+            )  # fmt: skip
+        return found if vocab_map is None else _mapped(found, vocab_map)
 
 
 def source_topk_from_logits(
@@ -77,9 +103,11 @@ def source_topk_from_logits(
     labels: Tensor,
     k: int,
     *,
+    vocab_map: Tensor | None = None,
     ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    impl: str | None = None,
 ) -> tuple[Tensor, ...]:
     """`source_topk` for a model that only gives its (N, V) final logits, which stay as they are; the same returns."""
     check_scalars(temperature, None, 1.0, chunk_size)
@@ -89,24 +117,71 @@ def source_topk_from_logits(
         )
     check_labels_shape(labels, logits.shape[0])
     check_device(logits, labels=labels)
-    _check_k(k, logits.shape[1])
-    check_label_values(labels, logits.shape[1])
-    dtype = compute_dtype(logits)
-    chunk = chunk_rows(*logits.shape, dtype.itemsize, chunk_size)
+    dtype, vocabulary = compute_dtype(logits), logits.shape[1]
+    _check_shapes(labels, k, vocabulary, vocab_map, ranges)
     with torch.no_grad():
-        ranges = _checked_ranges(ranges, labels, logits.shape[1])
-        return _topk(lambda rows: logits[rows].to(dtype, copy=True), labels, k, temperature, chunk, ranges)
+        if not _use_triton(impl, logits.device, dtype, k):
+            _check_values(labels, vocabulary, vocab_map)
+            chunk = chunk_rows(*logits.shape, dtype.itemsize, chunk_size)
+            listed = _listed_ranges(ranges, labels, vocabulary)
+            found = _topk(lambda rows: logits[rows].to(dtype, copy=True), labels, k, temperature, chunk, listed)
+        else:
+            from .source_topk_triton import topk_rows
+
+            chunk = chunk_rows(*logits.shape, dtype.itemsize, chunk_size or TRITON_CHUNK_ROWS)
+            found = topk_rows(lambda rows: logits[rows].contiguous(), labels, k, vocabulary, temperature, chunk, ranges)
+        return found if vocab_map is None else _mapped(found, vocab_map)
 
 
-def _check_k(k: int, vocabulary: int) -> None:
+def _use_triton(impl: str | None, device: torch.device, dtype: torch.dtype, k: int) -> bool:
+    if impl not in (None, "torch", "triton"):
+        raise ValueError(f"impl must be None, 'torch' or 'triton', got {impl!r}; None chooses by device")
+    able = dtype == torch.float32 and k <= TRITON_MAX_K
+    if impl != "triton":
+        return impl is None and device.type == "cuda" and able
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"impl='triton' needs a CUDA device, the tensors are on {device}; use impl=None, or set TRITON_INTERPRET=1 "
+            "before Python starts to have the kernels interpreted"
+        )
+    if not able:
+        raise ValueError(
+            f"impl='triton' takes k <= {TRITON_MAX_K} and at most fp32, got k={k} and {dtype}; use impl='torch'"
+        )
+    return True
+
+
+def _fp32_logits(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[slice], Tensor]:
+    """Raw fp32 logits of a slice of rows, (C, W): W is V rounded up, so that every row starts on a 64-byte boundary."""
+    vocabulary = weight.shape[0]
+    scratch = hidden.new_empty(chunk, -(-vocabulary // 16) * 16, dtype=torch.float32)
+    head = Head(weight, None, torch.float32, chunk, None, 1.0)
+    tensor_cores = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
+
+    def logits(rows: slice) -> Tensor:
+        h = hidden[rows]
+        z = scratch[: h.shape[0]]
+        if tensor_cores:  # bf16 or fp16 operands, fp32 sums and results
+            torch.mm(h, weight.t(), out_dtype=torch.float32, out=z[:, :vocabulary])
+        else:
+            head.logits_into(z[:, :vocabulary], h.float())
+        return z
+
+    return logits
+
+
+def _check_shapes(labels: Tensor, k: int, vocabulary: int, vocab_map: Tensor | None, ranges) -> None:
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k must be in 1..{vocabulary} (the vocabulary), got {k}; 10 is the usual choice")
-
-
-def _checked_ranges(ranges, labels: Tensor, vocabulary: int) -> tuple[list[tuple[int, int, int]], Tensor] | None:
-    """([(row, lo, hi)], order) with every value in bounds."""
+    if vocab_map is not None:
+        check_device(labels, vocab_map=vocab_map)
+        if vocab_map.shape != (vocabulary,) or not _is_integer(vocab_map):
+            raise ValueError(
+                f"vocab_map must be ({vocabulary},) integers, an id or -1 for each token of the source, got "
+                f"{tuple(vocab_map.shape)} {vocab_map.dtype}"
+            )
     if ranges is None:
-        return None
+        return
     rows, lo, hi, order = ranges
     check_device(labels, rows=rows, lo=lo, hi=hi, vocab_order=order)
     if order.dim() != 1 or any(x.dim() != 1 or len(x) != len(rows) for x in (rows, lo, hi)):
@@ -114,8 +189,25 @@ def _checked_ranges(ranges, labels: Tensor, vocabulary: int) -> tuple[list[tuple
             "ranges must be rows (R,), lo (R,), hi (R,) and vocab_order (V',), got "
             f"{tuple(rows.shape)}, {tuple(lo.shape)}, {tuple(hi.shape)}, {tuple(order.shape)}"
         )
-    if any(x.dtype.is_floating_point or x.dtype.is_complex for x in ranges):
+    if not all(_is_integer(x) for x in ranges):
         raise ValueError(f"ranges must be integers, got {', '.join(str(x.dtype) for x in ranges)}")
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
+
+
+def _check_values(labels: Tensor, vocabulary: int, vocab_map: Tensor | None) -> None:
+    check_label_values(labels, vocabulary)
+    if vocab_map is not None and (least := int(vocab_map.min())) < -1:
+        raise ValueError(f"vocab_map must be >= -1, got {least}; -1 stands for a token that has no counterpart")
+
+
+def _listed_ranges(ranges, labels: Tensor, vocabulary: int) -> tuple[list[tuple[int, int, int]], Tensor] | None:
+    """([(row, lo, hi)], order) with every value in bounds."""
+    if ranges is None:
+        return None
+    rows, lo, hi, order = ranges
     if len(order) and not 0 <= int(order.min()) <= int(order.max()) < vocabulary:
         raise ValueError(
             f"vocab_order must be < {vocabulary} (the vocabulary), got {int(order.min())}..{int(order.max())}; "
@@ -152,7 +244,7 @@ def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int, ranges
         gold = labels[rows].long()
         valid = gold != IGNORE_INDEX
         gold = gold.clamp_min(0)[:, None]
-        m = values[:, :1].clone()
+        m = values[:, :1].clamp_min(torch.finfo(z.dtype).min)  # -inf - -inf would be NaN, even where lse is not
         below = z.gather(1, gold) - m
         z.sub_(m)
         first = done
@@ -182,6 +274,7 @@ def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int, ranges
             range_logprobs[first:done] -= log_sum[:, None]
     if ranges is None:
         return ids, logprobs, lse, ce
+    range_ids.masked_fill_(~range_logprobs.isfinite(), -1)
     return ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass
 
 
@@ -197,3 +290,29 @@ def _stable_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids, by_id = ids.sort(1)
     values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
     return values, ids.gather(1, by_value)
+
+
+def _mapped(found: tuple[Tensor, ...], vocab_map: Tensor) -> tuple[Tensor, ...]:
+    """What was found, its ids translated by `vocab_map` and merged."""
+    ids, logprobs, lse, ce, *of_ranges = found
+    if of_ranges:
+        of_ranges[:2] = _merged(*of_ranges[:2], vocab_map)
+    return *_merged(ids, logprobs, vocab_map), lse, ce, *of_ranges
+
+
+def _merged(ids: Tensor, logprobs: Tensor, vocab_map: Tensor) -> tuple[Tensor, Tensor]:
+    mapped = torch.where(ids < 0, -1, vocab_map[ids.long().clamp_min(0)].int())
+    mapped, by_id = mapped.sort(dim=1, stable=True)
+    merged = logprobs.gather(1, by_id)
+    # Equal ids are neighbours now. Each sum takes in the one `step` before it, twice as far every time, and the last of its
+    # run ends with the whole: a fixed order of additions, which atomics would not have.
+    step = 1
+    while step < ids.shape[1]:
+        equal = mapped[:, step:] == mapped[:, :-step]
+        grown = torch.where(equal, torch.logaddexp(merged[:, step:], merged[:, :-step]), merged[:, step:])
+        merged = torch.cat([merged[:, :step], grown], 1)
+        step *= 2
+    none = (mapped < 0) | (merged == -torch.inf)
+    none[:, :-1] |= mapped[:, 1:] == mapped[:, :-1]
+    merged, by_mass = merged.masked_fill(none, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return mapped.masked_fill(none, -1).gather(1, by_mass), merged

@@ -1,0 +1,470 @@
+"""The Triton path of `source_topk`: on a GPU where there is one, else in Triton's interpreter on the CPU."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from profuser.kernels.common import IGNORE_INDEX
+from profuser.kernels.reference import logits_topk_reference, source_topk_reference
+from profuser.kernels.source_topk import source_topk, source_topk_from_logits
+
+triton = pytest.importorskip("triton", reason="Triton exists on Linux alone")
+
+# NumPy's, from the interpreter; where an infinity or a NaN comes out, it is meant and asserted.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+NAMES = ("ids", "logprobs", "lse", "ce", "range_ids", "range_logprobs", "range_logmass")
+FLOOR = 1e-6  # of the largest true entry: a few roundings of fp32, and of a GPU's exp2
+
+
+@pytest.fixture(scope="module")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def numpy_xor(monkeypatch, request):
+    """The interpreter reduces with an operator unknown to it in Python, one element at a time; tl.topk does so with xor."""
+    if torch.cuda.is_available() or "plain_interpreter" in request.node.name:
+        return
+    from triton.runtime.interpreter import ReduceOps
+
+    known = ReduceOps.apply_impl
+
+    def apply_impl(self, input):
+        if self.combine_fn != triton.language.standard._xor_combine:
+            return known(self, input)
+        data = np.bitwise_xor.reduce(input[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(data, input[0].dtype)
+
+    monkeypatch.setattr(ReduceOps, "apply_impl", apply_impl)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """What new_empty gives holds NaN or an impossible id, so that an output never written is seen."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = empty(self, *args, **kwargs)
+        return out.fill_(math.nan if out.dtype.is_floating_point else -7)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def assert_as_accurate_as_fp32(ours, truth, fp32):
+    """Equal ids, and values within twice the error of the same formulas in fp32; NaN and infinities where they belong."""
+    for name, found, true, same in zip(NAMES, ours, truth, fp32, strict=False):
+        found = found.cpu()
+        assert found.shape == true.shape, name
+        if name.endswith("ids"):
+            assert found.dtype == torch.int32
+            assert torch.equal(found.long(), true), name
+            continue
+        assert found.dtype == torch.float32
+        finite = true.isfinite()
+        torch.testing.assert_close(found[~finite], true[~finite].float(), equal_nan=True, msg=name)
+        found, true, same = (x[finite].double() for x in (found, true, same))
+        if len(true):
+            allowed = 2 * (same - true).abs().max() + FLOOR * true.abs().max()
+            error = (found - true).abs().max()
+            assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_logits(device, logits, labels, k, chunk_size=2, **options):
+    ours = source_topk_from_logits(
+        logits.to(device), labels.to(device), k, chunk_size=chunk_size, impl="triton", **on(device, options)
+    )
+    truth = logits_topk_reference(logits.double(), labels, k, **options)
+    assert len(ours) == len(truth)
+    assert_as_accurate_as_fp32(ours, truth, logits_topk_reference(logits.float(), labels, k, **options))
+
+
+def check_hidden(device, case, k, chunk_size=2, **options):
+    ours = source_topk(**on(device, case), k=k, chunk_size=chunk_size, impl="triton", **on(device, options))
+    upcast = {name: x.double() if x.is_floating_point() else x for name, x in case.items()}
+    truth = source_topk_reference(**upcast, k=k, **options)
+    assert len(ours) == len(truth)
+    assert_as_accurate_as_fp32(ours, truth, source_topk_reference(**case, k=k, **options))
+
+
+def on(device, options):
+    """Every tensor of a dict, or of a tuple in it, on the device."""
+
+    def move(x):
+        return x.to(device) if torch.is_tensor(x) else tuple(map(move, x)) if isinstance(x, tuple) else x
+
+    return {name: move(x) for name, x in options.items()}
+
+
+def random_logits(N, V, seed=0, spread=3.0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(V, (N,), generator=g)
+    labels[1::4] = IGNORE_INDEX
+    return torch.randn(N, V, generator=g) * spread, labels
+
+
+def make_case(dtype=torch.float32, N=5, D=12, V=83, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(V, (N,), generator=g)
+    labels[1::4] = IGNORE_INDEX
+    return {
+        "hidden": (torch.randn(N, D, generator=g) * 4).to(dtype),
+        "weight": (torch.randn(V, D, generator=g) / D**0.5).to(dtype),
+        "labels": labels,
+    }
+
+
+def make_ranges(N, V, R, seed=0):
+    """Ranges of every size over a shuffled vocabulary without its last ids: empty, single, whole, several of a row."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(max(1, V - 3), generator=g)
+    rows = torch.randint(N, (R,), generator=g).sort().values
+    edges = torch.randint(len(order) + 1, (2, R), generator=g).sort(0).values
+    edges[:, 0], edges[:, 1], edges[:, 2] = torch.tensor([1, 1]), torch.tensor([0, 1]), torch.tensor([0, len(order)])
+    return rows, *edges, order
+
+
+# V against GROUP = 16 and its square, and BLOCK_V = 2048: below, at, one past, ragged. k against the number of groups.
+SHAPES = [(1, 1), (7, 7), (16, 10), (83, 64), (128, 128), (257, 17), (1000, 64), (2048, 2), (2500, 10), (2500, 128)]
+
+
+@pytest.mark.parametrize(("V", "k"), SHAPES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_every_shape_is_as_accurate_as_the_dense_reference(device, V, k, temperature):
+    logits, labels = random_logits(3, V)
+    check_logits(device, logits, labels, k, temperature=temperature)
+
+
+@pytest.mark.parametrize("k", [1, 2, 10, 64, 128])
+def test_equal_logits_rank_by_ascending_id(device, k):
+    g = torch.Generator().manual_seed(k)
+    logits = torch.zeros(4, 1000)
+    logits[0] = torch.randint(6, (1000,), generator=g).float()
+    logits[1, ::3] = -0.0
+    logits[2, torch.randperm(1000, generator=g)[:40]] = 2.0
+    logits[3] = torch.where(torch.rand(1000, generator=g) < 0.9, -math.inf, -0.0)
+    check_logits(device, logits, torch.zeros(4, dtype=torch.long), k, chunk_size=None)
+
+
+def test_random_coarse_logits_agree_exactly(device):
+    g = torch.Generator().manual_seed(3)
+    for seed in range(8):
+        V, k, N = (int(torch.randint(1, top, (1,), generator=g)) for top in (700, 40, 4))
+        logits, labels = random_logits(N, V, seed)
+        logits = logits.round() if seed % 2 else logits
+        logits[torch.rand(N, V, generator=g) < 0.2] = -math.inf
+        logits[:, 0] = 0.5  # a row without a finite logit has a test of its own
+        check_logits(device, logits, labels, min(k, V), ranges=make_ranges(N, V, 3, seed), temperature=1.0 + seed % 3)
+
+
+def test_the_plain_interpreter_agrees(device):
+    logits, labels = random_logits(2, 30)
+    check_logits(device, logits, labels, 2)
+
+
+def test_a_row_with_fewer_finite_logits_than_k(device):
+    logits = torch.full((2, 300), -math.inf)
+    logits[0, [280, 3, 17]] = torch.tensor([1.0, 1.0, 4.0])
+    logits[1, 299] = -3e4
+    check_logits(device, logits, torch.tensor([3, 0]), 10)
+
+
+def test_a_row_without_a_finite_logit(device):
+    logits, labels = random_logits(3, 40)
+    logits[0] = -math.inf
+    ids, logprobs, lse, ce = source_topk_from_logits(logits.to(device), labels.to(device), 4, impl="triton")
+    assert ids[0].tolist() == [0, 1, 2, 3]
+    assert lse[0] == -math.inf
+    assert logprobs[0].isnan().all()
+    assert ce[0].isnan()
+    assert lse[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_logit_without_a_value_spoils_its_row_alone(device, bad, impl):
+    logits, labels = random_logits(4, 300)
+    logits[2, 17] = bad
+    logits[1, 5] = bad  # an ignored row
+    ranges = torch.tensor([0, 2]), torch.tensor([0, 0]), torch.tensor([9, 9]), torch.arange(30, 60)
+    args = on(device, {"logits": logits, "labels": labels, "ranges": ranges})
+    ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass = source_topk_from_logits(**args, k=10, impl=impl)
+    assert ((ids >= 0) & (ids < 300)).all()
+    assert lse.isnan().tolist() == [False, True, True, False]
+    assert logprobs.isnan().all(1).tolist() == [False, True, True, False]
+    assert ce.isnan().tolist() == [False, False, True, False]
+    assert ce[1] == 0
+    assert (range_ids < 0).all(1).tolist() == [False, True]
+    assert range_logprobs.isnan().all(1).tolist() == [False, True]
+    assert range_logmass.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("gap", [25.0, 80.0])
+def test_a_small_cross_entropy_keeps_its_digits(device, gap):
+    logits = torch.zeros(2, 100)
+    logits[:, 4] = gap
+    labels = torch.tensor([4, 5])
+    *_, ce = source_topk_from_logits(logits.to(device), labels.to(device), 3, temperature=1.7, impl="triton")
+    assert ce[0].item() == pytest.approx(99 * math.exp(-gap), rel=1e-5)
+    assert ce[1].item() == pytest.approx(gap, rel=1e-6)
+
+
+def test_cross_entropy_on_both_sides_of_one_half(device):
+    """log1p takes over where the gold id has more than half of the mass."""
+    logits = torch.zeros(9, 3)
+    logits[:, 0] = torch.linspace(-2, 6, 9)
+    *_, ce = source_topk_from_logits(
+        logits.to(device), torch.zeros(9, dtype=torch.long, device=device), 1, impl="triton"
+    )
+    expected = F.cross_entropy(logits.double(), torch.zeros(9, dtype=torch.long), reduction="none")
+    torch.testing.assert_close(ce.cpu().double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_gold_token_without_probability_has_infinite_cross_entropy(device):
+    logits = torch.zeros(2, 8)
+    logits[0, 3], logits[1, 3] = -math.inf, -500.0
+    *_, ce = source_topk_from_logits(logits.to(device), torch.tensor([3, 3], device=device), 2, impl="triton")
+    assert ce[0] == math.inf
+    assert ce[1].item() == pytest.approx(500 + math.log(7))
+
+
+@pytest.mark.parametrize("scale", [20.0, 80.0])
+def test_large_logits(device, scale):
+    check_logits(device, *random_logits(4, 500, spread=scale), 10, temperature=0.7)
+
+
+def test_bad_labels_give_nan_and_spoil_nothing_else(device):
+    logits, _ = random_logits(5, 83)
+    labels = torch.tensor([82, 83, -1, 2**40, IGNORE_INDEX])
+    ids, logprobs, lse, ce = source_topk_from_logits(logits.to(device), labels.to(device), 3, impl="triton")
+    assert ce.isnan().tolist() == [False, True, True, True, False]
+    truth = logits_topk_reference(logits.double(), labels.clamp(0, 82), 3)
+    assert torch.equal(ids.cpu().long(), truth[0])
+    torch.testing.assert_close(logprobs.cpu(), truth[1].float())
+    torch.testing.assert_close(lse.cpu(), truth[2].float())
+
+
+def test_log_probabilities_do_not_depend_on_the_label(device):
+    logits, labels = random_logits(3, 2100)
+    first = source_topk_from_logits(logits.to(device), labels.to(device), 5, impl="triton")
+    labels = (labels + 1000).clamp_min(0) % 2100
+    second = source_topk_from_logits(logits.to(device), labels.to(device), 5, impl="triton")
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 2, None])
+def test_hidden_states_of_every_dtype_in_any_chunks(device, dtype, chunk_size):
+    check_hidden(device, make_case(dtype), 10, chunk_size, ranges=make_ranges(5, 83, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_half_precision(device, dtype):
+    logits, labels = random_logits(3, 300)
+    check_logits(device, logits.to(dtype), labels, 10)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0, 30.0])
+@pytest.mark.parametrize("logit_scale", [1.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_softcap_scale_and_bias(device, softcap, logit_scale, bias):
+    case = make_case()
+    if bias:
+        case["bias"] = torch.randn(83, generator=torch.Generator().manual_seed(5))
+    options = {"softcap": softcap, "logit_scale": logit_scale, "ranges": make_ranges(5, 83, 6), "temperature": 1.5}
+    check_hidden(device, case, 7, **options)
+
+
+@pytest.mark.parametrize(("V", "k"), [(83, 4), (83, 64), (2500, 10)])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_ranges(device, V, k, temperature):
+    logits, labels = random_logits(4, V)
+    check_logits(device, logits, labels, k, chunk_size=3, ranges=make_ranges(4, V, 6), temperature=temperature)
+
+
+def test_equal_logits_in_a_range_rank_by_its_order(device):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randint(3, (2, 1500), generator=g).float()
+    logits[1] = -math.inf
+    logits[1, 5] = 0.0
+    order = torch.randperm(1500, generator=g)
+    ranges = torch.tensor([0, 0, 1]), torch.tensor([0, 700, 0]), torch.tensor([1500, 1000, 1500]), order
+    check_logits(device, logits, torch.zeros(2, dtype=torch.long), 10, ranges=ranges)
+
+
+def test_ranges_of_no_rows_and_rows_without_ranges(device):
+    logits, labels = (x.to(device) for x in random_logits(3, 50))
+    none = torch.zeros(0, dtype=torch.long, device=device)
+    found = source_topk_from_logits(logits, labels, 4, ranges=(none, none, none, none), impl="triton")
+    assert [tuple(x.shape) for x in found[4:]] == [(0, 4), (0, 4), (0,)]
+    found = source_topk_from_logits(logits[:0], labels[:0], 4, ranges=(none, none, none, none), impl="triton")
+    assert [tuple(x.shape) for x in found] == [(0, 4), (0, 4), (0,), (0,), (0, 4), (0, 4), (0,)]
+
+
+def test_ranges_out_of_bounds_give_nothing_and_spoil_nothing_else(device):
+    logits, labels = random_logits(3, 50)
+    order = torch.arange(20, 40)
+    order[13] = 50
+    rows = torch.tensor([0, -1, 3, 0, 0, 1, 2, 2])
+    lo, hi = torch.tensor([[0, 0, 0, -1, 5, 0, 12, 14], [5, 5, 5, 4, 4, 21, 14, 20]])
+    options = on(device, {"ranges": (rows, lo, hi, order)})
+    *_, ids, logprobs, logmass = source_topk_from_logits(
+        logits.to(device), labels.to(device), 4, impl="triton", chunk_size=2, **options
+    )
+    good = torch.tensor([0, 7])
+    assert logmass.isnan().tolist() == [False, True, True, True, True, True, True, False]
+    assert torch.equal(logprobs.isnan().all(1), logmass.isnan())
+    assert (ids < 0).all(1).tolist() == logmass.isnan().tolist()
+    sound = rows[good], lo[good], hi[good], order
+    truth = logits_topk_reference(logits.double(), labels, 4, ranges=sound)
+    assert torch.equal(ids.cpu()[good].long(), truth[4])
+    torch.testing.assert_close(logmass.cpu()[good], truth[6].float())
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_mapped_ids_are_merged_and_ranked_again(device, impl, temperature):
+    logits, labels = random_logits(2, 83, spread=1.5)
+    g = torch.Generator().manual_seed(1)
+    for top in (1, 8, 400):
+        vocab_map = torch.randint(-1, top, (83,), generator=g, dtype=torch.int32)
+        ranges = make_ranges(2, 83, 4, seed=top)
+        options = {"vocab_map": vocab_map, "ranges": ranges, "temperature": temperature}
+        ours = source_topk_from_logits(logits.to(device), labels.to(device), 12, impl=impl, **on(device, options))
+        truth = logits_topk_reference(logits.double(), labels, 12, **options)
+        assert_as_accurate_as_fp32(ours, truth, logits_topk_reference(logits, labels, 12, **options))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_vocabulary_map_by_hand(device, impl):
+    """p = .1 .2 .4 .2 .1 on ids 0..4: k = 4 keeps 2, 1, 3, 0; 1 and 0 both become 7, 3 has no counterpart."""
+    logits = torch.tensor([[0.1, 0.2, 0.4, 0.2, 0.1]]).log()
+    vocab_map = torch.tensor([7, 7, 9, -1, 9])
+    ids, logprobs, lse, _ = source_topk_from_logits(
+        logits.to(device), torch.tensor([0], device=device), 4, vocab_map=vocab_map.to(device), impl=impl
+    )
+    assert ids.tolist() == [[9, 7, -1, -1]]
+    torch.testing.assert_close(logprobs.exp().cpu(), torch.tensor([[0.4, 0.3, 0.0, 0.0]]))
+    assert lse.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_merged_ties_go_to_the_lowest_id_and_nothing_stays_without_probability(device, impl):
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0, -math.inf, -math.inf]])
+    vocab_map = torch.tensor([5, 3, 3, 5, 1, 0])
+    ids, logprobs, *_ = source_topk_from_logits(
+        logits.to(device), torch.tensor([0], device=device), 6, vocab_map=vocab_map.to(device), impl=impl
+    )
+    assert ids.tolist() == [[3, 5, -1, -1, -1, -1]]
+    assert logprobs[0, 0] == logprobs[0, 1]
+    assert (logprobs[0, 2:] == -math.inf).all()
+
+
+def test_logits_that_are_not_contiguous(device):
+    wide, labels = random_logits(3, 300)
+    for logits in (wide[:, 7:207], wide.t().contiguous().t(), wide[::2, :100]):
+        check_logits(device, logits, labels[: len(logits)] % logits.shape[1], 10)
+    # The only row of a larger tensor calls itself contiguous whatever its stride.
+    check_logits(device, wide.as_strided((1, 40), (900, 1), 860), torch.tensor([3]), 5)
+
+
+def test_no_tensor_is_larger_than_a_chunk_of_logits(device):
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor, described in zip(out if isinstance(out, tuple) else (out,), func._schema.returns, strict=False):
+                if isinstance(tensor, torch.Tensor) and described.alias_info is None:
+                    self.size = max(self.size, tensor.numel())
+            return out
+
+    case = on(device, make_case(N=12, D=4, V=300))
+    with Largest() as largest:
+        source_topk(**case, k=3, chunk_size=2, temperature=2.0, impl="triton")
+    assert largest.size <= 2 * 304
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"impl": "cuda"}, "impl must be None, 'torch' or 'triton', got 'cuda'"),
+        ({"k": 129}, "k <= 128 .*got k=129"),
+        ({"hidden": torch.zeros(5, 12, dtype=torch.float64)}, "at most fp32, got k=5 and torch.float64"),
+        ({"vocab_map": torch.zeros(84, dtype=torch.long)}, r"vocab_map must be \(150,\) integers, .*got \(84,\)"),
+        ({"vocab_map": torch.zeros(150)}, "vocab_map must be .*got .*float32"),
+        ({"vocab_map": torch.full((150,), -2), "impl": "torch"}, "vocab_map must be >= -1, got -2"),
+    ],
+)
+def test_wrong_arguments_name_the_rule_the_value_and_the_fix(device, changes, message):
+    case = make_case(V=150) | {"k": 5, "impl": "triton"} | changes
+    with pytest.raises(ValueError, match=message):
+        source_topk(**on(device, case))
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        ValueError, match="CUDA device, the tensors are on cpu; use impl=None, or set TRITON_INTERPRET=1"
+    ):
+        source_topk(**make_case(), k=5, impl="triton")
+    source_topk(**make_case(), k=5)
+
+
+@pytest.mark.gpu
+def test_a_large_vocabulary_matches_torch_topk():
+    g = torch.Generator("cuda").manual_seed(0)
+    N, D, V, k = 4096, 2048, 128256, 64
+    hidden = torch.randn(N, D, device="cuda", generator=g).bfloat16()
+    weight = (torch.randn(V, D, device="cuda", generator=g) * 3 / D**0.5).bfloat16()
+    labels = torch.randint(V, (N,), device="cuda", generator=g)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ids, logprobs, lse, ce = source_topk(hidden, weight, labels, k)
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * 2048 * V * 4  # a chunk of fp32 logits and its maxima
+    for rows in torch.arange(N, device="cuda").split(512):
+        logits = torch.mm(hidden[rows], weight.t(), out_dtype=torch.float32)
+        values, _ = logits.topk(k)
+        torch.testing.assert_close(logits.gather(1, ids[rows].long()), values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse[rows], logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logprobs[rows], values - logits.logsumexp(1)[:, None], rtol=1e-5, atol=1e-5)
+        expected = F.cross_entropy(logits, labels[rows], reduction="none")
+        torch.testing.assert_close(ce[rows], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_logits():
+    """Row offsets overflow int32 in a chunk of logits this large."""
+    N, V = 17000, 131072
+    logits = torch.zeros(N, V, device="cuda", dtype=torch.bfloat16)
+    columns = torch.arange(N, device="cuda") * 7 % V
+    logits[torch.arange(N, device="cuda"), columns] = 20.0
+    ids, _, lse, ce = source_topk_from_logits(logits, columns, 2, chunk_size=N)
+    assert torch.equal(ids[:, 0].long(), columns)
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(math.exp(20) + V - 1)))
+    torch.testing.assert_close(ce, torch.full_like(ce, math.log1p((V - 1) * math.exp(-20))))
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_never_waited_for():
+    case = on("cuda", make_case(torch.bfloat16, N=300, D=64, V=5000))
+    options = on("cuda", {"ranges": make_ranges(300, 5000, 50), "vocab_map": torch.arange(5000) // 2})
+    source_topk(**case, k=10, **options)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        source_topk(**case, k=10, chunk_size=128, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", [{"k": 129}, {"hidden": torch.zeros(5, 12, dtype=torch.float64)}], ids=str)
+def test_what_triton_cannot_do_takes_the_torch_path(change):
+    case = on("cuda", make_case(V=150) | {"k": 5} | change)
+    for found, expected in zip(source_topk(**case), source_topk(**case, impl="torch"), strict=True):
+        assert torch.equal(found, expected)
