@@ -93,7 +93,7 @@ class FusionModel(nn.Module):
         if unknown := flattened.keys() - FLATTENED:
             raise TypeError(
                 f"FusionModel.forward takes its own arguments and {sorted(FLATTENED)}, got {sorted(unknown)}; "
-                "drop them from the batch, or fix the name"
+                "fix the name, or drop it from the batch; peft goes inside: FusionModel(get_peft_model(model, config))"
             )
         B, T = input_ids.shape
         for name, value, axes in (
