@@ -82,7 +82,8 @@ class FusionModel(nn.Module):
             source_ids, source_logprobs: (S, B, T, K); source_tail: (S, B, T).
             source_ce: (S, E); source_index: (E,), one column an example in the order of the tokens.
             ce_weight, kd_weight: (B, T) fp32.
-            num_items_in_batch: labels of the whole optimizer step, the divisor of reduction="mean".
+            num_items_in_batch: labels of the whole optimizer step, the divisor of reduction="mean". The Trainer counts them;
+                label the first tokens of packed examples IGNORE_INDEX, or it counts those, too.
             flattened: cu_seq_lens_q and others of a flattening collator, for the attention.
 
         Returns:
@@ -109,6 +110,7 @@ class FusionModel(nn.Module):
             labels = labels.masked_fill(begins, IGNORE_INDEX)
         bounds = torch.arange(B + 1, device=input_ids.device) * (T - 1)
         if begins is not None and attention_mask is None and (source_ce is not None or source_index is not None):
+            # Their number is read: a choice for other examples than these must be an error, also on a GPU.
             bounds = torch.cat([bounds, begins.flatten().nonzero()[:, 0]]).sort().values
         head = self.model.get_output_embeddings()
         result = fused_linear_fusion_loss(

@@ -184,6 +184,13 @@ def test_gradient_checkpointing_and_autocast_keep_the_gradients(make):
     assert (gradients[name] - plain[1][name]).norm() < 0.05 * plain[1][name].norm()
 
 
+def test_compiles_in_one_graph():
+    fusion, batch = FusionModel(demo_model()), padded(examples())
+    plain = loss_and_gradients(fusion, batch)
+    loss = torch.compile(fusion, backend="aot_eager", fullgraph=True)(**batch)["loss"]
+    torch.testing.assert_close(loss, plain[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_tied_head_is_saved_once_and_restored():
     fusion = FusionModel(tied_model())
     state = fusion.state_dict()

@@ -1,7 +1,13 @@
 """FusionModel in Hugging Face's Trainer and TRL's SFTTrainer: accumulation, evaluation, checkpoints, saving."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import ROOT
 from datasets import Dataset
 from test_fusion_model import demo_model, examples, lora, padded, tied_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -90,3 +96,25 @@ def test_trls_trainer_takes_the_same_steps(adapt, tmp_path):
     plain = trained(fusion(), tmp_path / "plain", 2)
     torch.testing.assert_close(losses(ours), losses(plain), rtol=1e-5, atol=1e-5)
     assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-3)
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = trained(FusionModel(demo_model()), tmp_path / "one", optim="sgd")
+    two = torch.load(tmp_path / "two.pt")
+    assert two["world_size"] == 2
+    torch.testing.assert_close(two["losses"], losses(one), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two["weights"], one.model.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":  # a rank of the test above
+    directory = Path(sys.argv[1])
+    # Two accumulated passes of two examples on each of two ranks: the eight of one pass.
+    options = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "optim": "sgd"}
+    rank = trained(FusionModel(demo_model()), directory / "two", batch_size=2, **options)
+    if rank.args.process_index == 0:
+        result = {"losses": losses(rank), "weights": rank.model.state_dict(), "world_size": rank.args.world_size}
+        torch.save(result, directory / "two.pt")
