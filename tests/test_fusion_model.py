@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 
 from profuser import IGNORE_INDEX, FusionModel
@@ -35,41 +36,43 @@ def examples(lengths=LENGTHS, vocabulary=400, seed=0):
     found = []
     for n in lengths:
         ids = torch.randint(4, vocabulary, (n,), generator=g)
-        labels = torch.where(torch.rand(n, generator=g) < 0.3, IGNORE_INDEX, ids)
         logprobs, kept = torch.randn(S, n, 50, generator=g).log_softmax(-1).topk(K)
         found.append(
-            {"input_ids": ids, "labels": labels, "source_ids": kept + 4, "source_logprobs": logprobs}
-            | {"source_ce": torch.rand(S, generator=g)}
+            {
+                "input_ids": ids,
+                "labels": torch.where(torch.rand(n, generator=g) < 0.3, IGNORE_INDEX, ids),
+                "ce_weight": torch.rand(n, generator=g),
+                "source_ids": kept + 4,
+                "source_logprobs": logprobs,
+                "source_tail": torch.rand(S, n, generator=g),
+                "source_ce": torch.rand(S, generator=g),
+            }
         )
     return found
 
 
 def padded(found):
     """The examples as rows, padded on the right."""
-    width = max(len(e["input_ids"]) for e in found)
-
-    def pad(x, value, axis=0):
-        return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1 - axis) + (0, width - x.shape[axis]), value=value)
-
-    return {
-        "input_ids": torch.stack([pad(e["input_ids"], 0) for e in found]),
-        "attention_mask": torch.stack([pad(torch.ones_like(e["input_ids"]), 0) for e in found]),
-        "labels": torch.stack([pad(e["labels"], IGNORE_INDEX) for e in found]),
-        "source_ids": torch.stack([pad(e["source_ids"], -1, 1) for e in found], 1),
-        "source_logprobs": torch.stack([pad(e["source_logprobs"], 0.0, 1) for e in found], 1),
-        "source_ce": torch.stack([e["source_ce"] for e in found], 1),
-    }
+    columns = {name: [e[name] for e in found] for name in found[0] if name != "source_ce"}
+    columns["attention_mask"] = [torch.ones_like(e["input_ids"]) for e in found]
+    fill = {"labels": IGNORE_INDEX, "source_ids": -1}
+    batch = {}
+    for name, values in columns.items():
+        by_source = name.startswith("source_")
+        values = [v.transpose(0, 1) if by_source else v for v in values]  # tokens first
+        rows = pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
+        batch[name] = rows.movedim(2, 0) if by_source else rows
+    return batch | {"source_ce": torch.stack([e["source_ce"] for e in found], 1)}
 
 
 def packed(found, **options):
     """The same examples in one row, as transformers' collator packs them, with the sources beside it."""
     plain = [{k: e[k] for k in ("input_ids", "labels")} for e in found]
-    return {
-        **DataCollatorWithFlattening(**options)(plain, return_tensors="pt"),
-        "source_ids": torch.cat([e["source_ids"] for e in found], 1)[:, None],
-        "source_logprobs": torch.cat([e["source_logprobs"] for e in found], 1)[:, None],
-        "source_ce": torch.stack([e["source_ce"] for e in found], 1),
-    }
+    batch = DataCollatorWithFlattening(**options)(plain, return_tensors="pt")
+    batch["ce_weight"] = torch.cat([e["ce_weight"] for e in found])[None]
+    for name in ("source_ids", "source_logprobs", "source_tail"):
+        batch[name] = torch.cat([e[name] for e in found], 1)[:, None]
+    return batch | {"source_ce": torch.stack([e["source_ce"] for e in found], 1)}
 
 
 def loss_and_gradients(fusion, batch):
@@ -94,7 +97,9 @@ def test_the_loss_is_the_dense_formula_on_the_models_own_logits():
         torch.eye(logits.shape[1]),
         batch["labels"][:, 1:].flatten(),
         *(batch[name][:, :, 1:].flatten(1, 2) for name in ("source_ids", "source_logprobs")),
+        source_tail=batch["source_tail"][:, :, 1:].flatten(1),
         source_ce=batch["source_ce"],
+        ce_weight=batch["ce_weight"][:, 1:].flatten(),
         cu_seqlens=torch.arange(len(LENGTHS) + 1) * width,
         beta=0.5,
     )
@@ -110,14 +115,14 @@ def test_packed_examples_are_as_if_each_had_a_row_of_its_own(name, options):
     assert_same(loss_and_gradients(fusion, packed(found, **options)), rows)
     batch = packed(found)
     batch["labels"] = torch.cat([e["labels"] for e in found])[None]  # first tokens are never predicted, labelled or not
+    batch["source_index"] = batch.pop("source_ce").argmin(0)
     assert_same(loss_and_gradients(fusion, batch), rows)
 
 
 def test_several_packed_rows_keep_their_examples_in_order():
     fusion, found = FusionModel(demo_model()), examples((6, 4, 3, 1, 6))
     rows = [packed(found[:2]), packed(found[2:])]
-    axes = {"source_ids": 1, "source_logprobs": 1, "source_ce": 1}
-    batch = {name: torch.cat([row[name] for row in rows], axes.get(name, 0)) for name in rows[0]}
+    batch = {name: torch.cat([row[name] for row in rows], int(name.startswith("source_"))) for name in rows[0]}
     assert_same(loss_and_gradients(fusion, batch), loss_and_gradients(fusion, padded(found)))
 
 
@@ -125,7 +130,7 @@ def test_position_ids_of_left_padding_change_nothing():
     fusion, batch = FusionModel(demo_model()), padded(examples((6, 6)))
     plain = fusion(**batch)["loss"]
     left = {k: v for k, v in batch.items() if k != "source_ce"}
-    pad = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
+    pad = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX, "ce_weight": 0, "source_tail": 0}
     for name, value in pad.items():
         left[name] = torch.nn.functional.pad(batch[name], (2, 0), value=value)
     for name in ("source_ids", "source_logprobs"):
@@ -222,7 +227,7 @@ def lora(model, **options):
 @pytest.mark.parametrize("head", [{}, {"modules_to_save": ["lm_head"]}], ids=["attention", "attention-and-head"])
 def test_lora_has_the_gradients_of_the_models_own_loss(head):
     model, batch = lora(demo_model(), target_modules=["q_proj", "v_proj"], **head), padded(examples())
-    batch = {k: v for k, v in batch.items() if not k.startswith("source_")}
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     if head:  # the copy that is trained, not the one that it was copied from
         torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.1)
     ours = loss_and_gradients(FusionModel(model), batch)
