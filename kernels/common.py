@@ -30,7 +30,8 @@ TAIL_SLACK = 1e-3
 
 
 def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    """Raises ValueError unless hidden (N, D), weight (V, D), labels (N,) and bias (V,) fit together."""
+    """Raises ValueError unless hidden (N, D), weight (V, D), labels (N,) and bias (V,) fit together; TypeError for no tensor."""
+    check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -41,20 +42,37 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, D), got {tuple(hidden.shape)}; flatten batch and length into N")
     check_labels_shape(labels, hidden.shape[0])
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"weight must be (V, D) with hidden's D={hidden.shape[1]}, got {tuple(weight.shape)}; pass lm_head.weight"
-        )
+    width = hidden.shape[1]
+    if weight.dim() != 2 or weight.shape[1] != width:
+        if weight.dim() == 2 and weight.shape[0] == width:
+            fix = "transpose it if that is (D, V); if hidden holds logits, pass the last hidden states"
+        else:
+            fix = "pass lm_head.weight"
+        raise ValueError(f"weight must be (V, D) with hidden's D={width}, got {tuple(weight.shape)}; {fix}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias")
     check_device(hidden, weight=weight, labels=labels, bias=bias)
 
 
+def check_tensors(**arguments: Tensor | None) -> None:
+    """Raises TypeError for what is neither a tensor nor None."""
+    for name, value in arguments.items():
+        if value is None or isinstance(value, Tensor):
+            continue
+        attribute = next(
+            (a for a in ("weight", "last_hidden_state") if isinstance(getattr(value, a, None), Tensor)), None
+        )
+        fix = f"pass its .{attribute}" if attribute else "make it one with torch.as_tensor"
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; {fix}")
+
+
 def check_labels_shape(labels: Tensor, rows: int) -> None:
     if labels.dim() != 1 or labels.shape[0] != rows:
-        raise ValueError(
-            f"labels must be (N,) with N={rows}, got {tuple(labels.shape)}; flatten them, shifted as hidden is"
-        )
+        if labels.dim() == 2 and labels.shape[0] == rows:
+            fix = "give token ids, argmax(-1) of one-hot labels"
+        else:
+            fix = "flatten them; drop the first label and the last hidden state of each sequence"
+        raise ValueError(f"labels must be (N,) with N={rows}, got {tuple(labels.shape)}; {fix}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels must be int64 or int32, got {labels.dtype}; call labels.long()")
 

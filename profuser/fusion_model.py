@@ -1,20 +1,34 @@
-"""The target with the fused loss inside one root forward, which is what keeps DDP, FSDP2, compile and checkpointing right."""
+"""The target with the fused loss inside one root forward, which is what keeps DDP, FSDP2, compile and checkpointing right.
+
+Hugging Face's Trainer takes it as its model. Dimension letters: S sources, B rows of the batch, T tokens of a row, K kept
+entries, N = B·(T − 1) shifted rows, E examples: B, or more where rows are packed.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from profuser.kernels.common import IGNORE_INDEX
 from profuser.loss import fused_linear_fusion_loss
 from profuser.models import Head, hidden_states
+
+# What collators that flatten a batch may add for the attention; passed on to the model.
+FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 class FusionModel(nn.Module):
     """Wraps a causal language model: tokens, labels and source distributions in, loss out; logits are never formed.
 
-    Per-token inputs speak of the token they stand at, as Hugging Face labels do; the shift by one happens here. Each row of
-    the batch is one sequence: packed examples are not told apart.
+    Per-token inputs speak of the token they stand at, as Hugging Face labels do; the shift by one happens here. A row of the
+    batch is one example, or several packed ones whose position_ids restart (then without an attention_mask, as
+    transformers' DataCollatorWithFlattening gives them): none is predicted from, or attends to, the one before it.
+
+    What is not defined here is the wrapped model's (config, save_pretrained, generate …). A LoRA model (peft) goes inside:
+    FusionModel(get_peft_model(model, …)).
 
     Args:
         model: the target; its final softcap, logit scale and head bias are honoured (or the model is refused).
@@ -22,6 +36,10 @@ class FusionModel(nn.Module):
     Raises:
         DataError: the model's logits are not a linear head on its hidden states.
     """
+
+    accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch …
+    loss_type = "ForCausalLM"  # … counted without each row's first label, which the shift drops
+    is_quantized = False  # else the Trainer looks for the adapters of a quantized model on the wrapper
 
     def __init__(
         self, model: PreTrainedModel, *, beta: float | None = None, temperature: float = 1.0, tail: str = "bucket"
@@ -31,59 +49,81 @@ class FusionModel(nn.Module):
         self.model = model
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.beta, self.temperature, self.tail = beta, temperature, tail
+        self.register_state_dict_post_hook(drop_tied)
+        self.register_load_state_dict_pre_hook(restore_tied)
 
-    @property
-    def config(self):
-        return self.model.config
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        source_ids: torch.Tensor | None = None,
-        source_logprobs: torch.Tensor | None = None,
-        source_tail: torch.Tensor | None = None,
-        source_ce: torch.Tensor | None = None,
-        source_index: torch.Tensor | None = None,
-        ce_weight: torch.Tensor | None = None,
-        kd_weight: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        source_ids: Tensor | None = None,
+        source_logprobs: Tensor | None = None,
+        source_tail: Tensor | None = None,
+        source_ce: Tensor | None = None,
+        source_index: Tensor | None = None,
+        ce_weight: Tensor | None = None,
+        kd_weight: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         reduction: str = "mean",
         return_stats: bool = False,
-    ):
+        **flattened: Tensor | int,
+    ) -> dict[str, Tensor]:
         """Args:
             input_ids, labels: (B, T) int64, labels unshifted, IGNORE_INDEX where nothing is learnt.
-            source_ids, source_logprobs: (S, B, T, K); source_tail: (S, B, T); source_ce: (S, B); source_index: (B,).
+            attention_mask, position_ids: (B, T), as the model takes them.
+            source_ids, source_logprobs: (S, B, T, K); source_tail: (S, B, T).
+            source_ce: (S, E); source_index: (E,), one column an example in the order of the tokens.
             ce_weight, kd_weight: (B, T) fp32.
+            num_items_in_batch: labels of the whole optimizer step, the divisor of reduction="mean". The Trainer counts them;
+                label the first tokens of packed examples IGNORE_INDEX, or it counts those, too.
+            flattened: cu_seq_lens_q and others of a flattening collator, for the attention.
 
         Returns:
             {"loss": scalar}; with return_stats also the statistics of fused_linear_fusion_loss, over B * (T - 1) rows.
+        Raises:
+            ValueError: shapes contradict each other; examples are packed under an attention_mask.
         """
-        hidden = hidden_states(self.model, input_ids, attention_mask)
+        if unknown := flattened.keys() - FLATTENED:
+            raise TypeError(
+                f"FusionModel.forward takes its own arguments and {sorted(FLATTENED)}, got {sorted(unknown)}; "
+                "fix the name, or drop it from the batch; peft goes inside: FusionModel(get_peft_model(model, config))"
+            )
         B, T = input_ids.shape
+        for name, value, axes in (
+            ("labels", labels, "(B, T)"), ("ce_weight", ce_weight, "(B, T)"), ("kd_weight", kd_weight, "(B, T)"),
+            ("source_ids", source_ids, "(S, B, T, K)"), ("source_logprobs", source_logprobs, "(S, B, T, K)"),
+            ("source_tail", source_tail, "(S, B, T)"),
+        ):  # fmt: skip
+            check_tokens(name, value, axes, (B, T))
+        begins = None if position_ids is None else packed_begins(position_ids.expand(B, T), attention_mask)
+        hidden = hidden_states(self.model, input_ids, attention_mask, position_ids=position_ids, **flattened)
         labels = labels[:, 1:]
+        if begins is not None:
+            labels = labels.masked_fill(begins, IGNORE_INDEX)
+        bounds = torch.arange(B + 1, device=input_ids.device) * (T - 1)
+        if begins is not None and attention_mask is None and (source_ce is not None or source_index is not None):
+            # Their number is read: a choice for other examples than these must be an error, also on a GPU.
+            bounds = torch.cat([bounds, begins.flatten().nonzero()[:, 0]]).sort().values
         head = self.model.get_output_embeddings()
-        sources = {}
-        if source_ids is not None:
-            S, K = source_ids.shape[0], source_ids.shape[-1]
-            sources = {
-                "source_ids": source_ids[:, :, 1:].reshape(S, -1, K),
-                "source_logprobs": source_logprobs[:, :, 1:].reshape(S, -1, K),
-                "source_tail": None if source_tail is None else source_tail[:, :, 1:].reshape(S, -1),
-                "source_ce": source_ce,
-                "source_index": source_index,
-                "cu_seqlens": torch.arange(B + 1, device=input_ids.device, dtype=torch.int32) * (T - 1),
-            }
         result = fused_linear_fusion_loss(
-            hidden[:, :-1].reshape(-1, hidden.shape[-1]),
+            hidden[:, :-1].flatten(0, 1),
             head.weight,
-            labels.reshape(-1),
-            sources.pop("source_ids", None),
-            sources.pop("source_logprobs", None),
-            **sources,
-            ce_weight=None if ce_weight is None else ce_weight[:, 1:].reshape(-1),
-            kd_weight=None if kd_weight is None else kd_weight[:, 1:].reshape(-1),
+            labels.flatten(),
+            *(None if x is None else x[:, :, 1:].flatten(1, 2) for x in (source_ids, source_logprobs)),
+            source_tail=None if source_tail is None else source_tail[:, :, 1:].flatten(1),
+            source_ce=source_ce,
+            source_index=source_index,
+            cu_seqlens=None if source_ids is None else bounds.int(),
+            ce_weight=None if ce_weight is None else ce_weight[:, 1:].flatten(),
+            kd_weight=None if kd_weight is None else kd_weight[:, 1:].flatten(),
             beta=self.beta if kd_weight is None else None,
             temperature=self.temperature,
             tail=self.tail,
@@ -96,3 +136,52 @@ class FusionModel(nn.Module):
         )
         loss, stats = result if return_stats else (result, {})
         return {"loss": loss, **stats}
+
+
+def check_tokens(name: str, value: Tensor | None, axes: str, tokens: tuple[int, int]) -> None:
+    """Raises ValueError unless `value` has these axes, with B and T of input_ids."""
+    if value is None:
+        return
+    first = int(axes.startswith("(S"))
+    if value.dim() != len(axes.split(",")) or value.shape[first : first + 2] != tokens:
+        raise ValueError(
+            f"{name} must be {axes} with (B, T) = {tokens} of input_ids, got {tuple(value.shape)}; give one for every "
+            "token, not shifted"
+        )
+
+
+def packed_begins(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, T - 1) bool: token t + 1 is the first of an example, by transformers' own rule.
+
+    Raises:
+        ValueError: examples are packed under a 2-D attention_mask: transformers then ignores the restarts, and every example
+            would attend to the one before it. Only with both arguments is a value read.
+    """
+    begins = position_ids.diff() != 1
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask.bool()
+        if (begins & real[:, 1:] & real[:, :-1]).any():
+            raise ValueError(
+                "attention_mask must be None where position_ids restart inside a row, got both; drop the attention_mask "
+                "of packed examples"
+            )
+    return begins
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Every further name of a parameter → its first name."""
+    first: dict[int, str] = {}
+    names = ((name, first.setdefault(id(p), name)) for name, p in module.named_parameters(remove_duplicate=False))
+    return {name: kept for name, kept in names if name != kept}
+
+
+def drop_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+    """Leave one name of a tied weight in a state dict: the Trainer writes it with safetensors, which takes no second one."""
+    for name in tied_names(module):
+        state.pop(prefix + name, None)
+
+
+def restore_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *args) -> None:
+    for name, kept in tied_names(module).items():
+        if prefix + kept in state:
+            state.setdefault(prefix + name, state[prefix + kept])

@@ -12,7 +12,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .kernels.common import IGNORE_INDEX, check_device, check_head, check_scalars, choose_impl, compute_dtype
+from .kernels.common import (
+    IGNORE_INDEX,
+    check_device,
+    check_head,
+    check_scalars,
+    check_tensors,
+    choose_impl,
+    compute_dtype,
+)
 from .kernels.fused_loss import fused_loss
 
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
@@ -87,6 +95,8 @@ def fused_linear_fusion_loss(
     Raises:
         ValueError: shapes, dtypes, devices or options contradict each other; an id or label is outside the vocabulary;
             temperature <= 0; log-probabilities are positive; a sharded (DTensor) head.
+        TypeError: something that is no tensor is given for one.
+    docs/mistakes.md lists likely mistakes, and two checks for those that no error can show.
     Source: arXiv 2408.04998, L_Fuse; value and gradient are derived in kernels/README.md.
     """
     check_scalars(temperature, softcap, logit_scale, chunk_size)
@@ -96,6 +106,12 @@ def fused_linear_fusion_loss(
     fp64 = "computes in float32, got float64 operands; use impl=None, or cast them" if dtype == torch.float64 else None
     impl = choose_impl(impl, hidden.device, fp64)
     rows = hidden.shape[0]
+    inputs = {
+        "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail,
+        "source_ce": source_ce, "source_index": source_index, "cu_seqlens": cu_seqlens,
+        "ce_weight": ce_weight, "kd_weight": kd_weight,
+    }  # fmt: skip
+    check_tensors(**inputs)
     _check_sources(rows, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens, tail)
     for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
         if value is not None and value.shape != (rows,):
@@ -103,11 +119,6 @@ def fused_linear_fusion_loss(
     if impl == "triton" and hidden.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
         # As autocast treats a linear head. Logits and dweight stay fp32; so does the weight, which the op casts.
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    inputs = {
-        "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail,
-        "source_ce": source_ce, "source_index": source_index, "cu_seqlens": cu_seqlens,
-        "ce_weight": ce_weight, "kd_weight": kd_weight,
-    }  # fmt: skip
     check_device(hidden, **inputs)
     for name, value in inputs.items():
         if value is not None and value.requires_grad:
@@ -144,7 +155,7 @@ def fused_linear_fusion_loss(
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORE_INDEX).sum()
         if isinstance(num_items_in_batch, Tensor):
-            loss = loss / num_items_in_batch.clamp(min=1)
+            loss = loss / num_items_in_batch.reshape(()).clamp(min=1)
         else:
             loss = loss / max(num_items_in_batch, 1)
     if not return_stats:
@@ -162,7 +173,11 @@ def _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chu
     if num_items_in_batch is not None:
         if reduction != "mean":
             raise ValueError(f"num_items_in_batch is for reduction='mean', got {reduction!r}; divide by it outside")
-        if not isinstance(num_items_in_batch, Tensor) and num_items_in_batch < 0:
+        if isinstance(num_items_in_batch, Tensor):
+            if num_items_in_batch.numel() != 1:
+                shape = tuple(num_items_in_batch.shape)
+                raise ValueError(f"num_items_in_batch must be one number, got {shape}; sum it over the optimizer step")
+        elif num_items_in_batch < 0:
             raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}; count the valid labels")
     if beta is not None:
         if kd_weight is not None:
@@ -190,7 +205,7 @@ def _check_sources(
         raise ValueError("source_ids needs source_logprobs, got None; give both, or neither for cross-entropy alone")
     shape = tuple(source_ids.shape)
     if len(shape) != 3 or shape[1] != rows:
-        if len(shape) == 2:
+        if len(shape) == 2 and shape[0] == rows:
             fix = "unsqueeze(0) a single source"
         elif rows in shape:
             fix = "permute the axes into this order"
@@ -209,6 +224,11 @@ def _check_sources(
         )
     if not source_logprobs.dtype.is_floating_point:
         raise ValueError(f"source_logprobs must be floating point, got {source_logprobs.dtype}; give natural logs")
+    if source_logprobs.dtype == torch.bfloat16 and tail == "bucket" and source_tail is None:
+        raise ValueError(
+            "source_logprobs must be float16 or wider where the bucket is what they lack of 1, got torch.bfloat16, which "
+            "moves it by up to 0.0035; take log_softmax of logits.float(), or give source_tail"
+        )
     if source_tail is not None:
         if tail != "bucket":
             raise ValueError(f"source_tail needs tail='bucket', got {tail!r}; drop it: renormalizing divides it out")
@@ -219,7 +239,8 @@ def _check_sources(
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if source_ce is not None:
         if source_ce.dim() != 2 or source_ce.shape[0] != sources:
-            raise ValueError(f"source_ce must be (S, B) with S={sources}, got {tuple(source_ce.shape)}; transpose it")
+            fix = "unsqueeze(1) that of one sequence" if source_ce.dim() == 1 else "transpose it"
+            raise ValueError(f"source_ce must be (S, B) with S={sources}, got {tuple(source_ce.shape)}; {fix}")
         found, name = source_ce.shape[1], "source_ce"
     elif source_index is not None:
         if source_index.dim() != 1 or source_index.dtype not in (torch.int32, torch.int64):

@@ -52,6 +52,11 @@ class Head:
             raise DataError(
                 f"a model must have a linear language-model head, {type(model).__name__} has none; use another"
             )
+        if hasattr(layer, "base_layer"):
+            raise DataError(
+                "a head must be one linear layer, this one has a LoRA adapter, which the fused loss would not see; take "
+                "lm_head out of target_modules, or train it whole with modules_to_save=['lm_head']"
+            )
         config = model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         if scaling := getattr(config, "logits_scaling", None):
@@ -75,6 +80,11 @@ class Head:
         ours = self.logits(hidden_states(model, ids, None))
         model.train(was_training)
         # bf16 rounds a logit of size x by x/256; a missing softcap or scale is far outside of that.
+        if own.shape != ours.shape:
+            raise DataError(
+                f"a model must give one row of logits a token, {type(model).__name__} gives {own.shape[1]} for "
+                f"{ours.shape[1]}; prompt tuning is not supported, use LoRA"
+            )
         if not torch.allclose(own, ours, atol=0.05 * own.abs().max().item() + 1e-4):
             raise DataError(
                 f"a model's logits must be head(hidden) with the softcap, scale and bias its config names, "
@@ -82,9 +92,15 @@ class Head:
             )
 
 
-def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def hidden_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs
+) -> torch.Tensor:
     """Last hidden states (B, T, D) of a causal language model, without its logits."""
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    if hasattr(model, "get_base_model"):  # peft's wrapper: the adapters are inside the model that it wraps
+        model = model.get_base_model()
+    inputs = {name: value for name, value in inputs.items() if value is not None}  # not every model has each
+    out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    return out.last_hidden_state
 
 
 def load_tokenizer(source: SourceConfig):

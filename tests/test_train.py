@@ -387,7 +387,7 @@ def test_two_ranks_take_the_same_steps_as_one(prepared, tmp_path):
         "--capture.shard_size=5", "--optim.steps=4", "--optim.batch_size=3", "--optim.micro_batch_size=1",
         "--optim.log_every=1",
     ]  # fmt: skip
-    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "-m", "profuser.train"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "profuser.train"]
     lines = []
     for name, program in (("two", launch), ("one", ["profuser.train"])):
         result = command(*program, *arguments, f"--output={tmp_path / name}")

@@ -1,0 +1,261 @@
+"""FusionModel as the model of other people's trainers: shift, packing, tied and adapted models, saving."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
+
+from profuser import IGNORE_INDEX, FusionModel
+from profuser.config import resolve
+from profuser.errors import DataError
+from profuser.kernels.reference import fusion_loss_reference
+
+LENGTHS = (7, 1, 5, 9)
+S, K = 2, 4
+
+
+def demo_model(name="guardian", **changes):
+    """One of the bundled models; with `changes` of its config, its random likeness."""
+    location = resolve(f"demo:{name}")
+    if not changes:
+        return AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(location, **changes), dtype=torch.float32)
+
+
+def tied_model():
+    return demo_model(tie_word_embeddings=True)
+
+
+def examples(lengths=LENGTHS, vocabulary=400, seed=0):
+    """Examples of single sequences: tokens, labels (also on first tokens), sources by token, and the sources' CE."""
+    g = torch.Generator().manual_seed(seed)
+    found = []
+    for n in lengths:
+        ids = torch.randint(4, vocabulary, (n,), generator=g)
+        logprobs, kept = torch.randn(S, n, 50, generator=g).log_softmax(-1).topk(K)
+        found.append(
+            {
+                "input_ids": ids,
+                "labels": torch.where(torch.rand(n, generator=g) < 0.3, IGNORE_INDEX, ids),
+                "ce_weight": torch.rand(n, generator=g),
+                "source_ids": kept + 4,
+                "source_logprobs": logprobs,
+                "source_tail": torch.rand(S, n, generator=g),
+                "source_ce": torch.rand(S, generator=g),
+            }
+        )
+    return found
+
+
+def padded(found):
+    """The examples as rows, padded on the right."""
+    columns = {name: [e[name] for e in found] for name in found[0] if name != "source_ce"}
+    columns["attention_mask"] = [torch.ones_like(e["input_ids"]) for e in found]
+    fill = {"labels": IGNORE_INDEX, "source_ids": -1}
+    batch = {}
+    for name, values in columns.items():
+        by_source = name.startswith("source_")
+        values = [v.transpose(0, 1) if by_source else v for v in values]  # tokens first
+        rows = pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
+        batch[name] = rows.movedim(2, 0) if by_source else rows
+    return batch | {"source_ce": torch.stack([e["source_ce"] for e in found], 1)}
+
+
+def packed(found, **options):
+    """The same examples in one row, as transformers' collator packs them, with the sources beside it."""
+    plain = [{k: e[k] for k in ("input_ids", "labels")} for e in found]
+    batch = DataCollatorWithFlattening(**options)(plain, return_tensors="pt")
+    batch["ce_weight"] = torch.cat([e["ce_weight"] for e in found])[None]
+    for name in ("source_ids", "source_logprobs", "source_tail"):
+        batch[name] = torch.cat([e[name] for e in found], 1)[:, None]
+    return batch | {"source_ce": torch.stack([e["source_ce"] for e in found], 1)}
+
+
+def loss_and_gradients(fusion, batch):
+    fusion.zero_grad()
+    loss = fusion(**batch)["loss"]
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in fusion.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, other):
+    assert ours[1].keys() == other[1].keys()
+    torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_is_the_dense_formula_on_the_models_own_logits():
+    model, batch = demo_model(), padded(examples())
+    stats = FusionModel(model, beta=0.5)(**batch, return_stats=True)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
+    width = batch["input_ids"].shape[1] - 1
+    expected = fusion_loss_reference(
+        logits,
+        torch.eye(logits.shape[1]),
+        batch["labels"][:, 1:].flatten(),
+        *(batch[name][:, :, 1:].flatten(1, 2) for name in ("source_ids", "source_logprobs")),
+        source_tail=batch["source_tail"][:, :, 1:].flatten(1),
+        source_ce=batch["source_ce"],
+        ce_weight=batch["ce_weight"][:, 1:].flatten(),
+        cu_seqlens=torch.arange(len(LENGTHS) + 1) * width,
+        beta=0.5,
+    )
+    torch.testing.assert_close(stats["loss"], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(stats["winner"], batch["source_ce"].argmin(0))
+
+
+@pytest.mark.parametrize("name", ["guardian", "scholar"])  # Llama and GPT-NeoX
+@pytest.mark.parametrize("options", [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}], ids=str)
+def test_packed_examples_are_as_if_each_had_a_row_of_its_own(name, options):
+    fusion, found = FusionModel(demo_model(name)), examples()
+    rows = loss_and_gradients(fusion, padded(found))
+    assert_same(loss_and_gradients(fusion, packed(found, **options)), rows)
+    batch = packed(found)
+    batch["labels"] = torch.cat([e["labels"] for e in found])[None]  # first tokens are never predicted, labelled or not
+    batch["source_index"] = batch.pop("source_ce").argmin(0)
+    assert_same(loss_and_gradients(fusion, batch), rows)
+
+
+def test_several_packed_rows_keep_their_examples_in_order():
+    fusion, found = FusionModel(demo_model()), examples((6, 4, 3, 1, 6))
+    rows = [packed(found[:2]), packed(found[2:])]
+    batch = {name: torch.cat([row[name] for row in rows], int(name.startswith("source_"))) for name in rows[0]}
+    assert_same(loss_and_gradients(fusion, batch), loss_and_gradients(fusion, padded(found)))
+
+
+def test_position_ids_of_left_padding_change_nothing():
+    fusion, batch = FusionModel(demo_model()), padded(examples((6, 6)))
+    plain = fusion(**batch)["loss"]
+    left = {k: v for k, v in batch.items() if k != "source_ce"}
+    pad = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX, "ce_weight": 0, "source_tail": 0}
+    for name, value in pad.items():
+        left[name] = torch.nn.functional.pad(batch[name], (2, 0), value=value)
+    for name in ("source_ids", "source_logprobs"):
+        left[name] = torch.nn.functional.pad(batch[name], (0, 0, 2, 0))
+    left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).masked_fill(left["attention_mask"] == 0, 1)
+    # The first real token now has a predecessor, padding; it is not predicted from it.
+    torch.testing.assert_close(fusion(**left, source_ce=batch["source_ce"])["loss"], plain, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_examples_under_an_attention_mask_are_refused():
+    batch = packed(examples())
+    with pytest.raises(ValueError, match=r"attention_mask must be None where position_ids restart.*drop"):
+        FusionModel(demo_model())(**batch, attention_mask=torch.ones_like(batch["input_ids"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": lambda x: x[:, 1:]}, r"labels must be \(B, T\).*not shifted"),
+        ({"source_ids": lambda x: x[0]}, r"source_ids must be \(S, B, T, K\)"),
+        ({"source_logprobs": lambda x: x.transpose(0, 1)}, r"source_logprobs must be \(S, B, T, K\)"),
+        ({"source_ce": lambda x: x[:, :1]}, "source_ce must have B=4 sequences"),
+    ],
+)
+def test_wrong_shapes_are_named_as_the_caller_gave_them(change, message):
+    batch = padded(examples())
+    with pytest.raises(ValueError, match=message):
+        FusionModel(demo_model())(**batch | {name: edit(batch[name]) for name, edit in change.items()})
+
+
+def test_a_misspelt_argument_is_an_error():
+    batch = padded(examples())
+    with pytest.raises(TypeError, match=r"got \['source_tails'\]"):
+        FusionModel(demo_model())(**batch, source_tails=torch.zeros(1))
+
+
+@pytest.mark.parametrize("count", [30, torch.tensor(30), torch.tensor(30.0)], ids=str)
+def test_num_items_in_batch_is_the_divisor(count):
+    fusion, batch = FusionModel(demo_model()), padded(examples())
+    torch.testing.assert_close(
+        fusion(**batch, num_items_in_batch=count)["loss"], fusion(**batch, reduction="sum")["loss"] / 30
+    )
+
+
+@pytest.mark.parametrize("make", [demo_model, tied_model], ids=["untied", "tied"])
+def test_gradient_checkpointing_and_autocast_keep_the_gradients(make):
+    fusion, batch = FusionModel(make()).train(), padded(examples())
+    plain = loss_and_gradients(fusion, batch)
+    fusion.gradient_checkpointing_enable()
+    assert_same(loss_and_gradients(fusion, batch), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(fusion, batch)
+    assert loss.dtype == torch.float32
+    assert abs(loss - plain[0]) < 0.02 * plain[0]
+    name = "model.model.embed_tokens.weight"
+    assert (gradients[name] - plain[1][name]).norm() < 0.05 * plain[1][name].norm()
+
+
+def test_compiles_in_one_graph():
+    fusion, batch = FusionModel(demo_model()), padded(examples())
+    plain = loss_and_gradients(fusion, batch)
+    loss = torch.compile(fusion, backend="aot_eager", fullgraph=True)(**batch)["loss"]
+    torch.testing.assert_close(loss, plain[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_head_is_saved_once_and_restored():
+    fusion = FusionModel(tied_model())
+    state = fusion.state_dict()
+    assert "model.lm_head.weight" not in state
+    other = FusionModel(tied_model())
+    torch.nn.init.zeros_(other.model.lm_head.weight)
+    other.load_state_dict(state)
+    assert other.model.lm_head.weight is other.model.model.embed_tokens.weight
+    assert torch.equal(other.model.lm_head.weight, fusion.model.lm_head.weight)
+
+
+def test_copies_and_pickles_compute_the_same_loss():
+    fusion, batch = FusionModel(demo_model(), beta=0.2), padded(examples())
+    loss = fusion(**batch)["loss"]
+    for other in (copy.deepcopy(fusion), pickle.loads(pickle.dumps(fusion))):
+        assert torch.equal(other(**batch)["loss"], loss)
+
+
+# LoRA
+
+
+def lora(model, **options):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **options)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("head", [{}, {"modules_to_save": ["lm_head"]}], ids=["attention", "attention-and-head"])
+def test_lora_has_the_gradients_of_the_models_own_loss(head):
+    model, batch = lora(demo_model(), target_modules=["q_proj", "v_proj"], **head), padded(examples())
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    if head:  # the copy that is trained, not the one that it was copied from
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.1)
+    ours = loss_and_gradients(FusionModel(model), batch)
+    own = loss_and_gradients(OwnLoss(model), batch)
+    torch.testing.assert_close(ours[0], own[0], rtol=1e-5, atol=1e-5)
+    assert ours[1].keys() == own[1].keys()
+    assert all("lora_" in name or "modules_to_save" in name for name in ours[1])
+    torch.testing.assert_close(ours[1], own[1], rtol=1e-4, atol=1e-6)
+
+
+class OwnLoss(torch.nn.Module):
+    """The model itself, under FusionModel's parameter names."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        return {"loss": self.model(**batch).loss}
+
+
+def test_lora_on_the_head_is_refused():
+    with pytest.raises(DataError, match=r"LoRA adapter.*modules_to_save=\['lm_head'\]"):
+        FusionModel(lora(demo_model(), target_modules=["q_proj", "lm_head"]))
+
+
+def test_prompt_tuning_is_refused():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(DataError, match="gives 11 for 8; prompt tuning"):
+        FusionModel(peft.get_peft_model(demo_model(), config))

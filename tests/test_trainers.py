@@ -1,0 +1,120 @@
+"""FusionModel in Hugging Face's Trainer and TRL's SFTTrainer: accumulation, evaluation, checkpoints, saving."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from datasets import Dataset
+from test_fusion_model import demo_model, examples, lora, padded, tied_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from profuser import FusionModel
+from profuser.config import resolve
+
+EXAMPLES = examples((7, 5, 9, 6, 4, 8, 3, 8))  # of unequal numbers of labels
+
+
+def trained(fusion, directory, batch_size=8, trainer=Trainer, arguments=TrainingArguments, resume=False, **options):
+    """The trainer after two steps (or as many as the options say) on all examples."""
+    plain = {
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": 8 // batch_size,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_steps": 1,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "bf16": False,
+    }
+    data = Dataset.from_list([{k: v.tolist() for k, v in e.items()} for e in EXAMPLES]).with_format("torch")
+    done = trainer(
+        fusion,
+        arguments(str(directory), **plain | options),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=padded,
+        processing_class=AutoTokenizer.from_pretrained(resolve("demo:guardian")),
+    )
+    done.train(resume_from_checkpoint=resume)
+    return done
+
+
+def losses(done):
+    return [line["loss"] for line in done.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("make", [demo_model, tied_model], ids=["untied", "tied"])
+def test_gradient_accumulation_and_checkpointing_change_nothing(make, tmp_path):
+    whole = trained(FusionModel(make()), tmp_path / "whole", optim="sgd")
+    torch.testing.assert_close(
+        whole.state.log_history[0]["loss"], FusionModel(make())(**padded(EXAMPLES))["loss"].item(), rtol=1e-5, atol=1e-5
+    )
+    for name, options in (("parts", {}), ("checkpointing", {"gradient_checkpointing": True})):
+        parts = trained(FusionModel(make()), tmp_path / name, batch_size=2, optim="sgd", **options)
+        torch.testing.assert_close(losses(parts), losses(whole), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(parts.model.state_dict(), whole.model.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [demo_model, tied_model], ids=["untied", "tied"])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(make, tmp_path):
+    trained(FusionModel(make()), tmp_path, max_steps=1)
+    resumed = trained(FusionModel(make()), tmp_path, resume=True)
+    whole = trained(FusionModel(make()), tmp_path / "whole")
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+def test_evaluation_is_the_mean_over_the_labels_and_the_saved_model_loads(tmp_path):
+    done = trained(FusionModel(demo_model()), tmp_path)
+    with torch.no_grad():
+        expected = done.model(**padded(EXAMPLES))["loss"].item()
+    assert done.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    done.model.save_pretrained(tmp_path / "final")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)
+    torch.testing.assert_close(loaded.state_dict(), done.model.model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("adapt", [None, lora], ids=["full", "lora"])
+def test_trls_trainer_takes_the_same_steps(adapt, tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+
+    class FusionTrainer(trl.SFTTrainer):
+        compute_loss = Trainer.compute_loss
+
+    def fusion():
+        model = demo_model()
+        return FusionModel(adapt(model, target_modules=["q_proj"]) if adapt else model)
+
+    columns = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    ours = trained(fusion(), tmp_path / "trl", 2, FusionTrainer, trl.SFTConfig, **columns)
+    plain = trained(fusion(), tmp_path / "plain", 2)
+    torch.testing.assert_close(losses(ours), losses(plain), rtol=1e-5, atol=1e-5)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-3)
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = trained(FusionModel(demo_model()), tmp_path / "one", optim="sgd")
+    two = torch.load(tmp_path / "two.pt")
+    assert two["world_size"] == 2
+    torch.testing.assert_close(two["losses"], losses(one), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two["weights"], one.model.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":  # a rank of the test above
+    directory = Path(sys.argv[1])
+    # Two accumulated passes of two examples on each of two ranks: the eight of one pass.
+    options = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "optim": "sgd"}
+    rank = trained(FusionModel(demo_model()), directory / "two", batch_size=2, **options)
+    if rank.args.process_index == 0:
+        result = {"losses": losses(rank), "weights": rank.model.state_dict(), "world_size": rank.args.world_size}
+        torch.save(result, directory / "two.pt")
