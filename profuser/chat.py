@@ -170,7 +170,11 @@ class ChatFormat:
         try:
             self._render(("user", PROMPT), ("assistant", RESPONSE), system=False)
             return False
-        except TemplateError as error:
+        except Exception as error:  # a template may raise anything, its own refusals as TemplateError
+            if not isinstance(error, TemplateError):
+                raise DataError(
+                    f"{name}'s chat template must render, it raised {type(error).__name__}: {error}; fix it"
+                ) from None
             try:
                 self._render(("user", PROMPT), ("assistant", RESPONSE), system=True)
                 return True

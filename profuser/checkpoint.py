@@ -60,7 +60,8 @@ def save_checkpoint(
 
 def newest_step(directory: Path) -> int:
     """The step of the newest checkpoint by its name; 0 without any."""
-    return max((int(path.name.removeprefix("step-")) for path in directory.glob("step-*")), default=0)
+    steps = [path.name.removeprefix("step-") for path in directory.glob("step-*") if (path / "state.json").exists()]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
 def load_newest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -69,7 +70,7 @@ def load_newest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimi
         try:
             state = json.loads((path / "state.json").read_text())
             files = {name: (path / name).read_bytes() for name in state["sha256"]}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"checkpoint {path} is not complete ({error}): trying the one before", flush=True)
             continue
         if any(hashlib.sha256(data).hexdigest() != state["sha256"][name] for name, data in files.items()):

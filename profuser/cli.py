@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from profuser.errors import OutOfMemoryError, ProfuserError, Terminated
 
@@ -20,6 +21,7 @@ def main_of(command: Callable[[list[str]], None]) -> None:
     """Run a command with sys.argv and end the process with its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what matters of it is an error of ours, in one line
 
     def terminate(*_) -> None:
         raise Terminated("stopped by SIGTERM; what was finished is kept, the same command goes on from there")
@@ -42,6 +44,8 @@ def main_of(command: Callable[[list[str]], None]) -> None:
                 f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
             )
         )
+    except SafetensorError as error:
+        fail(ProfuserError(f"a file could not be written or read ({error}); check the disk"))
     except KeyboardInterrupt:
         print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)

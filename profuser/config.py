@@ -6,6 +6,7 @@ Every command shares the same keys; an unknown one is an error. Defaults that Fu
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -25,8 +26,8 @@ DEFAULT_RECIPE = RECIPES_DIR / "demo.yaml"
 BUNDLED_PREFIX = "demo:"
 """`demo:NAME` in a recipe names a file or folder of the bundled demo, wherever profuser is installed."""
 
-DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Data files by suffix, with the loader of each."""
+FILES = {".jsonl", ".json", ".csv", ".parquet", ".gguf"}
+"""Suffixes of what is never a Hub id."""
 
 RESERVED_NAMES = {"target", "target_before", "fused", "none", "mean"}
 """Names that scores and summaries use beside the sources'."""
@@ -36,6 +37,8 @@ FREE_KEYS = (
     "optim.keep_checkpoints", "capture.batch_size", "generation.batch_size", "evaluation",
 )  # fmt: skip
 """Keys that may change between a run and its resumption: they decide how it is computed or shown, not what comes out."""
+
+LARGEST = 2**63
 
 SCHEDULES = ("progressive", "simultaneous", "reverse", "fusellm", "sft")
 
@@ -257,8 +260,8 @@ class Recipe:
             **({} if self.data.limit is None else {"data.limit": self.data.limit}),
         }
         for key, value in positive.items():
-            if not value > 0:
-                raise ConfigError(f"{key} must be > 0, got {value}; set a positive number")
+            if not 0 < value < LARGEST:
+                raise ConfigError(f"{key} must be > 0 and finite, got {value}; set a positive number")
         not_negative = {
             "optim.beta": self.optim.beta,
             "optim.weight_decay": self.optim.weight_decay,
@@ -271,8 +274,8 @@ class Recipe:
             "seed": self.seed,
         }
         for key, value in not_negative.items():
-            if not value >= 0:
-                raise ConfigError(f"{key} must be >= 0, got {value}; set 0 or a positive number")
+            if not 0 <= value < LARGEST:
+                raise ConfigError(f"{key} must be >= 0 and below 2**63, got {value}; set 0 or a positive number")
         for key in ("warmup_ratio", "min_lr_ratio"):
             if getattr(self.optim, key) > 1:
                 raise ConfigError(
@@ -305,8 +308,12 @@ class Recipe:
                         f"schedule[{i}] must have a positive infer_weight or train_weight, got {stage.infer_weight:g} and "
                         f"{stage.train_weight:g}; set one"
                     )
-                if stage.share <= 0:
-                    raise ConfigError(f"schedule[{i}].share must be > 0, got {stage.share:g}; remove the stage instead")
+                if not (stage.share > 0 and math.isfinite(stage.share)):
+                    raise ConfigError(
+                        f"schedule[{i}].share must be > 0 and finite, got {stage.share:g}; remove the stage instead"
+                    )
+                if stage.beta is not None and not (stage.beta >= 0 and math.isfinite(stage.beta)):
+                    raise ConfigError(f"schedule[{i}].beta must be >= 0 and finite, got {stage.beta:g}; 0 turns KD off")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -333,7 +340,7 @@ def is_path(model: str) -> bool:
     """Whether a model string means a local directory, and is therefore never looked up on the Hub."""
     looks_local = model.startswith((BUNDLED_PREFIX, "/", ".", "~")) or model.count("/") > 1 or "\\" in model
     in_folder = "/" in model and Path(model).parent.is_dir()
-    return looks_local or in_folder or Path(model).suffix in (".gguf", *DATA_FILES) or Path(model).exists()
+    return looks_local or in_folder or Path(model).suffix in FILES or Path(model).exists()
 
 
 def resolve(location: str) -> str:
@@ -386,13 +393,19 @@ def parse_run(command: str, argv: list[str] | None, flags: dict[str, str], descr
         (a.split("=", 1)[1] if "=" in a else b for a, b in zip(argv, [*argv[1:], ""]) if a.split("=")[0] == "--config"),
         None,
     )
+    if argv and not argv[0].startswith("-"):
+        raise ConfigError(f"a recipe is given as --config {argv[0]}, got {argv[0]} alone; add --config")
     if config is None:
         config, argv = str(DEFAULT_RECIPE), ["--config", str(DEFAULT_RECIPE), *argv]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             namespace = parser.instantiate(parser.parse_args(argv))
-    except jsonargparse.ArgumentError as error:
+    except (
+        jsonargparse.ArgumentError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the latter for a group that is no mapping
         raise ConfigError(_one_line(str(error), config)) from None
     values = {k: getattr(namespace, k) for k in Recipe.__dataclass_fields__}
     return Run(
@@ -404,24 +417,45 @@ def parse_run(command: str, argv: list[str] | None, flags: dict[str, str], descr
 
 def _one_line(message: str, config: str) -> str:
     """jsonargparse's message as rule, value and fix."""
+    if wrong := _no_mapping(config):
+        return f"{wrong} (recipe: {config}; `--help` lists every key)"
     key = found[1] if (found := re.match(r'Parser key "([^"]+)"', message)) else None
     value = re.split(r"(?:Given|Got) value: ", message)[-1].strip()
     types = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
     message = "; ".join(line.strip() for line in message.splitlines() if line.strip())
-    if key == "schedule":
+    inner = re.search(r"class_path 'profuser\.config\.(\w+)'.*Option '(\w+)' is not accepted", message)
+    if inner:
+        known = ", ".join(f.name for f in fields(globals()[inner[1]]))
+        message = f"a key of an entry of {key} must be one of {known}; got {inner[2]}"
+    elif key == "schedule":
         message = f"schedule must be one of {', '.join(SCHEDULES)} or a list of stages, got {value}"
     elif key == "config":
-        message = f"--config must be an existing recipe, got {config}"
+        return f"--config must be an existing recipe, got {config}; fix the path"
     elif key and types:
         message = f"{key} must be {' or '.join(t.replace('NoneType', 'null') for t in types)}, got {value}"
     elif found := re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
         message = _unknown_key(found[1])
     elif found := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
         message = _unknown_key(f"{found[1]}.{found[2]}")
+    elif found := re.match(r"Option '([^']+)' is not accepted", message):
+        message = _unknown_key(found[1])
     elif found := re.match(r"Problems parsing config: (.*)", message):
         at = re.sub(r" in \"<unicode string>\",", "", found[1])
         message = f"the recipe must be YAML, got: {at}"
     return f"{message} (recipe: {config}; `--help` lists every key)"
+
+
+def _no_mapping(config: str) -> str | None:
+    """What is wrong with a recipe, or a group of its keys, that is a list, a text or nothing."""
+    try:
+        content = yaml.safe_load(Path(config).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(content, dict):
+        return f"a recipe must be a mapping of keys such as sources and target, got {type(content).__name__}"
+    groups = [name for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind) and name in content]
+    wrong = [name for name in groups if not isinstance(content[name], dict)]
+    return f"{wrong[0]} must be a mapping of its keys, got {content[wrong[0]]!r}" if wrong else None
 
 
 def _unknown_key(key: str) -> str:

@@ -38,11 +38,13 @@ import numpy as np
 from profuser.alignment.spans import ENGINE, match_spans
 from profuser.alignment.text import PlainText
 from profuser.alignment.types import KINDS, SKIP_NO_SOURCE_POSITION, SKIP_NOT_MATCHED, SKIP_REASONS, SKIPPED
+from profuser.capture import OK, REASONS
 from profuser.cli import main_of
 from profuser.config import Recipe, SourceConfig, parse_run, target_config
 from profuser.data import load_examples
 from profuser.errors import ConfigError, DataError
 from profuser.models import chat_format, load_tokenizer
+from profuser.prepare import fit
 from profuser.template_rows import MASK_LEGEND, conversation_rows, describe
 from profuser.token_bytes import TokenBytes, TokenBytesMismatch
 from profuser.token_rows import LEGEND, clipped, example_rows, paint
@@ -273,27 +275,35 @@ def use_color() -> bool:
 
 def show_templates(recipe: Recipe, example: int, as_json: bool) -> None:
     """Print one training example as every model of a recipe sees it, through its own chat template."""
-    rows = load_examples(recipe.data, recipe.data.train)
+    rows = load_examples(recipe.data, recipe.data.train, recipe.data.limit)
     if not 0 <= example < len(rows):
         raise ConfigError(f"--example must be in 0..{len(rows) - 1} ({recipe.data.train}), got {example}; give another")
     row = rows[example]
-    models = {s.name: s for s in [*recipe.sources, target_config(recipe)]}
+    target = target_config(recipe)
+    models = {s.name: s for s in [*recipe.sources, target]}
+    chats = {name: chat_format(config) for name, config in models.items()}
+    ordered = [chats[target.name], *(chats[s.name] for s in recipe.sources)]
+    text, cut, reason = fit(ordered, row["prompt"], row["response"], recipe.data.max_length)
     described = {}
-    for name, config in models.items():
-        chat = chat_format(config)
+    for name, chat in chats.items():
+        shown = [f"not used: {REASONS[reason]}"]
         try:
-            if as_json:
-                described[name] = describe(chat, row["prompt"], row["response"])
+            if reason == OK and as_json:
+                described[name] = describe(chat, row["prompt"], text, complete=not cut)
                 continue
-            width = shutil.get_terminal_size().columns
-            shown = conversation_rows(chat, row["prompt"], row["response"], color=use_color(), width=width)
+            if reason == OK:
+                width = shutil.get_terminal_size().columns
+                shown = conversation_rows(chat, row["prompt"], text, complete=not cut, color=use_color(), width=width)
         except TokenBytesMismatch as error:
-            described[name], shown = {"skipped": error.reason}, [f"skipped: {error}"]
-        print("\n".join([f"{name}  {config.model}", "", *shown, ""]))
+            shown = [f"not used: {error}"]
+        described[name] = {"skipped": shown[0]}
+        if not as_json:
+            print("\n".join([f"{name}  {models[name].model}", "", *shown, ""]))
     if as_json:
         print(json.dumps({"example": example, "models": described}))
     else:
-        print(f"example {example} of {recipe.data.train}; {MASK_LEGEND}")
+        at = f", cut to data.max_length {recipe.data.max_length}" if cut else ""
+        print(f"example {example} of {recipe.data.train}{at}; {MASK_LEGEND}")
 
 
 def main(argv: list[str]) -> None:

@@ -94,12 +94,7 @@ def size_of(source: SourceConfig) -> Size | None:
         except OSError:  # not downloaded yet
             return None
     if "gguf_file" in options:
-        from gguf import GGUFReader
-
-        reader = GGUFReader(path / options["gguf_file"])
-        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-        blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
-        return Size(parameters, len(blocks))
+        return gguf_size(path / options["gguf_file"])
     parameters = 0
     for file in sorted(path.glob("*.safetensors")):
         try:
@@ -112,8 +107,22 @@ def size_of(source: SourceConfig) -> Size | None:
             ) from None
     if not parameters:
         return None
-    config = AutoConfig.from_pretrained(path, trust_remote_code=source.trust_remote_code)
-    return Size(parameters, config.get_text_config().num_hidden_layers)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=source.trust_remote_code)
+        return Size(parameters, config.get_text_config().num_hidden_layers)
+    except Exception:  # whatever is wrong with it is said when the model is loaded
+        return None
+
+
+def gguf_size(file: Path) -> Size | None:
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(file).tensors
+    except Exception:  # a damaged file: as above
+        return None
+    blocks = {tensor.name.split(".")[1] for tensor in tensors if tensor.name.startswith("blk.")}
+    return Size(sum(int(tensor.n_elements) for tensor in tensors), len(blocks))
 
 
 def expected(p: Preparation, first_step: int | None = None) -> dict[str, float] | None:

@@ -24,7 +24,7 @@ from profuser.config import Recipe, Run, SourceConfig, load_recipe, target_confi
 from profuser.data import data_hash, load_examples
 from profuser.errors import DataError
 from profuser.fusion_model import FusionModel
-from profuser.models import chat_format, default_device, load_model, runtime_dtype
+from profuser.models import chat_format, default_device, first_line, load_model, runtime_dtype
 from profuser.progress import Progress
 from profuser.responses import generate
 from profuser.reward import load_function
@@ -47,12 +47,15 @@ def match_of(recipe: Recipe) -> Match:
 
     def match(example: dict, response: str) -> bool:
         try:
-            return bool(function(example, response))
-        except Exception as error:  # the user's own code may raise anything
-            raise DataError(
-                f"evaluation.match: {path} must return whether a response is right, on the prompt {example['prompt']!r} it "
-                f"raised {type(error).__name__}: {error}; fix the function and run `python -m profuser.evaluate` on the run"
-            ) from error
+            right = function(dict(example), response)
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
+            right = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(right, (bool, np.bool_)):
+            return bool(right)
+        raise DataError(
+            f"evaluation.match: {path} must return True or False, on the prompt {example['prompt']!r} it gave {right!r}; fix the "
+            "function and run the same command again: only the scores are missing"
+        )
 
     return match
 
@@ -189,10 +192,6 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
         del model
     # A prompt without a ground truth can only be scored by a match of the user's own.
     asked = [i for i, row in enumerate(rows) if row["response"] or recipe.evaluation.match is not None]
-    if not asked:
-        raise DataError(
-            f"{recipe.data.heldout} must hold a ground truth to score by, every response is empty; fill them in"
-        )
     asked_rows = [rows[i] for i in asked]
     correct = {name: {i: match(rows[i], texts[i]) for i in asked} for name, texts in answers.items()}
     by_name = {name: accuracies(asked_rows, list(ok.values())) for name, ok in correct.items()}
@@ -268,7 +267,7 @@ def main(argv: list[str]) -> None:
         "run_dir", type=Path, metavar="RUN_DIR", help="directory of a finished run, for instance runs/demo"
     )
     directory = parser.parse_args(argv).run_dir
-    record = read_json(directory / "run.json")
+    record = read_json(directory / "run.json", "status", "recipe", "store")
     if record["status"] != "complete":
         raise DataError(
             f"RUN_DIR must hold a finished run, {directory} is not complete; run profuser.train with its recipe again"

@@ -79,6 +79,11 @@ class Head:
         own = model(input_ids=ids, use_cache=False).logits.float()
         ours = self.logits(hidden_states(model, ids, None))
         model.train(was_training)
+        if not own.isfinite().all():
+            raise DataError(
+                f"a model's logits must be finite, {type(model).__name__}'s are not; its weights are damaged, or too large for "
+                f"{model.dtype}"
+            )
         # bf16 rounds a logit of size x by x/256; a missing softcap or scale is far outside of that.
         if own.shape != ours.shape:
             raise DataError(
@@ -136,7 +141,7 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(location, **options, dtype=dtype)
+        model, loaded = AutoModelForCausalLM.from_pretrained(location, **options, dtype=dtype, output_loading_info=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a broken file
@@ -147,7 +152,17 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
         raise DataError(
             f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)}); {fix}"
         ) from error
+    check_loaded(source.name, location, loaded)
     return model.to(device).eval()
+
+
+def check_loaded(name: str, location: str, loaded: dict[str, Any]) -> None:
+    """Raises DataError where transformers would make up weights that the files do not hold."""
+    if absent := sorted(loaded["missing_keys"]):
+        raise DataError(
+            f"{name}: {location} must hold every weight of its model, {len(absent)} are missing ({absent[0]}); copy or "
+            "download it again, or fix its config.json"
+        )
 
 
 def stored_dtype(source: SourceConfig) -> torch.dtype:
@@ -160,12 +175,13 @@ def load_reward_model(name: str, location: str, trust_remote_code: bool, device:
     """A judge's weights and tokenizer; it must have exactly one output."""
     path = existing(location, name)
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype=torch.float32
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            path, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # as in load_model
         raise DataError(f"judge {name}: no reward model could be loaded from {path} ({first_line(error)})") from error
+    check_loaded(f"judge {name}", path, loaded)
     if model.config.num_labels != 1:
         raise DataError(
             f"judge {name}: a reward model must have 1 output, got {model.config.num_labels}; use another model"
@@ -179,7 +195,7 @@ def chat_format(source: SourceConfig, tokenizer=None) -> ChatFormat:
     ends = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):  # a model need not bring one
         eos = GenerationConfig.from_pretrained(weights_of(source)[0], revision=source.revision).eos_token_id
-        ends |= set(eos if isinstance(eos, list) else [eos])
+        ends |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
     return ChatFormat(tokenizer, end_ids=sorted(ends - {None}))
 
 
@@ -265,6 +281,16 @@ def runtime_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_vocabulary(name: str, chat: ChatFormat, head: Head) -> None:
+    """Raises DataError where a tokenizer has ids that its model has no embedding for."""
+    tokens, rows = len(chat.token_bytes.pieces), head.weight.shape[0]
+    if tokens > rows:
+        raise DataError(
+            f"{name}: a model must have an embedding for every token, its tokenizer has {tokens} ids and its head {rows} rows; "
+            "use the tokenizer that came with it"
+        )
 
 
 def first_line(error: BaseException) -> str:

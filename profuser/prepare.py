@@ -43,9 +43,18 @@ from profuser.chat import ChatFormat, Encoded
 from profuser.cli import main_of
 from profuser.config import Recipe, Run, parse_run, target_config
 from profuser.data import data_hash, load_examples
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, DataError
 from profuser.estimate import expected, sentence
-from profuser.models import Head, chat_format, default_device, fingerprint, load_model, load_tokenizer, runtime_dtype
+from profuser.models import (
+    Head,
+    chat_format,
+    check_vocabulary,
+    default_device,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    runtime_dtype,
+)
 from profuser.progress import Progress
 from profuser.responses import generate
 from profuser.reward import judge_fingerprint, load_function, load_judge
@@ -137,6 +146,8 @@ class Preparation:
 
     def run(self) -> Store:
         if self.store.complete and self._intact():
+            if not (self.store.directory / "summary.json").exists():
+                self._write_summary()
             return self.store
         for phase in (self.capture_ground_truth_and_answer, self.judge, self.capture_winners, self.align):
             start = time.monotonic()
@@ -167,6 +178,7 @@ class Preparation:
                 continue
             model = load_model(source, runtime_dtype(self.recipe.capture.dtype, self.device), self.device)
             head = Head.of(model)
+            check_vocabulary(source.name, self.chats[source.name], head)
             with Progress(f"{source.name}: score the ground truth", examples_in(truth), "examples") as bar:
                 for split, name, part in truth:
                     rows = self.splits[split][part]
@@ -460,7 +472,14 @@ def open_preparation(run: Run) -> Preparation:
             load_function(judge.function, f"judges: {judge.name}: function")
     if recipe.evaluation.match is not None:
         load_function(recipe.evaluation.match, "evaluation.match")
-    return Preparation(run)
+    preparation = Preparation(run)
+    heldout = preparation.splits.get("heldout")
+    if heldout and recipe.evaluation.match is None and not any(row["response"] for row in heldout):
+        raise DataError(
+            f"{recipe.data.heldout} must hold a ground truth to score by, every response is empty; fill them in, or give a "
+            "function as evaluation.match"
+        )
+    return preparation
 
 
 def prepare(run: Run) -> Store:

@@ -17,7 +17,7 @@ import torch
 
 from profuser.config import JudgeConfig, SourceConfig
 from profuser.errors import ConfigError, DataError
-from profuser.models import chat_format, fingerprint, load_reward_model
+from profuser.models import chat_format, fingerprint, first_line, load_reward_model
 from profuser.progress import silent
 from profuser.token_bytes import TokenBytesMismatch
 
@@ -61,12 +61,15 @@ def load_function(path: str, key: str) -> Callable:
     """`module:function` → the function."""
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a module of the user's own may raise anything when it is imported
         raise ConfigError(
-            f"{key} must be an importable module:function, got {path!r} ({error}); fix the name, or run where the module "
-            "lies (or set PYTHONPATH)"
+            f"{key} must be an importable module:function, got {path!r} ({first_line(error)}); fix the name, or run where the "
+            "module lies (or set PYTHONPATH)"
         ) from None
+    if not callable(function):
+        raise ConfigError(f"{key} must be a function, got {path!r}, a {type(function).__name__}; fix the name")
+    return function
 
 
 def judge_fingerprint(config: JudgeConfig) -> str:
@@ -74,7 +77,11 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     if config.model is not None:
         return fingerprint(config.model)
     function = load_function(config.function, f"judges: {config.name}: function")
-    return hashlib.sha256(inspect.getsource(inspect.getmodule(function)).encode()).hexdigest()[:16]
+    try:
+        source = inspect.getsource(inspect.getmodule(function))
+    except (OSError, TypeError):  # of a built-in or compiled module there is none
+        source = config.function
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 Judge = Callable[..., np.ndarray]
@@ -97,11 +104,11 @@ def _function_judge(config: JudgeConfig) -> Judge:
         for e, (example, responses) in enumerate(zip(examples, candidates)):
             shown = [c for c, text in enumerate(responses) if text]
             try:
-                given = [float(x) for x in function(example, [responses[c] for c in shown])] if shown else []
-            except Exception as error:  # the user's own code may raise anything
+                given = [float(x) for x in function(dict(example), [responses[c] for c in shown])] if shown else []
+            except (Exception, SystemExit) as error:  # the user's own code may raise anything
                 raise DataError(
                     f"judge {config.name}: {config.function} must return one number a response, on the prompt {example['prompt']!r} it "
-                    f"raised {type(error).__name__}: {error}; fix the function"
+                    f"raised {type(error).__name__}: {first_line(error)}; fix the function"
                 ) from error
             if len(given) != len(shown):
                 raise DataError(

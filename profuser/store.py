@@ -27,6 +27,7 @@ from profuser.config import differing_keys
 from profuser.errors import ConfigError, DataError
 
 SCHEMA_VERSION = 2
+MANIFEST_KEYS = ("schema", "settings", "shards", "complete")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -52,14 +53,19 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file; DataError when it is missing or broken."""
+def read_json(path: Path, *keys: str) -> Any:
+    """A JSON file, an object with these keys if there are any; DataError when it is missing, broken or something else."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise DataError(f"{path} is missing; prepare it again or fix the path") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} must hold JSON, got {error}; restore it or start over with --fresh") from None
+    if absent := [key for key in keys if not isinstance(value, dict) or value.get(key) is None]:
+        raise DataError(
+            f"{path} must hold {', '.join(keys)}, without {', '.join(absent)}; restore it or start over with --fresh"
+        )
+    return value
 
 
 def set_aside(path: Path) -> Path | None:
@@ -106,10 +112,10 @@ class Store:
             store = cls(directory, {"schema": SCHEMA_VERSION, "settings": settings, "shards": {}, "complete": False})
             store._save()
             return store
-        manifest = read_json(path)
-        if manifest.get("schema") != SCHEMA_VERSION:
+        manifest = read_json(path, *MANIFEST_KEYS)
+        if manifest["schema"] != SCHEMA_VERSION:
             raise DataError(
-                f"store {directory} has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}; "
+                f"store {directory} has schema {manifest['schema']}, this version reads {SCHEMA_VERSION}; "
                 "prepare it again with `python -m profuser.prepare --fresh`"
             )
         store = cls(directory, manifest)
@@ -136,7 +142,7 @@ class Store:
     @classmethod
     def load(cls, directory: Path) -> Store:
         """An existing, complete store, whatever its settings."""
-        store = cls(directory, read_json(directory / "manifest.json"))
+        store = cls(directory, read_json(directory / "manifest.json", *MANIFEST_KEYS))
         if not store.complete:
             raise DataError(
                 f"store {directory} is not complete; run `python -m profuser.prepare` with its recipe to finish it"

@@ -1,7 +1,7 @@
 """One conversation as a model sees it, for a terminal: its tokens, and under them which are learnt.
 
-    tokens  <|im_start|>|user|⏎|Hi|<|im_end|>|⏎|<|im_start|>|assistant|⏎|Hello|.|<|im_end|>
-    mask    ............|....|.|..|..........|.|............|.........|.|^^^^^|^|$$$$$$$$$$
+    tokens  <|im_start|>│user│⏎│Hi│<|im_end|>│⏎│<|im_start|>│assistant│⏎│Hello│.│<|im_end|>
+    mask    ............│....│.│..│..........│.│............│.........│.│^^^^^│^│$$$$$$$$$$
 
 `^` marks the response's tokens, `$` the end of turn; both are labels, the rest is context. Escapes as in token_rows.
 """
@@ -18,13 +18,13 @@ MASK_LEGEND = "^ a token of the response, $ the end of turn: both are learnt; . 
 COLORED = {RESPONSE: 0, END: 2}  # of token_rows' colours
 
 
-def describe(chat: ChatFormat, prompt: str, response: str) -> dict[str, Any]:
+def describe(chat: ChatFormat, prompt: str, response: str, *, complete: bool = True) -> dict[str, Any]:
     """What `--json` prints of one conversation.
 
     Raises:
         TokenBytesMismatch: the tokens do not hold the response.
     """
-    encoded = chat.encode(prompt, response)
+    encoded = chat.encode(prompt, response, complete=complete)
     prompt_ids = chat.prompt_ids(prompt)
     return {
         "rendered": "".join(text for text, _ in cells(chat, encoded)),
@@ -39,9 +39,14 @@ def describe(chat: ChatFormat, prompt: str, response: str) -> dict[str, Any]:
     }
 
 
-def conversation_rows(chat: ChatFormat, prompt: str, response: str, *, color: bool, width: int) -> list[str]:
-    """The same for a person: the token and mask rows, broken at the width, and what they come to."""
-    encoded = chat.encode(prompt, response)
+def conversation_rows(
+    chat: ChatFormat, prompt: str, response: str, *, color: bool, width: int, complete: bool = True
+) -> list[str]:
+    """The same for a person: the token and mask rows, broken at the width, and what they come to.
+
+    complete: False for a response that was cut, which has no end of turn.
+    """
+    encoded = chat.encode(prompt, response, complete=complete)
     lines: list[str] = []
     tokens, marks, used = "", "", 0
 
@@ -54,15 +59,13 @@ def conversation_rows(chat: ChatFormat, prompt: str, response: str, *, color: bo
         if used and used + columns + 1 > width - LABEL:
             flush()
             tokens, marks, used = "", "", 0
-        bar = "|" if used else ""
+        bar = "│" if used else ""
         tokens += bar + shown
         marks += bar + (paint(mark * columns, COLORED[mark], color) if mark in COLORED else mark * columns)
         used += columns + len(bar)
     flush()
     ends = ", ".join(f"{token_text(chat, i)} ({i})" for i in chat.end_ids)
-    end = (
-        "none: the template closes no turn" if encoded.end is None else token_text(chat, encoded.input_ids[encoded.end])
-    )
+    end = "(none: the response was cut)" if encoded.end is None else token_text(chat, encoded.input_ids[encoded.end])
     opened = chat.prompt_ids(prompt)
     same = encoded.input_ids[: len(opened)] == opened
     closing = f", behind {chat.closing!r}" if chat.closing else ""

@@ -317,16 +317,33 @@ def open_run(run: Run) -> bool:
             )
         _write_record(run)
         return False
-    old = read_json(path)
-    started = old["status"] == "complete" or any((run.output_dir / "checkpoints").glob("step-*"))
-    if started and (keys := deciding_keys(old["recipe"], run.recipe.to_dict())):
+    old = read_json(path, "status", "recipe", "store")
+    complete = old["status"] == "complete"
+    started = complete or any((run.output_dir / "checkpoints").glob("step-*"))
+    keys = [key for key in deciding_keys(old["recipe"], run.recipe.to_dict()) if key not in ("output", "store")]
+    if Path(old["store"]).resolve() != run.store_dir.resolve():
+        keys.append("store")
+    if started and keys:
         raise ConfigError(
             f"{run.output_dir} holds a run of another recipe ({', '.join(keys)} differ); give another --output, undo the "
             "change, or start over with --fresh"
         )
-    if old["status"] != "complete":
+    if complete and not any(run.output_dir.glob("*.safetensors")):
+        print(f"{run.output_dir} was complete, its model is gone: made again", flush=True)
+        complete = False
+    if not complete:
         _write_record(run)
-    return old["status"] == "complete"
+    return complete
+
+
+def score_again(run: Run) -> bool:
+    """Whether a complete run lacks scores, or has them by another evaluation than the recipe's; its run.json then follows."""
+    record, now = read_json(run.output_dir / "run.json"), run.recipe.to_dict()
+    names = ("scores.json", "evaluation.json") if run.recipe.data.heldout is not None else ()
+    if record["recipe"].get("evaluation") == now["evaluation"] and all((run.output_dir / n).exists() for n in names):
+        return False
+    write_json(run.output_dir / "run.json", record | {"recipe": now})
+    return bool(names)
 
 
 def _write_record(run: Run) -> None:
@@ -396,6 +413,12 @@ def run_command(argv: list[str]) -> None:
         complete = open_run(run)
     if broadcast_object_list([complete])[0]:
         accelerator.print(f"{run.output_dir} is complete already; --fresh starts over")
+        if accelerator.is_main_process:
+            if (run.store_dir / "manifest.json").exists():
+                open_preparation(run)  # says so where models or data are no longer those of the run
+            if score_again(run):
+                print("evaluation changed or scores missing: scoring again", flush=True)
+                evaluate(run, Store.load(run.store_dir))
     else:
         train(run, accelerator)
     if accelerator.is_main_process:

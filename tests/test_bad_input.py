@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -104,6 +105,38 @@ def rename_column(old: str, new: str) -> Callable[[], object]:
     return replace("train.jsonl", f'"{old}":', f'"{new}":')
 
 
+def change_weights(change: Callable) -> Callable[[], object]:
+    """Rewrite the folder's own model; `change(name, tensor)` gives the new tensor, or None for none."""
+
+    def edit() -> None:
+        path = "guardian/model.safetensors"
+        weights = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+        save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, path, {"format": "pt"})
+
+    return edit
+
+
+def larger_tokenizer() -> None:
+    path = Path("guardian/tokenizer.json")
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["overmuch"] = 9999
+    path.write_text(json.dumps(tokenizer))
+
+
+def csv_with_a_cell_too_many() -> None:
+    Path("train.csv").write_text("prompt,response\nHi,Answer: x.\nHo,Answer: y.,z\n")
+
+
+def judge_that_exits() -> None:
+    Path("leaving.py").write_text("import sys\n\ndef score(example, responses):\n    sys.exit(0)\n")
+    replace("recipe.yaml", "profuser.demo.verify:score", "leaving:score")()
+
+
+def no_heldout_truth() -> None:
+    write_rows("heldout.jsonl", [{**row, "response": ""} for row in rows("heldout", 3)])
+    replace("recipe.yaml", 'evaluation: { match: "profuser.demo.verify:exact_match" }', "")()
+
+
 def two_gguf_files() -> None:
     Path("guardian/config.json").unlink()
     for name in ("a.gguf", "b.gguf"):
@@ -120,11 +153,14 @@ CASES = [
     Case("an unknown key in the recipe", 2, ("optim", "lr, ", "got lerning_rate"), replace("recipe.yaml", "lr:", "lerning_rate:")),
     Case("a wrong type", 2, ("optim.steps must be int or null, got many",), arguments=("--optim.steps", "many")),
     Case("an unknown schedule", 2, ("schedule", "progressive", "slow"), arguments=("--schedule", "slow")),
-    Case("a recipe that does not exist", 2, ("other.yaml",), arguments=("--config", "other.yaml")),
+    Case("a recipe that does not exist", 2, ("--config", "other.yaml"), arguments=("--config", "other.yaml")),
     Case("a recipe that is no YAML", 2, ("recipe.yaml",), replace("recipe.yaml", "target: guardian", "target: [guardian")),
     Case("no source", 2, ("sources", "empty"), arguments=("--sources", "[]")),
     Case("a target that is no source and no model", 2, ("target", "guardain", "guardian, scholar"), arguments=("--target", "guardain")),
     Case("a stage without weights", 2, ("schedule[0]", "infer_weight", "train_weight"), arguments=("--schedule", "[{share: 1}]")),
+    Case("a stage that turns KD round", 2, ("schedule[0].beta", "-5"), arguments=("--schedule", "[{train_weight: 1, beta: -5}]")),
+    Case("a recipe that is a list", 2, ("mapping", "list"), lambda: Path("recipe.yaml").write_text("- a\n")),
+    Case("a group that is no mapping", 2, ("optim", "mapping"), replace("recipe.yaml", "optim: { steps: 2, batch_size: 4, lr: 1.0e-3 }", "optim: 1")),
     Case("an inference mode without judges", 2, ("judges", "fusellm"), arguments=("--judges", "[]")),
     Case("a judge that cannot be imported", 2, ("verifier", "no_such_module"), replace("recipe.yaml", "profuser.demo.verify:score", "no_such_module:score")),
     Case("a temperature that the tail forbids", 2, ("optim.temperature", "tail", "renormalize"), arguments=("--optim.temperature", "2")),
@@ -132,7 +168,10 @@ CASES = [
     Case("other settings than the store's", 2, ("capture.top_k", "--fresh"), arguments=("--capture.top_k", "3")),
     Case("other settings than the run's", 2, ("optim.lr", "--output", "--fresh"), arguments=("--optim.lr", "1", "--output", "runs/recipe")),
     Case("a judge that fails", 3, ("verifier", "AttributeError", "fix the function"), replace("recipe.yaml", "demo.verify:score", "demo.verify:exact_match"), NEW),
-    Case("a match that fails", 3, ("evaluation.match", "TypeError", "profuser.evaluate"), replace("recipe.yaml", "verify:exact_match", "verify:answer_of")),
+    Case("a judge that ends the process", 3, ("verifier", "SystemExit", "fix the function"), judge_that_exits, NEW),
+    Case("a match that fails", 3, ("evaluation.match", "TypeError", "fix the function"), replace("recipe.yaml", "verify:exact_match", "verify:answer_of")),
+    Case("a match that gives no truth value", 3, ("evaluation.match", "True or False"), replace("recipe.yaml", "profuser.demo.verify:exact_match", "operator:concat")),
+    Case("held-out data without any ground truth", 3, ("heldout.jsonl", "evaluation.match"), no_heldout_truth, NEW),
     Case("a model directory that does not exist", 3, ("scholar", "./nowhere"), replace("recipe.yaml", "demo:scholar", "./nowhere")),
     Case("a bundled model that does not exist", 3, ("demo:scolar", "guardian, "), replace("recipe.yaml", "demo:scholar", "demo:scolar")),
     Case("a data file that does not exist", 3, ("missing.jsonl",), arguments=("--data.train", "missing.jsonl")),
@@ -141,6 +180,11 @@ CASES = [
     Case("a column that holds no text", 3, ("'prompt'", "row 0", "list"), replace("train.jsonl", '"prompt": "', '"prompt": ["x"], "was": "')),
     Case("a data file that is cut off", 3, ("train.jsonl",), truncate("train.jsonl")),
     Case("a data file without a row", 3, ("train.jsonl", "row"), lambda: Path("train.jsonl").write_text("")),
+    Case("a data file that is not UTF-8", 3, ("train.jsonl", "utf-8"), lambda: Path("train.jsonl").write_bytes('{"prompt": "café", "response": "x"}'.encode("latin-1"))),
+    Case("a CSV row with a cell too many", 3, ("train.csv", "row 3 has 3 cells"), csv_with_a_cell_too_many, ("--data.train", "train.csv")),
+    Case("a model that lacks a weight", 3, ("guardian", "every weight", "model.layers.0"), change_weights(lambda name, tensor: None if "layers.0.mlp.up" in name else tensor), NEW),
+    Case("a model with weights that are not finite", 3, ("finite",), change_weights(lambda name, tensor: tensor * float("nan")), NEW),
+    Case("a tokenizer larger than its model", 3, ("guardian", "an embedding for every token", "10000"), larger_tokenizer, NEW),
     Case("a model's truncated safetensors", 3, ("guardian", "download"), truncate("guardian/model.safetensors"), NEW),
     Case("a model's corrupt safetensors", 3, ("guardian", "download"), corrupt("guardian/model.safetensors"), NEW),
     Case("a model without weights", 3, ("guardian", "download"), lambda: Path("guardian/model.safetensors").unlink(), NEW),
@@ -152,6 +196,7 @@ CASES = [
     Case("a chat template that the store does not belong to", 3, ("sources.guardian.template", "--fresh"), replace("recipe.yaml", "./guardian }", './guardian, chat_template: "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}" }')),
     Case("another directory as the store", 3, ("guardian", "manifest.json", "--store"), arguments=("--store", "guardian")),
     Case("a broken manifest", 3, ("manifest.json", "--fresh"), truncate(f"{STORE}/manifest.json")),
+    Case("a manifest of something else", 3, ("manifest.json", "schema", "--fresh"), lambda: Path(f"{STORE}/manifest.json").write_text("[]")),
     Case("a truncated shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), truncate(f"{STORE}/targets/heldout-*"), ("runs/recipe",), "evaluate"),
     Case("a corrupt shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), corrupt(f"{STORE}/capture/heldout-gt-scholar-*"), ("runs/recipe",), "evaluate"),
     Case("a run directory of something else", 3, ("run.json", "--output"), arguments=("--output", "guardian")),
@@ -170,17 +215,24 @@ def write_rows(path: str, content: list[dict]) -> None:
 
 def run(command: str, *arguments: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command, as its process would end."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
     argv, sys.argv = sys.argv, [command, *arguments]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main_of(COMMANDS[command])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        sys.argv = argv
-    return code, out.getvalue(), err.getvalue()
+    with tempfile.TemporaryFile("w+") as err:
+        # The file descriptor, too: the handlers of libraries' loggers hold the real stream.
+        stream = os.dup(2)
+        os.dup2(err.fileno(), 2)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main_of(COMMANDS[command])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os.dup2(stream, 2)
+            os.close(stream)
+            sys.argv = argv
+        err.seek(0)
+        return code, out.getvalue(), err.read()
 
 
 def run_case(case: Case) -> tuple[int, str, str]:
@@ -231,8 +283,9 @@ def good(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what.replace(" ", "-"))
-def test_bad_input_ends_in_its_exit_code_with_one_line(good, case):
+def test_bad_input_ends_in_its_exit_code_with_one_line(good, case, monkeypatch):
     with folder(good):
+        monkeypatch.syspath_prepend(Path.cwd())  # as `python -m` does
         case.edit()
         before = prepared_files()
         code, _, err = run_case(case)
@@ -319,6 +372,7 @@ def main() -> None:
         make_good(Path(place))
         for case in CASES:
             with folder(Path(place)):
+                sys.path[0] = str(Path.cwd())  # as `python -m` does
                 case.edit()
                 code, _, err = run_case(case)
                 print(f"| {case.what} | {code} | `{err.strip().replace('|', chr(92) + '|')}` |")

@@ -139,4 +139,6 @@ def test_the_newest_checkpoint_tells_where_a_run_goes_on(tmp_path):
     assert newest_step(tmp_path) == 0
     for step in (5, 20):
         (tmp_path / f"step-{step:06d}").mkdir()
+        (tmp_path / f"step-{step:06d}/state.json").write_text("{}")
+    (tmp_path / "step-000030").mkdir()  # not complete
     assert newest_step(tmp_path) == 20

@@ -113,8 +113,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help=f"times {SPLITS} prompts a task")
     args = parser.parse_args(argv)
-    if not args.scale > 0:
-        raise ConfigError(f"--scale must be > 0, got {args.scale:g}; 1 is the recipe's size")
+    if not 0 < args.scale <= 100:
+        raise ConfigError(f"--scale must be in (0, 100], got {args.scale:g}; 1 is the recipe's size")
     sizes = {split: max(1, round(args.scale * size)) for split, size in SPLITS.items()}
     tasks = [rows_of(task, sum(sizes.values()), 1000 * args.seed + n) for n, task in enumerate(TASKS)]
     turns = zip(*tasks)  # one prompt of every task in turn, so that the first rows of a file are a fair part of it
