@@ -38,6 +38,9 @@ def main_of(command: Callable[[list[str]], None]) -> None:
         )
     except (ProfuserError, Terminated) as error:
         fail(error)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         fail(
             ProfuserError(

@@ -464,7 +464,7 @@ def _unknown_key(key: str) -> str:
     of: Any = Recipe
     for part in group.split(".") if group else ():
         of = get_type_hints(of).get(part, Recipe)
-    known = ", ".join(f.name for f in fields(of)) if is_dataclass(of) else ""
+    known = ", ".join([*(() if group else ("config",)), *(f.name for f in fields(of))]) if is_dataclass(of) else ""
     return f"a key of {group or 'the recipe'} must be one of {known}; got {name}"
 
 

@@ -285,6 +285,9 @@ def show_templates(recipe: Recipe, example: int, as_json: bool) -> None:
     ordered = [chats[target.name], *(chats[s.name] for s in recipe.sources)]
     text, cut, reason = fit(ordered, row["prompt"], row["response"], recipe.data.max_length)
     described = {}
+    if not as_json:
+        at = f", cut to data.max_length {recipe.data.max_length}" if cut else ""
+        print(f"example {example} of {recipe.data.train}{at}; {MASK_LEGEND}\n")
     for name, chat in chats.items():
         shown = [f"not used: {REASONS[reason]}"]
         try:
@@ -301,9 +304,6 @@ def show_templates(recipe: Recipe, example: int, as_json: bool) -> None:
             print("\n".join([f"{name}  {models[name].model}", "", *shown, ""]))
     if as_json:
         print(json.dumps({"example": example, "models": described}))
-    else:
-        at = f", cut to data.max_length {recipe.data.max_length}" if cut else ""
-        print(f"example {example} of {recipe.data.train}{at}; {MASK_LEGEND}")
 
 
 def main(argv: list[str]) -> None:

@@ -12,10 +12,12 @@ import hashlib
 import importlib.util
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +26,7 @@ from transformers import (
     GenerationConfig,
     GgufConfig,
     PreTrainedModel,
+    modeling_gguf_pytorch_utils,
 )
 
 from profuser.chat import ChatFormat
@@ -140,6 +143,7 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
     location, options = weights_of(source)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
+        modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # its bar: on terminals only
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(location, **options, dtype=dtype, output_loading_info=True)
     except torch.OutOfMemoryError:

@@ -112,12 +112,15 @@ class Preparation:
             "data": {split: data_hash(rows) for split, rows in self.splits.items()} | {"max_length": r.data.max_length},
             "generation": without(vars(r.generation), "batch_size")
             | ({"seed": r.seed} if r.generation.temperature > 0 else {}),
+            "capture": without(vars(r.capture), "batch_size"),
+        }
+        votes = {
+            "asked": [j.name for j in r.judges],
             "judges": {
                 j.name: {"model": j.model, "function": j.function, "files": judge_fingerprint(j)} for j in r.judges
             },
-            "capture": without(vars(r.capture), "batch_size"),
         }
-        return {"capture": capture, "targets": vars(r.align) | {"rules": ALIGNMENT_RULES}}
+        return {"capture": capture, "votes": votes, "targets": vars(r.align) | {"rules": ALIGNMENT_RULES}}
 
     @staticmethod
     def _template(chat: ChatFormat) -> str:

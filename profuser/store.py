@@ -2,9 +2,10 @@
 
 A store has two layers. `capture/` holds what the sources said (their own tokens, top-k entries, log-sum-exp), with
 their responses and the judges' scores; `targets/` holds what the trainer reads. Each layer carries the settings it was
-made with: another alignment rebuilds `targets/` from `capture/` without a pass of the sources; another capture needs
-another store. Every file is written to a temporary sibling, synced and renamed, then entered in the manifest with its
-sha256, so an interrupted preparation goes on with the next shard and a damaged shard is never trained on.
+made with: another alignment rebuilds `targets/` from `capture/` without a pass of the sources; other judges vote again
+on the same answers; another capture needs another store. Every file is written to a temporary sibling, synced and renamed,
+then entered in the manifest with its sha256, so an interrupted preparation goes on with the next shard and a damaged shard
+is never trained on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from safetensors.numpy import save as save_tensors
 from profuser.config import differing_keys
 from profuser.errors import ConfigError, DataError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_KEYS = ("schema", "settings", "shards", "complete")
 
 
@@ -116,28 +117,47 @@ class Store:
         if manifest["schema"] != SCHEMA_VERSION:
             raise DataError(
                 f"store {directory} has schema {manifest['schema']}, this version reads {SCHEMA_VERSION}; "
-                "prepare it again with `python -m profuser.prepare --fresh`"
+                "prepare it again with `python -m profuser.prepare --fresh` and this recipe"
             )
         store = cls(directory, manifest)
         keys = differing_keys(manifest["settings"]["capture"], settings["capture"])
         if foreign := [key for key in keys if key.endswith((".files", ".template"))]:
             raise DataError(
                 f"store {directory} belongs to other models, tokenizers or chat templates ({', '.join(foreign)} differ); restore "
-                "them, give another --store, or start over with `python -m profuser.prepare --fresh`"
+                "them, give another --store, or start over with `python -m profuser.prepare --fresh` and this recipe"
             )
         if keys:
             raise ConfigError(
                 f"store {directory} was captured with other settings ({', '.join(keys)} differ); give another "
-                "--store, undo the change, or start over with `python -m profuser.prepare --fresh`"
+                "--store, undo the change, or start over with `python -m profuser.prepare --fresh` and this recipe"
             )
+        store._vote_again(settings["votes"])
         if keys := differing_keys(manifest["settings"]["targets"], settings["targets"]):
             print(f"store: {', '.join(keys)} changed: aligning again from the captures that are there", flush=True)
-            for name in [n for n in manifest["shards"] if n.startswith("targets/")]:
-                del manifest["shards"][name]
             manifest["settings"]["targets"] = settings["targets"]
-            manifest["complete"] = False
-            store._save()
+            store._drop("targets/")
         return store
+
+    def _vote_again(self, votes: dict[str, Any]) -> None:
+        """Other judges than before: what depends on the vote is made again, what the sources answered stays.
+
+        The scores of a judge that is no longer asked stay, too; he may come back.
+        """
+        old = self.manifest["settings"]["votes"]
+        changed = [name for name, judge in votes["judges"].items() if old["judges"].get(name, judge) != judge]
+        if not changed and old["asked"] == votes["asked"]:
+            return
+        print(f"store: judges changed ({', '.join(changed or votes['asked'] or ['none'])}): voting again", flush=True)
+        votes = votes | {"judges": old["judges"] | votes["judges"]}
+        self.manifest["settings"]["votes"] = votes
+        self._drop("targets/", "capture/train-infer-", *(f"capture/train-scores-{name}-" for name in changed))
+
+    def _drop(self, *prefixes: str) -> None:
+        """Take shards out of the manifest; they are made again."""
+        for name in [n for n in self.manifest["shards"] if n.startswith(prefixes)]:
+            del self.manifest["shards"][name]
+        self.manifest["complete"] = False
+        self._save()
 
     @classmethod
     def load(cls, directory: Path) -> Store:

@@ -90,12 +90,11 @@ def count_wins(rows: list[dict], winners: list[str]) -> dict[str, dict[str, int]
 
 
 def first_choices(scores: np.ndarray, names: list[str], per_source: int) -> dict[str, float]:
-    """Share of one judge's first places that went to each source; ties are split."""
-    share = np.zeros(scores.shape[1])
+    """Share of one judge's first places that went to each source; ties are split, who scores all alike abstains."""
     shown = np.where(np.isnan(scores), -np.inf, scores)
     best = shown == shown.max(1, keepdims=True)
     best &= np.isfinite(shown)
-    counted = best.any(1)
+    counted = best.any(1) & (best != np.isfinite(shown)).any(1)
     share = (best[counted] / best[counted].sum(1, keepdims=True)).sum(0) / max(1, counted.sum())
     return {name: float(share[i * per_source : (i + 1) * per_source].sum()) for i, name in enumerate(names)}
 

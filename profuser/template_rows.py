@@ -14,7 +14,9 @@ from profuser.chat import ChatFormat, Encoded
 from profuser.token_rows import LABEL, column_width, paint, printable
 
 CONTEXT, RESPONSE, END = ".^$"
-MASK_LEGEND = "^ a token of the response, $ the end of turn: both are learnt; . is context"
+MASK_LEGEND = (
+    "^ a token of the response, $ the end of turn: what the target learns and the sources are scored on; . is context"
+)
 COLORED = {RESPONSE: 0, END: 2}  # of token_rows' colours
 
 

@@ -13,6 +13,7 @@ import math
 import resource
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -347,21 +348,27 @@ def score_again(run: Run) -> bool:
 
 
 def _write_record(run: Run) -> None:
+    path = run.output_dir / "run.json"
+    before = {"seconds": read_json(path).get("seconds") or {}} if path.exists() else {}
     record = {"status": "running", "recipe": run.recipe.to_dict(), "store": str(run.store_dir), **environment()}
-    write_json(run.output_dir / "run.json", record)
+    write_json(path, record | before)
 
 
 def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
     """Prepare, fuse, save and score one recipe; returns scores.json's content (empty without held-out data)."""
     recipe, directory = run.recipe, run.output_dir
     accelerator = accelerator or launch(recipe)
-    seconds: dict[str, float] = {}
+    seconds: Counter[str] = Counter(read_json(directory / "run.json").get("seconds"))  # of interrupted sessions, too
 
     @contextlib.contextmanager
     def timed(phase: str) -> Iterator[None]:
         start = time.monotonic()
-        yield
-        seconds[phase] = round(time.monotonic() - start, 1)
+        try:
+            yield
+        finally:
+            seconds[phase] = round(seconds[phase] + time.monotonic() - start, 1)
+            if accelerator.is_main_process:
+                write_json(directory / "run.json", read_json(directory / "run.json") | {"seconds": dict(seconds)})
 
     with timed("prepare"):
         if accelerator.is_main_process:
@@ -388,7 +395,7 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
                 "recipe": recipe.to_dict(),
                 "store": str(run.store_dir),
                 **environment(),
-                "seconds": seconds,
+                "seconds": dict(seconds),
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "demo_data": demo_data(recipe),
             },
@@ -410,6 +417,8 @@ def run_command(argv: list[str]) -> None:
     accelerator = launch(run.recipe)
     complete = False
     if accelerator.is_main_process:
+        if run.options["fresh"]:
+            open_preparation(run)  # says what is wrong before anything is moved
         complete = open_run(run)
     if broadcast_object_list([complete])[0]:
         accelerator.print(f"{run.output_dir} is complete already; --fresh starts over")

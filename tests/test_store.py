@@ -4,7 +4,8 @@ import pytest
 from profuser.errors import ConfigError, DataError
 from profuser.store import Store, ragged, set_aside
 
-SETTINGS = {"capture": {"top_k": 10, "sources": {"a": 1}}, "targets": {"rule": 1}}
+VOTES = {"asked": ["rm", "check"], "judges": {"rm": {"files": "1"}, "check": {"files": "2"}}}
+SETTINGS = {"capture": {"top_k": 10, "sources": {"a": 1}}, "votes": VOTES, "targets": {"rule": 1}}
 
 
 @pytest.fixture
@@ -54,7 +55,28 @@ def test_a_changed_text_file_is_refused(store):
 
 def test_other_capture_settings_need_another_store(store):
     with pytest.raises(ConfigError, match=r"sources\.a, top_k differ"):
-        Store.open(store.directory, {"capture": {"top_k": 5, "sources": {"a": 2}}, "targets": {"rule": 1}})
+        Store.open(store.directory, SETTINGS | {"capture": {"top_k": 5, "sources": {"a": 2}}})
+
+
+def test_other_model_files_are_not_the_stores(tmp_path):
+    with_files = [SETTINGS | {"capture": {"sources": {"a": {"files": x}}}} for x in "12"]
+    Store.open(tmp_path / "s", with_files[0])
+    with pytest.raises(DataError, match=r"sources\.a\.files"):
+        Store.open(tmp_path / "s", with_files[1])
+
+
+def test_a_changed_judge_votes_again_and_the_answers_and_the_others_scores_stay(store, capsys):
+    for name in ("train-scores-rm", "train-scores-check", "train-infer-a", "train-responses-a"):
+        store.put(f"capture/{name}-00000", {"x": np.ones(1)})
+    changed = VOTES | {"judges": VOTES["judges"] | {"check": {"files": "3"}}}
+    again = Store.open(store.directory, SETTINGS | {"votes": changed})
+    assert "judges changed (check): voting again" in capsys.readouterr().out
+    left = {n for n in again.names("") if "train-" in n}
+    assert left == {"capture/train-scores-rm-00000", "capture/train-responses-a-00000"}
+    assert not again.complete
+    without = Store.open(store.directory, SETTINGS | {"votes": {"asked": [], "judges": {}}})
+    assert without.names("capture/train-scores-rm")
+    assert Store.open(store.directory, SETTINGS | {"votes": changed}).names("capture/train-scores-rm")
 
 
 def test_another_alignment_drops_the_targets_and_keeps_the_captures(store):
