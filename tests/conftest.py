@@ -82,6 +82,16 @@ def prepared(tmp_path_factory):
     return directory, run, prepare(run)
 
 
+@pytest.fixture(scope="session")
+def good(tmp_path_factory):
+    """A folder with a recipe, its data, a model of its own and a finished run: to be copied (`command_runs.folder`)."""
+    from command_runs import make_good
+
+    place = tmp_path_factory.mktemp("good")
+    make_good(place)
+    return place
+
+
 # The Triton path of the fused loss, on a GPU where there is one and else in Triton's interpreter.
 
 

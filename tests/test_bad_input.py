@@ -7,44 +7,19 @@ runs the same cases and writes them as a table.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import re
 import shutil
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command_runs import STORE, folder, make_good, prepared_files, rows, run, write_rows
 from safetensors.torch import load_file, save_file
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from profuser import evaluate, prepare, train
-from profuser.cli import main_of
-from profuser.config import resolve
-
-RECIPE = """\
-sources:
-  - { name: guardian, model: ./guardian }
-  - { name: scholar, model: "demo:scholar" }
-target: guardian
-data: { train: train.jsonl, heldout: heldout.jsonl, max_length: 96 }
-generation: { max_new_tokens: 16 }
-judges: [{ name: verifier, function: "profuser.demo.verify:score" }]
-capture: { shard_size: 4 }
-schedule: simultaneous
-optim: { steps: 2, batch_size: 4, lr: 1.0e-3 }
-evaluation: { match: "profuser.demo.verify:exact_match" }
-"""
-COMMANDS = {"prepare": prepare.run_command, "train": train.run_command, "evaluate": evaluate.main}
-STORE = "runs/recipe-store"
-
 
 NEW = ("--store", "new")
 
@@ -203,83 +178,12 @@ CASES = [
 ]  # fmt: skip
 
 
-def rows(name: str, count: int) -> list[dict]:
-    return [json.loads(line) for line in Path(resolve(f"demo:{name}.jsonl")).read_text().splitlines()[:count]]
-
-
-def write_rows(path: str, content: list[dict]) -> None:
-    Path(path).write_text(
-        "".join(json.dumps({k: r[k] for k in ("prompt", "response", "skill", "answer")}) + "\n" for r in content)
-    )
-
-
-def run(command: str, *arguments: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a command, as its process would end."""
-    out = io.StringIO()
-    argv, sys.argv = sys.argv, [command, *arguments]
-    with tempfile.TemporaryFile("w+") as err:
-        # The file descriptor, too: the handlers of libraries' loggers hold the real stream.
-        stream = os.dup(2)
-        os.dup2(err.fileno(), 2)
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                main_of(COMMANDS[command])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            os.dup2(stream, 2)
-            os.close(stream)
-            sys.argv = argv
-        err.seek(0)
-        return code, out.getvalue(), err.read()
-
-
 def run_case(case: Case) -> tuple[int, str, str]:
     if case.command == "evaluate":
         return run(case.command, *case.arguments)
     # In a directory of its own, unless the case is about that: a finished run would answer first.
     given = (("--config", "recipe.yaml"), ("--store", STORE), ("--output", "other"))
     return run(case.command, *(a for pair in given if pair[0] not in case.arguments for a in pair), *case.arguments)
-
-
-@contextlib.contextmanager
-def folder(origin: Path) -> Iterator[Path]:
-    """A copy of a folder as the working directory."""
-    before = Path.cwd()
-    with tempfile.TemporaryDirectory() as place:
-        shutil.copytree(origin, place, dirs_exist_ok=True)
-        os.chdir(place)
-        try:
-            yield Path(place)
-        finally:
-            os.chdir(before)
-
-
-def make_good(place: Path) -> None:
-    """A folder with a recipe, its data, a model of its own and a finished run."""
-    before = Path.cwd()
-    os.chdir(place)
-    try:
-        Path("recipe.yaml").write_text(RECIPE)
-        write_rows("train.jsonl", rows("fusion", 6))
-        write_rows("heldout.jsonl", rows("heldout", 3))
-        shutil.copytree(resolve("demo:guardian"), "guardian")
-        code, _, err = run("train", "--config", "recipe.yaml")
-        assert code == 0, err
-    finally:
-        os.chdir(before)
-
-
-def prepared_files() -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(Path("runs").rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    place = tmp_path_factory.mktemp("good")
-    make_good(place)
-    return place
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what.replace(" ", "-"))
