@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # times are of one cor
 
 MS_PER_SEQUENCE = pytest.StashKey[dict[str, dict[str, float]]]()  # by pair, then by what was measured
 BEGIN = pytest.StashKey[float]()
+skipped: dict[str, None] = {}  # reasons, in order
 
 
 def pytest_addoption(parser):
@@ -47,6 +48,15 @@ def pytest_runtest_setup(item):
     limit = item.config.getoption("--seconds")
     if time.monotonic() - item.config.stash[BEGIN] > limit:
         pytest.skip(f"not started: the {limit:g} s of --seconds are over")
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and isinstance(report.longrepr, tuple):
+        skipped[report.longrepr[2].removeprefix("Skipped: ")] = None
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["skipped"] = list(skipped)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
