@@ -115,7 +115,7 @@ def compiled(**case):
 
 @functools.cache
 def _compiled_loss_and_gradient():
-    return torch.compile(loss_and_gradient, dynamic=False)
+    return torch.compile(loss_and_gradient, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback
 
 
 def liger(hidden, weight, labels):

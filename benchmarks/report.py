@@ -33,15 +33,13 @@ def read(path: Path) -> tuple[dict[str, list[dict]], list[str]]:
     """
     try:
         result = json.loads(path.read_text())
-        timed = [b for b in result["benchmarks"] if "implementation" in b["extra_info"]]
+        timed = [b for b in result["benchmarks"] if "times_floor" in b["extra_info"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"RESULT must be a file of --benchmark-json, got {path} ({error}); run the benchmarks"
         ) from error
     if not timed:
-        raise DataError(
-            f"RESULT must hold benchmarks of an implementation, got none in {path}; run bench_fused_loss.py"
-        )
+        raise DataError(f"RESULT must hold benchmarks with a floor, got none in {path}; run bench_fused_loss.py")
     groups: dict[str, list[dict]] = {}
     for each in timed:
         groups.setdefault(each["group"], []).append(each["extra_info"])
