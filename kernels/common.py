@@ -5,13 +5,16 @@ data and therefore run inside an op's own implementation.
 Dimension letters: N rows, D hidden, V vocabulary.
 """
 
+import importlib.util
 import math
+import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Below ~2^18 logits a chunk spends its time in Python, above 128 rows of a large vocabulary it leaves the cache.
 MIN_CHUNK_ROWS = 128
@@ -72,6 +75,26 @@ def check_scalars(temperature: float, softcap: float | None, logit_scale: float,
         raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale}; 1.0 leaves the logits as they are")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be >= 1 row, got {chunk_size}; pass None to have it chosen")
+
+
+def choose_impl(impl: str | None, device: torch.device, unable: str | None) -> str:
+    """ "torch" or "triton": as asked, or by device. `unable` says why Triton cannot do it, and what to do instead."""
+    if impl not in (None, "torch", "triton"):
+        raise ValueError(f"impl must be None, 'torch' or 'triton', got {impl!r}; None chooses by device")
+    if impl is None:
+        return "triton" if device.type == "cuda" and HAS_TRITON and unable is None else "torch"
+    if impl == "torch":
+        return impl
+    if unable is not None:
+        raise ValueError(f"impl='triton' {unable}")
+    if not HAS_TRITON:
+        raise ValueError("impl='triton' needs the triton package, it is not installed; use impl=None")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"impl='triton' needs a CUDA device, the tensors are on {device}; use impl=None, or set TRITON_INTERPRET=1 before "
+            "Python starts to interpret the kernels"
+        )
+    return impl
 
 
 def check_label_values(labels: Tensor, vocabulary: int) -> None:

@@ -52,8 +52,10 @@ def fused_loss_triton(
     temperature, bucket, softcap, logit_scale, per_row, grad_hidden, grad_weight, grad_bias,
     chunk_size, max_chunk_bytes,
 ):  # fmt: skip
-    """As `fused_loss_torch`, for bf16, fp16 and fp32. The GEMMs run in hidden's dtype, to which the weight is cast; dweight
-    is fp32 all the same."""
+    """As `fused_loss_torch`, for bf16, fp16 and fp32; dweight and dbias are fp32.
+
+    The GEMMs run in hidden's dtype, to which the weight is cast.
+    """
     N, D = hidden.shape
     V = weight.shape[0]
     K = 0 if source_ids is None else source_ids.shape[2]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .common import IGNORE_INDEX, LOGPROB_SLACK, LOWEST, TAIL_SLACK
+from .triton_math import exact_exp, log1p, tanh
 
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
 _LOGPROB_SLACK = tl.constexpr(LOGPROB_SLACK)
@@ -72,14 +73,14 @@ def _prep_kernel(
     """Unique ids and p, the bucket's t, the kept mass as given, and the slot of the gold id."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int64)
-    ignored = label == _IGNORE_INDEX
-    invalid = ((label < 0) | (label >= V)) & (label != _IGNORE_INDEX)
+    active = label != _IGNORE_INDEX
+    invalid = active & ((label < 0) | (label >= V))
     gold_slot = K
     mass = 0.0
     if ids_ptr is not None:
         winner = tl.load(winner_ptr + row)
-        invalid = (invalid | (winner < -1) | (winner >= S)) & (label != _IGNORE_INDEX)
-        has_source = (winner >= 0) & (winner < S) & (label != _IGNORE_INDEX)
+        invalid = invalid | (active & ((winner < -1) | (winner >= S)))
+        has_source = active & (winner >= 0) & (winner < S)
         source = tl.where(has_source, winner, 0).to(tl.int64)
         ids_ptr += source * stride_ids_s + row * stride_ids_n
         logprobs_ptr += source * stride_logprobs_s + row * stride_logprobs_n
@@ -124,26 +125,15 @@ def _prep_kernel(
         tl.store(lifted_ids_ptr + row * (K + 1) + slot, tl.where(first, ids, -1), mask=slot < K)
         tl.store(p_ptr + row * (K + 1) + slot, tl.where(first, p, 0.0), mask=slot < K)
         tl.store(t_ptr + row, t)
-    valid = (label != _IGNORE_INDEX) & (invalid == 0)
+    valid = active & (invalid == 0)
     tl.store(lifted_ids_ptr + row * (K + 1) + K, tl.where(valid & (gold_slot == K), label, -1).to(tl.int32))
     if ids_ptr is not None:
         tl.store(p_ptr + row * (K + 1) + K, 0.0)
-    tl.store(gold_slot_ptr + row, tl.where(valid, gold_slot, tl.where(ignored, _IGNORED, _INVALID)).to(tl.int32))
+    tl.store(gold_slot_ptr + row, tl.where(valid, gold_slot, tl.where(active, _INVALID, _IGNORED)).to(tl.int32))
     tl.store(source_mass_ptr + row, tl.where(invalid, float("nan"), mass))
 
 
 # The head's elementwise part
-
-
-@triton.jit
-def _tanh(x):
-    """tanh without libdevice, to about 2 ulp: a series where 1 - exp(-2x) would cancel."""
-    e = tl.exp(-2 * tl.abs(x))
-    far = (1 - e) / (1 + e)
-    s = x * x
-    near = tl.abs(x) * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
-    y = tl.where(tl.abs(x) < 0.25, near, far)
-    return tl.where(x < 0, -y, y)
 
 
 @triton.jit
@@ -164,7 +154,7 @@ def _logits(
     if SCALE != 1.0:
         z *= SCALE
     if SOFTCAP is not None:
-        z = tl.where(product == float("-inf"), float("-inf"), SOFTCAP * _tanh(z * (1 / SOFTCAP)))
+        z = tl.where(product == float("-inf"), float("-inf"), SOFTCAP * tanh(z * (1 / SOFTCAP)))
     return z
 
 
@@ -222,15 +212,6 @@ def _scatter_kernel(
 
 
 # dense: one program per row
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for 0 <= x <= 1, as 2·artanh(x / (2 + x)): exact where log(1 + x) has lost x."""
-    s = x / (2 + x)
-    r = s * s
-    series = 1 / 9 + r * (1 / 11 + r * (1 / 13 + r * (1 / 15 + r * (1 / 17))))
-    return 2 * s * (1 + r * (1 / 3 + r * (1 / 5 + r * (1 / 7 + r * series))))
 
 
 @triton.jit
@@ -340,13 +321,13 @@ def _dense_kernel(
         z_gold = tl.where(gold_slot == _INVALID, float("nan"), z_gold)
         m = tl.maximum(m_dense, tl.max(z, 0))
         below = z - m
-        e = tl.exp(below)  # 0 in an empty slot
-        e_gold = tl.exp(z_gold - m)
-        shrink = tl.exp(m_dense - m)
+        e = exact_exp(below)  # 0 in an empty slot
+        e_gold = exact_exp(z_gold - m)
+        shrink = exact_exp(m_dense - m)
         others = sum_dense * shrink + tl.sum(tl.where(is_gold, 0.0, e), 0)
         total_e = others + e_gold
         small = others < e_gold
-        ce = tl.where(small, _log1p(others / tl.where(small, e_gold, 1.0)), tl.log(total_e) - (z_gold - m))
+        ce = tl.where(small, log1p(others / tl.where(small, e_gold, 1.0)), tl.log(total_e) - (z_gold - m))
         a = tl.load(ce_weight_ptr + n).to(tl.float32)
         loss = a * ce
         a *= SCALE  # the gradient leaves through the scale, a factor of every row scalar
@@ -364,18 +345,18 @@ def _dense_kernel(
             gold_kept = (gold_slot >= 0) & (gold_slot < SLOTS - 1)
             e_T, e_gold_T, shrink_T = e, e_gold, shrink
             if TEMPERED:
-                e_T = tl.exp(below * inv_T)
-                e_gold_T = tl.exp((z_gold - m) * inv_T)
-                shrink_T = tl.exp((m_dense - m) * inv_T)
+                e_T = exact_exp(below * inv_T)
+                e_gold_T = exact_exp((z_gold - m) * inv_T)
+                shrink_T = exact_exp((m_dense - m) * inv_T)
             # Outside the kept ids: the streamed columns, and the gold id if it was lifted without being kept.
             m_rest = tl.where(gold_kept, m_dense, tl.maximum(m_dense, z_gold))
-            dense_in_rest = tl.exp((m_dense - m_rest) * inv_T)
-            gold_in_rest = tl.where(gold_kept, 0.0, tl.exp((z_gold - m_rest) * inv_T))
+            dense_in_rest = exact_exp((m_dense - m_rest) * inv_T)
+            gold_in_rest = tl.where(gold_kept, 0.0, exact_exp((z_gold - m_rest) * inv_T))
             rest = sum_dense_T * dense_in_rest + gold_in_rest
             rest = tl.maximum(rest, _TINY, propagate_nan=tl.PropagateNan.ALL)
             mass_kept = tl.sum(tl.where(kept, e_T, 0.0), 0)
             rest_below = (m_rest - m) * inv_T
-            total_e_T = mass_kept + rest * tl.exp(rest_below)
+            total_e_T = mass_kept + rest * exact_exp(rest_below)
             log_total_T = tl.log(total_e_T)
             log_p = tl.log(tl.where(p == 0, 1.0, p))
             # p = 0 drops the term by name: its log q may be -inf.

@@ -5,7 +5,6 @@ logits rank by ascending token id, on every platform, so that a store can be reb
 Dimension letters: N rows, D hidden, V vocabulary, R ranges.
 """
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -19,6 +18,7 @@ from .common import (
     check_label_values,
     check_labels_shape,
     check_scalars,
+    choose_impl,
     chunk_rows,
     compute_dtype,
     cross_entropy_from_sums,
@@ -134,21 +134,10 @@ def source_topk_from_logits(
 
 
 def _use_triton(impl: str | None, device: torch.device, dtype: torch.dtype, k: int) -> bool:
-    if impl not in (None, "torch", "triton"):
-        raise ValueError(f"impl must be None, 'torch' or 'triton', got {impl!r}; None chooses by device")
-    able = dtype == torch.float32 and k <= TRITON_MAX_K
-    if impl != "triton":
-        return impl is None and device.type == "cuda" and able
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"impl='triton' needs a CUDA device, the tensors are on {device}; use impl=None, or set TRITON_INTERPRET=1 "
-            "before Python starts to have the kernels interpreted"
-        )
-    if not able:
-        raise ValueError(
-            f"impl='triton' takes k <= {TRITON_MAX_K} and at most fp32, got k={k} and {dtype}; use impl='torch'"
-        )
-    return True
+    unable = None
+    if dtype != torch.float32 or k > TRITON_MAX_K:
+        unable = f"takes k <= {TRITON_MAX_K} and at most fp32, got k={k} and {dtype}; use impl='torch'"
+    return choose_impl(impl, device, unable) == "triton"
 
 
 def _fp32_logits(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[slice], Tensor]:

@@ -16,33 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import IGNORE_INDEX
+from .triton_math import fast_exp, log1p, tanh
 
 GROUP = tl.constexpr(16)
 FLOOR = tl.constexpr(-1e30)  # finite: a maximum that starts at -inf makes NaN of a column of -inf
 MAX_INDEX = tl.constexpr(0x7FFFFFFF)
 IGNORE = tl.constexpr(IGNORE_INDEX)
-LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST_KEY = tl.constexpr(-(1 << 63))
-
-
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * LOG2_E)  # one instruction; tl.exp spends four more on results below 1e-38
-
-
-@triton.jit
-def _tanh(x):
-    """Odd polynomial where 1 − exp(−2|x|) cancels. tl.fma, so that every kernel rounds alike."""
-    a = tl.abs(x)
-    near = tl.minimum(a, 0.3)
-    s = near * near
-    p = tl.fma(s, 62.0 / 2835.0, -17.0 / 315.0)
-    p = tl.fma(s, p, 2.0 / 15.0)
-    p = tl.fma(s, p, -1.0 / 3.0)
-    p = tl.fma(s, p, 1.0)
-    e = _exp(-2.0 * a)
-    t = tl.where(a < 0.3, near * p, (1.0 - e) / (1.0 + e))
-    return tl.where(x < 0, -t, t)
 
 
 @triton.jit
@@ -54,7 +34,7 @@ def _load_logits(row_ptr, columns, inside, readable, bias_ptr, softcap, logit_sc
     if logit_scale is not None:
         z = z * logit_scale
     if softcap is not None:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * tanh(z / softcap)
     if inside is not None:
         z = tl.where(inside, z, -float("inf"))
     return z
@@ -78,20 +58,6 @@ def _index(key):
 def _value(key):
     ordered = (key >> 32).to(tl.int32)
     return (ordered ^ ((ordered >> 31) & MAX_INDEX)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) on [0, 1], as 2 atanh(x / (2 + x)): a logarithm near 1 has lost x's digits."""
-    s = x / (2.0 + x)
-    q = s * s
-    p = q * (1.0 / 15.0) + 1.0 / 13.0
-    p = p * q + 1.0 / 11.0
-    p = p * q + 1.0 / 9.0
-    p = p * q + 1.0 / 7.0
-    p = p * q + 1.0 / 5.0
-    p = p * q + 1.0 / 3.0
-    return 2.0 * s * (p * q + 1.0)
 
 
 @triton.jit
@@ -126,8 +92,8 @@ def _add_block(
     tl.store(maxima_ptr + groups, best, mask=groups < G)
     new_top = tl.maximum(top, best)
     below = z - new_top[:, None]
-    fade = _exp(top - new_top)
-    e = _exp(below)
+    fade = fast_exp(top - new_top)
+    e = fast_exp(below)
     rest = e
     if (gold >= start) & (gold < start + BLOCK_V):  # uniform: the other blocks are spared a comparison per column
         rest = tl.where(columns == gold, 0.0, e)
@@ -135,7 +101,7 @@ def _add_block(
     if AT_ONE:
         total = total * fade[:, None] + e
     else:
-        total = total * _exp((top - new_top) * inverse)[:, None] + _exp(below * inverse)
+        total = total * fast_exp((top - new_top) * inverse)[:, None] + fast_exp(below * inverse)
     return new_top, others, total
 
 
@@ -182,16 +148,16 @@ def _reduce_kernel(
         )  # fmt: skip
 
     row_max = tl.max(top, 0)
-    rest = tl.sum(tl.sum(others, 1) * _exp(top - row_max), 0)
-    log_sum = tl.log(tl.sum(tl.sum(total, 1) * _exp((top - row_max) * inverse), 0))
+    rest = tl.sum(tl.sum(others, 1) * fast_exp(top - row_max), 0)
+    log_sum = tl.log(tl.sum(tl.sum(total, 1) * fast_exp((top - row_max) * inverse), 0))
     tl.store(row_max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(lse_ptr + row, row_max / temperature + log_sum)
 
     gold_below = _load_logits(row_ptr, gold, valid, valid, bias_ptr, softcap, logit_scale) - row_max
-    gold_mass = _exp(gold_below)
+    gold_mass = fast_exp(gold_below)
     small = rest < gold_mass
-    ce = tl.where(small, _log1p(rest / tl.where(small, gold_mass, 1.0)), tl.log(rest + gold_mass) - gold_below)
+    ce = tl.where(small, log1p(rest / tl.where(small, gold_mass, 1.0)), tl.log(rest + gold_mass) - gold_below)
     tl.store(ce_ptr + row, tl.where(label == IGNORE, 0.0, tl.where(valid, ce, float("nan"))))
 
 
@@ -289,7 +255,7 @@ def _range_kernel(
         z = _load_logits(row_ptr, ids, inside & known, inside & known, bias_ptr, softcap, logit_scale)
         z = tl.where(inside & (known == 0), float("nan"), z)
         new_top = tl.maximum(top, z)
-        mass = mass * _exp((top - new_top) * inverse) + _exp((z - new_top) * inverse)
+        mass = mass * fast_exp((top - new_top) * inverse) + fast_exp((z - new_top) * inverse)
         top = new_top
         keys = tl.where(inside, _key(z, at.to(tl.int32)), LEAST_KEY)
         if tl.max(keys, 0) > tl.min(kept, 0):  # else a block of a wide range need not be sorted
@@ -298,7 +264,7 @@ def _range_kernel(
 
     # Relative to the row's maximum, as the row's own sum is: mass and lse share their rounding.
     best = tl.max(top, 0)
-    mass = tl.sum(mass * _exp((top - best) * inverse), 0)
+    mass = tl.sum(mass * fast_exp((top - best) * inverse), 0)
     logmass = tl.where(wrong, float("nan"), (best - row_max) / temperature + tl.log(mass) - log_sum)
     z = _value(kept)
     there = (kept != LEAST_KEY) & (z != -float("inf"))

@@ -31,11 +31,12 @@ from profuser.token_bytes import TokenBytesMismatch
 if TYPE_CHECKING:
     from profuser.prepare import Preparation
 
-OPS_A_LAYER = 75
+OPS_A_LAYER = 300
 """Small torch operations in one layer of a Hugging Face model: its overhead, where nothing else takes time."""
-OPS_A_STEP = 400
+OPS_A_STEP = 2000
 """The same of one round of `generate` around the model."""
 SAMPLE = 16  # examples whose tokens are counted
+SECONDS_A_PROBE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +57,26 @@ class Size:
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure the device for a tenth of a second."""
+    """Measure the device for a third of a second; of each measure the fastest, since other work only ever slows one down."""
 
-    def best(run: Callable[[], object], repeats: int) -> float:
-        seconds = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
+    def fastest(run: Callable[[], object]) -> float:
+        run()
+        best, begin = math.inf, time.perf_counter()
+        while (start := time.perf_counter()) < begin + SECONDS_A_PROBE:
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        return float(np.median(seconds[1:]))
+            best = min(best, time.perf_counter() - start)
+        return best
 
     side = 4096 if device.type == "cuda" else 512
     x, w = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     row, matrix = torch.ones(1, 1024, device=device, dtype=dtype), torch.ones(16384, 1024, device=device, dtype=dtype)
-    little = torch.ones(8, 64, device=device, dtype=dtype)
+    little = torch.ones(8, device=device, dtype=dtype)  # too little to be shared between threads
     return Machine(
-        flops=2 * side**3 / best(lambda: x @ w, 5),
-        bandwidth=matrix.nbytes / best(lambda: row @ matrix.T, 5),
-        op=best(lambda: [torch.nn.functional.linear(little, w[:64, :64]) for _ in range(20)], 5) / 20,
+        flops=2 * side**3 / fastest(lambda: x @ w),
+        bandwidth=matrix.nbytes / fastest(lambda: row @ matrix.T),
+        op=fastest(lambda: torch.add(little, little)),
     )
 
 

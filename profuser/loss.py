@@ -7,17 +7,14 @@ tokenizers happens before.
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
 """
 
-import importlib.util
 import math
-import os
 
 import torch
 from torch import Tensor, nn
 
-from .kernels.common import IGNORE_INDEX, check_device, check_head, check_scalars, compute_dtype
+from .kernels.common import IGNORE_INDEX, check_device, check_head, check_scalars, choose_impl, compute_dtype
 from .kernels.fused_loss import fused_loss
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
 TAILS = ("bucket", "renormalize")
@@ -96,7 +93,8 @@ def fused_linear_fusion_loss(
     check_head(hidden, weight, labels, bias)
     _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
     dtype = compute_dtype(hidden, weight)
-    impl = _check_impl(impl, hidden, dtype)
+    fp64 = "computes in float32, got float64 operands; use impl=None, or cast them" if dtype == torch.float64 else None
+    impl = choose_impl(impl, hidden.device, fp64)
     rows = hidden.shape[0]
     _check_sources(rows, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens, tail)
     for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
@@ -173,23 +171,6 @@ def _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chu
             raise ValueError(f"beta must be >= 0 and finite, got {beta}; 0 turns distillation off")
     if max_chunk_bytes is not None and max_chunk_bytes < 1:
         raise ValueError(f"max_chunk_bytes must be >= 1, got {max_chunk_bytes}; pass None for no cap")
-
-
-def _check_impl(impl, hidden, dtype) -> str:
-    """The path to take: Triton on CUDA unless an operand is fp64."""
-    if impl not in (None, "torch", "triton"):
-        raise ValueError(f"impl must be None, 'torch' or 'triton', got {impl!r}; None chooses by device")
-    if impl is None:
-        return "triton" if hidden.is_cuda and HAS_TRITON and dtype != torch.float64 else "torch"
-    if impl == "triton":
-        if dtype == torch.float64:
-            raise ValueError("impl='triton' computes in float32, got float64 operands; use impl=None, or cast them")
-        if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"impl='triton' needs a CUDA device, hidden is on {hidden.device}; use impl=None, "
-                "or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
-            )
-    return impl
 
 
 def _check_sources(

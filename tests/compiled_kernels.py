@@ -33,7 +33,7 @@ class Kernel:
 
 
 def kernels(warp_size: int) -> dict[str, Kernel]:
-    return fused_loss_kernels(warp_size)
+    return fused_loss_kernels(warp_size) | source_topk_kernels()
 
 
 def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
@@ -97,6 +97,46 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         "dense V=151936, K=128, all options": dense(151936, K=128, **everything),
         "dense V=151936, no source": dense(151936, K=0, p_ptr=None, t_ptr=None),
         "dense V=151936, forward only": dense(151936, grad_ptr=None, lifted_grad_ptr=None),
+    }
+
+
+def source_topk_kernels() -> dict[str, Kernel]:
+    import triton
+
+    from profuser.kernels import source_topk_triton as source
+
+    everything = {"bias_ptr": "*bf16", "softcap": "fp32", "logit_scale": "fp32"}
+    row = {"logits_ptr": "*fp32", "width": "i32", "bias_ptr": None, "row_max_ptr": "*fp32", "log_sum_ptr": "*fp32"}
+    row |= {"temperature": "fp32", "softcap": None, "logit_scale": None}
+    kept = {"ids_ptr": "*i32", "logprobs_ptr": "*fp32", "k": "i32"}
+
+    def sizes(V, k=10):
+        supers = triton.cdiv(V, source.GROUP.value**2)
+        return supers, supers * source.GROUP.value, max(2, triton.next_power_of_2(k))
+
+    def reduce(V, **changes):
+        outputs = {f"{name}_ptr": "*fp32" for name in ("maxima", "lse", "ce")} | {"labels_ptr": "*i64"}
+        fixed = {"V": V, "G": sizes(V)[1], "AT_ONE": True, "BLOCK_V": 2048}
+        return Kernel(function=source._reduce_kernel, arguments=row | outputs | fixed | changes)
+
+    def select(V, k, **changes):
+        supers, groups, K = sizes(V, k)
+        fixed = {"V": V, "G": groups, "K": K, "BLOCK_S": max(K, triton.next_power_of_2(supers))}
+        return Kernel(function=source._select_kernel, arguments=row | kept | {"maxima_ptr": "*fp32"} | fixed | changes)
+
+    def of_range(V, k, **changes):
+        pointers = {f"{name}_ptr": "*i64" for name in ("rows", "lo", "hi", "order")} | {"logmass_ptr": "*fp32"}
+        numbers = dict.fromkeys(("first_row", "chunk_rows", "order_size"), "i32")
+        fixed = {"V": V, "K": sizes(V, k)[2], "BLOCK": 1024}
+        return Kernel(function=source._range_kernel, arguments=row | kept | pointers | numbers | fixed | changes)
+
+    return {
+        "reduce V=128256": reduce(128256),
+        "reduce V=50257, T, all options": reduce(50257, AT_ONE=False, **everything),
+        "select V=128256, k=64": select(128256, 64),
+        "select V=262144, k=128, all options": select(262144, 128, **everything),
+        "range V=128256, k=10": of_range(128256, 10),
+        "range V=128256, k=128, all options": of_range(128256, 128, **everything),
     }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,51 @@ def prepared(tmp_path_factory):
     directory = tmp_path_factory.mktemp("small")
     run = small_run(directory)
     return directory, run, prepare(run)
+
+
+# The Triton path of the fused loss, on a GPU where there is one and else in Triton's interpreter.
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def triton_loss(device):
+    """`loss_checks.run` of the Triton path."""
+    from loss_checks import run
+
+    from profuser.loss import fused_linear_fusion_loss
+
+    return partial(run, fused_linear_fusion_loss, device=device, impl="triton")
+
+
+@pytest.fixture
+def triton_check(device):
+    from loss_checks import assert_as_accurate_as_reference
+
+    return partial(assert_as_accurate_as_reference, device=device, impl="triton")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """The vocabulary of the small cases, 83, becomes a whole block of columns and a masked one."""
+    from profuser.kernels import fused_loss_triton
+
+    monkeypatch.setattr(fused_loss_triton, "dense_config", lambda *args: (64, 1))
+
+
+@pytest.fixture
+def poisoned_buffers(monkeypatch):
+    """Every buffer begins as NaN, so that what no kernel writes shows in the results."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        buffer = empty(*args, **kwargs)
+        return buffer.fill_(math.nan if buffer.is_floating_point() else -7)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 __all__ = ["ROOT", "Recipe", "small_data", "small_run"]

@@ -49,7 +49,8 @@ def run(function, case, upcast=None, grad_output=None, device="cpu", **options):
     for name in leaves:
         case[name] = (case[name] if upcast is None else case[name].to(upcast)).requires_grad_()
     loss, stats = function(**case, return_stats=True)
-    (loss if grad_output is None else loss * grad_output).sum().backward()
+    weight = 1.0 if grad_output is None else torch.as_tensor(grad_output, dtype=loss.dtype, device=device)
+    (loss * weight).sum().backward()
     results = {"loss": loss.detach()} | {f"d{name}": case[name].grad for name in leaves} | stats
     return {name: result.cpu() for name, result in results.items()}
 

@@ -60,7 +60,8 @@ def test_memory_is_one_chunk_of_logits_and_the_fp32_weight_gradient():
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40 << 30, reason="needs 40 GB"
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40 << 30,
+    reason="needs a CUDA GPU of 40 GB",
 )
 def test_a_chunk_of_more_than_2_to_the_31_logits():
     N, V = 16384, 151936

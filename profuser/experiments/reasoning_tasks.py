@@ -32,7 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 """The tasks of reasoning-gym 0.1.25 that are asked, with their settings."""
 
-SPLITS = {"train": 100, "validation": 20, "heldout": 50}
+SPLITS = {"train": 80, "validation": 20, "heldout": 40}
 """Prompts a task in each file."""
 
 ANSWER = re.compile(r"(?:\bis:?|answer:|=)\s+([^\n]+)", re.IGNORECASE)
