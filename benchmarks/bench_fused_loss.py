@@ -3,7 +3,7 @@
     pytest benchmarks/bench_fused_loss.py --benchmark-only [--headline]
 
 All get the same inputs and are compared with the dense reference on the first rows before they are timed. `times_floor` is
-the median over the time of the GEMMs alone, measured in the same run: one forward, three with gradients.
+the median over that of the GEMMs alone, timed between the rounds: one forward, three with gradients.
 `peak_mib` is beyond the inputs; on CUDA beyond the gradients, too; on CPU it is the process's high-water mark.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.cases import ALL_SHAPES, DEVICE, DTYPE, chosen_shapes, first_rows, make_case
 from benchmarks.implementations import IMPLEMENTATIONS, arguments
-from benchmarks.measure import cuda_peak_mib, gemm_ms, package_version, process_peaks_mib, record_floor_share, timed
+from benchmarks.measure import cuda_peak_mib, gemms, package_version, process_peaks_mib, timed
 from profuser.kernels.reference import fusion_loss_reference
 
 # Forward alone does not depend on what the logits are.
@@ -106,11 +106,10 @@ def test_loss(benchmark, shape, mode, logits, implementation):
         allowed = max(TOLERANCE, BF16_SOURCES_TOLERANCE if implementation == "dense-fusellm" else 0)
         assert all(error < allowed for error in found.values()), found
         step = make_step(implementation, shape, logits, mode)
-        gemms = gemm_ms(N, D, V, GEMMS[mode], DTYPE, DEVICE)
+        floor = gemms(N, D, V, GEMMS[mode], DTYPE, DEVICE)
         info = {name: float(f"{error:.2g}") for name, error in found.items()}
         info |= {"implementation": implementation, "computes": computes, "dtype": str(DTYPE)}
-        timed(benchmark, step, sizes.rounds, **info)
-        record_floor_share(benchmark, gemms)
+        timed(benchmark, step, floor, sizes.rounds, **info)
         if DEVICE == "cuda":
             peak = cuda_peak_mib(step)
             if mode == "forward_backward":

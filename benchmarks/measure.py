@@ -67,8 +67,18 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor()
 
 
-def timed(benchmark, step: Callable[[], object], rounds: int, **info) -> None:
-    """Times `step`, on a GPU until it has finished, and records median, p20, p80, `info` and the surroundings."""
+def timed(benchmark, step: Callable[[], object], floor: Callable[[], object], rounds: int, **info) -> None:
+    """Times `step`, on a GPU until it has finished, and records median, p20, p80, `info` and the surroundings.
+
+    Before each round `floor` is timed: what no implementation can do without, under the load of the same moment.
+    """
+    floors = []
+
+    def time_floor():
+        begin = time.perf_counter()
+        floor()
+        synchronize()
+        floors.append(time.perf_counter() - begin)
 
     def run():
         step()
@@ -76,34 +86,27 @@ def timed(benchmark, step: Callable[[], object], rounds: int, **info) -> None:
 
     info |= {"threads": torch.get_num_threads(), "load_1_min": round(os.getloadavg()[0], 2)}
     benchmark.extra_info.update(surroundings(), **info)
-    benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(run, setup=time_floor, rounds=rounds, warmup_rounds=1)
     data = benchmark.stats.stats.data
-    p20, *_, p80 = statistics.quantiles(data, n=5, method="inclusive") if len(data) > 1 else data * 4
-    milliseconds = {"median_ms": statistics.median(data), "p20_ms": p20, "p80_ms": p80}
-    benchmark.extra_info.update({name: round(seconds * 1e3, 3) for name, seconds in milliseconds.items()})
+    p20, *_, p80 = statistics.quantiles(data, n=5, method="inclusive") if rounds > 1 else data * 4
+    seconds = {"median": statistics.median(data), "p20": p20, "p80": p80, "floor": statistics.median(floors[-rounds:])}
+    benchmark.extra_info.update({f"{name}_ms": round(value * 1e3, 3) for name, value in seconds.items()})
+    benchmark.extra_info["times_floor"] = round(seconds["median"] / seconds["floor"], 2)
 
 
-def record_floor_share(benchmark, floor_ms: float) -> None:
-    median = benchmark.extra_info["median_ms"]
-    benchmark.extra_info.update(floor_ms=round(floor_ms, 3), times_floor=round(median / floor_ms, 2))
-
-
-@functools.lru_cache(maxsize=4)
-def gemm_ms(N: int, D: int, V: int, gemms: int, dtype: torch.dtype, device: str, rounds: int = 5) -> float:
-    """Median time of what no implementation can do without: hidden Wᵀ, and for gradients g W and gᵀ hidden, whole."""
+def gemms(N: int, D: int, V: int, count: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """The floor of the loss: hidden Wᵀ alone, or with g W and gᵀ hidden where there are gradients, each in one call."""
     hidden, weight = (torch.randn(rows, D, device=device).to(dtype) for rows in (N, V))
     logits = torch.empty(N, V, dtype=dtype, device=device)
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
-    times = []
-    for _ in range(rounds + 1):
-        begin = time.perf_counter()
+
+    def run():
         torch.mm(hidden, weight.t(), out=logits)
-        if gemms == 3:
+        if count == 3:
             torch.mm(logits, weight, out=dhidden)
             torch.mm(logits.t(), hidden, out=dweight)
-        synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:]) * 1e3
+
+    return run
 
 
 def resident_mib(field: str) -> float:
