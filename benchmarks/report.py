@@ -80,15 +80,15 @@ def describe(rows: list[dict], skipped: list[str]) -> str:
     machine = first["gpu"] or f"{first['cpu']}, {first['threads']} threads of {first['cpus']}"
     versions = ", ".join(f"{name} {first[name]}" for name in PACKAGES if first.get(name))
     loads = [info["load_1_min"] for info in rows]
-    lines = [
-        f"Command: `{first['command']}`; {machine}, {first['dtype'].removeprefix('torch.')}; load {min(loads)} to {max(loads)}; "
-        f"Python {first['python']}, {versions}; commit {first['commit']}."
-    ]
-    lines.append(
-        "× ours: over profuser's median for the same loss, no source where it is cross-entropy, all sources otherwise; × floor: over "
-        "the time of the matrix products alone, or of the step without a loss, between the same rounds."
+    return "\n".join(
+        [
+            f"Command: `{first['command']}`; {machine}, {first['dtype'].removeprefix('torch.')}; load {min(loads)} to "
+            f"{max(loads)}; Python {first['python']}, {versions}; commit {first['commit']}.",
+            "× ours: over profuser's median for the same loss, no source where it is cross-entropy, all sources otherwise; "
+            "× floor: over the time of the matrix products alone, or of the step without a loss, between the same rounds.",
+            *([f"Not run: {'; '.join(skipped)}."] if skipped else []),
+        ]
     )
-    return "\n".join(lines + ([f"Not run: {'; '.join(skipped)}."] if skipped else []))
 
 
 def section(groups: dict[str, list[dict]], skipped: list[str]) -> str:
