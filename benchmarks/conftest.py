@@ -29,7 +29,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--headline",
         action="store_true",
-        help="only 8192 x 128 x 32000 instead of the table of shapes: its dense arms take 13 GB and a minute",
+        help="only 8192 x 128 x 32000 instead of the table of shapes: its dense arms take 13 GB and minutes",
     )
     parser.addoption(
         "--seconds",
