@@ -36,8 +36,8 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "cpu": {
-        "demo": Shape(1500, 128, 768, B=48, rounds=15),
-        "vocabulary-32k": Shape(1024, 128, 32000, B=4, rounds=5),
+        "demo": Shape(1500, 128, 768, B=48, rounds=10),
+        "vocabulary-32k": Shape(512, 128, 32000, B=4, rounds=3),
         "smollm2": Shape(256, 576, 49152, B=2, rounds=3),
     },
     "cuda": {
