@@ -16,9 +16,7 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +33,7 @@ from benchmarks.align_inputs import (
     pair_name,
     tokenizer,
 )
-from benchmarks.bench_fused_loss import resident_mib
+from benchmarks.measure import resident_mib, surroundings
 from benchmarks.plain_dtw import plain_dtw
 from profuser.alignment.engine import CppByteAligner
 from profuser.alignment.fusellm import code_points, dtw
@@ -82,19 +80,6 @@ def check_same(found, true):
         part = slice(found.offsets[t], found.offsets[t + 1])
         above = np.exp(found.logprobs[part]) > np.exp(found.logprobs[part][-1]) + 1e-6
         assert set(found.ids[part][above]) == set(true.ids[part][above]), t
-
-
-@functools.cache
-def surroundings() -> dict:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].partition(": ")[2]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        commit, cpu = None, platform.processor()
-    versions = {name: version(name) for name in ("tokenizers", "transformers", "numpy")}
-    return {**versions, "python": platform.python_version(), "commit": commit, "cpu": cpu, "cpus": os.cpu_count()}
 
 
 def describe(benchmark, pair, **info):

@@ -1,138 +1,123 @@
-"""The fused loss, forward and backward, against dense distillation in plain torch as FuseLLM trains.
+"""The loss, forward alone and with backward, against distillation in plain torch and other projects' cross-entropies.
 
-    pytest benchmarks/bench_fused_loss.py --benchmark-only
+    pytest benchmarks/bench_fused_loss.py --benchmark-only [--headline]
 
-Both get the same inputs and are compared before they are timed. CPU shapes, fp32. The peak memory in extra_info is
-measured in a process of its own.
+All get the same inputs and are compared with the dense reference on the first rows before they are timed. `times_floor` is
+the median over that of the GEMMs alone, timed between the rounds: one forward, three with gradients.
+`peak_mib` is beyond the inputs; on CUDA beyond the gradients, too; on CPU it is the process's high-water mark.
 """
 
-import multiprocessing
-import platform
-import re
-from pathlib import Path
+from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from benchmarks.cases import ALL_SHAPES, DEVICE, DTYPE, SHAPES, chosen_shapes, first_rows, make_case
+from benchmarks.implementations import IMPLEMENTATIONS, arguments
+from benchmarks.measure import cuda_peak_mib, gemms, package_version, process_peaks_mib, timed
 from profuser.kernels.reference import fusion_loss_reference
-from profuser.loss import fused_linear_fusion_loss
 
-# name: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences
-SHAPES = {
-    "demo": (1500, 128, 768, 3, 10, 48),
-    "vocabulary-32k": (1024, 128, 32000, 3, 10, 4),
-    "smollm2": (512, 576, 49152, 3, 10, 2),
-}
-
-
-def make_case(name):
-    """Peaked logits, as of a trained model: a target that already gives its sources' tokens most of its mass."""
-    N, D, V, S, K, B = SHAPES[name]
-    g = torch.Generator().manual_seed(0)
-    weight = torch.randn(V, D, generator=g) / D**0.5
-    labels = torch.randint(V, (N,), generator=g)
-    hidden = torch.randn(N, D, generator=g) + 12 * F.normalize(weight[labels], dim=1)
-    ids = torch.randint(V, (S, N, K), generator=g)
-    ids[:, :, 0] = labels
-    logprobs = (4 * torch.randn(S, N, K, generator=g)).sort(dim=-1, descending=True).values.log_softmax(-1) - 0.05
-    return {
-        "hidden": hidden.requires_grad_(),
-        "weight": weight.requires_grad_(),
-        "labels": labels,
-        "source_ids": ids.int(),
-        "source_logprobs": logprobs,
-        "source_ce": torch.rand(S, B, generator=g),
-        "cu_seqlens": torch.linspace(0, N, B + 1).long(),
-    }
+# Forward alone does not depend on what the logits are.
+RUNS = (("forward_backward", "random"), ("forward_backward", "peaked"), ("forward", "peaked"))
+GEMMS = {"forward": 1, "forward_backward": 3}
+CHECKED_ROWS = {"cpu": 160, "cuda": 2304}[DEVICE]  # more than a chunk
+# Relative error of loss and gradients. bf16 is wide enough for bf16 logits; extra_info has what was found.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}[DTYPE]
+LOCAL = tuple(name for name, implementation in IMPLEMENTATIONS.items() if implementation.package is None)
+BF16_SOURCES_TOLERANCE = 1e-2  # FuseLLM's distributions
 
 
-def dense(hidden, weight, labels, source_ids, source_logprobs, source_ce, cu_seqlens):
-    """[N, V] logits and a dense [N, V] source distribution per row, as FuseLLM's collator and loss make them.
-
-    The bucket of the tail is one more column on both sides; the weights are FuseLLM's 0.9 : 0.1.
-    """
-    winner = source_ce.argmin(0).repeat_interleave(cu_seqlens.diff())
-    rows = torch.arange(len(labels))
-    ids, p = source_ids[winner, rows].long(), source_logprobs[winner, rows].exp()
-    source = torch.zeros(len(labels), weight.shape[0]).scatter_add_(1, ids, p)
-    log_q = F.linear(hidden, weight).log_softmax(1)
-    outside = log_q.scatter(1, ids, -torch.inf).logsumexp(1)
-    t = 1 - p.sum(1)
-    kl = torch.xlogy(source, source).sum(1) - (source * log_q).sum(1) + t * (t.log() - outside)
-    return (F.nll_loss(log_q, labels, reduction="sum") + 0.1 / 0.9 * kl.sum()) / len(labels)
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("shape", chosen_shapes(metafunc.config))
+    metafunc.parametrize(("mode", "logits"), RUNS, ids=map("-".join, RUNS))
+    metafunc.parametrize("implementation", IMPLEMENTATIONS)
 
 
-IMPLEMENTATIONS = {"profuser": fused_linear_fusion_loss, "dense": dense}
+def step_of(implementation, case, mode):
+    """A function that returns the loss, and with backward also the gradients of hidden and weight."""
+    computes, function, _ = IMPLEMENTATIONS[implementation]
+    inputs = arguments(case, computes)
+
+    def forward():
+        with torch.no_grad():
+            return function(**inputs)
+
+    def forward_backward():
+        loss = function(**inputs)
+        return loss.detach(), *torch.autograd.grad(loss, (case["hidden"], case["weight"]))
+
+    return {"forward": forward, "forward_backward": forward_backward}[mode]
 
 
-def step(function, case):
-    case["hidden"].grad = case["weight"].grad = None
-    loss = function(**case)
-    loss.backward()
-    return loss.detach()
+def make_step(implementation, shape, logits, mode):
+    return step_of(implementation, make_case(shape, logits), mode)
 
 
-def resident_mib(field):
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+@functools.lru_cache(maxsize=1)
+def truth(shape, logits, computes):
+    """Loss and gradients of the first rows in fp64."""
+    case = first_rows(make_case(shape, logits), CHECKED_ROWS)
+    case |= {name: case[name].detach().double().requires_grad_() for name in ("hidden", "weight")}
+    with torch.device(DEVICE):
+        loss = fusion_loss_reference(**arguments(case, computes))
+    return loss.detach(), *torch.autograd.grad(loss, (case["hidden"], case["weight"]))
 
 
-def put_peak(implementation, shape, queue):
-    torch.set_num_threads(1)
-    case = make_case(shape)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew here
-    before = resident_mib("VmRSS")
-    step(IMPLEMENTATIONS[implementation], case)
-    queue.put(round(resident_mib("VmHWM") - before, 1))
+@functools.lru_cache(maxsize=len(IMPLEMENTATIONS))
+def errors(implementation, shape, logits):
+    """Relative error of loss, dhidden and dweight."""
+    case = first_rows(make_case(shape, logits), CHECKED_ROWS)
+    found = step_of(implementation, case, "forward_backward")()
+    true = truth(shape, logits, IMPLEMENTATIONS[implementation].computes)
+    pairs = zip(("loss", "dhidden", "dweight"), found, true)
+    return {f"{name}_error": ((a.double() - b).norm() / b.norm()).item() for name, a, b in pairs}
 
 
-def measure_peak(implementation, shape):
-    """MiB that one forward + backward adds to the resident set, gradients included; None where there is no /proc."""
-    if platform.system() != "Linux":
-        return None
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=put_peak, args=(implementation, shape, queue))
-    process.start()
-    peak = queue.get(timeout=600)
-    process.join()
-    return peak
+@functools.cache
+def process_peaks(shape, names):
+    """Peak memory of forward and backward by implementation, on CPU."""
+    peaks = process_peaks_mib(make_step, [(name, shape, "peaked", "forward_backward") for name in names])
+    return dict(zip(names, peaks))
 
 
-def check(function, case):
-    """Loss and gradients equal the fp64 reference's on 64 rows, as two sequences: all rows would not fit in memory."""
-    rows = 64
-    part = {name: case[name][:rows].detach() for name in ("hidden", "labels")}
-    part |= {name: case[name][:, :rows] for name in ("source_ids", "source_logprobs")}
-    part |= {
-        "source_ce": case["source_ce"][:, :2],
-        "cu_seqlens": torch.tensor([0, rows // 3, rows]),
-        "weight": case["weight"].detach(),
-    }
-    results = []
-    for implementation, dtype in ((function, torch.float32), (fusion_loss_reference, torch.float64)):
-        operands = part | {name: part[name].detach().to(dtype).requires_grad_() for name in ("hidden", "weight")}
-        loss = step(implementation, operands)
-        results.append((loss, operands["hidden"].grad, operands["weight"].grad))
-    for found, true in zip(*results, strict=True):
-        torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-4 * true.abs().max().item())
+def skip_unless_it_runs(implementation, shape, logits):
+    package = IMPLEMENTATIONS[implementation].package
+    if package is None:
+        return
+    if DEVICE != "cuda":
+        pytest.skip(f"{package} needs CUDA")
+    if package_version(package) is None:
+        pytest.skip(f"{package} is not installed")
+    try:
+        errors(implementation, shape, logits)
+    except Exception as error:  # another project's code, on versions it may not know
+        pytest.skip(f"{package} {package_version(package)} does not run here: {type(error).__name__}: {error}"[:300])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_forward_and_backward(benchmark, implementation, shape):
-    N, D, V, S, K, _ = SHAPES[shape]
-    benchmark.group = f"fused_loss {shape}: {N} x {D} x {V}, S={S}, K={K}"
-    function, case = IMPLEMENTATIONS[implementation], make_case(shape)
-    check(function, case)
-    benchmark.extra_info.update(
-        torch=torch.__version__,
-        python=platform.python_version(),
-        machine=platform.machine(),
-        threads=torch.get_num_threads(),
-        dtype="float32",
-        peak_rss_mib=measure_peak(implementation, shape),
-    )
-    benchmark.pedantic(step, args=(function, case), rounds=20 if shape == "demo" else 3, warmup_rounds=1)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info["gemm_gflops"] = round(6 * N * D * V / seconds / 1e9, 1)
+def test_loss(benchmark, shape, mode, logits, implementation):
+    skip_unless_it_runs(implementation, shape, logits)
+    N, D, V, *_ = sizes = ALL_SHAPES[shape]
+    computes = IMPLEMENTATIONS[implementation].computes
+    benchmark.group = f"loss {shape}: {sizes}, {mode}, {logits} logits"
+    try:
+        found = errors(implementation, shape, logits)
+        allowed = max(TOLERANCE, BF16_SOURCES_TOLERANCE if implementation == "dense-fusellm" else 0)
+        assert all(error < allowed for error in found.values()), found
+        step = make_step(implementation, shape, logits, mode)
+        floor = gemms(N, D, V, GEMMS[mode], DTYPE, DEVICE)
+        info = {name: float(f"{error:.2g}") for name, error in found.items()}
+        info |= {"implementation": implementation, "computes": computes, "dtype": str(DTYPE)}
+        timed(benchmark, step, floor, sizes.rounds, **info)
+        if DEVICE == "cuda":
+            peak = cuda_peak_mib(step)
+            if mode == "forward_backward":
+                peak -= (N * D + V * D) * DTYPE.itemsize / 2**20
+            benchmark.extra_info["peak_mib"] = peak
+        elif mode == "forward_backward":
+            # One process for all, but none for a large arm that was not asked for.
+            names = LOCAL if shape in SHAPES else (implementation,)
+            benchmark.extra_info["peak_mib"] = process_peaks(shape, names)[implementation]
+    except torch.OutOfMemoryError as error:
+        pytest.skip(f"{implementation} does not fit at {sizes}: {error}"[:200])

@@ -1,0 +1,75 @@
+"""Source top-k with log-sum-exp and cross-entropy, chunk by chunk, against `torch.topk` on full logits.
+
+    pytest benchmarks/bench_source_topk.py --benchmark-only [--headline]
+
+Both return ids, log-probabilities, lse and the labels' cross-entropy, and are compared with the dense reference on the first
+rows before they are timed. `times_floor` is the median over that of hidden Wᵀ alone, timed between the rounds.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from benchmarks.cases import ALL_SHAPES, DEVICE, DTYPE, chosen_shapes, first_rows, make_case
+from benchmarks.measure import cuda_peak_mib, gemms, process_peaks_mib, timed
+from profuser.kernels.reference import head_logits, source_topk_reference
+from profuser.kernels.source_topk import source_topk
+
+CHECKED_ROWS = {"cpu": 160, "cuda": 2304}[DEVICE]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}[DTYPE]  # nats; bf16 logits of size 16 are rounded by 0.03
+
+
+def full(hidden, weight, labels, k):
+    """[N, V] logits, `logsumexp`, `topk`."""
+    logits = (hidden @ weight.t()).float()
+    lse = logits.logsumexp(1)
+    values, ids = logits.topk(k)
+    return ids, values - lse[:, None], lse, lse - logits.gather(1, labels[:, None])[:, 0]
+
+
+IMPLEMENTATIONS = {"profuser": source_topk, "torch-full": full}
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("shape", chosen_shapes(metafunc.config))
+    metafunc.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def make_step(implementation, shape):
+    case = make_case(shape, "peaked")
+    inputs = [case[name].detach() for name in ("hidden", "weight", "labels")]
+    return functools.partial(IMPLEMENTATIONS[implementation], *inputs, ALL_SHAPES[shape].K)
+
+
+@functools.cache
+def process_peaks(shape):
+    return dict(zip(IMPLEMENTATIONS, process_peaks_mib(make_step, [(name, shape) for name in IMPLEMENTATIONS])))
+
+
+def check(implementation, shape):
+    """All values equal the reference's, and so do the reference's log-probabilities at the ids that were found."""
+    part = first_rows(make_case(shape, "peaked"), CHECKED_ROWS)
+    hidden, weight, labels = (part[name].detach() for name in ("hidden", "weight", "labels"))
+    ids, *found = IMPLEMENTATIONS[implementation](hidden, weight, labels, ALL_SHAPES[shape].K)
+    hidden, weight = hidden.double(), weight.double()
+    _, *true = source_topk_reference(hidden, weight, labels, ALL_SHAPES[shape].K)
+    at_ids = head_logits(hidden, weight, None, None, 1.0).log_softmax(1).gather(1, ids.long())
+    for a, b in zip((*found, at_ids), (*true, true[0]), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=TOLERANCE)
+
+
+def test_source_topk(benchmark, shape, implementation):
+    N, D, V, *_ = sizes = ALL_SHAPES[shape]
+    benchmark.group = f"top-k {shape}: {N} x {D} x {V}, k={sizes.K}, peaked logits"
+    try:
+        check(implementation, shape)
+        step = make_step(implementation, shape)
+        floor = gemms(N, D, V, 1, DTYPE, DEVICE)
+        timed(benchmark, step, floor, sizes.rounds, implementation=implementation, computes="top-k", dtype=str(DTYPE))
+        peak = cuda_peak_mib(step) if DEVICE == "cuda" else process_peaks(shape)[implementation]
+        benchmark.extra_info["peak_mib"] = peak
+    except torch.OutOfMemoryError as error:
+        pytest.skip(f"{implementation} does not fit at {sizes}: {error}"[:200])

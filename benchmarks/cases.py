@@ -1,0 +1,101 @@
+"""What the benchmarks of the loss, the top-k and the training step run on: one table of shapes, and seeded inputs.
+
+Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+LOGITS = ("random", "peaked")
+# FuseLLM's distributions are a softmax over what was kept: nothing is outside of them.
+TAIL = "renormalize"
+
+
+class Shape(NamedTuple):
+    N: int
+    D: int
+    V: int
+    B: int
+    rounds: int
+    S: int = 3
+    K: int = 10
+
+    def __str__(self):
+        return f"{self.N} x {self.D} x {self.V}, S={self.S}, K={self.K}"
+
+
+SHAPES = {
+    "cpu": {
+        "demo": Shape(1500, 128, 768, B=48, rounds=10),
+        "vocabulary-32k": Shape(512, 128, 32000, B=4, rounds=3),
+        "smollm2": Shape(256, 576, 49152, B=2, rounds=3),
+    },
+    "cuda": {
+        "8k-32k": Shape(8192, 4096, 32000, B=4, rounds=10),
+        "4k-128k": Shape(4096, 4096, 128256, B=2, rounds=10),
+        "16k-152k": Shape(16384, 4096, 151936, B=8, rounds=5),
+    },
+}[DEVICE]
+# Four sequences of 2048 tokens; only on request, as the dense arms take 13 GB and minutes.
+HEADLINE = {"headline": Shape(8192, 128, 32000, B=4, rounds=2)}
+ALL_SHAPES = SHAPES | HEADLINE
+
+
+def chosen_shapes(config) -> dict[str, Shape]:
+    return HEADLINE if config.getoption("--headline") else SHAPES
+
+
+@functools.lru_cache(maxsize=1)
+def make_case(shape: str, logits: str) -> dict[str, Tensor | str]:
+    """The arguments of `fused_linear_fusion_loss`.
+
+    Peaked logits are those of a trained model: the gold token, which leads the sources' entries, has 0.8 of the mass.
+    """
+    N, D, V, B, _, S, K = ALL_SHAPES[shape]
+    g = torch.Generator(DEVICE).manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(*size, generator=g, device=DEVICE)
+
+    def integers(below, *size):
+        return torch.randint(below, size, generator=g, device=DEVICE)
+
+    weight = draw(V, D) / D**0.5
+    labels = integers(V, N)
+    hidden = draw(N, D)
+    if logits == "peaked":
+        hidden += (math.log(V) + 2) * F.normalize(weight[labels], dim=1)
+    # No id twice in a row: the baselines do not merge.
+    step = V // K
+    offsets = torch.arange(K, device=DEVICE) * step + integers(step, S, N, K)
+    offsets[:, :, 0] = 0
+    entries = (4 * draw(S, N, K)).sort(dim=-1, descending=True).values
+    return {
+        "hidden": hidden.to(DTYPE).requires_grad_(),
+        "weight": weight.to(DTYPE).requires_grad_(),
+        "labels": labels,
+        "source_ids": ((labels[:, None] + offsets) % V).int(),
+        "source_logprobs": entries.log_softmax(-1) - 0.05,
+        "source_ce": torch.rand(S, B, generator=g, device=DEVICE),
+        "cu_seqlens": torch.linspace(0, N, B + 1, device=DEVICE).int(),
+        "tail": TAIL,
+    }
+
+
+def first_rows(case: dict[str, Tensor | str], rows: int) -> dict[str, Tensor | str]:
+    """A case of its own that ends after `rows`: its gradients are apart from those of the whole."""
+    part = {name: value.detach() if isinstance(value, Tensor) else value for name, value in case.items()}
+    part |= {name: part[name][:rows] for name in ("hidden", "labels")}
+    part |= {name: part[name][:, :rows] for name in ("source_ids", "source_logprobs")}
+    part["cu_seqlens"] = part["cu_seqlens"].clamp(max=rows)
+    return part | {name: part[name].clone().requires_grad_() for name in ("hidden", "weight")}

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# The gpu-marked tests and the benchmarks of loss, top-k and training step on a CUDA machine, in nine minutes at most.
+#
+#     [OUT=DIR] [PYTHON=python3] [PROFUSER_COMMIT=HASH] benchmarks/gpu.sh [WHEELS]
+#
+# Writes bench_gpu.json, bench_gpu.png, bench_gpu.md and the logs to OUT (default: benchmarks/results). Every step has a time
+# limit, the shapes that matter most come first, and whatever was measured by then is written.
+#
+# Needs a checkout (nothing is installed from it, and nothing fetched) and a Python >= 3.11 with CUDA builds of torch >= 2.11
+# and triton >= 3.6, transformers 5, matplotlib, jinja2, psutil, pytest and pytest-benchmark >= 5.1. What it lacks can be given
+# as a folder of wheels, which goes into a temporary folder and not into that Python:
+#     always       jsonargparse docstring-parser typeshed-client (and pytest, pytest-benchmark, py-cpuinfo)
+#     to compare   liger-kernel cut-cross-entropy; quack-kernels with nvidia-cutlass-dsl and its libs, apache-tvm-ffi,
+#                  torch-c-dlpack-ext, einops: without them these implementations are skipped, and the result says so
+# PROFUSER_COMMIT names the commit where the checkout came without its history.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+SECONDS=0
+LIMIT=540
+PYTHON=${PYTHON:-python3}
+OUT=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" && pwd)
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+export PYTHONPATH=.:$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+# step SECONDS NAME COMMAND...: interrupted after that time, and no later than the limit; the end of its output is shown.
+# --foreground: a second interrupt, to the group, would meet pytest while it writes.
+step() {
+  local limit=$1 name=$2
+  shift 2
+  local left=$((LIMIT - SECONDS - 35))
+  ((limit < left)) || limit=$left
+  ((limit > 5)) || { echo "== $name: no time left"; return; }
+  timeout --foreground --signal=INT --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  echo "== $name: exit $? at ${SECONDS} s"
+  tail -n 12 "$OUT/$name.log"
+}
+
+# bench SECONDS NAME FILE...: starts nothing new in the last quarter of its time.
+bench() {
+  local limit=$1 name=$2
+  shift 2
+  step "$limit" "$name" "$PYTHON" -m pytest "$@" --benchmark-only --seconds=$((limit * 3 / 4)) \
+    --benchmark-json="$site/$name.json" --benchmark-columns=median,rounds -q
+}
+
+if [ $# -gt 0 ]; then
+  step 40 wheels "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$1"/*.whl
+fi
+bench 140 loss benchmarks/bench_fused_loss.py -k "not compiled and not quack"
+# Only files with such a test: the others may import what this Python lacks.
+step 80 gpu_tests "$PYTHON" -m pytest -q -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
+bench 50 topk benchmarks/bench_source_topk.py
+bench 80 train_step benchmarks/bench_train_step.py
+# What compiles and tunes itself for long, apart: it may use up its own time only.
+bench 100 loss_tuned benchmarks/bench_fused_loss.py -k "compiled or quack"
+if command -v compute-sanitizer >/dev/null; then
+  step 60 sanitizer compute-sanitizer --target-processes all --error-exitcode 1 "$PYTHON" -m pytest -q -p no:cacheprovider \
+    tests/test_fused_loss_gpu.py -k test_a_bad_row_is_nan
+fi
+
+"$PYTHON" - "$OUT/bench_gpu.json" "$site"/{loss,loss_tuned,topk,train_step}.json <<'END'
+import json, sys
+from pathlib import Path
+
+parts = [json.loads(Path(path).read_text()) for path in sys.argv[2:] if Path(path).is_file() and Path(path).stat().st_size]
+if not parts:
+    sys.exit("error: no benchmark has finished")
+whole = {**parts[0], **{key: sum((part.get(key, []) for part in parts), []) for key in ("benchmarks", "skipped")}}
+Path(sys.argv[1]).write_text(json.dumps(whole, indent=1))
+END
+timeout 20 "$PYTHON" -m benchmarks.report "$OUT/bench_gpu.json" >"$OUT/bench_gpu.md"
+echo "== $(ls "$OUT"/bench_gpu.*) at ${SECONDS} s"

@@ -1,0 +1,147 @@
+"""Result files of the benchmarks as Markdown tables, and one picture a file beside it.
+
+    python -m pytest benchmarks/ --benchmark-only --benchmark-json=RESULT.json
+    python -m benchmarks.report RESULT.json... [--write docs/results.md]
+
+Without --write the tables are printed; with it they go between the page's comments that bear the file's name. What is not
+timed against a floor (bench_align.py has its own summary) is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.measure import PACKAGES
+from profuser.errors import DataError
+from profuser.experiments.page import write_section
+
+OURS, OTHERS = "#0072b2", "#8c8c8c"
+COLUMNS = ("implementation", "computes", "median ms", "p20–p80 ms", "× ours", "× floor", "peak MiB", "error of dW")
+
+
+def read(path: Path) -> tuple[dict[str, list[dict]], list[str]]:
+    """extra_info of every implementation by group, in the order they ran, and why others did not.
+
+    Raises:
+        DataError: not a result file of these benchmarks.
+    """
+    try:
+        result = json.loads(path.read_text())
+        timed = [b for b in result["benchmarks"] if "times_floor" in b["extra_info"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"RESULT must be a file of --benchmark-json, got {path} ({error}); run the benchmarks"
+        ) from error
+    if not timed:
+        raise DataError(f"RESULT must hold benchmarks with a floor, got none in {path}; run bench_fused_loss.py")
+    groups: dict[str, list[dict]] = {}
+    for each in timed:
+        groups.setdefault(each["group"], []).append(each["extra_info"])
+    return groups, result.get("skipped", [])
+
+
+def cells(info: dict, ours_ms: float | None) -> list[str]:
+    def text(value, form):
+        return "" if value is None else format(value, form)
+
+    return [
+        info["implementation"],
+        info["computes"],
+        text(info["median_ms"], ".1f"),
+        f"{info['p20_ms']:.1f}–{info['p80_ms']:.1f}",
+        text(ours_ms and info["median_ms"] / ours_ms, ".2f"),
+        text(info.get("times_floor"), ".2f"),
+        text(info.get("peak_mib"), ".0f"),
+        text(info.get("dweight_error"), ".1e"),
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    medians = {info["implementation"]: info["median_ms"] for info in rows}
+
+    def ours_ms(info):
+        """Our time for the same loss, or for the whole one where we have no such entry."""
+        same = "profuser-no-source" if info["computes"] == "cross-entropy" else "profuser"
+        return medians.get(same, medians.get("profuser"))
+
+    lines = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2)), *(cells(info, ours_ms(info)) for info in rows)]
+    kept = [column for column in zip(*lines) if any(column[2:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*kept))
+
+
+def describe(rows: list[dict], skipped: list[str]) -> str:
+    first = rows[0]
+    machine = first["gpu"] or f"{first['cpu']}, {first['threads']} threads of {first['cpus']}"
+    versions = ", ".join(f"{name} {first[name]}" for name in PACKAGES if first.get(name))
+    loads = [info["load_1_min"] for info in rows]
+    return "\n".join(
+        [
+            f"Command: `{first['command']}`; {machine}, {first['dtype'].removeprefix('torch.')}; load {min(loads)} to "
+            f"{max(loads)}; Python {first['python']}, {versions}; commit {first['commit']}.",
+            "× ours: over profuser's median for the same loss, no source where it is cross-entropy, all sources otherwise; "
+            "× floor: over the time of the matrix products alone, or of the step without a loss, between the same rounds.",
+            *([f"Not run: {'; '.join(skipped)}."] if skipped else []),
+        ]
+    )
+
+
+def section(groups: dict[str, list[dict]], skipped: list[str]) -> str:
+    rows = list(itertools.chain.from_iterable(groups.values()))
+    tables = [f"**{group[0].upper()}{group[1:]}**\n\n{table(rows)}" for group, rows in groups.items()]
+    return "\n\n".join([describe(rows, skipped), *tables])
+
+
+def draw(groups: dict[str, list[dict]]) -> Figure:
+    """Time over floor and peak memory, a bar an implementation, both logarithmic."""
+    labels, bars = [], []
+    for group, rows in groups.items():
+        labels += [group, *(info["implementation"] for info in rows), ""]
+        bars += [None, *rows, None]
+    figure = Figure(figsize=(11, 0.8 + 0.2 * len(bars)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, key, title in zip(
+        axes, ("times_floor", "peak_mib"), ("time / time of the GEMMs alone", "peak memory, MiB")
+    ):
+        for y, info in enumerate(bars):
+            value = info and info.get(key)
+            if not value:
+                continue
+            axis.barh(y, value, color=OURS if info["implementation"].startswith("profuser") else OTHERS)
+            axis.annotate(f" {value:,.2f}" if value < 10 else f" {value:,.0f}", (value, y), va="center", fontsize=7)
+        axis.set(xscale="log", title=title)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(labels)), labels, fontsize=7)
+    for tick, label in zip(axes[0].get_yticklabels(), labels):
+        tick.set_fontweight("bold" if label in groups else "normal")
+    axes[0].tick_params(axis="y", length=0)
+    axes[0].set_ylim(len(bars) - 1, -1)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="Markdown page to put the tables into")
+    args = parser.parse_args()
+    try:
+        for path in args.results:
+            groups, skipped = read(path)
+            text = section(groups, skipped)
+            if args.write is None:
+                print(text)
+            else:
+                write_section(args.write, path.stem, text)
+            draw(groups).savefig(path.with_suffix(".png"), dpi=100)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
