@@ -53,7 +53,7 @@ def summarise(p: Preparation) -> tuple[dict[str, Any], datasets.Dataset]:
             summary["judges"][judge.name] = first_choices(scores[:, r], names, per_source)
         unusable = sum(1 for row in candidates for _, ok in row if not ok)
         if unusable:
-            summary["handled"]["empty or unfinished response, kept from the judges"] = unusable
+            summary["handled"]["empty or unfinished response of a source, kept from the judges"] = unusable
         for c in range(len(names) * per_source):
             label = names[c // per_source] + (f"_{c % per_source}" if per_source > 1 else "")
             table[f"response_{label}"] = [row[c][0] for row in candidates]
@@ -130,6 +130,7 @@ def handled(p: Preparation) -> dict[str, int]:
                     if reason not in (OK, NOT_WINNER):
                         counts[name] += int((reasons == reason).any(0).sum())
                 counts["over-long response, cut without an end of turn"] += int(cut.any(0).sum())
+        counts["empty prompt, kept"] += sum(not row["prompt"].strip() for row in rows)
         held = [chat.token_bytes.has_control for chat in (p.target, *p.chats.values())]
         counts["control token spelt out in a text, kept as text"] += sum(
             any(has(row["prompt"]) or has(row["response"]) for has in held) for row in rows
