@@ -358,6 +358,9 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
     """Prepare, fuse, save and score one recipe; returns scores.json's content (empty without held-out data)."""
     recipe, directory = run.recipe, run.output_dir
     accelerator = accelerator or launch(recipe)
+    if accelerator.is_main_process and not (directory / "run.json").exists():
+        _write_record(run)
+    accelerator.wait_for_everyone()
     seconds: Counter[str] = Counter(read_json(directory / "run.json").get("seconds"))  # of interrupted sessions, too
 
     @contextlib.contextmanager
