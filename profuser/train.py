@@ -337,14 +337,16 @@ def open_run(run: Run) -> bool:
     return complete
 
 
-def score_again(run: Run) -> bool:
-    """Whether a complete run lacks scores, or has them by another evaluation than the recipe's; its run.json then follows."""
+def score_again(run: Run) -> None:
+    """Score a complete run that lacks scores, or has them by another evaluation than the recipe's now."""
     record, now = read_json(run.output_dir / "run.json"), run.recipe.to_dict()
     names = ("scores.json", "evaluation.json") if run.recipe.data.heldout is not None else ()
     if record["recipe"].get("evaluation") == now["evaluation"] and all((run.output_dir / n).exists() for n in names):
-        return False
+        return
+    if names:
+        print("evaluation changed or scores missing: scoring again", flush=True)
+        evaluate(run, Store.load(run.store_dir))
     write_json(run.output_dir / "run.json", record | {"recipe": now})
-    return bool(names)
 
 
 def _write_record(run: Run) -> None:
@@ -428,9 +430,7 @@ def run_command(argv: list[str]) -> None:
         if accelerator.is_main_process:
             if (run.store_dir / "manifest.json").exists():
                 open_preparation(run)  # says so where models or data are no longer those of the run
-            if score_again(run):
-                print("evaluation changed or scores missing: scoring again", flush=True)
-                evaluate(run, Store.load(run.store_dir))
+            score_again(run)
     else:
         train(run, accelerator)
     if accelerator.is_main_process:
