@@ -91,6 +91,7 @@ def read_json_list(path: Path) -> list[dict]:
 
 
 def read_csv(path: Path) -> list[dict]:
+    csv.field_size_limit(2**31 - 1)  # a response may be longer than the 128 KiB that is the default
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         header = next(reader, [])

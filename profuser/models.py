@@ -287,12 +287,12 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_vocabulary(name: str, chat: ChatFormat, head: Head) -> None:
-    """Raises DataError where a tokenizer has ids that its model has no embedding for."""
-    tokens, rows = len(chat.token_bytes.pieces), head.weight.shape[0]
-    if tokens > rows:
+def check_vocabulary(name: str, chat: ChatFormat, head: torch.Tensor) -> None:
+    """Raises DataError where text or the end of turn has ids beyond the (V, D) head; an unused control token may."""
+    last = max([i for i, piece in enumerate(chat.token_bytes.pieces) if piece is not None] + list(chat.end_ids))
+    if last >= len(head):
         raise DataError(
-            f"{name}: a model must have an embedding for every token, its tokenizer has {tokens} ids and its head {rows} rows; "
+            f"{name}: a model must have an embedding for every token, its tokenizer has the id {last} and its head {len(head)} rows; "
             "use the tokenizer that came with it"
         )
 

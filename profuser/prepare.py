@@ -181,7 +181,7 @@ class Preparation:
                 continue
             model = load_model(source, runtime_dtype(self.recipe.capture.dtype, self.device), self.device)
             head = Head.of(model)
-            check_vocabulary(source.name, self.chats[source.name], head)
+            check_vocabulary(source.name, self.chats[source.name], head.weight)
             with Progress(f"{source.name}: score the ground truth", examples_in(truth), "examples") as bar:
                 for split, name, part in truth:
                     rows = self.splits[split][part]

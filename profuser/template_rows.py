@@ -94,9 +94,6 @@ def cells(chat: ChatFormat, encoded: Encoded) -> list[tuple[str, str]]:
 
 def token_text(chat: ChatFormat, token: int) -> str:
     """A token's own text; bytes that are no character are escaped."""
-    held = chat.token_bytes
-    return (
-        held.specials[token]
-        if token in held.specials
-        else (held.pieces[token] or b"").decode(errors="backslashreplace")
-    )
+    if token in chat.token_bytes.specials:
+        return chat.token_bytes.specials[token]
+    return (chat.token_bytes.pieces[token] or b"").decode(errors="backslashreplace")

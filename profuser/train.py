@@ -34,7 +34,7 @@ from profuser.errors import ConfigError, DataError, NonFiniteError, Terminated
 from profuser.estimate import in_words
 from profuser.evaluate import evaluate, likelihood, score_table
 from profuser.fusion_model import FusionModel
-from profuser.models import chat_format, load_model, stored_dtype
+from profuser.models import chat_format, check_vocabulary, load_model, stored_dtype
 from profuser.output import closing_examples, environment, save_fused
 from profuser.prepare import announce, open_preparation
 from profuser.progress import Progress
@@ -61,6 +61,7 @@ class Trainer:
         self.pad_id = self.chat.tokenizer.pad_token_id or 0
         torch.manual_seed(recipe.seed)
         target = load_model(config, torch.float32, accelerator.device)
+        check_vocabulary(config.name, self.chat, target.get_output_embeddings().weight)
         self.saved_dtype = stored_dtype(config)
         if self.optim.gradient_checkpointing:
             target.gradient_checkpointing_enable()

@@ -159,7 +159,7 @@ CASES = [
     Case("a CSV row with a cell too many", 3, ("train.csv", "row 3 has 3 cells"), csv_with_a_cell_too_many, ("--data.train", "train.csv")),
     Case("a model that lacks a weight", 3, ("guardian", "every weight", "model.layers.0"), change_weights(lambda name, tensor: None if "layers.0.mlp.up" in name else tensor), NEW),
     Case("a model with weights that are not finite", 3, ("finite",), change_weights(lambda name, tensor: tensor * float("nan")), NEW),
-    Case("a tokenizer larger than its model", 3, ("guardian", "an embedding for every token", "10000"), larger_tokenizer, NEW),
+    Case("a tokenizer larger than its model", 3, ("guardian", "an embedding for every token", "the id 9999"), larger_tokenizer, NEW),
     Case("a model's truncated safetensors", 3, ("guardian", "download"), truncate("guardian/model.safetensors"), NEW),
     Case("a model's corrupt safetensors", 3, ("guardian", "download"), corrupt("guardian/model.safetensors"), NEW),
     Case("a model without weights", 3, ("guardian", "download"), lambda: Path("guardian/model.safetensors").unlink(), NEW),
