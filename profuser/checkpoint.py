@@ -32,6 +32,22 @@ def save_checkpoint(
     temporary = directory / f".step-{step:06d}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _write(temporary, step, model, optimizer, state)
+    except BaseException:  # a full disk, say: what does not count must not fill it
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    for old in sorted(directory.glob("step-*"))[: -max(1, keep)]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(
+    directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
     names = {id(p): n for n, p in model.named_parameters()}
     moments = {
         f"{names[id(p)]}/{key}": torch.as_tensor(values[key]).detach().cpu().contiguous()
@@ -47,15 +63,9 @@ def save_checkpoint(
         "random.safetensors": save(random),
     }
     for name, data in files.items():
-        write_atomic(temporary / name, data)
+        write_atomic(directory / name, data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    write_json(temporary / "state.json", {"step": step, "sha256": digests, **state})
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    for old in sorted(directory.glob("step-*"))[: -max(1, keep)]:
-        shutil.rmtree(old)
-    return final
+    write_json(directory / "state.json", {"step": step, "sha256": digests, **state})
 
 
 def newest_step(directory: Path) -> int:

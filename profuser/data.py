@@ -44,6 +44,8 @@ def load_examples(config: DataConfig, location: str, limit: int | None = None) -
     if not table:
         raise DataError(f"data {location} must have at least one row, got none; fix the file")
     wanted = {"prompt": config.prompt_column, "response": config.response_column}
+    if config.skill_column not in (None, DataConfig.skill_column):  # the default one need not be there
+        wanted["skill"] = config.skill_column
     for key, column in wanted.items():
         if column not in columns:
             raise DataError(

@@ -340,7 +340,8 @@ def _plot_training(axis: Axes, lines: Sequence[Mapping[str, Any]], key: str, lab
         keep = slice(None, None, max(1, len(values) // 1000))
         if window > 1:
             axis.plot(steps[keep], values[keep], color=color, lw=0.6, alpha=0.3)
-        axis.plot(middle[keep], smooth[keep], color=color, ls=dash, lw=1.6, label=label)
+        dot = "o" if len(middle) == 1 else None  # a line through one point is none
+        axis.plot(middle[keep], smooth[keep], color=color, ls=dash, lw=1.6, marker=dot, ms=5, label=label)
 
 
 def draw_curves(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
@@ -382,6 +383,7 @@ def draw_curves(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapp
                 name = f"stage {stage - first + 1}" if isinstance(stage, int) else visible(str(stage))
                 axes[0].text((start + steps[-1]) / 2, 0.97, name, color=theme.soft, **place)
         axes[-1].set_xlabel("optimizer step")
+        axes[-1].locator_params(axis="x", integer=True, min_n_ticks=1)
         handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
         handles.pop("loss", None)  # alone in its panel
         if handles:

@@ -223,6 +223,10 @@ def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
         DataError: no such directory; several GGUF files; a part of one; the `gguf` package is missing.
     """
     location = existing(source.model, source.name)
+    if source.revision is not None and Path(location).exists():
+        raise DataError(
+            f"{source.name}: a revision must be of a Hub model, got {source.revision} for the local {location}; take it out"
+        )
     options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     file = gguf_file(Path(location), source.name)
     if file is None:

@@ -1,6 +1,10 @@
+import errno
+
+import pytest
 import torch
 from torch import nn
 
+from profuser import checkpoint
 from profuser.checkpoint import load_newest, save_checkpoint
 
 
@@ -60,4 +64,19 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
     model, optimizer = trained()
     (tmp_path / ".step-000009.123.tmp").mkdir()
     save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=2)
+    assert load_newest(tmp_path, model, optimizer)["step"] == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    model, optimizer = trained()
+    save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=2)
+
+    def full(path, data):
+        path.write_bytes(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
     assert load_newest(tmp_path, model, optimizer)["step"] == 1
