@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from loss_checks import DIFFERENTIABLE, make_case, on, run, with_logits
 
 from profuser.kernels import fused_loss as op_module
@@ -341,62 +340,3 @@ def test_masked_columns_of_the_vocabulary(triton_check, softcap):
     case["bias"][80:] = -math.inf
     for options in ({}, {"temperature": 2.0}, {"tail": "renormalize"}):
         triton_check(case, **options)
-
-
-# Which source
-
-
-def test_min_ce_picks_the_lowest_finite_source_of_each_sequence(triton_check):
-    nan, inf = math.nan, math.inf
-    source_ce = torch.tensor([
-        [1.0, nan, 2.0, nan, 0.5, -inf],
-        [0.5, 3.0, 2.0, inf, nan, 4.0],
-        [0.7, inf, 2.5, nan, 0.5, nan],
-    ])  # fmt: skip
-    case = small_case(B=6, source_ce=source_ce, cu_seqlens=torch.tensor([0, 2, 4, 4, 6, 8, 10]))
-    case["labels"][:] = 1
-    ours, _ = triton_check(case)
-    assert ours["winner"].tolist() == [1, 1, 0, -1, 0, 1]
-    assert not ours["kd"][4:6].any()
-    assert ours["ce"][4:6].all()
-
-
-def test_a_loser_is_not_read(triton_loss):
-    case = small_case()
-    expected = triton_loss(case)
-    lost = torch.ones(3, ROWS, dtype=torch.bool)
-    for b, s in enumerate(expected["winner"].tolist()):
-        lost[s, case["cu_seqlens"][b] : case["cu_seqlens"][b + 1]] = False
-    case["source_logprobs"][lost] = math.nan
-    case["source_ids"][lost] = 0
-    found = triton_loss(case)
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
-
-
-def test_source_index_per_sequence_equals_per_row(triton_loss, triton_check):
-    case = small_case(source_ce=None)
-    per_sequence = torch.tensor([2, -1, 0, 1])
-    per_row = per_sequence.repeat_interleave(case["cu_seqlens"].diff())
-    ours, _ = triton_check(case, source_index=per_sequence)
-    by_row = triton_loss(
-        case | {"cu_seqlens": None, "labels": case["labels"].int()}, source_index=per_row.int(), chunk_size=8
-    )
-    assert by_row["winner"].tolist() == per_row.tolist()
-    for name in ("loss", "dhidden", "dweight", "dbias", "kd"):
-        assert torch.equal(ours[name], by_row[name]), name
-
-
-def test_without_a_source_it_is_cross_entropy(triton_loss, poisoned_buffers):
-    case = {k: v for k, v in small_case().items() if k in ("hidden", "weight", "labels", "bias")}
-    for reduction in ("mean", "none"):
-        ours = triton_loss(case, reduction=reduction, chunk_size=5)
-        hidden, weight, bias = (case[name].clone().requires_grad_() for name in DIFFERENTIABLE)
-        expected = F.cross_entropy(F.linear(hidden, weight, bias), case["labels"], reduction=reduction)
-        expected.sum().backward()
-        torch.testing.assert_close(ours["loss"], expected.detach())
-        for name, leaf in zip(DIFFERENTIABLE, (hidden, weight, bias), strict=True):
-            torch.testing.assert_close(ours[f"d{name}"], leaf.grad)
-    assert ours["winner"].tolist() == [-1]
-    for name in ("kd", "source_mass", "target_mass"):
-        assert not ours[name].any()
