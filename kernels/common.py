@@ -27,6 +27,8 @@ LOWEST = -1e30
 # fp16 rounding and the merging of tokens leave a log-probability just above 0; a probability is far above.
 LOGPROB_SLACK = 1e-2
 TAIL_SLACK = 1e-3
+# A row's mass above 1 by more than a coarse dtype's rounding: padding with a real id, another base of the logarithm.
+MASS_SLACK = 5e-2
 
 
 def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
@@ -83,8 +85,16 @@ def check_device(hidden: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}; move it there")
 
 
+def check_numbers(**options: object) -> None:
+    """Raises TypeError for what is neither a Python number nor None: no gradient and no device is behind an option."""
+    for name, value in options.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}; give a Python number")
+
+
 def check_scalars(temperature: float, softcap: float | None, logit_scale: float, chunk_size: int | None) -> None:
-    """Raises ValueError unless the scalars are positive and finite."""
+    """Raises ValueError unless the scalars are positive and finite; TypeError for no number."""
+    check_numbers(temperature=temperature, softcap=softcap, logit_scale=logit_scale, chunk_size=chunk_size)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}; 1.0 leaves the logits as they are")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
@@ -119,10 +129,9 @@ def check_label_values(labels: Tensor, vocabulary: int) -> None:
     """Raises ValueError when a label is neither IGNORE_INDEX nor in [0, V). Reads the data."""
     bad = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= vocabulary)
     if bad.any():
-        raise ValueError(
-            f"labels must be in [0, {vocabulary}) or {IGNORE_INDEX}, got {labels[bad][0].item()}; "
-            "tokenize with the target's tokenizer"
-        )
+        label = labels[bad][0].item()
+        fix = f"mark what is not learnt with {IGNORE_INDEX}" if label < 0 else "tokenize with the target's tokenizer"
+        raise ValueError(f"labels must be in [0, {vocabulary}) or {IGNORE_INDEX}, got {label}; {fix}")
 
 
 def compute_dtype(*operands: Tensor) -> torch.dtype:

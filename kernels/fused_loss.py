@@ -19,6 +19,7 @@ from .common import (
     IGNORE_INDEX,
     LOGPROB_SLACK,
     LOWEST,
+    MASS_SLACK,
     TAIL_SLACK,
     Head,
     check_label_values,
@@ -101,7 +102,13 @@ def prepare_kept(
     ids = torch.full_like(ids, -1).scatter_(1, run, ids)
 
     mass = p.sum(1)
-    present = mass != 0  # true for NaN: a poisoned source must show in the loss
+    bad = ~(mass <= 1 + MASS_SLACK)  # true for NaN
+    if bad.any():
+        raise ValueError(
+            "source_logprobs must be natural log-probabilities of one distribution, a row's add up to a mass of "
+            f"{mass[bad][0].item():.4g}; take log_softmax over the whole vocabulary, and pad with the id -1"
+        )
+    present = mass > 0
     ids = ids.masked_fill(~present[:, None], -1)
     if not bucket:
         t = torch.zeros_like(mass)

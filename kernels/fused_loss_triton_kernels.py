@@ -9,12 +9,13 @@ K + 1 slots, the last one for a gold id that is not among the entries.
 import triton
 import triton.language as tl
 
-from .common import IGNORE_INDEX, LOGPROB_SLACK, LOWEST, TAIL_SLACK
+from .common import IGNORE_INDEX, LOGPROB_SLACK, LOWEST, MASS_SLACK, TAIL_SLACK
 from .triton_math import exact_exp, log1p, tanh
 
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
 _LOGPROB_SLACK = tl.constexpr(LOGPROB_SLACK)
 _TAIL_SLACK = tl.constexpr(TAIL_SLACK)
+_MASS_SLACK = tl.constexpr(MASS_SLACK)
 _LOWEST = tl.constexpr(LOWEST)
 _TINY = tl.constexpr(1e-37)  # a normal number: hardware may flush subnormal ones
 # What gold_slot holds for a row without a gold id.
@@ -118,7 +119,7 @@ def _prep_kernel(
             t = tl.where(present & (tl.sum(first.to(tl.int32), 0) < V), t, 0.0)
         p = p * ((1 - t) / tl.where(present, mass, 1.0))
 
-        invalid = invalid | (tl.max(wrong.to(tl.int32), 0) > 0)
+        invalid = invalid | (tl.max(wrong.to(tl.int32), 0) > 0) | (mass > 1 + _MASS_SLACK)
         first = first & present & (invalid == 0)
         is_gold = first & (ids == label)
         gold_slot = tl.where(tl.max(is_gold.to(tl.int32), 0) > 0, tl.sum(tl.where(is_gold, slot, 0), 0), K)

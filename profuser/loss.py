@@ -16,6 +16,7 @@ from .kernels.common import (
     IGNORE_INDEX,
     check_device,
     check_head,
+    check_numbers,
     check_scalars,
     check_tensors,
     choose_impl,
@@ -94,8 +95,8 @@ def fused_linear_fusion_loss(
         Scalar fp32 (fp64 for fp64 inputs) in nats, or (N,) with reduction="none"; with stats, a pair.
     Raises:
         ValueError: shapes, dtypes, devices or options contradict each other; an id or label is outside the vocabulary;
-            temperature <= 0; log-probabilities are positive; a sharded (DTensor) head.
-        TypeError: something that is no tensor is given for one.
+            temperature <= 0; log-probabilities are positive, or add up to more than 1; a sharded (DTensor) head.
+        TypeError: something that is no tensor is given for one, or no number for a number.
     docs/mistakes.md lists likely mistakes, and two checks for those that no error can show.
     Source: arXiv 2408.04998, L_Fuse; value and gradient are derived in kernels/README.md.
     """
@@ -179,6 +180,7 @@ def _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chu
                 raise ValueError(f"num_items_in_batch must be one number, got {shape}; sum it over the optimizer step")
         elif num_items_in_batch < 0:
             raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}; count the valid labels")
+    check_numbers(beta=beta, max_chunk_bytes=max_chunk_bytes)
     if beta is not None:
         if kd_weight is not None:
             raise ValueError(f"give beta or kd_weight, not both, got beta={beta} and a kd_weight; multiply it in")
@@ -253,7 +255,8 @@ def _check_sources(
         found, name = source_index.shape[0], "source_index"
     else:
         if sources != 1:
-            raise ValueError(f"with S={sources} sources a choice is needed, got none; give source_ce or source_index")
+            fix = "give source_ce or source_index" + (", or put K last if it stands first" if shape[2] == 1 else "")
+            raise ValueError(f"with S={sources} sources a choice is needed, got none; {fix}")
         return
     if sequences is None and found != 1:
         raise ValueError(f"cu_seqlens is required when B > 1, {name} has B={found}; give the (B+1,) sequence bounds")

@@ -114,6 +114,7 @@ INVALID = {
     "label beyond the vocabulary": ("labels", lambda x: x.index_fill(0, torch.tensor([1]), 83)),
     "negative label": ("labels", lambda x: x.index_fill(0, torch.tensor([1]), -1)),
     "probabilities": ("source_logprobs", lambda x: x.index_fill(1, torch.tensor([1]), 0.5)),
+    "mass above 1": ("source_logprobs", lambda x: x.index_fill(1, torch.tensor([1]), 0.0)),
     "NaN": ("source_logprobs", lambda x: x.index_fill(1, torch.tensor([1]), math.nan)),
     "log of a tail mass": ("source_tail", lambda x: x.index_fill(1, torch.tensor([1]), -2.0)),
     "NaN tail": ("source_tail", lambda x: x.index_fill(1, torch.tensor([1]), math.nan)),
