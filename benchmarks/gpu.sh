@@ -47,13 +47,15 @@ bench() {
 if [ $# -gt 0 ]; then
   step 40 wheels "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$1"/*.whl
 fi
-bench 140 loss benchmarks/bench_fused_loss.py -k "not compiled and not quack"
 # Only files with such a test: the others may import what this Python lacks.
-step 80 gpu_tests "$PYTHON" -m pytest -q -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
+step 90 gpu_tests "$PYTHON" -m pytest -q -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
+# The interpreter's tests, compiled and run: small shapes and every option.
+step 50 native_tests "$PYTHON" -m pytest -q -k "triton" tests/test_fused_loss.py tests/test_fused_loss_triton.py
+bench 140 loss benchmarks/bench_fused_loss.py -k "not compiled and not quack"
 bench 50 topk benchmarks/bench_source_topk.py
-bench 80 train_step benchmarks/bench_train_step.py
+bench 60 train_step benchmarks/bench_train_step.py
 # What compiles and tunes itself for long, apart: it may use up its own time only.
-bench 100 loss_tuned benchmarks/bench_fused_loss.py -k "compiled or quack"
+bench 80 loss_tuned benchmarks/bench_fused_loss.py -k "compiled or quack"
 if command -v compute-sanitizer >/dev/null; then
   step 60 sanitizer compute-sanitizer --target-processes all --error-exitcode 1 "$PYTHON" -m pytest -q -p no:cacheprovider \
     tests/test_fused_loss_gpu.py -k test_a_bad_row_is_nan

@@ -38,7 +38,10 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
         if tensor is None:
             continue
         if hasattr(tensor, "full_tensor"):
-            raise ValueError(f"{name} must be a plain tensor, got a sharded DTensor; pass {name}.full_tensor()")
+            raise ValueError(
+                f"{name} must be a plain tensor, got a sharded DTensor; shard only the module whose forward calls the loss "
+                f"(FusionModel's), or pass {name}.full_tensor(grad_placements=[Partial('avg')])"
+            )
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}; cast it to float32 or bfloat16")
     if hidden.dim() != 2:
@@ -46,32 +49,43 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
     check_labels_shape(labels, hidden.shape[0])
     width = hidden.shape[1]
     if weight.dim() != 2 or weight.shape[1] != width:
-        if weight.dim() == 2 and weight.shape[0] == width:
+        if weight.numel() == 0:
+            fix = "a sharded head must be gathered first"
+        elif weight.dim() == 2 and weight.shape[0] == width:
             fix = "transpose it if that is (D, V); if hidden holds logits, pass the last hidden states"
         else:
             fix = "pass lm_head.weight"
         raise ValueError(f"weight must be (V, D) with hidden's D={width}, got {tuple(weight.shape)}; {fix}")
+    if weight.numel() == 0:
+        raise ValueError(
+            f"weight must be (V, D) with V, D > 0, got {tuple(weight.shape)}; a sharded head must be gathered first"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias")
     check_device(hidden, weight=weight, labels=labels, bias=bias)
 
 
 def check_tensors(**arguments: Tensor | None) -> None:
-    """Raises TypeError for what is neither a tensor nor None."""
+    """Raises TypeError for what is neither a tensor nor None; the first three of `check_head` may not be None either."""
     for name, value in arguments.items():
-        if value is None or isinstance(value, Tensor):
+        if isinstance(value, Tensor) or (value is None and name not in ("hidden", "weight", "labels")):
             continue
         attribute = next(
             (a for a in ("weight", "last_hidden_state") if isinstance(getattr(value, a, None), Tensor)), None
         )
-        fix = f"pass its .{attribute}" if attribute else "make it one with torch.as_tensor"
+        if attribute:
+            fix = f"pass its .{attribute}"
+        elif name == "hidden":
+            fix = "pass the last hidden states, last_hidden_state or hidden_states[-1] of a model called for them"
+        else:
+            fix = "make it one with torch.as_tensor"
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; {fix}")
 
 
 def check_labels_shape(labels: Tensor, rows: int) -> None:
     if labels.dim() != 1 or labels.shape[0] != rows:
         if labels.dim() == 2 and labels.shape[0] == rows:
-            fix = "give token ids, argmax(-1) of one-hot labels"
+            fix = "give token ids, argmax(-1) of one-hot labels" if labels.shape[1] > 1 else "squeeze(1) them"
         else:
             fix = "flatten them; drop the first label and the last hidden state of each sequence"
         raise ValueError(f"labels must be (N,) with N={rows}, got {tuple(labels.shape)}; {fix}")
@@ -85,21 +99,23 @@ def check_device(hidden: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}; move it there")
 
 
-def check_numbers(**options: object) -> None:
-    """Raises TypeError for what is neither a Python number nor None: no gradient and no device is behind an option."""
+def check_numbers(kinds: tuple[type, ...] = (int, float), **options: object) -> None:
+    """Raises TypeError for an option that is no Python number: a tensor would get no gradient, or wait for its device."""
     for name, value in options.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}; give a Python number")
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"{name} must be a Python {expected}, got {value!r} ({type(value).__name__}); convert it")
 
 
 def check_scalars(temperature: float, softcap: float | None, logit_scale: float, chunk_size: int | None) -> None:
     """Raises ValueError unless the scalars are positive and finite; TypeError for no number."""
-    check_numbers(temperature=temperature, softcap=softcap, logit_scale=logit_scale, chunk_size=chunk_size)
-    if not (temperature > 0 and math.isfinite(temperature)):
+    check_numbers(temperature=temperature, logit_scale=logit_scale, softcap=1.0 if softcap is None else softcap)
+    check_numbers((int,), chunk_size=1 if chunk_size is None else chunk_size)
+    if not 0 < temperature < math.inf:  # isfinite cannot be traced
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}; 1.0 leaves the logits as they are")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be > 0 and finite, got {softcap}; pass None for a model without one")
-    if not (logit_scale > 0 and math.isfinite(logit_scale)):
+    if not 0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale}; 1.0 leaves the logits as they are")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be >= 1 row, got {chunk_size}; pass None to have it chosen")
@@ -152,8 +168,15 @@ def chunk_rows(
 def chunk_rows_gpu(
     rows: int, vocabulary: int, width: int, chunk_size: int | None = None, max_chunk_bytes: int | None = None
 ) -> int:
-    """`chunk_rows` for a GPU with fp32 logits: many rows, because each chunk passes over the weight gradient once."""
-    chunk = chunk_size or -(-max(MIN_CHUNK_ROWS_GPU, width // 2) // 128) * 128
+    """`chunk_rows` for a GPU with fp32 logits: many rows, because each chunk passes over the weight gradient once.
+
+    Equal chunks, and rather a quarter larger than one more.
+    """
+    chunk = chunk_size
+    if chunk is None:
+        chunk = max(MIN_CHUNK_ROWS_GPU, width // 2)
+        chunks = max(1, math.ceil(rows / chunk - 0.25))
+        chunk = math.ceil(rows / chunks / 128) * 128
     if max_chunk_bytes is not None:
         chunk = min(chunk, max_chunk_bytes // (vocabulary * 4))
     return max(1, min(chunk, rows))

@@ -32,7 +32,7 @@ TINY = 1e-38
 
 
 def choose_winner(
-    rows: int,
+    labels: Tensor,
     source_ids: Tensor | None,
     source_ce: Tensor | None,
     source_index: Tensor | None,
@@ -50,16 +50,15 @@ def choose_winner(
         winner = winner.masked_fill(lowest == torch.inf, -1)
     else:
         sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        device = None if source_ids is None else source_ids.device
-        winner = torch.full((sequences,), -1 if source_ids is None else 0, dtype=torch.int64, device=device)
+        winner = torch.full((sequences,), -1 if source_ids is None else 0, dtype=torch.int64, device=labels.device)
     if source_ids is None:
         return winner, None
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if winner.shape[0] != sequences:
         return winner, winner
     if sequences == 1:
-        return winner, winner.expand(rows)
-    row = torch.arange(rows, device=winner.device)
+        return winner, winner.expand(labels.shape)
+    row = torch.arange(len(labels), device=winner.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(cu_seqlens.dtype), right=True)
     # Bounds that end before the last row are an error where values may be read; -2 marks it where they may not.
     return winner, torch.nn.functional.pad(winner, (0, 1), value=-2)[sequence]
@@ -87,11 +86,16 @@ def prepare_kept(
     vocabulary: int,
     dtype: torch.dtype,
 ) -> Kept:
-    """Reads the winner's entries of `rows`, merges duplicate ids and settles the tail. Needs no logits."""
+    """Reads the winner's entries of `rows`, merges duplicate ids and settles the tail. Needs no logits.
+
+    In fp64, as (n, K) numbers cost nothing: t = 1 - M of a peaked source would have lost its digits in fp32.
+    """
     winner = row_winner[rows]
     source = winner.clamp_min(0)
     ids = source_ids[source, rows].long().masked_fill((winner < 0)[:, None], -1)
-    p = source_logprobs[source, rows].to(dtype).exp().masked_fill(ids < 0, 0)
+    log_p = source_logprobs[source, rows].double().masked_fill(ids < 0, -torch.inf)
+    top = log_p.amax(1).clamp_min(LOWEST)  # p relative to the largest: renormalised, e^-800 counts as well
+    p = (log_p - top[:, None]).exp()
 
     # Equal ids become neighbours; each run's mass is added into one slot.
     ids, order = ids.sort(1)
@@ -101,22 +105,23 @@ def prepare_kept(
     p = torch.zeros_like(p).scatter_add_(1, run, p)
     ids = torch.full_like(ids, -1).scatter_(1, run, ids)
 
-    mass = p.sum(1)
+    relative = p.sum(1)
+    mass = relative * top.exp()
     bad = ~(mass <= 1 + MASS_SLACK)  # true for NaN
     if bad.any():
         raise ValueError(
             "source_logprobs must be natural log-probabilities of one distribution, a row's add up to a mass of "
             f"{mass[bad][0].item():.4g}; take log_softmax over the whole vocabulary, and pad with the id -1"
         )
-    present = mass > 0
+    present = relative > 0
     ids = ids.masked_fill(~present[:, None], -1)
     if not bucket:
         t = torch.zeros_like(mass)
     elif source_tail is None:
         t = (1 - mass).clamp_min(0)
     else:
-        t = source_tail[source, rows].to(dtype)
-        outside = (t < -TAIL_SLACK) | (t > 1 + TAIL_SLACK)
+        t = source_tail[source, rows].double()
+        outside = ~((t >= -TAIL_SLACK) & (t <= 1 + TAIL_SLACK))  # true for NaN
         if (outside & present).any():
             raise ValueError(
                 f"source_tail must be linear mass in [0, 1], got {t[outside & present][0].item():.6g}; "
@@ -125,9 +130,9 @@ def prepare_kept(
         t = t.clamp(0, 1)
     # No column outside the ids could take a tail: it is rounding, and p is renormalised.
     t = t.masked_fill(~present | ((ids >= 0).sum(1) == vocabulary), 0)
-    p = p * ((1 - t) / mass.where(present, torch.ones_like(mass)))[:, None]
+    p = p * ((1 - t) / relative.where(present, torch.ones_like(relative)))[:, None]
     log_p = torch.where(p == 0, 0, p.log())
-    return Kept(ids, p, log_p, t, torch.xlogy(t, t), mass, present)
+    return Kept(ids, *(x.to(dtype) for x in (p, log_p, t, torch.xlogy(t, t), mass)), present)
 
 
 def check_values(
@@ -199,11 +204,10 @@ def fused_loss_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns loss (scalar, or (N,) when per_row), dhidden, dweight, dbias for grad_output = 1 (empty unless asked for;
-    dweight and dbias in the compute dtype), ce, kd, source_mass, target_mass (N,) and winner."""
-    N = hidden.shape[0]
+    in the compute dtype, or fp16 would lose what grad_output scales up), ce, kd, source_mass, target_mass (N,) and winner."""
     if not (impl == "triton" and hidden.is_cuda):  # there a check would wait for the device: the row becomes NaN
         check_values(labels, weight.shape[0], source_ids, source_logprobs, source_index, cu_seqlens)
-    winner, row_winner = choose_winner(N, source_ids, source_ce, source_index, cu_seqlens)
+    winner, row_winner = choose_winner(labels, source_ids, source_ce, source_index, cu_seqlens)
     if impl == "triton":
         from .fused_loss_triton import fused_loss_triton as compute  # not before: without a GPU there may be no triton
     else:
@@ -213,7 +217,7 @@ def fused_loss_forward(
         temperature, bucket, softcap, logit_scale, per_row, grad_hidden, grad_weight, grad_bias,
         chunk_size, max_chunk_bytes,
     )  # fmt: skip
-    return *results, winner.to(hidden.device).clone()  # an op's output may not be its input
+    return *results, winner.clone()  # an op's output may not be its input
 
 
 fused_loss = torch.library.custom_op("profuser::fused_loss", mutates_args=())(fused_loss_forward)
@@ -246,7 +250,7 @@ def fused_loss_torch(
     scratch_T = torch.empty_like(scratch) if kept is not None and temperature != 1 else None
     slope = torch.empty_like(scratch) if softcap is not None and need_grad else None
 
-    dhidden = hidden.new_zeros(N, D) if grad_hidden else hidden.new_empty(0)
+    dhidden = hidden.new_zeros(N, D, dtype=dtype) if grad_hidden else hidden.new_empty(0, dtype=dtype)
     dweight = weight.new_zeros(V, D, dtype=dtype) if grad_weight else weight.new_empty(0, dtype=dtype)
     dbias = weight.new_zeros(V, dtype=dtype) if grad_bias else weight.new_empty(0, dtype=dtype)
     ce, kd, source_mass, target_mass = (hidden.new_zeros(N, dtype=dtype) for _ in range(4))
@@ -282,7 +286,7 @@ def fused_loss_torch(
             if slope is not None:
                 z.mul_(slope[: h.shape[0]])
             if grad_hidden:
-                dhidden[at] = head.pull_back(z).to(hidden.dtype)
+                dhidden[at] = head.pull_back(z)
             if grad_weight:
                 dweight.addmm_(z.t(), h)
             if grad_bias:
@@ -393,7 +397,7 @@ def _(
         winners = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
         hidden.new_empty((N,) if per_row else (), dtype=dtype),
-        hidden.new_empty((N, D) if grad_hidden else (0,)),
+        hidden.new_empty((N, D) if grad_hidden else (0,), dtype=dtype),
         weight.new_empty((V, D) if grad_weight else (0,), dtype=dtype),
         weight.new_empty((V,) if grad_bias else (0,), dtype=dtype),
         *(hidden.new_empty(N, dtype=dtype) for _ in range(4)),
@@ -417,6 +421,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *unused):
     none = (None,) * 20
+    if torch.is_grad_enabled():  # the gradients are data here, not a graph: a penalty on them would be dropped silently
+        raise RuntimeError("the fused loss has no second derivative, got create_graph=True; call backward without it")
     if grad_loss is None:
         return None, None, None, *none
     temperature, bucket, softcap, logit_scale, per_row, _, _, _, chunk_size, max_chunk_bytes, impl = ctx.options

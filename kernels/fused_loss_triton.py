@@ -52,7 +52,7 @@ def fused_loss_triton(
     temperature, bucket, softcap, logit_scale, per_row, grad_hidden, grad_weight, grad_bias,
     chunk_size, max_chunk_bytes,
 ):  # fmt: skip
-    """As `fused_loss_torch`, for bf16, fp16 and fp32; dweight and dbias are fp32.
+    """As `fused_loss_torch`, for bf16, fp16 and fp32; what it returns is fp32.
 
     The GEMMs run in hidden's dtype, to which the weight is cast.
     """
@@ -70,7 +70,7 @@ def fused_loss_triton(
     loss, ce, kd, source_mass, target_mass = (empty(N) for _ in range(5))
     gold_slot, lifted_ids = empty(N, dtype=torch.int32), empty(N, slots, dtype=torch.int32)
     p, t = (None, None) if source_ids is None else (empty(N, slots), empty(N))
-    dhidden = empty(*((N, D) if grad_hidden else (0,)), dtype=hidden.dtype)
+    dhidden = empty(*((N, D) if grad_hidden else (0,)))
     dweight = empty(*((V, D) if grad_weight else (0,)))
     dbias = hidden.new_zeros(V if grad_bias else 0, dtype=torch.float32)
 
@@ -102,7 +102,7 @@ def fused_loss_triton(
                 logits, bias, lifted_ids, lifted_z, begin, padded, slots, *head, slot_block, num_warps=1
             )
             _dense_kernel[(n,)](
-                *(logits, grad, bias, lifted_z, lifted_grad, gold_slot, lifted_ids, p, t, source_mass),
+                *(logits, grad, bias, lifted_z, lifted_grad, gold_slot, lifted_ids, p, t),
                 *(ce_weight, kd_weight, loss, ce, kd, target_mass, begin, temperature),
                 *(padded, slots, p is not None and temperature != 1, *head, block, triton.next_power_of_2(slots)),
                 num_warps=warps,

@@ -30,14 +30,14 @@ _LANE = tl.constexpr(8)
 
 @triton.jit
 def _entries(ids_ptr, logprobs_ptr, slot, stride_ids, stride_logprobs, has_source, V, K: tl.constexpr):
-    """ids (-1 = no entry), p (0 there), and whether a slot holds a value out of range."""
+    """ids (-1 = no entry), log-probabilities (-inf there), and whether a slot holds a value out of range."""
     inside = (slot < K) & has_source
     slot = slot.to(tl.int64)
     ids = tl.load(ids_ptr + slot * stride_ids, mask=inside, other=-1).to(tl.int64)
     logprobs = tl.load(logprobs_ptr + slot * stride_logprobs, mask=inside, other=0).to(tl.float32)
     invalid = (ids < -1) | (ids >= V) | ((ids >= 0) & (logprobs > _LOGPROB_SLACK))
     ids = tl.where(invalid, -1, ids).to(tl.int32)
-    return ids, tl.where(ids >= 0, tl.exp(logprobs), 0.0), invalid
+    return ids, tl.where(ids >= 0, logprobs, float("-inf")), invalid
 
 
 # Strides change with N, and the kernel is too short to gain from a variant per alignment.
@@ -86,22 +86,25 @@ def _prep_kernel(
         ids_ptr += source * stride_ids_s + row * stride_ids_n
         logprobs_ptr += source * stride_logprobs_s + row * stride_logprobs_n
         slot = tl.arange(0, BLOCK_K)
-        ids, p, wrong = _entries(ids_ptr, logprobs_ptr, slot, stride_ids_k, stride_logprobs_k, has_source, V, K)
+        ids, logprobs, wrong = _entries(ids_ptr, logprobs_ptr, slot, stride_ids_k, stride_logprobs_k, has_source, V, K)
+        # Relative to the largest: renormalised, entries of e^-200 count as well.
+        top = tl.maximum(tl.max(logprobs, 0), _LOWEST)
 
         # Every slot against every slot: the first of equal ids takes the mass of all.
         merged = tl.zeros([BLOCK_K], tl.float32)
         earlier = tl.zeros([BLOCK_K], tl.int32)
         for start in range(0, K, BLOCK_COMPARE):
             other = start + tl.arange(0, BLOCK_COMPARE)
-            other_ids, other_p, _ = _entries(
+            other_ids, other_logprobs, _ = _entries(
                 ids_ptr, logprobs_ptr, other, stride_ids_k, stride_logprobs_k, has_source, V, K
             )
             same = (ids[:, None] == other_ids[None, :]) & (ids >= 0)[:, None]
-            merged += tl.sum(tl.where(same, other_p[None, :], 0.0), 1)
+            merged += tl.sum(tl.where(same, tl.exp(other_logprobs - top)[None, :], 0.0), 1)
             earlier += tl.sum((same & (other[None, :] < slot[:, None])).to(tl.int32), 1)
         first = (ids >= 0) & (earlier == 0)
         p = tl.where(first, merged, 0.0)
-        mass = tl.sum(p, 0)
+        relative = tl.sum(p, 0)
+        mass = relative * tl.exp(top)
         # True for NaN: a poisoned source must show in the loss.
         present = tl.max((p != 0).to(tl.int32), 0) > 0
 
@@ -117,7 +120,7 @@ def _prep_kernel(
                 t = tl.minimum(tl.maximum(t, 0.0), 1.0)
             # No column outside the ids could take a tail: it is rounding, and p is renormalised.
             t = tl.where(present & (tl.sum(first.to(tl.int32), 0) < V), t, 0.0)
-        p = p * ((1 - t) / tl.where(present, mass, 1.0))
+        p = p * ((1 - t) / tl.where(present, relative, 1.0))
 
         invalid = invalid | (tl.max(wrong.to(tl.int32), 0) > 0) | (mass > 1 + _MASS_SLACK)
         first = first & present & (invalid == 0)
@@ -255,7 +258,6 @@ def _dense_kernel(
     lifted_ids_ptr,
     p_ptr,
     t_ptr,
-    source_mass_ptr,
     ce_weight_ptr,
     kd_weight_ptr,
     loss_ptr,
@@ -315,13 +317,13 @@ def _dense_kernel(
             sum_dense_T = tl.sum(total_T * tl.exp((top - m_dense) * inv_T), 0)
 
         slot = tl.arange(0, BLOCK_SLOTS)
-        z = tl.load(lifted_z_ptr + row * SLOTS + slot, mask=slot < SLOTS, other=float("-inf"))
+        lifted_z = tl.load(lifted_z_ptr + row * SLOTS + slot, mask=slot < SLOTS, other=float("-inf"))
         is_gold = slot == gold_slot
-        z_gold = tl.sum(tl.where(is_gold, z, 0.0), 0)
+        z_gold = tl.sum(tl.where(is_gold, lifted_z, 0.0), 0)
         # From here NaN spreads into all that the row writes.
         z_gold = tl.where(gold_slot == _INVALID, float("nan"), z_gold)
-        m = tl.maximum(m_dense, tl.max(z, 0))
-        below = z - m
+        m = tl.maximum(m_dense, tl.max(lifted_z, 0))
+        below = lifted_z - m
         e = exact_exp(below)  # 0 in an empty slot
         e_gold = exact_exp(z_gold - m)
         shrink = exact_exp(m_dense - m)
@@ -341,7 +343,7 @@ def _dense_kernel(
             T = temperature
             p = tl.load(p_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=0.0)
             t = tl.load(t_ptr + n)
-            present = tl.load(source_mass_ptr + n) != 0
+            present = tl.sum(p, 0) + t != 0  # else it is 1; true for NaN
             kept = (slot < SLOTS - 1) & (tl.load(lifted_ids_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=-1) >= 0)
             gold_kept = (gold_slot >= 0) & (gold_slot < SLOTS - 1)
             e_T, e_gold_T, shrink_T = e, e_gold, shrink
@@ -382,7 +384,7 @@ def _dense_kernel(
         tl.store(target_mass_ptr + n, target_mass)
         if grad_ptr is not None:
             if SOFTCAP is not None:
-                grad *= _slope(z, SOFTCAP)
+                grad *= _slope(lifted_z, SOFTCAP)
             tl.store(lifted_grad_ptr + row * SLOTS + slot, grad, mask=slot < SLOTS)
             # Backwards: what was read last is still in the cache.
             if WHOLE < V_PADDED:

@@ -132,7 +132,7 @@ def _reduce_kernel(
     gold = tl.where(valid, label, -1).to(tl.int32)
     inverse = 1.0 / temperature
 
-    # A running maximum per group of lanes and a sum per lane: nothing crosses a warp before the end of the row.
+    # A running maximum per group of lanes and a sum per lane: of the loop's values only the stored maxima cross a warp.
     top = tl.full([BLOCK_V // GROUP], FLOOR, tl.float32)
     others = tl.zeros([BLOCK_V // GROUP, GROUP], tl.float32)  # at 1, without the gold id: a small CE is no difference
     total = tl.zeros([BLOCK_V // GROUP, GROUP], tl.float32)  # at T, with it: no log-probability depends on the label
@@ -291,6 +291,7 @@ def topk_rows(
 ) -> tuple[Tensor, ...]:
     """The returns of `source_topk`. `logits` gives a slice of at most `chunk` rows before bias, scale and softcap:
     (C, W >= V), contiguous; what stands from column V on does not matter."""
+    labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     N = labels.shape[0]
     supers = triton.cdiv(vocabulary, GROUP.value**2)
     groups = supers * GROUP.value

@@ -59,7 +59,8 @@ def fused_linear_fusion_loss(
     """Cross-entropy plus sparse KL to the winning source, without ever forming [N, V] logits.
 
     Row n adds ce_weight[n]·CE + kd_weight[n]·T²·KL, CE at temperature 1. Logits are softcap·tanh(logit_scale·(h Wᵀ +
-    bias)/softcap), each part only when given. Differentiable once, in hidden, weight and bias.
+    bias)/softcap), each part only when given. Differentiable once, in hidden, weight and bias, by backward: a second
+    derivative is an error, forward-mode differentiation and torch.func are not supported.
 
     Args:
         hidden: (N, D) bf16/fp16/fp32/fp64, last hidden states; row n predicts labels[n], so they are already shifted.
@@ -73,7 +74,8 @@ def fused_linear_fusion_loss(
             Without it the tail is what the entries lack of 1. Only with tail="bucket".
         source_ce: (S, B) nats; each sequence takes its source of lowest CE (NaN and infinite = missing, ties to the
             lowest index, all missing = no KD).
-        source_index: (B,) or (N,) int, the source to take instead, -1 = no KD. Excludes source_ce; one is needed if S > 1.
+        source_index: (B,) or (N,) int, the source to take instead, -1 = no KD; (B,) where B = N. Excludes source_ce; one is
+            needed if S > 1.
         cu_seqlens: (B+1,) int, from 0 to N: where sequences begin; required when B > 1.
         ce_weight: (N,) weight of each row's CE, ones by default.
         kd_weight: (N,) weight of each row's KL, beta·ce_weight by default. Excludes beta.
@@ -85,7 +87,7 @@ def fused_linear_fusion_loss(
         reduction: "mean" over num_items_in_batch or the valid rows (0 when there are none), "sum", or "none": (N,).
         num_items_in_batch: divisor of "mean", for a step of several batches.
         chunk_size: rows whose logits exist at a time; chosen by V when None. max_chunk_bytes caps their bytes.
-        impl: "triton" (CUDA, or under TRITON_INTERPRET=1), "torch" (anywhere), or None: triton on CUDA unless an
+        impl: "triton" (CUDA from sm_80, or under TRITON_INTERPRET=1), "torch" (anywhere), or None: triton on CUDA unless an
             operand is fp64, else torch. Triton reads no value back, so there a value out of range gives no error: its
             row's loss is NaN. It spends time on ignored rows, torch does not.
         return_stats: also return a dict of detached tensors, (N,), unweighted and 0 where a row lacks them: ce,
@@ -178,16 +180,20 @@ def _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chu
             if num_items_in_batch.numel() != 1:
                 shape = tuple(num_items_in_batch.shape)
                 raise ValueError(f"num_items_in_batch must be one number, got {shape}; sum it over the optimizer step")
-        elif num_items_in_batch < 0:
-            raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}; count the valid labels")
-    check_numbers(beta=beta, max_chunk_bytes=max_chunk_bytes)
+        else:
+            check_numbers(num_items_in_batch=num_items_in_batch)
+            if num_items_in_batch < 0:
+                raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}; count the valid labels")
     if beta is not None:
+        check_numbers(beta=beta)
         if kd_weight is not None:
             raise ValueError(f"give beta or kd_weight, not both, got beta={beta} and a kd_weight; multiply it in")
-        if not (beta >= 0 and math.isfinite(beta)):
+        if not 0 <= beta < math.inf:
             raise ValueError(f"beta must be >= 0 and finite, got {beta}; 0 turns distillation off")
-    if max_chunk_bytes is not None and max_chunk_bytes < 1:
-        raise ValueError(f"max_chunk_bytes must be >= 1, got {max_chunk_bytes}; pass None for no cap")
+    if max_chunk_bytes is not None:
+        check_numbers((int,), max_chunk_bytes=max_chunk_bytes)
+        if max_chunk_bytes < 1:
+            raise ValueError(f"max_chunk_bytes must be >= 1, got {max_chunk_bytes}; pass None for no cap")
 
 
 def _check_sources(
@@ -195,6 +201,8 @@ def _check_sources(
 ) -> None:  # fmt: skip
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
         raise ValueError(f"cu_seqlens must be (B+1,), from 0 to N, got {tuple(cu_seqlens.shape)}; cumulate the lengths")
+    if cu_seqlens is not None and cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int64 or int32, got {cu_seqlens.dtype}; cast it with .int()")
     if source_ids is None:
         for name, value in (
             ("source_logprobs", source_logprobs), ("source_tail", source_tail),
@@ -235,13 +243,19 @@ def _check_sources(
         if tail != "bucket":
             raise ValueError(f"source_tail needs tail='bucket', got {tail!r}; drop it: renormalizing divides it out")
         if source_tail.shape != shape[:2]:
-            raise ValueError(f"source_tail must be (S, N) = {shape[:2]}, got {tuple(source_tail.shape)}; sum over K")
+            fix = "unsqueeze(0) that of a single source" if source_tail.dim() == 1 else "sum over K"
+            raise ValueError(f"source_tail must be (S, N) = {shape[:2]}, got {tuple(source_tail.shape)}; {fix}")
     if source_ce is not None and source_index is not None:
         raise ValueError("give source_ce or source_index, not both, got both; source_index already fixes the choice")
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if source_ce is not None:
         if source_ce.dim() != 2 or source_ce.shape[0] != sources:
-            fix = "unsqueeze(1) that of one sequence" if source_ce.dim() == 1 else "transpose it"
+            if source_ce.dim() == 1:
+                fix = "unsqueeze(1) that of one sequence"
+            elif source_ce.dim() == 2 and source_ce.shape[1] == sources:
+                fix = "transpose it"
+            else:
+                fix = "give a row for each source of source_ids"
             raise ValueError(f"source_ce must be (S, B) with S={sources}, got {tuple(source_ce.shape)}; {fix}")
         found, name = source_ce.shape[1], "source_ce"
     elif source_index is not None:
@@ -259,7 +273,10 @@ def _check_sources(
             raise ValueError(f"with S={sources} sources a choice is needed, got none; {fix}")
         return
     if sequences is None and found != 1:
-        raise ValueError(f"cu_seqlens is required when B > 1, {name} has B={found}; give the (B+1,) sequence bounds")
+        rows_too = f", or a source for each of N={rows} rows" if name == "source_index" else ""
+        raise ValueError(
+            f"cu_seqlens is required when B > 1, {name} has B={found}; give the (B+1,) sequence bounds{rows_too}"
+        )
     if sequences is not None and found != sequences:
         raise ValueError(f"{name} must have B={sequences} sequences as cu_seqlens, got {found}; give one per sequence")
 

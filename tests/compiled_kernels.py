@@ -30,6 +30,8 @@ class Kernel:
     warps: int = 4
     streams: bool = False
     """Its loops must load and store 16 bytes at a time, without a barrier."""
+    multiples_of_16: tuple[str, ...] = ()
+    """Integers that always are, which the compiler is told at run time; pointers are anyway."""
 
 
 def kernels(warp_size: int) -> dict[str, Kernel]:
@@ -72,13 +74,14 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
 
     def dense(V, K=10, dtype="bf16", **changes):
         block, warps = driver.dense_config(V, warp_size)
-        floats = ("lifted_z", "lifted_grad", "p", "t", "source_mass", "ce_weight", "kd_weight", "loss", "ce", "kd")
+        floats = ("lifted_z", "lifted_grad", "p", "t", "ce_weight", "kd_weight", "loss", "ce", "kd")
         arguments = {f"{name}_ptr": "*fp32" for name in ("logits", *floats, "target_mass")} | {
             "grad_ptr": f"*{dtype}", "bias_ptr": None, "gold_slot_ptr": "*i32", "lifted_ids_ptr": "*i32",
             "begin": "i32", "temperature": "fp32", "V_PADDED": padded(V), "SLOTS": K + 1, "TEMPERED": False,
             "SCALE": 1.0, "SOFTCAP": None, "BLOCK_V": block, "BLOCK_SLOTS": triton.next_power_of_2(K + 1),
         }  # fmt: skip
-        return Kernel(function=source._dense_kernel, arguments=arguments | changes, warps=warps, streams=True)
+        arguments |= changes
+        return Kernel(function=source._dense_kernel, arguments=arguments, warps=warps, streams=padded(V) > block)
 
     source_pointers = ("winner_ptr", "ids_ptr", "logprobs_ptr", "tail_ptr", "p_ptr", "t_ptr")
     everything = {"TEMPERED": True, "SCALE": 0.5, "SOFTCAP": 30.0, "bias_ptr": "*bf16"}
@@ -89,9 +92,14 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         "gather K=10": gather(10),
         "gather K=128, softcap, bias": gather(128, bias="*bf16", SCALE=0.5, SOFTCAP=30.0),
         "scatter K=128": scatter(128),
+        "dense V=1024": dense(1024),
         "dense V=32000": dense(32000),
         "dense V=32000, fp32": dense(32000, dtype="fp32"),
         "dense V=32003, all options": dense(32003, **everything),
+        # Whole blocks, without a masked one behind them.
+        "dense V=32768": dense(32768),
+        "dense V=49152, all options": dense(49152, **everything),
+        "dense V=131072, no source": dense(131072, K=0, p_ptr=None, t_ptr=None),
         "dense V=151936": dense(151936),
         "dense V=151936, T": dense(151936, TEMPERED=True),
         "dense V=151936, K=128, all options": dense(151936, K=128, **everything),
@@ -114,25 +122,29 @@ def source_topk_kernels() -> dict[str, Kernel]:
         supers = triton.cdiv(V, source.GROUP.value**2)
         return supers, supers * source.GROUP.value, max(2, triton.next_power_of_2(k))
 
-    def reduce(V, **changes):
+    def reduce(V, padded=True, **changes):
         outputs = {f"{name}_ptr": "*fp32" for name in ("maxima", "lse", "ce")} | {"labels_ptr": "*i64"}
         fixed = {"V": V, "G": sizes(V)[1], "AT_ONE": True, "BLOCK_V": 2048}
-        return Kernel(function=source._reduce_kernel, arguments=row | outputs | fixed | changes)
+        arguments = row | outputs | fixed | changes
+        return Kernel(function=source._reduce_kernel, arguments=arguments, multiples_of_16=("width",) if padded else ())
 
     def select(V, k, **changes):
         supers, groups, K = sizes(V, k)
         fixed = {"V": V, "G": groups, "K": K, "BLOCK_S": max(K, triton.next_power_of_2(supers))}
-        return Kernel(function=source._select_kernel, arguments=row | kept | {"maxima_ptr": "*fp32"} | fixed | changes)
+        arguments = row | kept | {"maxima_ptr": "*fp32"} | fixed | changes
+        return Kernel(function=source._select_kernel, arguments=arguments, multiples_of_16=("width",))
 
     def of_range(V, k, **changes):
         pointers = {f"{name}_ptr": "*i64" for name in ("rows", "lo", "hi", "order")} | {"logmass_ptr": "*fp32"}
         numbers = dict.fromkeys(("first_row", "chunk_rows", "order_size"), "i32")
         fixed = {"V": V, "K": sizes(V, k)[2], "BLOCK": 1024}
-        return Kernel(function=source._range_kernel, arguments=row | kept | pointers | numbers | fixed | changes)
+        arguments = row | kept | pointers | numbers | fixed | changes
+        return Kernel(function=source._range_kernel, arguments=arguments, multiples_of_16=("width",))
 
     return {
         "reduce V=128256": reduce(128256),
         "reduce V=50257, T, all options": reduce(50257, AT_ONE=False, **everything),
+        "reduce of ready-made logits, V=50257": reduce(50257, padded=False, logits_ptr="*bf16"),
         "select V=128256, k=64": select(128256, 64),
         "select V=262144, k=128, all options": select(262144, 128, **everything),
         "range V=128256, k=10": of_range(128256, 10),
@@ -151,7 +163,11 @@ def compile_kernel(kernel: Kernel, target):
         fn=kernel.function,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in kernel.arguments.items() if name not in types},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in types.items()
+            if kind.startswith("*") or name in kernel.multiples_of_16
+        },
     )
     return compile(source, target=target, options={"num_warps": kernel.warps})
 

@@ -181,6 +181,15 @@ def test_mass_above_one_by_rounding_is_divided_out(loss, check):
     torch.testing.assert_close(ours["dhidden"], loss(case, tail="renormalize")["dhidden"])
 
 
+@pytest.mark.parametrize("height", [-95.0, -120.0])
+def test_entries_too_small_for_fp32_count_once_renormalised(loss, height):
+    case = small_case(tail="renormalize")
+    case["source_logprobs"] += height
+    ours, truth = loss(case), run(fusion_loss_reference, case, upcast=torch.float64)
+    for name in ("loss", "kd", "dhidden", "dweight"):
+        torch.testing.assert_close(ours[name].double(), truth[name], rtol=1e-4, atol=1e-6)
+
+
 def test_ids_that_cover_the_vocabulary_leave_no_bucket(check):
     case = small_case(V=6, K=6)
     case["source_ids"] = torch.arange(6, dtype=torch.int32).expand(3, ROWS, 6).clone()

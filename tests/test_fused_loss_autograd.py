@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from loss_checks import DIFFERENTIABLE, assert_close_to_truth, make_case, run
 from new_tensors import NewTensors
 
+from profuser.kernels.common import IGNORE_INDEX
 from profuser.kernels.fused_loss import fused_loss, fused_loss_forward
 from profuser.kernels.reference import fusion_loss_reference
 from profuser.loss import FusedLinearFusionLoss, fused_linear_fusion_loss
@@ -33,6 +34,15 @@ def test_the_scale_of_a_bf16_gradient_is_not_rounded_to_bf16():
     ours = run(fused_linear_fusion_loss, case)["dhidden"].double()
     true = run(fusion_loss_reference, case, upcast=torch.float64)["dhidden"]
     assert ((ours * true).sum() / (true * true).sum()).item() == pytest.approx(1, abs=5e-4)
+
+
+def test_an_fp16_gradient_survives_small_weights():
+    """grad_output, with the loss scale, comes in after forward: what fp16 lost there it could not bring back."""
+    case = make_case(torch.float16, reduction="sum")
+    case |= {name: case[name] * 1e-7 for name in ("ce_weight", "kd_weight")}
+    found = run(fused_linear_fusion_loss, case, grad_output=65536.0)["dhidden"].double()
+    truth = run(fusion_loss_reference, case, upcast=torch.float64, grad_output=65536.0)["dhidden"]
+    assert (found - truth).norm() < 2e-3 * truth.norm()
 
 
 def test_transposed_operands():
@@ -169,6 +179,24 @@ def test_compiles_in_one_graph():
             torch.testing.assert_close(found[name], expected[name])
 
 
+def test_compiles_once_for_every_size_and_every_weight():
+    compiled = torch.compile(fused_linear_fusion_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for N, options in ((37, {"beta": 0.1}), (23, {"beta": 0.4}), (23, {"beta": 0.4, "temperature": 2.0})):
+        case = make_case(N=N, kd_weight=None)
+        found, expected = (run(f, case, **options) for f in (compiled, fused_linear_fusion_loss))
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_an_error(reduction):
+    case = make_case(reduction=reduction)
+    hidden = case["hidden"].requires_grad_()
+    loss = fused_linear_fusion_loss(**case).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 @pytest.mark.long
 def test_compiles_with_inductor():
     for found, expected in compiled_results("inductor"):
@@ -287,6 +315,19 @@ WRONG = {
     "source that requires grad": ({"source_logprobs": lambda x: x.requires_grad_()}, "must not require grad"),
     "triton in fp64": ({"impl": "triton", "hidden": lambda x: x.double()}, "computes in float32, got float64"),
     "unknown impl": ({"impl": "cuda"}, "impl must be None"),
+    "float bounds": ({"cu_seqlens": lambda x: x.float()}, "cu_seqlens must be int64 or int32"),
+    "tail mass without sources": ({"source_tail": torch.zeros(37)}, r"unsqueeze\(0\)"),
+    "source_ce of fewer sources": ({"source_ce": torch.zeros(2, 4)}, "a row for each source"),
+    "label padding of -1": ({"labels": lambda x: x.masked_fill(x == IGNORE_INDEX, -1)}, "mark what is not learnt with -100"),
+    "labels with an axis too many": ({"labels": lambda x: x[:, None]}, r"squeeze\(1\)"),
+    "head of a shard": ({"weight": torch.zeros(0)}, "gathered first"),
+    "no hidden states": ({"hidden": None}, "hidden must be a tensor, got NoneType; pass the last hidden states"),
+    "all hidden states": ({"hidden": lambda x: (x, x)}, r"hidden must be a tensor, got tuple.*hidden_states\[-1\]"),
+    "learnable temperature": ({"temperature": torch.ones((), requires_grad=True)}, "temperature must be a Python int or float"),
+    "temperature as text": ({"temperature": "1"}, r"got '1' \(str\)"),
+    "chunk of a half": ({"chunk_size": 2.5}, "chunk_size must be a Python int, got 2.5"),
+    "bytes as a float": ({"max_chunk_bytes": 1e6}, "max_chunk_bytes must be a Python int"),
+    "divisor as text": ({"num_items_in_batch": "4"}, "num_items_in_batch must be a Python int or float"),
 }  # fmt: skip
 
 
@@ -295,6 +336,6 @@ def test_wrong_arguments_name_the_rule_the_value_and_the_fix(changes, message):
     case = make_case()
     for name, change in changes.items():
         case[name] = change(case[name]) if callable(change) else change
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, TypeError), match=message) as error:
         fused_linear_fusion_loss(**case)
     assert "\n" not in str(error.value)

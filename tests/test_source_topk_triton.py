@@ -297,6 +297,15 @@ def test_softcap_scale_and_bias(device, softcap, logit_scale, bias):
     check_hidden(device, case, 7, **options)
 
 
+def test_labels_and_bias_of_any_stride(device):
+    case = on(device, make_case() | {"bias": torch.randn(83, generator=torch.Generator().manual_seed(5))})
+    expected = source_topk(**case, k=7, impl="triton")
+    for strided in (lambda x: torch.stack([x, x], 1)[:, 0], lambda x: x.repeat_interleave(2)[::2]):
+        changed = case | {name: strided(case[name]) for name in ("labels", "bias")}
+        for found, same in zip(source_topk(**changed, k=7, impl="triton"), expected, strict=True):
+            assert torch.equal(found, same)
+
+
 @pytest.mark.parametrize(("V", "k"), [(83, 4), (83, 64), (2500, 10)])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_ranges(device, V, k, temperature):
