@@ -66,21 +66,27 @@ def rows(hidden, batch):
     }
 
 
-def fusion_model(model, batch):
-    return FusionModel(model, tail=TAIL)(**batch)["loss"]
+# Each takes the model and returns what takes a batch: what is done once is not timed.
 
 
-def on_rows(loss, model, batch):
-    return loss(weight=model.lm_head.weight, **rows(hidden_states(model, batch["input_ids"], None), batch))
+def fusion_model(model):
+    fusion = FusionModel(model, tail=TAIL)
+    return lambda batch: fusion(**batch)["loss"]
 
 
-def transformers_loss(model, batch):
+def on_rows(loss, model):
+    return lambda batch: loss(
+        weight=model.lm_head.weight, **rows(hidden_states(model, batch["input_ids"], None), batch)
+    )
+
+
+def transformers_loss(model):
     """Cross-entropy alone, as Hugging Face computes it: what plain fine-tuning costs."""
-    return model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+    return lambda batch: model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
 
 
-def no_loss(model, batch):
-    return hidden_states(model, batch["input_ids"], None).float().mean()
+def no_loss(model):
+    return lambda batch: hidden_states(model, batch["input_ids"], None).float().mean()
 
 
 IMPLEMENTATIONS = {
@@ -99,11 +105,12 @@ def make_model():
 
 
 def make_step(implementation):
-    model, batch, loss = make_model(), make_batch(), IMPLEMENTATIONS[implementation][1]
+    model, batch = make_model(), make_batch()
+    loss = IMPLEMENTATIONS[implementation][1](model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step():
-        loss(model, batch).backward()
+        loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
@@ -117,7 +124,7 @@ def process_peaks():
 
 def check(implementation):
     """The loss of one short sequence equals the dense reference's on the model's hidden states."""
-    computes, loss = IMPLEMENTATIONS[implementation]
+    computes, loss_of = IMPLEMENTATIONS[implementation]
     if computes == "nothing":
         return
     model, batch = make_model(), make_batch()
@@ -125,7 +132,7 @@ def check(implementation):
     part |= {name: batch[name][:, :1, :CHECKED_TOKENS] for name in ("source_ids", "source_logprobs")}
     part["source_ce"] = batch["source_ce"][:, :1]
     with torch.no_grad():
-        found = loss(model, part)
+        found = loss_of(model)(part)
         hidden = hidden_states(model, part["input_ids"], None).double()
         inputs = rows(hidden, part) | {"weight": model.lm_head.weight.double()}
         if computes == "cross-entropy":

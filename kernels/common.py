@@ -208,15 +208,19 @@ class Head:
             columns = slice(begin, begin + self.block)
             yield columns, self.weight[columns].to(self.dtype)
 
-    def logits_into(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """Writes softcap·tanh(logit_scale·(hidden Wᵀ + bias)/softcap) into `logits` (C, V) and returns it."""
+    def logits_into(self, logits: Tensor, hidden: Tensor, slope: Tensor | None = None) -> Tensor:
+        """Writes softcap·tanh(logit_scale·(hidden Wᵀ + bias)/softcap) into `logits` (C, V) and returns it; into `slope` the
+        softcap's derivative, from the tanh itself: (z/softcap)² would have lost the digits of 1 - tanh²."""
         for columns, weight in self.blocks():
             torch.mm(hidden, weight.t(), out=logits[:, columns])  # out=, in-place: autocast leaves the operands alone
         if self.bias is not None:
             logits.add_(self.bias)
         if self.softcap is None:
             return logits if self.logit_scale == 1.0 else logits.mul_(self.logit_scale)
-        return logits.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
+        logits.mul_(self.logit_scale / self.softcap).tanh_()
+        if slope is not None:
+            torch.mul(logits, logits, out=slope).neg_().add_(1)
+        return logits.mul_(self.softcap)
 
     def pull_back(self, grad_logits: Tensor) -> Tensor:
         """(C, V) gradient of hidden Wᵀ + bias → (C, D) gradient of hidden."""

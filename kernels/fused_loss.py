@@ -261,9 +261,8 @@ def fused_loss_torch(
         # Without ignored rows a slice does, and nothing is copied.
         at = chunk if n == N else rows[chunk]
         h = hidden[at].to(dtype)
-        z = head.logits_into(scratch[: h.shape[0]], h)
-        if slope is not None:
-            torch.mul(z, z, out=slope[: h.shape[0]]).div_(-(softcap**2)).add_(1)
+        slope_c = slope if slope is None else slope[: h.shape[0]]
+        z = head.logits_into(scratch[: h.shape[0]], h, slope_c)
         chunk_kept = None if kept is None else Kept(*(x[chunk] for x in kept))
         # The gradient leaves through logit_scale, a factor of every row scalar.
         ce_c, kd_c, mass_c = chunk_losses(
@@ -283,8 +282,8 @@ def fused_loss_torch(
             kd[at], target_mass[at], source_mass[at] = kd_c, mass_c, chunk_kept.mass
         terms[at if per_row else chunk] = term
         if need_grad:
-            if slope is not None:
-                z.mul_(slope[: h.shape[0]])
+            if slope_c is not None:
+                z.mul_(slope_c)
             if grad_hidden:
                 dhidden[at] = head.pull_back(z)
             if grad_weight:

@@ -6,15 +6,17 @@ entries, N = B·(T − 1) shifted rows, E examples: B, or more where rows are pa
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DataCollatorWithFlattening, PreTrainedModel
 
-from profuser.kernels.common import IGNORE_INDEX
-from profuser.loss import fused_linear_fusion_loss
-from profuser.models import Head, hidden_states
+from profuser.errors import DataError
+from profuser.kernels.common import IGNORE_INDEX, check_scalars
+from profuser.loss import check_options, fused_linear_fusion_loss
+from profuser.models import Head, evaluating, head_layer, hidden_states
 
 # What collators that flatten a batch may add for the attention; passed on to the model.
 FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -34,7 +36,7 @@ class FusionModel(nn.Module):
         model: the target; its final softcap, logit scale and head bias are honoured (or the model is refused).
         beta, temperature, tail: as in fused_linear_fusion_loss; beta only where forward gets no kd_weight.
     Raises:
-        DataError: the model's logits are not a linear head on its hidden states.
+        DataError: the model's logits are not a linear head on its hidden states, or it adds a router's loss to its own.
     """
 
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch …
@@ -45,12 +47,28 @@ class FusionModel(nn.Module):
         self, model: PreTrainedModel, *, beta: float | None = None, temperature: float = 1.0, tail: str = "bucket"
     ):
         super().__init__()
+        check_scalars(temperature, None, 1.0, None)
+        check_options(tail, "mean", None, beta, None, None)
         head = Head.of(model)
+        if getattr(model.config.get_text_config(), "output_router_logits", False):
+            raise DataError(
+                f"a model's loss must be its cross-entropy, {type(model).__name__} adds its router's (output_router_logits); set "
+                "model.config.output_router_logits = False"
+            )
         self.model = model
+        self.keeps_apart = {flattened: keeps_apart(model, flattened) for flattened in (False, True)}
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.beta, self.temperature, self.tail = beta, temperature, tail
         self.register_state_dict_post_hook(drop_tied)
         self.register_load_state_dict_pre_hook(restore_tied)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """Not there: who asks for it replaces this class's loss by one of its own, as TRL's trainers do."""
+        raise TypeError(
+            "FusionModel's loss must be taken from its own forward, got a trainer that computes one from base_model, without the "
+            "sources; with TRL >= 1.15 set compute_loss = transformers.Trainer.compute_loss"
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,7 +79,7 @@ class FusionModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         source_ids: Tensor | None = None,
@@ -84,13 +102,19 @@ class FusionModel(nn.Module):
             ce_weight, kd_weight: (B, T) fp32.
             num_items_in_batch: labels of the whole optimizer step, the divisor of reduction="mean". The Trainer counts them;
                 label the first tokens of packed examples IGNORE_INDEX, or it counts those, too.
-            flattened: cu_seq_lens_q and others of a flattening collator, for the attention.
+            flattened: cu_seq_lens_q and others of a flattening collator, for the attention; position_ids beside them.
 
         Returns:
             {"loss": scalar}; with return_stats also the statistics of fused_linear_fusion_loss, over B * (T - 1) rows.
         Raises:
-            ValueError: shapes contradict each other; examples are packed under an attention_mask.
+            ValueError: shapes contradict each other; examples are packed under an attention_mask, or for a model that does not
+                keep them apart.
         """
+        if labels is None:
+            raise TypeError(
+                "FusionModel needs labels, got none; a Trainer keeps them to itself under label_smoothing_factor or "
+                "compute_loss_func: leave those out"
+            )
         if unknown := flattened.keys() - FLATTENED:
             raise TypeError(
                 f"FusionModel.forward takes its own arguments and {sorted(FLATTENED)}, got {sorted(unknown)}; "
@@ -103,7 +127,23 @@ class FusionModel(nn.Module):
             ("source_tail", source_tail, "(S, B, T)"),
         ):  # fmt: skip
             check_tokens(name, value, axes, (B, T))
-        begins = None if position_ids is None else packed_begins(position_ids.expand(B, T), attention_mask)
+        if source_ids is None and kd_weight is None and self.beta != 0 and self.training:
+            warn_without_sources()
+        if position_ids is None:
+            if flattened:
+                raise ValueError(
+                    f"position_ids must come with {sorted(flattened)}, got none; let the collator return them"
+                )
+            begins = None
+        else:
+            if position_ids.dim() != 2:
+                raise ValueError(f"position_ids must be (B, T), got {tuple(position_ids.shape)}; give one a token")
+            begins = packed_begins(position_ids.expand(B, T), attention_mask)
+            if attention_mask is None and not self.keeps_apart[bool(flattened)] and begins.any():
+                raise ValueError(
+                    f"a row must hold one example, got packed ones for {type(self.model).__name__}, which would let each attend "
+                    "to the one before it; pad instead, or load it with an attn_implementation that keeps them apart"
+                )
         hidden = hidden_states(self.model, input_ids, attention_mask, position_ids=position_ids, **flattened)
         labels = labels[:, 1:]
         if begins is not None:
@@ -112,7 +152,13 @@ class FusionModel(nn.Module):
         if begins is not None and attention_mask is None and (source_ce is not None or source_index is not None):
             # Their number is read: a choice for other examples than these must be an error, also on a GPU.
             bounds = torch.cat([bounds, begins.flatten().nonzero()[:, 0]]).sort().values
-        head = self.model.get_output_embeddings()
+        for name, choice, axes in (("source_ce", source_ce, "(S, E)"), ("source_index", source_index, "(E,)")):
+            if choice is not None and choice.shape[-1] != len(bounds) - 1:
+                raise ValueError(
+                    f"{name} must be {axes} with E={len(bounds) - 1} examples of this batch, got {tuple(choice.shape)}; give "
+                    "one an example"
+                )
+        head = head_layer(self.model)
         result = fused_linear_fusion_loss(
             hidden[:, :-1].flatten(0, 1),
             head.weight,
@@ -166,6 +212,35 @@ def packed_begins(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor
                 "of packed examples"
             )
     return begins
+
+
+@torch.no_grad()
+def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
+    """Whether packed examples see nothing of the one before it: seen on two, as many architectures ignore position_ids."""
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flattened, return_seq_idx=flattened)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    second = []
+    with evaluating(model):
+        for first in (1, 5):
+            examples = [{"input_ids": [(start + i) % vocabulary for i in range(4)]} for start in (first, 9)]
+            batch = collate(examples, return_tensors="pt")
+            batch.pop("labels")
+            batch = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+            try:
+                second.append(hidden_states(model, attention_mask=None, **batch)[:, 4:])
+            except Exception:  # it takes no position_ids, or lacks what these kernels need: each raises its own kinds
+                return False
+    rounding = max(8 * torch.finfo(second[0].dtype).eps, 1e-5)  # experts group their tokens, which moves the last bits
+    return torch.allclose(*second, rtol=0, atol=rounding * second[0].abs().max().item())
+
+
+def warn_without_sources() -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "FusionModel got no source_ids and trains on cross-entropy alone: keep the columns (remove_unused_columns=False) and "
+            "collate them; beta=0 says that this is meant",
+            stacklevel=3,
+        )
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

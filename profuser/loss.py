@@ -104,7 +104,7 @@ def fused_linear_fusion_loss(
     """
     check_scalars(temperature, softcap, logit_scale, chunk_size)
     check_head(hidden, weight, labels, bias)
-    _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
+    check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
     dtype = compute_dtype(hidden, weight)
     fp64 = "computes in float32, got float64 operands; use impl=None, or cast them" if dtype == torch.float64 else None
     impl = choose_impl(impl, hidden.device, fp64)
@@ -168,7 +168,8 @@ def fused_linear_fusion_loss(
     }  # fmt: skip
 
 
-def _check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes) -> None:
+def check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes) -> None:
+    """Raises ValueError or TypeError for an option out of range, or two that exclude each other."""
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {TAILS}, got {tail!r}; 'bucket' keeps the mass outside the top-k")
     if reduction not in REDUCTIONS:
@@ -300,7 +301,7 @@ class FusedLinearFusionLoss(nn.Module):
     ):
         super().__init__()
         check_scalars(temperature, softcap, logit_scale, chunk_size)
-        _check_options(tail, reduction, None, beta, None, max_chunk_bytes)
+        check_options(tail, reduction, None, beta, None, max_chunk_bytes)
         self.options = {
             "beta": beta, "temperature": temperature, "tail": tail, "softcap": softcap, "logit_scale": logit_scale,
             "reduction": reduction, "chunk_size": chunk_size, "max_chunk_bytes": max_chunk_bytes, "impl": impl,

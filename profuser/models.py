@@ -11,12 +11,14 @@ import contextlib
 import hashlib
 import importlib.util
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -48,56 +50,88 @@ class Head:
         """The head of a causal language model, checked against the model's own logits.
 
         Raises:
-            DataError: hidden states and head do not give the model's logits.
+            DataError: the model is no decoder with a plain head, or hidden states and head do not give its logits.
+            TypeError: it is no model.
         """
-        layer = model.get_output_embeddings()
-        if layer is None or not hasattr(layer, "weight"):
-            raise DataError(
-                f"a model must have a linear language-model head, {type(model).__name__} has none; use another"
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"a model must be a loaded one, got {type(model).__name__}; AutoModelForCausalLM.from_pretrained loads it"
             )
-        if hasattr(layer, "base_layer"):
-            raise DataError(
-                "a head must be one linear layer, this one has a LoRA adapter, which the fused loss would not see; take "
-                "lm_head out of target_modules, or train it whole with modules_to_save=['lm_head']"
-            )
+        if model.config.is_encoder_decoder:
+            raise DataError(f"a model must be a decoder alone, {type(model).__name__} has an encoder; use another")
+        layer = head_layer(model)
         config = model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        if scaling := getattr(config, "logits_scaling", None):
-            scale /= float(scaling)
-        head = cls(layer.weight, getattr(layer, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
-        head._check(model)
+        scale = 1.0
+        for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+            if isinstance(value := getattr(config, key, None), int | float):
+                scale = float(value)
+        if scaling := getattr(config, "logits_scaling", None):  # a divisor, but for one family
+            scale = float(scaling) if config.model_type == "hyperclovax" else scale / float(scaling)
+        softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        head = cls(layer.weight, getattr(layer, "bias", None), softcap, scale)
+        with evaluating(model):
+            head._check(model, layer)
         return head
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, D) → (…, V) in fp32; for checks and tiny inputs only."""
-        z = hidden.float() @ self.weight.float().T
-        z = self.logit_scale * (z if self.bias is None else z + self.bias.float())
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
     @torch.no_grad()
-    def _check(self, model: PreTrainedModel) -> None:
-        was_training = model.training
-        model.eval()
+    def _check(self, model: PreTrainedModel, layer: nn.Module) -> None:
         ids = torch.arange(1, 9, device=model.device)[None] % self.weight.shape[0]
-        own = model(input_ids=ids, use_cache=False).logits.float()
-        ours = self.logits(hidden_states(model, ids, None))
-        model.train(was_training)
+        product = hidden_states(model, ids, None).float() @ self.weight.float().T
+        product = product if self.bias is None else product + self.bias.float()
+        # Enlarged to 50: the small logits of an untrained model would not show a softcap.
+        enlarge = 50 / product.abs().max().clamp(min=1e-30)
+        ours = self.logit_scale * enlarge * product
+        ours = ours if self.softcap is None else self.softcap * torch.tanh(ours / self.softcap)
+        hook = layer.register_forward_hook(lambda layer, args, out: out * enlarge.to(out.dtype))
+        try:
+            own = model(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            hook.remove()
         if not own.isfinite().all():
             raise DataError(
                 f"a model's logits must be finite, {type(model).__name__}'s are not; its weights are damaged, or too large for "
                 f"{model.dtype}"
             )
-        # bf16 rounds a logit of size x by x/256; a missing softcap or scale is far outside of that.
         if own.shape != ours.shape:
             raise DataError(
                 f"a model must give one row of logits a token, {type(model).__name__} gives {own.shape[1]} for "
                 f"{ours.shape[1]}; prompt tuning is not supported, use LoRA"
             )
-        if not torch.allclose(own, ours, atol=0.05 * own.abs().max().item() + 1e-4):
+        rounding = max(8 * torch.finfo(self.weight.dtype).eps, 1e-3)
+        if not torch.allclose(own, ours, rtol=0, atol=rounding * own.abs().max().item()):
             raise DataError(
-                f"a model's logits must be head(hidden) with the softcap, scale and bias its config names, "
+                f"a model's logits must be softcap·tanh(scale·head(hidden)/softcap) as its config says, "
                 f"{type(model).__name__}'s differ by {(own - ours).abs().max():.3g}; use another model"
             )
+
+
+def head_layer(model: PreTrainedModel) -> nn.Module:
+    """The linear layer behind a model's logits.
+
+    Raises:
+        DataError: there is none, or an adapter stands on it.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(getattr(layer, "weight", None), torch.Tensor):
+        raise DataError(f"a model must have a linear language-model head, {type(model).__name__} has none; use another")
+    if hasattr(layer, "base_layer"):
+        raise DataError(
+            "a head must be one linear layer, this one has an adapter, which the fused loss would not see; take lm_head out "
+            "of LoRA's target_modules, or train it whole with modules_to_save=['lm_head']"
+        )
+    return layer
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in evaluation mode, and afterwards each as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def hidden_states(
@@ -106,6 +140,8 @@ def hidden_states(
     """Last hidden states (B, T, D) of a causal language model, without its logits."""
     if hasattr(model, "get_base_model"):  # peft's wrapper: the adapters are inside the model that it wraps
         model = model.get_base_model()
+    if model.base_model is model:
+        raise DataError(f"a model must have its head apart, {type(model).__name__} names no base model; use another")
     inputs = {name: value for name, value in inputs.items() if value is not None}  # not every model has each
     out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
     return out.last_hidden_state

@@ -142,7 +142,7 @@ def test_a_model_that_changes_its_logits_behind_the_head_is_refused(source):
 
     model.forward = capped
     try:
-        with pytest.raises(DataError, match="logits must be head"):
+        with pytest.raises(DataError, match="logits must be softcap"):
             Head.of(model)
     finally:
         del model.forward

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DataCollatorWithFlattening
 
 from profuser import IGNORE_INDEX, FusionModel
 from profuser.config import resolve
@@ -146,13 +146,153 @@ def test_packed_examples_under_an_attention_mask_are_refused():
         FusionModel(demo_model())(**batch, attention_mask=torch.ones_like(batch["input_ids"]))
 
 
+SMALL = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL_LLAMA = SMALL | {"intermediate_size": 48, "num_key_value_heads": 1, "max_position_embeddings": 64}
+
+
+def random_model(architecture, **config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **config), dtype=torch.float32)
+
+
+# Architectures that do not read position_ids, or not as the beginnings of examples.
+LEAKING = {
+    "opt": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "falcon": SMALL,
+    "mpt": {"vocab_size": 400, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 64},
+    "bloom": {"vocab_size": 400, "hidden_size": 32, "n_layer": 2, "n_head": 2},
+}
+
+
+@pytest.mark.parametrize("name", LEAKING)
+def test_packed_examples_are_refused_where_a_model_would_not_keep_them_apart(name):
+    fusion, found = FusionModel(random_model(name, **LEAKING[name])), examples()
+    fusion(**padded(found))
+    with pytest.raises(ValueError, match=r"a row must hold one example.*pad instead"):
+        fusion(**packed(found))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3", "gpt2"])
+def test_packed_examples_are_taken_where_a_model_keeps_them_apart(name):
+    config = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 2} if name == "gpt2" else SMALL_LLAMA
+    fusion, found = FusionModel(random_model(name, **config)).eval(), examples()
+    torch.testing.assert_close(fusion(**packed(found))["loss"], fusion(**padded(found))["loss"], rtol=1e-5, atol=1e-5)
+
+
+def test_bounds_without_positions_are_an_error():
+    batch = packed(examples(), return_flash_attn_kwargs=True)
+    del batch["position_ids"]
+    with pytest.raises(ValueError, match="position_ids must come with"):
+        FusionModel(demo_model())(**batch)
+
+
+# Models whose logits are more than head(hidden)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        (
+            "recurrent_gemma",
+            SMALL
+            | {"logits_soft_cap": 2.0, "intermediate_size": 48, "lru_width": 32, "head_dim": 16, "use_cache": False},
+        ),
+        ("gemma2", SMALL_LLAMA | {"final_logit_softcapping": 2.0, "head_dim": 16}),
+        ("cohere", SMALL_LLAMA | {"logit_scale": 0.25}),
+        ("granite", SMALL_LLAMA | {"logits_scaling": 4.0}),
+    ],
+)
+def test_softcaps_and_scales_are_those_of_the_model(name, config):
+    model = random_model(name, **config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 20  # far enough into the softcap to see it
+    batch = padded([{k: e[k] for k in ("input_ids", "labels", "source_ce")} for e in examples((9, 9))])
+    batch = {name: batch[name] for name in ("input_ids", "labels", "attention_mask")}
+    fused = loss_and_gradients(FusionModel(model), batch)
+    own = loss_and_gradients(OwnLoss(model), batch)
+    torch.testing.assert_close(fused[0], own[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused[1], own[1], rtol=1e-4, atol=1e-5)
+
+
+def capped_at_50(model):
+    """As a subclass would: nothing in its config says so, and its small logits do not show it."""
+    forward = type(model).forward
+
+    def capped(*args, **kwargs):
+        out = forward(model, *args, **kwargs)
+        out.logits = 50 * torch.tanh(out.logits / 50)
+        return out
+
+    model.forward = capped
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: capped_at_50(random_model("llama", **SMALL_LLAMA)), "logits must be softcap"),
+        (lambda: random_model("mixtral", **SMALL_LLAMA, output_router_logits=True), "output_router_logits = False"),
+        (lambda: AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(
+            "t5", vocab_size=400, d_model=32, d_kv=16, num_layers=1, num_heads=2, d_ff=48)), "has an encoder"),
+        (lambda: demo_model().model, "linear language-model head"),
+    ],
+)  # fmt: skip
+def test_models_that_the_loss_would_get_wrong_are_refused(make, message):
+    with pytest.raises(DataError, match=message):
+        FusionModel(make())
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(TypeError, match=r"must be a loaded one, got str; AutoModelForCausalLM"):
+        FusionModel("gpt2")
+
+
+def test_a_module_in_evaluation_mode_stays_so():
+    model = demo_model().train()
+    model.model.layers[0].eval()
+    FusionModel(model)
+    assert model.training
+    assert model.model.layers[1].training
+    assert not model.model.layers[0].training
+    assert not model.model.layers[0].mlp.training
+
+
+# What surrounds it must not take the loss away
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_refused():
+    with pytest.raises(TypeError, match=r"compute_loss = transformers\.Trainer\.compute_loss"):
+        _ = FusionModel(demo_model()).base_model
+
+
+def test_a_trainer_that_keeps_the_labels_is_named():
+    with pytest.raises(TypeError, match="label_smoothing_factor or compute_loss_func"):
+        FusionModel(demo_model())(input_ids=torch.ones(1, 4).long())
+
+
+def test_training_without_sources_is_said(recwarn):
+    batch = {name: padded(examples())[name] for name in ("input_ids", "labels", "attention_mask")}
+    with pytest.warns(UserWarning, match=r"no source_ids.*remove_unused_columns=False"):
+        FusionModel(demo_model()).train()(**batch)
+    recwarn.clear()
+    FusionModel(demo_model(), beta=0.0).train()(**batch)
+    FusionModel(demo_model()).eval()(**batch)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("option", [{"tail": "x"}, {"temperature": 0.0}, {"beta": -1.0}], ids=str)
+def test_a_wrong_option_is_an_error_at_once(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
+        FusionModel(demo_model(), **option)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"labels": lambda x: x[:, 1:]}, r"labels must be \(B, T\).*not shifted"),
         ({"source_ids": lambda x: x[0]}, r"source_ids must be \(S, B, T, K\)"),
         ({"source_logprobs": lambda x: x.transpose(0, 1)}, r"source_logprobs must be \(S, B, T, K\)"),
-        ({"source_ce": lambda x: x[:, :1]}, "source_ce must have B=4 sequences"),
+        ({"source_ce": lambda x: x[:, :1]}, r"source_ce must be \(S, E\) with E=4 examples"),
     ],
 )
 def test_wrong_shapes_are_named_as_the_caller_gave_them(change, message):
@@ -250,8 +390,16 @@ class OwnLoss(torch.nn.Module):
 
 
 def test_lora_on_the_head_is_refused():
-    with pytest.raises(DataError, match=r"LoRA adapter.*modules_to_save=\['lm_head'\]"):
+    with pytest.raises(DataError, match=r"an adapter.*modules_to_save=\['lm_head'\]"):
         FusionModel(lora(demo_model(), target_modules=["q_proj", "lm_head"]))
+
+
+def test_an_adapter_put_on_the_head_later_is_refused():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    fusion, batch = FusionModel(demo_model()), padded(examples())
+    fusion.add_adapter(peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    with pytest.raises(DataError, match="an adapter"):
+        fusion(**batch)
 
 
 def test_prompt_tuning_is_refused():
