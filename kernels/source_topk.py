@@ -18,6 +18,7 @@ from .common import (
     check_label_values,
     check_labels_shape,
     check_scalars,
+    check_tensors,
     choose_impl,
     chunk_rows,
     compute_dtype,
@@ -171,7 +172,13 @@ def _check_shapes(labels: Tensor, k: int, vocabulary: int, vocab_map: Tensor | N
             )
     if ranges is None:
         return
+    if len(ranges) != 4:
+        raise ValueError(
+            f"ranges must be rows (R,), lo (R,), hi (R,) and vocab_order (V',), got {len(ranges)} values; profuser.prefix_ranges "
+            "gives all four"
+        )
     rows, lo, hi, order = ranges
+    check_tensors(rows=rows, lo=lo, hi=hi, vocab_order=order, vocab_map=vocab_map)
     check_device(labels, rows=rows, lo=lo, hi=hi, vocab_order=order)
     if order.dim() != 1 or any(x.dim() != 1 or len(x) != len(rows) for x in (rows, lo, hi)):
         raise ValueError(

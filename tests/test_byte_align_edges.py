@@ -169,7 +169,12 @@ def source_rows():
         (lambda i, p, own, r: (i, p, own, (r[0], r[1], r[2] - 5)), DataError, "the mass they are part of"),
         (lambda i, p, own, r: (i.long() + 2**32, p, own, r), ValueError, "32 bits"),
         (lambda i, p, own, r: (p, i, own, r), ValueError, "ids must be integers"),
-        (lambda i, p, own, r: (i[1:], p[1:], own[1:], r), DataError, "row"),
+        (lambda i, p, own, r: (i[1:], p[1:], own[1:], r), DataError, r"top_ids must have a row.*split_special_tokens"),
+        (
+            lambda i, p, own, r: (i[:, :1] + 1000, p[:, :1] * 0 - 0.1, own - 9, r),
+            DataError,
+            "must be of the source's tokenizer",
+        ),
         (lambda i, p, own, r: (i, p, own, (*r, r[0])), ValueError, "last three"),
         (lambda i, p, own, r: (i, p, own, (r[0][1:], r[1][1:], r[2][1:])), DataError, "one row each"),
     ],
@@ -179,6 +184,14 @@ def test_rows_that_contradict_each_other_are_refused(change, error, message):
     align(text, target, source, *rows)
     with pytest.raises(error, match=message):
         align(text, target, source, *change(*rows))
+
+
+def test_what_is_no_text_or_no_tokenizer_is_refused():
+    text, target, source, rows = source_rows()
+    with pytest.raises(TypeError, match="text must be a string, got list"):
+        align([text], target, source, *rows)
+    with pytest.raises(TypeError, match="a tokenizer must be one of Hugging Face's, got str"):
+        prefix_ranges(text, target, "gpt2")
 
 
 def test_bfloat16_rows_are_taken():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from profuser.alignment.engine import byte_aligner
 from profuser.alignment.ranges import RangeRequest, ranges_needed
@@ -42,8 +43,11 @@ class PlainText:
         """The text as a response of its own; strings of control tokens in it are plain text.
 
         Raises:
+            TypeError: it is no string.
             TokenBytesMismatch: the tokens do not hold the text's bytes exactly (reason "normaliser" or "decoder").
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {type(text).__name__}; align one text at a time")
         ids, words = self.token_bytes.encode_parts([(text, True)])
         spans = self.token_bytes.spans(ids, text)
         self.token_bytes.check_whole(ids, spans, text)
@@ -108,7 +112,9 @@ def align(
     """A source's top-k distributions of its tokens of `text` as distributions of the target's tokens.
 
     Args:
-        text: tokenised on both sides as it stands, without begin or end tokens.
+        text: tokenised on both sides as it stands, without begin or end tokens; the name of a control token in it is plain text.
+            What the source says of its own control tokens, an end of turn say, goes to the tail: profuser.prepare aligns
+            conversations.
         target, source: Hugging Face tokenizers with a `tokenizers` backend.
         top_ids, top_logprobs: (M, k) the source's top-k ids and natural log-probabilities; row m is its distribution OF its
             own token m, so from the position before. -1 = padding; a row of nothing but padding says nothing.
@@ -120,6 +126,7 @@ def align(
         TokenBytesMismatch: a tokenizer changes the text (reason "normaliser" or "decoder"); skip it.
         DataError: arrays that do not belong to these tokens, are no log-probabilities, or contradict each other.
         ValueError: ids that are no integers, log-probabilities that are no floats; settings out of range.
+        TypeError: the text is no string, or a tokenizer none.
 
     Source: the rules are this project's; they stand in profuser/alignment/reference.py.
     """
@@ -127,6 +134,12 @@ def align(
     encoded, own = ours.encode(text), theirs.encode(text)
     spans = np.array(own.spans, dtype=np.int32).reshape(-1, 2)
     ids, logprobs = _array(top_ids, np.int32), _array(top_logprobs, np.float32)
+    for name, rows in (("top_ids", ids), ("top_logprobs", logprobs), ("own_logprobs", own_logprobs)):
+        if len(rows) != len(spans):
+            raise DataError(
+                f"{name} must have a row for each of the source's {len(spans)} tokens of the text, got {len(rows)}; tokenize it "
+                "with add_special_tokens=False, control tokens in it as plain text (split_special_tokens=True)"
+            )
     if ranges is None:
         captured = PrefixRanges.none()
     else:
@@ -155,6 +168,7 @@ def align(
     )
     check_capture(capture)
     check_consistent(capture)
+    check_vocabulary(capture, len(theirs.token_bytes.pieces))
     aligned = _aligner(ours, theirs, top_k, min_reliability).align(text.encode(), encoded, capture)
     counts = np.diff(aligned.offsets)
     row = np.repeat(np.arange(len(counts)), counts)
@@ -209,8 +223,22 @@ def check_consistent(capture: SourceCapture) -> None:
             )
 
 
+def check_vocabulary(capture: SourceCapture, size: int) -> None:
+    """Raises DataError for ids of another vocabulary; a head padded beyond its tokenizer gives such ids little mass."""
+    beyond = (capture.top_ids >= size) & (capture.top_logprobs > np.log(0.5))
+    if beyond.any():
+        raise DataError(
+            f"top_ids must be of the source's tokenizer, which has {size} tokens, got {capture.top_ids[beyond][0]} with probability "
+            f"{np.exp(capture.top_logprobs[beyond][0]):.2f}; pass the tokenizer of the model that gave them"
+        )
+
+
 def plain_text(tokenizer) -> PlainText:
     """One a tokenizer, so that what was learnt about a pair is there for the next text."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"a tokenizer must be one of Hugging Face's, got {type(tokenizer).__name__}; AutoTokenizer.from_pretrained loads it"
+        )
     return _plain_text(tokenizer, len(tokenizer))
 
 
