@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,12 +122,15 @@ WRONG = [
     Wrong("float labels", edit(labels=lambda x: x.float()), ("labels must be int64 or int32", "labels.long()")),
     Wrong("one-hot labels", lambda c: {"labels": torch.nn.functional.one_hot(c["labels"].clamp(min=0), len(c["weight"]))}, ("labels must be (N,)", "argmax(-1)")),
     Wrong("labels of a larger vocabulary", edit(labels=lambda x: x + 1000), ("labels must be in [0, 1152)", "target's tokenizer")),
+    Wrong("masked labels are -1, not -100", edit(labels=lambda x: x.masked_fill(x == IGNORE_INDEX, -1)), ("labels must be in [0, 1152)", "mark what is not learnt with -100")),
     Wrong("source ids of a larger vocabulary", edit(source_ids=lambda x: x + 1000), ("source_ids must be < 1152", "map the source's tokens")),
     Wrong("K before N: (S, K, N)", edit(source_ids=lambda x: x.mT, source_logprobs=lambda x: x.mT), ("source_ids must be (S, N, K)", "permute the axes")),
     Wrong("sources last: (N, K, S)", edit(source_ids=lambda x: x.permute(1, 2, 0), source_logprobs=lambda x: x.permute(1, 2, 0)), ("source_ids must be (S, N, K)", "permute the axes")),
+    Wrong("K first, one source: (K, N, S)", edit(source_ids=lambda x: x.permute(2, 1, 0), source_logprobs=lambda x: x.permute(2, 1, 0)), ("a choice is needed", "put K last"), lambda: dict(good()["call"])),
     Wrong("S missing: (N, K)", edit(source_ids=lambda x: x[0], source_logprobs=lambda x: x[0]), ("source_ids must be (S, N, K)", "unsqueeze(0)"), lambda: dict(good()["call"])),
     Wrong("probabilities instead of log-probabilities", edit(source_logprobs=torch.exp), ("natural log-probabilities <= 0", "take log()")),
     Wrong("logits instead of log-probabilities", lambda c: {"source_logprobs": logits(c).gather(1, c["source_ids"][0]).expand(2, -1, -1)}, ("natural log-probabilities <= 0", "log_softmax() of logits")),
+    Wrong("padded with the id 0 and log-probability 0, not the id -1", edit(source_ids=lambda x: x.index_fill(2, torch.tensor([3]), 0), source_logprobs=lambda x: x.index_fill(2, torch.tensor([3]), 0.0)), ("add up to a mass of", "pad with the id -1")),
     Wrong("log-probabilities in bf16", edit(source_logprobs=lambda x: x.bfloat16()), ("got torch.bfloat16", "log_softmax of logits.float()")),
     Wrong("the log of the tail's mass", lambda c: {"source_tail": (1 - c["source_logprobs"].exp().sum(-1)).log()}, ("linear mass in [0, 1]", "exp()")),
     Wrong("source_ce as (B, S)", edit(source_ce=lambda x: x.T), ("source_ce must be (S, B)", "transpose it")),
@@ -174,6 +179,7 @@ SILENT = [
     Silent("labels not shifted against hidden states", unshifted, "ce", "hidden[:-1] and labels[1:] of every sequence; `FusionModel` shifts by itself"),
     Silent("masked labels are 0, or the padding id, not -100", edit(labels=lambda x: x.clamp(min=0)), "ce", "`labels.masked_fill(mask == 0, IGNORE_INDEX)`"),
     Silent("not the model's softcap, logit scale or bias", lambda c: {"logit_scale": 0.5}, "ce", "pass softcap, logit_scale and bias; `FusionModel` reads them from the model"),
+    Silent("base-2 logarithms", edit(source_logprobs=lambda x: x / math.log(2)), "kd", "natural logarithms: multiply by 0.6931"),
     Silent("source rows shifted by one", edit(source_ids=lambda x: x.roll(1, 1), source_logprobs=lambda x: x.roll(1, 1)), "kd", "row n holds the distribution of the token labels[n]"),
     Silent("log_softmax over the kept entries alone", edit(source_logprobs=lambda x: x.log_softmax(-1)), "kd", "log_softmax over the vocabulary first, then topk"),
     Silent("log-probabilities at temperature 1, the loss at 2", lambda c: {"temperature": 2.0}, "kd", "give source_logprobs at `temperature`: `(logits / T).log_softmax(-1)`"),
@@ -229,6 +235,32 @@ def test_counting_labels_by_micro_batch_enlarges_the_gradient():
     assert wrong > 1.5 * right
 
 
+def mean_of_rows() -> tuple[float, float]:
+    """The loss, and the mean over all rows of reduction="none"."""
+    call = good()["call"]
+    right, rows = (fused_linear_fusion_loss(**call, reduction=reduction) for reduction in ("mean", "none"))
+    return right.item(), rows.mean().item()
+
+
+def test_a_mean_over_all_rows_counts_those_that_are_ignored():
+    right, wrong = mean_of_rows()
+    assert wrong < 0.9 * right
+
+
+def without_sources() -> str:
+    """What is said where a Trainer's collator dropped them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ids = good()["ids"][None]
+        FusionModel(good()["model"]).train()(input_ids=ids, labels=ids)
+    good()["model"].eval()
+    return str(caught[-1].message)
+
+
+def test_a_trainer_that_drops_the_sources_is_warned():
+    assert "no source_ids" in without_sources()
+
+
 def test_fusion_model_passes_the_first_check():
     fusion = FusionModel(good()["model"])
     ids = good()["ids"][None]
@@ -280,6 +312,12 @@ def page() -> str:
         wrong = check(good()["call"] | silent.change(good()["call"]))
         seen = f"{names[silent.shows]} {wrong[silent.shows]:.2f}, right {abs(right[silent.shows]):.2f}"
         text += f"| {silent.what} | {seen} | {silent.fix} |\n"
+    right, wrong = mean_of_rows()
+    seen, fix = without_sources().split(": ", 1)
+    text += (
+        f'| `reduction="none"`, then a mean over all rows | {wrong:.2f}, right {right:.2f} | divide by the labelled rows, as "mean" does |\n'
+        f"| the Trainer or its collator drops the sources | a warning: `{seen}` | {fix} |\n"
+    )
     right, wrong = micro_batch_counts()
     text += (
         f"| labels counted by micro-batch, in two of them | a gradient {wrong / right:.1f} times as large | "

@@ -98,6 +98,13 @@ def test_trls_trainer_takes_the_same_steps(adapt, tmp_path):
     assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-3)
 
 
+def test_trls_trainer_with_a_loss_of_its_own_is_an_error(tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    columns = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    with pytest.raises(TypeError, match=r"compute_loss = transformers\.Trainer\.compute_loss"):
+        trained(FusionModel(demo_model()), tmp_path, 2, trl.SFTTrainer, trl.SFTConfig, **columns)
+
+
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
