@@ -107,17 +107,17 @@ def prepare_kept(
 
     relative = p.sum(1)
     mass = relative * top.exp()
-    bad = ~(mass <= 1 + MASS_SLACK)  # true for NaN
-    if bad.any():
-        raise ValueError(
-            "source_logprobs must be natural log-probabilities of one distribution, a row's add up to a mass of "
-            f"{mass[bad][0].item():.4g}; take log_softmax over the whole vocabulary, and pad with the id -1"
-        )
-    present = relative > 0
+    present = relative != 0  # true for NaN: a poisoned source must show in the loss
     ids = ids.masked_fill(~present[:, None], -1)
     if not bucket:
         t = torch.zeros_like(mass)
     elif source_tail is None:
+        over = mass > 1 + MASS_SLACK
+        if over.any():
+            raise ValueError(
+                "source_logprobs must be natural log-probabilities of one distribution, a row's add up to a mass of "
+                f"{mass[over][0].item():.4g}; take log_softmax over the whole vocabulary (after / T), and pad with the id -1"
+            )
         t = (1 - mass).clamp_min(0)
     else:
         t = source_tail[source, rows].double()

@@ -111,6 +111,7 @@ def _prep_kernel(
         t = 0.0
         if BUCKET:
             if tail_ptr is None:
+                invalid = invalid | (mass > 1 + _MASS_SLACK)
                 t = tl.maximum(1 - mass, 0.0)
             else:
                 t = tl.load(tail_ptr + source * stride_tail_s + row * stride_tail_n, mask=has_source, other=0.0)
@@ -122,7 +123,7 @@ def _prep_kernel(
             t = tl.where(present & (tl.sum(first.to(tl.int32), 0) < V), t, 0.0)
         p = p * ((1 - t) / tl.where(present, relative, 1.0))
 
-        invalid = invalid | (tl.max(wrong.to(tl.int32), 0) > 0) | (mass > 1 + _MASS_SLACK)
+        invalid = invalid | (tl.max(wrong.to(tl.int32), 0) > 0)
         first = first & present & (invalid == 0)
         is_gold = first & (ids == label)
         gold_slot = tl.where(tl.max(is_gold.to(tl.int32), 0) > 0, tl.sum(tl.where(is_gold, slot, 0), 0), K)

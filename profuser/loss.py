@@ -97,7 +97,7 @@ def fused_linear_fusion_loss(
         Scalar fp32 (fp64 for fp64 inputs) in nats, or (N,) with reduction="none"; with stats, a pair.
     Raises:
         ValueError: shapes, dtypes, devices or options contradict each other; an id or label is outside the vocabulary;
-            temperature <= 0; log-probabilities are positive, or add up to more than 1; a sharded (DTensor) head.
+            temperature <= 0; log-probabilities are positive, or exceed 1 together where the bucket is the rest; a sharded (DTensor) head.
         TypeError: something that is no tensor is given for one, or no number for a number.
     docs/mistakes.md lists likely mistakes, and two checks for those that no error can show.
     Source: arXiv 2408.04998, L_Fuse; value and gradient are derived in kernels/README.md.

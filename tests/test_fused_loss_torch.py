@@ -133,13 +133,21 @@ def test_a_nan_in_an_ignored_rows_grad_output_adds_nothing():
         assert torch.equal(grad, expected[f"d{name}"])
 
 
-@pytest.mark.parametrize("logprob", [math.nan, 0.0])
-def test_entries_that_are_no_distribution_are_an_error(logprob):
+def test_a_nan_in_a_valid_row_shows_in_the_loss():
+    case = make_case(S=1, B=1)
+    case["source_logprobs"][0, 0, 0] = math.nan
+    assert torch.isnan(run(fused_linear_fusion_loss, case)["loss"])
+
+
+def test_entries_that_leave_the_bucket_less_than_no_mass_are_an_error():
     case = make_case(S=1, B=1)
     case["source_ids"][0, 0] = torch.arange(6)
-    case["source_logprobs"][0, 0, :2] = logprob
-    with pytest.raises(ValueError, match=r"add up to a mass of (nan|2\.\d+); take log_softmax"):
+    case["source_logprobs"][0, 0, :2] = 0.0
+    with pytest.raises(ValueError, match=r"add up to a mass of 2\.\d+; take log_softmax"):
         run(fused_linear_fusion_loss, case)
+    # Renormalised, or scaled to what a given tail leaves, they need not be normalised.
+    assert_as_accurate_as_reference(case, tail="renormalize")
+    assert_as_accurate_as_reference(case | {"source_tail": torch.full((1, 37), 0.25)})
 
 
 # Reductions and weights
