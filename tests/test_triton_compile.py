@@ -1,4 +1,8 @@
-"""The Triton kernels compiled for real GPUs, without one: nothing spills, and what streams does so 16 bytes at a time."""
+"""The Triton kernels compiled for real GPUs, without one: nothing spills, and what streams does so 16 bytes at a time.
+
+Compiled to the end are the kernels of compiled_kernels.py; that every variant which the drivers launch has types that
+the compiler accepts is shown by its first step alone, lowered_launches.py.
+"""
 
 import json
 import os
@@ -17,14 +21,25 @@ REGISTERS = {"sm": 1 << 16, "gf": 1 << 17}
 SPILLED_BYTES = 16 if version("triton") < "3.7" else 0
 
 
-@cache
-def reports(target):
-    """Of every kernel, from a process without the interpreter."""
+def without_interpreter(program, *arguments):
+    """What a program beside this file prints, from a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / "compiled_kernels.py"), target]
+    command = [sys.executable, str(Path(__file__).parent / program), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
+
+
+@cache
+def reports(target):
+    """Of every kernel."""
+    return without_interpreter("compiled_kernels.py", target)
+
+
+def test_every_launch_has_types_that_the_compiler_accepts():
+    launches = without_interpreter("lowered_launches.py")
+    assert not launches["failures"], json.dumps(launches["failures"], indent=1)[:3000]
+    assert all(count > 10 for count in launches["variants"].values()), launches["variants"]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,0 +1,189 @@
+"""Lowers what the Triton drivers launch to Triton's IR, over many geometries and options, in seconds and without a GPU.
+
+The interpreter knows no types: a loop-carried value that changes its type, a shape that fits for one geometry only or a
+None or 1 that has become a constant are errors that only a compiler finds. The drivers run on meta tensors and Triton's
+JIT specialises each launch as it would on a GPU; a hook in place of its compiler lowers every variant once.
+
+Run as a program, in a process of its own: the interpreter and the compiler cannot share one.
+
+    python tests/lowered_launches.py      # JSON: kernel -> variants, and what did not compile: message -> cases
+
+Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, R ranges.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter, defaultdict
+from itertools import cycle, product
+from pathlib import Path
+from unittest.mock import patch
+
+N, D, S, R = 3, 16, 2, 2
+# The widths of blocks and their neighbours, and the vocabularies of models.
+LOSS_VOCABULARIES = (
+    2, 16, 17, 83, 128, 1024, 4096, 8192, 16384, 24576, 32000, 32768, 49152, 65536, 128256, 131072, 151936, 262144,
+)  # fmt: skip
+TOPK_VOCABULARIES = (1, 16, 83, 2048, 2500, 4096, 128256, 262144)
+ENTRIES = (1, 10, 64, 128)
+
+
+class Launches:
+    """As a driver of Triton's, the GPU that compiles and never runs; as a hook, what it made of each launch."""
+
+    def __init__(self):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler.compiler import make_backend
+
+        self.target = GPUTarget("cuda", 90, 32)
+        self.backend = make_backend(self.target)
+        self.case = ""
+        self.seen: set = set()
+        self.variants: Counter[str] = Counter()
+        self.failures: defaultdict[str, list[str]] = defaultdict(list)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def lower(self, *, fn, compile, **unused) -> bool:
+        """The JIT's `jit_cache_hook`: true, so that nothing is compiled any further or launched."""
+        from triton._C.libtriton import ir
+        from triton.compiler import ASTSource
+
+        variant = (fn.name, str(compile["key"]))
+        if variant in self.seen:
+            return True
+        self.seen.add(variant)
+        self.variants[fn.name] += 1
+        source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
+        options = self.backend.parse_options({"num_warps": compile["num_warps"]})
+        context = ir.context()
+        ir.load_dialects(context)
+        self.backend.load_dialects(context)
+        functions, modules = self.backend.get_codegen_implementation(options), self.backend.get_module_map()
+        try:
+            source.make_ir(self.target, options, functions, modules, context)
+        except Exception as error:  # whatever the compiler raises is what is looked for
+            while error.__cause__:  # one for each function on the way in
+                error = error.__cause__
+            message = (str(error).strip() or repr(error)).splitlines()[-1]
+            self.failures[f"{fn.name}: {message}"].append(self.case)
+        return True
+
+
+def launch_fused_loss(
+    V, K=10, T=1.0, grad=True, dtype="bfloat16", labels="int64", ids="int32", logprobs="float16", tail=None, bucket=True,
+    bias=None, softcap=None, scale=1.0, source_stride=None,
+):  # fmt: skip
+    """K = 0: no source. Two chunks, so that `begin` is 0 and is not."""
+    import torch
+
+    from profuser.kernels.fused_loss_triton import fused_loss_triton
+
+    def empty(*shape, dtype="float32"):
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    source = (None,) * 4
+    if K:
+        strides = (source_stride or N * K, K, 1)
+        entries = (empty(0, dtype=dtype).as_strided((S, N, K), strides) for dtype in (ids, logprobs))
+        source = (empty(N, dtype="int64"), *entries, tail and empty(S, N, dtype=tail))
+    fused_loss_triton(
+        empty(N, D, dtype=dtype), empty(V, D, dtype=dtype), bias and empty(V, dtype=bias), empty(N, dtype=labels),
+        *source, empty(N), empty(N), T, bucket, softcap, scale, False, grad, grad, grad and bias is not None, 2, None,
+    )  # fmt: skip
+
+
+def launch_source_topk(
+    V, k, T=1.0, labels="int64", logits="float32", ranges=None, padded=True, bias=None, softcap=None, scale=1.0
+):  # fmt: skip
+    import torch
+
+    from profuser.kernels.source_topk_triton import topk_rows
+
+    def empty(*shape, dtype="float32"):
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    z = empty(N, -(-V // 16) * 16 if padded else V, dtype=logits)
+    if ranges:
+        ranges = tuple(empty(size, dtype=ranges) for size in (R, R, R, V))
+    topk_rows(
+        lambda rows: z[rows], empty(N, dtype=labels), k, V, T, N, ranges, bias and empty(V, dtype=bias), softcap, scale
+    )
+
+
+def launch_everything(launches: Launches) -> None:
+    from profuser.kernels import fused_loss_triton, source_topk_triton
+
+    for driver in (fused_loss_triton, source_topk_triton):
+        launches.variants.update(dict.fromkeys((name for name in vars(driver) if name.endswith("_kernel")), 0))
+
+    def launch(function, **options):
+        launches.case = f"{function.__name__.removeprefix('launch_')} {options}"
+        function(**options)
+
+    everything = {"T": 2.0, "bias": "bfloat16", "softcap": 30.0, "scale": 0.5}
+
+    def losses(V):
+        launch(launch_fused_loss, V=V)
+        launch(launch_fused_loss, V=V, T=2.0)
+        launch(launch_fused_loss, V=V, dtype="float32", **everything)
+        launch(launch_fused_loss, V=V, K=0, dtype="float16")
+        launch(launch_fused_loss, V=V, grad=False, **everything)
+
+    for V in LOSS_VOCABULARIES:
+        losses(V)
+    with patch.object(fused_loss_triton, "dense_config", lambda *args: (64, 1)):  # as `small_blocks` of conftest.py
+        for V in (17, 83, 128):
+            losses(V)
+
+    # What is left of the loss's options, where V is small.
+    kinds = list(product(("int64", "int32"), ("int32", "int64"), ("float16", "float32", "bfloat16", "float64")))
+    settled = cycle(dict(zip(("labels", "ids", "logprobs"), kind)) for kind in kinds)
+    for K, tail, bucket in product(ENTRIES, (None, "float32", "float64"), (True, False)):
+        launch(launch_fused_loss, V=256, K=K, tail=tail, bucket=bucket, **next(settled))
+    for labels, ids, logprobs in kinds:
+        launch(launch_fused_loss, V=83, labels=labels, ids=ids, logprobs=logprobs)
+    launch(launch_fused_loss, V=83, source_stride=1 << 32)
+    for labels, grad in product(("int32", "int64"), (True, False)):
+        launch(launch_fused_loss, V=83, K=0, labels=labels, grad=grad)
+        launch(launch_fused_loss, V=83, K=0, labels=labels, grad=grad, **everything)
+    for name, value in everything.items():
+        launch(launch_fused_loss, V=83, **{name: value})
+    launch(launch_fused_loss, V=83, bias="float32")
+
+    for V in TOPK_VOCABULARIES:
+        launch(launch_source_topk, V=V, k=1)
+        launch(launch_source_topk, V=V, k=min(V, 10), padded=False, logits="bfloat16", labels="int32", T=0.7)
+        launch(launch_source_topk, V=V, k=min(V, 128), **everything)
+    for k in (1, 2, 3, 10, 64, 128):
+        launch(launch_source_topk, V=2500, k=k, ranges="int64")
+    launch(launch_source_topk, V=1, k=1, padded=False, ranges="int32", **everything)
+    for name, value in everything.items():
+        launch(launch_source_topk, V=83, k=2, ranges="int32", **{name: value})
+    launch(launch_source_topk, V=83, k=2, ranges="uint8", logits="float16", bias="float32")
+    # Whole numbers: 1 becomes a constant, and a multiple of 16 is told to the compiler.
+    for value in (1, 2, 16):
+        launch(launch_source_topk, V=83, k=1, T=value, softcap=value, scale=value, ranges="int64")
+
+
+def main() -> None:
+    import triton
+
+    launches = Launches()
+    triton.runtime.driver.set_active(launches)
+    triton.knobs.runtime.jit_cache_hook = launches.lower
+    launch_everything(launches)
+    json.dump({"variants": launches.variants, "failures": launches.failures}, sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()
