@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,18 +100,19 @@ def check_device(hidden: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}; move it there")
 
 
-def check_numbers(kinds: tuple[type, ...] = (int, float), **options: object) -> None:
-    """Raises TypeError for an option that is no Python number: a tensor would get no gradient, or wait for its device."""
+def check_numbers(whole: bool = False, **options: object) -> None:
+    """Raises TypeError for an option that is no number: a tensor would get no gradient, or wait for its device."""
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise TypeError(f"{name} must be a Python {expected}, got {value!r} ({type(value).__name__}); convert it")
+            expected = "a whole number" if whole else "a number"
+            raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__}); convert it")
 
 
 def check_scalars(temperature: float, softcap: float | None, logit_scale: float, chunk_size: int | None) -> None:
     """Raises ValueError unless the scalars are positive and finite; TypeError for no number."""
     check_numbers(temperature=temperature, logit_scale=logit_scale, softcap=1.0 if softcap is None else softcap)
-    check_numbers((int,), chunk_size=1 if chunk_size is None else chunk_size)
+    check_numbers(whole=True, chunk_size=1 if chunk_size is None else chunk_size)
     if not 0 < temperature < math.inf:  # isfinite cannot be traced
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}; 1.0 leaves the logits as they are")
     if softcap is not None and not 0 < softcap < math.inf:

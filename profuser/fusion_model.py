@@ -62,15 +62,12 @@ class FusionModel(nn.Module):
         self.register_state_dict_post_hook(drop_tied)
         self.register_load_state_dict_pre_hook(restore_tied)
 
-    @property
-    def base_model(self) -> nn.Module:
-        """Not there: who asks for it replaces this class's loss by one of its own, as TRL's trainers do."""
-        raise TypeError(
-            "FusionModel's loss must be taken from its own forward, got a trainer that computes one from base_model, without the "
-            "sources; with TRL >= 1.15 set compute_loss = transformers.Trainer.compute_loss"
-        )
-
     def __getattr__(self, name: str) -> Any:
+        if name == "base_model":  # with it a trainer would compute a loss of its own, as TRL's do
+            raise AttributeError(
+                "FusionModel's loss must be taken from its own forward, got a caller that asks for its base_model, which knows no "
+                "sources; with TRL >= 1.15 set compute_loss = transformers.Trainer.compute_loss"
+            )
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -108,7 +105,9 @@ class FusionModel(nn.Module):
             {"loss": scalar}; with return_stats also the statistics of fused_linear_fusion_loss, over B * (T - 1) rows.
         Raises:
             ValueError: shapes contradict each other; examples are packed under an attention_mask, or for a model that does not
-                keep them apart.
+                keep them apart (of such a model position_ids are read: a wait for the device, and no full graph).
+            TypeError: no labels, or an argument that is not known.
+            DataError: the head has got an adapter.
         """
         if labels is None:
             raise TypeError(
@@ -214,24 +213,34 @@ def packed_begins(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor
     return begins
 
 
-@torch.no_grad()
 def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
-    """Whether packed examples see nothing of the one before it: seen on two, as many architectures ignore position_ids."""
+    """Whether packed examples see nothing of the one before: many architectures ignore the restarts of position_ids.
+
+    Decided by the gradient of a second example's hidden states in a first one's embeddings, which is exactly 0 then.
+    """
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flattened, return_seq_idx=flattened)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    second = []
-    with evaluating(model):
-        for first in (1, 5):
-            examples = [{"input_ids": [(start + i) % vocabulary for i in range(4)]} for start in (first, 9)]
-            batch = collate(examples, return_tensors="pt")
-            batch.pop("labels")
-            batch = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-            try:
-                second.append(hidden_states(model, attention_mask=None, **batch)[:, 4:])
-            except Exception:  # it takes no position_ids, or lacks what these kernels need: each raises its own kinds
-                return False
-    rounding = max(8 * torch.finfo(second[0].dtype).eps, 1e-5)  # experts group their tokens, which moves the last bits
-    return torch.allclose(*second, rtol=0, atol=rounding * second[0].abs().max().item())
+    embedding = model.get_input_embeddings()
+    examples = [{"input_ids": [token % embedding.weight.shape[0] for token in range(1, 5)]}] * 2
+    batch = collate(examples, return_tensors="pt")
+    batch = {k: x.to(model.device) if isinstance(x, Tensor) else x for k, x in batch.items() if k != "labels"}
+    embedded: list[Tensor] = []
+
+    def embed(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
+        embedded.append(out.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = embedding.register_forward_hook(embed)
+    try:
+        with evaluating(model), torch.enable_grad():
+            second = hidden_states(model, attention_mask=None, **batch)[:, 4:]
+            (grad,) = torch.autograd.grad(second.float().square().sum(), embedded[:1])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # it takes no position_ids, or lacks what these kernels need: each raises its own kinds
+        return False
+    finally:
+        hook.remove()
+    return not grad[:, :4].any()
 
 
 def warn_without_sources() -> None:

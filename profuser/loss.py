@@ -192,7 +192,7 @@ def check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chun
         if not 0 <= beta < math.inf:
             raise ValueError(f"beta must be >= 0 and finite, got {beta}; 0 turns distillation off")
     if max_chunk_bytes is not None:
-        check_numbers((int,), max_chunk_bytes=max_chunk_bytes)
+        check_numbers(whole=True, max_chunk_bytes=max_chunk_bytes)
         if max_chunk_bytes < 1:
             raise ValueError(f"max_chunk_bytes must be >= 1, got {max_chunk_bytes}; pass None for no cap")
 

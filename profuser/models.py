@@ -53,9 +53,9 @@ class Head:
             DataError: the model is no decoder with a plain head, or hidden states and head do not give its logits.
             TypeError: it is no model.
         """
-        if not isinstance(model, nn.Module):
+        if not (isinstance(model, nn.Module) and hasattr(model, "config")):
             raise TypeError(
-                f"a model must be a loaded one, got {type(model).__name__}; AutoModelForCausalLM.from_pretrained loads it"
+                f"a model must be a loaded one, not wrapped, got {type(model).__name__}; AutoModelForCausalLM.from_pretrained loads it"
             )
         if model.config.is_encoder_decoder:
             raise DataError(f"a model must be a decoder alone, {type(model).__name__} has an encoder; use another")
@@ -67,7 +67,8 @@ class Head:
                 scale = float(value)
         if scaling := getattr(config, "logits_scaling", None):  # a divisor, but for one family
             scale = float(scaling) if config.model_type == "hyperclovax" else scale / float(scaling)
-        softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        softcap = next((cap for key in softcaps if (cap := getattr(config, key, None))), None)
         head = cls(layer.weight, getattr(layer, "bias", None), softcap, scale)
         with evaluating(model):
             head._check(model, layer)
@@ -79,7 +80,7 @@ class Head:
         product = hidden_states(model, ids, None).float() @ self.weight.float().T
         product = product if self.bias is None else product + self.bias.float()
         # Enlarged to 50: the small logits of an untrained model would not show a softcap.
-        enlarge = 50 / product.abs().max().clamp(min=1e-30)
+        enlarge = (50 / product.abs().max()).clamp(max=torch.finfo(self.weight.dtype).max / 2)
         ours = self.logit_scale * enlarge * product
         ours = ours if self.softcap is None else self.softcap * torch.tanh(ours / self.softcap)
         hook = layer.register_forward_hook(lambda layer, args, out: out * enlarge.to(out.dtype))
@@ -91,6 +92,11 @@ class Head:
             raise DataError(
                 f"a model's logits must be finite, {type(model).__name__}'s are not; its weights are damaged, or too large for "
                 f"{model.dtype}"
+            )
+        if own.shape[-1] != ours.shape[-1]:
+            raise DataError(
+                f"a model's logits must be those of its head, {type(model).__name__} gives {own.shape[-1]} for {ours.shape[-1]}; use "
+                "another model"
             )
         if own.shape != ours.shape:
             raise DataError(
@@ -112,8 +118,13 @@ def head_layer(model: PreTrainedModel) -> nn.Module:
         DataError: there is none, or an adapter stands on it.
     """
     layer = model.get_output_embeddings()
-    if not isinstance(getattr(layer, "weight", None), torch.Tensor):
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor):
         raise DataError(f"a model must have a linear language-model head, {type(model).__name__} has none; use another")
+    if not weight.dtype.is_floating_point:
+        raise DataError(
+            f"a head must be floating point, {type(model).__name__}'s is {weight.dtype}; leave lm_head unquantised"
+        )
     if hasattr(layer, "base_layer"):
         raise DataError(
             "a head must be one linear layer, this one has an adapter, which the fused loss would not see; take lm_head out "

@@ -1,5 +1,6 @@
 """The fused loss as a differentiable op: gradients, compilation, memory, and its interface."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,14 @@ def test_an_fp16_gradient_survives_small_weights():
     found = run(fused_linear_fusion_loss, case, grad_output=65536.0)["dhidden"].double()
     truth = run(fusion_loss_reference, case, upcast=torch.float64, grad_output=65536.0)["dhidden"]
     assert (found - truth).norm() < 2e-3 * truth.norm()
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = {"num_items_in_batch": 18, "chunk_size": 5, "temperature": 0.5, "max_chunk_bytes": 10_000}
+    case = make_case()
+    expected = run(fused_linear_fusion_loss, case, **options)
+    found = run(fused_linear_fusion_loss, case, **{name: np.array(value)[()] for name, value in options.items()})
+    assert torch.equal(found["loss"], expected["loss"])
 
 
 def test_transposed_operands():
@@ -323,11 +332,11 @@ WRONG = {
     "head of a shard": ({"weight": torch.zeros(0)}, "gathered first"),
     "no hidden states": ({"hidden": None}, "hidden must be a tensor, got NoneType; pass the last hidden states"),
     "all hidden states": ({"hidden": lambda x: (x, x)}, r"hidden must be a tensor, got tuple.*hidden_states\[-1\]"),
-    "learnable temperature": ({"temperature": torch.ones((), requires_grad=True)}, "temperature must be a Python int or float"),
+    "learnable temperature": ({"temperature": torch.ones((), requires_grad=True)}, "temperature must be a number"),
     "temperature as text": ({"temperature": "1"}, r"got '1' \(str\)"),
-    "chunk of a half": ({"chunk_size": 2.5}, "chunk_size must be a Python int, got 2.5"),
-    "bytes as a float": ({"max_chunk_bytes": 1e6}, "max_chunk_bytes must be a Python int"),
-    "divisor as text": ({"num_items_in_batch": "4"}, "num_items_in_batch must be a Python int or float"),
+    "chunk of a half": ({"chunk_size": 2.5}, "chunk_size must be a whole number, got 2.5"),
+    "bytes as a float": ({"max_chunk_bytes": 1e6}, "max_chunk_bytes must be a whole number"),
+    "divisor as text": ({"num_items_in_batch": "4"}, "num_items_in_batch must be a number"),
 }  # fmt: skip
 
 

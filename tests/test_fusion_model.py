@@ -164,9 +164,10 @@ LEAKING = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LEAKING)
-def test_packed_examples_are_refused_where_a_model_would_not_keep_them_apart(name):
-    fusion, found = FusionModel(random_model(name, **LEAKING[name])), examples()
+def test_packed_examples_are_refused_where_a_model_would_not_keep_them_apart(name, dtype):
+    fusion, found = FusionModel(random_model(name, **LEAKING[name]).to(dtype)), examples()
     fusion(**padded(found))
     with pytest.raises(ValueError, match=r"a row must hold one example.*pad instead"):
         fusion(**packed(found))
@@ -242,9 +243,16 @@ def test_models_that_the_loss_would_get_wrong_are_refused(make, message):
         FusionModel(make())
 
 
-def test_a_name_is_no_model():
-    with pytest.raises(TypeError, match=r"must be a loaded one, got str; AutoModelForCausalLM"):
-        FusionModel("gpt2")
+@pytest.mark.parametrize("make", [lambda: "gpt2", lambda: torch.nn.DataParallel(demo_model())], ids=["name", "wrapped"])
+def test_what_is_no_model_is_named(make):
+    with pytest.raises(TypeError, match=r"must be a loaded one.*AutoModelForCausalLM"):
+        FusionModel(make())
+
+
+def test_a_head_of_zeros_is_a_head():
+    model = demo_model().half()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    FusionModel(model)
 
 
 def test_a_module_in_evaluation_mode_stays_so():
@@ -261,8 +269,10 @@ def test_a_module_in_evaluation_mode_stays_so():
 
 
 def test_a_trainer_with_a_loss_of_its_own_is_refused():
-    with pytest.raises(TypeError, match=r"compute_loss = transformers\.Trainer\.compute_loss"):
-        _ = FusionModel(demo_model()).base_model
+    fusion = FusionModel(demo_model())
+    with pytest.raises(AttributeError, match=r"compute_loss = transformers\.Trainer\.compute_loss"):
+        _ = fusion.base_model
+    assert not hasattr(fusion, "base_model")
 
 
 def test_a_trainer_that_keeps_the_labels_is_named():

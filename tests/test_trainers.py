@@ -101,7 +101,7 @@ def test_trls_trainer_takes_the_same_steps(adapt, tmp_path):
 def test_trls_trainer_with_a_loss_of_its_own_is_an_error(tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed")
     columns = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    with pytest.raises(TypeError, match=r"compute_loss = transformers\.Trainer\.compute_loss"):
+    with pytest.raises(AttributeError, match=r"compute_loss = transformers\.Trainer\.compute_loss"):
         trained(FusionModel(demo_model()), tmp_path, 2, trl.SFTTrainer, trl.SFTConfig, **columns)
 
 
