@@ -77,7 +77,7 @@ def table(rows: list[dict]) -> str:
 
 def describe(rows: list[dict], skipped: list[str]) -> str:
     first = rows[0]
-    machine = first["gpu"] or f"{first['cpu']}, {first['threads']} threads of {first['cpus']}"
+    machine = first["gpu"] or f"{first['cpu']}, {first['threads']} of {first['cpus']} threads"
     versions = ", ".join(f"{name} {first[name]}" for name in PACKAGES if first.get(name))
     loads = [info["load_1_min"] for info in rows]
     return "\n".join(
