@@ -116,14 +116,18 @@ def test_distributed_data_parallel(triton_loss, device):
         def forward(self, **case):
             return fused_linear_fusion_loss(weight=self.weight, **case, impl="triton")
 
+    def gradients(weight, **case):
+        model = torch.nn.parallel.DistributedDataParallel(HeadWithLoss(weight.detach()))
+        model(**case).backward()
+        return model.module.weight.grad.cpu(), case["hidden"].grad.cpu()
+
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        case = on(device, case)
-        model = torch.nn.parallel.DistributedDataParallel(HeadWithLoss(case.pop("weight").detach()))
-        model(**case).backward()
-        torch.testing.assert_close(model.module.weight.grad.cpu(), expected["dweight"])
-        torch.testing.assert_close(case["hidden"].grad.cpu(), expected["dhidden"])
+        dweight, dhidden = gradients(**on(device, case))
+        torch.testing.assert_close(dweight, expected["dweight"])
+        torch.testing.assert_close(dhidden, expected["dhidden"])
     finally:
+        # The model must be gone by now: as the group's last user it would wait, holding the GIL, for a thread that wants it.
         torch.distributed.destroy_process_group()
 
 
