@@ -444,6 +444,7 @@ def run_command(argv: list[str]) -> None:
         seconds = read_json(run.output_dir / "run.json")["seconds"]
         print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in seconds.items())}")
         print(f"fused model: {run.output_dir}\nreport: {report}")
+    accelerator.free_memory()  # DDP before its process group: as the last user it could wait for gloo's thread forever
     accelerator.end_training()
 
 
