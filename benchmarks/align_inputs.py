@@ -23,9 +23,9 @@ from profuser.alignment.ranges import RangeRequest, ranges_needed
 from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.text import PlainText
 from profuser.alignment.types import PrefixRanges, SourceCapture
-from profuser.chat import Encoded
-from profuser.config import resolve
-from profuser.token_bytes import TokenBytesMismatch
+from profuser.recipe.places import resolve
+from profuser.text.encoded import Encoded
+from profuser.text.token_bytes import TokenBytesMismatch
 
 CORPUS_BYTES = 1_200_000
 SEQUENCE_TOKENS = 2048

@@ -20,7 +20,7 @@ from benchmarks.implementations import dense, fusellm
 from benchmarks.measure import cuda_peak_mib, process_peaks_mib, timed
 from profuser.fusion_model import FusionModel
 from profuser.kernels.reference import fusion_loss_reference
-from profuser.models import hidden_states
+from profuser.models.head import hidden_states
 
 S, K = 3, 10
 # B sequences of T tokens; ROUNDS; a Llama of about 13M and about 1.2B parameters.

@@ -1,59 +1,107 @@
-"""What every command shares: one line and a documented exit code for each failure.
+"""The command line: `profuser COMMAND` beside `python -m profuser.COMMAND`, and one line with an exit code for each failure.
 
 0 ok, 1 runtime, 2 usage or recipe, 3 data or store invalid, 4 non-finite, 5 out of memory, 75 saved on SIGTERM, 130 Ctrl-C.
+Nothing heavy is imported here: a command reads its command line first and imports torch only then.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-import torch
-import transformers
-from safetensors import SafetensorError
+from profuser.errors import ConfigError, OutOfMemoryError, ProfuserError, Terminated
 
-from profuser.errors import OutOfMemoryError, ProfuserError, Terminated
+COMMANDS = {
+    "train": "prepare what is missing, fuse, score, report; without arguments the bundled demo",
+    "prepare": "only the store: responses, votes, distributions, alignment",
+    "evaluate": "score a finished run again",
+    "report": "draw the report of a finished run again",
+    "doctor": "how two tokenizers align on a text, or an example in every model's chat template",
+    "store": "what a store holds, and whether its files are what was written",
+}
+
+EXTRAS = {"gguf": "gguf", "reasoning_gym": "recipes"}
+"""Packages that an extra of their own brings; every other one comes with `train`."""
 
 
-def main_of(command: Callable[[list[str]], None]) -> None:
-    """Run a command with sys.argv and end the process with its exit code."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # what matters of it is an error of ours, in one line
+def main() -> None:
+    """The console script `profuser`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: profuser COMMAND [--help] ...\n\n" + "\n".join(f"  {c:<{width}}  {t}" for c, t in COMMANDS.items()))
+        sys.exit(0)
+    if arguments[0] == "--version":
+        from profuser import __version__
+
+        print(__version__)
+        sys.exit(0)
+
+    def command(argv: list[str]) -> None:
+        name = argv[0]
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`profuser --help` says what each does"
+            raise ConfigError(f"a command must be one of {', '.join(COMMANDS)}, got {name}; {hint}")
+        importlib.import_module(f"profuser.{name}.__main__").main(argv[1:])
+
+    main_of(command)
+
+
+def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Run a command with its arguments, sys.argv's unless given, and end the process with its exit code on failure."""
 
     def terminate(*_) -> None:
         raise Terminated("stopped by SIGTERM; what was finished is kept, the same command goes on from there")
 
     signal.signal(signal.SIGTERM, terminate)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # What matters of what transformers would say is an error of ours, in one line.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        command(sys.argv[1:])
-    except torch.OutOfMemoryError as error:
-        fail(
-            OutOfMemoryError(
-                f"out of memory ({str(error).splitlines()[0]}); lower optim.micro_batch_size, capture.batch_size or "
-                "data.max_length, or set optim.gradient_checkpointing: true"
-            )
-        )
+        command(list(sys.argv[1:] if argv is None else argv))
     except (ProfuserError, Terminated) as error:
         fail(error)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        fail(
-            ProfuserError(
-                f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
-            )
-        )
-    except SafetensorError as error:
-        fail(ProfuserError(f"a file could not be written or read ({error}); check the disk"))
     except KeyboardInterrupt:
         print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        fail(explained(error))
 
 
-def fail(error: ProfuserError | Terminated) -> None:
+def explained(error: Exception) -> ProfuserError:
+    """What a library raised, in one line of ours; a defect of our own is raised again, with its traceback."""
+    if isinstance(error, OSError):
+        return ProfuserError(
+            f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("profuser"):
+        package = error.name.partition(".")[0]
+        return ConfigError(
+            f"this command needs the package {package}, which is not installed; run "
+            f"`pip install 'profuser[{EXTRAS.get(package, 'train')}]'`"
+        )
+    # torch and safetensors were imported before they could raise: no import of ours to ask for their types.
+    kind = f"{type(error).__module__}.{type(error).__name__}"
+    if kind.startswith("torch") and "OutOfMemoryError" in kind:
+        return OutOfMemoryError(
+            f"out of memory ({str(error).splitlines()[0]}); lower optim.micro_batch_size, capture.batch_size or "
+            "data.max_length, or set optim.gradient_checkpointing: true"
+        )
+    if "SafetensorError" in kind:
+        return ProfuserError(f"a file could not be written or read ({error}); check the disk")
+    raise error
+
+
+def fail(error: ProfuserError | Terminated) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)

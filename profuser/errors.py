@@ -35,6 +35,14 @@ class OutOfMemoryError(ProfuserError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; the state was saved and the same command resumes (exit code 75). Like KeyboardInterrupt no Exception."""
+    """SIGTERM arrived; the state was saved and the same command resumes (exit code 75).
+
+    Like KeyboardInterrupt it is no Exception, so that no handler of errors swallows it.
+    """
 
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of somebody else's error message, for a message of ours; its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

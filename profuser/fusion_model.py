@@ -16,7 +16,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel
 from profuser.errors import DataError
 from profuser.kernels.common import IGNORE_INDEX, check_scalars
 from profuser.loss import check_options, fused_linear_fusion_loss
-from profuser.models import Head, evaluating, head_layer, hidden_states
+from profuser.models.head import Head, evaluating, head_layer, hidden_states
 
 # What collators that flatten a batch may add for the attention; passed on to the model.
 FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}

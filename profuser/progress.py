@@ -10,6 +10,13 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 15
 
 
+def in_words(seconds: float) -> str:
+    """`40 s`, `6 min`, `3 h`: no more digits than the estimate is worth."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"
+
+
 def silent(n: int = 1, *, tokens: int = 0) -> None:
     """In place of a Progress's `update`, where nobody looks."""
 

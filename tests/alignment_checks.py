@@ -10,7 +10,8 @@ from profuser.alignment.engine import byte_aligner
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.types import ALIGNED, Aligned, PrefixRanges, SourceCapture
-from profuser.chat import ChatFormat, Encoded
+from profuser.text.chat import ChatFormat
+from profuser.text.encoded import Encoded
 
 TOLERANCE = 2e-6  # of float32 log-probabilities
 
@@ -94,7 +95,7 @@ def random_capture(
     """Any log-probabilities for any candidates: half of them from `pool`, half from the whole vocabulary."""
     ids = np.array(labels(own), np.int32)
     m, vocabulary, n = len(ids), len(source.token_bytes.pieces), len(response)
-    spans = np.array([*own.spans, *([(n, n)] if own.end is not None else [])], np.int32).reshape(-1, 2)
+    spans = np.array([*own.spans, *([(n, n)] if own.end_of_turn is not None else [])], np.int32).reshape(-1, 2)
     needed = ranges_needed(target.token_bytes, encoded, source.token_bytes, own, order_of(source))
     r = len(needed.rows)
     order = order_of(source).order

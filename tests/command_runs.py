@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from profuser import evaluate, prepare, train
 from profuser.cli import main_of
-from profuser.config import resolve
+from profuser.recipe.places import resolve
 
 RECIPE = """\
 sources:

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
-from profuser.chat import ChatFormat, Encoded
-from profuser.token_bytes import TokenBytes
+from profuser.text.chat import ChatFormat
+from profuser.text.encoded import Encoded
+from profuser.text.token_bytes import TokenBytes
 
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
@@ -167,7 +168,7 @@ def real_chat(name: str, template: str) -> ChatFormat:
 
 def labels(encoded: Encoded) -> list[int]:
     """The ids that ByteAligner.align takes: the response's tokens and the end of turn."""
-    end = [] if encoded.end is None else [encoded.input_ids[encoded.end]]
+    end = [] if encoded.end_of_turn is None else [encoded.input_ids[encoded.end_of_turn]]
     return encoded.input_ids[encoded.start : encoded.stop] + end
 
 
@@ -180,7 +181,7 @@ def capture_of(
     """
     ids = labels(encoded)
     assert len(rows) == len(ids)
-    spans = [*encoded.spans, *([(n, n)] if encoded.end is not None else [])]
+    spans = [*encoded.spans, *([(n, n)] if encoded.end_of_turn is not None else [])]
     pieces = source.token_bytes.pieces
     needed = target and ranges_needed(target[0].token_bytes, target[1], source.token_bytes, encoded, order_of(source))
     among, masses = [], []

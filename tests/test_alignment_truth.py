@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from profuser.experiments import alignment_truth as truth
 from profuser.experiments.byte_sampler import ByteVocab, Continuation, TextModel, continuations, covers
 from profuser.experiments.windows import TEXTS, windows
-from profuser.token_bytes import TokenBytes
+from profuser.text.token_bytes import TokenBytes
 
 WORDS = ("a", "b", " ", "ab", " a", "aba", "</s>")  # the tokens that the toy source gives mass to
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from profuser.ballots import judged_examples
-from profuser.data import load_examples
+from profuser.prepare.data import load_examples
 from profuser.targets import TRAIN
 
 

@@ -19,7 +19,7 @@ from profuser.alignment.types import (
     SKIP_NO_SOURCE_POSITION,
     SKIPPED,
 )
-from profuser.chat import ChatFormat
+from profuser.text.chat import ChatFormat
 
 
 def test_target_token_of_two_source_tokens_sums_over_the_path():

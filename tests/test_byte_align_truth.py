@@ -25,8 +25,8 @@ from profuser.alignment.types import (
     SourceCapture,
 )
 from profuser.alignment.vocab_map import ByteOrder
-from profuser.chat import ChatFormat
-from profuser.config import SourceConfig
+from profuser.text.chat import ChatFormat
+from profuser.recipe.schema import SourceConfig
 from profuser.kernels.source_topk import source_topk_from_logits
 from profuser.models import chat_format, load_model, load_tokenizer
 
@@ -191,7 +191,7 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
     lead = [] if own.start else [source.tokenizer.bos_token_id or 0]
     with torch.no_grad():
         logits = model(torch.tensor([lead + own.input_ids])).logits[0].double()
-    labels_at = [*range(own.start, own.stop), *([] if own.end is None else [own.end])]
+    labels_at = [*range(own.start, own.stop), *([] if own.end_of_turn is None else [own.end_of_turn])]
     logprobs = logits.log_softmax(-1)[[len(lead) + t - 1 for t in labels_at]]
     pieces = source.token_bytes.pieces
     needed = ranges_needed(target.token_bytes, encoded, source.token_bytes, own, ByteOrder(source.token_bytes))
@@ -203,7 +203,7 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
         10,
         ranges=(*(torch.from_numpy(x).long() for x in (needed.rows, needed.lo, needed.hi)), order),
     )
-    spans = np.array([*own.spans, *([] if own.end is None else [(len(response),) * 2])], np.int32)
+    spans = np.array([*own.spans, *([] if own.end_of_turn is None else [(len(response),) * 2])], np.int32)
     capture = SourceCapture(
         own_ids.int().numpy(), spans[:, 0].copy(), spans[:, 1].copy(), ids.numpy(), top.numpy(), -ce.numpy(),
         PrefixRanges(needed.rows, needed.strip, logmass.numpy(), range_ids.numpy(), range_top.numpy()),

@@ -8,11 +8,11 @@ from transformers import GenerationConfig
 
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.vocab_map import ByteOrder
-from profuser.capture import capture, label_positions, pack_captures, unpack_captures
+from profuser.prepare.capture import capture, label_positions, pack_captures, unpack_captures
 from profuser.config import GenerationConfig as RecipeGeneration
-from profuser.config import SourceConfig
+from profuser.recipe.schema import SourceConfig
 from profuser.models import Head, chat_format, load_model
-from profuser.responses import generate
+from profuser.prepare.responses import generate
 
 PAIRS = [
     ("How does a bozun taste?", "A bozun is a stone. Answer: bitter."),

@@ -22,9 +22,10 @@ from small_tokenizers import (
 )
 from tokenizers import AddedToken, Tokenizer
 
-from profuser.chat import ChatFormat, Encoded
+from profuser.text.chat import ChatFormat
+from profuser.text.encoded import Encoded
 from profuser.errors import DataError
-from profuser.token_bytes import TokenBytesMismatch
+from profuser.text.token_bytes import TokenBytesMismatch
 
 formats = pytest.mark.parametrize("template", list(TEMPLATES))
 small = pytest.mark.parametrize("name", [name for name in SMALL if "NFC" not in name])
@@ -53,10 +54,10 @@ def check(chat: ChatFormat, encoded: Encoded, response: str) -> None:
         assert spans[0][0] <= 0 < spans[0][1]
         assert spans[-1][0] < len(data) <= spans[-1][1]
         assert all(left[1] == right[0] for left, right in pairwise(spans))
-    if encoded.end is not None:
-        assert encoded.end == len(encoded.input_ids) - 1 >= encoded.stop
-        assert encoded.input_ids[encoded.end] in chat.end_ids
-    assert sum(encoded.label_mask) == len(spans) + (encoded.end is not None)
+    if encoded.end_of_turn is not None:
+        assert encoded.end_of_turn == len(encoded.input_ids) - 1 >= encoded.stop
+        assert encoded.input_ids[encoded.end_of_turn] in chat.end_ids
+    assert sum(encoded.label_mask) == len(spans) + (encoded.end_of_turn is not None)
 
 
 @small
@@ -87,7 +88,7 @@ def test_any_text_is_located_exactly_and_never_becomes_a_control_token(name, tem
     check(chat, chat.encode(prompt, response), response)
     cut = chat.encode(prompt, response, complete=False)
     check(chat, cut, response)
-    assert cut.end is None
+    assert cut.end_of_turn is None
     control = set(chat.token_bytes.specials)
     assert [i for i in chat.prompt_ids(prompt) if i in control] == [i for i in chat.prompt_ids("x") if i in control]
 
@@ -117,9 +118,9 @@ def test_template_bytes_before_the_end_of_turn_are_no_label():
     chat = small_chat("llama-2 prepend", "llama2")
     assert chat.closing == b" "
     encoded = chat.encode("x", "hello")
-    assert encoded.end == encoded.stop + 1
+    assert encoded.end_of_turn == encoded.stop + 1
     assert encoded.label_mask[encoded.stop] is False
-    assert encoded.label_mask[encoded.end] is True
+    assert encoded.label_mask[encoded.end_of_turn] is True
     assert small_chat("byte-level", "chatml").closing == b""
 
 
@@ -145,7 +146,7 @@ def test_empty_response_has_only_its_end_of_turn():
         chat = small_chat("metaspace first", template)
         encoded = chat.encode("x", "")
         assert encoded.spans == []
-        assert encoded.start == encoded.stop <= encoded.end
+        assert encoded.start == encoded.stop <= encoded.end_of_turn
         assert sum(encoded.label_mask) == 1
 
 

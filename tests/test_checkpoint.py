@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from profuser import checkpoint
-from profuser.checkpoint import load_newest, save_checkpoint
+from profuser.train.checkpoint import load_newest, save_checkpoint
 
 
 def trained(steps=3, seed=0):

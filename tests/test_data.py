@@ -5,7 +5,7 @@ import json
 import pytest
 
 from profuser.config import DataConfig
-from profuser.data import load_examples
+from profuser.prepare.data import load_examples
 from profuser.errors import DataError
 
 TEXTS = ["007", "1.50", "1e5", "NA", "2024-03-01", "true", "a\u2028b"]

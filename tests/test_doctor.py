@@ -24,7 +24,7 @@ from profuser.doctor import KINDS, diagnose, main, view
 from profuser.errors import DataError, ProfuserError
 from profuser.experiments import alignment_pairs
 from profuser.experiments.page import write_section
-from profuser.token_rows import clipped, example_rows
+from profuser.doctor.token_rows import clipped, example_rows
 
 KEYS = {
     "target", "source", "text", "align", "engine", "positions", "bytes", *KINDS, "usable", "mapped_mass", "reliability", "skips",

@@ -22,7 +22,7 @@ from profuser.alignment.types import (
     PrefixRanges,
     SourceCapture,
 )
-from profuser.chat import Encoded
+from profuser.text.encoded import Encoded
 from profuser.errors import DataError
 
 TOLERANCE = 1e-6  # of float32 log-probabilities
@@ -55,7 +55,7 @@ def encoded_of(side: SimpleNamespace, *tokens: tuple[str, int, int], end: str | 
         spans=[(b, f) for _, b, f in tokens],
         start=0,
         stop=len(tokens),
-        end=None if end is None else len(tokens),
+        end_of_turn=None if end is None else len(tokens),
         words=list(range(len(strings))),
     )
 

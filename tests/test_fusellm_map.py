@@ -14,7 +14,7 @@ from small_tokenizers import side
 
 from profuser.alignment import fusellm
 from profuser.alignment.fusellm import code_points, dtw, dtw_python, vocabulary_map
-from profuser.token_bytes import TokenBytes
+from profuser.text.token_bytes import TokenBytes
 
 ENGINES = [
     pytest.param(dtw_python, id="Python"),

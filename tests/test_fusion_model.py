@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DataCollatorWithFlattening
 
 from profuser import IGNORE_INDEX, FusionModel
-from profuser.config import resolve
+from profuser.recipe.places import resolve
 from profuser.errors import DataError
 from profuser.kernels.reference import fusion_loss_reference
 

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 
 from profuser.config import SourceConfig, is_path
 from profuser.errors import DataError
-from profuser.estimate import Size, size_of
+from profuser.prepare.estimate import Size, size_of
 from profuser.models import Head, chat_format, fingerprint, load_model, load_tokenizer, stored_dtype, weights_of
 
 gguf = pytest.importorskip("gguf", reason="pip install gguf")
@@ -73,7 +73,7 @@ def test_a_directory_with_one_gguf_file_and_the_file_itself_are_the_model(model,
     chat = chat_format(source)
     encoded = chat.encode("hi", "hello he")
     assert chat.token_bytes.of(encoded.input_ids[encoded.start : encoded.stop]) == b"hello he"
-    assert encoded.input_ids[encoded.end] == 2
+    assert encoded.input_ids[encoded.end_of_turn] == 2
     assert stored_dtype(source) == torch.float32
     assert size_of(source) == Size(sum(p.numel() for p in loaded.parameters()), LAYERS)
 

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from profuser import IGNORE_INDEX, FusionModel, fused_linear_fusion_loss
-from profuser.config import resolve
+from profuser.recipe.places import resolve
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "mistakes.md"
 K = 4

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from profuser.capture import EMPTY, OK, TOO_LONG
+from profuser.prepare.capture import EMPTY, OK, TOO_LONG
 from profuser.config import DataConfig, JudgeConfig, SourceConfig
-from profuser.data import load_examples
+from profuser.prepare.data import load_examples
 from profuser.errors import ConfigError, DataError
 from profuser.models import chat_format
 from profuser.prepare import fit, prepare

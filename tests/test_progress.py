@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from profuser import progress
-from profuser.checkpoint import newest_step
-from profuser.config import SourceConfig
-from profuser.estimate import Size, expected, in_words, probe, sentence, size_of
+from profuser.train.checkpoint import newest_step
+from profuser.recipe.schema import SourceConfig
+from profuser.prepare.estimate import Size, expected, in_words, probe, sentence, size_of
 from profuser.models import load_model
 from profuser.prepare import announce, open_preparation
 from profuser.progress import Progress

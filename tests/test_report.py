@@ -17,8 +17,8 @@ import pytest
 from report_runs import SKILLS, edit, make_run
 
 from profuser.errors import DataError
-from profuser.figures import DARK, LIGHT, luminance, visible
-from profuser.metrics import Change, read_metrics, stage_table
+from profuser.report.figures import DARK, LIGHT, luminance, visible
+from profuser.report.metrics import Change, read_metrics, stage_table
 from profuser.report import difference, main, wilson, write_report
 
 PICTURES = ("win_min_ce.png", "win_vote.png", "alignment.png", "curves.png", "scores.png")

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 
 from profuser.config import OptimConfig, StageConfig, parse_run
-from profuser.schedule import learning_rate, plan, stage_at
+from profuser.recipe.schedule import learning_rate, plan, stage_at
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerFast
 
 from profuser.errors import DataError
-from profuser.token_bytes import TokenBytes, TokenBytesMismatch
+from profuser.text.token_bytes import TokenBytes, TokenBytesMismatch
 
 SNIPPETS = [
     " ",

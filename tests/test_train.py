@@ -19,7 +19,7 @@ from profuser.errors import ConfigError, DataError, NonFiniteError
 from profuser.evaluate import evaluate
 from profuser.evaluate import main as evaluate_command
 from profuser.fusion_model import FusionModel
-from profuser.prepare import prepare
+from profuser.prepare.phases import prepare
 from profuser.store import Store
 from profuser.targets import TRAIN, Targets
 from profuser.train import Trainer, open_run, train

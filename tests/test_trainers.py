@@ -13,7 +13,7 @@ from test_fusion_model import demo_model, examples, lora, padded, tied_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from profuser import FusionModel
-from profuser.config import resolve
+from profuser.recipe.places import resolve
 
 EXAMPLES = examples((7, 5, 9, 6, 4, 8, 3, 8))  # of unequal numbers of labels
 

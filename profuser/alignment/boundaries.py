@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from profuser.token_bytes import TokenBytes
+from profuser.text.token_bytes import TokenBytes
 
 MAX_PREFIX_TOKENS = 64  # where nothing cuts; a pre-token is far shorter
 PROBE = "a b. c1 2\nd"

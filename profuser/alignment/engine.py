@@ -17,10 +17,10 @@ from profuser.alignment.reference import MAX_CACHED_CANDIDATES, PythonByteAligne
 from profuser.alignment.spans import _align
 from profuser.alignment.types import Aligned, SourceCapture
 from profuser.alignment.vocab_map import CandidateTable, TextFormat, same_tokens
-from profuser.chat import Encoded
 from profuser.errors import DataError
-from profuser.store import ragged
-from profuser.token_bytes import TokenBytes
+from profuser.ragged import ragged
+from profuser.text.encoded import Encoded
+from profuser.text.token_bytes import TokenBytes
 
 BYTES_AT_ONCE = 1 << 20  # of text; its encodings take ~100 times as much
 
@@ -99,7 +99,7 @@ class CppByteAligner:
             "target_ids": target_ids,
             "target_offsets": target_offsets,
             "start": np.array([e.start for e in encoded], dtype=np.int64),
-            "target_end": np.array([-1 if e.end is None else e.input_ids[e.end] for e in encoded], dtype=np.int32),
+            "target_end": np.array([-1 if e.end_of_turn is None else e.input_ids[e.end_of_turn] for e in encoded], dtype=np.int32),
             "span_offsets": span_offsets,
             "target_begin": np.ascontiguousarray(spans[:, 0]),
             "target_stop": np.ascontiguousarray(spans[:, 1]),

@@ -46,9 +46,10 @@ from profuser.alignment.types import (
     Aligned,
     SourceCapture,
 )
-from profuser.chat import ChatFormat, Encoded
 from profuser.errors import DataError
-from profuser.store import write_atomic
+from profuser.store.files import write_atomic
+from profuser.text.chat import ChatFormat
+from profuser.text.encoded import Encoded
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ class FuseLLMAligner:
         n, rows = len(response), len(capture.ids)
         content = encoded.stop - encoded.start
         labels, spans = encoded.input_ids[encoded.start : encoded.stop], encoded.spans
-        if encoded.end is not None:
-            labels, spans = [*labels, encoded.input_ids[encoded.end]], [*spans, (n, n)]
+        if encoded.end_of_turn is not None:
+            labels, spans = [*labels, encoded.input_ids[encoded.end_of_turn]], [*spans, (n, n)]
         source_has_end = (
             rows > 0 and int(capture.ids[-1]) in self._source_ends and capture.begin[-1] == capture.stop[-1] == n
         )

@@ -14,8 +14,8 @@ import numpy as np
 from profuser.alignment.spans import match_spans
 from profuser.alignment.types import INSIDE
 from profuser.alignment.vocab_map import ByteOrder
-from profuser.chat import Encoded
-from profuser.token_bytes import TokenBytes
+from profuser.text.encoded import Encoded
+from profuser.text.token_bytes import TokenBytes
 
 
 @dataclass(slots=True)

@@ -57,9 +57,9 @@ from profuser.alignment.vocab_map import (
     lookaheads,
     same_tokens,
 )
-from profuser.chat import Encoded
 from profuser.errors import DataError
-from profuser.token_bytes import TokenBytes
+from profuser.text.encoded import Encoded
+from profuser.text.token_bytes import TokenBytes
 
 MAX_CACHED_CANDIDATES = 4_000_000  # ~100 bytes each
 
@@ -110,9 +110,9 @@ class PythonByteAligner:
         n = len(response)
         content = encoded.stop - encoded.start
         target_ids = encoded.input_ids[encoded.start : encoded.stop]
-        target_has_end = encoded.end is not None
+        target_has_end = encoded.end_of_turn is not None
         if target_has_end:
-            target_ids = [*target_ids, encoded.input_ids[encoded.end]]
+            target_ids = [*target_ids, encoded.input_ids[encoded.end_of_turn]]
         a = [int(begin) for begin, _ in encoded.spans]
         e = [int(end) for _, end in encoded.spans]
         target_clip = _clips(self.target.token_bytes, target_ids[:content], a, e, response, "target")

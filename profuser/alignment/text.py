@@ -20,9 +20,9 @@ from profuser.alignment.ranges import RangeRequest, ranges_needed
 from profuser.alignment.reference import check_capture
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
-from profuser.chat import Encoded
 from profuser.errors import DataError
-from profuser.token_bytes import TokenBytes
+from profuser.text.encoded import Encoded
+from profuser.text.token_bytes import TokenBytes
 
 
 class PlainText:
@@ -51,7 +51,7 @@ class PlainText:
         ids, words = self.token_bytes.encode_parts([(text, True)])
         spans = self.token_bytes.spans(ids, text)
         self.token_bytes.check_whole(ids, spans, text)
-        return Encoded(input_ids=ids, spans=spans, start=0, stop=len(ids), end=None, words=words)
+        return Encoded(input_ids=ids, spans=spans, start=0, stop=len(ids), end_of_turn=None, words=words)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from profuser.alignment.boundaries import Boundaries
-from profuser.token_bytes import TokenBytes
+from profuser.text.token_bytes import TokenBytes
 
 # What a candidate counts for when it is not a target token.
 TAIL, DROPPED, END = -1, -2, -3

@@ -25,14 +25,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from profuser.chat import ChatFormat
-from profuser.config import JudgeConfig
 from profuser.demo.judges import JUDGES, JudgeSettings, pairwise_accuracy, train_judge
 from profuser.demo.pretrain import SOURCES, TARGET, PretrainSettings, accuracies, pretrain, respond, save
 from profuser.demo.skills import SKILLS, DataSettings, World, row_of
 from profuser.demo.tokenizers import position_kinds, tokenizer_texts, train_narrow, train_wide, with_template
 from profuser.demo.verify import exact_match
-from profuser.reward import load_judge, vote
+from profuser.prepare.judges import load_judge
+from profuser.prepare.votes import vote
+from profuser.recipe.schema import JudgeConfig
+from profuser.text.chat import ChatFormat
 
 DEMO_DIR = Path(__file__).resolve().parent
 PARTS = ("data", "tokenizers", "sources", "judges", "measure")
@@ -145,7 +146,7 @@ def measure(out: Path) -> dict:
     scores = {name: judge(fusion, candidates)[:, None] for name, judge in judges.items()}
     scores["all"] = np.concatenate(list(scores.values()), axis=1)
     eligible = np.array([[bool(text) for text in texts] for texts in candidates])
-    winners = {name: vote(values, eligible)[0].tolist() for name, values in scores.items()}
+    winners = {name: vote(values, eligible).winner.tolist() for name, values in scores.items()}
     right = [[exact_match(row, text) for text in texts] for row, texts in zip(clean, candidates)]
     for name, chosen in winners.items():
         figures["vote"][name] = _shares(clean, [right[i][s] for i, s in enumerate(chosen)])

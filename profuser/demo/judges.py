@@ -21,13 +21,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from profuser.chat import ChatFormat
 from profuser.demo.pretrain import SourceSpec, config_of, optimise
 from profuser.demo.pretrain import batch_of as labelled_batch
 from profuser.demo.skills import GAINS, ITEMS, LOSSES, MAX_TOTAL, PEOPLE, SKILLS
 from profuser.demo.tokenizers import CHATML, VICUNA
 from profuser.demo.verify import STEP, answer_of
-from profuser.reward import Judge
+from profuser.prepare.judges import Judge
+from profuser.text.chat import ChatFormat
 
 JUDGES = (
     SourceSpec(name="judge-a", skill="", architecture="llama", tokenizer="wide", template=CHATML, hidden=96, layers=3, intermediate=192),

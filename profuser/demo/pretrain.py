@@ -24,13 +24,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from profuser.chat import ChatFormat
-from profuser.config import GenerationConfig
 from profuser.demo.skills import SKILLS, World
 from profuser.demo.tokenizers import CHATML, LLAMA2_LINE, MAX_LENGTH, VICUNA_LINE
 from profuser.demo.verify import exact_match
 from profuser.kernels.common import IGNORE_INDEX
-from profuser.responses import generate
+from profuser.prepare.responses import generate
+from profuser.recipe.schema import GenerationConfig
+from profuser.text.chat import ChatFormat
 
 MAX_NEW_TOKENS = 64
 
@@ -189,7 +189,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 def respond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
     """Greedy responses, in the prompts' order; one that never ends its turn is cut at MAX_NEW_TOKENS."""
     settings = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, batch_size=128)
-    return [first for ((first, _),) in generate(model, ChatFormat(tokenizer), prompts, settings, max_length=MAX_LENGTH)]
+    return [answers[0].text for answers in generate(model, ChatFormat(tokenizer), prompts, settings, max_length=MAX_LENGTH)]
 
 
 def accuracies(rows: Sequence[dict], responses: Sequence[str]) -> dict[str, float]:

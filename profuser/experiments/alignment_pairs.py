@@ -15,12 +15,12 @@ from profuser.alignment.spans import ENGINE
 from profuser.alignment.text import PlainText
 from profuser.alignment.types import KINDS
 from profuser.cli import main_of
-from profuser.config import SourceConfig
-from profuser.doctor import Diagnosis, diagnose, read_text
+from profuser.doctor.diagnosis import Diagnosis, diagnose, read_text
+from profuser.environment import commit, versions
 from profuser.experiments.page import write_section
 from profuser.experiments.windows import LANGUAGES, TEXTS
-from profuser.models import load_tokenizer
-from profuser.output import commit, versions
+from profuser.models.load import load_tokenizer
+from profuser.recipe.schema import SourceConfig
 
 PAIRS = (
     ("llama2", "gpt_neox"),

@@ -37,12 +37,12 @@ import torch
 from transformers import AutoTokenizer
 
 from profuser.cli import main_of
+from profuser.environment import environment
 from profuser.errors import ConfigError
 from profuser.experiments.byte_sampler import Continuation, TextModel, continuations, covers
 from profuser.experiments.page import write_section
 from profuser.experiments.windows import KINDS, LANGUAGES, TOP_K, WINDOW, Source, Target, Window
-from profuser.output import environment
-from profuser.store import read_json, write_json
+from profuser.store.files import read_json, write_json
 
 ESTIMATES = ("ours", "exact bytes", "one-hot")
 SECTION = "alignment_truth"

@@ -12,6 +12,8 @@ import argparse
 import json
 import multiprocessing
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,16 @@ import numpy as np
 import torch
 
 from profuser.cli import main_of
-from profuser.config import DEFAULT_RECIPE, Run, parse_run, resolve
+from profuser.environment import environment
 from profuser.experiments.page import write_section
-from profuser.output import environment
-from profuser.prepare import prepare
-from profuser.store import Store, read_json, write_atomic, write_json
-from profuser.train import open_run, train
+from profuser.pipeline import train
+from profuser.prepare.phases import prepare
+from profuser.recipe.parse import Run, parse_run
+from profuser.recipe.places import DEFAULT_RECIPE, resolve
+from profuser.store import layout
+from profuser.store.files import read_json, write_atomic, write_json
+from profuser.store.store import Store
+from profuser.train.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +72,14 @@ def shift_rows(store: Store, directory: Path) -> Store:
     if directory.exists():
         shutil.rmtree(directory)
     shutil.copytree(store.directory, directory)
-    copy = Store.load(directory)
-    for name in copy.shards("targets/train"):
-        copy.put(name, shifted(copy.get(name)))
+    copy, kind = Store.open(directory), layout.targets("train")
+    for number in copy.numbers(kind):
+        arrays = copy.get(kind, number)
+        copy.put(kind, number, shifted(arrays), examples=len(np.unique(arrays["example"])))
     return copy
 
 
-def shifted(shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def shifted(shard: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Give every row the position of the next row of the same sequence and source; the last of each is dropped."""
     sequence = np.repeat(np.arange(len(shard["row_offsets"]) - 1), np.diff(shard["row_offsets"]))
     key = sequence * 256 + shard["row_source"]
@@ -81,7 +88,7 @@ def shifted(shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     kept = np.flatnonzero(has_next)
     counts = np.diff(shard["entry_offsets"])
     entries = np.repeat(has_next, counts)
-    return shard | {
+    return dict(shard) | {
         "row_position": shard["row_position"][kept + 1],
         "row_source": shard["row_source"][kept],
         "row_tail": shard["row_tail"][kept],
@@ -108,11 +115,11 @@ def run_of(base: Run, arm: Arm, seed: int, directory: Path, stores: dict[str, tu
         output=str(directory / f"{arm.name}-{seed}"),
         seed=seed,
     )
-    return Run(recipe=recipe, name=f"{arm.name}-{seed}", options={})
+    return Run(recipe=recipe, name=f"{arm.name}-{seed}")
 
 
 def work(run: Run) -> str:
-    if not open_run(run):
+    if not RunDirectory(run).complete():
         train(run)
     return run.name
 
@@ -162,7 +169,7 @@ def table(results: dict[str, Any], target: str, command: str, demo: dict[str, An
     return "\n".join(
         [
             f"Held-out exact match in %, mean ± standard deviation over fusion seeds {results['seeds']} (sources and store fixed); "
-            "held-out KD: KL of the fused model to the Min-CE winner on held-out ground truths, nats a covered token.",
+            "held-out KD: KL of the fused model to the Min-CE winner on held-out ground truths, nats per covered token.",
             f"Ground truth of the fusion data: {demo_line(demo)}.",
             f"Command: `{command}`; {results['hardware']}; torch {results['versions']['torch']}, transformers "
             f"{results['versions']['transformers']}; commit {results['commit']}.",
@@ -190,7 +197,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--write", type=Path, help="Markdown file whose demo section the table replaces")
     args = parser.parse_args(argv)
-    base = parse_run("train", ["--config", args.config], {}, "")
+    base = parse_run("train", ["--config", args.config])
     stores = {
         "fusion": (base.recipe.data.train, str(base.store_dir)),
         "wellformed": (wellformed_data(args.output), str(args.output / "store-wellformed")),
@@ -205,10 +212,15 @@ def main(argv: list[str]) -> None:
         if data == "fusion" and any(a.data == "shifted" for a in arms) and not Path(stores["shifted"][1]).exists():
             shift_rows(store, Path(stores["shifted"][1]))
     runs = {(a.name, s): run_of(base, a, s, args.output, stores) for s in args.seeds for a in arms}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(args.workers, initializer=torch.set_num_threads, initargs=(1,), maxtasksperchild=1) as pool:
-        for n, name in enumerate(pool.imap_unordered(work, runs.values()), start=1):
-            print(f"{n}/{len(runs)}: {name}", flush=True)
+    with ProcessPoolExecutor(
+        args.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+        max_tasks_per_child=1,
+    ) as pool:
+        for n, done in enumerate(as_completed([pool.submit(work, run) for run in runs.values()]), start=1):
+            print(f"{n}/{len(runs)}: {done.result()}", flush=True)
     results = collect(runs, args.seeds)
     write_json(args.output / "results.json", results)
     demo = read_json(Path(resolve("demo:demo_data.json")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from profuser.errors import DataError
-from profuser.store import write_atomic
+from profuser.store.files import write_atomic
 
 
 def write_section(page: Path, name: str, text: str) -> None:

@@ -9,13 +9,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from profuser.alignment.types import KINDS
 from profuser.cli import main_of
-from profuser.estimate import in_words
 from profuser.experiments.page import write_section
-from profuser.store import read_json
+from profuser.progress import in_words
+from profuser.recipe.schedule import Mode
+from profuser.store.files import read_json
 
 SECTION = "real_model"
-KINDS = ("same_span", "shared_prefix", "inside", "skipped")
 
 
 def section(runs: list[Path]) -> str:
@@ -50,7 +51,7 @@ def tables(summary: dict[str, Any], evaluation: dict[str, Any], scores: dict[str
     rows = [
         [
             name,
-            "ground truth" if mode == "train" else "own responses",
+            "ground truth" if mode == Mode.TRAINING.key else "own responses",
             f"{a['positions']:,}",
             *(percent(a[kind]) for kind in KINDS),
             percent(a["coverage"]),

@@ -20,7 +20,7 @@ from typing import Any
 
 from profuser.cli import main_of
 from profuser.errors import ConfigError, DataError
-from profuser.store import write_atomic
+from profuser.store.files import write_atomic
 
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},

@@ -14,7 +14,7 @@ from profuser.alignment.text import AlignedText, align, prefix_ranges
 from profuser.alignment.types import INSIDE, SAME_SPAN, SHARED_PREFIX
 from profuser.experiments.byte_sampler import ByteVocab, TextModel
 from profuser.kernels.source_topk import source_topk
-from profuser.token_bytes import TokenBytes
+from profuser.text.token_bytes import TokenBytes
 
 TEXTS = Path(__file__).resolve().parent / "texts"
 LANGUAGES = ("en", "code", "de", "ru", "zh")

@@ -1,0 +1,55 @@
+"""One training example as every model of a recipe sees it, through its own chat template."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from profuser.doctor.template_rows import MASK_LEGEND, conversation_rows, describe
+from profuser.errors import ConfigError
+from profuser.models.load import chat_format
+from profuser.prepare.inputs import load_split
+from profuser.recipe.schema import Recipe
+from profuser.text.display import terminal_width, use_color
+from profuser.text.fit import Verdict, fit
+from profuser.text.token_bytes import TokenBytesMismatch
+
+
+def show_templates(recipe: Recipe, example: int, as_json: bool) -> None:
+    """Print one training example as every model of a recipe sees it, through its own chat template."""
+    rows = load_split(recipe, "train")
+    if not 0 <= example < len(rows):
+        raise ConfigError(f"--example must be in 0..{len(rows) - 1} ({recipe.data.train}), got {example}; give another")
+    row = rows[example]
+    target = recipe.target_config
+    models = {s.name: s for s in [*recipe.sources, target]}
+    chats = {name: chat_format(config) for name, config in models.items()}
+    sources = [chats[s.name] for s in recipe.sources]
+    fitted = fit(chats[target.name], sources, row["prompt"], row["response"], recipe.data.max_length)
+    used = fitted.verdict == Verdict.OK
+    described: dict[str, Any] = {}
+    if not as_json:
+        at = f", cut to data.max_length {recipe.data.max_length}" if fitted.cut else ""
+        print(f"example {example} of {recipe.data.train}{at}; {MASK_LEGEND}\n")
+    for name, chat in chats.items():
+        shown = [f"not used: {fitted.verdict.label}"]
+        try:
+            if used and as_json:
+                described[name] = describe(chat, row["prompt"], fitted.text, complete=not fitted.cut)
+                continue
+            if used:
+                shown = conversation_rows(
+                    chat,
+                    row["prompt"],
+                    fitted.text,
+                    complete=not fitted.cut,
+                    color=use_color(),
+                    width=terminal_width(),
+                )
+        except TokenBytesMismatch as error:
+            shown = [f"not used: {error}"]
+        described[name] = {"skipped": shown[0]}
+        if not as_json:
+            print("\n".join([f"{name}  {models[name].model}", "", *shown, ""]))
+    if as_json:
+        print(json.dumps({"example": example, "models": described}))

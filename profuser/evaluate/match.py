@@ -1,0 +1,39 @@
+"""Whether an answer is right: the ground truth's text is in it, or a function of the user's own says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from profuser.errors import DataError, first_line
+from profuser.prepare.data import Row
+from profuser.recipe.places import load_function
+
+Match = Callable[[Row, str], bool]
+
+
+def contains_truth(example: Row, response: str) -> bool:
+    """The default match: the ground truth's text occurs in the response, case and outer space aside."""
+    return example["response"].casefold() in response.casefold()
+
+
+def load_match(path: str | None) -> Match:
+    """The match that `evaluation.match` names, with its errors in one line."""
+    if path is None:
+        return contains_truth
+    function = load_function(path, "evaluation.match")
+
+    def match(example: Row, response: str) -> bool:
+        try:
+            right = function(dict(example), response)
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
+            right = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(right, (bool, np.bool_)):
+            return bool(right)
+        raise DataError(
+            f"evaluation.match: {path} must return True or False, on the prompt {example['prompt']!r} it gave {right!r}; fix the "
+            "function and run the same command again: only the scores are missing"
+        )
+
+    return match

@@ -1,0 +1,193 @@
+"""Held-out scores: correct answers per skill from generated responses, and bits per byte of the ground truth.
+
+Bits per byte, not per token, because vocabularies differ. The sources' answers and log-likelihoods come from the store;
+what is generated here is the target's. Beside the scores: a few held-out prompts, and a few training prompts with their
+votes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from profuser.errors import DataError
+from profuser.evaluate.match import load_match
+from profuser.fusion_model import FusionModel
+from profuser.models.load import chat_format, default_device, load_model, runtime_dtype
+from profuser.prepare.data import Row, data_hash
+from profuser.prepare.inputs import load_split, settled_dtype
+from profuser.prepare.responses import generate
+from profuser.prepare.votes import judged_examples
+from profuser.progress import Progress
+from profuser.recipe.parse import Run
+from profuser.recipe.schema import Recipe, SourceConfig, Split
+from profuser.store import layout
+from profuser.store.files import write_json
+from profuser.store.store import Store
+from profuser.text.chat import ChatFormat
+from profuser.train.likelihood import Likelihood, likelihood
+from profuser.train.targets import Targets
+
+
+def accuracies(rows: Sequence[Row], correct: Sequence[bool]) -> dict[str, float]:
+    """Share of correct answers per skill, and their mean over skills (each skill counts once)."""
+    by_skill: dict[str, list[bool]] = {}
+    for row, ok in zip(rows, correct):
+        by_skill.setdefault(row["skill"], []).append(bool(ok))
+    scores = {skill: sum(v) / len(v) for skill, v in by_skill.items()}
+    return {**scores, "mean": sum(scores.values()) / len(scores)}
+
+
+def bits_per_byte(
+    rows: Sequence[Row], nll: Sequence[float] | np.ndarray, size: Sequence[int] | np.ndarray
+) -> dict[str, float]:
+    """Bits per byte of the responses, end of turn included in the bits, per skill and over all bytes.
+
+    Args:
+        nll: nats of each row's response; size: its bytes.
+    """
+    nats_of: Counter[str] = Counter()
+    bytes_of: Counter[str] = Counter()
+    for row, nats, count in zip(rows, nll, size):
+        if count and math.isfinite(nats):
+            for key in (row["skill"], "mean"):
+                nats_of[key] += nats
+                bytes_of[key] += count
+    return {key: nats / math.log(2) / bytes_of[key] for key, nats in nats_of.items()}
+
+
+def evaluate(run: Run, store: Store) -> dict[str, Any]:
+    """Score the fused model in the run directory against its sources; write scores.json and evaluation.json.
+
+    Returns:
+        The content of scores.json.
+    """
+    recipe, directory = run.recipe, run.output_dir
+    if recipe.data.heldout is None:
+        raise DataError("evaluation needs data.heldout, the recipe names none; add it")
+    rows, training = prepared_rows(recipe, store, "heldout"), prepared_rows(recipe, store, "train")
+    names = [source.name for source in recipe.sources]
+    votes = judged_examples(store, recipe, training, first_of_each_skill(training, recipe.evaluation.examples))
+    match, targets = load_match(recipe.evaluation.match), Targets(store, "heldout")
+    device = default_device()
+    dtype = runtime_dtype(settled_dtype(recipe.capture.dtype, run.store_dir, device), device)
+    prompts = [row["prompt"] for row in rows]
+
+    answers = {name: source_answers(store, name) for name in names}
+    bits = {name: bits_per_byte(rows, *source_likelihood(store, name)) for name in names}
+    statistics: dict[str, Likelihood] = {}
+    fused = SourceConfig(name="fused", model=str(directory.resolve()))
+    for key, config in (("target_before", recipe.target_config), ("fused", fused)):
+        label = key.replace("_", " ")
+        model = load_model(config, dtype, device)
+        chat = chat_format(config)
+        if key == "target_before" and recipe.target in answers:
+            answers[key] = answers[recipe.target]
+        else:
+            with Progress(f"{label}: answer the held-out prompts", len(rows), "prompts") as bar:
+                answers[key] = answer(model, chat, prompts, recipe, bar)
+        statistics[key] = target_likelihood(model, chat, targets, recipe, label)
+        index = range(len(rows))
+        nll, size = statistics[key].nll, statistics[key].response_bytes
+        bits[key] = bits_per_byte(rows, [nll.get(i, math.inf) for i in index], [size.get(i, 0) for i in index])
+        if key == "fused":
+            now = answer(model, chat, [example["prompt"] for example in votes], recipe)
+            votes = [example | {"fused": text} for example, text in zip(votes, now)]
+        del model
+
+    # A prompt without a ground truth can only be scored by a match of the user's own.
+    asked = [i for i, row in enumerate(rows) if row["response"] or recipe.evaluation.match is not None]
+    correct = {name: {i: match(rows[i], texts[i]) for i in asked} for name, texts in answers.items()}
+    asked_rows = [rows[i] for i in asked]
+    scores = by_model(names, {name: accuracies(asked_rows, list(ok.values())) for name, ok in correct.items()})
+    shown = [asked[n] for n in first_of_each_skill(asked_rows, recipe.evaluation.examples)]
+    evaluation = {
+        "bits_per_byte": by_model(names, bits),
+        "kd": {key: s.kd for key, s in statistics.items()},
+        "ce": {key: s.ce for key, s in statistics.items()},
+        "counts": dict(Counter(row["skill"] for row in asked_rows)),
+        "examples": [
+            {
+                "skill": rows[i]["skill"],
+                "prompt": rows[i]["prompt"],
+                "ground_truth": rows[i]["response"],
+                "responses": {name: texts[i] for name, texts in answers.items()},
+                "correct": {name: bool(ok[i]) for name, ok in correct.items()},
+            }
+            for i in shown
+        ],
+        "votes": votes,
+    }
+    write_json(directory / "scores.json", scores)
+    write_json(directory / "evaluation.json", evaluation)
+    return scores
+
+
+def prepared_rows(recipe: Recipe, store: Store, split: Split) -> list[Row]:
+    """The rows of a split, which must still be those that the store was prepared with."""
+    rows = load_split(recipe, split)
+    if data_hash(rows) != store.settings.sources["data"].get(split):
+        name = {"train": "training", "heldout": "held-out"}.get(split, split)
+        raise DataError(
+            f"{recipe.data.location(split)} must be the {name} data that {store.directory} was prepared with, its rows differ; "
+            "restore it"
+        )
+    return rows
+
+
+def answer(
+    model: PreTrainedModel, chat: ChatFormat, prompts: Sequence[str], recipe: Recipe, bar: Progress | None = None
+) -> list[str]:
+    """The model's answers, generated as the sources' were."""
+    progress = {} if bar is None else {"progress": bar.update}
+    answers = generate(
+        model, chat, prompts, recipe.generation, max_length=recipe.data.max_length, seed=recipe.seed, **progress
+    )
+    return [responses[0].text for responses in answers]
+
+
+def source_answers(store: Store, source: str) -> list[str]:
+    """What a source answered to the held-out prompts, in the rows' order."""
+    kind = layout.responses("heldout", source)
+    return [text for n in store.numbers(kind) for ((text, _finished),) in store.get_json(kind, n)]
+
+
+def source_likelihood(store: Store, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """(nats, bytes) of each held-out ground truth under a source, in the rows' order."""
+    kind = layout.truth("heldout", source)
+    shards = [store.get(kind, n) for n in store.numbers(kind)]
+    return np.concatenate([s["nll"] for s in shards]), np.concatenate([s["response_bytes"] for s in shards])
+
+
+def target_likelihood(
+    model: PreTrainedModel, chat: ChatFormat, targets: Targets, recipe: Recipe, label: str
+) -> Likelihood:
+    """Statistics of the target, before or after fusion, on the held-out ground truths."""
+    optim = recipe.optim
+    fusion = FusionModel(model, tail=optim.tail, temperature=optim.temperature, source_temperature=1.0)
+    pad_id = chat.tokenizer.pad_token_id or 0
+    label = f"{label}: score the held-out ground truths"
+    return likelihood(fusion, targets, pad_id, recipe.capture.batch_size, label)
+
+
+def by_model(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of all models in the form of scores.json: the sources', the target's before fusion, the fused model's."""
+    return {
+        "sources": {name: values[name] for name in names},
+        "target_before": values["target_before"],
+        "fused": values["fused"],
+    }
+
+
+def first_of_each_skill(rows: Sequence[Row], n: int) -> list[int]:
+    """The first rows of every skill in turn: examples that nobody picked."""
+    by_skill: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_skill.setdefault(row["skill"], []).append(i)
+    turns = [i for turn in range(n) for group in by_skill.values() for i in group[turn : turn + 1]]
+    return turns[:n]

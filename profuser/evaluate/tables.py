@@ -1,0 +1,30 @@
+"""Scores and examples as a person reads them in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def score_table(scores: Mapping[str, Any]) -> str:
+    """scores.json as lines of text, in percent."""
+    rows = [*scores["sources"].items(), ("target before", scores["target_before"]), ("fused", scores["fused"])]
+    skills = list(scores["fused"])
+    width, column = max(len(name) for name, _ in rows), max(10, *map(len, skills)) + 2
+    head = " " * width + "".join(f"{skill:>{column}}" for skill in skills)
+    lines = (
+        f"{name:<{width}}" + "".join(f"{100 * values[skill]:{column}.1f}" for skill in skills) for name, values in rows
+    )
+    return "\n".join([head, *lines])
+
+
+def closing_examples(evaluation: dict[str, Any], n: int) -> str:
+    """The first held-out prompts of the skills in turn: what the target said before, what the fused model says now."""
+    parts = []
+    for example in evaluation["examples"][:n]:
+        lines = [f"[{example['skill']}] {example['prompt']}"]
+        for key, label in (("target_before", "before"), ("fused", "now   ")):
+            mark = "right" if example["correct"][key] else "wrong"
+            lines.append(f"  {label}: {example['responses'][key]}  ({mark})")
+        parts.append("\n".join(lines))
+    return "\n".join(["", *parts, ""])

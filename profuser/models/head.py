@@ -1,0 +1,140 @@
+"""The one thing the engine needs of a model: its hidden states, and the head behind them.
+
+A causal language model is used as `hidden = base(input_ids)`, `logits = head(hidden)`. Models that do something between
+the two (a final softcap, a logit scale, a head bias) are honoured when their configuration says so; `Head.of` checks
+the result against the model's own logits once and refuses a model that it cannot reproduce.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from profuser.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Language-model head: logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Head:
+        """The head of a causal language model, checked against the model's own logits.
+
+        Raises:
+            DataError: the model is no decoder with a plain head, or hidden states and head do not give its logits.
+            TypeError: it is no model.
+        """
+        if not (isinstance(model, nn.Module) and hasattr(model, "config")):
+            raise TypeError(
+                f"a model must be a loaded one, not wrapped, got {type(model).__name__}; AutoModelForCausalLM.from_pretrained loads it"
+            )
+        if model.config.is_encoder_decoder:
+            raise DataError(f"a model must be a decoder alone, {type(model).__name__} has an encoder; use another")
+        layer = head_layer(model)
+        config = model.config.get_text_config()
+        scale = 1.0
+        for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+            if isinstance(value := getattr(config, key, None), int | float):
+                scale = float(value)
+        if scaling := getattr(config, "logits_scaling", None):  # a divisor, but for one family
+            scale = float(scaling) if config.model_type == "hyperclovax" else scale / float(scaling)
+        softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        softcap = next((cap for key in softcaps if (cap := getattr(config, key, None))), None)
+        head = cls(layer.weight, getattr(layer, "bias", None), softcap, scale)
+        with evaluating(model):
+            head._check(model, layer)
+        return head
+
+    @torch.no_grad()
+    def _check(self, model: PreTrainedModel, layer: nn.Module) -> None:
+        ids = torch.arange(1, 9, device=model.device)[None] % self.weight.shape[0]
+        product = hidden_states(model, ids, None).float() @ self.weight.float().T
+        product = product if self.bias is None else product + self.bias.float()
+        # Enlarged to 50: the small logits of an untrained model would not show a softcap.
+        enlarge = (50 / product.abs().max()).clamp(max=torch.finfo(self.weight.dtype).max / 2)
+        ours = self.logit_scale * enlarge * product
+        ours = ours if self.softcap is None else self.softcap * torch.tanh(ours / self.softcap)
+        hook = layer.register_forward_hook(lambda layer, args, out: out * enlarge.to(out.dtype))
+        try:
+            own = model(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            hook.remove()
+        if not own.isfinite().all():
+            raise DataError(
+                f"a model's logits must be finite, {type(model).__name__}'s are not; its weights are damaged, or too large for "
+                f"{model.dtype}"
+            )
+        if own.shape[-1] != ours.shape[-1]:
+            raise DataError(
+                f"a model's logits must be those of its head, {type(model).__name__} gives {own.shape[-1]} for {ours.shape[-1]}; use "
+                "another model"
+            )
+        if own.shape != ours.shape:
+            raise DataError(
+                f"a model must give one row of logits a token, {type(model).__name__} gives {own.shape[1]} for "
+                f"{ours.shape[1]}; prompt tuning is not supported, use LoRA"
+            )
+        rounding = max(8 * torch.finfo(self.weight.dtype).eps, 1e-3)
+        if not torch.allclose(own, ours, rtol=0, atol=rounding * own.abs().max().item()):
+            raise DataError(
+                f"a model's logits must be softcap·tanh(scale·head(hidden)/softcap) as its config says, "
+                f"{type(model).__name__}'s differ by {(own - ours).abs().max():.3g}; use another model"
+            )
+
+
+def head_layer(model: PreTrainedModel) -> nn.Module:
+    """The linear layer behind a model's logits.
+
+    Raises:
+        DataError: there is none, or an adapter stands on it.
+    """
+    layer = model.get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        raise DataError(f"a model must have a linear language-model head, {type(model).__name__} has none; use another")
+    if not weight.dtype.is_floating_point:
+        raise DataError(
+            f"a head must be floating point, {type(model).__name__}'s is {weight.dtype}; leave lm_head unquantised"
+        )
+    if hasattr(layer, "base_layer"):
+        raise DataError(
+            "a head must be one linear layer, this one has an adapter, which the fused loss would not see; take lm_head out "
+            "of LoRA's target_modules, or train it whole with modules_to_save=['lm_head']"
+        )
+    return layer
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in evaluation mode, and afterwards each as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def hidden_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs
+) -> torch.Tensor:
+    """Last hidden states (B, T, D) of a causal language model, without its logits."""
+    if hasattr(model, "get_base_model"):  # peft's wrapper: the adapters are inside the model that it wraps
+        model = model.get_base_model()
+    if model.base_model is model:
+        raise DataError(f"a model must have its head apart, {type(model).__name__} names no base model; use another")
+    inputs = {name: value for name, value in inputs.items() if value is not None}  # not every model has each
+    out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    return out.last_hidden_state

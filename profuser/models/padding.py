@@ -1,0 +1,20 @@
+"""Token sequences of unequal length as one rectangular batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def padded(sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), both (B, T) int64; padded at the right, or at the left where generation goes on."""
+    width = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(sequences):
+        place = slice(width - len(ids), width) if left else slice(0, len(ids))
+        input_ids[row, place] = torch.as_tensor(ids)
+        attention_mask[row, place] = 1
+    return input_ids, attention_mask

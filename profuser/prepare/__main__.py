@@ -1,0 +1,30 @@
+"""`python -m profuser.prepare`: from models and prompts to a store of aligned targets."""
+
+from __future__ import annotations
+
+from profuser.cli import main_of
+
+
+def main(argv: list[str]) -> None:
+    from profuser.recipe.parse import parse_run
+
+    flags = {"fresh": "rename an existing store aside and start over"}
+    run = parse_run("prepare", argv, flags, "From models and prompts to a store of aligned targets.")
+
+    from profuser.prepare.announce import announce
+    from profuser.prepare.inputs import Inputs
+    from profuser.prepare.phases import Preparation
+    from profuser.store.files import set_aside
+
+    if run.options["fresh"] and (aside := set_aside(run.store_dir)):
+        print(f"renamed the old store to {aside}")
+    preparation = Preparation(Inputs.open(run))
+    announce("prepare", preparation)
+    store = preparation.run()
+    if line := store.handled():
+        print(line)
+    print(f"store complete: {store.directory} ({len(store)} shards); summary in {store.directory / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    main_of(main)

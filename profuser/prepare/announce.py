@@ -1,0 +1,26 @@
+"""The first line of a run: what it does, on what, with which alignment engine, and how long it should take."""
+
+from __future__ import annotations
+
+import torch
+
+from profuser.alignment.spans import ENGINE
+from profuser.prepare.estimate import expected, sentence
+from profuser.prepare.phases import Preparation
+from profuser.recipe.schedule import plan
+
+
+def announce(command: str, preparation: Preparation, processes: int = 1, first_step: int | None = None) -> None:
+    """Prints it. first_step: steps that a resumed training has done; None = the store is prepared only."""
+    inputs = preparation.inputs
+    recipe, rows = inputs.recipe, inputs.rows["train"]
+    size = f"{len(rows)} instructions"
+    if first_step is not None:
+        size += f", {plan(recipe, len(rows))[-1].stop - first_step} steps ({inputs.schedule})"
+    ranks = f", {processes} processes" if processes > 1 else ""
+    time = sentence(expected(inputs, preparation.unmade, first_step))
+    print(
+        f"profuser.{command} {inputs.name}: {', '.join(inputs.source_names)} -> {recipe.target}, {size}; {inputs.device}, "
+        f"{torch.get_num_threads()} threads{ranks}; alignment: {ENGINE}; {time}",
+        flush=True,
+    )

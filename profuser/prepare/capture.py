@@ -1,0 +1,229 @@
+"""What a source says about a response: top-k log-probabilities, log-sum-exp and cross-entropy, teacher-forced.
+
+Training mode scores the ground truth, inference mode the winner's response; both go through the source's own tokenizer
+and chat template. Row j of a capture is the distribution *of* the source's own token j (emitted one position earlier),
+over the response's tokens and the end of turn. Where a target token begins inside a source token, the capture also holds
+the exact mass of, and the top k among, the tokens that begin with the bytes before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from profuser.alignment.ranges import RangeRequest
+from profuser.alignment.types import PrefixRanges, SourceCapture
+from profuser.alignment.vocab_map import ByteOrder
+from profuser.kernels.source_topk import source_topk
+from profuser.models.head import Head, hidden_states
+from profuser.models.padding import padded
+from profuser.ragged import offsets_of
+from profuser.store.layout import CAPTURE_COLUMNS, shard_arrays
+from profuser.text.encoded import Encoded
+from profuser.text.fit import Fitted, Verdict
+
+LEAST = -60000.0  # fp16 holds it; nothing as improbable reaches a target
+
+
+@dataclass(slots=True)
+class ScoredResponse:
+    """One response under one source.
+
+    lse: (m,) float32, log-sum-exp of the logits by row. nll: nats, summed over the response's tokens and the end of turn.
+    """
+
+    capture: SourceCapture
+    lse: np.ndarray
+    nll: float
+    tokens: int
+    response_bytes: int
+
+    def cross_entropy(self, unit: str) -> float:
+        """Nats per own token or per byte of the response; +inf where there is nothing to score or a NaN came out."""
+        count = self.tokens if unit == "token" else self.response_bytes
+        return self.nll / count if self.response_bytes and np.isfinite(self.nll) else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRequest:
+    """One response that a source is to score.
+
+    encoded: the response in its conversation. response_bytes: its length. ranges: what the target needs of it.
+    """
+
+    encoded: Encoded
+    response_bytes: int
+    ranges: RangeRequest
+
+
+@torch.no_grad()
+def capture_responses(
+    model: PreTrainedModel,
+    head: Head,
+    requests: Sequence[CaptureRequest],
+    byte_order: ByteOrder,
+    *,
+    top_k: int,
+    batch_size: int,
+) -> Iterator[tuple[int, ScoredResponse]]:
+    """Score responses with one source, in batches of similar length.
+
+    Args:
+        requests: one without response tokens is left out.
+        byte_order: the source's vocabulary in byte order.
+
+    Yields:
+        (index into `requests`, ScoredResponse), in no particular order.
+    """
+    device = head.weight.device
+    vocab_order = torch.from_numpy(byte_order.order).to(device)
+    top_k = min(top_k, head.weight.shape[0])
+    by_length = sorted(
+        (i for i, r in enumerate(requests) if r.encoded.label_positions), key=lambda i: len(requests[i].encoded.input_ids)
+    )
+    for first in range(0, len(by_length), batch_size):
+        indices = by_length[first : first + batch_size]
+        batch = [requests[i] for i in indices]
+        input_ids, attention_mask = padded([r.encoded.input_ids for r in batch], 0)
+        hidden = hidden_states(model, input_ids.to(device), attention_mask.to(device))
+
+        # The rows of source_topk: the batch's label tokens end to end, each predicted from the position before it.
+        positions = [r.encoded.label_positions for r in batch]
+        sequence = torch.tensor([n for n, p in enumerate(positions) for _ in p])
+        position = torch.tensor([t for p in positions for t in p])
+        labels = input_ids[sequence, position].to(device)
+        row_offsets = offsets_of([len(p) for p in positions])
+        range_offsets = offsets_of([len(r.ranges.rows) for r in batch])
+        range_rows = np.concatenate([r.ranges.rows + first_row for r, first_row in zip(batch, row_offsets)])
+        lo, hi = (np.concatenate([getattr(r.ranges, name) for r in batch]) for name in ("lo", "hi"))
+        found = source_topk(
+            hidden[sequence.to(device), position.to(device) - 1],
+            head.weight,
+            labels,
+            top_k,
+            ranges=(*(torch.from_numpy(x).to(device) for x in (range_rows, lo, hi)), vocab_order),
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        )
+        ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass = (x.cpu().numpy() for x in found)
+        for n, (i, request) in enumerate(zip(indices, batch)):
+            e, rows, ranges = request.encoded, slice(*row_offsets[n : n + 2]), slice(*range_offsets[n : n + 2])
+            end = [] if e.end_of_turn is None else [(request.response_bytes, request.response_bytes)]
+            spans = np.array([*e.spans, *end], dtype=np.int32).reshape(-1, 2)
+            capture = SourceCapture(
+                ids=np.array([e.input_ids[t] for t in positions[n]], dtype=np.int32),
+                begin=spans[:, 0].copy(),
+                stop=spans[:, 1].copy(),
+                top_ids=ids[rows],
+                top_logprobs=logprobs[rows],
+                own_logprobs=-ce[rows],
+                ranges=PrefixRanges(
+                    rows=request.ranges.rows,
+                    strip=request.ranges.strip,
+                    logmass=range_logmass[ranges],
+                    ids=range_ids[ranges],
+                    logprobs=range_logprobs[ranges],
+                ),
+            )
+            yield (
+                i,
+                ScoredResponse(
+                    capture=capture,
+                    lse=lse[rows],
+                    nll=float(ce[rows].sum(dtype=np.float64)),
+                    tokens=len(positions[n]),
+                    response_bytes=request.response_bytes,
+                ),
+            )
+
+
+def pack_captures(
+    fitted: Sequence[Fitted],
+    verdicts: Sequence[Verdict],
+    scored: Mapping[int, ScoredResponse],
+    top_k: int,
+    vocabulary: int,
+) -> dict[str, np.ndarray]:
+    """The arrays of one capture shard (profuser.store.layout.CAPTURE_COLUMNS).
+
+    Args:
+        fitted, verdicts: of all its examples. scored: by example, where something was captured.
+    """
+    k = min(top_k, vocabulary)
+    responses = [scored.get(i) for i in range(len(fitted))]
+    there = [r for r in responses if r is not None]
+
+    def column(pick, width: int | None = None) -> np.ndarray:
+        shape = (0,) if width is None else (0, width)
+        return np.concatenate([pick(r) for r in there] or [np.zeros(shape)])
+
+    # An entry's log-probability is kept relative to its range's mass: fp16 is finest near 0.
+    relative = column(lambda r: r.capture.ranges.logprobs - r.capture.ranges.logmass[:, None], k)
+    arrays = {
+        "reason": np.array(verdicts),
+        "cut": np.array([f.cut for f in fitted]),
+        "nll": np.array([np.nan if r is None else r.nll for r in responses]),
+        "response_bytes": np.array([0 if r is None else r.response_bytes for r in responses]),
+        "offsets": offsets_of([0 if r is None else r.tokens for r in responses]),
+        "ids": column(lambda r: r.capture.ids),
+        "begin": column(lambda r: r.capture.begin),
+        "stop": column(lambda r: r.capture.stop),
+        "top_ids": column(lambda r: r.capture.top_ids, k),
+        "top_logprobs": column(lambda r: r.capture.top_logprobs, k),
+        "own_logprobs": column(lambda r: r.capture.own_logprobs),
+        "lse": column(lambda r: r.lse),
+        "range_offsets": offsets_of([0 if r is None else len(r.capture.ranges.rows) for r in responses]),
+        "range_rows": column(lambda r: r.capture.ranges.rows),
+        "range_strip": column(lambda r: r.capture.ranges.strip),
+        "range_logmass": column(lambda r: r.capture.ranges.logmass),
+        "range_counts": column(lambda r: (r.capture.ranges.ids >= 0).sum(1)),
+        "range_ids": np.maximum(column(lambda r: r.capture.ranges.ids, k), 0),
+        "range_logprobs": np.maximum(relative, LEAST),
+    }
+    return shard_arrays(CAPTURE_COLUMNS, arrays, vocabulary, k)
+
+
+def unpack_captures(shard: Mapping[str, np.ndarray]) -> list[ScoredResponse | None]:
+    """The inverse of pack_captures; None where nothing was captured."""
+    result: list[ScoredResponse | None] = []
+    for i in range(len(shard["reason"])):
+        part = slice(*shard["offsets"][i : i + 2])
+        if part.stop == part.start:
+            result.append(None)
+            continue
+        result.append(
+            ScoredResponse(
+                SourceCapture(
+                    ids=shard["ids"][part].astype(np.int32),
+                    begin=shard["begin"][part],
+                    stop=shard["stop"][part],
+                    top_ids=shard["top_ids"][part].astype(np.int32),
+                    top_logprobs=shard["top_logprobs"][part].astype(np.float32),
+                    own_logprobs=shard["own_logprobs"][part],
+                    ranges=_unpack_ranges(shard, slice(*shard["range_offsets"][i : i + 2])),
+                ),
+                lse=shard["lse"][part],
+                nll=float(shard["nll"][i]),
+                tokens=part.stop - part.start,
+                response_bytes=int(shard["response_bytes"][i]),
+            )
+        )
+    return result
+
+
+def _unpack_ranges(shard: Mapping[str, np.ndarray], part: slice) -> PrefixRanges:
+    logmass = shard["range_logmass"][part]
+    there = np.arange(shard["range_ids"].shape[1]) < shard["range_counts"][part][:, None]
+    logprobs = shard["range_logprobs"][part].astype(np.float32) + logmass[:, None]
+    return PrefixRanges(
+        rows=shard["range_rows"][part],
+        strip=shard["range_strip"][part],
+        logmass=logmass,
+        ids=np.where(there, shard["range_ids"][part].astype(np.int32), -1),
+        logprobs=np.where(there, logprobs, -np.inf).astype(np.float32),
+    )

@@ -1,0 +1,206 @@
+"""How long a run should take, before it starts: work from counts and shapes, speed from three short probes of the machine.
+
+A forward pass of n tokens costs 2 P n operations (P parameters; three times that with backward), plus an overhead per
+layer and call; a generated token reads all weights once per batch. Responses are taken to be as long as they may be. Good to a factor
+of two on an idle machine; judges and alignment are left out, they take seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from profuser.errors import DataError
+from profuser.models.load import weights_of
+from profuser.prepare.data import Row
+from profuser.prepare.inputs import Inputs
+from profuser.progress import in_words
+from profuser.recipe.schedule import plan
+from profuser.recipe.schema import SourceConfig
+from profuser.store import layout
+from profuser.store.layout import Kind
+from profuser.text.chat import ChatFormat
+from profuser.text.token_bytes import TokenBytesMismatch
+
+OPS_PER_LAYER = 300
+"""Small torch operations in one layer of a Hugging Face model: its overhead, where nothing else takes time."""
+OPS_PER_STEP = 2000
+"""The same of one round of `generate` around the model."""
+SAMPLE = 16  # examples whose tokens are counted
+SECONDS_PER_PROBE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """flops: operations per second in a matrix product. bandwidth: bytes read per second. op: seconds of a small operation."""
+
+    flops: float
+    bandwidth: float
+    op: float
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A model's parameters and layers."""
+
+    parameters: int
+    layers: int
+
+
+def probe(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Measure the device for a third of a second; of each measure the fastest, since other work only ever slows one down."""
+
+    def fastest(run: Callable[[], object]) -> float:
+        run()
+        best, begin = math.inf, time.perf_counter()
+        while (start := time.perf_counter()) < begin + SECONDS_PER_PROBE:
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    side = 4096 if device.type == "cuda" else 512
+    x, w = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    row, matrix = torch.ones(1, 1024, device=device, dtype=dtype), torch.ones(16384, 1024, device=device, dtype=dtype)
+    little = torch.ones(8, device=device, dtype=dtype)  # too little to be shared between threads
+    return Machine(
+        flops=2 * side**3 / fastest(lambda: x @ w),
+        bandwidth=matrix.nbytes / fastest(lambda: row @ matrix.T),
+        op=fastest(lambda: torch.add(little, little)),
+    )
+
+
+def size_of(source: SourceConfig) -> Size | None:
+    """From the files' headers, no weight is read; None for a model that is not on this machine yet, or not in safetensors or GGUF.
+
+    Raises:
+        DataError: a file is truncated or damaged.
+    """
+    location, options = weights_of(source)
+    path = Path(location)
+    if not path.exists():
+        try:
+            path = Path(snapshot_download(location, revision=source.revision, local_files_only=True))
+        except OSError:  # not downloaded yet
+            return None
+    if "gguf_file" in options:
+        return gguf_size(path / options["gguf_file"])
+    parameters = 0
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy") as weights:
+                names = weights.keys()
+                parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+        except SafetensorError as error:  # found now, not after the models before it have been run
+            raise DataError(
+                f"{source.name}: the weights {file} cannot be read ({error}); copy or download them again"
+            ) from None
+    if not parameters:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=source.trust_remote_code)
+        return Size(parameters, config.get_text_config().num_hidden_layers)
+    except Exception:  # whatever is wrong with it is said when the model is loaded
+        return None
+
+
+def gguf_size(file: Path) -> Size | None:
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(file).tensors
+    except Exception:  # a damaged file: as above
+        return None
+    blocks = {tensor.name.split(".")[1] for tensor in tensors if tensor.name.startswith("blk.")}
+    return Size(sum(int(tensor.n_elements) for tensor in tensors), len(blocks))
+
+
+def expected(
+    inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | None = None
+) -> dict[str, float] | None:
+    """Seconds that each phase has left; None where a model's size is not known.
+
+    Args:
+        unmade: examples of a kind of shard that are still to be made.
+        first_step: steps that a resumed training has done; None = the store is prepared only.
+    """
+    recipe = inputs.recipe
+    target = recipe.target_config
+    sizes: dict[str, Size] = {}
+    for source in (*recipe.sources, target):
+        if (size := size_of(source)) is None:
+            return None
+        sizes[source.name] = size
+    machine = probe(inputs.device, inputs.dtype)
+    chats = {**inputs.chats, target.name: inputs.target}
+    tokens = {name: mean_tokens(chat, inputs.rows["train"]) for name, chat in chats.items()}
+
+    def forward(name: str, examples: float, batch: int) -> float:
+        size, calls = sizes[name], math.ceil(examples / batch)
+        computing = 2 * size.parameters * examples * tokens[name] / machine.flops
+        return computing + calls * size.layers * OPS_PER_LAYER * machine.op
+
+    def generation(name: str, prompts: int) -> float:
+        size, config = sizes[name], recipe.generation
+        batch = min(prompts, config.batch_size)
+        reading = size.parameters * (inputs.dtype.itemsize / machine.bandwidth + 2 * batch / machine.flops)
+        step = reading + (size.layers * OPS_PER_LAYER + OPS_PER_STEP) * machine.op
+        return math.ceil(prompts / config.batch_size) * config.max_new_tokens * step
+
+    scoring = answering = 0.0
+    batch = recipe.capture.batch_size
+    for source in recipe.sources:
+        for split in inputs.rows:
+            scoring += forward(source.name, unmade(layout.truth(split, source.name)), batch)
+            if inputs.answered(split):
+                responses = recipe.generation.responses_per_source if split == "train" else 1
+                answering += generation(source.name, unmade(layout.responses(split, source.name)) * responses)
+        if recipe.judges:
+            won = unmade(layout.winners(source.name)) // len(recipe.sources)
+            scoring += forward(source.name, won, batch)
+    seconds = {"score": scoring, "answer": answering}
+    if first_step is None:
+        return seconds
+
+    stages, size, optim = plan(recipe, len(inputs.rows["train"])), sizes[target.name], recipe.optim
+    fusing = 0.0
+    for stage in stages:
+        steps, modes = max(0, stage.stop - max(first_step, stage.first)), len(stage.modes)
+        step = 3 * forward(target.name, modes * optim.batch_size, optim.micro_batch_size * modes)
+        step += 16 * size.parameters * 4 / machine.bandwidth  # AdamW reads and writes weights, gradient and two moments
+        fusing += steps * step
+    evaluations = 1 + len(stages) + (stages[-1].stop // optim.eval_every if optim.eval_every else 0)
+    validated = len(inputs.rows.get("validation", ())) * evaluations
+    seconds["fuse"] = fusing + forward(target.name, validated, batch)
+    if heldout := len(inputs.rows.get("heldout", ())):
+        models = 1 if recipe.target in inputs.chats else 2
+        seconds["evaluate"] = generation(target.name, heldout) * models + 2 * forward(target.name, heldout, batch)
+    return seconds
+
+
+def mean_tokens(chat: ChatFormat, rows: Sequence[Row]) -> float:
+    """Tokens of a conversation, by the first few."""
+    counts = []
+    for row in rows[:SAMPLE]:
+        with contextlib.suppress(TokenBytesMismatch):
+            counts.append(len(chat.encode(row["prompt"], row["response"]).input_ids))
+    return float(np.mean(counts or [0]))
+
+
+def sentence(expected_seconds: dict[str, float] | None) -> str:
+    """For the first line of a run."""
+    if expected_seconds is None:
+        return "how long is unknown: a model is not downloaded yet, or has no safetensors"
+    parts = ", ".join(f"{phase} {in_words(s)}" for phase, s in expected_seconds.items() if s >= 0.5)
+    return f"expected to take about {in_words(sum(expected_seconds.values()))}" + (f" ({parts})" if parts else "")

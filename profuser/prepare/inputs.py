@@ -1,0 +1,198 @@
+"""What the phases of a preparation share: the recipe, the data's rows, every model's chat format, and the settings that
+decide a store's content. Opening them reads data and tokenizers, loads no model and changes nothing on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from profuser.errors import ConfigError, DataError
+from profuser.models.fingerprint import fingerprint
+from profuser.models.load import chat_format, default_device, load_tokenizer, runtime_dtype
+from profuser.prepare.data import Row, data_hash, load_examples
+from profuser.prepare.judges import judge_fingerprint
+from profuser.recipe.parse import Run
+from profuser.recipe.places import load_function
+from profuser.recipe.schedule import needs_inference, schedule_words
+from profuser.recipe.schema import SPLITS, Recipe, Split
+from profuser.store.store import StoreSettings, read_manifest
+from profuser.text.chat import ChatFormat
+from profuser.text.fit import Fitted, fit
+
+ALIGNMENT_RULES = 2
+"""Version of what alignment does with the same captures; another one aligns again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The examples [first, stop) of a split that one shard holds."""
+
+    number: int
+    first: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    def of(self, examples: Sequence) -> Sequence:
+        return examples[self.first : self.stop]
+
+
+@dataclass
+class Inputs:
+    """One preparation's inputs.
+
+    rows: the data by split. chats: the sources' chat formats by name; target: the target's.
+    device: where models run. dtype_name: the arithmetic of the sources, settled.
+    """
+
+    recipe: Recipe
+    name: str
+    store_dir: Path
+    rows: dict[Split, list[Row]]
+    chats: dict[str, ChatFormat]
+    target: ChatFormat
+    device: torch.device
+    dtype_name: str
+
+    @classmethod
+    def open(cls, run: Run) -> Inputs:
+        """A recipe's inputs, checked.
+
+        Raises:
+            ConfigError: the schedule needs judges and there are none; a function that the recipe names cannot be imported.
+            DataError: a data file or tokenizer is missing or broken.
+        """
+        recipe = run.recipe
+        if needs_inference(recipe) and not recipe.judges:
+            schedule = recipe.schedule if isinstance(recipe.schedule, str) else "with an inference_weight"
+            raise ConfigError(
+                f"a schedule {schedule} needs judges for its inference mode, got none; add judges or set schedule: fusellm"
+            )
+        for judge in recipe.judges:
+            if judge.function is not None:
+                load_function(judge.function, f"judges: {judge.name}: function")
+        if recipe.evaluation.match is not None:
+            load_function(recipe.evaluation.match, "evaluation.match")
+        device = default_device()
+        rows = {split: load_split(recipe, split) for split in SPLITS if recipe.data.location(split) is not None}
+        chats = {source.name: chat_format(source, load_tokenizer(source)) for source in recipe.sources}
+        target = recipe.target_config
+        inputs = cls(
+            recipe=recipe,
+            name=run.name,
+            store_dir=run.store_dir,
+            rows=rows,
+            chats=chats,
+            target=chats.get(recipe.target) or chat_format(target, load_tokenizer(target)),
+            device=device,
+            dtype_name=settled_dtype(recipe.capture.dtype, run.store_dir, device),
+        )
+        heldout = rows.get("heldout")
+        if heldout and recipe.evaluation.match is None and not any(row["response"] for row in heldout):
+            raise DataError(
+                f"{recipe.data.heldout} must hold a ground truth to score by, every response is empty; fill them in, or give a "
+                "function as evaluation.match"
+            )
+        return inputs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return runtime_dtype(self.dtype_name, self.device)
+
+    @property
+    def source_names(self) -> list[str]:
+        return [source.name for source in self.recipe.sources]
+
+    @property
+    def schedule(self) -> str:
+        return schedule_words(self.recipe)
+
+    def parts(self, split: Split) -> list[Part]:
+        """A split in shards."""
+        size, total = self.recipe.capture.shard_size, len(self.rows[split])
+        return [
+            Part(number, first, min(first + size, total)) for number, first in enumerate(range(0, total, size))
+        ]
+
+    def answered(self, split: Split) -> bool:
+        """Whether the sources answer a split's prompts: the held-out ones for the scores, the training ones for the vote."""
+        return split == "heldout" or (split == "train" and bool(self.recipe.judges))
+
+    @cached_property
+    def fitted(self) -> dict[Split, list[Fitted]]:
+        """Ground truths of every split: one cut for all sources, so that they score the same bytes."""
+        sources, max_length = list(self.chats.values()), self.recipe.data.max_length
+        return {
+            split: [fit(self.target, sources, row["prompt"], row["response"], max_length) for row in rows]
+            for split, rows in self.rows.items()
+        }
+
+    def settings(self) -> StoreSettings:
+        """What decides each layer of the store, for its manifest."""
+        recipe = self.recipe
+        sources = {
+            "source_names": self.source_names,
+            "sources": {
+                source.name: {
+                    "model": source.model,
+                    "files": fingerprint(source.model),
+                    "revision": source.revision,
+                    "template": template_hash(self.chats[source.name]),
+                }
+                for source in recipe.sources
+            },
+            "target": {
+                "name": recipe.target,
+                "files": fingerprint(recipe.target_config.model),
+                "template": template_hash(self.target),
+            },
+            "data": {split: data_hash(rows) for split, rows in self.rows.items()}
+            | {"max_length": recipe.data.max_length},
+            "generation": without(vars(recipe.generation), "batch_size")
+            | ({"seed": recipe.seed} if recipe.generation.temperature > 0 else {}),
+            "capture": without(vars(recipe.capture), "batch_size") | {"dtype": self.dtype_name},
+        }
+        votes = {
+            "asked": [judge.name for judge in recipe.judges],
+            "judges": {
+                judge.name: {"model": judge.model, "function": judge.function, "files": judge_fingerprint(judge)}
+                for judge in recipe.judges
+            },
+        }
+        return StoreSettings(sources=sources, votes=votes, targets=vars(recipe.align) | {"rules": ALIGNMENT_RULES})
+
+
+def load_split(recipe: Recipe, split: Split) -> list[Row]:
+    """The rows of one split of a recipe's data."""
+    location = recipe.data.location(split)
+    if location is None:
+        raise ConfigError(f"data.{split} must name a data file or set, the recipe names none; add it")
+    return load_examples(recipe.data, location, recipe.data.limit if split == "train" else None)
+
+
+def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:
+    """`capture.dtype` without "auto": what the store was begun with, or else what suits the device.
+
+    A preparation that goes on on another device keeps its arithmetic, or one store would hold two.
+    """
+    if name != "auto":
+        return name
+    if (store_dir / "manifest.json").exists():
+        return read_manifest(store_dir)["settings"]["sources"]["capture"]["dtype"]
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def template_hash(chat: ChatFormat) -> str:
+    return hashlib.sha256(str(chat.tokenizer.chat_template).encode()).hexdigest()[:16]
+
+
+def without(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """A copy that leaves out what does not decide the content."""
+    return {k: v for k, v in settings.items() if k != key}

@@ -1,0 +1,313 @@
+"""From models and prompts to a store of aligned targets, phase by phase; each is resumable by shard.
+
+Every source scores the ground truth (training mode) and answers the prompts; the judges vote on the answers (inference
+mode); the winners are captured on their own responses; all captures are aligned to the target's tokens. A store holds
+up to three splits: `train` (both modes), `validation` and `heldout` (ground truth only; on `heldout` the sources'
+answers too, which are scored against the fused model's).
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from profuser.alignment.engine import CppByteAligner, byte_aligner
+from profuser.alignment.fusellm import FuseLLMAligner
+from profuser.alignment.ranges import ranges_needed
+from profuser.alignment.reference import PythonByteAligner
+from profuser.alignment.types import Aligned
+from profuser.alignment.vocab_map import ByteOrder
+from profuser.models.head import Head
+from profuser.models.load import check_vocabulary, load_model
+from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
+from profuser.prepare.data import Row
+from profuser.prepare.inputs import Inputs, Part
+from profuser.prepare.judges import load_judge
+from profuser.prepare.responses import generate
+from profuser.prepare.summary import write_summary
+from profuser.prepare.target_writer import TargetText, TargetWriter
+from profuser.prepare.votes import NOBODY, Ballots, candidates_of, count_votes
+from profuser.progress import Progress
+from profuser.recipe.parse import Run
+from profuser.recipe.schedule import Mode
+from profuser.recipe.schema import SourceConfig, Split
+from profuser.store import layout
+from profuser.store.layout import Kind
+from profuser.store.store import Store
+from profuser.text.chat import ChatFormat
+from profuser.text.fit import Fitted, Verdict, fit
+from profuser.text.token_bytes import TokenBytesMismatch
+
+Aligner = CppByteAligner | PythonByteAligner | FuseLLMAligner
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSource:
+    """A source that is in memory."""
+
+    name: str
+    chat: ChatFormat
+    model: PreTrainedModel
+    head: Head
+    byte_order: ByteOrder
+
+
+def prepare(run: Run) -> Store:
+    """Bring the store of a recipe to completeness; raises what Inputs.open and Store.build do."""
+    return Preparation(Inputs.open(run)).run()
+
+
+class Preparation:
+    """The phases of one preparation, over one store."""
+
+    def __init__(self, inputs: Inputs):
+        self.inputs, self.recipe = inputs, inputs.recipe
+        self.seconds: Counter[str] = Counter()
+        self.store = Store.build(inputs.store_dir, inputs.settings())
+
+    def run(self) -> Store:
+        """Make what is missing or damaged."""
+        if self.store.complete and not self.store.damaged():
+            if not (self.store.directory / "summary.json").exists():
+                self._write_summary()
+            return self.store
+        for phase in (self.capture_truth_and_answer, self.judge, self.capture_winners, self.align):
+            start = time.monotonic()
+            phase()
+            self.seconds[phase.__name__] = round(time.monotonic() - start, 1)
+            gc.collect()
+        self._write_summary()
+        self.store.finish()
+        return self.store
+
+    def missing(self, kind: Kind) -> list[Part]:
+        """The shards of one kind that are still to be made; a damaged one is among them."""
+        return [part for part in self.inputs.parts(kind.split) if not self.store.keep_intact(kind, part.number)]
+
+    def unmade(self, kind: Kind) -> int:
+        """Examples of one kind of shard that are not there yet."""
+        return examples_in([part for part in self.inputs.parts(kind.split) if not self.store.has(kind, part.number)])
+
+    # -- phase 1 ---------------------------------------------------------------------------------------------------
+
+    def capture_truth_and_answer(self) -> None:
+        """Every source is loaded once: it scores the ground truth and answers the prompts."""
+        splits = list(self.inputs.rows)
+        for source in self.recipe.sources:
+            truth = {split: self.missing(layout.truth(split, source.name)) for split in splits}
+            answers = {
+                split: self.missing(layout.responses(split, source.name))
+                for split in splits
+                if self.inputs.answered(split)
+            }
+            to_score, to_answer = sum(map(examples_in, truth.values())), sum(map(examples_in, answers.values()))
+            if not to_score + to_answer:
+                continue
+            loaded = self._load(source)
+            with Progress(f"{source.name}: score the ground truth", to_score, "examples") as bar:
+                for split, parts in truth.items():
+                    for part in parts:
+                        fitted = part.of(self.inputs.fitted[split])
+                        self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
+            with Progress(f"{source.name}: answer the prompts", to_answer, "prompts") as bar:
+                for split, parts in answers.items():
+                    for part in parts:
+                        self._answer(split, part, loaded, bar)
+            del loaded
+
+    def _load(self, source: SourceConfig) -> LoadedSource:
+        model = load_model(source, self.inputs.dtype, self.inputs.device)
+        head, chat = Head.of(model), self.inputs.chats[source.name]
+        check_vocabulary(source.name, chat, head.weight)
+        return LoadedSource(source.name, chat, model, head, ByteOrder(chat.token_bytes, head.weight.shape[0]))
+
+    def _answer(self, split: Split, part: Part, source: LoadedSource, bar: Progress) -> None:
+        generation = self.recipe.generation
+        answers = generate(
+            source.model,
+            source.chat,
+            [row["prompt"] for row in part.of(self.inputs.rows[split])],
+            generation,
+            max_length=self.recipe.data.max_length,
+            seed=self.recipe.seed + part.first,
+            responses=generation.responses_per_source if split == "train" else 1,
+            progress=bar.update,
+        )
+        self.store.put_json(layout.responses(split, source.name), part.number, answers, examples=len(part))
+
+    def _capture(
+        self, kind: Kind, part: Part, source: LoadedSource, fitted: Sequence[Fitted], bar: Progress
+    ) -> None:
+        """Write one shard of what a source says of the fitted texts of a part's examples."""
+        rows, target = part.of(self.inputs.rows[kind.split]), self.inputs.target
+        verdicts = [f.verdict for f in fitted]
+        requests: list[CaptureRequest] = []
+        asked: list[int] = []  # the examples that the requests are of
+        for i, (row, text) in enumerate(zip(rows, fitted)):
+            if text.verdict != Verdict.OK:
+                continue
+            try:
+                own = source.chat.encode(row["prompt"], text.text, complete=not text.cut)
+                theirs = target.encode(row["prompt"], text.text, complete=not text.cut)
+                ranges = ranges_needed(
+                    target.token_bytes, theirs, source.chat.token_bytes, own, source.byte_order
+                )
+            except TokenBytesMismatch as error:
+                verdicts[i] = Verdict.of(error)
+                continue
+            requests.append(CaptureRequest(own, len(text.text.encode()), ranges))
+            asked.append(i)
+        top_k, batch_size = self.recipe.capture.top_k, self.recipe.capture.batch_size
+        scored: dict[int, ScoredResponse] = {}
+        for i, response in capture_responses(
+            source.model, source.head, requests, source.byte_order, top_k=top_k, batch_size=batch_size
+        ):
+            scored[asked[i]] = response
+            bar.update(1, tokens=len(requests[i].encoded.input_ids))
+        bar.update(len(part) - len(scored))
+        arrays = pack_captures(fitted, verdicts, scored, top_k, source.head.weight.shape[0])
+        self.store.put(kind, part.number, arrays, examples=len(part))
+
+    # -- phase 2 ---------------------------------------------------------------------------------------------------
+
+    def judge(self) -> None:
+        """Every judge scores every eligible response to the training prompts."""
+        for config in self.recipe.judges:
+            kind = layout.scores(config.name)
+            missing = self.missing(kind)
+            if not missing:
+                continue
+            score = load_judge(config, self.inputs.device)
+            with Progress(f"{config.name}: score the responses", examples_in(missing), "prompts") as bar:
+                for part in missing:
+                    candidates = candidates_of(self.store, self.inputs.source_names, part.number)
+                    shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
+                    scores = score(part.of(self.inputs.rows["train"]), shown, bar.update)
+                    self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
+            del score
+
+    @cached_property
+    def ballots(self) -> Ballots | None:
+        """The vote over the training split; None without judges."""
+        return count_votes(self.store, self.recipe) if self.recipe.judges else None
+
+    # -- phase 3 ---------------------------------------------------------------------------------------------------
+
+    def capture_winners(self) -> None:
+        """The winner of every vote is captured on its own response."""
+        if self.ballots is None:
+            return
+        for s, source in enumerate(self.recipe.sources):
+            kind = layout.winners(source.name)
+            missing = self.missing(kind)
+            if not missing:
+                continue
+            loaded = self._load(source)
+            with Progress(f"{source.name}: capture the responses that won", examples_in(missing), "prompts") as bar:
+                for part in missing:
+                    fitted = [
+                        self._winning(example)
+                        if self.ballots.winning_source(example) == s
+                        else Fitted.unused(Verdict.NOT_WINNER)
+                        for example in range(part.first, part.stop)
+                    ]
+                    self._capture(kind, part, loaded, fitted, bar)
+            del loaded
+
+    def _winning(self, example: int) -> Fitted:
+        """The response to a training prompt that won the vote, cut where it does not fit its source and the target."""
+        assert self.ballots is not None
+        winner = self.ballots.winning_source(example)
+        if winner == NOBODY:
+            return Fitted.unused(Verdict.NOT_WINNER)
+        source = self.inputs.chats[self.recipe.sources[winner].name]
+        prompt, text = self.inputs.rows["train"][example]["prompt"], self.ballots.winning_text(example)
+        return fit(self.inputs.target, [source], prompt, text, self.recipe.data.max_length)
+
+    # -- phase 4 ---------------------------------------------------------------------------------------------------
+
+    def align(self) -> None:
+        """All captures onto the target's tokens: the trainer's view."""
+        aligners = [self._aligner(self.inputs.chats[source.name]) for source in self.recipe.sources]
+        for split in self.inputs.rows:
+            kind = layout.targets(split)
+            missing = self.missing(kind)
+            with Progress(f"align {split}", examples_in(missing), "examples") as bar:
+                for part in missing:
+                    arrays = self._align_part(split, part, aligners, bar)
+                    self.store.put(kind, part.number, arrays, examples=len(part))
+
+    def _aligner(self, source: ChatFormat) -> Aligner:
+        config, top_k = self.recipe.align, self.recipe.capture.top_k
+        target = self.inputs.target
+        if config.mode == "fusellm":
+            return FuseLLMAligner(target, source, top_k=top_k, fallback=config.fallback)
+        threads = torch.get_num_threads()
+        return byte_aligner(target, source, top_k=top_k, min_reliability=config.min_reliability, threads=threads)
+
+    def _align_part(
+        self, split: Split, part: Part, aligners: Sequence[Aligner], bar: Progress
+    ) -> dict[str, np.ndarray]:
+        """One shard of targets: both modes of the training split, the ground truth of the others."""
+        kinds = {Mode.TRAINING: [layout.truth(split, name) for name in self.inputs.source_names]}
+        if split == "train" and self.recipe.judges:
+            kinds[Mode.INFERENCE] = [layout.winners(name) for name in self.inputs.source_names]
+        scored = {
+            mode: [unpack_captures(self.store.get(kind, part.number)) for kind in of_mode]
+            for mode, of_mode in kinds.items()
+        }
+        writer = TargetWriter(
+            len(self.recipe.sources), len(self.inputs.target.tokenizer), self.recipe.align.min_ce_unit
+        )
+        texts: list[TargetText] = []
+        for i, row in enumerate(part.of(self.inputs.rows[split])):
+            for mode in kinds:
+                text = self._target_text(split, mode, part.first + i, row, [source[i] for source in scored[mode]])
+                if isinstance(text, Verdict):
+                    writer.skip(mode, text)
+                else:
+                    texts.append(text)
+        by_source = [align_source(aligner, texts, s) for s, aligner in enumerate(aligners)]
+        for n, text in enumerate(texts):
+            writer.add(text, [aligned.get(n) for aligned in by_source])
+        bar.update(len(part), tokens=sum(len(text.encoded.input_ids) for text in texts))
+        return writer.arrays()
+
+    def _target_text(
+        self, split: Split, mode: Mode, example: int, row: Row, scored: list[ScoredResponse | None]
+    ) -> TargetText | Verdict:
+        """What the target learns from an example in one mode, or why it learns nothing."""
+        fitted = self.inputs.fitted[split][example] if mode == Mode.TRAINING else self._winning(example)
+        if fitted.verdict != Verdict.OK:
+            return fitted.verdict
+        try:
+            encoded = self.inputs.target.encode(row["prompt"], fitted.text, complete=not fitted.cut)
+        except TokenBytesMismatch as error:
+            return Verdict.of(error)
+        return TargetText(example, mode, fitted.text, encoded, scored)
+
+    def _write_summary(self) -> None:
+        write_summary(self.inputs, self.store, self.ballots, dict(self.seconds))
+
+
+def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> dict[int, Aligned]:
+    """By index in `texts` what one source says; it says nothing where it was not captured or gave NaN."""
+    scored = {n: r for n, text in enumerate(texts) if (r := text.scored[source]) is not None and np.isfinite(r.nll)}
+    found = aligner.align_batch(
+        [texts[n].text.encode() for n in scored],
+        [texts[n].encoded for n in scored],
+        [response.capture for response in scored.values()],
+    )
+    return dict(zip(scored, found))
+
+
+def examples_in(parts: Sequence[Part]) -> int:
+    return sum(map(len, parts))

@@ -1,0 +1,78 @@
+"""Responses of a model to prompts, batched: the candidates of the inference mode and the answers that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from profuser.models.padding import padded
+from profuser.progress import silent
+from profuser.recipe.schema import GenerationConfig
+from profuser.text.chat import ChatFormat
+
+
+class Response(NamedTuple):
+    """What a model answered: the text, stripped, and whether it ended its turn."""
+
+    text: str
+    finished: bool
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    config: GenerationConfig,
+    *,
+    max_length: int,
+    seed: int = 0,
+    responses: int = 1,
+    progress: Callable[..., None] = silent,
+) -> list[list[Response]]:
+    """Answer every prompt through the model's own chat template.
+
+    Args:
+        max_length: longest prompt in tokens; a longer one gets empty responses.
+        responses: how many for each prompt; more than one needs a temperature.
+        progress: called as `Progress.update` is, with the prompts answered and the tokens generated for them.
+
+    Returns:
+        For each prompt its responses.
+    """
+    tokenizer = chat.tokenizer
+    encoded = [chat.prompt_ids(p) for p in prompts]
+    by_length = sorted((i for i in range(len(prompts)) if len(encoded[i]) < max_length), key=lambda i: len(encoded[i]))
+    answers = [[Response("", True)] * responses for _ in prompts]
+    progress(len(prompts) - len(by_length))
+    sampling = {"do_sample": False, "repetition_penalty": 1.0}
+    if config.temperature > 0:
+        sampling |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        torch.manual_seed(seed)
+    ends = set(chat.end_ids)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else chat.end_ids[0]
+    for first in range(0, len(by_length), config.batch_size):
+        batch = by_length[first : first + config.batch_size]
+        input_ids, attention_mask = padded([encoded[i] for i in batch], pad, left=True)
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            max_new_tokens=min(config.max_new_tokens, max_length - min(len(encoded[i]) for i in batch)),
+            num_return_sequences=responses,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad,
+            **sampling,
+        )[:, input_ids.shape[1] :].tolist()
+        generated = 0
+        for row, ids in enumerate(output):
+            # Each prompt has its own room, whatever else is in its batch.
+            ids = ids[: max_length - len(encoded[batch[row // responses]])]
+            end = next((t for t, token in enumerate(ids) if token in ends), None)
+            generated += len(ids) if end is None else end + 1
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+            answers[batch[row // responses]][row % responses] = Response(text, end is not None)
+        progress(len(batch), tokens=generated)
+    return answers

@@ -1,0 +1,181 @@
+"""What a preparation found: wins per mode, alignment per source, and every response with its scores for audit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from profuser.alignment.types import KINDS
+from profuser.prepare.data import Row
+from profuser.prepare.inputs import Inputs
+from profuser.prepare.votes import NOBODY, Ballots, Candidate
+from profuser.recipe.schedule import Mode
+from profuser.store import layout
+from profuser.store.files import write_json
+from profuser.store.store import Store
+from profuser.text.fit import Verdict
+
+
+def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]) -> None:
+    """Writes summary.json and the audit table samples.parquet beside the shards. seconds: by phase."""
+    import datasets
+
+    write_json(store.directory / "summary.json", summarise(inputs, store, ballots, seconds))
+    table = audit_table(inputs, store, ballots)
+    datasets.Dataset.from_dict(table).to_parquet(str(store.directory / "samples.parquet"))
+
+
+def summarise(
+    inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """The content of summary.json."""
+    rows, names = inputs.rows["train"], inputs.source_names
+    shards = target_shards(store)
+    summary: dict[str, Any] = {
+        "sources": names,
+        "target": inputs.recipe.target,
+        "skills": list(dict.fromkeys(row["skill"] for row in rows)),
+        "examples": len(rows),
+        "min_ce_unit": inputs.recipe.align.min_ce_unit,
+        "min_ce_wins": count_wins(rows, min_ce_winners(shards, len(rows)), names),
+        "vote_wins": {},
+        "judges": {},
+        "alignment": alignment_summary(shards, names),
+        "handled": handled(inputs, store),
+        "seconds": dict(seconds),
+    }
+    if ballots is not None:
+        summary["vote_wins"] = count_wins(rows, [ballots.winning_source(e) for e in range(len(rows))], names)
+        for r, judge in enumerate(inputs.recipe.judges):
+            shares = first_choices(ballots.scores[:, r])
+            summary["judges"][judge.name] = {
+                name: float(shares[ballots.places_of(s)].sum()) for s, name in enumerate(names)
+            }
+        if unusable := sum(not c.eligible for of_prompt in ballots.candidates for c in of_prompt):
+            summary["handled"]["empty or unfinished response of a source, kept from the judges"] = unusable
+    return summary
+
+
+def audit_table(inputs: Inputs, store: Store, ballots: Ballots | None) -> dict[str, list]:
+    """Columns of one row per training prompt: texts, winners, votes, scores, and the vote as preferences."""
+    rows, names = inputs.rows["train"], inputs.source_names
+    min_ce = min_ce_winners(target_shards(store), len(rows))
+    table: dict[str, list] = {
+        "prompt": [row["prompt"] for row in rows],
+        "ground_truth": [row["response"] for row in rows],
+        "skill": [row["skill"] for row in rows],
+        "min_ce_winner": [None if winner == NOBODY else names[winner] for winner in min_ce],
+    }
+    if ballots is None:
+        return table
+    for s, name in enumerate(names):
+        for n, c in enumerate(ballots.places_of(s)):
+            label = f"{name}_{n}" if ballots.responses_per_source > 1 else name
+            table[f"response_{label}"] = [of_prompt[c].text for of_prompt in ballots.candidates]
+            table[f"votes_{label}"] = ballots.votes[:, c].tolist()
+            for r, judge in enumerate(inputs.recipe.judges):
+                table[f"score_{judge.name}_{label}"] = [float(x) for x in ballots.scores[:, r, c]]
+    winning = [ballots.winning_source(e) for e in range(len(rows))]
+    table["vote_winner"] = [None if winner == NOBODY else names[winner] for winner in winning]
+    table["chosen"] = [
+        None if winner == NOBODY else conversation(row["prompt"], ballots.winning_text(e))
+        for e, (row, winner) in enumerate(zip(rows, winning))
+    ]
+    losers = [loser(*of_prompt) for of_prompt in zip(ballots.candidates, ballots.votes, ballots.winner)]
+    table["rejected"] = [
+        None if losing is None else conversation(row["prompt"], losing.text) for row, losing in zip(rows, losers)
+    ]
+    return table
+
+
+def target_shards(store: Store) -> list[dict[str, np.ndarray]]:
+    kind = layout.targets("train")
+    return [store.get(kind, number) for number in store.numbers(kind)]
+
+
+def min_ce_winners(shards: Sequence[Mapping[str, np.ndarray]], examples: int) -> list[int]:
+    """The source with the lowest cross-entropy on each ground truth, lowest index on ties, NOBODY without any."""
+    winner = [NOBODY] * examples
+    for shard in shards:
+        for example, mode, ce in zip(shard["example"], shard["mode"], shard["source_ce"]):
+            ce = np.where(np.isnan(ce), np.inf, ce)
+            if mode == Mode.TRAINING and np.isfinite(ce).any():
+                winner[example] = int(ce.argmin())
+    return winner
+
+
+def count_wins(rows: Sequence[Row], winners: Sequence[int], names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """By skill and source how many examples it won; "none" where nobody did."""
+    wins: dict[str, Counter] = {}
+    for row, winner in zip(rows, winners):
+        wins.setdefault(row["skill"], Counter())["none" if winner == NOBODY else names[winner]] += 1
+    return {skill: dict(counter) for skill, counter in wins.items()}
+
+
+def first_choices(scores: np.ndarray) -> np.ndarray:
+    """(C,) share of one judge's first places that went to each candidate, of (E, C) scores; ties are split, and who scores
+    all alike abstains."""
+    shown = np.where(np.isnan(scores), -np.inf, scores)
+    best = shown == shown.max(1, keepdims=True)
+    best &= np.isfinite(shown)
+    counted = best.any(1) & (best != np.isfinite(shown)).any(1)
+    return (best[counted] / best[counted].sum(1, keepdims=True)).sum(0) / max(1, counted.sum())
+
+
+def alignment_summary(
+    shards: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Per mode and source: positions, shares by kind, coverage, mean mapped mass, reliability histogram."""
+    total = {key: sum(shard[key] for shard in shards) for key in ("kinds", "covered", "mapped_mass", "reliability")}
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for mode in Mode:
+        for s, name in enumerate(names):
+            positions = int(total["kinds"][mode, s].sum())
+            if positions:
+                result.setdefault(mode.key, {})[name] = {
+                    "positions": positions,
+                    **{kind: float(n / positions) for kind, n in zip(KINDS, total["kinds"][mode, s])},
+                    "coverage": float(total["covered"][mode, s] / positions),
+                    "mapped_mass": float(total["mapped_mass"][mode, s] / max(1, total["covered"][mode, s])),
+                    "reliability": total["reliability"][mode, s].tolist(),
+                }
+    return result
+
+
+def handled(inputs: Inputs, store: Store) -> dict[str, int]:
+    """What was skipped, cut or kept as text, in examples of all splits: what several sources skip counts once."""
+    counts: Counter[str] = Counter()
+    names = inputs.source_names
+    for split, rows in inputs.rows.items():
+        captured = [[layout.truth(split, name) for name in names]]
+        if split == "train":
+            captured.append([layout.winners(name) for name in names])
+        for kinds in captured:
+            for number in store.numbers(kinds[0]):
+                shards = [store.get(kind, number) for kind in kinds]
+                reasons, cut = (np.stack([shard[key] for shard in shards]) for key in ("reason", "cut"))
+                for verdict in Verdict:
+                    if verdict not in (Verdict.OK, Verdict.NOT_WINNER):
+                        counts[verdict.label] += int((reasons == verdict).any(0).sum())
+                counts["over-long response, cut without an end of turn"] += int(cut.any(0).sum())
+        counts["empty prompt, kept"] += sum(not row["prompt"].strip() for row in rows)
+        held = [chat.token_bytes.has_control for chat in (inputs.target, *inputs.chats.values())]
+        counts["control token spelt out in a text, kept as text"] += sum(
+            any(has(row["prompt"]) or has(row["response"]) for has in held) for row in rows
+        )
+    return {name: n for name, n in counts.items() if n}
+
+
+def conversation(prompt: str, response: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def loser(candidates: Sequence[Candidate], votes: np.ndarray, winner: int) -> Candidate | None:
+    """The eligible response with the fewest votes that is not the winner's text."""
+    others = [
+        c for c, (text, ok) in enumerate(candidates) if ok and winner != NOBODY and text != candidates[winner].text
+    ]
+    return candidates[min(others, key=lambda c: (votes[c], c))] if others else None

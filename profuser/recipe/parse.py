@@ -1,0 +1,162 @@
+"""A recipe from YAML with dotted overrides on the command line (jsonargparse), and its errors in one line.
+
+An unknown key is an error that names the keys there are.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import jsonargparse
+import yaml
+
+from profuser.errors import ConfigError
+from profuser.recipe import schema
+from profuser.recipe.places import DEFAULT_RECIPE
+from profuser.recipe.schema import SCHEDULES, Recipe
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the texts under the fields are --help's
+
+RENAMED_KEYS = {"infer_weight": "inference_weight", "train_weight": "training_weight"}
+"""Old spelling of a key, and the one that took its place."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A recipe with its name and the options of one command."""
+
+    recipe: Recipe
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def store_dir(self) -> Path:
+        return Path(self.recipe.store or f"runs/{self.name}-store")
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.recipe.output or f"runs/{self.name}")
+
+
+def parse_run(
+    command: str, argv: Sequence[str], flags: Mapping[str, str] | None = None, description: str | None = None
+) -> Run:
+    """The command line as a recipe.
+
+    Args:
+        command: its name, for the help. flags: the command's own switches with their help.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a missing key, a contradiction.
+    """
+    flags = flags or {}
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m profuser.{command}", description=description, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="recipe (YAML); without it the bundled demo's")
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    parser.add_class_arguments(Recipe, None, as_group=False)
+    argv = list(argv)
+    config = next(
+        (a.split("=", 1)[1] if "=" in a else b for a, b in zip(argv, [*argv[1:], ""]) if a.split("=")[0] == "--config"),
+        None,
+    )
+    if argv and not argv[0].startswith("-"):
+        raise ConfigError(f"a recipe is given as --config {argv[0]}, got {argv[0]} alone; add --config")
+    if config is None:
+        config, argv = str(DEFAULT_RECIPE), ["--config", str(DEFAULT_RECIPE), *argv]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            namespace = parser.instantiate(parser.parse_args(argv))
+    except (
+        jsonargparse.ArgumentError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the latter for a group that is no mapping
+        raise ConfigError(_one_line(str(error), config)) from None
+    return Run(
+        recipe=_recipe(namespace),
+        name=Path(config).stem,
+        options={flag: getattr(namespace, flag.replace("-", "_")) for flag in flags},
+    )
+
+
+def load_recipe(record: dict[str, Any]) -> Recipe:
+    """The recipe of a run.json."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, None, as_group=False)
+    try:
+        namespace = parser.instantiate(parser.parse_object(record))
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(_one_line(str(error), "run.json")) from None
+    return _recipe(namespace)
+
+
+def _recipe(namespace: Any) -> Recipe:
+    return Recipe(**{f.name: getattr(namespace, f.name) for f in fields(Recipe)})
+
+
+def _one_line(message: str, config: str) -> str:
+    """jsonargparse's message as rule, value and fix."""
+    hint = f" (recipe: {config}; `--help` lists every key)"
+    if wrong := _no_mapping(config):
+        return wrong + hint
+    key = found[1] if (found := re.match(r'Parser key "([^"]+)"', message)) else None
+    value = re.split(r"(?:Given|Got) value: ", message)[-1].strip()
+    types = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
+    message = "; ".join(line.strip() for line in message.splitlines() if line.strip())
+    inner = re.search(r"class_path 'profuser\.recipe\.schema\.(\w+)'.*Option '(\w+)' is not accepted", message)
+    if inner:
+        message = _unknown_key(inner[2], f"an entry of {key}", getattr(schema, inner[1]))
+    elif key == "schedule":
+        message = f"schedule must be one of {', '.join(SCHEDULES)} or a list of stages, got {value}"
+    elif key == "config":
+        return f"--config must be an existing recipe, got {config}; fix the path"
+    elif key and types:
+        message = f"{key} must be {' or '.join(t.replace('NoneType', 'null') for t in types)}, got {value}"
+    elif found := re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
+        message = _unknown_dotted_key(found[1])
+    elif found := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
+        message = _unknown_dotted_key(f"{found[1]}.{found[2]}")
+    elif found := re.match(r"Option '([^']+)' is not accepted", message):
+        message = _unknown_dotted_key(found[1])
+    elif found := re.match(r"Problems parsing config: (.*)", message):
+        at = re.sub(r" in \"<unicode string>\",", "", found[1])
+        message = f"the recipe must be YAML, got: {at}"
+    return message + hint
+
+
+def _no_mapping(config: str) -> str | None:
+    """What is wrong with a recipe, or a group of its keys, that is a list, a text or nothing."""
+    try:
+        content = yaml.safe_load(Path(config).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(content, dict):
+        return f"a recipe must be a mapping of keys such as sources and target, got {type(content).__name__}"
+    groups = [name for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind) and name in content]
+    wrong = [name for name in groups if not isinstance(content[name], dict)]
+    return f"{wrong[0]} must be a mapping of its keys, got {content[wrong[0]]!r}" if wrong else None
+
+
+def _unknown_dotted_key(key: str) -> str:
+    """Names the keys beside the one that does not exist."""
+    group, _, name = key.rpartition(".")
+    of: Any = Recipe
+    for part in group.split(".") if group else ():
+        of = get_type_hints(of).get(part, Recipe)
+    return _unknown_key(name, group or "the recipe", of, () if group else ("config",))
+
+
+def _unknown_key(name: str, where: str, of: Any, others: Sequence[str] = ()) -> str:
+    if name in RENAMED_KEYS:
+        return f"{name} is now called {RENAMED_KEYS[name]}; rename it in {where}"
+    known = ", ".join([*others, *(f.name for f in fields(of))]) if is_dataclass(of) else ""
+    return f"a key of {where} must be one of {known}; got {name}"

@@ -1,0 +1,336 @@
+"""The five pictures of a run's report, drawn from plain numbers (page.py reads the files).
+
+Every picture is a matplotlib Figure of its own on the Agg canvas: no pyplot, no global state, no display. All are 4.2
+inches wide with 11-point text, so that they stay legible when a phone shows them 350 pixels wide, and come in the light
+and the dark colours of theme.py; a marker, dash, hatch or number always says the same as a colour. The win matrices are Figure 1 of arXiv 2408.04998. A picture without
+data says so instead of staying empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from profuser.recipe.schedule import Mode
+from profuser.report.intervals import Score
+from profuser.report.metrics import Metrics
+from profuser.report.theme import Theme
+from profuser.store.files import write_atomic
+from profuser.text.display import visible
+
+WIDTH_INCHES = 4.2
+
+_MARKERS = "ov^<>P"
+_KINDS = {"same_span": (0, ""), "shared_prefix": (4, "//"), "inside": (1, ".."), "skipped": (5, "xx")}
+"""Kind of position: index of its colour, and its hatch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One row of the comparison: `role` is "source", "target" (before fusion, also when it is a source) or "fused"."""
+
+    name: str
+    role: str
+    scores: Mapping[str, Score]  # per skill, and "mean"
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} (target before)" if self.role == "target" else self.name
+
+
+def _wrap(name: str, width: int, most: int = 3) -> str:
+    lines = textwrap.wrap(visible(name).replace("_", " "), width)  # an underscore reads as a space and breaks like one
+    return "\n".join(lines[:most]) + ("…" if len(lines) > most else "")
+
+
+def _short(name: str, width: int) -> str:
+    """One line, cut in the middle: names of models differ at both ends."""
+    name = visible(name)
+    return name if len(name) <= width else f"{name[: width - width // 3 - 1]}…{name[-(width // 3) :]}"
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    write_atomic(path, _encoded(figure, format="png", dpi=190))
+
+
+def to_svg(figure: Figure) -> bytes:
+    """An SVG without a ground of its own (the page's shows through) and without a date: the same run, the same file."""
+    return _encoded(figure, format="svg", transparent=True, metadata={"Date": None})
+
+
+def _encoded(figure: Figure, **options: Any) -> bytes:
+    file = BytesIO()
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "profuser"}):
+        # The bundled font has no Chinese, for instance; the tables beside the picture carry every name.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(file, **options)
+    return file.getvalue()
+
+
+def _figure(height: float, ratios: Sequence[float] = (1,), sharex: bool = False) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(ratios), 1, squeeze=False, sharex=sharex, height_ratios=list(ratios))
+    return figure, list(axes[:, 0])
+
+
+def _note(text: str, theme: Theme) -> Figure:
+    figure, (axis,) = _figure(1.0)
+    axis.axis("off")
+    place = {"ha": "center", "va": "center", "transform": axis.transAxes}
+    axis.text(0.5, 0.5, textwrap.fill(text, 44), color=theme.soft, **place)
+    return figure
+
+
+def draw_scores(models: Sequence[Model], skills: Sequence[str], theme: Theme) -> Figure:
+    """Accuracy of every model per skill (a row each, "mean" among them where given) with its 95 % interval."""
+    rows = len(skills)
+    pitch = max(0.32, min(0.14 * len(models) + 0.16, 13 / max(rows, 1)))  # inches a row
+    with matplotlib.rc_context(theme.style):
+        if not rows:
+            return _note("No scores: the recipe has no held-out prompts.", theme)
+        names = [_wrap(model.label, 24 if len(model.label) <= 24 else 20) for model in models]
+        legend = sum(max(n.count("\n") for n in pair) + 1 for pair in zip(names[::2], [*names[1::2], ""]))
+        figure, (axis,) = _figure(rows * pitch + 1.05 + 0.19 * legend)
+        styles = itertools.cycle(zip(theme.sources, _MARKERS))
+        margin = {"transform": axis.get_yaxis_transform(), "color": theme.fused, "weight": "bold"}
+        offsets = np.linspace(-0.34, 0.34, len(models)) if len(models) > 1 else [0.0]
+        for model, name, offset in zip(models, names, offsets):
+            if model.role == "fused":
+                color, marker, size = theme.fused, "D", 7.0
+            elif model.role == "target":
+                color, marker, size = theme.text, "s", 5.5
+            else:
+                (color, marker), size = next(styles), 6.0
+            points = [(row + offset, model.scores[skill]) for row, skill in enumerate(skills) if skill in model.scores]
+            y = np.array([row for row, _ in points])
+            value, low, high = (100 * np.array([score[i] for _, score in points]) for i in range(3))
+            error = np.nan_to_num(np.maximum(np.stack([value - low, high - value]), 0))
+            axis.errorbar(
+                value, y, xerr=error, fmt=marker, color=color, ms=size, mec=theme.page, mew=0.5, clip_on=False,
+                elinewidth=2.0 if model.role == "fused" else 1.2, label=name,
+            )  # fmt: skip
+            if model.role == "fused":
+                for row, percent in zip(y - offset, value):
+                    axis.text(1.03, row, f"{percent:.1f}" if percent == percent else "–", va="center", **margin)
+        for row in range(0, rows, 2):
+            axis.axhspan(row - 0.5, row + 0.5, color=theme.band, lw=0, zorder=0)
+        if skills[-1] == "mean" and rows > 1:
+            axis.axhline(rows - 1.5, color=theme.text, lw=1.2)
+        axis.set(xlim=(0, 100), ylim=(rows - 0.5, -0.5), xlabel="correct answers, % (95 % interval)")
+        axis.set_yticks(range(rows), [_wrap(skill, 14) for skill in skills])
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x")
+        axis.text(1.03, -0.55, "fused", va="bottom", **margin)
+        figure.legend(
+            loc="outside upper left", ncols=2, handlelength=1.2, handletextpad=0.4, columnspacing=1, borderpad=0
+        )
+        return figure
+
+
+def _heat(
+    axis: Axes, depth: np.ndarray, texts: Sequence[Sequence[str]], theme: Theme, size: float, top: float = 0
+) -> None:
+    """Cells of [0, 1] with their texts, each one unit wide and high, from `top` downwards."""
+    rows, columns = depth.shape
+    edges = np.arange(columns + 1), top + np.arange(rows + 1)
+    axis.pcolormesh(*edges, depth, cmap=theme.heat_map, vmin=0, vmax=1, edgecolors=theme.page, linewidth=1.5)
+    for (row, column), value in np.ndenumerate(depth):
+        place = {"ha": "center", "va": "center", "color": theme.ink(value), "fontsize": size}
+        axis.text(column + 0.5, top + row + 0.5, texts[row][column], **place)
+    axis.set(xlim=(0, columns), ylim=(top + rows, 0))
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+
+
+def draw_wins(wins: Mapping[str, Mapping[str, int]], sources: Sequence[str], by: str, theme: Theme) -> Figure:
+    """Heat map of a win matrix: the share of each skill's examples that a source wins, `by` Min-CE or vote."""
+    with matplotlib.rc_context(theme.style):
+        if not any(sum(row.values()) for row in wins.values()):
+            return _note(f"No wins by {by}: this run did not compare its sources that way.", theme)
+        columns = [*sources, *sorted({name for row in wins.values() for name in row} - set(sources))]
+        counts = np.array([[row.get(name, 0) for name in columns] for row in wins.values()], dtype=float)
+        labels = [_wrap(skill, 15, 2) for skill in wins]
+        if len(labels) > 1:
+            counts, labels = np.vstack([counts, counts.sum(0)]), [*labels, "all skills"]
+        totals = counts.sum(1, keepdims=True)
+        shares = np.divide(100 * counts, totals, out=np.zeros_like(counts), where=totals > 0)
+        count = "{}\nn = {:.0f}" if len(labels) < 9 else "{} ({:.0f})"
+        labels = [count.format(*pair) for pair in zip(labels, totals[:, 0])]
+        slanted = len(columns) > 4 or max(map(len, columns)) > 36 // len(columns)
+        names = [_short(name, 20) for name in columns]
+        turn = {"rotation": 50, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
+        unit = "" if slanted else " %"
+        texts = [[f"{share:.0f}{unit}" if total else "–" for share in row] for row, (total,) in zip(shares, totals)]
+        pitch = 0.1 + 0.17 * max(label.count("\n") + 1 for label in labels)  # inches a row
+        head = 0.6 + (0.065 * max(map(len, names)) if slanted else 0.2)
+        figure, (axis,) = _figure(head + pitch * len(labels))
+        _heat(axis, shares / 100, texts, theme, 11)
+        if len(wins) > 1:
+            axis.axhline(len(wins), color=theme.text, lw=1.8)
+        axis.set_xticks(np.arange(len(columns)) + 0.5, names, **turn)
+        axis.set_yticks(np.arange(len(labels)) + 0.5, labels)
+        axis.xaxis.tick_top()
+        axis.tick_params(length=0)
+        figure.suptitle(f"Share of examples won by {by}{', %' if slanted else ''}", size=11.5, weight="bold")
+        return figure
+
+
+def draw_alignment(
+    alignment: Mapping[str, Mapping[str, Mapping[str, Any]]], sources: Sequence[str], theme: Theme
+) -> Figure:
+    """Per mode and source: positions by kind with the coverage, and the histogram of reliability as a strip of bins."""
+    groups = [
+        (f"{mode.key} mode", [(source, of_mode[source]) for source in sources if source in of_mode])
+        for mode in Mode
+        if (of_mode := alignment.get(mode.key))
+    ]
+    with matplotlib.rc_context(theme.style):
+        if not groups:
+            return _note("No alignment: this run took no distributions from its sources.", theme)
+        heading = 0.75  # rows
+        height = sum(heading + len(rows) for _, rows in groups)
+        figure, (bars, strip) = _figure(0.7 * height + 2.0, (1, 1))
+        ticks: dict[float, str] = {}
+        top = 0.0
+        for name, rows in groups:
+            place = {"y": top + heading / 2 + 0.08, "s": name, "va": "center", "color": theme.soft, "fontsize": 10}
+            bars.text(0, **place)
+            strip.text(0, **place)
+            top += heading
+            center = top + np.arange(len(rows)) + 0.5
+            ticks |= {y: _short(source, 13) for y, (source, _) in zip(center, rows)}
+            left = np.zeros(len(rows))
+            for kind, (color, hatch) in _KINDS.items():
+                width = 100 * np.array([row.get(kind, 0.0) for _, row in rows])
+                style = {"color": theme.sources[color], "hatch": hatch, "edgecolor": theme.page, "lw": 0.5}
+                label = kind.replace("_", " ") if name == groups[0][0] else None
+                bars.barh(center, width, left=left, height=0.72, label=label, **style)
+                left += width
+            for y, (_, row) in zip(center, rows):
+                bars.text(102, y, f"{100 * row['coverage']:.1f}", va="center", weight="bold")
+            counts = np.array([row["reliability"] for _, row in rows], dtype=float)
+            totals = counts.sum(1, keepdims=True)
+            shares = np.divide(100 * counts, totals, out=np.zeros_like(counts), where=totals > 0)
+            texts = [["" if share == 0 else "<1" if share < 1 else f"{share:.0f}" for share in row] for row in shares]
+            # The square root keeps a bin of 2 % visible beside one of 95 %; the numbers are the shares themselves.
+            _heat(strip, np.sqrt(shares / 100), texts, theme, 8.5, top)
+            top += len(rows)
+        bars.set(xlim=(0, 100), xlabel="target positions, %", ylim=(height, 0))
+        bars.text(102, heading / 2 + 0.08, "coverage", va="center", color=theme.soft, fontsize=10)
+        bars.set_title("Kinds of position", loc="left", pad=44)
+        bars.legend(loc="lower left", bbox_to_anchor=(0, 0.99), ncols=2, columnspacing=1, handlelength=1.5, borderpad=0)
+        bars.spines["left"].set_visible(False)
+        bins = counts.shape[1]
+        strip.set_xticks(np.linspace(0, bins, 6), [f"{tick:.1f}" for tick in np.linspace(0, 1, 6)])
+        strip.set_xlabel("reliability of covered positions")
+        strip.set_title("By reliability, %", loc="left")
+        for axis in (bars, strip):
+            axis.set_yticks(list(ticks), list(ticks.values()), fontsize=10)
+            axis.tick_params(axis="y", length=0)
+        return figure
+
+
+def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of `key`; null, absent and exactly zero (a mode without tokens adds 0) are left out."""
+    pairs = [(line["step"], line[key]) for line in lines if line.get(key)]
+    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def _window(lines: int) -> int:
+    """Length of the moving mean over a stage's lines; 1 = drawn as logged."""
+    return max(1, lines // 25)
+
+
+def _plot_training(axis: Axes, lines: Sequence[Mapping[str, Any]], key: str, label: str, color: str, dash: str) -> None:
+    for _, stage in itertools.groupby(lines, key=itemgetter("stage")):  # no smoothing over a stage boundary
+        steps, values = _series(list(stage), key)
+        if not len(steps):
+            continue
+        window = _window(len(values))
+        smooth = np.convolve(values, np.ones(window) / window, "valid")
+        middle = np.convolve(steps, np.ones(window) / window, "valid")
+        keep = slice(None, None, max(1, len(values) // 1000))
+        if window > 1:
+            axis.plot(steps[keep], values[keep], color=color, lw=0.6, alpha=0.3)
+        dot = "o" if len(middle) == 1 else None  # a line through one point is none
+        axis.plot(middle[keep], smooth[keep], color=color, ls=dash, lw=1.6, marker=dot, ms=5, label=label)
+
+
+def draw_curves(metrics: Metrics, theme: Theme) -> Figure:
+    """Loss, CE and KD over the optimizer steps, the stages' boundaries marked; a panel without a line is left out."""
+    training = metrics.training
+    evals = [{"step": line["step"], **line["eval"]} for line in metrics.validation]
+    blue, orange, *_ = theme.sources
+    modes = (("inference", "inference", blue, "-"), ("training", "training", orange, "--"))
+    panels = {
+        "Loss as optimised": ("loss", [("loss", "loss", theme.fused, "-")]),
+        "Cross-entropy, nats per token": ("ce", [(f"ce_{mode}", *style) for mode, *style in modes]),
+        "KL to the source, nats per token": ("kd", [(f"kd_{mode}", *style) for mode, *style in modes]),
+    }
+    for title, (key, lines) in list(panels.items()):
+        if not (len(_series(evals, key)[0]) or any(len(_series(training, name)[0]) for name, *_ in lines)):
+            del panels[title]
+    with matplotlib.rc_context(theme.style):
+        if not panels:
+            return _note("No curves: metrics.jsonl holds no training step.", theme)
+        figure, axes = _figure(1.0 + 1.5 * len(panels), (1,) * len(panels), sharex=True)
+        stages = itertools.groupby(training, key=itemgetter("stage"))
+        spans = [(stage, [line["step"] for line in lines]) for stage, lines in stages]
+        # A line is the mean since the one before it, so a stage begins where the last line of the one before it stands.
+        starts = [(stage, spans[i - 1][1][-1] if i else steps[0]) for i, (stage, steps) in enumerate(spans)]
+        for axis, (title, (key, lines)) in zip(axes, panels.items()):
+            for line in lines:
+                _plot_training(axis, training, *line)
+            steps, values = _series(evals, key)
+            if key != "loss" and len(steps):
+                axis.plot(steps, values, color=theme.text, marker="o", ms=4, lw=1.0, label="validation")
+            axis.set_title(title, loc="left")
+            axis.grid(axis="y")
+            for _, start in starts[1:]:
+                axis.axvline(start, color=theme.soft, ls=(0, (4, 3)), lw=1.2)
+            axis.margins(x=0.02, y=0.12)
+        if len(starts) > 1:
+            first = min((stage for stage, _ in starts if isinstance(stage, int)), default=0)
+            place = {"transform": axes[0].get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 10}
+            for (stage, start), (_, steps) in zip(starts, spans):
+                name = f"stage {stage - first + 1}" if isinstance(stage, int) else visible(str(stage))
+                axes[0].text((start + steps[-1]) / 2, 0.97, name, color=theme.soft, **place)
+        axes[-1].set_xlabel("optimizer step")
+        axes[-1].locator_params(axis="x", integer=True, min_n_ticks=1)
+        handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+        handles.pop("loss", None)  # alone in its panel
+        if handles:
+            figure.legend(
+                handles.values(), handles.keys(), loc="outside upper left", ncols=3, handlelength=1.8, borderpad=0.2
+            )
+        return figure
+
+
+def curves_caption(metrics: Metrics) -> str:
+    """What the reader of the curves must know."""
+    parts, lines_per_stage = [], Counter(line["stage"] for line in metrics.training)
+    if len(lines_per_stage) > 1:
+        parts.append("Dashed: a new stage begins, with its own weights, so the loss does not compare across.")
+    if any(_window(lines) > 1 for lines in lines_per_stage.values()):
+        parts.append("Thin: as logged; thick: the moving mean.")
+    if metrics.validation:
+        parts.append("Validation at step 0 is the target before fusion.")
+    if any(line["eval"].get("kd") for line in metrics.validation):
+        parts.append("Its KL is to the Min-CE winner.")
+    return " ".join(parts)

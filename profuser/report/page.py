@@ -1,0 +1,251 @@
+"""The report of a finished run: one self-contained report.html and its five pictures, from the files the run left.
+
+Reads run.json, metrics.jsonl, scores.json and evaluation.json of the run directory and summary.json of its store;
+computes nothing but intervals and shares. The page carries each picture as two SVGs, for light and for dark screens; the
+run directory gets the light ones as PNG files. Intervals cover the choice of held-out prompts, not the luck of a
+seed. Left out on purpose: comparisons between runs (profuser.experiments.compare).
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from profuser.errors import DataError
+from profuser.report import figures
+from profuser.report.figures import Model
+from profuser.report.intervals import Score, difference, mean_score, wilson
+from profuser.report.metrics import Change, read_metrics, stage_table
+from profuser.report.theme import DARK, LIGHT, Theme
+from profuser.store.files import read_json, write_atomic
+from profuser.text.display import visible
+
+MAX_TEXT = 2000  # characters of a prompt or response that the page shows
+
+
+def _models(scores: Mapping[str, Any], counts: Mapping[str, int], target: str) -> list[Model]:
+    """Fused, target before, sources. A target that is also a source, with the same scores, appears once."""
+    before = scores["target_before"]
+    rows = [("fused", "fused", scores["fused"])] + ([(target, "target", before)] if before else [])
+    for name, values in scores["sources"].items():
+        if name != target or values != before:
+            rows.append((name, "source", values))
+    models = []
+    for name, role, values in rows:
+        per_skill = {
+            skill: wilson(_number(value), counts.get(skill)) for skill, value in values.items() if skill != "mean"
+        }
+        mean = mean_score(_number(values["mean"]), list(per_skill.values())) if "mean" in values else None
+        models.append(Model(name, role, per_skill | ({"mean": mean} if mean else {})))
+    return models
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _title(sources: Sequence[str], target: str, distilled: bool) -> str:
+    if not distilled:
+        return f"{target} fine-tuned on the ground truth, without its sources"
+    names = f"{', '.join(sources[:-1])} and {sources[-1]}" if len(sources) > 1 else sources[0]
+    return f"{names} fused into {target}"
+
+
+def _answer(models: Sequence[Model], skills: Sequence[str]) -> dict[str, Any] | None:
+    """What the page opens with: the fused model against the best single one, and what the target forgot."""
+    fused, others = models[0], [model for model in models[1:] if "mean" in model.scores]
+    if "mean" not in fused.scores or not others:
+        return None
+    best = max(others, key=lambda model: (not math.isnan(model.scores["mean"].value), model.scores["mean"].value))
+    before = next((model for model in models if model.role == "target"), None)
+    answer: dict[str, Any] = {
+        "fused": fused.scores["mean"],
+        "best": best.scores["mean"],
+        "best_name": best.name,
+    }
+    answer["gain"] = difference(answer["fused"], answer["best"])
+    points = abs(100 * answer["gain"].value)
+    answer["verdict"] = (
+        f"{points:.1f} points {'above' if answer['gain'].value > 0 else 'below'}" if round(points, 1) else "level with"
+    )
+    answer["certain"] = answer["gain"].low > 0 or answer["gain"].high < 0
+    if before:
+        pairs = {skill: (before.scores[skill], fused.scores[skill]) for skill in skills if skill in before.scores}
+        changes = {skill: (*pair, difference(pair[1], pair[0])) for skill, pair in pairs.items()}
+        strongest = max(changes, key=lambda skill: changes[skill][0].value, default=None)
+        fell = [(skill, change[2]) for skill, change in changes.items() if skill != strongest and change[2].value < 0]
+        answer["strongest"] = strongest and (strongest, *changes[strongest])
+        answer["fell"] = sorted(fell, key=lambda item: item[1].value)
+    return answer
+
+
+def _demo(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What demo_data.json records: the flaws of the fusion prompts (name, share, about how many) and rows per file."""
+    rows = record.get("rows", {})
+    shares = [(name, record[name]) for name in ("terse", "wrong") if name in record]
+    flaws = [(name, share, round(share * rows.get("fusion", 0))) for name, share in shares]
+    return {"flaws": flaws, "rows": rows}
+
+
+def _examples(entries: Sequence[Mapping[str, Any]], sources: Sequence[str], target: str) -> list[dict[str, Any]]:
+    """Per example a card (label, key, text, correct) for each of `sources`, the target before, and the fused model."""
+    labels = {"target_before": f"{target} (target before)"}
+    shown = []
+    for entry in entries:
+        keys = [key for key in (*sources, "target_before", "fused") if key in entry["responses"]]
+        cards = [(labels.get(key, key), key, entry["responses"][key], entry["correct"].get(key)) for key in keys]
+        shown.append({**entry, "cards": cards})
+    return shown
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def _points(change: Score) -> str:
+    """`+3.1 points (95 % interval -0.4 to +6.6)`, with a true minus sign."""
+    value, low, high = (round(100 * part, 1) + 0.0 for part in change)  # + 0.0: no "-0.0"
+    text = f"{value:+.1f} points"
+    if not math.isnan(low):
+        text += f" (95 % interval {low:+.1f} to {high:+.1f})"
+    return text.replace("-", "−")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"
+
+
+def _change(value: Any) -> str:
+    """A cell of the stages' table."""
+    if isinstance(value, Change):
+        return f"{value.first:.3f} → {value.last:.3f}"
+    return "–" if value is None else value if isinstance(value, str) else f"{value:.3g}"
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may break after an underscore or a slash."""
+    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(visible(name)))))
+
+
+def _draw(draw: Callable[[Theme], Figure], path: Path) -> dict[str, Markup]:
+    """Writes the light picture to `path` and returns those of both themes for the page, SVG in base64."""
+    light, dark = draw(LIGHT), draw(DARK)
+    figures.save_png(light, path)
+    pictures = {"light": figures.to_svg(light), "dark": figures.to_svg(dark)}
+    return {theme: Markup(base64.b64encode(svg).decode()) for theme, svg in pictures.items()}
+
+
+def _render(**values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        # One place for everything printed: whatever a model wrote, it cannot hide or reorder the page's text.
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": _percent,
+        "points": _points,
+        "duration": _duration,
+        "shorten": _shorten,
+        "change": _change,
+        "breakable": _breakable,
+    }
+    return environment.get_template("report.html.j2").render(values)
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    return read_json(path, *keys, fix="let the run finish, run the same command again, or give its directory")
+
+
+def write_report(run_dir: Path, store_dir: Path) -> Path:
+    """Writes report.html and its five PNGs into `run_dir`.
+
+    Args:
+        run_dir: directory of a finished run: run.json, metrics.jsonl and, unless its recipe has no held-out prompts,
+            scores.json and evaluation.json.
+        store_dir: its store (summary.json).
+    Returns:
+        The path of report.html.
+    Raises:
+        DataError: a directory or file is missing, is no JSON, or lacks a key.
+    """
+    for directory, what in ((run_dir, "run"), (store_dir, "store")):
+        if not directory.is_dir():
+            raise DataError(
+                f"the {what} must be an existing directory, got {directory}; give the one that training wrote"
+            )
+    run = _read(run_dir / "run.json", "recipe", "seconds")
+    scores: dict[str, Any] = {"sources": {}, "target_before": {}, "fused": {}}
+    evaluation: dict[str, Any] = {"counts": {}}
+    if run["recipe"].get("data", {}).get("heldout", "") is not None:
+        scores = _read(run_dir / "scores.json", *scores)
+        evaluation = _read(run_dir / "evaluation.json", *evaluation)
+    summary = _read(store_dir / "summary.json", "sources", "target", "examples")
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+
+    sources, target, counts = summary["sources"], summary["target"], evaluation["counts"]
+    skills = [skill for skill in scores["fused"] if skill != "mean"]
+    models = _models(scores, counts, target)
+    single = {model.name for model in models if model.role == "source"}  # without a target that is shown as "before"
+    min_ce, vote = summary.get("min_ce_wins") or {}, summary.get("vote_wins") or {}
+    alignment = {mode: rows for mode, rows in (summary.get("alignment") or {}).items() if rows}
+    rows = [*skills, "mean"] if len(skills) > 1 else skills
+    pictures: dict[str, Callable[[Theme], Figure]] = {
+        "scores": lambda theme: figures.draw_scores(models, rows, theme),
+        "win_min_ce": lambda theme: figures.draw_wins(min_ce, sources, "Min-CE", theme),
+        "win_vote": lambda theme: figures.draw_wins(vote, sources, "vote", theme),
+        "alignment": lambda theme: figures.draw_alignment(alignment, sources, theme),
+        "curves": lambda theme: figures.draw_curves(metrics, theme),
+    }
+
+    bits = evaluation.get("bits_per_byte") or {}
+    keys = {"fused": "fused", "target": "target_before"}
+    bits_of = [(m, bits.get(keys[m.role]) if m.role in keys else bits.get("sources", {}).get(m.name)) for m in models]
+    handled = {reason.replace("_", " "): count for reason, count in (summary.get("handled") or {}).items()}
+    if metrics.unreadable:
+        handled["unreadable lines of metrics.jsonl"] = metrics.unreadable
+    html = _render(
+        title=_title(sources, target, distilled=run["recipe"].get("schedule") != "sft"),
+        answer=_answer(models, skills),
+        run=run,
+        summary=summary,
+        total_seconds=sum(run["seconds"].values()),
+        demo=_demo(run["demo_data"]) if run.get("demo_data") else None,
+        models=models,
+        rows=rows,
+        counts=counts,
+        bits=[(model, values) for model, values in bits_of if values],
+        wins={"min_ce": min_ce, "vote": vote},
+        judges=summary.get("judges") or {},
+        alignment=alignment,
+        heldout={key: evaluation.get(key) for key in ("ce", "kd")},
+        curves=figures.curves_caption(metrics) if metrics.training or metrics.validation else None,
+        stages=stage_table(metrics, run["recipe"]),
+        judged=evaluation.get("votes") or [],
+        examples=_examples(evaluation.get("examples") or [], [name for name in sources if name in single], target),
+        handled=handled,
+        recipe=yaml.safe_dump(run["recipe"], sort_keys=False, allow_unicode=True, width=100),
+        picture={name: _draw(draw, run_dir / f"{name}.png") for name, draw in pictures.items()},
+    )
+    path = run_dir / "report.html"
+    write_atomic(path, html.encode())
+    return path

@@ -1,0 +1,354 @@
+"""The prepared targets on disk: a manifest, safetensors shards in CSR form, and JSON for texts.
+
+A store is made in three layers. Sources: what they said of the ground truth, and their own responses. Votes: the judges'
+scores, and the winners' captures. Targets: all of it aligned to the target's tokens, which is what the trainer reads.
+Each layer carries the settings it was made with, so that another alignment costs no pass of the sources and other
+judges vote again on the same responses; other sources need another store. `layout.py` says which shards there are.
+
+Every file is written to a temporary sibling, synced and renamed, then entered in the manifest with its sha256, so an
+interrupted preparation goes on with the next shard and a damaged shard is never trained on. Reading never changes a
+store: `changes` compares, and only `Store.build`, which profuser.prepare uses, acts on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save as save_tensors
+
+from profuser.errors import ConfigError, DataError
+from profuser.recipe.compare import differing_keys
+from profuser.store.files import header_length, mapped, read_json, sha256, tensors_of, write_atomic, write_json
+from profuser.store.layout import Kind, kind_of
+
+SCHEMA_VERSION = 4
+MANIFEST_KEYS = ("schema", "settings", "shards", "complete")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """What decides the content of each layer of a store.
+
+    sources: the models, their templates, the data and how responses are generated and captured.
+    votes: `asked`, the judges in their order, and `judges`, what each of them is.
+    targets: how the captures are aligned.
+    """
+
+    sources: dict[str, Any]
+    votes: dict[str, Any]
+    targets: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What of a store does not fit the settings that it is to be used with.
+
+    foreign, sources, targets: the keys that differ, where `foreign` are those of other models, tokenizers or templates.
+    judges: the judges that have become others. asked: other judges are asked than before.
+    """
+
+    foreign: list[str]
+    sources: list[str]
+    judges: list[str]
+    asked: bool
+    targets: list[str]
+
+    def check(self, directory: Path) -> None:
+        """Raises DataError or ConfigError where the sources' layer does not fit: it cannot be made again in place."""
+        if self.foreign:
+            raise DataError(
+                f"store {directory} belongs to other models, tokenizers or chat templates ({', '.join(self.foreign)} differ); "
+                "restore them, give another --store, or start over with `python -m profuser.prepare --fresh` and this recipe"
+            )
+        if self.sources:
+            raise ConfigError(
+                f"store {directory} was captured with other settings ({', '.join(self.sources)} differ); give another "
+                "--store, undo the change, or start over with `python -m profuser.prepare --fresh` and this recipe"
+            )
+
+    @property
+    def vote(self) -> bool:
+        """Whether the judges have to vote again."""
+        return self.asked or bool(self.judges)
+
+    def outdates(self, kind: Kind) -> bool:
+        """Whether the shards of a kind have to be made again."""
+        if kind.folder == "targets":
+            return self.vote or bool(self.targets)
+        return (kind.folder == "winners" and self.vote) or (kind.folder == "scores" and kind.of in self.judges)
+
+
+@dataclass(slots=True)
+class Total:
+    """The shards of one folder and split. examples: those of one source or judge; bytes: of all files."""
+
+    folder: str
+    split: str
+    shards: int = 0
+    examples: int = 0
+    bytes: int = 0
+
+
+class Store:
+    """One store directory. A shard is present once the manifest lists it."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]):
+        self.directory = directory
+        self._manifest = manifest
+        self._verified: set[str] = set()
+
+    @classmethod
+    def open(cls, directory: Path, *, complete: bool = True) -> Store:
+        """An existing store, to be read. complete: it must be; False takes one that is still being made, too.
+
+        Raises:
+            DataError: there is none, it is not complete, broken or of another schema.
+        """
+        store = cls(directory, read_manifest(directory))
+        if complete and not store.complete:
+            raise DataError(
+                f"store {directory} is not complete; run `python -m profuser.prepare` with its recipe to finish it"
+            )
+        return store
+
+    @classmethod
+    def build(cls, directory: Path, settings: StoreSettings) -> Store:
+        """Begin a store or go on with one; what these settings outdate is dropped and announced.
+
+        Raises:
+            ConfigError: what the sources said was captured with other settings.
+            DataError: it is of other models or tokenizers; the manifest is broken or of another schema.
+        """
+        if not (directory / "manifest.json").exists():
+            if directory.exists() and any(p for p in directory.iterdir() if not p.name.startswith(".")):
+                raise DataError(
+                    f"store must be a profuser store or an empty directory, got {directory} without manifest.json; "
+                    "give another --store"
+                )
+            store = cls(
+                directory, {"schema": SCHEMA_VERSION, "settings": asdict(settings), "shards": {}, "complete": False}
+            )
+            store._save()
+            return store
+        store = cls(directory, read_manifest(directory))
+        changes = store.changes(settings)
+        changes.check(directory)
+        if changes.vote:
+            names = ", ".join(changes.judges or settings.votes["asked"] or ["none"])
+            print(f"store: judges changed ({names}): voting again", flush=True)
+        elif changes.targets:
+            keys = ", ".join(changes.targets)
+            print(f"store: {keys} changed: aligning again from the captures that are there", flush=True)
+        if changes.vote or changes.targets:
+            # The scores of a judge that is no longer asked stay, too: he may come back.
+            judges = store.settings.votes["judges"] | settings.votes["judges"]
+            store._manifest["settings"] = asdict(settings) | {"votes": settings.votes | {"judges": judges}}
+            store._drop([name for name in store._manifest["shards"] if changes.outdates(kind_of(name)[0])])
+        return store
+
+    @property
+    def settings(self) -> StoreSettings:
+        return StoreSettings(**self._manifest["settings"])
+
+    def changes(self, settings: StoreSettings) -> Changes:
+        """How the store's settings differ from these; nothing is changed by asking."""
+        old = self.settings
+        keys = differing_keys(old.sources, settings.sources)
+        foreign = [key for key in keys if key.endswith((".files", ".template"))]
+        known = old.votes["judges"]
+        return Changes(
+            foreign=foreign,
+            sources=[key for key in keys if key not in foreign],
+            judges=[name for name, judge in settings.votes["judges"].items() if known.get(name, judge) != judge],
+            asked=old.votes["asked"] != settings.votes["asked"],
+            targets=differing_keys(old.targets, settings.targets),
+        )
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._manifest["complete"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the preparation found (profuser.prepare.summary)."""
+        return read_json(self.directory / "summary.json")
+
+    def handled(self) -> str:
+        """What was skipped, cut or kept as text, in one line; empty where there was nothing."""
+        counts = self.summary["handled"]
+        return "handled: " + "; ".join(f"{n} x {name}" for name, n in counts.items()) if counts else ""
+
+    def finish(self) -> None:
+        """Mark complete; the last write of a preparation."""
+        self._manifest["complete"] = True
+        self._save()
+
+    # -- shards ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """The number of shards."""
+        return len(self._manifest["shards"])
+
+    def has(self, kind: Kind, number: int) -> bool:
+        return kind.shard(number) in self._manifest["shards"]
+
+    def numbers(self, kind: Kind) -> list[int]:
+        """The numbers of the shards of a kind that are there, ascending."""
+        found = (kind_of(name) for name in self._manifest["shards"])
+        return sorted(number for other, number in found if other == kind)
+
+    def digest(self, kind: Kind) -> str:
+        """Changes when any shard of a kind does."""
+        shards = self._manifest["shards"]
+        return sha256("".join(shards[kind.shard(n)]["sha256"] for n in self.numbers(kind)).encode())[:16]
+
+    def totals(self) -> list[Total]:
+        """How much there is of what, by folder and split."""
+        totals: dict[tuple[str, str], Total] = {}
+        counted: set[tuple[str, str, int]] = set()
+        for name, entry in sorted(self._manifest["shards"].items()):
+            kind, number = kind_of(name)
+            total = totals.setdefault((kind.folder, kind.split), Total(kind.folder, kind.split))
+            total.shards += 1
+            total.bytes += entry["bytes"]
+            if (kind.folder, kind.split, number) not in counted:
+                counted.add((kind.folder, kind.split, number))
+                total.examples += entry["examples"]
+        return list(totals.values())
+
+    def damaged(self) -> list[str]:
+        """The shards whose files are missing or not what was written."""
+        return [name for name in sorted(self._manifest["shards"]) if not self._intact(name)]
+
+    def keep_intact(self, kind: Kind, number: int) -> bool:
+        """Whether a shard is there and intact; a damaged one is dropped and announced, so that it is made again."""
+        name = kind.shard(number)
+        if name not in self._manifest["shards"]:
+            return False
+        if self._intact(name):
+            return True
+        print(f"store: {self._path(name)} is damaged or missing: building it again", flush=True)
+        self._drop([name])
+        return False
+
+    def put(self, kind: Kind, number: int, arrays: Mapping[str, np.ndarray], *, examples: int) -> None:
+        """Write a shard of arrays. examples: how many it is about."""
+        data = save_tensors({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        self._put(kind.shard(number), data, {"header": sha256(data[: header_length(data)]), "examples": examples})
+
+    def put_json(self, kind: Kind, number: int, value: Any, *, examples: int) -> None:
+        """Write a shard of texts."""
+        self._put(kind.shard(number), json.dumps(value, ensure_ascii=False).encode(), {"examples": examples})
+
+    def get(self, kind: Kind, number: int) -> dict[str, np.ndarray]:
+        """A shard's arrays, mapped into memory read-only; the file is hashed when it is first read.
+
+        Raises:
+            DataError: missing, truncated or changed since it was written.
+        """
+        return tensors_of(self._bytes(kind.shard(number)))
+
+    def get_json(self, kind: Kind, number: int) -> Any:
+        """A shard's texts; raises as `get` does."""
+        return json.loads(self._bytes(kind.shard(number))[:])
+
+    def check_headers(self, kind: Kind) -> None:
+        """That the files of a kind have the length and the header that were written, without reading the rest.
+
+        Raises:
+            DataError: one has not.
+        """
+        for number in self.numbers(kind):
+            name = kind.shard(number)
+            entry, path = self._manifest["shards"][name], self._path(name)
+            try:
+                size = path.stat().st_size
+                with open(path, "rb") as file:
+                    start = file.read(8)
+                    header = start + file.read(min(int.from_bytes(start, "little"), size))
+            except OSError as error:
+                raise unreadable(path, error) from None
+            if size != entry["bytes"] or sha256(header) != entry["header"]:
+                raise differs(path)
+
+    def _put(self, name: str, data: bytes, facts: dict[str, Any]) -> None:
+        write_atomic(self._path(name), data)
+        self._verified.discard(name)
+        self._manifest["shards"][name] = {"sha256": sha256(data), "bytes": len(data), **facts}
+        self._save()
+
+    def _bytes(self, name: str):
+        """A shard's file mapped into memory, once it has proved to be what was written."""
+        entry, path = self._manifest["shards"].get(name), self._path(name)
+        try:
+            data = mapped(path)
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from None
+        if name not in self._verified:
+            if entry is None or sha256(data) != entry["sha256"]:
+                raise differs(path)
+            self._verified.add(name)
+        return data
+
+    def _intact(self, name: str) -> bool:
+        try:
+            return sha256(mapped(self._path(name))) == self._manifest["shards"][name]["sha256"]
+        except (OSError, ValueError):
+            return False
+
+    def _drop(self, names: list[str]) -> None:
+        """Take shards out of the manifest; they are made again."""
+        for name in names:
+            del self._manifest["shards"][name]
+        self._manifest["complete"] = False
+        self._save()
+
+    def _path(self, name: str) -> Path:
+        path = self.directory / f"{name}{kind_of(name)[0].suffix}"
+        if not path.resolve().is_relative_to(self.directory.resolve()):
+            raise DataError(
+                f"store: a shard must lie inside {self.directory}, got {name!r}; the manifest is not to be trusted"
+            )
+        return path
+
+    def _save(self) -> None:
+        write_json(self.directory / "manifest.json", self._manifest)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """A store's manifest.
+
+    Raises:
+        DataError: it is missing, broken or of another schema; or it lists what is no shard.
+    """
+    manifest = read_json(directory / "manifest.json", *MANIFEST_KEYS)
+    if manifest["schema"] != SCHEMA_VERSION:
+        raise DataError(
+            f"store {directory} has schema {manifest['schema']}, this version reads {SCHEMA_VERSION}; "
+            "prepare it again with `python -m profuser.prepare --fresh` and this recipe"
+        )
+    for name in manifest["shards"]:
+        try:
+            kind_of(name)
+        except ValueError:
+            raise DataError(
+                f"store {directory}: the manifest must list shards, got {name!r}; it is not to be trusted, restore it"
+            ) from None
+    return manifest
+
+
+def differs(path: Path) -> DataError:
+    return DataError(
+        f"store shard {path} must have the sha256 of the manifest, its content differs; run "
+        "`python -m profuser.prepare` with the recipe to build it again"
+    )
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or error
+    return DataError(f"store shard {path} cannot be read ({reason}); run `python -m profuser.prepare` with the recipe again")

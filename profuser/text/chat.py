@@ -1,0 +1,189 @@
+"""Conversations through a model's own chat template, with the response located exactly in bytes.
+
+The template is rendered once with sentinels in place of the prompt and the response; what stands around them is the
+frame. A conversation is the frame with the real texts in it, tokenised as a whole, so the ids are what the model sees,
+merges across the seams included (`[/INST] answer` begins with one token ` answer`, at byte -1 of the response). Where
+the texts contain the string of a control token, only the template's control tokens are control tokens. The end of turn
+is found by role, not by string; template bytes between the response and it carry no label, what follows is dropped.
+
+Left out on purpose: more than one turn, and what a template does to the texts beyond stripping the prompt (some cut
+the reasoning out of a response): the response is compared byte by byte, so it is always put in as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from jinja2 import TemplateError
+
+from profuser.errors import DataError
+from profuser.text.encoded import Encoded
+from profuser.text.token_bytes import TokenBytes
+
+logger = logging.getLogger(__name__)
+
+PROMPT = "profuserPROMPTsentinel"
+RESPONSE = "profuserRESPONSEsentinel"
+
+
+class ChatFormat:
+    """Prompts and responses in the chat template of one tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a `tokenizers` backend and a chat template.
+        end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`; None = the tokenizer's eos.
+            The first control token that the template puts after a response has the role, too.
+    Attributes:
+        end_ids: the ids with the role end of turn; end_id: the one that the template closes the turn with.
+        closing: the template's bytes between a response and the end of turn (" " for Llama-2, usually none).
+    Raises:
+        DataError: no chat template; the template does not show prompt and response once each, or never ends the turn.
+    """
+
+    def __init__(self, tokenizer, *, end_ids: Sequence[int] | None = None):
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"a model needs a chat template, {name} has none; set `chat_template` for that source in the recipe"
+            )
+        self.tokenizer = tokenizer
+        known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
+        known = [i for i in known if i is not None]
+        self.token_bytes = TokenBytes(tokenizer, control=known)
+        self._system = self._needs_system(name)
+
+        before, after, self._suffix = self._frame(name, PROMPT, RESPONSE)
+        self._before, self._between = before, after
+        padded_before, padded_after, _ = self._frame(name, f" \n{PROMPT}\n ", RESPONSE)
+        self._strip_left = not padded_before.endswith(before + " \n")
+        self._strip_right = not padded_after.startswith("\n " + after)
+        self._generation = self._generation_frame(name)
+
+        ids = self.token_bytes.encode(before + PROMPT + after + RESPONSE + self._suffix)
+        spans = self.token_bytes.spans(ids, before + PROMPT + after + RESPONSE + self._suffix)
+        response_end = len((before + PROMPT + after + RESPONSE).encode())
+        following = [i for i, (begin, _) in zip(ids, spans, strict=True) if begin >= response_end]
+        closing_id = next((i for i in following if i in known or i in self.token_bytes.specials), None)
+        if closing_id is None:
+            raise DataError(
+                f"a chat template must close the assistant's turn with an end token, {name}'s ends in {self._suffix!r}; "
+                "set `chat_template` for that source in the recipe"
+            )
+        self.end_id: int = closing_id
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([*known, closing_id]))
+        end_begin = next(b for i, (b, _) in zip(ids, spans, strict=True) if b >= response_end and i == closing_id)
+        self.closing: bytes = self._suffix.encode()[: end_begin - response_end]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids that a model continues with its response: the prompt in the template, with the generation prompt."""
+        before, after = self._generation
+        parts = [(before, False), (self._prompt(prompt), True), (after, False)]
+        if self.token_bytes.has_control(prompt):
+            return self.token_bytes.encode_parts(parts)[0]
+        return self.token_bytes.encode("".join(text for text, _ in parts))
+
+    def encode(self, prompt: str, response: str, *, complete: bool = True) -> Encoded:
+        """The conversation in tokens.
+
+        Args:
+            response: put in as it is; strip it once, before any template (several templates would strip).
+            complete: False for a response that was cut: nothing follows it and it has no end of turn.
+        Raises:
+            TokenBytesMismatch: the tokens do not hold the response's bytes exactly (reason "normaliser" or "decoder").
+        """
+        # The prompt as its tokens hold it: only the response must survive the tokenizer byte by byte.
+        prompt = self.token_bytes.seen(self._prompt(prompt))
+        suffix = self._suffix if complete else ""
+        parts = [(self._before, False), (prompt, True), (self._between, False), (response, True), (suffix, False)]
+        text = "".join(part for part, _ in parts)
+        prompt_begin = len(self._before.encode())
+        prompt_end = prompt_begin + len(prompt.encode())
+        begin = prompt_end + len(self._between.encode())
+        end = begin + len(response.encode())
+
+        ids, words = self.token_bytes.encode_words(text)
+        spans = self.token_bytes.spans(ids, text)
+        specials = self.token_bytes.specials
+        if any(
+            i in specials and b < f and ((prompt_begin < f and b < prompt_end) or (begin < f and b < end))
+            for i, (b, f) in zip(ids, spans, strict=True)
+        ):
+            ids, words = self.token_bytes.encode_parts(parts)
+            spans = self.token_bytes.spans(ids, text)
+
+        held = [n for n, (b, f) in enumerate(spans) if b < end and f > begin and b < f]
+        if held and begin < end:
+            start, stop = held[0], held[-1] + 1
+        else:  # an empty response
+            start = stop = next((n for n, (b, _) in enumerate(spans) if b >= begin), len(ids))
+        self.token_bytes.check_whole(ids[start:stop], spans[start:stop], text)
+        end_of_turn = next((n for n in range(stop, len(ids)) if ids[n] in self.end_ids), None) if complete else None
+        length = stop if end_of_turn is None else end_of_turn + 1
+        return Encoded(
+            input_ids=ids[:length],
+            spans=[(b - begin, f - begin) for b, f in spans[start:stop]],
+            start=start,
+            stop=stop,
+            end_of_turn=end_of_turn,
+            words=words[:length],
+        )
+
+    def _prompt(self, prompt: str) -> str:
+        """The prompt with the whitespace that the template strips taken off."""
+        prompt = prompt.lstrip() if self._strip_left else prompt
+        return prompt.rstrip() if self._strip_right else prompt
+
+    def _render(self, *turns: tuple[str, str], generation: bool = False, system: bool | None = None) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        if self._system if system is None else system:
+            messages.insert(0, {"role": "system", "content": ""})
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+
+    def _needs_system(self, name: str) -> bool:
+        """Whether the template renders only with a system message (then an empty one is given)."""
+        try:
+            self._render(("user", PROMPT), ("assistant", RESPONSE), system=False)
+            return False
+        except Exception as error:  # a template may raise anything, its own refusals as TemplateError
+            if not isinstance(error, TemplateError):
+                raise DataError(
+                    f"{name}'s chat template must render, it raised {type(error).__name__}: {error}; fix it"
+                ) from None
+            try:
+                self._render(("user", PROMPT), ("assistant", RESPONSE), system=True)
+                return True
+            except TemplateError:
+                raise DataError(
+                    f"{name}'s chat template must render a user and an assistant message, got: {error}"
+                ) from error
+
+    def _frame(self, name: str, prompt: str, response: str) -> tuple[str, str, str]:
+        """The template's text before the prompt, between prompt and response, and after the response."""
+        text = self._render(("user", prompt), ("assistant", response))
+        if text.count(PROMPT) != 1 or text.count(RESPONSE) != 1 or text.index(PROMPT) > text.index(RESPONSE):
+            raise DataError(
+                f"a chat template must show the prompt and then the response once each, {name}'s renders {text!r}; "
+                "set `chat_template` for that source in the recipe"
+            )
+        before, rest = text.split(PROMPT)
+        between, after = rest.split(RESPONSE)
+        return before, between, after
+
+    def _generation_frame(self, name: str) -> tuple[str, str]:
+        """The text around the prompt when the response is still to come."""
+        text = self._render(("user", PROMPT), generation=True)
+        if text.count(PROMPT) != 1:
+            raise DataError(
+                f"a chat template must show the prompt once, {name}'s renders {text!r}; set `chat_template` for that source"
+            )
+        before, after = text.split(PROMPT)
+        if text == self._render(("user", PROMPT)) and self._between.rstrip() != after.rstrip():
+            after = self._between.rstrip(" ")  # the template ignores add_generation_prompt
+        if before != self._before or not self._between.startswith(after.rstrip()):
+            logger.warning(
+                "%s's chat template opens a turn to generate with %r and a finished one with %r: responses are generated "
+                "after the first and scored after the second",
+                name, before + PROMPT + after, self._before + PROMPT + self._between,
+            )  # fmt: skip
+        return before, after

@@ -1,0 +1,101 @@
+"""Whether a response fits all tokenizers, and its longest common part where it is too long.
+
+All sources of an example are scored on the same bytes, so that an over-long response is cut once, at the longest boundary
+between target tokens that fits the target and every source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from profuser.text.chat import ChatFormat
+from profuser.text.encoded import Encoded
+from profuser.text.token_bytes import TokenBytesMismatch
+
+
+class Verdict(IntEnum):
+    """Whether a response is used and, if not, why; the store keeps the number."""
+
+    OK = 0
+    EMPTY = 1
+    TOO_LONG = 2
+    NORMALISER = 3
+    DECODER = 4
+    NOT_WINNER = 5
+
+    @property
+    def label(self) -> str:
+        """In words, as summaries count it."""
+        return _LABELS[self]
+
+    @classmethod
+    def of(cls, error: TokenBytesMismatch) -> Verdict:
+        """Of a response whose bytes a tokenizer's tokens do not hold."""
+        return cls[error.reason.upper()]
+
+
+_LABELS = {
+    Verdict.OK: "ok",
+    Verdict.EMPTY: "empty response, skipped",
+    Verdict.TOO_LONG: "over-long prompt, skipped",
+    Verdict.NORMALISER: "text that a normaliser changes, skipped",
+    Verdict.DECODER: "text that a decoder cannot give back, skipped",
+    Verdict.NOT_WINNER: "not the winner",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The part of a response that is scored and learnt.
+
+    text: empty unless the verdict is OK. cut: something was cut off, so that the text has no end of turn.
+    """
+
+    text: str
+    cut: bool
+    verdict: Verdict
+
+    @classmethod
+    def unused(cls, verdict: Verdict) -> Fitted:
+        return cls("", False, verdict)
+
+
+def fit(target: ChatFormat, sources: Sequence[ChatFormat], prompt: str, response: str, max_length: int) -> Fitted:
+    """The response if it fits every tokenizer, else its longest prefix that ends at a boundary of the target's tokens.
+
+    A text that the target's own tokenizer changes cannot be aligned at all; for a source that is found out where it is
+    captured.
+    """
+    if not response:
+        return Fitted.unused(Verdict.EMPTY)
+    try:
+        encoded = [target.encode(prompt, response)]
+    except TokenBytesMismatch as error:
+        return Fitted.unused(Verdict.of(error))
+    able = [target]
+    for chat in sources:
+        try:
+            encoded.append(chat.encode(prompt, response))
+        except TokenBytesMismatch:
+            continue
+        able.append(chat)
+    if all(len(e.input_ids) <= max_length for e in encoded):
+        return Fitted(response, False, Verdict.OK)
+    raw = response.encode()
+    limit = min(last_byte(e, max_length) for e in encoded)
+    for stop in sorted({end for _, end in encoded[0].spans if 0 < end <= limit}, reverse=True):
+        try:
+            text = raw[:stop].decode()
+        except UnicodeDecodeError:  # the boundary lies inside a character
+            continue
+        if all(len(chat.encode(prompt, text, complete=False).input_ids) <= max_length for chat in able):
+            return Fitted(text, True, Verdict.OK)
+    return Fitted.unused(Verdict.TOO_LONG)
+
+
+def last_byte(encoded: Encoded, max_length: int) -> int:
+    """Bytes of the response that lie in the first max_length tokens."""
+    kept = max(0, min(encoded.stop, max_length) - encoded.start)
+    return encoded.spans[kept - 1][1] if kept else 0

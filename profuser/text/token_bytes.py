@@ -1,0 +1,406 @@
+"""The exact bytes behind every token of a tokenizer, and the byte span of every token in a text.
+
+Alignment compares tokenizers on bytes, so a piece that is one byte off shifts every later distribution without an error
+anywhere. The pieces come from the tokenizer's own decoder (byte-level alphabet; SentencePiece's U+2581 and `<0xNN>`;
+added tokens literal), and `spans` checks on every text that they concatenate to it. What a section of text gets put in
+front (Prepend normaliser, Metaspace, `add_prefix_space`) is the dummy leading space: part of the piece, not of the text.
+
+Left out on purpose: undoing a normaliser. Where the tokens no longer hold the text's bytes (Qwen-2's NFC on a
+decomposed character) the text is refused with the reason `normaliser`. WordPiece's continuation marks are not decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Literal
+
+from tokenizers import Tokenizer, models
+
+from profuser.errors import DataError
+
+Reason = Literal["normaliser", "decoder"]
+"""Why tokens do not hold a text's bytes: the normaliser changed the text, or the decoder cannot give it back."""
+
+SPACE_MARK = "\u2581"  # SentencePiece's visible space
+WHITESPACE = b" \t\n\r\x0b\x0c"
+
+
+class TokenBytesMismatch(DataError):
+    """The pieces of an encoding do not concatenate to the text."""
+
+    def __init__(self, message: str, reason: Reason):
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+class TokenBytes:
+    """Exact bytes of every token of a tokenizer.
+
+    Args:
+        control: ids with a role, end of turn above all, that the tokenizer does not declare special: control tokens, too.
+    Attributes:
+        pieces: per token id its bytes, dummy leading space included; None for a control (special) token and for an id
+            without a token. Ids at or beyond `len(pieces)` (models pad their logits) have no token either.
+        specials: per control token id the string it stands for.
+        added: bytes of the added tokens that are text.
+        byte_tokens: the ids of `<0xNN>`, which text uses only for characters that are in no other token.
+        fragment: a private `tokenizers.Tokenizer` for text from the middle of a section: no dummy leading space, and
+            the strings of control tokens are plain text.
+    Raises:
+        DataError: the tokenizer has no `tokenizers` backend.
+    """
+
+    def __init__(self, tokenizer, *, control: Iterable[int] = ()):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(
+                "a tokenizer must have a `tokenizers` backend (tokenizer.json), "
+                f"got {type(tokenizer).__name__}; convert it first"
+            )
+        self._backend = backend
+        self._rules = _rules_of(backend)
+        normalizers = list(_flat(self._rules["normalizer"], "normalizers"))
+        pre_tokenizers = list(_flat(self._rules["pre_tokenizer"], "pretokenizers"))
+        decoders = list(_flat(self._rules["decoder"], "decoders"))
+
+        special_ids = dict.fromkeys([*tokenizer.all_special_ids, *control])
+        self.specials = {i: token for i in special_ids if (token := tokenizer.convert_ids_to_tokens(i)) is not None}
+        self._added: dict[int, tuple[bytes, bool, bool]] = {
+            i: (s.encode(), False, False) for i, s in self.specials.items()
+        }
+        for i, token in backend.get_added_tokens_decoder().items():
+            self._added[i] = (token.content.encode(), token.lstrip, token.rstrip)
+            if token.special:
+                self.specials[i] = token.content
+
+        byte_level = any(part["type"] == "ByteLevel" for part in decoders + pre_tokenizers)
+        self._marked = not byte_level and any(
+            part["type"] == "Metaspace" or (part["type"] == "Replace" and part["pattern"] == {"String": SPACE_MARK})
+            for part in decoders
+        )
+        fallback = getattr(backend.model, "byte_fallback", False) or any(
+            part["type"] == "ByteFallback" for part in decoders
+        )
+        if fallback:  # trained with the byte tokens declared special: bytes all the same
+            for i in [i for i, (content, *_) in self._added.items() if _is_byte_token(content.decode())]:
+                del self._added[i]
+                self.specials.pop(i, None)
+        vocab = tokenizer.get_vocab()
+        self.byte_tokens = frozenset(i for token, i in vocab.items() if fallback and _is_byte_token(token))
+        self.pieces: list[bytes | None] = [None] * (max(vocab.values(), default=-1) + 1)
+        for token, i in vocab.items():
+            if i in self.specials:
+                continue
+            if i in self._added:
+                self.pieces[i] = self._added[i][0]
+            elif byte_level:
+                self.pieces[i] = _byte_level_piece(token)
+            elif i in self.byte_tokens:
+                self.pieces[i] = bytes([int(token[3:5], 16)])
+            else:
+                self.pieces[i] = (token.replace(SPACE_MARK, " ") if self._marked else token).encode()
+
+        # Added tokens that may take the whitespace beside them.
+        self._greedy = {i for i, (_, left, right) in self._added.items() if (left or right) and i not in self.specials}
+        self.added = [content for i, (content, *_) in self._added.items() if i not in self.specials]
+        self._control_id = {content: i for i, content in self.specials.items()}
+        longest_first = sorted(self._control_id, key=len, reverse=True)  # as the tokenizer matches them
+        self._control = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+        # Which sections get a space put in front: "" (none), "always" (even before a space), "missing" (unless there is
+        # one already), "first" (as missing, but only at the beginning of the text).
+        self._dummy = ""
+        if any(part["type"] == "Prepend" and part["prepend"] in (SPACE_MARK, " ") for part in normalizers):
+            self._dummy = "always"
+        for part in pre_tokenizers:
+            if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
+                self._dummy = {"always": "missing", "first": "first"}[part.get("prepend_scheme", "always")]
+            elif part["type"] == "ByteLevel" and part["add_prefix_space"]:
+                self._dummy = "missing"
+
+    @functools.cached_property
+    def _whole(self) -> Tokenizer:
+        return _copy(self._backend, self.specials)
+
+    @functools.cached_property
+    def _section(self) -> Tokenizer:
+        section = _copy(self._backend, self.specials)
+        section.encode_special_tokens = True
+        return section
+
+    @functools.cached_property
+    def fragment(self) -> Tokenizer:
+        at_ends = ("Prepend", "Strip")  # what a normaliser does at the ends of a section only
+        normalizers = list(_flat(self._rules["normalizer"], "normalizers"))
+        if not self._dummy and not any(part["type"] in at_ends for part in normalizers):
+            return self._section
+        fragment = _copy(self._backend, self.specials)
+        fragment.encode_special_tokens = True
+        parts = _parts_of(
+            normalizer=_without(self._rules["normalizer"], "normalizers", lambda part: part["type"] in at_ends),
+            pre_tokenizer=_without_dummy(self._rules["pre_tokenizer"]),
+        )
+        fragment.normalizer, fragment.pre_tokenizer = parts.normalizer, parts.pre_tokenizer
+        return fragment
+
+    @functools.cached_property
+    def _normalizer(self):
+        """What the normaliser does to the text itself, without SentencePiece's marks; None when nothing."""
+        reduced = _without(
+            self._rules["normalizer"],
+            "normalizers",
+            lambda part: part["type"] == "Prepend" or (part["type"] == "Replace" and part["content"] == SPACE_MARK),
+        )
+        return _parts_of(normalizer=reduced).normalizer
+
+    def normalised(self, text: str) -> str:
+        """`text` as the tokenizer's normaliser changes it, without dummy spaces and marks (NFC for Qwen-2)."""
+        return text if self._normalizer is None else self._normalizer.normalize_str(text)
+
+    def seen(self, text: str) -> str:
+        """`text` as its tokens hold it: normalised, without literal SentencePiece marks. It has the same ids."""
+        text = self.normalised(text)
+        return text.replace(SPACE_MARK, " ") if self._marked else text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a rendered conversation: control strings in it become control tokens, no bos or eos is added."""
+        return self.encode_words(text)[0]
+
+    def encode_words(self, text: str) -> tuple[list[int], list[int]]:
+        """(ids, words) as `encode`; words: per token the number of its pre-token."""
+        encoding = self._whole.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.word_ids
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+        """(ids, words) of a text given in parts (string, literal): control strings in a literal part stay plain text.
+
+        Equal to `encode` of the whole where no literal part holds a control string: only the control tokens of the
+        other parts cut the text into sections, so merges across parts happen as they would.
+        Raises:
+            TokenBytesMismatch: a section's text has no tokens of its own (reason "decoder").
+        """
+        ids: list[int] = []
+        words: list[int] = []
+        section = ""
+        at_start = True
+        skip_whitespace = False
+
+        def flush() -> None:
+            # A Metaspace of scheme "first" puts its dummy space at the beginning of the text and nowhere else.
+            encoder = self._section if at_start or self._dummy != "first" else self.fragment
+            encoded = encoder.encode(section, add_special_tokens=False)
+            control = next((i for i in encoded.ids if i in self.specials), None)
+            if control is not None:  # an unknown character, or a model that finds control strings in its own vocabulary
+                raise TokenBytesMismatch(
+                    f"text must not become control tokens, {section!r} holds {self.specials[control]!r}; skip this example",
+                    "decoder",
+                )
+            first = len(words)  # no fewer than the pre-tokens so far
+            ids.extend(encoded.ids)
+            words.extend(first + word for word in encoded.word_ids)
+
+        for text, literal in parts:
+            pieces = [text] if literal or self._control is None else self._control.split(text)
+            for n, piece in enumerate(pieces):
+                if n % 2 == 0:
+                    section += piece.lstrip() if skip_whitespace and not section else piece
+                    continue
+                i = self._control_id[piece]
+                _, lstrip, rstrip = self._added[i]
+                section = section.rstrip() if lstrip else section
+                flush()
+                ids.append(i)
+                words.append(len(words))
+                section, at_start, skip_whitespace = "", False, rstrip
+        flush()
+        return ids, words
+
+    def has_control(self, text: str) -> bool:
+        """Whether the string of a control token stands literally in `text`."""
+        return self._control is not None and self._control.search(text) is not None
+
+    def check_whole(self, ids: Sequence[int], spans: Sequence[tuple[int, int]], text: str) -> None:
+        """That no token of a response covers bytes that are not its own.
+
+        Raises:
+            TokenBytesMismatch: an added token took the whitespace beside it (reason "decoder").
+        """
+        for i, (begin, end) in zip(ids, spans) if self._greedy and not self._greedy.isdisjoint(ids) else ():
+            if i in self._greedy and len(self.pieces[i]) < end - max(begin, 0):
+                raise self._mismatch(text, max(begin, 0))
+
+    def of(self, ids: Sequence[int]) -> bytes:
+        """Bytes of the tokens one after the other; control tokens and unknown ids have none."""
+        return b"".join(self.pieces[i] or b"" for i in ids if 0 <= i < len(self.pieces))
+
+    def spans(self, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
+        """Byte span (begin, end) of every token in `text`.
+
+        A token with a dummy leading space begins at -1 at the beginning of the text; in the middle (after an added
+        token) it begins at the first byte of its section. Spans are monotone and cover the text. Control tokens are
+        zero-width unless they stand literally in the text; an added token with `lstrip` or `rstrip` covers the
+        whitespace that it takes.
+        Raises:
+            TokenBytesMismatch: the pieces do not concatenate to the text.
+        """
+        data = text.encode()
+        spans: list[tuple[int, int]] = []
+        position = 0
+        section: list[int] = []
+        for i in ids:
+            added = self._added.get(i)
+            if added is None:
+                section.append(i)
+                continue
+            position = self._section_spans(section, data, position, spans, text)
+            section = []
+            content, lstrip, rstrip = added
+            begin = _skip_whitespace(data, position) if lstrip else position
+            if data.startswith(content, begin):
+                end = begin + len(content)
+                end = _skip_whitespace(data, end) if rstrip else end
+            elif i in self.specials:
+                end = position
+            else:
+                raise self._mismatch(text, position)
+            spans.append((position, end))
+            position = end
+        if self._section_spans(section, data, position, spans, text) != len(data):
+            raise self._mismatch(text, spans[-1][1] if spans else 0)
+        return spans
+
+    def _section_spans(self, ids: list[int], data: bytes, position: int, spans: list, text: str) -> int:
+        """Appends the spans of tokens without an added one between them, which begin at `position`; returns their end."""
+        if not ids:
+            return position
+        pieces = [self.pieces[i] if 0 <= i < len(self.pieces) else None for i in ids]
+        if None in pieces:
+            known = b"".join(pieces[: pieces.index(None)])
+            raise self._mismatch(text, position + len(known))
+        joined = b"".join(pieces)
+        dummy = self._has_dummy(pieces[0], data, position)
+        if not data.startswith(joined[dummy:], position):
+            both = zip(joined[dummy:], data[position:])
+            raise self._mismatch(text, position + next((n for n, (x, y) in enumerate(both) if x != y), 0))
+        ends = list(itertools.accumulate(map(len, pieces), initial=position - dummy))
+        begins = ends[:-1]
+        begins[0] = position - 1 if dummy and position == 0 else position
+        spans.extend(zip(begins, ends[1:]))
+        return ends[-1]
+
+    def _has_dummy(self, piece: bytes, data: bytes, position: int) -> bool:
+        if not self._dummy or not piece.startswith(b" ") or position == len(data):
+            return False
+        if self._dummy == "always":
+            return True
+        if self._dummy == "first" and position > 0:
+            return False
+        return not data.startswith(b" ", position)
+
+    def _mismatch(self, text: str, position: int) -> TokenBytesMismatch:
+        reason: Reason = "normaliser" if self.normalised(text) != text else "decoder"
+        near = text.encode()[max(position - 8, 0) : position + 16].decode(errors="replace")
+        return TokenBytesMismatch(
+            f"the tokens' bytes must concatenate to the text, they differ at byte {position} ({near!r}, {reason}); "
+            "skip this example",
+            reason,
+        )
+
+
+PARTS = ("normalizer", "pre_tokenizer", "decoder")
+
+
+def _copy(backend: Tokenizer, specials: Collection[int]) -> Tokenizer:
+    """A tokenizer of our own with the same model: truncation, padding and encode_special_tokens are state that the
+    backend's owner may change. specials: ids that are special in the copy."""
+    copy = Tokenizer(backend.model)
+    for part in PARTS:
+        if getattr(backend, part) is not None:
+            setattr(copy, part, getattr(backend, part))
+    added = sorted(backend.get_added_tokens_decoder().items())
+    for special, tokens in itertools.groupby(added, key=lambda item: item[0] in specials):
+        (copy.add_special_tokens if special else copy.add_tokens)([token for _, token in tokens])
+    if any(copy.token_to_id(token.content) != i for i, token in added):  # ids with gaps: the long way
+        copy = Tokenizer.from_str(backend.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        copy.add_special_tokens([token for i, token in added if i in specials])
+    return copy
+
+
+def _rules_of(backend: Tokenizer) -> dict:
+    """tokenizer.json of a tokenizer without its vocabulary, which would take most of the time."""
+    bare = Tokenizer(models.WordLevel({"": 0}, unk_token=""))
+    for part in PARTS:
+        if getattr(backend, part) is not None:
+            setattr(bare, part, getattr(backend, part))
+    return json.loads(bare.to_str())
+
+
+def _parts_of(**rules: dict | None) -> Tokenizer:
+    """A tokenizer with parts of a tokenizer.json and no vocabulary."""
+    model = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
+    return Tokenizer.from_str(json.dumps({"version": "1.0", "model": model, **rules}))
+
+
+def _flat(part: dict | None, key: str) -> Iterator[dict]:
+    """The parts of a tokenizer.json component, its nested sequences opened."""
+    if part is not None and part["type"] == "Sequence":
+        for inner in part[key]:
+            yield from _flat(inner, key)
+    elif part is not None:
+        yield part
+
+
+def _without(part: dict | None, key: str, drop) -> dict | None:
+    """The component without the parts for which `drop` holds."""
+    kept = [inner for inner in _flat(part, key) if not drop(inner)]
+    return {"type": "Sequence", key: kept} if kept else None
+
+
+def _without_dummy(part: dict | None) -> dict | None:
+    """The pre-tokenizer, with nothing put in front of a section."""
+    if part is None:
+        return None
+    part = dict(part)
+    if part["type"] == "Sequence":
+        part["pretokenizers"] = [_without_dummy(inner) for inner in part["pretokenizers"]]
+    elif part["type"] == "Metaspace":
+        part["prepend_scheme"] = "never"
+        part.pop("add_prefix_space", None)
+    elif part["type"] == "ByteLevel":
+        part["add_prefix_space"] = False
+    return part
+
+
+def _byte_alphabet() -> dict[int, int]:
+    """GPT-2's byte-level alphabet as str.translate takes it: printable Latin-1 stands for itself, the other bytes follow
+    from U+0100 on; a Latin-1 character outside it stands for none."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: NO_BYTE for b in others} | {0x100 + n: b for n, b in enumerate(others)}
+
+
+NO_BYTE = 0xFFFF
+BYTE_ALPHABET = _byte_alphabet()
+
+
+def _byte_level_piece(token: str) -> bytes:
+    try:
+        return token.translate(BYTE_ALPHABET).encode("latin-1")
+    except UnicodeEncodeError:  # not of the alphabet: the ByteLevel decoder, too, then takes the characters as they are
+        return token.encode()
+
+
+def _is_byte_token(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _skip_whitespace(data: bytes, position: int) -> int:
+    while position < len(data) and data[position] in WHITESPACE:
+        position += 1
+    return position

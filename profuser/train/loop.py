@@ -1,0 +1,276 @@
+"""The training loop: L = w_inference * L_inference + w_training * L_training, stage by stage.
+
+Each L is a mean over its own mode's label tokens of the whole optimizer step, over all ranks and micro-batches. The fused
+loss is called with reduction="sum" and per-token weights w / N, so accumulation and data parallelism are exact by
+construction. Learning rate and data order are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from profuser.errors import ConfigError, DataError, NonFiniteError, Terminated
+from profuser.fusion_model import FusionModel
+from profuser.models.load import chat_format, check_vocabulary, load_model, stored_dtype
+from profuser.progress import Progress
+from profuser.recipe.schedule import Mode, Stage, learning_rate, plan, stage_at
+from profuser.recipe.schema import Recipe
+from profuser.store import layout
+from profuser.store.store import Store
+from profuser.train.checkpoint import load_newest, save_checkpoint
+from profuser.train.likelihood import likelihood
+from profuser.train.metrics_log import append_line, drop_lines_after, means
+from profuser.train.steps import Origin, StepBatch, Steps, load_steps
+from profuser.train.targets import Targets
+
+
+class Trainer:
+    """One fusion run: the target, its optimizer and the schedule, over a store's training split."""
+
+    def __init__(self, recipe: Recipe, store: Store, directory: Path, accelerator: Accelerator):
+        self.recipe, self.optim, self.directory, self.accelerator = recipe, recipe.optim, directory, accelerator
+        self.targets = Targets(store, "train")
+        self.validation = Targets(store, "validation") if store.numbers(layout.targets("validation")) else None
+        self.stages = plan(recipe, len(self.targets))
+        self._check_modes(store)
+        self.targets_digest = store.digest(layout.targets("train"))
+        config = recipe.target_config
+        self.chat = chat_format(config)
+        self.pad_id = self.chat.tokenizer.pad_token_id or 0
+        self.steps = Steps(
+            self.targets,
+            self.optim,
+            self.stages,
+            recipe.seed,
+            self.pad_id,
+            accelerator.num_processes,
+            accelerator.process_index,
+        )
+        torch.manual_seed(recipe.seed)
+        target = load_model(config, torch.float32, accelerator.device)
+        check_vocabulary(config.name, self.chat, target.get_output_embeddings().weight)
+        self.saved_dtype = stored_dtype(config)
+        if self.optim.gradient_checkpointing:
+            target.gradient_checkpointing_enable()
+        self.fusion = FusionModel(
+            target, temperature=self.optim.temperature, tail=self.optim.tail, source_temperature=1.0
+        ).train()
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.fusion, self.optim.weight_decay), lr=self.optim.lr, betas=self.optim.betas
+        )
+        self.model, self.optimizer = accelerator.prepare(self.fusion, optimizer)
+        self.metrics = directory / "metrics.jsonl"
+        self._stop: BaseException | None = None
+
+    def _check_modes(self, store: Store) -> None:
+        """Every stage must find examples of a mode that it weighs."""
+        there = set(self.targets.modes.tolist())
+        for i, stage in enumerate(self.stages, start=1):
+            if not there.intersection(stage.modes):
+                raise DataError(
+                    f"stage {i} needs training examples of its mode, none is left ({store.handled() or 'nothing was skipped'}); "
+                    "raise data.max_length or check the data"
+                )
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run (or go on with) all stages; checkpoints and raises on Ctrl-C or SIGTERM at the end of a step."""
+        start, total = self._resume(), self.stages[-1].stop
+        if start == 0:
+            self._evaluate(0, 0)
+        batches = load_steps(
+            self.steps,
+            start,
+            workers=self.optim.data_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        with (
+            contextlib.closing(batches),  # its worker processes end with the loop, however that ends
+            Progress("fuse", total, "steps", self.accelerator.is_main_process, start) as bar,
+            self._catch_signals(),
+        ):
+            window: list[dict[str, float]] = []
+            for step in range(start, total):
+                index = stage_at(self.stages, step)
+                stage = self.stages[index]
+                began = time.monotonic()
+                batch = next(batches)
+                waited = time.monotonic() - began
+                metrics = self._step(step, stage, batch)
+                seconds = time.monotonic() - began
+                window.append(
+                    metrics
+                    | {"tokens": batch.tokens, "tokens_per_second": batch.tokens / seconds, "data_wait": waited / seconds}
+                )
+                done = step + 1
+                note = f"stage {index + 1}/{len(self.stages)}, loss {metrics['loss']:.3f}"
+                bar.update(1, tokens=batch.tokens, note=note)
+                if done % self.optim.log_every == 0 or done == stage.stop:
+                    self._log({"step": done, "stage": index, **means(window)})
+                    window = []
+                if (self.optim.eval_every and done % self.optim.eval_every == 0) or done == stage.stop:
+                    self._evaluate(done, index)
+                due = self.optim.checkpoint_every and done % self.optim.checkpoint_every == 0
+                if due or self._stop is not None or done == total:
+                    self._checkpoint(done)
+                if self._stop is not None:
+                    raise self._stop
+
+    def _step(self, step: int, stage: Stage, batch: StepBatch) -> dict[str, float]:
+        """One optimizer step; the metrics of all its tokens."""
+        lr = learning_rate(self.optim, stage, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # What each sequence adds to the losses stays on the device until the step is done: reading it would make the host
+        # wait for every forward pass.
+        losses = SequenceLosses([], [], [])
+        for i, micro in enumerate(batch.micro_batches):
+            last = i == len(batch.micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                out = self.model(**micro.tensors(self.accelerator.device), reduction="sum", return_stats=True)
+                self.accelerator.backward(out["loss"])
+            losses.add(micro.origins, out["ce"], out["kd"])
+        norm = clip_grad_norm_(self.fusion.parameters(), self.optim.grad_clip)
+        sums = self.accelerator.reduce(losses.by_mode(), reduction="sum")
+        *sums, norm = torch.cat([sums.flatten(), norm.double()[None]]).tolist()  # the one wait for the device
+        if not all(map(math.isfinite, sums)):
+            raise losses.not_finite(step)
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"gradients must be finite, got norm {norm} at step {step + 1}; lower optim.lr or raise optim.warmup_ratio"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**step_losses(sums, batch, stage), "lr": lr, "grad_norm": norm}
+
+    # -- around the loop --------------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: int, stage: int) -> None:
+        if self.validation is None or not self.accelerator.is_main_process:
+            return
+        label, size = "score the validation prompts", self.recipe.capture.batch_size
+        statistics = likelihood(self.fusion, self.validation, self.pad_id, size, label)
+        self._log({"step": step, "stage": stage, "eval": {"ce": statistics.ce, "kd": statistics.kd}})
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            append_line(self.metrics, line)
+
+    def _checkpoint(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.directory / "checkpoints",
+                step,
+                self.fusion,
+                self.optimizer,
+                {"targets": self.targets_digest},
+                self.optim.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        state = load_newest(self.directory / "checkpoints", self.fusion, self.optimizer)
+        step = 0 if state is None else state["step"]
+        if state is not None and state["targets"] != self.targets_digest:
+            raise ConfigError(
+                f"{self.directory} was trained on other targets than the store holds now; start over with --fresh, or restore the store"
+            )
+        if self.accelerator.is_main_process:
+            if step:
+                print(f"resuming at step {step} of {self.stages[-1].stop}", flush=True)
+            drop_lines_after(self.metrics, step)
+        return step
+
+    @contextlib.contextmanager
+    def _catch_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM wait for the end of the step, where the state can be saved; a second one does not wait."""
+
+        def catch(error: BaseException):
+            def handler(*_):
+                if self._stop is not None:
+                    raise error
+                self._stop = error
+
+            return handler
+
+        stopped = Terminated("stopped by SIGTERM; a checkpoint was saved, the same command resumes")
+        old = {
+            signal.SIGINT: signal.signal(signal.SIGINT, catch(KeyboardInterrupt())),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, catch(stopped)),
+        }
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLosses:
+    """What each sequence of a step on this rank adds to the losses, left on the device: sums over its tokens, by pass."""
+
+    origins: list[Origin]
+    ce: list[Tensor]
+    kd: list[Tensor]
+
+    def add(self, origins: Sequence[Origin], ce: Tensor, kd: Tensor) -> None:
+        """One forward pass. ce, kd: (B * (T - 1),) by token."""
+        self.origins.extend(origins)
+        for sums, by_token in ((self.ce, ce), (self.kd, kd)):
+            sums.append(by_token.view(len(origins), -1).double().sum(1))
+
+    def by_mode(self) -> Tensor:
+        """(2, modes) fp64: the sums of ce and of kd."""
+        ce, kd = torch.cat(self.ce), torch.cat(self.kd)
+        modes = torch.tensor([origin.mode for origin in self.origins], device=ce.device)
+        sums = torch.zeros(2, len(Mode), dtype=torch.float64, device=ce.device)
+        return sums.index_add_(1, modes, torch.stack([ce, kd]))
+
+    def not_finite(self, step: int) -> NonFiniteError:
+        """Names the first sequence whose loss is not finite."""
+        at = f"at step {step + 1}"
+        for name, sums in (("ce", self.ce), ("kd", self.kd)):
+            for value, origin in zip(torch.cat(sums).tolist(), self.origins):
+                if not math.isfinite(value):
+                    return NonFiniteError(
+                        f"the loss must be finite, {name} is not {at}: training example {origin.example}, {origin.mode.key} "
+                        f"mode, source {origin.source}; lower optim.lr, or look at that example in the store's samples.parquet"
+                    )
+        return NonFiniteError(f"the loss must be finite, another process's is not {at}; its message names the example")
+
+
+def step_losses(sums: Sequence[float], batch: StepBatch, stage: Stage) -> dict[str, float]:
+    """Means over the label tokens of a step by mode, and the loss as it was optimised.
+
+    Args:
+        sums: of ce by mode, then of kd by mode, over all ranks.
+    """
+    metrics, loss = {}, 0.0
+    for mode, count in batch.labels.items():
+        if count:
+            ce, kd = sums[mode] / count, sums[len(Mode) + mode] / count
+            metrics |= {f"ce_{mode.key}": ce, f"kd_{mode.key}": kd, f"loss_{mode.key}": ce + stage.beta * kd}
+            loss += stage.weight(mode) * (ce + stage.beta * kd)
+    return {"loss": loss, **metrics}
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for norms and biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
