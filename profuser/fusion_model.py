@@ -44,7 +44,7 @@ class FusionModel(nn.Module):
     is_quantized = False  # else the Trainer looks for the adapters of a quantized model on the wrapper
 
     def __init__(
-        self, model: PreTrainedModel, *, beta: float | None = None, temperature: float = 1.0, tail: str = "bucket"
+        self, model: PreTrainedModel, *, beta: float | None = None, temperature: float = 1.0, tail: str = "bucket", source_temperature=None
     ):
         super().__init__()
         check_scalars(temperature, None, 1.0, None)
