@@ -60,10 +60,7 @@ def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = N
         raise Terminated("stopped by SIGTERM; what was finished is kept, the same command goes on from there")
 
     signal.signal(signal.SIGTERM, terminate)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # What matters of what transformers would say is an error of ours, in one line.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet_libraries()
     try:
         command(list(sys.argv[1:] if argv is None else argv))
     except (ProfuserError, Terminated) as error:
@@ -76,6 +73,16 @@ def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = N
         sys.exit(130)
     except Exception as error:
         fail(explained(error))
+
+
+def quiet_libraries() -> None:
+    """What matters of what transformers would say is an error of ours, in one line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if (transformers := sys.modules.get("transformers")) is not None:  # it has read its environment already
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def explained(error: Exception) -> ProfuserError:

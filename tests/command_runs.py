@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -14,7 +15,6 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from profuser import evaluate, prepare, train
 from profuser.cli import main_of
 from profuser.recipe.places import resolve
 
@@ -31,7 +31,9 @@ schedule: simultaneous
 optim: { steps: 2, batch_size: 4, lr: 1.0e-3 }
 evaluation: { match: "profuser.demo.verify:exact_match" }
 """
-COMMANDS = {"prepare": prepare.run_command, "train": train.run_command, "evaluate": evaluate.main}
+COMMANDS = {
+    name: importlib.import_module(f"profuser.{name}.__main__").main for name in ("prepare", "train", "evaluate", "report")
+}
 STORE = "runs/recipe-store"
 
 

@@ -19,7 +19,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from profuser.config import Recipe, Run, parse_run, resolve
+from profuser.recipe.parse import Run, parse_run
+from profuser.recipe.places import resolve
+from profuser.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,7 +77,7 @@ def small_run(directory: Path, *overrides: str) -> Run:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """(directory, run, store): the small recipe with its store prepared once a session; treat the store as read-only."""
-    from profuser.prepare import prepare
+    from profuser.prepare.phases import prepare
 
     directory = tmp_path_factory.mktemp("small")
     run = small_run(directory)

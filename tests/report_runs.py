@@ -7,6 +7,8 @@ import math
 import random
 from pathlib import Path
 
+from profuser.train.run_directory import SCHEMA_VERSION as RUN_SCHEMA
+
 SOURCES = ("guardian", "scholar", "reckoner")
 SKILLS = ("knowledge", "safety", "reasoning")
 
@@ -85,6 +87,8 @@ def make_run(
     }
     demo_data = {"seed": 0, "terse": 0.4, "wrong": 0.1, "rows": {"fusion": 788, "validation": 450, "heldout": 600}}
     run = {
+        "schema": RUN_SCHEMA,
+        "status": "complete",
         "recipe": {
             "sources": [{"name": n, "model": f"demo:{n}"} for n in sources],
             "target": target,
@@ -117,7 +121,7 @@ def make_run(
         coverage = 1 - kinds["skipped"]
         return {"positions": 21034, **kinds, "coverage": coverage, "mapped_mass": 0.93, "reliability": bins}
 
-    modes = (["train"] if distils else []) + (["infer"] if votes else [])
+    modes = (["training"] if distils else []) + (["inference"] if votes else [])
     even = {name: 1 / len(sources) for name in sources}
     summary = {
         "sources": list(sources),
@@ -144,14 +148,14 @@ def make_run(
         line = {
             "step": step,
             "stage": stage,
-            "loss_infer": ce + 0.3 * kd if infer else 0.0,
-            "loss_train": ce + 0.6 if train else 0.0,
-            "ce_infer": ce if infer else None,
-            "kd_infer": kd if infer else None,
-            "ce_train": ce + 0.5 if train else None,
-            "kd_train": kd + 0.3 if train and distils else None,
+            "loss_inference": ce + 0.3 * kd if infer else 0.0,
+            "loss_training": ce + 0.6 if train else 0.0,
+            "ce_inference": ce if infer else None,
+            "kd_inference": kd if infer else None,
+            "ce_training": ce + 0.5 if train else None,
+            "kd_training": kd + 0.3 if train and distils else None,
         }
-        lines.append(line | {"loss": line["loss_infer"] * (0.1 if stage else 1) + line["loss_train"]})
+        lines.append(line | {"loss": line["loss_inference"] * (0.1 if stage else 1) + line["loss_training"]})
     for step in range(0, steps + 1, 50):
         kd = 0.4 + 1.5 * math.exp(-step / 90) if distils else None
         lines.append({"step": step, "stage": 0, "eval": {"ce": 0.6 + 2 * math.exp(-step / 90), "kd": kd}})
@@ -188,7 +192,7 @@ def rich_run(root: Path) -> tuple[Path, Path]:
 
     def three_stages(run):
         weights = ((1.0, 0.0), (0.5, 0.5), (0.1, 1.0))
-        run["recipe"]["schedule"] = [{"infer_weight": i, "train_weight": t, "beta": None} for i, t in weights]
+        run["recipe"]["schedule"] = [{"inference_weight": i, "training_weight": t, "beta": None} for i, t in weights]
         run["seconds"]["train"] = 45296.0
         run["hardware"] = "A processor with a very long name @ 3.14159 GHz, 128 threads"
 

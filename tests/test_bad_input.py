@@ -132,8 +132,8 @@ CASES = [
     Case("a recipe that is no YAML", 2, ("recipe.yaml",), replace("recipe.yaml", "target: guardian", "target: [guardian")),
     Case("no source", 2, ("sources", "empty"), arguments=("--sources", "[]")),
     Case("a target that is no source and no model", 2, ("target", "guardain", "guardian, scholar"), arguments=("--target", "guardain")),
-    Case("a stage without weights", 2, ("schedule[0]", "infer_weight", "train_weight"), arguments=("--schedule", "[{share: 1}]")),
-    Case("a stage that turns KD round", 2, ("schedule[0].beta", "-5"), arguments=("--schedule", "[{train_weight: 1, beta: -5}]")),
+    Case("a stage without weights", 2, ("schedule[0]", "inference_weight", "training_weight"), arguments=("--schedule", "[{share: 1}]")),
+    Case("a stage that turns KD round", 2, ("schedule[0].beta", "-5"), arguments=("--schedule", "[{training_weight: 1, beta: -5}]")),
     Case("a recipe that is a list", 2, ("mapping", "list"), lambda: Path("recipe.yaml").write_text("- a\n")),
     Case("a group that is no mapping", 2, ("optim", "mapping"), replace("recipe.yaml", "optim: { steps: 2, batch_size: 4, lr: 1.0e-3 }", "optim: 1")),
     Case("an inference mode without judges", 2, ("judges", "fusellm"), arguments=("--judges", "[]")),
@@ -175,7 +175,7 @@ CASES = [
     Case("a broken manifest", 3, ("manifest.json", "--fresh"), truncate(f"{STORE}/manifest.json")),
     Case("a manifest of something else", 3, ("manifest.json", "schema", "--fresh"), lambda: Path(f"{STORE}/manifest.json").write_text("[]")),
     Case("a truncated shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), truncate(f"{STORE}/targets/heldout-*"), ("runs/recipe",), "evaluate"),
-    Case("a corrupt shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), corrupt(f"{STORE}/capture/heldout-gt-scholar-*"), ("runs/recipe",), "evaluate"),
+    Case("a corrupt shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), corrupt(f"{STORE}/truth/heldout-scholar-*"), ("runs/recipe",), "evaluate"),
     Case("a run directory of something else", 3, ("run.json", "--output"), arguments=("--output", "guardian")),
 ]  # fmt: skip
 
@@ -207,7 +207,7 @@ def test_a_damaged_shard_is_built_again_and_nothing_else_is(good):
     with folder(good):
         shutil.rmtree("runs/recipe")
         whole = prepared_files()
-        corrupt(f"{STORE}/capture/train-gt-scholar-*")()
+        corrupt(f"{STORE}/truth/train-scholar-*")()
         code, out, err = run("train", "--config", "recipe.yaml")
         assert code == 0, err
         assert "damaged or missing: building it again" in out

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
-from profuser.ballots import judged_examples
 from profuser.prepare.data import load_examples
-from profuser.targets import TRAIN
+from profuser.prepare.votes import judged_examples
+from profuser.recipe.schedule import Mode
+from profuser.store import layout
 
 
 def test_votes_responses_and_winners_are_those_of_the_audit_table(prepared):
@@ -34,10 +35,11 @@ def test_the_cross_entropy_is_that_of_the_targets(prepared):
     _, run, store = prepared
     rows = load_examples(run.recipe.data, run.recipe.data.train)
     found = judged_examples(store, run.recipe, rows, range(len(rows)))
-    for name in store.shards("targets/train"):
-        shard = store.get(name)
+    kind = layout.targets("train")
+    for number in store.numbers(kind):
+        shard = store.get(kind, number)
         for example, mode, ce in zip(shard["example"], shard["mode"], shard["source_ce"]):
-            if mode == TRAIN:
+            if mode == Mode.TRAINING:
                 assert [source["ce"] for source in found[example]["sources"]] == pytest.approx(ce.tolist())
 
 

@@ -26,9 +26,9 @@ from profuser import align, prefix_ranges
 from profuser.alignment.engine import byte_aligner
 from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.vocab_map import ByteOrder
-from profuser.text.chat import ChatFormat
 from profuser.errors import DataError
 from profuser.kernels.source_topk import source_topk_from_logits
+from profuser.text.chat import ChatFormat
 from profuser.text.token_bytes import TokenBytesMismatch
 
 ENGINES = pytest.mark.parametrize("engine", [byte_aligner, PythonByteAligner], ids=["engine", "oracle"])

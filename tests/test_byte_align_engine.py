@@ -39,10 +39,10 @@ from profuser.alignment.engine import CppByteAligner, byte_aligner
 from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.spans import ENGINE, _align
 from profuser.alignment.types import ALIGNED, INSIDE, SAME_SPAN, SKIP_NO_PREFIX_RANGE
-from profuser.text.chat import ChatFormat
 from profuser.errors import DataError
 from profuser.experiments.alignment_pairs import PAIRS
 from profuser.kernels.source_topk import source_topk_from_logits
+from profuser.text.chat import ChatFormat
 from profuser.text.token_bytes import TokenBytesMismatch
 
 needs_cpp = pytest.mark.skipif(_align is None, reason=f"engine: {ENGINE}")

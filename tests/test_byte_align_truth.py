@@ -25,10 +25,10 @@ from profuser.alignment.types import (
     SourceCapture,
 )
 from profuser.alignment.vocab_map import ByteOrder
-from profuser.text.chat import ChatFormat
-from profuser.recipe.schema import SourceConfig
 from profuser.kernels.source_topk import source_topk_from_logits
-from profuser.models import chat_format, load_model, load_tokenizer
+from profuser.models.load import chat_format, load_model, load_tokenizer
+from profuser.recipe.schema import SourceConfig
+from profuser.text.chat import ChatFormat
 
 # A toy source whose every next-token distribution is known
 

@@ -8,11 +8,13 @@ from transformers import GenerationConfig
 
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.vocab_map import ByteOrder
-from profuser.prepare.capture import capture, label_positions, pack_captures, unpack_captures
-from profuser.config import GenerationConfig as RecipeGeneration
-from profuser.recipe.schema import SourceConfig
-from profuser.models import Head, chat_format, load_model
+from profuser.models.head import Head
+from profuser.models.load import chat_format, load_model
+from profuser.prepare.capture import CaptureRequest, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.responses import generate
+from profuser.recipe.schema import GenerationConfig as RecipeGeneration
+from profuser.recipe.schema import SourceConfig
+from profuser.text.fit import Fitted, Verdict
 
 PAIRS = [
     ("How does a bozun taste?", "A bozun is a stone. Answer: bitter."),
@@ -27,35 +29,35 @@ def source(request):
     return load_model(config, torch.float32), chat_format(config)
 
 
-def captured(source) -> tuple[list, list[int], dict]:
-    """(encodings, bytes, captures) of PAIRS, with the ranges that guardian as target needs."""
+def captured(source) -> tuple[list[CaptureRequest], dict]:
+    """The requests for PAIRS, with the ranges that guardian as target needs, and what the source says."""
     model, chat = source
     target = chat_format(SourceConfig(name="guardian", model="demo:guardian"))
     order = ByteOrder(chat.token_bytes)
-    encoded = [chat.encode(p, r) for p, r in PAIRS]
-    sizes = [len(r.encode()) for _, r in PAIRS]
-    ranges = [
-        ranges_needed(target.token_bytes, target.encode(p, r), chat.token_bytes, e, order)
-        for (p, r), e in zip(PAIRS, encoded)
-    ]
-    return encoded, sizes, dict(capture(model, Head.of(model), encoded, sizes, ranges, order, top_k=5, batch_size=2))
+    requests = []
+    for prompt, response in PAIRS:
+        own, theirs = chat.encode(prompt, response), target.encode(prompt, response)
+        ranges = ranges_needed(target.token_bytes, theirs, chat.token_bytes, own, order)
+        requests.append(CaptureRequest(own, len(response.encode()), ranges))
+    return requests, dict(capture_responses(model, Head.of(model), requests, order, top_k=5, batch_size=2))
 
 
 def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_turn(source):
     model, chat = source
-    encoded, sizes, results = captured(source)
+    requests, results = captured(source)
     ranges = 0
-    for i, e in enumerate(encoded):
+    for i, request in enumerate(requests):
+        e = request.encoded
         ids = torch.tensor([e.input_ids])
         labels = torch.full_like(ids, -100)
-        places = label_positions(e)
+        places = e.label_positions
         labels[0, places] = ids[0, places]
         with torch.no_grad():
             logits = model(ids).logits[0]
         expected = cross_entropy(logits[:-1], labels[0, 1:], reduction="sum").item()
         assert results[i].nll == pytest.approx(expected, rel=1e-4, abs=1e-4)
         assert results[i].cross_entropy("token") == pytest.approx(expected / len(places), rel=1e-4, abs=1e-4)
-        assert results[i].cross_entropy("byte") == pytest.approx(expected / sizes[i], rel=1e-4, abs=1e-4)
+        assert results[i].cross_entropy("byte") == pytest.approx(expected / request.response_bytes, rel=1e-4, abs=1e-4)
         logprobs = logits.log_softmax(-1)
         for row, t in enumerate(places):
             top = logprobs[t - 1].topk(5)
@@ -83,14 +85,15 @@ def test_the_labels_are_the_response_and_one_end_of_turn(source):
         e = chat.encode(prompt, response)
         text = chat.tokenizer.decode([e.input_ids[t] for t in range(e.start, e.stop)])
         assert text.strip() == response
-        assert e.input_ids[e.end] in chat.end_ids
-        assert e.end == len(e.input_ids) - 1
+        assert e.input_ids[e.end_of_turn] in chat.end_ids
+        assert e.end_of_turn == len(e.input_ids) - 1
 
 
 def test_captures_survive_the_shard_format(source):
     _, chat = source
-    _, _, scored = captured(source)
-    shard = pack_captures(4, np.array([0, 0, 0, 1], np.uint8), [False] * 4, scored, 5, len(chat.tokenizer))
+    _, scored = captured(source)
+    fitted = [*(Fitted(response, False, Verdict.OK) for _, response in PAIRS), Fitted.unused(Verdict.EMPTY)]
+    shard = pack_captures(fitted, [f.verdict for f in fitted], scored, 5, len(chat.tokenizer))
     back = unpack_captures(shard)
     assert back[3] is None
     for i, result in enumerate(back[:3]):

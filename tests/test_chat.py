@@ -22,9 +22,9 @@ from small_tokenizers import (
 )
 from tokenizers import AddedToken, Tokenizer
 
+from profuser.errors import DataError
 from profuser.text.chat import ChatFormat
 from profuser.text.encoded import Encoded
-from profuser.errors import DataError
 from profuser.text.token_bytes import TokenBytesMismatch
 
 formats = pytest.mark.parametrize("template", list(TEMPLATES))

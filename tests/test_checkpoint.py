@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from profuser import checkpoint
+from profuser.train import checkpoint
 from profuser.train.checkpoint import load_newest, save_checkpoint
 
 

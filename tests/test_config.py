@@ -1,8 +1,10 @@
 import pytest
 import yaml
 
-from profuser.config import RECIPES_DIR, differing_keys, is_path, parse_run, resolve
 from profuser.errors import ConfigError
+from profuser.recipe.compare import differing_keys
+from profuser.recipe.parse import parse_run
+from profuser.recipe.places import RECIPES_DIR, is_path, resolve
 
 MINIMAL = {"sources": [{"name": "a", "model": "demo:guardian"}], "target": "a", "data": {"train": "demo:fusion.jsonl"}}
 
@@ -26,7 +28,7 @@ def test_a_recipe_takes_its_name_from_the_file_and_overrides_from_the_line(tmp_p
 
 
 def test_stages_can_be_spelt_out(tmp_path):
-    recipe = MINIMAL | {"schedule": [{"infer_weight": 1.0}, {"train_weight": 1.0, "share": 2.0}]}
+    recipe = MINIMAL | {"schedule": [{"inference_weight": 1.0}, {"training_weight": 1.0, "share": 2.0}]}
     assert [s.share for s in parse(tmp_path, recipe).recipe.schedule] == [1.0, 2.0]
 
 
@@ -47,7 +49,7 @@ def test_every_bundled_recipe_parses(recipe):
         ({"optim": {"temperature": 2.0}}, "renormalize"),
         ({"schedule": "progresive"}, "schedule"),
         ({"schedule": []}, "at least one stage"),
-        ({"schedule": [{"share": 1.0}]}, "infer_weight or train_weight"),
+        ({"schedule": [{"share": 1.0}]}, "inference_weight or training_weight"),
         ({"sources": []}, "at least one model"),
         ({"sources": [{"name": "a", "model": "m"}, {"name": "a", "model": "n"}]}, "'a' twice"),
         ({"sources": [{"name": "../a", "model": "m"}]}, "'../a'"),

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from profuser.config import DataConfig
-from profuser.prepare.data import load_examples
 from profuser.errors import DataError
+from profuser.prepare.data import load_examples
+from profuser.recipe.schema import DataConfig
 
 TEXTS = ["007", "1.50", "1e5", "NA", "2024-03-01", "true", "a\u2028b"]
 

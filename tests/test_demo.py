@@ -10,8 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from profuser.text.chat import ChatFormat
-from profuser.recipe.schema import JudgeConfig
 from profuser.demo.build import DEMO_DIR, build_data, read_rows, sizes_mb
 from profuser.demo.judges import JUDGES, PairMaker, pairwise_accuracy
 from profuser.demo.pretrain import SOURCES, TARGET, accuracies, respond
@@ -19,6 +17,8 @@ from profuser.demo.skills import SKILLS, DataSettings, World
 from profuser.demo.tokenizers import position_kinds, tokenizer_texts
 from profuser.demo.verify import STEP, answer_of, exact_match, score, steps_hold
 from profuser.prepare.judges import load_judge
+from profuser.recipe.schema import JudgeConfig
+from profuser.text.chat import ChatFormat
 
 SPLITS = ("fusion", "validation", "heldout")
 

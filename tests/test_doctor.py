@@ -17,14 +17,17 @@ from hypothesis import strategies as st
 from small_tokenizers import CONTROL, SMALL, byte_level, chained, real_tokenizer, wrap
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from profuser import doctor
 from profuser.alignment import fusellm
 from profuser.alignment.text import PlainText
-from profuser.doctor import KINDS, diagnose, main, view
+from profuser.alignment.types import KINDS
+from profuser.doctor.__main__ import main
+from profuser.doctor import diagnosis
+from profuser.doctor.diagnosis import diagnose, view
+from profuser.doctor.token_rows import example_rows
 from profuser.errors import DataError, ProfuserError
 from profuser.experiments import alignment_pairs
 from profuser.experiments.page import write_section
-from profuser.doctor.token_rows import clipped, example_rows
+from profuser.text.display import clipped, use_color
 
 KEYS = {
     "target", "source", "text", "align", "engine", "positions", "bytes", *KINDS, "usable", "mapped_mass", "reliability", "skips",
@@ -211,16 +214,16 @@ def test_table_shows_counts_skips_and_example_lines_without_colours(capsys, text
 def test_colours_only_on_a_terminal_or_when_forced_and_never_with_no_color(monkeypatch):
     for name in ("FORCE_COLOR", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    assert not doctor.use_color()
+    assert not use_color()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert doctor.use_color()
+    assert use_color()
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not doctor.use_color()
+    assert not use_color()
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert not doctor.use_color()
+    assert not use_color()
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    assert doctor.use_color()
+    assert use_color()
 
 
 def test_marks_stand_under_the_first_character_of_each_token():
@@ -328,7 +331,7 @@ def test_fusellm_counts_only_what_its_rule_accepts(tmp_path, monkeypatch):
 
 
 def test_fusellm_refuses_a_text_whose_table_would_not_fit(monkeypatch):
-    monkeypatch.setattr(doctor, "MAX_PAIRS", 3)
+    monkeypatch.setattr(diagnosis, "MAX_PAIRS", 3)
     with pytest.raises(DataError, match="at most 3 pairs, got 2 x 2 tokens"):
         diagnose(side(chained()), side(chained()), "ab", "fusellm")
 

@@ -22,8 +22,8 @@ from profuser.alignment.types import (
     PrefixRanges,
     SourceCapture,
 )
-from profuser.text.encoded import Encoded
 from profuser.errors import DataError
+from profuser.text.encoded import Encoded
 
 TOLERANCE = 1e-6  # of float32 log-probabilities
 

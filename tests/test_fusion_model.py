@@ -9,9 +9,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DataCollatorWithFlattening
 
 from profuser import IGNORE_INDEX, FusionModel
-from profuser.recipe.places import resolve
 from profuser.errors import DataError
 from profuser.kernels.reference import fusion_loss_reference
+from profuser.recipe.places import resolve
 
 LENGTHS = (7, 1, 5, 9)
 S, K = 2, 4

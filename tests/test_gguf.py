@@ -9,10 +9,13 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from profuser.config import SourceConfig, is_path
 from profuser.errors import DataError
+from profuser.models.fingerprint import fingerprint
+from profuser.models.head import Head
+from profuser.models.load import chat_format, load_model, load_tokenizer, stored_dtype, weights_of
 from profuser.prepare.estimate import Size, size_of
-from profuser.models import Head, chat_format, fingerprint, load_model, load_tokenizer, stored_dtype, weights_of
+from profuser.recipe.places import is_path
+from profuser.recipe.schema import SourceConfig
 
 gguf = pytest.importorskip("gguf", reason="pip install gguf")
 
@@ -114,7 +117,7 @@ def test_a_file_that_transformers_cannot_read_is_refused_with_the_way_out(tmp_pa
 
 
 def test_without_the_package_the_line_says_what_to_install(model, monkeypatch):
-    monkeypatch.setattr("profuser.models.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("profuser.models.load.importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install gguf"):
         weights_of(SourceConfig(name="tiny", model=str(model)))
 

@@ -8,16 +8,22 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from profuser.prepare.capture import EMPTY, OK, TOO_LONG
-from profuser.config import DataConfig, JudgeConfig, SourceConfig
-from profuser.prepare.data import load_examples
 from profuser.errors import ConfigError, DataError
-from profuser.models import chat_format
-from profuser.prepare import fit, prepare
-from profuser.store import Store
-from profuser.targets import INFER, TRAIN, Targets
+from profuser.models.load import chat_format
+from profuser.prepare.data import load_examples
+from profuser.prepare.phases import prepare
+from profuser.recipe.schedule import Mode
+from profuser.recipe.schema import DataConfig, JudgeConfig, SourceConfig
+from profuser.store import layout
+from profuser.store.store import Store
+from profuser.text.fit import Fitted, Verdict, fit
+from profuser.train.targets import Targets
 
 NAMES = ("guardian", "scholar", "reckoner")
+
+
+def sequences_of(targets):
+    return [s for instruction in targets for s in instruction]
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +32,17 @@ def chats():
 
 
 def test_a_response_that_fits_is_left_alone(chats):
-    assert fit(chats, "Hi", "A bozun is a stone.", 256) == ("A bozun is a stone.", False, OK)
+    target, *sources = chats
+    fitted = fit(target, sources, "Hi", "A bozun is a stone.", 256)
+    assert fitted == Fitted("A bozun is a stone.", cut=False, verdict=Verdict.OK)
 
 
 def test_an_overlong_response_is_cut_once_for_all_at_a_target_token(chats):
     response = "A bozun is a stone. " * 20 + "日本語 " * 5
     prompt = "Hi"
-    text, cut, reason = fit(chats, prompt, response.strip(), 64)
-    assert (cut, reason) == (True, OK)
+    fitted = fit(chats[0], chats[1:], prompt, response.strip(), 64)
+    text = fitted.text
+    assert (fitted.cut, fitted.verdict) == (True, Verdict.OK)
     assert response.startswith(text)
     lengths = [len(c.encode(prompt, text, complete=False).input_ids) for c in chats]
     assert max(lengths) <= 64
@@ -46,13 +55,14 @@ def test_an_overlong_response_is_cut_once_for_all_at_a_target_token(chats):
 
 def test_a_cut_response_has_no_end_of_turn_to_learn(chats):
     e = chats[0].encode("Hi", "A bozun is", complete=False)
-    assert e.end is None
+    assert e.end_of_turn is None
     assert e.stop == len(e.input_ids)
 
 
 def test_an_overlong_prompt_and_an_empty_response_are_left_out_with_their_reason(chats):
-    assert fit(chats, "word " * 100, "Answer: x.", 32)[2] == TOO_LONG
-    assert fit(chats, "Hi", "", 32)[2] == EMPTY
+    target, *sources = chats
+    assert fit(target, sources, "word " * 100, "Answer: x.", 32).verdict == Verdict.TOO_LONG
+    assert fit(target, sources, "Hi", "", 32).verdict == Verdict.EMPTY
 
 
 def test_inference_targets_are_the_vote_winners_response_and_only_the_winner_takes_part(prepared):
@@ -61,10 +71,10 @@ def test_inference_targets_are_the_vote_winners_response_and_only_the_winner_tak
     table = pq.read_table(store.directory / "samples.parquet").to_pylist()
     chat = chat_format(SourceConfig(name="guardian", model="demo:guardian"))
     seen = 0
-    for s in targets.sequences:
+    for s in sequences_of(targets):
         row = table[s.example]
         text = chat.tokenizer.decode(s.input_ids[s.label_mask], skip_special_tokens=True).strip()
-        if s.mode == TRAIN:
+        if s.mode == Mode.TRAINING:
             assert text == row["ground_truth"]
             assert NAMES[int(np.argmin(s.source_ce))] == row["min_ce_winner"]
         else:
@@ -80,13 +90,13 @@ def test_every_row_is_a_distribution_and_its_gold_token_is_likely_under_the_targ
     """Mass sums to one with the tail; with the target as source, row t holds exactly token t (no shift)."""
     _, _, store = prepared
     own = {s: [] for s in range(3)}
-    for s in Targets(store, "train").sequences:
+    for s in sequences_of(Targets(store, "train")):
         for r in range(len(s.row_position)):
             part = slice(s.entry_offsets[r], s.entry_offsets[r + 1])
             mass = np.exp(s.entry_logprobs[part].astype(np.float64)).sum()
             assert mass + s.row_tail[r] == pytest.approx(1, abs=5e-3)  # fp16 log-probabilities
             assert s.label_mask[s.row_position[r]]
-            if s.mode == INFER:  # greedy responses: the gold token is the most likely one
+            if s.mode == Mode.INFERENCE:  # greedy responses: the gold token is the most likely one
                 own[s.row_source[r]].append(
                     s.input_ids[s.row_position[r]] == s.entry_ids[part][s.entry_logprobs[part].argmax()]
                 )
@@ -106,10 +116,16 @@ def test_another_alignment_rebuilds_the_targets_from_the_captures(prepared, tmp_
     directory, run, _ = prepared
     shutil.copytree(directory / "store", tmp_path / "store")
     recipe = replace(run.recipe, store=str(tmp_path / "store"), align=replace(run.recipe.align, min_reliability=0.9999))
-    captures = {p: p.stat().st_mtime_ns for p in (tmp_path / "store/capture").iterdir()}
+
+
+    def captures():
+        folders = ("truth", "responses", "scores", "winners")
+        return {p: p.stat().st_mtime_ns for folder in folders for p in (tmp_path / "store" / folder).iterdir()}
+
+    before = captures()
     store = prepare(replace(run, recipe=recipe))
-    assert captures == {p: p.stat().st_mtime_ns for p in (tmp_path / "store/capture").iterdir()}
-    assert store.manifest["settings"]["targets"]["min_reliability"] == 0.9999
+    assert captures() == before
+    assert store.settings.targets["min_reliability"] == 0.9999
     other = replace(run.recipe, store=str(tmp_path / "store"), capture=replace(run.recipe.capture, top_k=3))
     with pytest.raises(ConfigError, match=r"capture\.top_k"):
         prepare(replace(run, recipe=other))
@@ -125,7 +141,7 @@ def test_without_judges_ground_truth_schedules_still_work(prepared, tmp_path):
     _, run, _ = prepared
     recipe = replace(run.recipe, judges=[], schedule="fusellm", store=str(tmp_path / "s"))
     store = prepare(replace(run, recipe=recipe))
-    assert {s.mode for s in Targets(store, "train").sequences} == {TRAIN}
+    assert {s.mode for s in sequences_of(Targets(store, "train"))} == {Mode.TRAINING}
     summary = json.loads((store.directory / "summary.json").read_text())
     assert summary["vote_wins"] == {}
 
@@ -148,11 +164,11 @@ def test_empty_ground_truths_and_literal_specials_are_counted_and_harmless(prepa
     store = prepare(replace(run, recipe=recipe))
     handled = json.loads((store.directory / "summary.json").read_text())["handled"]
     assert handled["empty response, skipped"] == 1
-    truths = [s for s in Targets(store, "train").sequences if s.mode == TRAIN]
+    truths = [s for s in sequences_of(Targets(store, "train")) if s.mode == Mode.TRAINING]
     assert [s.example for s in truths] == [1, 2]
     control = set(chat_format(SourceConfig(name="guardian", model="demo:guardian")).tokenizer.all_special_ids)
     assert not control & set(truths[0].input_ids[truths[0].label_mask][:-1].tolist())
-    assert Store.load(store.directory).complete
+    assert Store.open(store.directory).complete
 
 
 def test_a_target_that_is_no_source_keeps_its_own_tokenizer(prepared, tmp_path):
@@ -166,9 +182,9 @@ def test_a_target_that_is_no_source_keeps_its_own_tokenizer(prepared, tmp_path):
         store=str(tmp_path / "s"),
     )
     store = prepare(replace(run, recipe=recipe))
-    for s in Targets(store, "train").sequences:
+    for s in sequences_of(Targets(store, "train")):
         assert "<|im_start|>" in target.tokenizer.decode(s.input_ids)
-    assert len(store.shards("capture/train-responses-s")) == len(store.shards("capture/train-responses-s-0.5b")) == 3
+    assert store.numbers(layout.responses("train", "s")) == store.numbers(layout.responses("train", "s-0.5b")) == [0, 1, 2]
 
 
 def test_changed_judge_columns_make_another_store(prepared, tmp_path):

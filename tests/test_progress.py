@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from profuser import progress
-from profuser.train.checkpoint import newest_step
+from profuser.models.load import load_model
+from profuser.prepare.announce import announce
+from profuser.prepare.estimate import Size, expected, probe, sentence, size_of
+from profuser.prepare.inputs import Inputs
+from profuser.prepare.phases import Preparation
+from profuser.progress import Progress, in_words
 from profuser.recipe.schema import SourceConfig
-from profuser.prepare.estimate import Size, expected, in_words, probe, sentence, size_of
-from profuser.models import load_model
-from profuser.prepare import announce, open_preparation
-from profuser.progress import Progress
+from profuser.train.checkpoint import newest_step
 
 
 @pytest.fixture
@@ -97,18 +99,20 @@ def test_what_is_done_already_is_not_expected_again(prepared, tmp_path):
     from dataclasses import replace
 
     _, run, _ = prepared
-    done = expected(open_preparation(run), first_step=run.recipe.optim.steps)
+    preparation = Preparation(Inputs.open(run))
+    done = expected(preparation.inputs, preparation.unmade, first_step=run.recipe.optim.steps)
     assert done["score"] == done["answer"] == 0
     assert done["evaluate"] > 0
     fresh = replace(run, recipe=replace(run.recipe, store=str(tmp_path / "store")))
-    todo = expected(open_preparation(fresh), first_step=0)
+    preparation = Preparation(Inputs.open(fresh))
+    todo = expected(preparation.inputs, preparation.unmade, first_step=0)
     assert all(todo[phase] > 0 for phase in ("score", "answer", "fuse", "evaluate"))
     assert todo["fuse"] > done["fuse"]
 
 
 def test_the_first_line_says_what_on_what_and_how_long(prepared, capsys):
     _, run, _ = prepared
-    announce("train", open_preparation(run), processes=2, first_step=1)
+    announce("train", Preparation(Inputs.open(run)), processes=2, first_step=1)
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     for part in (

@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 from report_runs import SKILLS, edit, make_run
 
+from profuser.cli import main_of
 from profuser.errors import DataError
-from profuser.report.figures import DARK, LIGHT, luminance, visible
-from profuser.report.metrics import Change, read_metrics, stage_table
-from profuser.report import difference, main, wilson, write_report
+from profuser.report.__main__ import main
+from profuser.report.intervals import difference, wilson
+from profuser.report.metrics import Change, Metrics, StageRow, read_metrics, stage_table
+from profuser.report.page import write_report
+from profuser.report.theme import DARK, LIGHT, luminance
+from profuser.text.display import visible
 
 PICTURES = ("win_min_ce.png", "win_vote.png", "alignment.png", "curves.png", "scores.png")
 
@@ -195,20 +199,19 @@ def test_stages_are_told_with_their_weights_and_changes(reported):
 
 
 def test_changes_of_a_stage_are_tenths_of_its_lines_and_the_passes_around_it():
-    training = [{"step": 10 * i, "stage": int(i > 20), "ce_train": float(i), "kd_train": 0.0} for i in range(1, 31)]
+    training = [{"step": 10 * i, "stage": int(i > 20), "ce_training": float(i), "kd_training": 0.0} for i in range(1, 31)]
     validation = [
         {"step": s, "stage": 0, "eval": {"ce": ce}} for s, ce in ((0, 9.0), (100, 8.0), (200, 7.0), (300, 6.0))
     ]
-    stages = [{"train_weight": 1.0, "infer_weight": 0.0, "beta": 0.5}, {"train_weight": 0.5, "infer_weight": 0.0}]
-    names, rows = stage_table(training, validation, {"schedule": stages, "optim": {"beta": 2.0}})
-    assert names == ["stage 1", "stage 2"]
+    stages = [{"training_weight": 1.0, "inference_weight": 0.0, "beta": 0.5}, {"training_weight": 0.5, "inference_weight": 0.0}]
+    rows = stage_table(Metrics(training, validation), {"schedule": stages, "optim": {"beta": 2.0}})
     assert rows == [
-        ("", "optimizer steps", ["1–200", "201–300"]),
-        ("Weight", "inference", [0.0, 0.0]),
-        ("Weight", "training", [1.0, 0.5]),
-        ("Weight", "KL (β)", [0.5, 2.0]),
-        ("Cross-entropy", "training", [Change(1.5, 19.5), Change(21.0, 30.0)]),
-        ("Cross-entropy", "validation", [Change(9.0, 7.0), Change(7.0, 6.0)]),
+        StageRow("", "optimizer steps", ["1–200", "201–300"]),
+        StageRow("Weight", "inference", [0.0, 0.0]),
+        StageRow("Weight", "training", [1.0, 0.5]),
+        StageRow("Weight", "KL (β)", [0.5, 2.0]),
+        StageRow("Cross-entropy", "training", [Change(1.5, 19.5), Change(21.0, 30.0)]),
+        StageRow("Cross-entropy", "validation", [Change(9.0, 7.0), Change(7.0, 6.0)]),
     ]
 
 
@@ -333,7 +336,9 @@ def test_runs_of_other_shapes_are_drawn(tmp_path, shape):
 def test_a_missing_file_is_one_line_and_exit_3(tmp_path, capsys, name):
     run_dir, store_dir = make_run(tmp_path)
     ((store_dir if name == "summary.json" else run_dir) / name).unlink()
-    assert main([str(run_dir)]) == 3
+    with pytest.raises(SystemExit) as stop:
+        main_of(main, [str(run_dir)])
+    assert stop.value.code == 3
     captured = capsys.readouterr()
     assert name in captured.err
     assert captured.err.count("\n") == 1
@@ -347,10 +352,10 @@ def test_missing_directories_and_broken_json_are_data_errors(tmp_path):
     with pytest.raises(DataError, match="store must be an existing directory"):
         write_report(run_dir, tmp_path / "nowhere")
     (run_dir / "scores.json").write_text('{"sources": {}')
-    with pytest.raises(DataError, match=r"scores\.json must be readable JSON"):
+    with pytest.raises(DataError, match=r"scores\.json must hold JSON"):
         write_report(run_dir, store_dir)
     (run_dir / "scores.json").write_text('{"sources": {}}')
-    with pytest.raises(DataError, match="target_before, fused missing"):
+    with pytest.raises(DataError, match="without target_before, fused"):
         write_report(run_dir, store_dir)
 
 
@@ -359,10 +364,10 @@ def test_a_torn_metrics_line_is_counted_and_repeated_steps_are_read_once(tmp_pat
     lines = ({"step": s, "stage": 0, "loss": loss} for s, loss in ((10, 3.0), (20, 2.0), (10, 2.5), (20, 1.5)))
     evals = ({"step": s, "stage": 0, "eval": {"ce": 1.0, "kd": None}} for s in (0, 20, 20))
     path.write_text("".join(json.dumps(line) + "\n" for line in (*lines, *evals)) + '{"step": 30, "sta')
-    training, validation, unreadable = read_metrics(path)
-    assert [(line["step"], line["loss"]) for line in training] == [(10, 2.5), (20, 1.5)]
-    assert [line["step"] for line in validation] == [0, 20]
-    assert unreadable == 1
+    metrics = read_metrics(path)
+    assert [(line["step"], line["loss"]) for line in metrics.training] == [(10, 2.5), (20, 1.5)]
+    assert [line["step"] for line in metrics.validation] == [0, 20]
+    assert metrics.unreadable == 1
 
 
 def test_the_command_reads_the_store_from_run_json(tmp_path):
@@ -371,7 +376,8 @@ def test_the_command_reads_the_store_from_run_json(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(run_dir / "report.html")
     assert done.stderr == ""
-    assert main([str(tmp_path / "none")]) == 3
+    with pytest.raises(DataError, match="none"):
+        main([str(tmp_path / "none")])
 
 
 def test_intervals_match_published_values():

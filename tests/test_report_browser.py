@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from report_runs import rich_run
 
-from profuser.report import write_report
+from profuser.report.page import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install -e ".[test]"')
 

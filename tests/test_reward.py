@@ -1,6 +1,6 @@
 import numpy as np
 
-from profuser.reward import vote
+from profuser.prepare.votes import vote
 
 NAN = float("nan")
 

@@ -3,8 +3,9 @@ from itertools import pairwise
 
 import pytest
 
-from profuser.config import OptimConfig, StageConfig, parse_run
+from profuser.recipe.parse import parse_run
 from profuser.recipe.schedule import learning_rate, plan, stage_at
+from profuser.recipe.schema import OptimConfig, StageConfig
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def recipe():
 
 
 def weights(recipe):
-    return [(s.infer_weight, s.train_weight) for s in plan(recipe, 100)]
+    return [(s.inference_weight, s.training_weight) for s in plan(recipe, 100)]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_epochs_become_steps(recipe):
 
 
 def test_stages_spelt_out_divide_the_steps_by_their_shares(recipe):
-    stages = [StageConfig(infer_weight=1, share=3), StageConfig(train_weight=1, share=1, beta=0.5)]
+    stages = [StageConfig(inference_weight=1, share=3), StageConfig(training_weight=1, share=1, beta=0.5)]
     planned = plan(replace(recipe, schedule=stages, optim=replace(recipe.optim, steps=100)), 10)
     assert [(s.first, s.stop) for s in planned] == [(0, 75), (75, 100)]
     assert planned[1].beta == 0.5

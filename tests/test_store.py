@@ -1,129 +1,245 @@
+"""A store: what was put comes back or is refused, settings that change drop what depends on them, reading changes nothing."""
+
+import dataclasses
+import json
+import os
+
 import numpy as np
 import pytest
 
 from profuser.errors import ConfigError, DataError
-from profuser.store import Store, ragged, set_aside
+from profuser.ragged import ragged, slots_of
+from profuser.store import layout
+from profuser.store.__main__ import main as store_command
+from profuser.store.files import set_aside
+from profuser.store.layout import CAPTURE_COLUMNS, Kind, kind_of, shard_arrays
+from profuser.store.store import Store, StoreSettings
 
 VOTES = {"asked": ["rm", "check"], "judges": {"rm": {"files": "1"}, "check": {"files": "2"}}}
-SETTINGS = {"capture": {"top_k": 10, "sources": {"a": 1}}, "votes": VOTES, "targets": {"rule": 1}}
+SETTINGS = StoreSettings(
+    sources={
+        "source_names": ["a"],
+        "sources": {"a": 1},
+        "target": {"name": "a"},
+        "capture": {"top_k": 10, "dtype": "float32"},
+    },
+    votes=VOTES,
+    targets={"mode": "bytes", "rule": 1},
+)
+TRUTH, TARGETS, TEXTS = layout.truth("train", "a"), layout.targets("train"), layout.responses("train", "a")
+
+
+def changed(**layers) -> StoreSettings:
+    return dataclasses.replace(SETTINGS, **layers)
+
+
+def rewrite_manifest(store: Store, **changes) -> None:
+    path = store.directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture
 def store(tmp_path):
-    store = Store.open(tmp_path / "store", SETTINGS)
-    store.put("capture/a-00000", {"x": np.arange(5, dtype=np.float16)}, examples=5)
-    store.put("targets/train-00000", {"y": np.ones((2, 3), np.int32)})
-    store.put_json("capture/texts-00000", [["hé", True]])
+    store = Store.build(tmp_path / "store", SETTINGS)
+    store.put(TRUTH, 0, {"x": np.arange(5, dtype=np.float16)}, examples=5)
+    store.put(TARGETS, 0, {"y": np.ones((2, 3), np.int32), "none": np.zeros((0, 4), np.uint8)}, examples=5)
+    store.put_json(TEXTS, 0, [["hé", True]], examples=5)
     store.finish()
     return store
 
 
 def test_what_was_put_comes_back(store):
-    again = Store.load(store.directory)
-    assert again.get("capture/a-00000")["x"].tolist() == [0, 1, 2, 3, 4]
-    assert again.get("capture/a-00000")["x"].dtype == np.float16
-    assert again.get_json("capture/texts-00000") == [["hé", True]]
-    assert again.names("capture/") == ["capture/a-00000", "capture/texts-00000"]
+    again = Store.open(store.directory)
+    assert again.get(TRUTH, 0)["x"].tolist() == [0, 1, 2, 3, 4]
+    assert again.get(TRUTH, 0)["x"].dtype == np.float16
+    arrays = again.get(TARGETS, 0)
+    assert (arrays["y"].shape, arrays["none"].shape) == ((2, 3), (0, 4))
+    assert again.get_json(TEXTS, 0) == [["hé", True]]
+    assert [again.numbers(kind) for kind in (TRUTH, TARGETS, TEXTS)] == [[0], [0], [0]]
+    again.check_headers(TRUTH)
+
+
+def test_what_comes_back_cannot_be_written_to(store):
+    with pytest.raises(ValueError, match="read-only"):
+        store.get(TRUTH, 0)["x"][0] = 1
+
+
+@pytest.mark.parametrize(
+    "kind", [TRUTH, TARGETS, TEXTS, layout.scores("rm"), layout.winners("b-0.5"), layout.truth("heldout", "0-00000")]
+)
+def test_a_shards_name_tells_its_kind_and_number(kind):
+    for number in (0, 42, 123456):
+        assert kind_of(kind.shard(number)) == (kind, number)
+
+
+@pytest.mark.parametrize("name", ["", "truth/train-a", "../truth/train-a-00000", "weights/train-a-00000", "truth/train-a-0001"])
+def test_what_is_no_shards_name_is_refused(name):
+    with pytest.raises(ValueError, match="names no shard"):
+        kind_of(name)
+
+
+def test_a_source_whose_name_begins_like_anothers_is_not_meant(store):
+    longer = Kind("truth", "train", "a-2")
+    store.put(longer, 0, {"x": np.ones(1)}, examples=1)
+    assert store.numbers(TRUTH) == [0]
+    assert store.digest(TRUTH) != store.digest(longer)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 20, -1])
 def test_a_truncated_shard_is_refused_and_dropped_for_rebuilding(store, cut):
-    path = store.directory / "capture/a-00000.safetensors"
+    path = store.directory / f"{TRUTH.shard(0)}.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
+    store = Store.open(store.directory)
     with pytest.raises(DataError, match="a-00000"):
-        store.get("capture/a-00000")
-    assert not store.valid("capture/a-00000")
-    assert not Store(store.directory, store.manifest).complete
-    with pytest.raises(DataError, match="not complete"):
-        Store.load(store.directory)
-
-
-def test_a_flipped_bit_is_refused(store):
-    path = store.directory / "targets/train-00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+        store.get(TRUTH, 0)
     with pytest.raises(DataError, match="sha256"):
-        store.get("targets/train-00000")
+        store.check_headers(TRUTH)
+    assert store.damaged() == [TRUTH.shard(0)]
+    assert not store.keep_intact(TRUTH, 0)
+    with pytest.raises(DataError, match="not complete"):
+        Store.open(store.directory)
+    assert not Store.open(store.directory, complete=False).has(TRUTH, 0)
+
+
+@pytest.mark.parametrize("at", [-1, 12])
+def test_a_flipped_bit_is_refused(store, at):
+    path = store.directory / f"{TARGETS.shard(0)}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    store = Store.open(store.directory)
+    with pytest.raises(DataError, match="sha256"):
+        store.get(TARGETS, 0)
 
 
 def test_a_changed_text_file_is_refused(store):
-    (store.directory / "capture/texts-00000.json").write_text("[]")
-    with pytest.raises(DataError, match="texts-00000"):
-        store.get_json("capture/texts-00000")
+    (store.directory / f"{TEXTS.shard(0)}.json").write_text("[]")
+    with pytest.raises(DataError, match="a-00000"):
+        store.get_json(TEXTS, 0)
+
+
+def test_a_missing_shard_is_refused(store):
+    (store.directory / f"{TRUTH.shard(0)}.safetensors").unlink()
+    for read in (lambda: store.get(TRUTH, 0), lambda: store.get(TRUTH, 1), lambda: store.check_headers(TRUTH)):
+        with pytest.raises(DataError, match="cannot be read"):
+            read()
 
 
 def test_other_capture_settings_need_another_store(store):
-    with pytest.raises(ConfigError, match=r"sources\.a, top_k differ"):
-        Store.open(store.directory, SETTINGS | {"capture": {"top_k": 5, "sources": {"a": 2}}})
+    other = SETTINGS.sources | {"capture": {"top_k": 5, "dtype": "float32"}, "sources": {"a": 2}}
+    with pytest.raises(ConfigError, match=r"capture\.top_k, sources\.a differ"):
+        Store.build(store.directory, changed(sources=other))
 
 
 def test_other_model_files_are_not_the_stores(tmp_path):
-    with_files = [SETTINGS | {"capture": {"sources": {"a": {"files": x}}}} for x in "12"]
-    Store.open(tmp_path / "s", with_files[0])
+    with_files = [changed(sources={"sources": {"a": {"files": x}}}) for x in "12"]
+    Store.build(tmp_path / "s", with_files[0])
     with pytest.raises(DataError, match=r"sources\.a\.files"):
-        Store.open(tmp_path / "s", with_files[1])
+        Store.build(tmp_path / "s", with_files[1])
 
 
 def test_a_changed_judge_votes_again_and_the_answers_and_the_others_scores_stay(store, capsys):
-    for name in ("train-scores-rm", "train-scores-check", "train-infer-a", "train-responses-a"):
-        store.put(f"capture/{name}-00000", {"x": np.ones(1)})
-    changed = VOTES | {"judges": VOTES["judges"] | {"check": {"files": "3"}}}
-    again = Store.open(store.directory, SETTINGS | {"votes": changed})
+    rm, check, winners = layout.scores("rm"), layout.scores("check"), layout.winners("a")
+    for kind in (rm, check, winners):
+        store.put(kind, 0, {"x": np.ones(1)}, examples=1)
+    another_check = VOTES | {"judges": VOTES["judges"] | {"check": {"files": "3"}}}
+    again = Store.build(store.directory, changed(votes=another_check))
     assert "judges changed (check): voting again" in capsys.readouterr().out
-    left = {n for n in again.names("") if "train-" in n}
-    assert left == {"capture/train-scores-rm-00000", "capture/train-responses-a-00000"}
+    there = [kind for kind in (rm, check, winners, TARGETS, TRUTH, TEXTS) if again.has(kind, 0)]
+    assert there == [rm, TRUTH, TEXTS]
     assert not again.complete
-    without = Store.open(store.directory, SETTINGS | {"votes": {"asked": [], "judges": {}}})
-    assert without.names("capture/train-scores-rm")
-    assert Store.open(store.directory, SETTINGS | {"votes": changed}).names("capture/train-scores-rm")
+    without = Store.build(store.directory, changed(votes={"asked": [], "judges": {}}))
+    assert without.has(rm, 0)
+    assert Store.build(store.directory, changed(votes=another_check)).has(rm, 0)
 
 
 def test_another_alignment_drops_the_targets_and_keeps_the_captures(store):
-    again = Store.open(store.directory, SETTINGS | {"targets": {"rule": 2}})
-    assert again.names("targets/") == []
-    assert again.valid("capture/a-00000")
+    again = Store.build(store.directory, changed(targets={"mode": "bytes", "rule": 2}))
+    assert not again.has(TARGETS, 0)
+    assert again.has(TRUTH, 0)
     assert not again.complete
+
+
+@pytest.mark.parametrize(
+    ("settings", "outdated"),
+    [
+        (SETTINGS, []),
+        (changed(targets={"mode": "bytes", "rule": 2}), ["targets"]),
+        (changed(votes=VOTES | {"asked": ["rm"]}), ["winners", "targets"]),
+    ],
+)
+def test_asking_what_changed_changes_nothing(store, settings, outdated):
+    before = {path: path.read_bytes() for path in store.directory.rglob("*") if path.is_file()}
+    changes = Store.open(store.directory).changes(settings)
+    changes.check(store.directory)
+    kinds = (layout.truth("train", "a"), TEXTS, layout.scores("rm"), layout.winners("a"), TARGETS)
+    assert [kind.folder for kind in kinds if changes.outdates(kind)] == outdated
+    assert {path: path.read_bytes() for path in store.directory.rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match=r"manifest\.json"):
-        Store.open(tmp_path, SETTINGS)
+        Store.build(tmp_path, SETTINGS)
 
 
-def test_another_schema_is_refused(store):
-    store.manifest["schema"] = 99
-    store._save()
-    with pytest.raises(DataError, match="schema 99"):
-        Store.open(store.directory, SETTINGS)
+@pytest.mark.parametrize("schema", [3, 99])
+def test_another_schema_is_refused_with_the_command(store, schema):
+    rewrite_manifest(store, schema=schema)
+    for use in (lambda: Store.build(store.directory, SETTINGS), lambda: Store.open(store.directory)):
+        with pytest.raises(DataError, match=rf"schema {schema}, this version reads .*profuser\.prepare --fresh"):
+            use()
 
 
 def test_a_broken_manifest_is_refused(store):
     (store.directory / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="JSON"):
-        Store.open(store.directory, SETTINGS)
+        Store.build(store.directory, SETTINGS)
 
 
 def test_no_shard_name_leaves_the_store(store):
-    store.manifest["shards"]["../../evil"] = {"sha256": ""}
+    rewrite_manifest(store, shards={"../../evil": {"sha256": ""}})
+    with pytest.raises(DataError, match="not to be trusted"):
+        Store.open(store.directory)
+    rewrite_manifest(store, shards={"truth/train-../../../../../evil-00000": {"sha256": ""}})
     with pytest.raises(DataError, match="inside"):
-        store.get("../../evil")
+        Store.open(store.directory).get(Kind("truth", "train", "../../../../../evil"), 0)
 
 
 def test_an_interrupted_write_leaves_no_shard(store, monkeypatch):
-    import os
-
     def crash(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
-        store.put("capture/b-00000", {"x": np.zeros(1)})
+        store.put(TRUTH, 1, {"x": np.zeros(1)}, examples=1)
     monkeypatch.undo()
-    again = Store.open(store.directory, SETTINGS)
-    assert not again.valid("capture/b-00000")
+    again = Store.build(store.directory, SETTINGS)
+    assert again.numbers(TRUTH) == [0]
     assert not list(store.directory.rglob("*.tmp"))
+
+
+def test_a_shard_has_every_column_and_no_other():
+    with pytest.raises(AssertionError):
+        shard_arrays(CAPTURE_COLUMNS, {"reason": np.zeros(1)}, vocabulary=10)
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.int32)])
+def test_token_ids_take_the_smallest_type_of_their_vocabulary(vocabulary, dtype):
+    arrays = shard_arrays(CAPTURE_COLUMNS, {name: np.zeros(1) for name in CAPTURE_COLUMNS}, vocabulary, top_k=300)
+    assert (arrays["ids"].dtype, arrays["range_counts"].dtype) == (dtype, np.int32)
+
+
+def test_the_command_says_what_a_store_holds_and_finds_damage(store, capsys):
+    store_command(["info", str(store.directory)])
+    out = capsys.readouterr().out
+    assert "complete" in out
+    assert [line.split()[:4] for line in out.splitlines() if line.startswith("truth")] == [["truth", "train", "1", "5"]]
+    store_command(["verify", str(store.directory)])
+    assert "all 3 files are what was written" in capsys.readouterr().out
+    (store.directory / f"{TEXTS.shard(0)}.json").write_text("[]")
+    with pytest.raises(DataError, match=r"1 of 3 files .*responses/train-a-00000"):
+        store_command(["verify", str(store.directory)])
 
 
 def test_set_aside_renames_and_never_overwrites(tmp_path):
@@ -139,3 +255,9 @@ def test_ragged_gives_offsets_and_values():
     assert offsets.tolist() == [0, 2, 2, 3]
     assert values.tolist() == [1, 2, 3]
     assert ragged([], np.int32)[0].tolist() == [0]
+
+
+def test_every_entry_knows_its_part_and_its_place_there():
+    part, slot = slots_of(np.array([7, 9, 9, 12]))
+    assert part.tolist() == [0, 0, 2, 2, 2]
+    assert slot.tolist() == [0, 1, 0, 1, 2]

@@ -6,13 +6,13 @@ import re
 import pytest
 from conftest import ROOT
 
-from profuser.text.chat import ChatFormat
-from profuser.recipe.schema import SourceConfig
-from profuser.doctor import main
-from profuser.errors import ConfigError
-from profuser.models import chat_format
+from profuser.doctor.__main__ import main
 from profuser.doctor.template_rows import CONTEXT, END, RESPONSE, cells, conversation_rows, describe
 from profuser.doctor.token_rows import LABEL
+from profuser.errors import ConfigError
+from profuser.models.load import chat_format
+from profuser.recipe.schema import SourceConfig
+from profuser.text.chat import ChatFormat
 
 DEMO = str(ROOT / "profuser/recipes/demo.yaml")
 

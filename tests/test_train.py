@@ -10,19 +10,24 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, small_run
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
-from profuser.evaluate import evaluate
-from profuser.evaluate import main as evaluate_command
+from profuser.evaluate.__main__ import main as evaluate_command
+from profuser.evaluate.scores import evaluate
 from profuser.fusion_model import FusionModel
+from profuser.pipeline import train
 from profuser.prepare.phases import prepare
-from profuser.store import Store
-from profuser.targets import TRAIN, Targets
-from profuser.train import Trainer, open_run, train
+from profuser.recipe.schedule import Mode
+from profuser.store.store import Store
+from profuser.train.collate import collate
+from profuser.train.loop import Trainer
+from profuser.train.run_directory import RunDirectory
+from profuser.train.targets import Targets
 
 
 def trainer(run, store, directory, **optim):
@@ -39,7 +44,7 @@ def weights(t):
 def finished(prepared, tmp_path_factory):
     _, run, _ = prepared
     run = replace(run, recipe=replace(run.recipe, output=str(tmp_path_factory.mktemp("finished") / "run")))
-    assert not open_run(run)
+    assert not RunDirectory(run).complete()
     scores = train(run)
     return run, scores
 
@@ -98,7 +103,7 @@ def test_changed_training_data_are_refused_when_scoring(finished, tmp_path):
     data.write_text(Path(run.recipe.data.train).read_text().replace("?", "??"))
     changed = replace(run, recipe=replace(run.recipe, data=replace(run.recipe.data, train=str(data))))
     with pytest.raises(DataError, match="must be the training data"):
-        evaluate(changed, Store.load(run.store_dir))
+        evaluate(changed, Store.open(run.store_dir))
 
 
 def test_the_run_directory_says_what_was_done(finished):
@@ -111,16 +116,17 @@ def test_the_run_directory_says_what_was_done(finished):
     stages = {line["step"]: line["stage"] for line in lines if "eval" not in line}
     assert stages == {1: 0, 2: 0, 3: 1, 4: 1}
     first, last = (next(line for line in lines if line["step"] == s and "eval" not in line) for s in (1, 4))
-    assert "ce_train" not in first
-    assert {"ce_train", "kd_train", "ce_infer", "kd_infer"} <= set(last)
+    assert "ce_training" not in first
+    assert {"ce_training", "kd_training", "ce_inference", "kd_inference"} <= set(last)
+    assert 0 <= last["data_wait"] <= 1
 
 
 def test_a_complete_run_is_not_run_again_and_another_recipe_is_refused(finished):
     run, _ = finished
-    assert open_run(run)
+    assert RunDirectory(run).complete()
     other = replace(run, recipe=replace(run.recipe, seed=7))
     with pytest.raises(ConfigError, match="seed differ"):
-        open_run(other)
+        RunDirectory(other).complete()
 
 
 def test_resuming_after_an_interruption_equals_the_uninterrupted_run(prepared, tmp_path):
@@ -130,8 +136,8 @@ def test_resuming_after_an_interruption_equals_the_uninterrupted_run(prepared, t
     part = trainer(run, store, tmp_path / "part")
     step = part._step
 
-    def interrupt(number, stage):
-        result = step(number, stage)
+    def interrupt(number, stage, batch):
+        result = step(number, stage, batch)
         if number == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return result
@@ -145,7 +151,8 @@ def test_resuming_after_an_interruption_equals_the_uninterrupted_run(prepared, t
     logged = [json.loads(line) for line in (tmp_path / "part/metrics.jsonl").read_text().splitlines()]
     expected = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     for a, b in zip(logged, expected, strict=True):
-        assert {**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0}
+        timing = {"tokens_per_second": 0, "data_wait": 0}
+        assert a | timing == b | timing
 
 
 def test_an_interruption_while_scoring_costs_only_the_scoring(prepared, tmp_path, monkeypatch):
@@ -155,12 +162,11 @@ def test_an_interruption_while_scoring_costs_only_the_scoring(prepared, tmp_path
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    open_run(run)
     with monkeypatch.context() as patch:
-        patch.setattr("profuser.train.evaluate", interrupted)
+        patch.setattr("profuser.pipeline.evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(run)
-    assert not open_run(run)
+    assert not RunDirectory(run).complete()
     monkeypatch.setattr(Trainer, "_step", interrupted)  # no step is taken again
     assert train(run)["fused"]
 
@@ -171,7 +177,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_size(prepared, tmp_path):
     for size in (1, 3, 4):
         t = trainer(run, store, tmp_path / str(size), micro_batch_size=size, grad_clip=1e9)
         t.optimizer = torch.optim.SGD(t.fusion.parameters(), lr=1.0)
-        metrics = t._step(3, t.stages[1])
+        metrics = t._step(3, t.stages[1], t.steps.batch(3))
         after.append((weights(t), metrics))
     for other, metrics in after[1:]:
         assert metrics["loss"] == pytest.approx(after[0][1]["loss"], rel=1e-5)
@@ -184,9 +190,10 @@ def test_each_mode_is_normalised_by_its_own_tokens(prepared, tmp_path):
     _, run, store = prepared
     t = trainer(run, store, tmp_path / "n")
     stage = t.stages[1]
-    batch = [s for i in range(4) for s in t._instruction(0, i)]
+    step = stage.first
+    batch = [s for i in t.steps.instructions(step) for s in t.targets[i]]
     expected = 0.0
-    for mode, w in ((TRAIN, stage.train_weight), (1 - TRAIN, stage.infer_weight)):
+    for mode, w in ((Mode.TRAINING, stage.training_weight), (Mode.INFERENCE, stage.inference_weight)):
         ce = kd = n = 0.0
         for s in (s for s in batch if s.mode == mode):
             ids = torch.tensor(s.input_ids.astype("int64"))[None]
@@ -209,29 +216,33 @@ def test_each_mode_is_normalised_by_its_own_tokens(prepared, tmp_path):
                 rest = 1 - float(q[ids_].sum())
                 kd += tail * (torch.tensor(tail).log() - torch.tensor(rest).log()).item() if tail > 0 else 0.0
         expected += w * (ce + stage.beta * kd) / n
-    assert t._step(0, stage)["loss"] == pytest.approx(expected, rel=1e-4)
+    assert t._step(step, stage, t.steps.batch(step))["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_nan_in_a_source_stops_the_run_and_names_it(prepared, tmp_path):
+def test_a_nan_in_a_source_stops_the_run_and_names_it(prepared, tmp_path, monkeypatch):
     _, run, store = prepared
     t = trainer(run, store, tmp_path / "nan")
-    for s in t.targets.sequences:
-        s.entry_logprobs = s.entry_logprobs * float("nan")
+    sequence = t.targets.sequence
+    monkeypatch.setattr(
+        t.targets, "sequence", lambda n: replace(s := sequence(n), entry_logprobs=s.entry_logprobs * np.float16("nan"))
+    )
     with pytest.raises(NonFiniteError, match="training example"):
-        t._step(0, t.stages[0])
+        t._step(0, t.stages[0], t.steps.batch(0))
 
 
 def test_padding_and_batch_mates_do_not_change_a_sequences_loss(prepared):
-    from profuser.config import SourceConfig
-    from profuser.models import load_model
+    from profuser.models.load import load_model
+    from profuser.recipe.schema import SourceConfig
 
     _, run, store = prepared
     targets = Targets(store, "train")
     model = FusionModel(load_model(SourceConfig(name="g", model="demo:" + run.recipe.target), torch.float32)).eval()
-    sequences = targets.sequences[:6]
+    sequences = [targets.sequence(n) for n in range(6)]
+    ones = dict.fromkeys(Mode, 1.0)
 
     def losses(group):
-        batch = targets.collate(group, (1.0, 1.0), (1.0, 1.0), 0)
+        batch = collate(group, ones, ones, 0, targets.top_k)
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
         out = model(**batch, reduction="sum", return_stats=True)
         return (out["ce"] + out["kd"]).view(len(group), -1).sum(1)
 
@@ -289,7 +300,7 @@ def test_a_signal_keeps_what_was_finished_and_the_same_command_goes_on(tmp_path,
     }
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
-    assert Store.load(tmp_path / "store").complete
+    assert Store.open(tmp_path / "store").complete
     for name, written in times.items():
         assert (tmp_path / "store" / f"{name}.safetensors").stat().st_mtime_ns == written
     assert (tmp_path / "run/report.html").exists()
@@ -333,13 +344,15 @@ def test_without_any_training_example_left_the_run_says_so(prepared, tmp_path):
 def test_a_recipe_can_be_corrected_until_there_is_something_to_lose(prepared, tmp_path):
     _, run, _ = prepared
     first = replace(run, recipe=replace(run.recipe, output=str(tmp_path / "r"), seed=1))
-    assert not open_run(first)
-    assert not open_run(replace(first, recipe=replace(first.recipe, seed=2)))
+    RunDirectory(first).begin("fp32")
+    corrected = RunDirectory(replace(first, recipe=replace(first.recipe, seed=2)))
+    assert not corrected.complete()
+    corrected.begin("fp32")
     (tmp_path / "r/checkpoints/step-000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match="seed differ"):
-        open_run(replace(first, recipe=replace(first.recipe, seed=3)))
+        RunDirectory(replace(first, recipe=replace(first.recipe, seed=3))).complete()
     smaller = replace(first.recipe, seed=2, optim=replace(first.recipe.optim, micro_batch_size=1))
-    assert not open_run(replace(first, recipe=smaller))
+    assert not RunDirectory(replace(first, recipe=smaller)).complete()
 
 
 def test_the_fused_model_keeps_the_targets_dtype(finished):
@@ -396,7 +409,7 @@ def test_two_ranks_take_the_same_steps_as_one(prepared, tmp_path):
         lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
     for two, one in zip(*lines, strict=True):
         assert two.keys() == one.keys()
-        for key in ("loss", "ce_infer", "kd_train", "grad_norm"):
+        for key in ("loss", "ce_inference", "kd_training", "grad_norm"):
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (key, one["step"])
         if "eval" in one:

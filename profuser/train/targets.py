@@ -96,6 +96,8 @@ class Targets(Dataset[list[TargetSequence]]):
         return len(self._instructions) - 1
 
     def __getitem__(self, index: int) -> list[TargetSequence]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"instructions are numbered 0..{len(self) - 1}, got {index}")
         first, stop = self._instructions[index : index + 2]
         return [self.sequence(int(n)) for n in self._by_example[first:stop]]
 
