@@ -37,10 +37,11 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
         if is_main:
             preparation = Preparation(Inputs.open(run))
             announce("train", preparation, accelerator.num_processes, newest_step(directory.checkpoints))
-            preparation.run()
+            store = preparation.run()
             del preparation
         accelerator.wait_for_everyone()
-        store = Store.open(run.store_dir)
+        if not is_main:
+            store = Store.open(run.store_dir)
     with directory.timed("train", is_main):
         trainer = Trainer(recipe, store, directory.path, accelerator)
         trainer.train()

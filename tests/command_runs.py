@@ -15,6 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from profuser import cli
 from profuser.cli import main_of
 from profuser.recipe.places import resolve
 
@@ -31,9 +32,7 @@ schedule: simultaneous
 optim: { steps: 2, batch_size: 4, lr: 1.0e-3 }
 evaluation: { match: "profuser.demo.verify:exact_match" }
 """
-COMMANDS = {
-    name: importlib.import_module(f"profuser.{name}.__main__").main for name in ("prepare", "train", "evaluate", "report")
-}
+COMMANDS = {name: importlib.import_module(f"profuser.{name}.__main__").main for name in cli.COMMANDS}
 STORE = "runs/recipe-store"
 
 

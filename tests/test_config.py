@@ -71,6 +71,15 @@ def test_a_wrong_recipe_names_the_key(tmp_path, change, expected):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("stage", "new"),
+    [({"infer_weight": 1.0}, "inference_weight"), ({"train_weight": 1.0}, "training_weight")],
+)
+def test_an_old_spelling_names_the_new_one(tmp_path, stage, new):
+    with pytest.raises(ConfigError, match=f"{next(iter(stage))} is now called {new}"):
+        parse(tmp_path, MINIMAL | {"schedule": [stage]})
+
+
 @pytest.mark.parametrize("missing", ["sources", "target", "data"])
 def test_a_recipe_without_a_needed_key_says_which(tmp_path, missing):
     recipe = {k: v for k, v in MINIMAL.items() if k != missing}

@@ -88,3 +88,114 @@ def test_the_time_of_every_session_counts():
     code, _, err = run(*TRAIN)
     assert code == 0, err
     assert json.loads((RUN / "run.json").read_text())["seconds"]["prepare"] > 1000
+
+
+LOOKING = {
+    "train": TRAIN,
+    "evaluate": ("evaluate", str(RUN)),
+    "report": ("report", str(RUN)),
+    "doctor": ("doctor", "--config", "recipe.yaml"),
+    "store info": ("store", "info", STORE),
+    "store verify": ("store", "verify", STORE),
+}
+
+
+def store_files() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path(STORE).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", LOOKING)
+def test_looking_at_a_finished_run_leaves_every_byte_of_its_store(command):
+    before = store_files()
+    code, _, err = run(*LOOKING[command])
+    assert (code, err) == (0, "")
+    assert store_files() == before
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "report"])
+def test_looking_does_not_drop_what_newer_rules_or_another_judge_would_make_anew(command, monkeypatch):
+    monkeypatch.setattr("profuser.prepare.inputs.ALIGNMENT_RULES", 99)
+    monkeypatch.setattr("profuser.prepare.inputs.judge_fingerprint", lambda judge: "another")
+    before = store_files()
+    code, _, err = run(*LOOKING[command])
+    assert (code, err) == (0, "")
+    assert store_files() == before
+    code, out, err = run("prepare", "--config", "recipe.yaml")
+    assert code == 0, err
+    assert "voting again" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "shard"),
+    [
+        ("evaluate", "targets/heldout-00000.safetensors"),
+        ("evaluate", "responses/heldout-scholar-00000.json"),
+        ("report", "manifest.json"),
+        ("store verify", "winners/train-scholar-00000.safetensors"),
+    ],
+)
+def test_only_prepare_and_train_build_a_damaged_part_again(command, shard):
+    path = Path(STORE) / shard
+    path.write_bytes(path.read_bytes()[:-9])
+    before = store_files()
+    code, _, err = run(*LOOKING[command])
+    if command == "report":  # it reads the summary alone
+        assert code == 0
+    else:
+        assert code == 3
+        assert "profuser.prepare" in err
+        assert err.count("\n") == 1
+    assert store_files() == before
+    if shard != "manifest.json":
+        code, out, err = run("prepare", "--config", "recipe.yaml")
+        assert code == 0, err
+        assert "building it again" in out
+        assert run(*LOOKING[command])[0] == 0
+
+
+def test_a_run_of_an_older_schema_is_named_with_the_command_that_makes_it_anew():
+    record = json.loads((RUN / "run.json").read_text())
+    del record["schema"]
+    (RUN / "run.json").write_text(json.dumps(record))
+    for command in ("train", "evaluate", "report"):
+        code, _, err = run(*LOOKING[command])
+        assert code == 3
+        assert err.count("\n") == 1
+        assert "has schema 1, this version reads 2" in err
+        assert "python -m profuser.train --fresh" in err
+
+
+def test_a_store_of_an_older_schema_is_named_with_the_command_that_makes_it_anew():
+    path = Path(STORE) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 3}))
+    for command in ("train", "evaluate", "store info"):
+        code, _, err = run(*LOOKING[command])
+        assert code == 3
+        assert err.count("\n") == 1
+        assert "has schema 3, this version reads 4" in err
+        assert "python -m profuser.prepare --fresh" in err
+
+
+def test_a_run_goes_on_in_the_precision_that_it_was_begun_with(monkeypatch):
+    (RUN / "model.safetensors").unlink()
+    monkeypatch.setattr("profuser.pipeline.settled_precision", lambda name: "bf16" if name == "auto" else name)
+    code, _, err = run(*TRAIN)
+    assert code == 0, err
+    assert json.loads((RUN / "run.json").read_text())["precision"] == "fp32"
+
+
+def test_a_store_goes_on_in_the_arithmetic_that_it_was_begun_with(monkeypatch):
+    manifest = Path(STORE) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content["settings"]["sources"]["capture"]["dtype"] == "float32"
+    content["settings"]["sources"]["capture"]["dtype"] = "bfloat16"  # as begun on a GPU
+    manifest.write_text(json.dumps(content))
+    victim = Path(STORE) / "truth/train-scholar-00000.safetensors"
+    before = victim.read_bytes()
+    victim.unlink()
+    code, _, err = run("prepare", "--config", "recipe.yaml")
+    assert code == 0, err
+    assert victim.read_bytes() != before
+    code, _, err = run("prepare", "--config", "recipe.yaml", "--capture.dtype", "float32")
+    assert code == 2
+    assert "capture.dtype" in err

@@ -24,3 +24,10 @@ def announce(command: str, preparation: Preparation, processes: int = 1, first_s
         f"{torch.get_num_threads()} threads{ranks}; alignment: {ENGINE}; {time}",
         flush=True,
     )
+    align = recipe.align
+    if recipe.schedule == "fusellm" and (align.mode, align.min_ce_unit) != ("fusellm", "token"):
+        print(
+            f"schedule: fusellm keeps align.mode: {align.mode} and align.min_ce_unit: {align.min_ce_unit}; FuseLLM's own are "
+            "fusellm and token, as in profuser/recipes/fusellm.yaml",
+            flush=True,
+        )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from datetime import datetime
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +74,26 @@ def set_aside(path: Path) -> Path | None:
     return aside
 
 
-def sha256(data: bytes | mmap.mmap) -> str:
+def sha256(data: bytes | mmap) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def mapped(path: Path) -> mmap.mmap:
+def mapped(path: Path) -> mmap:
     """A file's bytes, read from the disk where they are looked at.
 
     Raises:
         OSError, ValueError: it is missing, or empty.
     """
     with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mmap(file.fileno(), 0, access=ACCESS_READ)
 
 
-def header_length(data: bytes | mmap.mmap) -> int:
+def header_length(data: bytes | mmap) -> int:
     """Length of a safetensors file's header with the 8 bytes in front that say it; at most the file's own length."""
     return min(8 + int.from_bytes(data[:8], "little"), len(data))
 
 
-def tensors_of(data: bytes | mmap.mmap) -> dict[str, np.ndarray]:
+def tensors_of(data: bytes | mmap) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file as read-only views of its bytes: nothing is copied.
 
     The header is JSON, name -> dtype, shape and data_offsets behind it (huggingface.co/docs/safetensors).

@@ -33,6 +33,11 @@ class Kind:
     def suffix(self) -> str:
         return ".json" if self.folder == "responses" else ".safetensors"
 
+    @property
+    def index(self) -> tuple[str, ...]:
+        """The columns that a reader needs of every shard before it reads any of them."""
+        return ("example", "mode", "offsets") if self.folder == "targets" else ()
+
     def shard(self, number: int) -> str:
         """A shard's name, which is its path in the store without the suffix."""
         of = f"-{self.of}" if self.of else ""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,8 @@ class Store:
     def put(self, kind: Kind, number: int, arrays: Mapping[str, np.ndarray], *, examples: int) -> None:
         """Write a shard of arrays. examples: how many it is about."""
         data = save_tensors({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-        self._put(kind.shard(number), data, {"header": sha256(data[: header_length(data)]), "examples": examples})
+        columns = {name: arrays[name] for name in kind.index}
+        self._put(kind.shard(number), data, {"index": index_digest(data, columns), "examples": examples})
 
     def put_json(self, kind: Kind, number: int, value: Any, *, examples: int) -> None:
         """Write a shard of texts."""
@@ -257,24 +259,25 @@ class Store:
         """A shard's texts; raises as `get` does."""
         return json.loads(self._bytes(kind.shard(number))[:])
 
-    def check_headers(self, kind: Kind) -> None:
-        """That the files of a kind have the length and the header that were written, without reading the rest.
+    def index(self, kind: Kind, number: int) -> dict[str, np.ndarray]:
+        """The index columns of a shard, mapped into memory; only they and the header are read and checked.
 
         Raises:
-            DataError: one has not.
+            DataError: the file is missing, or has another length, header or index than was written.
         """
-        for number in self.numbers(kind):
-            name = kind.shard(number)
-            entry, path = self._manifest["shards"][name], self._path(name)
-            try:
-                size = path.stat().st_size
-                with open(path, "rb") as file:
-                    start = file.read(8)
-                    header = start + file.read(min(int.from_bytes(start, "little"), size))
-            except OSError as error:
-                raise unreadable(path, error) from None
-            if size != entry["bytes"] or sha256(header) != entry["header"]:
-                raise differs(path)
+        name = kind.shard(number)
+        entry, path = self._manifest["shards"].get(name, {}), self._path(name)
+        try:
+            data = mapped(path)
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from None
+        try:
+            columns = {column: tensors_of(data)[column] for column in kind.index}
+        except (ValueError, KeyError, TypeError):
+            raise differs(path) from None
+        if len(data) != entry.get("bytes") or index_digest(data, columns) != entry.get("index"):
+            raise differs(path)
+        return columns
 
     def _put(self, name: str, data: bytes, facts: dict[str, Any]) -> None:
         write_atomic(self._path(name), data)
@@ -282,7 +285,7 @@ class Store:
         self._manifest["shards"][name] = {"sha256": sha256(data), "bytes": len(data), **facts}
         self._save()
 
-    def _bytes(self, name: str):
+    def _bytes(self, name: str) -> mmap:
         """A shard's file mapped into memory, once it has proved to be what was written."""
         entry, path = self._manifest["shards"].get(name), self._path(name)
         try:
@@ -297,9 +300,12 @@ class Store:
 
     def _intact(self, name: str) -> bool:
         try:
-            return sha256(mapped(self._path(name))) == self._manifest["shards"][name]["sha256"]
+            intact = sha256(mapped(self._path(name))) == self._manifest["shards"][name]["sha256"]
         except (OSError, ValueError):
             return False
+        if intact:
+            self._verified.add(name)
+        return intact
 
     def _drop(self, names: list[str]) -> None:
         """Take shards out of the manifest; they are made again."""
@@ -340,6 +346,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 f"store {directory}: the manifest must list shards, got {name!r}; it is not to be trusted, restore it"
             ) from None
     return manifest
+
+
+def index_digest(data: bytes | mmap, columns: Mapping[str, np.ndarray]) -> str:
+    """sha256 of a safetensors file's header and of its index columns."""
+    return sha256(b"".join([data[: header_length(data)], *(columns[name].tobytes() for name in sorted(columns))]))
 
 
 def differs(path: Path) -> DataError:

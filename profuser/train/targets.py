@@ -2,7 +2,7 @@
 
 What is held in memory is an index of a few bytes per sequence; the sequences themselves stay in the files, which are
 mapped read-only, so that they take page cache that other processes share and no memory of their own. At the start only
-the shards' headers are checked; a shard's sha256 is checked when something of it is first read.
+the shards' headers and index columns are checked; a shard's sha256 is checked when a sequence of it is first read.
 """
 
 from __future__ import annotations
@@ -66,27 +66,27 @@ class Targets(Dataset[list[TargetSequence]]):
     Attributes:
         sources: names, as `row_source` numbers them. top_k: K, the most entries that a row has.
     Raises:
-        DataError: a shard's file has another length or header than was written; when an item is read, another content.
+        DataError: a shard's file has another length, header or index than was written; when an item is read, another
+            content.
     """
 
     def __init__(self, store: Store, split: Split):
         kind = layout.targets(split)
-        store.check_headers(kind)
         settings = store.settings.sources
         self.sources: list[str] = settings["source_names"]
         self.top_k: int = settings["capture"]["top_k"]
         self._store, self._kind = store, kind
         self._numbers = store.numbers(kind)
         self._open: dict[int, dict[str, np.ndarray]] = {}
-        per_shard = [self._shard(n) for n in range(len(self._numbers))]
-        sizes = [len(shard["example"]) for shard in per_shard]
-        # The index: of every sequence its shard, its place there, its mode and its length.
-        self._shard_of = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        self._place = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes] or [np.zeros(0, np.int32)])
+        # Of every sequence its shard, its place there, its mode and its length.
+        indexes = [store.index(kind, number) for number in self._numbers]
+        sizes = [len(index["example"]) for index in indexes]
         nothing = [np.zeros(0, np.int64)]
-        self.modes = np.concatenate([shard["mode"] for shard in per_shard] or nothing)
-        self.lengths = np.concatenate([np.diff(shard["offsets"]) for shard in per_shard] or nothing)
-        examples = np.concatenate([shard["example"] for shard in per_shard] or nothing)
+        self._shard_of = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        self._place = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes] or nothing)
+        self.modes = np.concatenate([index["mode"] for index in indexes] or nothing)
+        self.lengths = np.concatenate([np.diff(index["offsets"]).astype(np.int32) for index in indexes] or nothing)
+        examples = np.concatenate([index["example"] for index in indexes] or nothing)
         # Instructions by ascending example; the sequences of one stay in the order in which they were written.
         self._by_example = np.argsort(examples, kind="stable")
         self._instructions = offsets_of(np.unique(examples, return_counts=True)[1])

@@ -1,0 +1,144 @@
+"""A store of any size with made-up targets, written as profuser.prepare writes one, and a training run over it.
+
+    python -m benchmarks.synthetic_store DIR INSTRUCTIONS [--steps N]
+
+prints as JSON what a trainer over it needs: seconds to start, memory of its own, and the share of a step that it waits for
+data. The target is the bundled guardian.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from profuser.ragged import offsets_of
+from profuser.recipe.parse import parse_run
+from profuser.recipe.schema import Recipe
+from profuser.store import layout
+from profuser.store.layout import TARGET_COLUMNS, shard_arrays
+from profuser.store.store import Store, StoreSettings
+
+SOURCES, TOP_K, VOCABULARY = 3, 10, 1152
+PROMPT_TOKENS, RESPONSE_TOKENS = 20, 200
+SHARD_SIZE = 4096
+SETTINGS = StoreSettings(
+    sources={
+        "source_names": ["a", "b", "c"],
+        "target": {"name": "guardian"},
+        "capture": {"top_k": TOP_K, "dtype": "float32"},
+    },
+    votes={"asked": [], "judges": {}},
+    targets={"mode": "bytes"},
+)
+
+
+def synthetic_shard(first: int, examples: int) -> dict[str, np.ndarray]:
+    """Targets of `examples` instructions in training mode, every source with a distribution of every response token."""
+    rng = np.random.default_rng(first)
+    tokens, rows = PROMPT_TOKENS + RESPONSE_TOKENS, SOURCES * RESPONSE_TOKENS
+    mask = np.zeros((examples, tokens), np.uint8)
+    mask[:, PROMPT_TOKENS:] = 1
+    entries = examples * rows * TOP_K
+    counts = {"skipped": (2, 6), "kinds": (2, SOURCES, 4), "covered": (2, SOURCES), "mapped_mass": (2, SOURCES)}
+    arrays = {
+        "example": np.arange(first, first + examples),
+        "mode": np.zeros(examples),
+        "response_bytes": np.full(examples, 4 * RESPONSE_TOKENS),
+        "source_ce": rng.uniform(0.3, 1.0, (examples, SOURCES)),
+        "offsets": offsets_of(np.full(examples, tokens)),
+        "row_offsets": offsets_of(np.full(examples, rows)),
+        "input_ids": rng.integers(10, VOCABULARY, examples * tokens),
+        "label_mask": mask.ravel(),
+        "row_position": np.tile(np.arange(PROMPT_TOKENS, tokens), examples * SOURCES),
+        "row_source": np.tile(np.repeat(np.arange(SOURCES), RESPONSE_TOKENS), examples),
+        "row_tail": np.full(examples * rows, 0.05),
+        "row_reliability": np.full(examples * rows, 255),
+        "entry_offsets": offsets_of(np.full(examples * rows, TOP_K)),
+        "entry_ids": rng.integers(10, VOCABULARY, entries),
+        "entry_logprobs": np.full(entries, np.log(0.95 / TOP_K)),
+        **{name: np.zeros(shape) for name, shape in counts.items()},
+        "reliability": np.zeros((2, SOURCES, 10)),
+    }
+    return shard_arrays(TARGET_COLUMNS, arrays, VOCABULARY)
+
+
+def make_store(directory: Path, instructions: int) -> Store:
+    """The store with so many instructions; one that is there already is kept."""
+    store = Store.build(directory, SETTINGS)
+    for number, first in enumerate(range(0, instructions, SHARD_SIZE)):
+        if not store.has(layout.targets("train"), number):
+            examples = min(SHARD_SIZE, instructions - first)
+            store.put(layout.targets("train"), number, synthetic_shard(first, examples), examples=examples)
+    store.finish()
+    return store
+
+
+def demo_recipe(steps: int) -> Recipe:
+    """The demo's target and batch, for the training mode alone."""
+    recipe = parse_run("train", []).recipe
+    optim = replace(recipe.optim, steps=steps, log_every=1, eval_every=0, checkpoint_every=0)
+    return replace(recipe, judges=[], schedule="fusellm", optim=optim)
+
+
+def private_bytes() -> int:
+    """Memory of this process and its children that is theirs alone: no file that is mapped, no page of the parent's."""
+    pids = [os.getpid(), *map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())]
+    total = 0
+    for pid in pids:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        fields = {name: int(rest[0]) for name, *rest in map(str.split, lines[1:])}
+        total += 1024 * (fields["Private_Dirty:"] if pid != os.getpid() else fields["Anonymous:"])
+    return total
+
+
+def measure(directory: Path, instructions: int, steps: int) -> dict[str, float]:
+    """Train for a few steps over the store; the files were read once before, as after a first verification."""
+    from accelerate import Accelerator
+    from profuser.train.loop import Trainer
+
+    store = make_store(directory / "store", instructions)
+    verifying = time.monotonic()
+    assert not store.damaged()
+    begin = time.monotonic()
+    trainer = Trainer(demo_recipe(steps), Store.open(store.directory), directory, Accelerator(cpu=True))
+    seen: dict[str, float] = {}
+    step = trainer._step
+
+    def watched(number, stage, batch):
+        seen.setdefault("start_seconds", time.monotonic() - begin)
+        # Before the first step, too: what a forward pass takes and gives back varies by more than the data.
+        seen.setdefault("private_mib_at_start", private_bytes() / 2**20)
+        seen["private_mib_at_end"] = private_bytes() / 2**20
+        return step(number, stage, batch)
+
+    trainer._step = watched
+    trainer.train()
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    waits = sorted(line["data_wait"] for line in lines[1:])
+    return {
+        "instructions": instructions,
+        "store_mib": sum(total.bytes for total in store.totals()) / 2**20,
+        "verify_seconds": begin - verifying,
+        **seen,
+        "data_wait_median": waits[len(waits) // 2],
+        "data_wait_mean": sum(waits) / len(waits),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic_store", description="Training over a large store.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("instructions", type=int)
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args()
+    args.directory.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(measure(args.directory, args.instructions, args.steps)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Imports point one way: the rooms of the package stand on floors, and a room imports only from the floors below its own.
+
+A room is a folder of profuser/ or a module beside them; a command's front door, its __main__.py, is a room of its own.
+Imports inside functions count, too.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FLOORS = (
+    ("errors", "kernels", "environment", "ragged", "progress"),
+    ("loss", "recipe", "text"),
+    ("models", "store"),
+    ("alignment", "fusion_model"),
+    ("prepare", "train"),
+    ("evaluate", "report", "doctor"),
+    ("pipeline", "cli"),
+    ("demo", "experiments"),
+    ("front doors",),
+)
+"""From the ground up. Rooms of one floor do not import each other: prepare and train meet in a store."""
+
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+Arrow = tuple[str, str]
+"""A module and one that it imports, by their full names."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its full name."""
+    found = {}
+    for path in [*ROOT.glob("profuser/**/*.py"), *ROOT.glob("kernels/*.py")]:
+        if path.is_relative_to(ROOT / "profuser/kernels"):  # the link to the folder at the top
+            continue
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = ("profuser", *parts) if parts[0] == "kernels" else parts
+        found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imported(name: str, path: Path) -> Iterator[str]:
+    """The full names that a module imports, whether they are modules or what is in them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split(".")[: -node.level] if node.level else []
+            module = ".".join([*package, *(node.module or "").split(".")]).strip(".")
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def arrows() -> set[Arrow]:
+    """All imports among the package's own modules. The package itself is left out: it imports on demand."""
+    known = modules()
+    return {
+        (name, other)
+        for name, path in known.items()
+        for other in imported(name, path)
+        if other in known and "profuser" not in (name, other)
+    }
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return "front doors" if parts[-1] == "__main__" else parts[1]
+
+
+def points_up(arrow: Arrow) -> bool:
+    """Whether an import leaves its room for one that is not on a lower floor."""
+    inside, outside = map(room, arrow)
+    return inside != outside and FLOOR_OF[outside] >= FLOOR_OF[inside]
+
+
+def test_every_room_stands_on_a_floor():
+    assert {room(name) for name in modules() if name != "profuser"} == set(FLOOR_OF)
+
+
+def test_imports_point_downwards():
+    assert not sorted(filter(points_up, arrows()))
+
+
+def test_an_arrow_that_is_turned_round_is_noticed():
+    crossing = [(a, b) for a, b in arrows() if room(a) != room(b)]
+    assert len(crossing) > 100
+    assert all(points_up((b, a)) for a, b in crossing)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    of: dict[str, set[str]] = {}
+    for a, b in arrows():
+        of.setdefault(a, set()).add(b)
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in sorted(of.get(module, ())):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in sorted(of):
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", ["profuser.loss", "profuser.fusion_model", "profuser.kernels.source_topk"])
+def test_the_drop_ins_know_nothing_of_recipes_and_stores(module):
+    of: dict[str, set[str]] = {}
+    for a, b in arrows():
+        of.setdefault(a, set()).add(b)
+    reached, waiting = set(), [module]
+    while waiting:
+        waiting.extend(of.get(waiting.pop(), set()) - reached)
+        reached.update(waiting)
+    assert not {room(name) for name in reached} & {"recipe", "store", "text", "alignment", "prepare", "train"}
+
+
+TRAIN_EXTRA = ("accelerate", "datasets", "jsonargparse", "matplotlib", "pandas", "psutil", "pyarrow", "rapidfuzz")
+"""What it brings, but for what torch and transformers need as well (jinja2, PyYAML, tqdm)."""
+
+
+def run_without_the_train_extra(code: str) -> subprocess.CompletedProcess:
+    """A program in a process where what `profuser[train]` brings cannot be imported."""
+    program = f"import sys; sys.modules.update(dict.fromkeys({TRAIN_EXTRA}))\n{textwrap.dedent(code)}"
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", ["fused_linear_fusion_loss", "FusedLinearFusionLoss", "source_topk", "IGNORE_INDEX"])
+def test_the_loss_alone_imports_nothing_but_torch(name):
+    result = run_without_the_train_extra(f"""
+        from profuser import {name}
+        assert "transformers" not in sys.modules
+        print(sorted(m for m in sys.modules if m.startswith("profuser.")))
+    """)
+    assert result.returncode == 0, result.stderr
+    assert all(word not in result.stdout for word in ("recipe", "store", "text", "models", "alignment"))
+
+
+@pytest.mark.parametrize("name", ["FusionModel", "align", "prefix_ranges"])
+def test_the_other_public_names_need_no_train_extra(name):
+    result = run_without_the_train_extra(f"from profuser import {name}")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "report", "doctor"])
+def test_a_command_on_a_light_install_names_the_extra(command):
+    arguments = {"report": [str(ROOT)], "doctor": ["--config", "profuser/recipes/demo.yaml"]}.get(command, [])
+    result = run_without_the_train_extra(f"""
+        sys.argv = ["profuser", {command!r}, *{arguments!r}]
+        from profuser.cli import main
+        main()
+    """)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "pip install 'profuser[train]'" in result.stderr
+
+
+def test_the_package_lists_its_public_names():
+    import profuser
+
+    assert set(profuser.__all__) <= set(dir(profuser))
+    with pytest.raises(AttributeError, match="no attribute 'fuse'"):
+        profuser.fuse  # noqa: B018
