@@ -1,5 +1,6 @@
 // Alignment of two tokenizations of one response, on bytes. Knows nothing of models, tokenizers or Python;
-// bindings.cpp is the only file that does. The oracle of every function is its Python twin in profuser/align.py.
+// bindings.cpp is the only file that does. The oracle of every function is its Python twin in
+// profuser/alignment/spans.py.
 //
 // Spans are [begin, end) byte offsets relative to the response, in token order; begins below 0 (template, dummy space) are
 // clipped at 0.
@@ -10,7 +11,7 @@
 
 namespace profuser {
 
-// The order is that of KINDS in profuser/align.py.
+// The order is that of KINDS in profuser/alignment/types.py.
 enum Kind : std::uint8_t { kSameSpan = 0, kSharedPrefix = 1, kInside = 2, kSkipped = 3 };
 
 struct Spans {

@@ -1,30 +1,31 @@
 """Alignment of one source's distributions to the target's tokens, on bytes: only where the prefixes agree.
 
-This is the plain-Python oracle of `engine.py`, and stands in for it where the extension was not built.
+This is the plain-Python oracle of `engine.py`, and stands in for it where the extension was not built. Its rules are
+numbered here and cited by number elsewhere.
 
-Target token t covers the bytes [a_t, e_t) of the response, source token j covers [b_j, f_j). Where a_t = b_j both
-models condition on the same bytes, so what the source says of its token j is a statement about the target's token t:
+Target token t covers the bytes [a_t, e_t) of the response, source token j covers [b_j, f_j).
 
-- candidates are the source's top k of j and its own token, of exact mass 1;
-- where t begins inside a source token (b_j < a_t < f_j) they are the tokens that begin with the bytes [b_j, a_t): the
-  capture holds the exact mass of all of them, and the top k of these. One of exactly these bytes ends where t begins, so
-  what follows it is unknown: tail;
-- a candidate counts for the token that the target's tokenizer would really put at a_t: (true text from the start of the
-  current pre-token to a_t) + (the candidate's bytes from there) is tokenised. If an earlier token changes, the candidate
-  cannot follow the target's prefix and is dropped;
-- while the source's own token ends before e_t it is replaced by the next position's candidates, their mass times its
-  probability; the last own token of that path counts for the gold token;
-- end of turn counts for end of turn by role; control tokens stay in the tail, and so does what ends inside a character,
-  unless the target has a token of exactly these bytes and none that goes on from them;
-- bytes before the response: a source's are a prefix like [b_j, a_t), the target's stand before every candidate.
-
-Mass, per aligned position, in the source's probabilities: kept + tail + dropped = exact mass, where the tail is what the
-source's top k left out, what counts for no token, and what falls out of the K entries kept here. Stored is the conditional
-on the prefix being possible at all: with possible = exact - dropped, logprobs = log(kept / possible), tail / possible and
-reliability = possible / exact; so sum(exp(logprobs)) + tail = 1.
-
-The source's template tokens between response and end of turn are taken as given. A position whose source token has a
-dummy space of its own in the middle of the response, after the first, is skipped.
+1. Shared prefix. Where a_t = b_j both models condition on the same bytes, so what the source says of its token j is a
+   statement about the target's token t. The candidates are the source's top k of j and its own token; their exact mass,
+   with everything else that the source could say, is 1.
+2. Inside a source token. Where b_j < a_t < f_j the candidates are the tokens that begin with the bytes [b_j, a_t). The
+   capture holds the exact mass of all of them and the top k of these. A token of exactly these bytes ends where t begins;
+   what would follow it is unknown, so its mass is tail.
+3. What a candidate counts for. The true text from the start of the current pre-token to a_t is followed by the candidate's
+   bytes from there and tokenised, and the candidate counts for the token that the target's tokenizer puts at a_t. If an
+   earlier token changes, the candidate cannot follow the target's prefix: it is dropped, with its mass. A candidate that
+   ends inside a character stays in the tail, unless the target has a token of exactly these bytes and none that goes on
+   from them. End of turn counts for end of turn by role; every other control token stays in the tail.
+4. The gold path. While the source's own token ends before e_t it is replaced by the next position's candidates, their mass
+   times its probability. The last own token of that path counts for the gold token.
+5. Mass. At every aligned position kept + tail + dropped = exact mass, in the source's probabilities. The tail is what the
+   source's top k left out, what counts for no token, and what falls out of the K entries that are kept. Stored is the
+   conditional on the prefix being possible at all: with possible = exact - dropped, the log-probabilities are
+   log(kept / possible), the tail is tail / possible, and reliability is possible / exact. So sum(exp(logprobs)) + tail = 1.
+6. Ends. Bytes before the response that belong to its first token are a prefix as in rule 2 if the source's token has them,
+   and stand before every candidate if the target's has. The source's template tokens between response and end of turn
+   are taken as given. A position whose source token has a dummy space of its own in the middle of the response, after
+   the first, is skipped.
 """
 
 from __future__ import annotations

@@ -1,0 +1,115 @@
+"""The reference of the recipe as a Markdown page, from the dataclasses and the texts under their fields.
+
+    python -m profuser.recipe.reference > docs/recipe.md
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from profuser.recipe.schema import Recipe
+
+INTRODUCTION = """\
+# The recipe
+
+A recipe is a YAML file. Every command takes it with `--config`, and single keys beside it, for instance `--optim.lr 5e-6`.
+An unknown key is an error. `python -m profuser.recipe.reference` makes this page from `profuser/recipe/schema.py`.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a group, as a reader sees it."""
+
+    name: str
+    kind: str
+    default: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A mapping of keys: its place in a recipe ("" for the top level), and the dataclass that checks it."""
+
+    place: str
+    config: type
+
+    @property
+    def text(self) -> str:
+        return " ".join((self.config.__doc__ or "").split())
+
+    @property
+    def keys(self) -> list[Key]:
+        kinds, texts = get_type_hints(self.config), texts_of(self.config)
+        return [
+            Key(field.name, in_words(kinds[field.name]), default_of(field), texts.get(field.name, ""))
+            for field in fields(self.config)
+        ]
+
+
+def groups() -> Iterator[Group]:
+    """The top level of a recipe, then the groups and lists of groups in it."""
+    yield Group("", Recipe)
+    for name, kind in get_type_hints(Recipe).items():
+        for part in (kind, *get_args(kind)):
+            element = get_args(part)[0] if get_origin(part) is list else part
+            if is_dataclass(element):
+                yield Group(name if element is part is kind else f"{name}[]", element)
+
+
+def texts_of(config: type) -> dict[str, str]:
+    """The text under each field, which Python itself does not keep."""
+    (node,) = ast.parse(inspect.getsource(config)).body
+    assert isinstance(node, ast.ClassDef)
+    texts = {}
+    for statement, following in zip(node.body, node.body[1:]):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            texts[ast.unparse(statement.target)] = " ".join(str(ast.literal_eval(following.value)).split())
+    return texts
+
+
+def in_words(kind: Any) -> str:
+    """A type as a reader of recipes would say it."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(in_words, inner))
+    if origin in (list, tuple):
+        return f"list of {'mappings' if is_dataclass(inner[0]) else in_words(inner[0])}"
+    if is_dataclass(kind):
+        return "mapping"
+    return {type(None): "null", str: "text", bool: "true, false", float: "number", int: "whole number"}[kind]
+
+
+def default_of(field: Field) -> str:
+    if field.default is MISSING:
+        return "required" if field.default_factory is MISSING else ""
+    if field.default is None or isinstance(field.default, bool):
+        return {None: "null", True: "true", False: "false"}[field.default]
+    if isinstance(field.default, tuple):
+        return f"[{', '.join(map(str, field.default))}]"
+    return f"{field.default:.4g}" if isinstance(field.default, float) else str(field.default)
+
+
+def page() -> str:
+    by_place = {group.place.removesuffix("[]"): group for group in groups()}
+    parts = [INTRODUCTION]
+    for group in groups():
+        parts.append(f"## {group.place or 'Top level'}\n\n{group.text}\n\n| key | value | default | |\n|---|---|---|---|")
+        for key in group.keys:
+            text = key.text
+            if not group.place and (inner := by_place.get(key.name)) is not None:
+                text = f"{text or inner.text} Keys: [{inner.place}](#{key.name})."
+            parts[-1] += f"\n| `{key.name}` | {key.kind} | {key.default} | {text} |"
+        parts[-1] += "\n"
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
