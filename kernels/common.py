@@ -1,4 +1,4 @@
-"""What the ops share: the label to ignore, argument checks, chunk sizes, and the head applied to a chunk of rows.
+"""What the ops share: the label to ignore, argument checks, chunk sizes, and the cross-entropy of sums.
 
 Shape checks read no tensor values, so they are free on a GPU and pass through torch.compile; value checks read the
 data and therefore run inside an op's own implementation.
@@ -8,7 +8,6 @@ Dimension letters: N rows, D hidden, V vocabulary.
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -182,54 +181,6 @@ def chunk_rows_gpu(
     if max_chunk_bytes is not None:
         chunk = min(chunk, max_chunk_bytes // (vocabulary * 4))
     return max(1, min(chunk, rows))
-
-
-class Head:
-    """The language-model head in the compute dtype, applied to chunks of at most `chunk` rows.
-
-    A weight of another dtype is upcast block by block, so that no second [V, D] copy exists.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        chunk: int,
-        softcap: float | None,
-        logit_scale: float,
-    ):
-        self.weight, self.dtype, self.softcap, self.logit_scale = weight, dtype, softcap, logit_scale
-        self.bias = None if bias is None else bias.to(dtype)
-        vocabulary, width = weight.shape
-        # A block is no larger than the chunk's logits; 64 rows keep the GEMM a GEMM.
-        self.block = vocabulary if weight.dtype == dtype else min(vocabulary, max(64, chunk * vocabulary // width))
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        for begin in range(0, self.weight.shape[0], self.block):
-            columns = slice(begin, begin + self.block)
-            yield columns, self.weight[columns].to(self.dtype)
-
-    def logits_into(self, logits: Tensor, hidden: Tensor, slope: Tensor | None = None) -> Tensor:
-        """Writes softcap·tanh(logit_scale·(hidden Wᵀ + bias)/softcap) into `logits` (C, V) and returns it; into `slope` the
-        softcap's derivative, from the tanh itself: (z/softcap)² would have lost the digits of 1 - tanh²."""
-        for columns, weight in self.blocks():
-            torch.mm(hidden, weight.t(), out=logits[:, columns])  # out=, in-place: autocast leaves the operands alone
-        if self.bias is not None:
-            logits.add_(self.bias)
-        if self.softcap is None:
-            return logits if self.logit_scale == 1.0 else logits.mul_(self.logit_scale)
-        logits.mul_(self.logit_scale / self.softcap).tanh_()
-        if slope is not None:
-            torch.mul(logits, logits, out=slope).neg_().add_(1)
-        return logits.mul_(self.softcap)
-
-    def pull_back(self, grad_logits: Tensor) -> Tensor:
-        """(C, V) gradient of hidden Wᵀ + bias → (C, D) gradient of hidden."""
-        grad = grad_logits.new_zeros(grad_logits.shape[0], self.weight.shape[1])
-        for columns, weight in self.blocks():
-            grad.addmm_(grad_logits[:, columns], weight)
-        return grad
 
 
 def cross_entropy_from_sums(others: Tensor, gold: Tensor, gold_below_max: Tensor) -> Tensor:

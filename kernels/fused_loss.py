@@ -21,12 +21,12 @@ from .common import (
     LOWEST,
     MASS_SLACK,
     TAIL_SLACK,
-    Head,
     check_label_values,
     chunk_rows,
     compute_dtype,
     cross_entropy_from_sums,
 )
+from .head import ChunkedHead, Head
 
 TINY = 1e-38
 
@@ -243,7 +243,7 @@ def fused_loss_torch(
         b = torch.where(kept.present, b, 0)
 
     C = chunk_rows(n, V, dtype.itemsize, chunk_size, max_chunk_bytes)
-    head = Head(weight, bias, dtype, C, softcap, logit_scale)
+    head = ChunkedHead(Head(weight, bias, softcap, logit_scale), dtype, C)
     need_grad = grad_hidden or grad_weight or grad_bias
     scratch = hidden.new_empty(min(C, n), V, dtype=dtype)
     # The softmax at T and tanh's derivative are further [C, V] buffers, only where they are needed.

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .common import (
     IGNORE_INDEX,
-    Head,
     check_device,
     check_head,
     check_label_values,
@@ -24,6 +23,7 @@ from .common import (
     compute_dtype,
     cross_entropy_from_sums,
 )
+from .head import ChunkedHead, Head
 
 TRITON_MAX_K = 128  # more candidates do not fit a program's registers
 TRITON_CHUNK_ROWS = 2048  # fewer leave part of a large GPU idle in every chunk's GEMM
@@ -75,18 +75,19 @@ def source_topk(
     """
     check_scalars(temperature, softcap, logit_scale, chunk_size)
     check_head(hidden, weight, labels, bias)
+    head = Head(weight, bias, softcap, logit_scale)
     dtype, vocabulary = compute_dtype(hidden, weight), weight.shape[0]
     _check_shapes(labels, k, vocabulary, vocab_map, ranges)
     with torch.no_grad():
         if not _use_triton(impl, hidden.device, dtype, k):
             _check_values(labels, vocabulary, vocab_map)
             chunk = chunk_rows(hidden.shape[0], vocabulary, dtype.itemsize, chunk_size)
-            head = Head(weight, bias, dtype, chunk, softcap, logit_scale)
+            chunked = ChunkedHead(head, dtype, chunk)
             scratch = hidden.new_empty(chunk, vocabulary, dtype=dtype)
 
             def logits(rows: slice) -> Tensor:
                 h = hidden[rows].to(dtype)
-                return head.logits_into(scratch[: h.shape[0]], h)
+                return chunked.logits_into(scratch[: h.shape[0]], h)
 
             found = _topk(logits, labels, k, temperature, chunk, _listed_ranges(ranges, labels, vocabulary))
         else:
@@ -145,7 +146,7 @@ def _fp32_logits(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[slice]
     """Raw fp32 logits of a slice of rows, (C, W): W is V rounded up, so that every row starts on a 64-byte boundary."""
     vocabulary = weight.shape[0]
     scratch = hidden.new_empty(chunk, -(-vocabulary // 16) * 16, dtype=torch.float32)
-    head = Head(weight, None, torch.float32, chunk, None, 1.0)
+    chunked = ChunkedHead(Head(weight), torch.float32, chunk)
     tensor_cores = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
 
     def logits(rows: slice) -> Tensor:
@@ -154,7 +155,7 @@ def _fp32_logits(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[slice]
         if tensor_cores:  # bf16 or fp16 operands, fp32 sums and results
             torch.mm(h, weight.t(), out_dtype=torch.float32, out=z[:, :vocabulary])
         else:
-            head.logits_into(z[:, :vocabulary], h.float())
+            chunked.logits_into(z[:, :vocabulary], h.float())
         return z
 
     return logits

@@ -19,8 +19,9 @@ from profuser.alignment.ranges import RangeRequest
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.chat import Encoded
+from profuser.kernels.head import Head
 from profuser.kernels.source_topk import source_topk
-from profuser.models import Head, hidden_states
+from profuser.models import hidden_states
 from profuser.store import id_dtype
 
 REASONS = (

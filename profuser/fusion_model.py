@@ -16,7 +16,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel
 from profuser.errors import DataError
 from profuser.kernels.common import IGNORE_INDEX, check_scalars
 from profuser.loss import check_options, fused_linear_fusion_loss
-from profuser.models import Head, evaluating, head_layer, hidden_states
+from profuser.models import evaluating, head_layer, head_of, hidden_states
 
 # What collators that flatten a batch may add for the attention; passed on to the model.
 FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -49,7 +49,7 @@ class FusionModel(nn.Module):
         super().__init__()
         check_scalars(temperature, None, 1.0, None)
         check_options(tail, "mean", None, beta, None, None)
-        head = Head.of(model)
+        head = head_of(model)
         if getattr(model.config.get_text_config(), "output_router_logits", False):
             raise DataError(
                 f"a model's loss must be its cross-entropy, {type(model).__name__} adds its router's (output_router_logits); set "

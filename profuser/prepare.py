@@ -45,12 +45,13 @@ from profuser.config import Recipe, Run, parse_run, target_config
 from profuser.data import data_hash, load_examples
 from profuser.errors import ConfigError, DataError
 from profuser.estimate import expected, sentence
+from profuser.kernels.head import Head
 from profuser.models import (
-    Head,
     chat_format,
     check_vocabulary,
     default_device,
     fingerprint,
+    head_of,
     load_model,
     load_tokenizer,
     runtime_dtype,
@@ -180,7 +181,7 @@ class Preparation:
             if not truth and not answers:
                 continue
             model = load_model(source, runtime_dtype(self.recipe.capture.dtype, self.device), self.device)
-            head = Head.of(model)
+            head = head_of(model)
             check_vocabulary(source.name, self.chats[source.name], head.weight)
             with Progress(f"{source.name}: score the ground truth", examples_in(truth), "examples") as bar:
                 for split, name, part in truth:
@@ -285,7 +286,7 @@ class Preparation:
             if not missing:
                 continue
             model = load_model(source, runtime_dtype(self.recipe.capture.dtype, self.device), self.device)
-            head = Head.of(model)
+            head = head_of(model)
             with Progress(f"{source.name}: capture the responses that won", examples_in(missing), "prompts") as bar:
                 for name, part in missing:
                     rows, candidates = self.splits["train"][part], self.candidates(part)

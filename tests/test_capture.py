@@ -11,7 +11,7 @@ from profuser.alignment.vocab_map import ByteOrder
 from profuser.capture import capture, label_positions, pack_captures, unpack_captures
 from profuser.config import GenerationConfig as RecipeGeneration
 from profuser.config import SourceConfig
-from profuser.models import Head, chat_format, load_model
+from profuser.models import chat_format, head_of, load_model
 from profuser.responses import generate
 
 PAIRS = [
@@ -38,7 +38,7 @@ def captured(source) -> tuple[list, list[int], dict]:
         ranges_needed(target.token_bytes, target.encode(p, r), chat.token_bytes, e, order)
         for (p, r), e in zip(PAIRS, encoded)
     ]
-    return encoded, sizes, dict(capture(model, Head.of(model), encoded, sizes, ranges, order, top_k=5, batch_size=2))
+    return encoded, sizes, dict(capture(model, head_of(model), encoded, sizes, ranges, order, top_k=5, batch_size=2))
 
 
 def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_turn(source):
