@@ -23,11 +23,13 @@ from .kernels.common import (
     compute_dtype,
 )
 from .kernels.fused_loss import fused_loss
+from .kernels.fused_loss_types import Operands, Options
+from .kernels.tails import BUCKET, TAILS
 
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
-TAILS = ("bucket", "renormalize")
 REDUCTIONS = ("mean", "sum", "none")
+STATS = ("ce", "kd", "source_mass", "target_mass", "winner")
 
 
 def fused_linear_fusion_loss(
@@ -45,7 +47,7 @@ def fused_linear_fusion_loss(
     kd_weight: Tensor | None = None,
     beta: float | None = None,
     temperature: float = 1.0,
-    tail: str = "bucket",
+    tail: str = BUCKET,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -127,32 +129,44 @@ def fused_linear_fusion_loss(
         if value is not None and value.requires_grad:
             raise ValueError(f"{name} must not require grad: only hidden, weight and bias get one; detach it")
 
-    ce_weight = torch.ones(rows, dtype=dtype, device=hidden.device) if ce_weight is None else ce_weight.to(dtype)
+    if ce_weight is None:
+        ce_weight = torch.ones(rows, dtype=dtype, device=hidden.device)
+    ce_weight = ce_weight.to(dtype)
     if kd_weight is None:
         kd_weight = ce_weight * (DEFAULT_BETA if beta is None else beta)
-    tracked = torch.is_grad_enabled()
-    # Per-row gradients need each row's grad_output, so that forward computes none.
-    in_forward = tracked and reduction != "none"
-    loss, _, _, _, ce, kd, source_mass, target_mass, winner = fused_loss(
-        hidden,
-        weight,
-        bias,
-        labels,
-        *(source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens),
-        ce_weight,
-        kd_weight,
-        float(temperature),
-        tail == "bucket",
-        None if softcap is None else float(softcap),
-        float(logit_scale),
-        reduction == "none",
-        in_forward and hidden.requires_grad,
-        in_forward and weight.requires_grad,
-        in_forward and bias is not None and bias.requires_grad,
-        chunk_size,
-        max_chunk_bytes,
-        impl,
+    per_row = reduction == "none"
+    # Forward computes no gradient for rows that each have a grad_output of their own: backward does.
+    in_forward = torch.is_grad_enabled() and not per_row
+    outputs = fused_loss(
+        Operands(
+            hidden=hidden,
+            weight=weight,
+            labels=labels,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            bias=bias,
+            source_ids=source_ids,
+            source_logprobs=source_logprobs,
+            source_tail=source_tail,
+            source_ce=source_ce,
+            source_index=source_index,
+            cu_seqlens=cu_seqlens,
+        ),
+        Options(
+            temperature=float(temperature),
+            tail=tail,
+            softcap=None if softcap is None else float(softcap),
+            logit_scale=float(logit_scale),
+            per_row=per_row,
+            grad_hidden=in_forward and hidden.requires_grad,
+            grad_weight=in_forward and weight.requires_grad,
+            grad_bias=in_forward and bias is not None and bias.requires_grad,
+            chunk_size=chunk_size,
+            max_chunk_bytes=max_chunk_bytes,
+            impl=impl,
+        ),
     )
+    loss = outputs.loss
     if reduction == "mean":
         # Outside the op, so that autograd carries the divisor to backward; a step without rows is 0/1.
         if num_items_in_batch is None:
@@ -163,9 +177,7 @@ def fused_linear_fusion_loss(
             loss = loss / max(num_items_in_batch, 1)
     if not return_stats:
         return loss
-    return loss, {
-        "ce": ce, "kd": kd, "source_mass": source_mass, "target_mass": target_mass, "winner": winner
-    }  # fmt: skip
+    return loss, {name: getattr(outputs, name) for name in STATS}
 
 
 def check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes) -> None:
@@ -235,13 +247,13 @@ def _check_sources(
         )
     if not source_logprobs.dtype.is_floating_point:
         raise ValueError(f"source_logprobs must be floating point, got {source_logprobs.dtype}; give natural logs")
-    if source_logprobs.dtype == torch.bfloat16 and tail == "bucket" and source_tail is None:
+    if source_logprobs.dtype == torch.bfloat16 and tail == BUCKET and source_tail is None:
         raise ValueError(
             "source_logprobs must be float16 or wider where the bucket is what they lack of 1, got torch.bfloat16, which "
             "moves it by up to 0.0035; take log_softmax of logits.float(), or give source_tail"
         )
     if source_tail is not None:
-        if tail != "bucket":
+        if tail != BUCKET:
             raise ValueError(f"source_tail needs tail='bucket', got {tail!r}; drop it: renormalizing divides it out")
         if source_tail.shape != shape[:2]:
             fix = "unsqueeze(0) that of a single source" if source_tail.dim() == 1 else "sum over K"
@@ -290,7 +302,7 @@ class FusedLinearFusionLoss(nn.Module):
         *,
         beta: float | None = None,
         temperature: float = 1.0,
-        tail: str = "bucket",
+        tail: str = BUCKET,
         softcap: float | None = None,
         logit_scale: float = 1.0,
         reduction: str = "mean",
