@@ -96,7 +96,7 @@ def choose_winner(operands: Operands) -> Winner:
 
     if operands.source_ids is None:
         return Winner(chosen, None)
-    if chosen.shape[0] != sequences:  # given by row
+    if chosen.shape[0] != sequences:  # source_index names one per row
         return Winner(chosen, chosen)
     if sequences == 1:
         return Winner(chosen, chosen.expand(rows))
@@ -106,7 +106,7 @@ def choose_winner(operands: Operands) -> Winner:
     return Winner(chosen, torch.nn.functional.pad(chosen, (0, 1), value=-2)[sequence_of_row])
 
 
-# The op as torch.library knows it
+# The op as torch.library knows it: flat arguments, flat results
 
 
 def _forward(*arguments):
@@ -176,7 +176,7 @@ def _of_every_argument(gradients: dict[str, Tensor]) -> tuple[Tensor | None, ...
 
 
 def _recomputed(operands: Operands, options: Options, needed: list[str], grad_loss: Tensor) -> dict[str, Tensor]:
-    """The gradients of Σ grad_loss · loss of the row: those of the op once more, with grad_loss in the rows' weights."""
+    """The gradients of Σ grad_loss · loss over the rows: the op runs once more, with grad_loss in the rows' weights."""
     operands = Operands(*(None if x is None else x.detach() for x in operands))
     operands = operands._replace(ce_weight=operands.ce_weight * grad_loss, kd_weight=operands.kd_weight * grad_loss)
     asked_for = {f"grad_{name}": name in needed for name in DIFFERENTIABLE}
@@ -186,8 +186,8 @@ def _recomputed(operands: Operands, options: Options, needed: list[str], grad_lo
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · grad_loss in a new tensor, because a second backward may follow.
 
-    The product is formed in the loss's dtype: a grad_output of 1/N that is rounded to bf16 scales all of the gradient wrongly.
-    It is written in its final dtype: an fp32 product as large as the head would be one copy too many.
+    The product is formed in the loss's dtype: a grad_output of 1/N, rounded to bf16, would scale the whole gradient wrongly.
+    The product is written in its final dtype: an fp32 one as large as the head would be one copy too many.
     """
     out = torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient.to(grad_loss.dtype), grad_loss.detach(), out=out)

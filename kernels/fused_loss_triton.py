@@ -1,11 +1,17 @@
-"""The Triton path of the fused loss: launches the kernels chunk by chunk, between the three GEMMs.
+"""The Triton path of the fused loss: launches the kernels chunk by chunk, between three matrix products.
 
-`prep` settles each row's distribution without logits. Then per chunk: logits = h Wᵀ in fp32; `gather` lifts the at most
-K + 1 sparse columns out and leaves -inf in their place; `dense` streams each row twice without any sparse logic, sums
-first, then the gradient, and works out losses and sparse gradients; `scatter` writes those back; dh and dW follow. The
-launches are the barriers. Nothing waits for the device and no shape depends on data: ignored rows are computed like any
-other and write zeros, and a value out of range makes its row NaN. fp64 is left to the plain-torch path.
-Dimension letters: N rows, C rows of a chunk, D hidden, V vocabulary, S sources, K kept entries, K + 1 slots.
+- `prep` settles the source's distribution of every row. It needs no logits.
+- Then, for each chunk, logits = h Wᵀ in fp32.
+- `gather` reads the logits at the kept ids and at the gold id, K + 1 of them at most, and leaves -inf in their place.
+- `dense` reads each row twice and treats all of its columns alike: first for the sums, from which it computes the losses and
+  the gradients at those ids, then for the gradient of all other columns.
+- `scatter` writes the gradients at those ids into the dense one.
+- dhidden and dweight follow.
+
+The launches take the place of barriers. Nothing waits for the device, and no shape depends on data: ignored rows are computed
+as all others are, and write zeros; a value out of range makes its row NaN. fp64 is left to the plain-torch path.
+Dimension letters: N rows, C rows of a chunk, n rows of the present chunk, D hidden, V vocabulary, S sources, K kept entries.
+A row has K + 1 slots, the last one for a gold id that is not among the entries. h, p and t as in fused_loss_torch.py.
 """
 
 import torch
@@ -18,21 +24,24 @@ from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import Head
 from .tails import BUCKET
 
-# Row strides are multiples of this, so that every row begins at 16 bytes, also in bf16.
+# Row strides are multiples of this: every row begins at a multiple of 16 bytes, also in bf16.
 PAD = 16
-# Sparse slots handled at a time by one warp.
+# How many slots a warp handles at a time.
 SLOT_BLOCK = 32
 
 
 def dense_config(vocabulary: int, warp_size: int = 32) -> tuple[int, int]:
-    """(columns a program holds, warps): 16 columns a thread, and the larger block where a row is many of the smaller."""
+    """How many columns a program of `dense` holds at a time, and how many warps it has: one thread per 16 columns.
+
+    The block is the larger one where a row is many of the smaller ones.
+    """
     block = 8192 if vocabulary < 1 << 16 else 16384
     block = min(block, max(1024, triton.next_power_of_2(vocabulary)))
     return block, block // (16 * warp_size)
 
 
 def prep_config(entries: int) -> tuple[int, int, int]:
-    """(block of slots, slots it is compared with at a time, warps)."""
+    """The block of slots that a program of `prep` holds, how many it compares them with at a time, and its number of warps."""
     block = triton.next_power_of_2(entries)
     return block, min(block, SLOT_BLOCK), max(1, min(8, block // 32))
 

@@ -33,19 +33,19 @@ class Operands(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Everything else, described at `fused_linear_fusion_loss` but for `per_row` and the three `grad_`."""
+    """Everything else, described at `fused_linear_fusion_loss`, but for `per_row` and what is said beside it."""
 
     temperature: float = 1.0
     tail: str = BUCKET
     softcap: float | None = None
     logit_scale: float = 1.0
-    per_row: bool = False  # the loss is (N,) and not its sum
-    grad_hidden: bool = False  # which gradients forward computes, beside the loss
+    per_row: bool = False  # whether the loss is (N,), one per row, or the sum of those
+    grad_hidden: bool = False  # whether forward computes this gradient; likewise the next two
     grad_weight: bool = False
     grad_bias: bool = False
     chunk_size: int | None = None
     max_chunk_bytes: int | None = None
-    impl: str = "torch"  # "torch" or "triton": by now it is chosen
+    impl: str = "torch"  # "torch" or "triton", by `choose_impl`
 
     @property
     def any_grad(self) -> bool:
@@ -53,10 +53,10 @@ class Options(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """All that one forward computes. Every tensor but `winner` is in the compute dtype: fp32, or fp64."""
+    """All that one forward computes. Every tensor but `winner` is in the compute dtype, fp32 or fp64."""
 
     loss: Tensor  # the sum over the rows, or (N,) with per_row
-    dhidden: Tensor  # (N, D), the gradient for a grad_output of 1; empty unless asked for, as are the next two
+    dhidden: Tensor  # (N, D), the gradient for a grad_output of 1, or empty where it was not asked for; likewise the next two
     dweight: Tensor  # (V, D)
     dbias: Tensor  # (V,)
     ce: Tensor  # (N,) cross-entropy, unweighted
@@ -73,7 +73,7 @@ class Outputs(NamedTuple):
 class Winner(NamedTuple):
     """The source that is learnt from: its number, or -1 for no distillation."""
 
-    chosen: Tensor  # (B,) int64, or (N,) where source_index is given by row
+    chosen: Tensor  # (B,) int64, or (N,) where source_index names one per row
     of_row: Tensor | None  # (N,) int64; None without sources
 
 
