@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
 from profuser.ragged import offsets_of
 from profuser.recipe.parse import parse_run
 from profuser.recipe.schema import Recipe
@@ -99,6 +100,7 @@ def private_bytes() -> int:
 def measure(directory: Path, instructions: int, steps: int) -> dict[str, float]:
     """Train for a few steps over the store; the files were read once before, as after a first verification."""
     from accelerate import Accelerator
+
     from profuser.train.loop import Trainer
 
     store = make_store(directory / "store", instructions)

@@ -1,14 +1,13 @@
-"""What the ops share: the label to ignore, argument checks, chunk sizes, and the head applied to a chunk of rows.
+"""What the ops share: the label to ignore, argument checks, chunk sizes, and cross-entropy from sums of exponentials.
 
-Shape checks read no tensor values, so they are free on a GPU and pass through torch.compile; value checks read the
-data and therefore run inside an op's own implementation.
+Checks of shapes read no values: they cost nothing on a GPU and torch.compile traces through them. Checks of values read the
+data, and therefore run inside an op's own implementation.
 Dimension letters: N rows, D hidden, V vocabulary.
 """
 
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,23 +16,28 @@ from torch import Tensor
 IGNORE_INDEX = -100
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# Below ~2^18 logits a chunk spends its time in Python, above 128 rows of a large vocabulary it leaves the cache.
+# A chunk of fewer than about 2^18 logits spends its time in Python. More than 128 rows of a large vocabulary do not fit the cache.
 MIN_CHUNK_ROWS = 128
 CHUNK_ELEMENTS = 1 << 18
-# On a GPU every chunk reads and writes the whole fp32 weight gradient, which few rows do not pay for.
+# On a GPU every chunk reads and writes the whole fp32 weight gradient, which takes too long for few rows.
 MIN_CHUNK_ROWS_GPU = 2048
 
-# Maxima start here, not at -inf: a row whose every column was lifted out would give inf - inf. Finite over T, too.
+# Maxima start here and not at -inf: where all columns of a row are lifted, -inf - -inf would be NaN. It can be divided by T.
 LOWEST = -1e30
-# fp16 rounding and the merging of tokens leave a log-probability just above 0; a probability is far above.
+# Rounding to fp16, or adding the masses of merged tokens, leaves a log-probability just above 0. A probability is far above.
 LOGPROB_SLACK = 1e-2
+# As much may rounding move a tail out of [0, 1].
 TAIL_SLACK = 1e-3
-# A row's mass above 1 by more than a coarse dtype's rounding: padding with a real id, another base of the logarithm.
+# As much may rounding to a coarse dtype move a row's mass above 1. Padding with a real id, or logarithms to another base, moves
+# it further.
 MASS_SLACK = 5e-2
 
 
 def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    """Raises ValueError unless hidden (N, D), weight (V, D), labels (N,) and bias (V,) fit together; TypeError for no tensor."""
+    """Raises ValueError unless hidden (N, D), weight (V, D), labels (N,) and bias (V,) fit together.
+
+    Raises TypeError for what is no tensor.
+    """
     check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
@@ -67,12 +71,12 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
 
 
 def check_tensors(**arguments: Tensor | None) -> None:
-    """Raises TypeError for what is neither a tensor nor None; the first three of `check_head` may not be None either."""
+    """Raises TypeError for what is neither a tensor nor None. hidden, weight and labels may not be None either."""
     for name, value in arguments.items():
         if isinstance(value, Tensor) or (value is None and name not in ("hidden", "weight", "labels")):
             continue
         attribute = next(
-            (a for a in ("weight", "last_hidden_state") if isinstance(getattr(value, a, None), Tensor)), None
+            (held for held in ("weight", "last_hidden_state") if isinstance(getattr(value, held, None), Tensor)), None
         )
         if attribute:
             fix = f"pass its .{attribute}"
@@ -84,6 +88,7 @@ def check_tensors(**arguments: Tensor | None) -> None:
 
 
 def check_labels_shape(labels: Tensor, rows: int) -> None:
+    """Raises ValueError unless labels are (N,) integers."""
     if labels.dim() != 1 or labels.shape[0] != rows:
         if labels.dim() == 2 and labels.shape[0] == rows:
             fix = "give token ids, argmax(-1) of one-hot labels" if labels.shape[1] > 1 else "squeeze(1) them"
@@ -95,13 +100,14 @@ def check_labels_shape(labels: Tensor, rows: int) -> None:
 
 
 def check_device(hidden: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError for a tensor on another device than hidden."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}; move it there")
 
 
 def check_numbers(whole: bool = False, **options: object) -> None:
-    """Raises TypeError for an option that is no number: a tensor would get no gradient, or wait for its device."""
+    """Raises TypeError for an option that is no number. A tensor is none: it would get no gradient, or wait for its device."""
     kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, kinds):
@@ -110,10 +116,10 @@ def check_numbers(whole: bool = False, **options: object) -> None:
 
 
 def check_scalars(temperature: float, softcap: float | None, logit_scale: float, chunk_size: int | None) -> None:
-    """Raises ValueError unless the scalars are positive and finite; TypeError for no number."""
+    """Raises ValueError unless the scalars are positive and finite, and TypeError for what is no number."""
     check_numbers(temperature=temperature, logit_scale=logit_scale, softcap=1.0 if softcap is None else softcap)
     check_numbers(whole=True, chunk_size=1 if chunk_size is None else chunk_size)
-    if not 0 < temperature < math.inf:  # isfinite cannot be traced
+    if not 0 < temperature < math.inf:  # not math.isfinite, which torch.compile cannot trace
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}; 1.0 leaves the logits as they are")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be > 0 and finite, got {softcap}; pass None for a model without one")
@@ -124,7 +130,10 @@ def check_scalars(temperature: float, softcap: float | None, logit_scale: float,
 
 
 def choose_impl(impl: str | None, device: torch.device, unable: str | None) -> str:
-    """ "torch" or "triton": as asked, or by device. `unable` says why Triton cannot do it, and what to do instead."""
+    """The implementation to use, "torch" or "triton": the one that is asked for, or else the device's.
+
+    `unable` says why Triton cannot do it and what to do instead; None means that it can.
+    """
     if impl not in (None, "torch", "triton"):
         raise ValueError(f"impl must be None, 'torch' or 'triton', got {impl!r}; None chooses by device")
     if impl is None:
@@ -144,7 +153,7 @@ def choose_impl(impl: str | None, device: torch.device, unable: str | None) -> s
 
 
 def check_label_values(labels: Tensor, vocabulary: int) -> None:
-    """Raises ValueError when a label is neither IGNORE_INDEX nor in [0, V). Reads the data."""
+    """Raises ValueError where a label is neither IGNORE_INDEX nor in [0, V). Reads the data."""
     bad = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= vocabulary)
     if bad.any():
         label = labels[bad][0].item()
@@ -153,14 +162,18 @@ def check_label_values(labels: Tensor, vocabulary: int) -> None:
 
 
 def compute_dtype(*operands: Tensor) -> torch.dtype:
-    """fp64 when an operand is fp64, else fp32."""
+    """fp64 where an operand is fp64, else fp32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
 
 
 def chunk_rows(
     rows: int, vocabulary: int, itemsize: int, chunk_size: int | None = None, max_chunk_bytes: int | None = None
 ) -> int:
-    """Rows of logits held at a time: `chunk_size`, or by the vocabulary, and never above `max_chunk_bytes`."""
+    """How many rows of logits are held at a time on a CPU.
+
+    It is `chunk_size`, or depends on the vocabulary where that is None. The logits never exceed `max_chunk_bytes`, unless a
+    single row does.
+    """
     chunk = chunk_size or max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
     if max_chunk_bytes is not None:
         chunk = min(chunk, max_chunk_bytes // (vocabulary * itemsize))
@@ -170,9 +183,10 @@ def chunk_rows(
 def chunk_rows_gpu(
     rows: int, vocabulary: int, width: int, chunk_size: int | None = None, max_chunk_bytes: int | None = None
 ) -> int:
-    """`chunk_rows` for a GPU with fp32 logits: many rows, because each chunk passes over the weight gradient once.
+    """How many rows of fp32 logits are held at a time on a GPU: many, because each chunk passes over the weight gradient once.
 
-    Equal chunks, and rather a quarter larger than one more.
+    `chunk_size` and `max_chunk_bytes` are as in `chunk_rows`. Chunks are made equal. One that is up to a quarter larger is
+    preferred to one more.
     """
     chunk = chunk_size
     if chunk is None:
@@ -184,58 +198,11 @@ def chunk_rows_gpu(
     return max(1, min(chunk, rows))
 
 
-class Head:
-    """The language-model head in the compute dtype, applied to chunks of at most `chunk` rows.
-
-    A weight of another dtype is upcast block by block, so that no second [V, D] copy exists.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        chunk: int,
-        softcap: float | None,
-        logit_scale: float,
-    ):
-        self.weight, self.dtype, self.softcap, self.logit_scale = weight, dtype, softcap, logit_scale
-        self.bias = None if bias is None else bias.to(dtype)
-        vocabulary, width = weight.shape
-        # A block is no larger than the chunk's logits; 64 rows keep the GEMM a GEMM.
-        self.block = vocabulary if weight.dtype == dtype else min(vocabulary, max(64, chunk * vocabulary // width))
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        for begin in range(0, self.weight.shape[0], self.block):
-            columns = slice(begin, begin + self.block)
-            yield columns, self.weight[columns].to(self.dtype)
-
-    def logits_into(self, logits: Tensor, hidden: Tensor, slope: Tensor | None = None) -> Tensor:
-        """Writes softcap·tanh(logit_scale·(hidden Wᵀ + bias)/softcap) into `logits` (C, V) and returns it; into `slope` the
-        softcap's derivative, from the tanh itself: (z/softcap)² would have lost the digits of 1 - tanh²."""
-        for columns, weight in self.blocks():
-            torch.mm(hidden, weight.t(), out=logits[:, columns])  # out=, in-place: autocast leaves the operands alone
-        if self.bias is not None:
-            logits.add_(self.bias)
-        if self.softcap is None:
-            return logits if self.logit_scale == 1.0 else logits.mul_(self.logit_scale)
-        logits.mul_(self.logit_scale / self.softcap).tanh_()
-        if slope is not None:
-            torch.mul(logits, logits, out=slope).neg_().add_(1)
-        return logits.mul_(self.softcap)
-
-    def pull_back(self, grad_logits: Tensor) -> Tensor:
-        """(C, V) gradient of hidden Wᵀ + bias → (C, D) gradient of hidden."""
-        grad = grad_logits.new_zeros(grad_logits.shape[0], self.weight.shape[1])
-        for columns, weight in self.blocks():
-            grad.addmm_(grad_logits[:, columns], weight)
-        return grad
-
-
 def cross_entropy_from_sums(others: Tensor, gold: Tensor, gold_below_max: Tensor) -> Tensor:
-    """log((others + gold) / gold) from sums of exp(z − m); `gold_below_max` = z_gold − m.
+    """The cross-entropy log((others + gold) / gold), with others = Σ exp(z − m) over all ids but the gold one, gold = exp(z_gold − m).
 
-    log1p keeps a small value exact; a gold exponential that underflows is taken from its logit instead.
+    Where it is small, log1p keeps it exact. Where it is not, the logarithm of gold is taken from its logit, as `gold_below_max`
+    = z_gold − m, because the exponential may underflow.
     """
     small = others < gold
     return torch.where(

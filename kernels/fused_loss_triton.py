@@ -1,11 +1,17 @@
-"""The Triton path of the fused loss: launches the kernels chunk by chunk, between the three GEMMs.
+"""The Triton path of the fused loss: launches the kernels chunk by chunk, between three matrix products.
 
-`prep` settles each row's distribution without logits. Then per chunk: logits = h Wᵀ in fp32; `gather` lifts the at most
-K + 1 sparse columns out and leaves -inf in their place; `dense` streams each row twice without any sparse logic, sums
-first, then the gradient, and works out losses and sparse gradients; `scatter` writes those back; dh and dW follow. The
-launches are the barriers. Nothing waits for the device and no shape depends on data: ignored rows are computed like any
-other and write zeros, and a value out of range makes its row NaN. fp64 is left to the plain-torch path.
-Dimension letters: N rows, C rows of a chunk, D hidden, V vocabulary, S sources, K kept entries, K + 1 slots.
+- `prep` settles the source's distribution of every row. It needs no logits.
+- Then, for each chunk, logits = h Wᵀ in fp32.
+- `gather` reads the logits at the kept ids and at the gold id, K + 1 of them at most, and leaves -inf in their place.
+- `dense` reads each row twice and treats all of its columns alike: first for the sums, from which it computes the losses and
+  the gradients at those ids, then for the gradient of all other columns.
+- `scatter` writes the gradients at those ids into the dense one.
+- dhidden and dweight follow.
+
+The launches take the place of barriers. Nothing waits for the device, and no shape depends on data: ignored rows are computed
+as all others are, and write zeros; a value out of range makes its row NaN. fp64 is left to the plain-torch path.
+Dimension letters: N rows, C rows of a chunk, n rows of the present chunk, D hidden, V vocabulary, S sources, K kept entries.
+A row has K + 1 slots, the last one for a gold id that is not among the entries. h, p and t as in fused_loss_torch.py.
 """
 
 import torch
@@ -14,128 +20,164 @@ from torch import Tensor
 
 from .common import IGNORE_INDEX, chunk_rows_gpu
 from .fused_loss_triton_kernels import _dense_kernel, _gather_kernel, _prep_kernel, _scatter_kernel
+from .fused_loss_types import Operands, Options, Outputs, Winner
+from .head import Head
+from .tails import BUCKET
 
-# Row strides are multiples of this, so that every row begins at 16 bytes, also in bf16.
+# Row strides are multiples of this: every row begins at a multiple of 16 bytes, also in bf16.
 PAD = 16
-# Sparse slots handled at a time by one warp.
+# How many slots a warp handles at a time.
 SLOT_BLOCK = 32
 
 
 def dense_config(vocabulary: int, warp_size: int = 32) -> tuple[int, int]:
-    """(columns a program holds, warps): 16 columns a thread, and the larger block where a row is many of the smaller."""
+    """How many columns a program of `dense` holds at a time, and how many warps it has: one thread per 16 columns.
+
+    The block is the larger one where a row is many of the smaller ones.
+    """
     block = 8192 if vocabulary < 1 << 16 else 16384
     block = min(block, max(1024, triton.next_power_of_2(vocabulary)))
     return block, block // (16 * warp_size)
 
 
 def prep_config(entries: int) -> tuple[int, int, int]:
-    """(block of slots, slots it is compared with at a time, warps)."""
+    """The block of slots that a program of `prep` holds, how many it compares them with at a time, and its number of warps."""
     block = triton.next_power_of_2(entries)
     return block, min(block, SLOT_BLOCK), max(1, min(8, block // 32))
 
 
-def product_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-    """out = a b or out += a b; where `out` is wider than a and b, the sums are never rounded to their dtype."""
-    mixed = a.dtype != out.dtype
-    if mixed and not a.is_cuda:  # only there is such a product one call
-        a, b, mixed = a.to(out.dtype), b.to(out.dtype), False
+def product_into(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> None:
+    """out = left · right, or out += left · right. Where `out` is of a wider dtype, the sums are never rounded to the narrow one."""
+    mixed = left.dtype != out.dtype
+    if mixed and not left.is_cuda:  # on a CPU no single call multiplies into a wider dtype
+        left, right, mixed = left.to(out.dtype), right.to(out.dtype), False
     widen = {"out_dtype": out.dtype} if mixed else {}
+    # With out=, autocast does not convert the operands.
     if accumulate:
-        torch.addmm(out, a, b, **widen, out=out)
+        torch.addmm(out, left, right, **widen, out=out)
     else:
-        torch.mm(a, b, **widen, out=out)  # out=: autocast leaves the operands alone
+        torch.mm(left, right, **widen, out=out)
 
 
 @torch.no_grad()
-def fused_loss_triton(
-    hidden, weight, bias, labels, row_winner, source_ids, source_logprobs, source_tail, ce_weight, kd_weight,
-    temperature, bucket, softcap, logit_scale, per_row, grad_hidden, grad_weight, grad_bias,
-    chunk_size, max_chunk_bytes,
-):  # fmt: skip
-    """As `fused_loss_torch`, for bf16, fp16 and fp32; what it returns is fp32.
+def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> Outputs:
+    """What the op returns, for bf16, fp16 and fp32; the outputs are fp32.
 
-    The GEMMs run in hidden's dtype, to which the weight is cast.
+    The matrix products run in hidden's dtype, to which the weight is cast.
     """
+    hidden = operands.hidden
     N, D = hidden.shape
-    V = weight.shape[0]
-    K = 0 if source_ids is None else source_ids.shape[2]
+    V = operands.weight.shape[0]
+    K = 0 if operands.source_ids is None else operands.source_ids.shape[2]
     slots = K + 1
-    need_grad = grad_hidden or grad_weight or grad_bias
-    weight = weight.to(hidden.dtype)
-    labels, ce_weight, kd_weight = labels.contiguous(), ce_weight.contiguous(), kd_weight.contiguous()
+    head = Head(operands.weight.to(hidden.dtype), operands.bias, options.softcap, float(options.logit_scale))
+    # The kernels take these three to be contiguous.
+    operands = operands._replace(
+        labels=operands.labels.contiguous(),
+        ce_weight=operands.ce_weight.contiguous(),
+        kd_weight=operands.kd_weight.contiguous(),
+    )
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
+    # The results of all rows. The kernels write every element of them, also those of ignored rows.
     loss, ce, kd, source_mass, target_mass = (empty(N) for _ in range(5))
+    dhidden = empty(*((N, D) if options.grad_hidden else (0,)))
+    dweight = empty(*((V, D) if options.grad_weight else (0,)))
+    dbias = hidden.new_zeros(V if options.grad_bias else 0, dtype=torch.float32)
+
+    # What `prep` finds for all rows.
     gold_slot, lifted_ids = empty(N, dtype=torch.int32), empty(N, slots, dtype=torch.int32)
-    p, t = (None, None) if source_ids is None else (empty(N, slots), empty(N))
-    dhidden = empty(*((N, D) if grad_hidden else (0,)))
-    dweight = empty(*((V, D) if grad_weight else (0,)))
-    dbias = hidden.new_zeros(V if grad_bias else 0, dtype=torch.float32)
+    p, t = (None, None) if operands.source_ids is None else (empty(N, slots), empty(N))
 
-    C = chunk_rows_gpu(N, V, D, chunk_size, max_chunk_bytes)
-    padded = -(-V // PAD) * PAD
-    logits = empty(C, padded)
+    # The buffers of a chunk, used again by every chunk. Columns beyond V are −inf: they add nothing to a sum of exponentials.
+    C = chunk_rows_gpu(N, V, D, options.chunk_size, options.max_chunk_bytes)
+    V_padded = -(-V // PAD) * PAD
+    logits = empty(C, V_padded)
     logits[:, V:] = -torch.inf
-    bias = None if bias is None else torch.nn.functional.pad(bias, (0, padded - V))
-    grad = empty(C, padded, dtype=hidden.dtype) if need_grad else None
+    bias = None if head.bias is None else torch.nn.functional.pad(head.bias, (0, V_padded - V))
+    grad = empty(C, V_padded, dtype=hidden.dtype) if options.any_grad else None
     lifted_z = empty(C, slots)
-    lifted_grad = empty(C, slots) if need_grad else None
+    lifted_grad = empty(C, slots) if options.any_grad else None
 
-    head = (float(logit_scale), softcap)
+    # Constants of the compiled kernels.
+    sizes = {"V_PADDED": V_padded, "SLOTS": slots}
+    elementwise = {"SCALE": head.logit_scale, "SOFTCAP": head.softcap}
     block, warps = dense_config(V, 64 if torch.version.hip else 32)
     slot_block = min(SLOT_BLOCK, triton.next_power_of_2(slots))
 
     with torch.cuda.device_of(hidden):
-        launch_prep(
-            labels, row_winner, source_ids, source_logprobs, source_tail, bucket, V,
-            (gold_slot, lifted_ids, p, t, source_mass),
-        )  # fmt: skip
+        launch_prep(operands, options, winner, (gold_slot, lifted_ids, p, t, source_mass))
         for begin in range(0, N, C):
             rows = slice(begin, min(begin + C, N))
             n = rows.stop - begin
-            # An ignored row's gradient is 0, but 0·NaN is NaN: what it holds must not reach dW.
-            h = hidden[rows].masked_fill((labels[rows] == IGNORE_INDEX)[:, None], 0)
-            product_into(logits[:n, :V], h, weight.t())
+            # An ignored row has a gradient of 0, but 0·NaN is NaN: what its hidden state holds must not reach dweight.
+            h = hidden[rows].masked_fill((operands.labels[rows] == IGNORE_INDEX)[:, None], 0)
+            # Logits: the first of three matrix products.
+            product_into(logits[:n, :V], h, head.weight.t())
+            # The kept ids and the gold id leave the logits, all other columns are summed and become their gradient, and
+            # the gradients at the ids are written into it. One launch ends before the next one begins.
             _gather_kernel[(n,)](
-                logits, bias, lifted_ids, lifted_z, begin, padded, slots, *head, slot_block, num_warps=1
+                logits, bias, lifted_ids, lifted_z, begin, **sizes, **elementwise, BLOCK=slot_block, num_warps=1
             )
             _dense_kernel[(n,)](
                 *(logits, grad, bias, lifted_z, lifted_grad, gold_slot, lifted_ids, p, t),
-                *(ce_weight, kd_weight, loss, ce, kd, target_mass, begin, temperature),
-                *(padded, slots, p is not None and temperature != 1, *head, block, triton.next_power_of_2(slots)),
+                *(operands.ce_weight, operands.kd_weight, loss, ce, kd, target_mass, begin, options.temperature),
+                **sizes,
+                TEMPERED=p is not None and options.temperature != 1,
+                **elementwise,
+                BLOCK_V=block,
+                BLOCK_SLOTS=triton.next_power_of_2(slots),
                 num_warps=warps,
             )
-            if not need_grad:
+            if not options.any_grad:
                 continue
-            _scatter_kernel[(n,)](grad, lifted_ids, lifted_grad, begin, padded, slots, slot_block, num_warps=1)
+            _scatter_kernel[(n,)](grad, lifted_ids, lifted_grad, begin, **sizes, BLOCK=slot_block, num_warps=1)
+            # Gradients of the operands: the two other matrix products.
             grad_rows = grad[:n, :V]
-            if grad_hidden:
-                product_into(dhidden[rows], grad_rows, weight)
-            if grad_weight:
+            if options.grad_hidden:
+                product_into(dhidden[rows], grad_rows, head.weight)
+            if options.grad_weight:
                 product_into(dweight, grad_rows.t(), h, accumulate=begin > 0)
-            if grad_bias:
+            if options.grad_bias:
                 dbias.add_(grad_rows.sum(0, dtype=torch.float32))
-    if N == 0:
+    if N == 0:  # no chunk has written it
         dweight.zero_()
-    return loss if per_row else loss.sum(), dhidden, dweight, dbias, ce, kd, source_mass, target_mass
+    return Outputs(
+        loss=loss if options.per_row else loss.sum(),
+        dhidden=dhidden,
+        dweight=dweight,
+        dbias=dbias,
+        ce=ce,
+        kd=kd,
+        source_mass=source_mass,
+        target_mass=target_mass,
+        winner=winner.chosen,
+    )
 
 
-def launch_prep(labels, row_winner, source_ids, source_logprobs, source_tail, bucket, vocabulary, outputs) -> None:
-    """Runs `prep` over all rows; the sources may be strided, (S, N, K) tensors are not copied."""
-    sources, rows, entries = (0, labels.shape[0], 0) if source_ids is None else source_ids.shape
+def launch_prep(operands: Operands, options: Options, winner: Winner, found: tuple[Tensor | None, ...]) -> None:
+    """Runs `prep` over all rows, which writes what it finds. The sources may be strided: (S, N, K) tensors are not copied."""
+    ids, logprobs, tail = operands.source_ids, operands.source_logprobs, operands.source_tail
+    vocabulary = operands.weight.shape[0]
+    sources, rows, entries = (0, operands.labels.shape[0], 0) if ids is None else ids.shape
     block, compare, warps = prep_config(max(entries, 1))
     _prep_kernel[(rows,)](
-        labels,
-        None if row_winner is None else row_winner.contiguous(),
-        source_ids,
-        *((0, 0, 0) if source_ids is None else source_ids.stride()),
-        source_logprobs,
-        *((0, 0, 0) if source_logprobs is None else source_logprobs.stride()),
-        source_tail,
-        *((0, 0) if source_tail is None else source_tail.stride()),
-        *outputs,
-        *(sources, vocabulary, entries, bucket, block, compare),
+        operands.labels,
+        None if winner.of_row is None else winner.of_row.contiguous(),
+        ids,
+        *((0, 0, 0) if ids is None else ids.stride()),
+        logprobs,
+        *((0, 0, 0) if logprobs is None else logprobs.stride()),
+        tail,
+        *((0, 0) if tail is None else tail.stride()),
+        *found,
+        sources,
+        vocabulary,
+        K=entries,
+        BUCKET=options.tail == BUCKET,
+        BLOCK_K=block,
+        BLOCK_COMPARE=compare,
         num_warps=warps,
     )

@@ -1,9 +1,9 @@
-"""The Triton kernels of the fused loss: prep, gather, dense, scatter, in the order in which a chunk needs them.
+"""The Triton kernels of the fused loss: prep, gather, dense and scatter.
 
-fused_loss_triton.py launches them; README.md derives what they compute. Everything is fp32 after the load, whatever the
-dtype in memory: under the interpreter bf16 arithmetic is wrong without a word.
-Dimension letters: N rows, C rows of a chunk, V vocabulary, V_PADDED its row stride, S sources, K kept entries; a row has
-K + 1 slots, the last one for a gold id that is not among the entries.
+fused_loss_triton.py launches them, and README.md derives what they compute. Whatever the dtype in memory, everything is fp32
+after it is loaded: the interpreter computes wrongly in bf16, without a word.
+Dimension letters: N rows, C rows of a chunk, V vocabulary, V_PADDED the stride of its rows, S sources, K kept entries. A row
+has K + 1 slots, the last one for a gold id that is not among the entries.
 """
 
 import triton
@@ -17,11 +17,11 @@ _LOGPROB_SLACK = tl.constexpr(LOGPROB_SLACK)
 _TAIL_SLACK = tl.constexpr(TAIL_SLACK)
 _MASS_SLACK = tl.constexpr(MASS_SLACK)
 _LOWEST = tl.constexpr(LOWEST)
-_TINY = tl.constexpr(1e-37)  # a normal number: hardware may flush subnormal ones
-# What gold_slot holds for a row without a gold id.
+_TINY = tl.constexpr(1e-37)  # a normal number, because hardware may flush subnormal ones to 0
+# gold_slot of an ignored row, and of a row with a value out of range.
 _IGNORED = tl.constexpr(-1)
 _INVALID = tl.constexpr(-2)
-# Neighbouring columns of one thread: two 16-byte loads of fp32, one 16-byte store of bf16.
+# How many neighbouring columns a thread has: two 16-byte loads of fp32, one 16-byte store of bf16.
 _LANE = tl.constexpr(8)
 
 
@@ -30,7 +30,7 @@ _LANE = tl.constexpr(8)
 
 @triton.jit
 def _entries(ids_ptr, logprobs_ptr, slot, stride_ids, stride_logprobs, has_source, V, K: tl.constexpr):
-    """ids (-1 = no entry), log-probabilities (-inf there), and whether a slot holds a value out of range."""
+    """Ids (-1 for no entry), log-probabilities (-inf for no entry), and whether a slot holds a value out of range."""
     inside = (slot < K) & has_source
     slot = slot.to(tl.int64)
     ids = tl.load(ids_ptr + slot * stride_ids, mask=inside, other=-1).to(tl.int64)
@@ -40,7 +40,7 @@ def _entries(ids_ptr, logprobs_ptr, slot, stride_ids, stride_logprobs, has_sourc
     return ids, tl.where(ids >= 0, logprobs, float("-inf")), invalid
 
 
-# Strides change with N, and the kernel is too short to gain from a variant per alignment.
+# The strides change with N, and the kernel is too short to gain from one variant per alignment.
 @triton.jit(do_not_specialize=[
     "stride_ids_s", "stride_ids_n", "stride_ids_k", "stride_logprobs_s", "stride_logprobs_n", "stride_logprobs_k",
     "stride_tail_s", "stride_tail_n", "S", "V",
@@ -71,7 +71,7 @@ def _prep_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_COMPARE: tl.constexpr,
 ):
-    """Unique ids and p, the bucket's t, the kept mass as given, and the slot of the gold id."""
+    """Finds each row's unique ids and p, the bucket's t, the mass of the entries as given, and the slot of the gold id."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int64)
     active = label != _IGNORE_INDEX
@@ -87,10 +87,10 @@ def _prep_kernel(
         logprobs_ptr += source * stride_logprobs_s + row * stride_logprobs_n
         slot = tl.arange(0, BLOCK_K)
         ids, logprobs, wrong = _entries(ids_ptr, logprobs_ptr, slot, stride_ids_k, stride_logprobs_k, has_source, V, K)
-        # Relative to the largest: renormalised, entries of e^-200 count as well.
+        # p relative to the largest: where it is renormalised, entries of e^-200 count as well.
         top = tl.maximum(tl.max(logprobs, 0), _LOWEST)
 
-        # Every slot against every slot: the first of equal ids takes the mass of all.
+        # Every slot is compared with every slot: of equal ids, the first takes the mass of all.
         merged = tl.zeros([BLOCK_K], tl.float32)
         earlier = tl.zeros([BLOCK_K], tl.int32)
         for start in range(0, K, BLOCK_COMPARE):
@@ -105,7 +105,7 @@ def _prep_kernel(
         p = tl.where(first, merged, 0.0)
         relative = tl.sum(p, 0)
         mass = relative * tl.exp(top)
-        # True for NaN: a poisoned source must show in the loss.
+        # Also true for NaN: a source that is NaN must show in the loss.
         present = tl.max((p != 0).to(tl.int32), 0) > 0
 
         t = 0.0
@@ -119,7 +119,7 @@ def _prep_kernel(
                 in_range = (t >= -_TAIL_SLACK) & (t <= 1 + _TAIL_SLACK)  # false for NaN, which min and max would drop
                 invalid = invalid | ((in_range == 0) & present)
                 t = tl.minimum(tl.maximum(t, 0.0), 1.0)
-            # No column outside the ids could take a tail: it is rounding, and p is renormalised.
+            # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
             t = tl.where(present & (tl.sum(first.to(tl.int32), 0) < V), t, 0.0)
         p = p * ((1 - t) / tl.where(present, relative, 1.0))
 
@@ -145,7 +145,7 @@ def _prep_kernel(
 def _logits(
     product_ptr, bias_ptr, columns, inside, MASKED: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr
 ):  # fmt: skip
-    """Logits from h Wᵀ; a lifted column stays -inf, which a softcap alone would make finite."""
+    """Logits from h Wᵀ. A lifted column stays -inf, which the softcap alone would make finite."""
     if MASKED:
         product = tl.load(product_ptr + columns, mask=inside, other=float("-inf"))
     else:
@@ -170,7 +170,7 @@ def _slope(z, SOFTCAP: tl.constexpr):
     return tl.where(z == float("-inf"), 0.0, 1 - u * u)
 
 
-# gather and scatter: one warp per row, so that the thread that reads a column is the one that overwrites it
+# gather and scatter: one warp per row, so that the thread which reads a column is the one that overwrites it
 
 
 @triton.jit(do_not_specialize=["begin"])
@@ -186,7 +186,7 @@ def _gather_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Logits at the lifted ids (-inf where a slot is empty); their columns become -inf."""
+    """Reads the logits at the lifted ids, -inf for an empty slot. Their columns become -inf."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V_PADDED
     for start in range(0, SLOTS, BLOCK):
@@ -221,7 +221,7 @@ def _scatter_kernel(
 
 @triton.jit
 def _add_exps(top, total, total_T, z, inv_T, TEMPERED: tl.constexpr):
-    """Running maximum and sums of exp of each lane: no other thread is asked, so the loop has no barrier."""
+    """The running maximum and sums of exp of each lane. No lane needs what another thread has: the loop has no barrier."""
     new_top = tl.maximum(top, tl.max(z, 1))
     below = z - new_top[:, None]
     total = total * tl.exp(top - new_top) + tl.sum(tl.exp(below), 1)
@@ -275,10 +275,10 @@ def _dense_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
-    """Losses, statistics and the gradient in h Wᵀ + bias of one row, all as zeros where the row is ignored.
+    """Losses, statistics and the gradient in h Wᵀ + bias of one row. Of an ignored row they are all 0.
 
-    grad_ptr = None: no gradient. p_ptr = None: no source, so no KD. The row's scalars are named as in `chunk_losses`
-    of fused_loss.py, which computes the same thing.
+    No gradient is computed where grad_ptr is None. Without a source, p_ptr is None and there is no KD. The row's scalars are
+    named as in `chunk_losses` of fused_loss_torch.py, which computes the same thing and explains the steps.
     """
     row = tl.program_id(0).to(tl.int64)
     n = begin + row
@@ -321,7 +321,7 @@ def _dense_kernel(
         lifted_z = tl.load(lifted_z_ptr + row * SLOTS + slot, mask=slot < SLOTS, other=float("-inf"))
         is_gold = slot == gold_slot
         z_gold = tl.sum(tl.where(is_gold, lifted_z, 0.0), 0)
-        # From here NaN spreads into all that the row writes.
+        # From here on, NaN spreads into all that the row writes.
         z_gold = tl.where(gold_slot == _INVALID, float("nan"), z_gold)
         m = tl.maximum(m_dense, tl.max(lifted_z, 0))
         below = lifted_z - m
@@ -344,7 +344,7 @@ def _dense_kernel(
             T = temperature
             p = tl.load(p_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=0.0)
             t = tl.load(t_ptr + n)
-            present = tl.sum(p, 0) + t != 0  # else it is 1; true for NaN
+            present = tl.sum(p, 0) + t != 0  # the sum is 0 or 1, or NaN, for which this is also true
             kept = (slot < SLOTS - 1) & (tl.load(lifted_ids_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=-1) >= 0)
             gold_kept = (gold_slot >= 0) & (gold_slot < SLOTS - 1)
             e_T, e_gold_T, shrink_T = e, e_gold, shrink
@@ -363,7 +363,7 @@ def _dense_kernel(
             total_e_T = mass_kept + rest * exact_exp(rest_below)
             log_total_T = tl.log(total_e_T)
             log_p = tl.log(tl.where(p == 0, 1.0, p))
-            # p = 0 drops the term by name: its log q may be -inf.
+            # An entry with p = 0 is left out by name: its log q may be -inf.
             kl = tl.sum(tl.where(p == 0, 0.0, p * (log_p - (below * inv_T - log_total_T))), 0)
             kl += t * (tl.log(tl.where(t == 0, 1.0, t)) - (rest_below + tl.log(rest) - log_total_T))
             kd = T * T * kl
@@ -371,7 +371,7 @@ def _dense_kernel(
             b = tl.where(present, tl.load(kd_weight_ptr + n).to(tl.float32), 0.0)
             loss += b * kd
             b *= SCALE * T
-            # Dividing by the rest's own sum survives a q_rest that underflows.
+            # Divided by the sum of the rest itself, which survives a q_rest that underflows.
             alpha_dense = shrink_T / total_e_T - t * dense_in_rest / rest
             alpha_gold = e_gold_T / total_e_T - t * gold_in_rest / rest
             grad += b * tl.where(is_gold & (slot == SLOTS - 1), alpha_gold, e_T / total_e_T - p)
@@ -387,7 +387,7 @@ def _dense_kernel(
             if SOFTCAP is not None:
                 grad *= _slope(lifted_z, SOFTCAP)
             tl.store(lifted_grad_ptr + row * SLOTS + slot, grad, mask=slot < SLOTS)
-            # Backwards: what was read last is still in the cache.
+            # Backwards, because what was read last is still in the cache.
             if WHOLE < V_PADDED:
                 columns = WHOLE + tile
                 z = _logits(logits_ptr, bias_ptr, columns, columns < V_PADDED, True, SCALE, SOFTCAP)

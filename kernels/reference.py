@@ -1,7 +1,7 @@
 """The oracle: the fused loss and the source top-k written densely, one formula after the other, with autograd.
 
-Forms [N, V] tensors freely and loops in Python. Runs in the dtype of its operands (fp64 for truth; fp32 or bf16 to
-measure what that dtype costs). Shares nothing with the chunked path but IGNORE_INDEX, and checks no arguments.
+It forms [N, V] tensors and loops in Python as it pleases. It runs in the dtype of its operands: fp64 for the truth, fp32 or
+bf16 to measure what that dtype costs. It shares nothing with the chunked path but names, and checks no arguments.
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .common import IGNORE_INDEX
+from .tails import BUCKET, RENORMALIZE
 
 
 def head_logits(
@@ -37,7 +38,7 @@ def choose_winners(
     elif source_ce is not None:
         winner = []
         for b in range(sequences):
-            finite = [(ce, s) for s, ce in enumerate(source_ce[:, b].tolist()) if math.isfinite(ce)]
+            finite = [(ce, source) for source, ce in enumerate(source_ce[:, b].tolist()) if math.isfinite(ce)]
             winner.append(min(finite)[1] if finite else -1)
     else:
         winner = [0 if sources else -1] * sequences
@@ -61,7 +62,7 @@ def fusion_loss_reference(
     kd_weight: Tensor | None = None,
     beta: float | None = None,
     temperature: float = 1.0,
-    tail: str = "bucket",
+    tail: str = BUCKET,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -69,7 +70,7 @@ def fusion_loss_reference(
     num_items_in_batch: int | None = None,
     return_stats: bool = False,
 ):
-    """`profuser.loss.fused_linear_fusion_loss`, dense: same arguments, same returns, autograd gradients."""
+    """`profuser.loss.fused_linear_fusion_loss`, dense: the same arguments and returns, with gradients by autograd."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
     ce_weight = torch.ones(rows, dtype=dtype) if ce_weight is None else ce_weight.to(dtype)
@@ -77,7 +78,7 @@ def fusion_loss_reference(
     sources = 0 if source_ids is None else source_ids.shape[0]
     winner, row_winner = choose_winners(sources, rows, source_ce, source_index, cu_seqlens)
 
-    # Only valid rows are looked at, so what an ignored one holds cannot matter.
+    # Only valid rows are looked at: what an ignored one holds cannot matter.
     valid = (labels != IGNORE_INDEX).nonzero()[:, 0]
     logits = head_logits(hidden[valid], weight, bias, softcap, logit_scale)
     gold = labels[valid].long()[:, None]
@@ -86,38 +87,39 @@ def fusion_loss_reference(
     kd = torch.zeros_like(ce)
     source_mass, target_mass = torch.zeros_like(ce), torch.zeros_like(ce)
     if sources:
-        # p as a dense distribution: adding merges duplicate ids; `inside` marks the kept ids.
+        # p as a dense distribution, where adding merges duplicate ids. `inside` marks the kept ids.
         p = torch.zeros(len(valid), vocabulary, dtype=dtype)
         inside = torch.zeros(len(valid), vocabulary, dtype=torch.bool)
         given_tail = torch.zeros(len(valid), dtype=dtype)
         for i, row in enumerate(valid.tolist()):
-            s = row_winner[row]
-            if s < 0:
+            source = row_winner[row]
+            if source < 0:
                 continue
-            entries = source_ids[s, row] >= 0
-            ids = source_ids[s, row][entries].long()
-            p[i].index_put_((ids,), source_logprobs[s, row][entries].to(dtype).exp(), accumulate=True)
+            entries = source_ids[source, row] >= 0
+            ids = source_ids[source, row][entries].long()
+            p[i].index_put_((ids,), source_logprobs[source, row][entries].to(dtype).exp(), accumulate=True)
             inside[i, ids] = True
             if source_tail is not None:
-                given_tail[i] = source_tail[s, row]
+                given_tail[i] = source_tail[source, row]
         mass = p.sum(1)
         has_source = mass != 0
         inside = inside & has_source[:, None]
-        nothing_outside = inside.all(1)  # no column could take a tail: it is rounding, and p is renormalised
-        if tail == "renormalize":
+        nothing_outside = inside.all(1)  # no column is left that could hold a tail: it is rounding, and is divided out
+        if tail == RENORMALIZE:
             t = torch.zeros_like(mass)
         elif source_tail is None:
             t = (1 - mass).clamp_min(0)
         else:
             t = given_tail
         t = t.masked_fill(nothing_outside | ~has_source, 0)
-        # Where p and t sum to 1 already the quotient is 1: this is M > 1, renormalisation and source_tail at once.
+        # Scaled to what the tail leaves. This is M > 1, renormalisation and source_tail at once: where p and t sum to 1
+        # already, the factor is 1.
         p = p * ((1 - t) / torch.where(has_source, mass, 1))[:, None]
 
         log_q = (logits / temperature).log_softmax(1)
         no_column = torch.where(inside & ~nothing_outside[:, None], -math.inf, log_q)
         log_q_rest = no_column.logsumexp(1)
-        cross = torch.where(p == 0, 0, p * log_q).sum(1)  # 0·-inf where a masked column is also impossible
+        cross = torch.where(p == 0, 0, p * log_q).sum(1)  # log q may be -inf where p is 0
         kl = torch.xlogy(p, p).sum(1) - cross + torch.xlogy(t, t) - t * log_q_rest
         kd = torch.where(has_source, temperature**2 * kl, 0)
         source_mass = mass
@@ -152,7 +154,7 @@ def source_topk_reference(
     logit_scale: float = 1.0,
     **options,
 ) -> tuple[Tensor, ...]:
-    """`source_topk`, dense: ids (N, k), logprobs (N, k), lse (N,) at `temperature`, ce (N,) at 1, and of the ranges."""
+    """`source_topk`, dense: ids (N, k), logprobs (N, k), lse (N,) at `temperature`, ce (N,) at 1, and those of the ranges."""
     return logits_topk_reference(head_logits(hidden, weight, bias, softcap, logit_scale), labels, k, **options)
 
 
@@ -176,12 +178,12 @@ def logits_topk_reference(
         ids, logprobs = merge_mapped(ids, logprobs, vocab_map)
     if ranges is None:
         return ids, logprobs, lse, ce
-    rows, lo, hi, order = ranges
+    rows, lo, hi, vocab_order = ranges
     range_ids = torch.full((len(rows), k), -1)
     range_logprobs = torch.full((len(rows), k), -torch.inf, dtype=logits.dtype)
     range_logmass = torch.full((len(rows),), -torch.inf, dtype=logits.dtype)
     for r in range(len(rows)):
-        among = order[lo[r] : hi[r]].long()
+        among = vocab_order[lo[r] : hi[r]].long()
         within = logits[rows[r], among] / temperature - lse[rows[r]]
         best, at = within.sort(descending=True, stable=True)
         best = best[:k][best[:k] > -torch.inf]
@@ -193,7 +195,7 @@ def logits_topk_reference(
 
 
 def merge_mapped(ids: Tensor, logprobs: Tensor, vocab_map: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's ids through vocab_map, equal ones added, most probable first, -1 / -inf behind them."""
+    """Each row's ids as vocab_map translates them, the masses of equal ones added, most probable first, then -1 and -inf."""
     merged_ids, merged = torch.full_like(ids, -1), torch.full_like(logprobs, -torch.inf)
     for row in range(len(ids)):
         mass: dict[int, list[Tensor]] = {}

@@ -1,8 +1,9 @@
-"""A source's top-k log-probabilities and the label's cross-entropy, without [N, V] logits (training-mode capture).
+"""A source's top-k log-probabilities and the label's cross-entropy, without [N, V] logits: what capture stores of a source.
 
-A chunk of rows at a time, without gradients: Triton kernels on CUDA (source_topk_triton.py), plain torch anywhere. Equal
-logits rank by ascending token id, on every platform, so that a store can be rebuilt byte for byte.
-Dimension letters: N rows, D hidden, V vocabulary, R ranges.
+Logits exist for a chunk of rows at a time, and there are no gradients. On CUDA Triton kernels do the work
+(source_topk_triton.py), on any other device plain torch does, in this file. Equal logits rank by ascending token id on every
+platform, so that a store can be rebuilt byte for byte.
+Dimension letters: N rows, C rows of a chunk, D hidden, V vocabulary, V' entries of an ordered vocabulary, R ranges.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from .common import (
     IGNORE_INDEX,
-    Head,
     check_device,
     check_head,
     check_label_values,
@@ -24,9 +24,10 @@ from .common import (
     compute_dtype,
     cross_entropy_from_sums,
 )
+from .head import ChunkedHead, Head
 
-TRITON_MAX_K = 128  # more candidates do not fit a program's registers
-TRITON_CHUNK_ROWS = 2048  # fewer leave part of a large GPU idle in every chunk's GEMM
+TRITON_MAX_K = 128  # more candidates do not fit the registers of a program
+TRITON_CHUNK_ROWS = 2048  # with fewer rows each matrix product leaves part of a large GPU idle
 
 
 def source_topk(
@@ -47,46 +48,62 @@ def source_topk(
     """The k most probable next tokens of every row, and the negative log-probability of its label.
 
     Args:
-        hidden: (N, D) any float dtype, last hidden states; row n predicts labels[n].
-        weight: (V, D) language-model head; logits and sums are computed in fp32 (fp64 if either is fp64).
-        labels: (N,) int64 or int32; IGNORE_INDEX rows have ce 0 and their top-k all the same.
-        k: entries to keep, 1..V.
-        vocab_map: (V,) integers, the id of each token in another vocabulary, -1 = none. The top k are chosen among the
-            source's own tokens and then mapped: the masses of equal ids are added, and what has no id is left out (its
-            mass belongs to the tail). lse, ce and range_logmass do not change.
-        ranges: (rows (R,) ascending, lo (R,), hi (R,), vocab_order (V',)) integers: for row rows[r] also the exact mass of
-            the tokens vocab_order[lo[r]:hi[r]] and the k most probable of them, ties in that order.
-        temperature: T > 0 of logprobs and lse; ce is always at 1.
+        hidden: (N, D) any float dtype, last hidden states. Row n predicts labels[n].
+        weight: (V, D) language-model head. Logits and sums are computed in fp32, or in fp64 if either is fp64.
+        labels: (N,) int64 or int32. IGNORE_INDEX rows have ce 0, and a top-k as all rows have.
+        k: number of entries to keep, 1..V.
+        vocab_map: (V,) integers, the id of each token in another vocabulary, -1 for none. The top k are chosen among the
+            source's own tokens and mapped afterwards: the masses of equal ids are added, and a token without an id is left
+            out, so that its mass belongs to the tail. lse, ce and range_logmass do not change.
+        ranges: four tensors of integers: rows (R,) ascending, lo (R,), hi (R,) and vocab_order (V',). For row rows[r] they ask
+            for the exact mass of the tokens vocab_order[lo[r]:hi[r]], and for the k most probable of those. Equal ones rank
+            in that order.
+        temperature: T > 0 of logprobs and lse. ce is always at 1.
         bias, softcap, logit_scale: as in `fused_linear_fusion_loss`.
-        chunk_size: rows whose logits exist at a time; chosen when None.
+        chunk_size: number of rows whose logits exist at a time. None chooses it.
         impl: "torch", "triton" (CUDA, or any device under TRITON_INTERPRET=1; k <= 128, no fp64), or None: Triton on CUDA
-            wherever it can.
+            wherever it can do it.
     Returns:
-        ids (N, k) int32, most probable first, ties to the lowest id; logprobs (N, k) fp32, natural log of the full
-        softmax at T; lse (N,) fp32, log-sum-exp of logits/T; ce (N,) fp32 in nats. With ranges also range_ids (R, k) int32,
-        -1 = padding, range_logprobs (R, k) and range_logmass (R,) fp32, both absolute at T, -inf where there is nothing or
-        no probability. With vocab_map ids are the mapped ones, ordered and padded in the same way.
-        A row with NaN or +inf among its logits has NaN lse, logprobs and ce (0 if ignored), and ids without meaning but in
-        bounds. Logits of -inf are no obstacle.
+        ids: (N, k) int32, most probable first, equal ones by ascending id. With vocab_map the mapped ids, -1 for padding.
+        logprobs: (N, k) fp32, natural logarithms of the full softmax at T, -inf for padding.
+        lse: (N,) fp32, log-sum-exp of logits/T.
+        ce: (N,) fp32 in nats.
+        With ranges there are three more: range_ids (R, k) int32, -1 for padding; range_logprobs (R, k) fp32 and
+        range_logmass (R,) fp32, both of the full softmax at T, -inf where there is no token or no probability.
+        A row with NaN or +inf among its logits has NaN lse, logprobs and ce (0 if it is ignored), and ids that mean nothing
+        but are in bounds. Logits of -inf are allowed.
     Raises:
-        ValueError: shapes, dtypes or devices contradict each other; k outside 1..V; impl cannot do it. In plain torch also a
-            label outside the vocabulary; ranges outside the rows or the order, or rows that do not ascend; vocab_map < -1.
-            Triton reads no value on the host: such a label gives ce NaN, such a range NaN and ids -1, any id < 0 is -1.
+        ValueError: shapes, dtypes or devices contradict each other; k is outside 1..V; impl cannot do it. In plain torch also:
+            a label is outside the vocabulary; ranges are outside the rows or the order, or their rows do not ascend; an
+            entry of vocab_map is below -1. Triton never reads a value back to the host. There, such a label gives a ce of
+            NaN, such a range NaN and ids of -1, and any mapped id below 0 counts as -1.
+
+    Example:
+        >>> import torch
+        >>> from profuser.kernels.source_topk import source_topk
+        >>> hidden, head = torch.randn(6, 16), torch.randn(50, 16)  # 6 tokens, a vocabulary of 50
+        >>> labels = torch.randint(50, (6,))
+        >>> ids, logprobs, lse, ce = source_topk(hidden, head, labels, k=3)
+        >>> ids.shape, ce.shape
+        (torch.Size([6, 3]), torch.Size([6]))
+        >>> torch.allclose(logprobs, (hidden @ head.T).log_softmax(-1).topk(3).values, atol=1e-5)
+        True
     """
     check_scalars(temperature, softcap, logit_scale, chunk_size)
     check_head(hidden, weight, labels, bias)
+    head = Head(weight, bias, softcap, logit_scale)
     dtype, vocabulary = compute_dtype(hidden, weight), weight.shape[0]
     _check_shapes(labels, k, vocabulary, vocab_map, ranges)
     with torch.no_grad():
         if not _use_triton(impl, hidden.device, dtype, k):
             _check_values(labels, vocabulary, vocab_map)
             chunk = chunk_rows(hidden.shape[0], vocabulary, dtype.itemsize, chunk_size)
-            head = Head(weight, bias, dtype, chunk, softcap, logit_scale)
+            chunked = ChunkedHead(head, dtype, chunk)
             scratch = hidden.new_empty(chunk, vocabulary, dtype=dtype)
 
             def logits(rows: slice) -> Tensor:
-                h = hidden[rows].to(dtype)
-                return head.logits_into(scratch[: h.shape[0]], h)
+                of_chunk = hidden[rows].to(dtype)
+                return chunked.logits_into(scratch[: of_chunk.shape[0]], of_chunk)
 
             found = _topk(logits, labels, k, temperature, chunk, _listed_ranges(ranges, labels, vocabulary))
         else:
@@ -94,8 +111,17 @@ def source_topk(
 
             chunk = chunk_rows(hidden.shape[0], vocabulary, dtype.itemsize, chunk_size or TRITON_CHUNK_ROWS)
             found = topk_rows(
-                _fp32_logits(hidden, weight, chunk), labels, k, vocabulary, temperature, chunk, ranges, bias, softcap, logit_scale
-            )  # fmt: skip
+                _fp32_products(hidden, weight, chunk),
+                labels,
+                k,
+                vocabulary,
+                temperature,
+                chunk,
+                ranges,
+                bias=head.bias,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+            )
         return found if vocab_map is None else _mapped(found, vocab_map)
 
 
@@ -110,7 +136,7 @@ def source_topk_from_logits(
     chunk_size: int | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """`source_topk` for a model that only gives its (N, V) final logits, which stay as they are; the same returns."""
+    """`source_topk` for a model that gives only its final logits (N, V), which are not changed. It returns the same."""
     check_scalars(temperature, None, 1.0, chunk_size)
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
         raise ValueError(
@@ -141,23 +167,26 @@ def _use_triton(impl: str | None, device: torch.device, dtype: torch.dtype, k: i
     return choose_impl(impl, device, unable) == "triton"
 
 
-def _fp32_logits(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[slice], Tensor]:
-    """Raw fp32 logits of a slice of rows, (C, W): W is V rounded up, so that every row starts on a 64-byte boundary."""
+def _fp32_products(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[slice], Tensor]:
+    """A function of a slice of rows that gives their hidden Wᵀ in fp32, (C, W), before bias, scale and softcap.
+
+    W is V rounded up, so that every row starts on a 64-byte boundary.
+    """
     vocabulary = weight.shape[0]
     scratch = hidden.new_empty(chunk, -(-vocabulary // 16) * 16, dtype=torch.float32)
-    head = Head(weight, None, torch.float32, chunk, None, 1.0)
+    chunked = ChunkedHead(Head(weight), torch.float32, chunk)
     tensor_cores = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
 
-    def logits(rows: slice) -> Tensor:
-        h = hidden[rows]
-        z = scratch[: h.shape[0]]
-        if tensor_cores:  # bf16 or fp16 operands, fp32 sums and results
-            torch.mm(h, weight.t(), out_dtype=torch.float32, out=z[:, :vocabulary])
+    def products(rows: slice) -> Tensor:
+        of_chunk = hidden[rows]
+        found = scratch[: of_chunk.shape[0]]
+        if tensor_cores:  # the operands are bf16 or fp16, sums and results fp32
+            torch.mm(of_chunk, weight.t(), out_dtype=torch.float32, out=found[:, :vocabulary])
         else:
-            head.logits_into(z[:, :vocabulary], h.float())
-        return z
+            chunked.logits_into(found[:, :vocabulary], of_chunk.float())
+        return found
 
-    return logits
+    return products
 
 
 def _check_shapes(labels: Tensor, k: int, vocabulary: int, vocab_map: Tensor | None, ranges) -> None:
@@ -177,13 +206,13 @@ def _check_shapes(labels: Tensor, k: int, vocabulary: int, vocab_map: Tensor | N
             f"ranges must be rows (R,), lo (R,), hi (R,) and vocab_order (V',), got {len(ranges)} values; profuser.prefix_ranges "
             "gives all four"
         )
-    rows, lo, hi, order = ranges
-    check_tensors(rows=rows, lo=lo, hi=hi, vocab_order=order, vocab_map=vocab_map)
-    check_device(labels, rows=rows, lo=lo, hi=hi, vocab_order=order)
-    if order.dim() != 1 or any(x.dim() != 1 or len(x) != len(rows) for x in (rows, lo, hi)):
+    rows, lo, hi, vocab_order = ranges
+    check_tensors(rows=rows, lo=lo, hi=hi, vocab_order=vocab_order, vocab_map=vocab_map)
+    check_device(labels, rows=rows, lo=lo, hi=hi, vocab_order=vocab_order)
+    if vocab_order.dim() != 1 or any(x.dim() != 1 or len(x) != len(rows) for x in (rows, lo, hi)):
         raise ValueError(
             "ranges must be rows (R,), lo (R,), hi (R,) and vocab_order (V',), got "
-            f"{tuple(rows.shape)}, {tuple(lo.shape)}, {tuple(hi.shape)}, {tuple(order.shape)}"
+            f"{tuple(rows.shape)}, {tuple(lo.shape)}, {tuple(hi.shape)}, {tuple(vocab_order.shape)}"
         )
     if not all(_is_integer(x) for x in ranges):
         raise ValueError(f"ranges must be integers, got {', '.join(str(x.dtype) for x in ranges)}")
@@ -200,39 +229,39 @@ def _check_values(labels: Tensor, vocabulary: int, vocab_map: Tensor | None) -> 
 
 
 def _listed_ranges(ranges, labels: Tensor, vocabulary: int) -> tuple[list[tuple[int, int, int]], Tensor] | None:
-    """([(row, lo, hi)], order) with every value in bounds."""
+    """The ranges as a list of (row, lo, hi), and the vocabulary's order; ValueError for a value out of bounds."""
     if ranges is None:
         return None
-    rows, lo, hi, order = ranges
-    if len(order) and not 0 <= int(order.min()) <= int(order.max()) < vocabulary:
+    rows, lo, hi, vocab_order = ranges
+    if len(vocab_order) and not 0 <= int(vocab_order.min()) <= int(vocab_order.max()) < vocabulary:
         raise ValueError(
-            f"vocab_order must be < {vocabulary} (the vocabulary), got {int(order.min())}..{int(order.max())}; "
+            f"vocab_order must be < {vocabulary} (the vocabulary), got {int(vocab_order.min())}..{int(vocab_order.max())}; "
             "build it from this model's tokenizer"
         )
     listed = list(zip(rows.tolist(), lo.tolist(), hi.tolist()))
     previous = 0
     for row, first, last in listed:
-        if not (previous <= row < labels.shape[0] and 0 <= first <= last <= len(order)):
+        if not (previous <= row < labels.shape[0] and 0 <= first <= last <= len(vocab_order)):
             raise ValueError(
-                f"a range must have its row in [{previous}, {labels.shape[0]}) (ascending) and 0 <= lo <= hi <= {len(order)}, "
-                f"got row {row}, [{first}, {last}); sort the ranges by row"
+                f"a range must have its row in [{previous}, {labels.shape[0]}) (ascending) and 0 <= lo <= hi <= "
+                f"{len(vocab_order)}, got row {row}, [{first}, {last}); sort the ranges by row"
             )
         previous = row
-    return listed, order.long()
+    return listed, vocab_order.long()
 
 
 def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int, ranges=None) -> tuple[Tensor, ...]:
-    """`logits(rows)` gives a chunk that may be overwritten."""
+    """What `source_topk` returns, in plain torch. `logits(rows)` gives the logits of a chunk, which may be overwritten."""
     N = labels.shape[0]
     ids = labels.new_empty(N, k, dtype=torch.int32)
     logprobs = labels.new_empty(N, k, dtype=torch.float32)
     lse = labels.new_empty(N, dtype=torch.float32)
     ce = labels.new_empty(N, dtype=torch.float32)
-    listed, order = ranges or ([], None)
+    listed, vocab_order = ranges or ([], None)
     range_ids = labels.new_full((len(listed), k), -1, dtype=torch.int32)
     range_logprobs = labels.new_full((len(listed), k), -torch.inf, dtype=torch.float32)
     range_logmass = labels.new_full((len(listed),), -torch.inf, dtype=torch.float32)
-    done = 0  # ranges
+    ranges_done = 0
     for begin in range(0, N, chunk):
         rows = slice(begin, min(begin + chunk, N))
         z = logits(rows)
@@ -240,34 +269,42 @@ def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int, ranges
         gold = labels[rows].long()
         valid = gold != IGNORE_INDEX
         gold = gold.clamp_min(0)[:, None]
-        m = values[:, :1].clamp_min(torch.finfo(z.dtype).min)  # -inf - -inf would be NaN, even where lse is not
-        below = z.gather(1, gold) - m
-        z.sub_(m)
-        first = done
-        while done < len(listed) and listed[done][0] < rows.stop:
-            row, lo, hi = listed[done]
+
+        # All that follows is relative to the row's maximum. It is finite also in a row of -inf, where -inf - -inf is NaN.
+        row_max = values[:, :1].clamp_min(torch.finfo(z.dtype).min)
+        gold_below = z.gather(1, gold) - row_max
+        z.sub_(row_max)
+
+        # The ranges of this chunk, for now without the row's log-sum-exp. They come in the order of their rows.
+        first_range = ranges_done
+        while ranges_done < len(listed) and listed[ranges_done][0] < rows.stop:
+            row, lo, hi = listed[ranges_done]
             if lo < hi:
-                among = order[lo:hi]
-                shifted = z[row - begin, among] / temperature
-                range_logmass[done] = shifted.logsumexp(0)
-                best, at = _stable_topk(shifted[None], min(k, hi - lo))
-                range_logprobs[done, : len(at[0])], range_ids[done, : len(at[0])] = best[0], among[at[0]].int()
-            done += 1
+                among = vocab_order[lo:hi]
+                within = z[row - begin, among] / temperature
+                range_logmass[ranges_done] = within.logsumexp(0)
+                best, at = _stable_topk(within[None], min(k, hi - lo))
+                range_logprobs[ranges_done, : len(at[0])] = best[0]
+                range_ids[ranges_done, : len(at[0])] = among[at[0]].int()
+            ranges_done += 1
+
+        # Sums over the row: at T for the log-probabilities, and at 1 without the gold id for the cross-entropy. Thus a
+        # small cross-entropy is no difference of nearly equal sums, and no log-probability depends on a label.
         sum_T = None if temperature == 1 else (z / temperature).exp_().sum(1, keepdim=True)
         z.exp_()
         if sum_T is None:
             sum_T = z.sum(1, keepdim=True)
-        # Once more without the gold id: a small CE is no difference of near-equal sums, and no sum at T depends on a label.
         others = z.scatter_(1, gold, 0).sum(1, keepdim=True)
-        ce[rows] = torch.where(valid, cross_entropy_from_sums(others, below.exp(), below)[:, 0], 0)
+        ce[rows] = torch.where(valid, cross_entropy_from_sums(others, gold_below.exp(), gold_below)[:, 0], 0)
         ids[rows] = kept
-        logprobs[rows] = (values - m) / temperature - sum_T.log()
-        lse[rows] = (m / temperature + sum_T.log())[:, 0]
-        if done > first:
-            of_range = torch.tensor([row - begin for row, _, _ in listed[first:done]], device=lse.device)
-            log_sum = sum_T.log()[of_range, 0]
-            range_logmass[first:done] -= log_sum
-            range_logprobs[first:done] -= log_sum[:, None]
+        logprobs[rows] = (values - row_max) / temperature - sum_T.log()
+        lse[rows] = (row_max / temperature + sum_T.log())[:, 0]
+
+        if ranges_done > first_range:
+            row_of_range = [row - begin for row, _, _ in listed[first_range:ranges_done]]
+            log_sum = sum_T.log()[torch.tensor(row_of_range, device=lse.device), 0]
+            range_logmass[first_range:ranges_done] -= log_sum
+            range_logprobs[first_range:ranges_done] -= log_sum[:, None]
     if ranges is None:
         return ids, logprobs, lse, ce
     range_ids.masked_fill_(~range_logprobs.isfinite(), -1)
@@ -275,21 +312,23 @@ def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int, ranges
 
 
 def _stable_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, largest first, equal ones by ascending index (torch.topk promises no order)."""
+    """The k largest of each row, largest first, equal ones by ascending index: torch.topk promises no order of those."""
     wide = min(k + 1, z.shape[1])
     values, ids = z.topk(wide, dim=1)
-    # Which of several equal values was kept is arbitrary only where the first value left out equals the last kept.
+    # Which of several equal values torch.topk keeps is arbitrary. That matters only where the first value that is left out
+    # equals the last one that is kept: those rows are sorted.
     if wide > k and (tied := values[:, k - 1] == values[:, k]).any():
-        best, order = z[tied].sort(dim=1, descending=True, stable=True)
-        values[tied, :k], ids[tied, :k] = best[:, :k], order[:, :k]
+        best, by_value = z[tied].sort(dim=1, descending=True, stable=True)
+        values[tied, :k], ids[tied, :k] = best[:, :k], by_value[:, :k]
     values, ids = values[:, :k], ids[:, :k]
+    # Sorted by id first, a stable sort by value leaves equal values in the order of their ids.
     ids, by_id = ids.sort(1)
     values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
     return values, ids.gather(1, by_value)
 
 
 def _mapped(found: tuple[Tensor, ...], vocab_map: Tensor) -> tuple[Tensor, ...]:
-    """What was found, its ids translated by `vocab_map` and merged."""
+    """What was found, with its ids translated by `vocab_map` and the masses of equal ids added."""
     ids, logprobs, lse, ce, *of_ranges = found
     if of_ranges:
         of_ranges[:2] = _merged(*of_ranges[:2], vocab_map)
@@ -297,18 +336,20 @@ def _mapped(found: tuple[Tensor, ...], vocab_map: Tensor) -> tuple[Tensor, ...]:
 
 
 def _merged(ids: Tensor, logprobs: Tensor, vocab_map: Tensor) -> tuple[Tensor, Tensor]:
+    """The mapped ids of each row, most probable first, -1 and -inf behind them, and their log-probabilities."""
     mapped = torch.where(ids < 0, -1, vocab_map[ids.long().clamp_min(0)].int())
     mapped, by_id = mapped.sort(dim=1, stable=True)
     merged = logprobs.gather(1, by_id)
-    # Equal ids are neighbours now. Each sum takes in the one `step` before it, twice as far every time, and the last of its
-    # run ends with the whole: a fixed order of additions, which atomics would not have.
+    # Equal ids are neighbours now, a run. Each entry adds the one `step` before it if that is of its run, and `step` doubles:
+    # in the end the last entry of a run holds the sum of it all. Unlike with atomics, the order of the additions is fixed.
     step = 1
     while step < ids.shape[1]:
         equal = mapped[:, step:] == mapped[:, :-step]
         grown = torch.where(equal, torch.logaddexp(merged[:, step:], merged[:, :-step]), merged[:, step:])
         merged = torch.cat([merged[:, :step], grown], 1)
         step *= 2
-    none = (mapped < 0) | (merged == -torch.inf)
-    none[:, :-1] |= mapped[:, 1:] == mapped[:, :-1]
-    merged, by_mass = merged.masked_fill(none, -torch.inf).sort(dim=1, descending=True, stable=True)
-    return mapped.masked_fill(none, -1).gather(1, by_mass), merged
+    # All others of a run are dropped, as are tokens without an id and entries without mass.
+    dropped = (mapped < 0) | (merged == -torch.inf)
+    dropped[:, :-1] |= mapped[:, 1:] == mapped[:, :-1]
+    merged, by_mass = merged.masked_fill(dropped, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return mapped.masked_fill(dropped, -1).gather(1, by_mass), merged

@@ -1,11 +1,14 @@
 """The Triton path of `source_topk`: exact top-k, log-sum-exp and cross-entropy of chunks of logits, one program per row.
 
-`_reduce_kernel` reads a chunk of logits once: the sums, and the maximum of every GROUP columns. `_select_kernel` finds the
-top k from those maxima, and reads k groups of logits again; `_range_kernel` looks at single ranges of single rows. Why
-the k best groups hold the k best tokens stands in README.md. What a launch writes, only later launches read: no
-barriers, no atomics, no device sync.
-Imported when used only: Triton exists on Linux alone.
-Dimension letters: N rows, C rows of a chunk, V vocabulary, G groups (a multiple of GROUP), K kept entries, R ranges.
+- `_reduce_kernel` reads a chunk of logits once, for the sums and the maximum of every GROUP columns.
+- `_select_kernel` finds the top k by those maxima, and reads the logits of k groups again. README.md says why the k best
+  groups hold the k best tokens.
+- `_range_kernel` looks at single ranges of single rows.
+
+What one launch writes is read by later launches only: there are no barriers, no atomics, and nothing waits for the device.
+This file is imported only when it is used, because Triton exists on Linux alone.
+Dimension letters: N rows, C rows of a chunk, W >= V columns of a row in memory, V vocabulary, G groups (a multiple of GROUP),
+k kept entries, K that number as the kernels round it up, R ranges.
 """
 
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from .common import IGNORE_INDEX
 from .triton_math import fast_exp, log1p, tanh
 
 GROUP = tl.constexpr(16)
-FLOOR = tl.constexpr(-1e30)  # finite: a maximum that starts at -inf makes NaN of a column of -inf
+FLOOR = tl.constexpr(-1e30)  # finite, because a maximum that starts at -inf makes NaN of a column of -inf
 MAX_INDEX = tl.constexpr(0x7FFFFFFF)
 IGNORE = tl.constexpr(IGNORE_INDEX)
 LEAST_KEY = tl.constexpr(-(1 << 63))
@@ -27,7 +30,10 @@ LEAST_KEY = tl.constexpr(-(1 << 63))
 
 @triton.jit
 def _load_logits(row_ptr, columns, inside, readable, bias_ptr, softcap, logit_scale):
-    """fp32 logits of one row, -inf where not `inside`. `readable` may be wider, where that lets loads be so; None = all."""
+    """The fp32 logits of one row, -inf for columns that are not `inside`. None means all columns.
+
+    Only `readable` columns are loaded. They may be more than those inside, where that allows wider loads.
+    """
     z = tl.load(row_ptr + columns, mask=readable).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=inside).to(tl.float32)
@@ -42,7 +48,7 @@ def _load_logits(row_ptr, columns, inside, readable, bias_ptr, softcap, logit_sc
 
 @triton.jit
 def _key(value, index):
-    """int64 that ranks by value, then by lowest index; -0 equals +0, NaN ranks as -inf."""
+    """An int64 that ranks by value, and equal values by ascending index. -0 equals +0, and NaN ranks as -inf."""
     value = tl.where(value == 0, 0.0, tl.where(value == value, value, -float("inf")))
     bits = value.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & MAX_INDEX)
@@ -80,7 +86,7 @@ def _add_block(
     BLOCK_V: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """The running maxima and sums of a row with BLOCK_V more columns, all of them below V if WHOLE."""
+    """The running maxima and sums of a row, with BLOCK_V more columns. WHOLE says that all of those are below V."""
     groups = tl.arange(0, BLOCK_V // GROUP)
     columns = start + groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     if WHOLE:
@@ -95,7 +101,9 @@ def _add_block(
     fade = fast_exp(top - new_top)
     e = fast_exp(below)
     rest = e
-    if (gold >= start) & (gold < start + BLOCK_V):  # uniform: the other blocks are spared a comparison per column
+    if (gold >= start) & (
+        gold < start + BLOCK_V
+    ):  # the same for all threads; spares all other blocks a comparison per column
         rest = tl.where(columns == gold, 0.0, e)
     others = others * fade[:, None] + rest
     if AT_ONE:
@@ -132,10 +140,12 @@ def _reduce_kernel(
     gold = tl.where(valid, label, -1).to(tl.int32)
     inverse = 1.0 / temperature
 
-    # A running maximum per group of lanes and a sum per lane: of the loop's values only the stored maxima cross a warp.
+    # There is one running maximum per group of lanes, and one sum per lane: in the loop only the stored maxima cross a warp.
+    # `others` are the sums at 1 without the gold id: a small CE is no difference. `total` are those at T, with it: no
+    # log-probability depends on the label.
     top = tl.full([BLOCK_V // GROUP], FLOOR, tl.float32)
-    others = tl.zeros([BLOCK_V // GROUP, GROUP], tl.float32)  # at 1, without the gold id: a small CE is no difference
-    total = tl.zeros([BLOCK_V // GROUP, GROUP], tl.float32)  # at T, with it: no log-probability depends on the label
+    others = tl.zeros([BLOCK_V // GROUP, GROUP], tl.float32)
+    total = tl.zeros([BLOCK_V // GROUP, GROUP], tl.float32)
     for start in range(0, V // BLOCK_V * BLOCK_V, BLOCK_V):
         top, others, total = _add_block(
             top, others, total, start, row_ptr, width, bias_ptr, maxima_ptr, gold, inverse, softcap, logit_scale,
@@ -185,7 +195,7 @@ def _select_kernel(
     maxima_ptr += row * G
     within = tl.arange(0, GROUP)[None, :]
 
-    # What lies beyond V is -inf with an index above every column's, so it ranks behind them all and needs no care.
+    # What lies beyond V is -inf with an index above every column's. So it ranks behind all columns and needs no care.
     supers = tl.arange(0, BLOCK_S)
     groups = supers[:, None] * GROUP + within
     maxima = tl.load(maxima_ptr + groups, mask=groups < G, other=-float("inf"))
@@ -262,7 +272,7 @@ def _range_kernel(
             kept = tl.topk(tl.reshape(tl.join(kept, tl.topk(keys, K)), [2 * K]), K)
         position += BLOCK
 
-    # Relative to the row's maximum, as the row's own sum is: mass and lse share their rounding.
+    # Relative to the row's maximum, as the row's own sum is: so mass and lse share their rounding.
     best = tl.max(top, 0)
     mass = tl.sum(mass * fast_exp((top - best) * inverse), 0)
     logmass = tl.where(wrong, float("nan"), (best - row_max) / temperature + tl.log(mass) - log_sum)
@@ -289,8 +299,11 @@ def topk_rows(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """The returns of `source_topk`. `logits` gives a slice of at most `chunk` rows before bias, scale and softcap:
-    (C, W >= V), contiguous; what stands from column V on does not matter."""
+    """What `source_topk` returns, from the logits of at most `chunk` rows at a time.
+
+    `logits` gives those of a slice of rows, (C, W), contiguous, before bias, scale and softcap. What stands in the columns from
+    V on does not matter.
+    """
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     N = labels.shape[0]
     supers = triton.cdiv(vocabulary, GROUP.value**2)
@@ -302,7 +315,7 @@ def topk_rows(
     maxima = labels.new_empty(chunk, groups, dtype=torch.float32)
     found = [ids, logprobs, lse, ce]
     if ranges is not None:
-        # A range whose row is in no chunk is never written: what stands here is what it gives.
+        # A range whose row is in no chunk is never written by a kernel, and keeps these values.
         R = len(ranges[0])
         found += [labels.new_full((R, k), -1, dtype=torch.int32)]
         found += [labels.new_full(shape, torch.nan, dtype=torch.float32) for shape in ((R, k), (R,))]
@@ -326,7 +339,8 @@ def topk_rows(
                 **elementwise, V=vocabulary, G=groups, K=K, BLOCK_S=max(K, triton.next_power_of_2(supers)), num_warps=4,
             )  # fmt: skip
             if ranges is not None and R:
-                # A program for every range at every chunk; most return at once. Finding a chunk's own would sync.
+                # Every chunk launches one program per range, and most return at once. To find a chunk's own ranges, the host
+                # would have to wait for the device.
                 _range_kernel[(R,)](
                     *raw, row_max, log_sum, *ranges, *found[4:], begin, len(z), len(ranges[3]), k,
                     **elementwise, V=vocabulary, K=K, BLOCK=1024, num_warps=4,

@@ -1,6 +1,6 @@
-"""Elementary functions for the Triton kernels, out of operations that compile everywhere and that the interpreter has.
+"""Elementary functions for the Triton kernels of both ops, made of operations that every target and the interpreter have.
 
-libdevice is neither in the interpreter nor on every target. Used by the kernels of both ops; errors are in README.md.
+libdevice is neither in the interpreter nor on every target. README.md says how exact the functions are.
 """
 
 import triton
@@ -11,22 +11,23 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def fast_exp(x):
-    """One instruction; tl.exp spends four more on results below 1e-38, which are 0 here."""
+    """exp(x) in one instruction. tl.exp spends four more on results below 1e-38, which are 0 here."""
     return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit
 def exact_exp(x):
     """exp(x) for x <= 0 to a few ulp: tl.exp rounds x·log2(e), which costs 1e-6 at x = -25."""
-    x = tl.maximum(x, -150.0, propagate_nan=tl.PropagateNan.ALL)  # exp is 0 there; -inf has no remainder
+    x = tl.maximum(x, -150.0, propagate_nan=tl.PropagateNan.ALL)  # exp is 0 below; the remainder of -inf would be NaN
     k = tl.floor(x * _LOG2_E + 0.5)
-    remainder = (x - k * 0.693145751953125) - k * 1.4286068203094173e-06  # ln 2 in two parts, the first product exact
+    # ln 2 in two parts, of which the product with the first one is exact.
+    remainder = (x - k * 0.693145751953125) - k * 1.4286068203094173e-06
     return tl.exp(remainder) * tl.exp2(k)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 <= x <= 1, as 2·artanh(x / (2 + x)): exact where log(1 + x) has lost x."""
+    """log(1 + x) for 0 <= x <= 1, as 2·artanh(x / (2 + x)). It is exact for small x, which 1 + x has lost."""
     s = x / (2 + x)
     r = s * s
     series = 1 / 9 + r * (1 / 11 + r * (1 / 13 + r * (1 / 15 + r * (1 / 17))))
@@ -35,7 +36,7 @@ def log1p(x):
 
 @triton.jit
 def tanh(x):
-    """An odd polynomial where 1 - exp(-2|x|) would cancel. tl.fma, so that every kernel rounds alike."""
+    """tanh(x), by an odd polynomial where 1 - exp(-2|x|) would cancel. With tl.fma, so that every kernel rounds alike."""
     a = tl.abs(x)
     near = tl.minimum(a, 0.3)
     s = near * near

@@ -1,7 +1,8 @@
-"""The target with the fused loss inside one root forward, which is what keeps DDP, FSDP2, compile and checkpointing right.
+"""The target with the fused loss inside its forward. DDP, FSDP2, torch.compile and checkpointing need loss and head in there.
 
-Hugging Face's Trainer takes it as its model. Dimension letters: S sources, B rows of the batch, T tokens of a row, K kept
-entries, N = B·(T − 1) shifted rows, E examples: B, or more where rows are packed.
+Hugging Face's Trainer takes it as its model.
+Dimension letters: S sources, B rows of the batch, T tokens of a row, K kept entries, N = B·(T − 1) shifted rows, E examples
+(B of them, or more where rows are packed).
 """
 
 from __future__ import annotations
@@ -15,41 +16,70 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from profuser.errors import DataError
 from profuser.kernels.common import IGNORE_INDEX, check_scalars
-from profuser.loss import check_options, fused_linear_fusion_loss
-from profuser.models.head import Head, evaluating, head_layer, hidden_states
+from profuser.kernels.tails import BUCKET
+from profuser.loss import at_temperature, check_options, check_source_temperature, fused_linear_fusion_loss
+from profuser.models.head import evaluating, head_layer, head_of, hidden_states
 
-# What collators that flatten a batch may add for the attention; passed on to the model.
+# Collators that flatten a batch may add these for the attention. They are passed on to the model.
 FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 class FusionModel(nn.Module):
-    """Wraps a causal language model: tokens, labels and source distributions in, loss out; logits are never formed.
+    """Wraps a causal language model: tokens, labels and source distributions go in, the loss comes out.
 
-    Per-token inputs speak of the token they stand at, as Hugging Face labels do; the shift by one happens here. A row of the
-    batch is one example, or several packed ones whose position_ids restart (then without an attention_mask, as
-    transformers' DataCollatorWithFlattening gives them): none is predicted from, or attends to, the one before it.
+    Logits are never formed. What is given for a token speaks of the token that it stands at, as Hugging Face's labels do: the
+    shift by one happens here. A row of the batch is one example, or several packed ones whose position_ids restart. Packed
+    examples come without an attention_mask, as transformers' DataCollatorWithFlattening gives them, and none of them is
+    predicted from the one before it, or attends to it.
 
-    What is not defined here is the wrapped model's (config, save_pretrained, generate …). A LoRA model (peft) goes inside:
-    FusionModel(get_peft_model(model, …)).
+    Whatever is not defined here is the wrapped model's: config, save_pretrained, generate and so on. A LoRA model (peft) goes
+    inside: FusionModel(get_peft_model(model, …)).
 
     Args:
-        model: the target; its final softcap, logit scale and head bias are honoured (or the model is refused).
-        beta, temperature, tail: as in fused_linear_fusion_loss; beta only where forward gets no kd_weight.
+        model: the target. Its final softcap, logit scale and head bias are honoured, or else the model is refused.
+        beta: as in fused_linear_fusion_loss. It counts where forward gets no kd_weight.
+        temperature, tail: as in fused_linear_fusion_loss.
+        source_temperature: the temperature of the source_logprobs that forward is given, if it is not `temperature`: 1.0 for
+            those of `align` and of a store. They are then brought to `temperature`, and a source_tail that comes along is
+            left out with tail="renormalize".
     Raises:
         DataError: the model's logits are not a linear head on its hidden states, or it adds a router's loss to its own.
+        ValueError: an option is out of range, or source_temperature is not `temperature` and the tail is "bucket".
+
+    Example:
+        >>> import torch
+        >>> from profuser import FusionModel
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+        >>> fusion = FusionModel(model, beta=0.3)
+        >>> input_ids = torch.randint(50, (2, 7))  # two examples of 7 tokens
+        >>> logprobs, ids = torch.randn(1, 2, 7, 50).log_softmax(-1).topk(4)  # one source: (S, B, T, K)
+        >>> loss = fusion(input_ids, labels=input_ids, source_ids=ids, source_logprobs=logprobs)["loss"]
+        >>> loss.backward()
+        >>> model.lm_head.weight.grad.shape
+        torch.Size([50, 16])
     """
 
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch …
-    loss_type = "ForCausalLM"  # … counted without each row's first label, which the shift drops
-    is_quantized = False  # else the Trainer looks for the adapters of a quantized model on the wrapper
+    loss_type = "ForCausalLM"  # … and counts those without each row's first label, which the shift drops
+    is_quantized = False  # else the Trainer looks at the wrapper for the adapters of a quantized model
 
     def __init__(
-        self, model: PreTrainedModel, *, beta: float | None = None, temperature: float = 1.0, tail: str = "bucket", source_temperature=None
+        self,
+        model: PreTrainedModel,
+        *,
+        beta: float | None = None,
+        temperature: float = 1.0,
+        tail: str = BUCKET,
+        source_temperature: float | None = None,
     ):
         super().__init__()
         check_scalars(temperature, None, 1.0, None)
         check_options(tail, "mean", None, beta, None, None)
-        head = Head.of(model)
+        if source_temperature is not None:
+            check_source_temperature(source_temperature, temperature, tail)
+        head = head_of(model)
         if getattr(model.config.get_text_config(), "output_router_logits", False):
             raise DataError(
                 f"a model's loss must be its cross-entropy, {type(model).__name__} adds its router's (output_router_logits); set "
@@ -59,11 +89,12 @@ class FusionModel(nn.Module):
         self.keeps_apart = {flattened: keeps_apart(model, flattened) for flattened in (False, True)}
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.beta, self.temperature, self.tail = beta, temperature, tail
+        self.source_temperature = source_temperature
         self.register_state_dict_post_hook(drop_tied)
         self.register_load_state_dict_pre_hook(restore_tied)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base_model":  # with it a trainer would compute a loss of its own, as TRL's do
+        if name == "base_model":  # a trainer would use it to compute a loss of its own, as TRL's do
             raise AttributeError(
                 "FusionModel's loss must be taken from its own forward, got a caller that asks for its base_model, which knows no "
                 "sources; with TRL >= 1.15 set compute_loss = transformers.Trainer.compute_loss"
@@ -91,22 +122,28 @@ class FusionModel(nn.Module):
         return_stats: bool = False,
         **flattened: Tensor | int,
     ) -> dict[str, Tensor]:
-        """Args:
-            input_ids, labels: (B, T) int64, labels unshifted, IGNORE_INDEX where nothing is learnt.
+        """The loss of a batch.
+
+        Args:
+            input_ids: (B, T) int64.
+            labels: (B, T) int64, not shifted, IGNORE_INDEX where nothing is learnt.
             attention_mask, position_ids: (B, T), as the model takes them.
-            source_ids, source_logprobs: (S, B, T, K); source_tail: (S, B, T).
-            source_ce: (S, E); source_index: (E,), one column an example in the order of the tokens.
+            source_ids, source_logprobs: (S, B, T, K).
+            source_tail: (S, B, T).
+            source_ce: (S, E), one column per example in the order of the tokens.
+            source_index: (E,), one source number per example.
             ce_weight, kd_weight: (B, T) fp32.
-            num_items_in_batch: labels of the whole optimizer step, the divisor of reduction="mean". The Trainer counts them;
-                label the first tokens of packed examples IGNORE_INDEX, or it counts those, too.
-            flattened: cu_seq_lens_q and others of a flattening collator, for the attention; position_ids beside them.
+            num_items_in_batch: number of labels in the whole optimizer step, the divisor of reduction="mean". The Trainer counts
+                them. Label the first tokens of packed examples IGNORE_INDEX, or it counts those, too.
+            reduction, return_stats: as in fused_linear_fusion_loss.
+            flattened: what a flattening collator adds for the attention, cu_seq_lens_q and others, beside position_ids.
 
         Returns:
-            {"loss": scalar}; with return_stats also the statistics of fused_linear_fusion_loss, over B * (T - 1) rows.
+            {"loss": scalar}; with return_stats also the statistics of fused_linear_fusion_loss, over B·(T − 1) rows.
         Raises:
             ValueError: shapes contradict each other; examples are packed under an attention_mask, or for a model that does not
-                keep them apart (of such a model position_ids are read: a wait for the device, and no full graph).
-            TypeError: no labels, or an argument that is not known.
+                keep them apart. For such a model position_ids are read, which waits for the device and breaks the full graph.
+            TypeError: there are no labels, or an argument is not known.
             DataError: the head has got an adapter.
         """
         if labels is None:
@@ -136,7 +173,7 @@ class FusionModel(nn.Module):
             begins = None
         else:
             if position_ids.dim() != 2:
-                raise ValueError(f"position_ids must be (B, T), got {tuple(position_ids.shape)}; give one a token")
+                raise ValueError(f"position_ids must be (B, T), got {tuple(position_ids.shape)}; give one per token")
             begins = packed_begins(position_ids.expand(B, T), attention_mask)
             if attention_mask is None and not self.keeps_apart[bool(flattened)] and begins.any():
                 raise ValueError(
@@ -149,14 +186,22 @@ class FusionModel(nn.Module):
             labels = labels.masked_fill(begins, IGNORE_INDEX)
         bounds = torch.arange(B + 1, device=input_ids.device) * (T - 1)
         if begins is not None and attention_mask is None and (source_ce is not None or source_index is not None):
-            # Their number is read: a choice for other examples than these must be an error, also on a GPU.
+            # The number of examples is read from the device: a choice for other examples than these must always be an error.
             bounds = torch.cat([bounds, begins.flatten().nonzero()[:, 0]]).sort().values
         for name, choice, axes in (("source_ce", source_ce, "(S, E)"), ("source_index", source_index, "(E,)")):
             if choice is not None and choice.shape[-1] != len(bounds) - 1:
                 raise ValueError(
                     f"{name} must be {axes} with E={len(bounds) - 1} examples of this batch, got {tuple(choice.shape)}; give "
-                    "one an example"
+                    "one per example"
                 )
+        if self.source_temperature is not None and source_logprobs is not None:
+            source_logprobs, source_tail = at_temperature(
+                source_logprobs,
+                source_tail,
+                source_temperature=self.source_temperature,
+                temperature=self.temperature,
+                tail=self.tail,
+            )
         head = head_layer(self.model)
         result = fused_linear_fusion_loss(
             hidden[:, :-1].flatten(0, 1),
@@ -196,11 +241,11 @@ def check_tokens(name: str, value: Tensor | None, axes: str, tokens: tuple[int, 
 
 
 def packed_begins(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, T - 1) bool: token t + 1 is the first of an example, by transformers' own rule.
+    """(B, T - 1) bool: whether token t + 1 is the first of an example, by transformers' own rule.
 
     Raises:
         ValueError: examples are packed under a 2-D attention_mask: transformers then ignores the restarts, and every example
-            would attend to the one before it. Only with both arguments is a value read.
+            would attend to the one before it. A value is read only where both arguments are given.
     """
     begins = position_ids.diff() != 1
     if attention_mask is not None and attention_mask.dim() == 2:
@@ -214,9 +259,9 @@ def packed_begins(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor
 
 
 def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
-    """Whether packed examples see nothing of the one before: many architectures ignore the restarts of position_ids.
+    """Whether packed examples see nothing of those before them: many architectures ignore the restarts of position_ids.
 
-    Decided by the gradient of a second example's hidden states in a first one's embeddings, which is exactly 0 then.
+    It is found by the gradient of a second example's hidden states in the embeddings of the first, which must be exactly 0.
     """
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flattened, return_seq_idx=flattened)
     embedding = model.get_input_embeddings()
@@ -236,7 +281,7 @@ def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
             (grad,) = torch.autograd.grad(second.float().square().sum(), embedded[:1])
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # it takes no position_ids, or lacks what these kernels need: each raises its own kinds
+    except Exception:  # a model that takes no position_ids, or lacks what these kernels need; each raises its own kinds
         return False
     finally:
         hook.remove()
@@ -244,6 +289,7 @@ def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
 
 
 def warn_without_sources() -> None:
+    """Says that a training step got no source, which is mostly a collator or Trainer that has dropped the columns."""
     if not torch.compiler.is_compiling():
         warnings.warn(
             "FusionModel got no source_ids and trains on cross-entropy alone: keep the columns (remove_unused_columns=False) and "
@@ -260,12 +306,13 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 
 
 def drop_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-    """Leave one name of a tied weight in a state dict: the Trainer writes it with safetensors, which takes no second one."""
+    """Leaves one name of a tied weight in a state dict: the Trainer writes it with safetensors, which takes no second one."""
     for name in tied_names(module):
         state.pop(prefix + name, None)
 
 
 def restore_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *args) -> None:
+    """Gives a tied weight in a state dict its other names back."""
     for name, kept in tied_names(module).items():
         if prefix + kept in state:
             state.setdefault(prefix + name, state[prefix + kept])

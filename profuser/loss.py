@@ -1,9 +1,9 @@
 """The fused linear fusion loss, L = CE + β·KL(P_source ‖ P_target) on the winner's kept entries (arXiv 2408.04998).
 
-Computes the loss from hidden states and the head; logits exist only a chunk at a time. With one source it is top-k
-distillation, with none fused linear cross-entropy. This module checks arguments and reduces; values and gradients are
-computed by kernels/fused_loss.py (on a GPU fused_loss_triton.py beside it) and derived in kernels/README.md. Alignment of
-tokenizers happens before.
+The loss is computed from hidden states and the head, and logits exist for a chunk of rows at a time only. With one source it
+is top-k distillation, with none it is fused linear cross-entropy. This module checks the arguments and reduces the rows'
+losses. kernels/fused_loss.py computes values and gradients, and kernels/README.md derives them. The sources must speak of
+the target's tokens already: aligning tokenizers comes before.
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
 """
 
@@ -23,11 +23,13 @@ from .kernels.common import (
     compute_dtype,
 )
 from .kernels.fused_loss import fused_loss
+from .kernels.fused_loss_types import Operands, Options
+from .kernels.tails import BUCKET, RENORMALIZE, TAILS
 
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
-TAILS = ("bucket", "renormalize")
 REDUCTIONS = ("mean", "sum", "none")
+STATS = ("ce", "kd", "source_mass", "target_mass", "winner")
 
 
 def fused_linear_fusion_loss(
@@ -45,7 +47,7 @@ def fused_linear_fusion_loss(
     kd_weight: Tensor | None = None,
     beta: float | None = None,
     temperature: float = 1.0,
-    tail: str = "bucket",
+    tail: str = BUCKET,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -58,103 +60,125 @@ def fused_linear_fusion_loss(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy plus sparse KL to the winning source, without ever forming [N, V] logits.
 
-    Row n adds ce_weight[n]·CE + kd_weight[n]·T²·KL, CE at temperature 1. Logits are softcap·tanh(logit_scale·(h Wᵀ +
-    bias)/softcap), each part only when given. Differentiable once, in hidden, weight and bias, by backward: a second
-    derivative is an error, forward-mode differentiation and torch.func are not supported.
+    Row n adds ce_weight[n]·CE + kd_weight[n]·T²·KL, with CE at temperature 1. The logits are
+    softcap·tanh(logit_scale·(h Wᵀ + bias)/softcap), of which each part is there only when it is given. The loss has a gradient
+    in hidden, weight and bias, by backward. A second derivative is an error; forward-mode differentiation and torch.func
+    are not supported.
 
     Args:
-        hidden: (N, D) bf16/fp16/fp32/fp64, last hidden states; row n predicts labels[n], so they are already shifted.
-        weight: (V, D) language-model head; logits, sums and its gradient are computed in fp32 (fp64 if either is fp64).
-            With impl "triton" the operands of the matrix products are in hidden's dtype, or in autocast's.
-        labels: (N,) int64 or int32; IGNORE_INDEX rows add nothing, whatever else they hold.
-        source_ids: (S, N, K) int32 or int64 in [0, V), -1 = padding; duplicates in a row are merged by adding mass.
-            None = cross-entropy alone.
-        source_logprobs: (S, N, K) natural log, at `temperature`; bf16 is too coarse for the bucket, give fp16 or fp32.
-        source_tail: (S, N) linear mass in [0, 1] outside the entries; the entries are scaled to sum to 1 - tail.
-            Without it the tail is what the entries lack of 1. Only with tail="bucket".
-        source_ce: (S, B) nats; each sequence takes its source of lowest CE (NaN and infinite = missing, ties to the
-            lowest index, all missing = no KD).
-        source_index: (B,) or (N,) int, the source to take instead, -1 = no KD; (B,) where B = N. Excludes source_ce; one is
-            needed if S > 1.
-        cu_seqlens: (B+1,) int, from 0 to N: where sequences begin; required when B > 1.
+        hidden: (N, D) bf16/fp16/fp32/fp64, last hidden states. Row n predicts labels[n]: they are already shifted.
+        weight: (V, D) language-model head. Logits, sums and the weight's gradient are computed in fp32, or in fp64 if either
+            is fp64. With impl "triton" the matrix products take their operands in hidden's dtype, or in autocast's.
+        labels: (N,) int64 or int32. IGNORE_INDEX rows add nothing, whatever else they hold.
+        source_ids: (S, N, K) int32 or int64 in [0, V), or -1 for padding. Where an id occurs twice in a row, its masses are
+            added. None means cross-entropy alone.
+        source_logprobs: (S, N, K) natural logarithms, at `temperature`. bf16 is too coarse for the bucket: give fp16 or fp32.
+        source_tail: (S, N) linear mass in [0, 1] outside the entries, which are scaled to sum to 1 - tail. Without it the
+            tail is what the entries lack of 1. Only with tail="bucket".
+        source_ce: (S, B) nats. Each sequence learns from its source of lowest CE. A NaN or infinite one does not take part, of
+            equal ones the first wins, and a sequence where none takes part has no KD.
+        source_index: (B,) or (N,) int, the source to learn from instead, -1 for no KD; read as (B,) where B = N. Give this
+            or source_ce, not both; one of them is needed if S > 1.
+        cu_seqlens: (B+1,) int, from 0 to N: where sequences begin. Required when B > 1.
         ce_weight: (N,) weight of each row's CE, ones by default.
-        kd_weight: (N,) weight of each row's KL, beta·ce_weight by default. Excludes beta.
+        kd_weight: (N,) weight of each row's KL, beta·ce_weight by default. Give this or beta, not both.
         beta: KD weight relative to ce_weight, 0.1/0.9 by default.
         temperature: T > 0 of the KL.
-        tail: "bucket": the mass outside the entries is matched as one bucket; "renormalize": it is divided out.
+        tail: what becomes of the source's mass outside the entries. "bucket" matches it as one more entry, "renormalize"
+            divides it out.
         bias: (V,) head bias.
         softcap, logit_scale: the model's final logit softcap and scale.
-        reduction: "mean" over num_items_in_batch or the valid rows (0 when there are none), "sum", or "none": (N,).
-        num_items_in_batch: divisor of "mean", for a step of several batches.
-        chunk_size: rows whose logits exist at a time; chosen by V when None. max_chunk_bytes caps their bytes.
-        impl: "triton" (CUDA from sm_80, or under TRITON_INTERPRET=1), "torch" (anywhere), or None: triton on CUDA unless an
-            operand is fp64, else torch. Triton reads no value back, so there a value out of range gives no error: its
-            row's loss is NaN. It spends time on ignored rows, torch does not.
-        return_stats: also return a dict of detached tensors, (N,), unweighted and 0 where a row lacks them: ce,
-            kd (= T²·KL), source_mass (kept, as given), target_mass (the target's on the kept ids, at T); and winner,
-            (B,) int64, or (N,) as source_index is, -1 = none.
+        reduction: "sum" over the rows, "mean" (the sum over num_items_in_batch or the valid rows, 0 where there are none), or
+            "none" for (N,) losses.
+        num_items_in_batch: divisor of "mean", for an optimizer step of several batches.
+        chunk_size: number of rows whose logits exist at a time. None chooses it by V.
+        max_chunk_bytes: an upper bound on the bytes of those logits.
+        impl: "triton" (CUDA from sm_80, or any device under TRITON_INTERPRET=1), "torch" (any device), or None: triton on
+            CUDA unless an operand is fp64, else torch. Triton never reads a value back to the host: a value out of range is
+            no error there, the loss of its row is NaN. It spends time on ignored rows, torch does not.
+        return_stats: also return a dict of detached tensors. They are (N,), unweighted, and 0 for rows that have none: ce,
+            kd (T²·KL), source_mass (of the kept entries, as given) and target_mass (the target's mass on the kept ids, at
+            T). The fifth is winner, int64, (B,) or (N,) as source_index is, -1 for none.
     Returns:
-        Scalar fp32 (fp64 for fp64 inputs) in nats, or (N,) with reduction="none"; with stats, a pair.
+        Scalar fp32 (fp64 for fp64 inputs) in nats, or (N,) with reduction="none". With return_stats a pair of it and the dict.
     Raises:
         ValueError: shapes, dtypes, devices or options contradict each other; an id or label is outside the vocabulary;
-            temperature <= 0; log-probabilities are positive, or exceed 1 together where the bucket is the rest; a sharded (DTensor) head.
+            temperature <= 0; log-probabilities are positive; a row's add up to more than 1 where the bucket is the rest; the
+            head is sharded (a DTensor).
         TypeError: something that is no tensor is given for one, or no number for a number.
     docs/mistakes.md lists likely mistakes, and two checks for those that no error can show.
     Source: arXiv 2408.04998, L_Fuse; value and gradient are derived in kernels/README.md.
+
+    Example:
+        >>> import torch
+        >>> from profuser import fused_linear_fusion_loss
+        >>> hidden = torch.randn(6, 16, requires_grad=True)  # 6 tokens
+        >>> head = torch.randn(50, 16, requires_grad=True)  # a vocabulary of 50
+        >>> labels = torch.randint(50, (6,))
+        >>> logprobs, ids = torch.randn(2, 6, 50).log_softmax(-1).topk(3)  # what two sources say of the same tokens
+        >>> source_ce = torch.tensor([[19.0], [20.2]])  # one sequence; the first source has the lower cross-entropy
+        >>> loss, stats = fused_linear_fusion_loss(
+        ...     hidden, head, labels, ids, logprobs, source_ce=source_ce, beta=0.3, return_stats=True
+        ... )
+        >>> loss.backward()
+        >>> hidden.grad.shape, stats["winner"]
+        (torch.Size([6, 16]), tensor([0]))
     """
     check_scalars(temperature, softcap, logit_scale, chunk_size)
     check_head(hidden, weight, labels, bias)
     check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
     dtype = compute_dtype(hidden, weight)
-    fp64 = "computes in float32, got float64 operands; use impl=None, or cast them" if dtype == torch.float64 else None
-    impl = choose_impl(impl, hidden.device, fp64)
+    unable = None
+    if dtype == torch.float64:
+        unable = "computes in float32, got float64 operands; use impl=None, or cast them"
+    impl = choose_impl(impl, hidden.device, unable)
     rows = hidden.shape[0]
-    inputs = {
+    sources = {
         "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail,
         "source_ce": source_ce, "source_index": source_index, "cu_seqlens": cu_seqlens,
-        "ce_weight": ce_weight, "kd_weight": kd_weight,
     }  # fmt: skip
-    check_tensors(**inputs)
-    _check_sources(rows, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens, tail)
-    for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
+    weights = {"ce_weight": ce_weight, "kd_weight": kd_weight}
+    check_tensors(**sources, **weights)
+    _check_sources(rows, tail, **sources)
+    for name, value in weights.items():
         if value is not None and value.shape != (rows,):
             raise ValueError(f"{name} must be (N,) = ({rows},), got {tuple(value.shape)}; give one weight per row")
     if impl == "triton" and hidden.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
-        # As autocast treats a linear head. Logits and dweight stay fp32; so does the weight, which the op casts.
+        # As autocast does for a linear layer. Logits and the weight's gradient stay fp32. So does the weight itself, which the
+        # op casts.
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    check_device(hidden, **inputs)
-    for name, value in inputs.items():
+    check_device(hidden, **sources, **weights)
+    for name, value in (sources | weights).items():
         if value is not None and value.requires_grad:
             raise ValueError(f"{name} must not require grad: only hidden, weight and bias get one; detach it")
 
-    ce_weight = torch.ones(rows, dtype=dtype, device=hidden.device) if ce_weight is None else ce_weight.to(dtype)
+    if ce_weight is None:
+        ce_weight = torch.ones(rows, dtype=dtype, device=hidden.device)
+    ce_weight = ce_weight.to(dtype)
     if kd_weight is None:
         kd_weight = ce_weight * (DEFAULT_BETA if beta is None else beta)
-    tracked = torch.is_grad_enabled()
-    # Per-row gradients need each row's grad_output, so that forward computes none.
-    in_forward = tracked and reduction != "none"
-    loss, _, _, _, ce, kd, source_mass, target_mass, winner = fused_loss(
-        hidden,
-        weight,
-        bias,
-        labels,
-        *(source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens),
-        ce_weight,
-        kd_weight,
-        float(temperature),
-        tail == "bucket",
-        None if softcap is None else float(softcap),
-        float(logit_scale),
-        reduction == "none",
-        in_forward and hidden.requires_grad,
-        in_forward and weight.requires_grad,
-        in_forward and bias is not None and bias.requires_grad,
-        chunk_size,
-        max_chunk_bytes,
-        impl,
+    per_row = reduction == "none"
+    # Where each row has a grad_output of its own, it is backward that computes the gradients.
+    in_forward = torch.is_grad_enabled() and not per_row
+    outputs = fused_loss(
+        Operands(hidden, weight, labels, ce_weight, kd_weight, bias, **sources),
+        Options(
+            temperature=float(temperature),
+            tail=tail,
+            softcap=None if softcap is None else float(softcap),
+            logit_scale=float(logit_scale),
+            per_row=per_row,
+            grad_hidden=in_forward and hidden.requires_grad,
+            grad_weight=in_forward and weight.requires_grad,
+            grad_bias=in_forward and bias is not None and bias.requires_grad,
+            chunk_size=chunk_size,
+            max_chunk_bytes=max_chunk_bytes,
+            impl=impl,
+        ),
     )
+    loss = outputs.loss
     if reduction == "mean":
-        # Outside the op, so that autograd carries the divisor to backward; a step without rows is 0/1.
+        # Outside the op, so that autograd carries the divisor to backward. Without a row to count the loss is 0/1.
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORE_INDEX).sum()
         if isinstance(num_items_in_batch, Tensor):
@@ -163,13 +187,46 @@ def fused_linear_fusion_loss(
             loss = loss / max(num_items_in_batch, 1)
     if not return_stats:
         return loss
-    return loss, {
-        "ce": ce, "kd": kd, "source_mass": source_mass, "target_mass": target_mass, "winner": winner
-    }  # fmt: skip
+    return loss, {name: getattr(outputs, name) for name in STATS}
+
+
+def at_temperature(
+    source_logprobs: Tensor,
+    source_tail: Tensor | None,
+    *,
+    source_temperature: float,
+    temperature: float,
+    tail: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Kept log-probabilities and tail at `source_temperature`, as the loss takes them at `temperature` with this tail.
+
+    A softmax at T is, up to a factor of the whole row, the softmax at 1 to the power 1/T. Therefore log-probabilities change
+    their temperature by a division, and RENORMALIZE divides out the factor, with the tail: it is left out. BUCKET would need
+    the factor, which the kept entries do not tell. `check_source_temperature` has refused that.
+    """
+    if tail == RENORMALIZE:
+        source_tail = None
+    if source_temperature != temperature:
+        source_logprobs = source_logprobs / (temperature / source_temperature)
+    return source_logprobs, source_tail
+
+
+def check_source_temperature(source_temperature: float, temperature: float, tail: str) -> None:
+    """Raises ValueError unless log-probabilities at `source_temperature` can serve a loss at `temperature` with this tail."""
+    check_numbers(source_temperature=source_temperature)
+    if not 0 < source_temperature < math.inf:
+        raise ValueError(
+            f"source_temperature must be > 0 and finite, got {source_temperature}; 1.0 is that of a plain log_softmax"
+        )
+    if tail != RENORMALIZE and source_temperature != temperature:
+        raise ValueError(
+            f"source_temperature must be the loss's temperature {temperature} with tail={tail!r} (a tail of many tokens has no "
+            f"temperature), got {source_temperature}; use tail={RENORMALIZE!r}"
+        )
 
 
 def check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes) -> None:
-    """Raises ValueError or TypeError for an option out of range, or two that exclude each other."""
+    """Raises ValueError or TypeError for an option that is out of range, or for two that exclude each other."""
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {TAILS}, got {tail!r}; 'bucket' keeps the mass outside the top-k")
     if reduction not in REDUCTIONS:
@@ -198,8 +255,9 @@ def check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chun
 
 
 def _check_sources(
-    rows, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens, tail
+    rows, tail, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens
 ) -> None:  # fmt: skip
+    """Raises ValueError unless the sources fit together, and fit the rows."""
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
         raise ValueError(f"cu_seqlens must be (B+1,), from 0 to N, got {tuple(cu_seqlens.shape)}; cumulate the lengths")
     if cu_seqlens is not None and cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -235,13 +293,13 @@ def _check_sources(
         )
     if not source_logprobs.dtype.is_floating_point:
         raise ValueError(f"source_logprobs must be floating point, got {source_logprobs.dtype}; give natural logs")
-    if source_logprobs.dtype == torch.bfloat16 and tail == "bucket" and source_tail is None:
+    if source_logprobs.dtype == torch.bfloat16 and tail == BUCKET and source_tail is None:
         raise ValueError(
             "source_logprobs must be float16 or wider where the bucket is what they lack of 1, got torch.bfloat16, which "
             "moves it by up to 0.0035; take log_softmax of logits.float(), or give source_tail"
         )
     if source_tail is not None:
-        if tail != "bucket":
+        if tail != BUCKET:
             raise ValueError(f"source_tail needs tail='bucket', got {tail!r}; drop it: renormalizing divides it out")
         if source_tail.shape != shape[:2]:
             fix = "unsqueeze(0) that of a single source" if source_tail.dim() == 1 else "sum over K"
@@ -283,14 +341,14 @@ def _check_sources(
 
 
 class FusedLinearFusionLoss(nn.Module):
-    """`fused_linear_fusion_loss` with its options fixed at construction; the arguments of forward are its tensors."""
+    """`fused_linear_fusion_loss` with its options fixed at construction. forward takes its tensors."""
 
     def __init__(
         self,
         *,
         beta: float | None = None,
         temperature: float = 1.0,
-        tail: str = "bucket",
+        tail: str = BUCKET,
         softcap: float | None = None,
         logit_scale: float = 1.0,
         reduction: str = "mean",
@@ -317,7 +375,7 @@ class FusedLinearFusionLoss(nn.Module):
         source_logprobs: Tensor | None = None,
         **tensors: Tensor | None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Shapes as in `fused_linear_fusion_loss`; `tensors`: its source_tail, source_ce, bias, num_items_in_batch …"""
+        """Shapes are as in `fused_linear_fusion_loss`. `tensors` are its source_tail, source_ce, bias, num_items_in_batch …"""
         return fused_linear_fusion_loss(hidden, weight, labels, source_ids, source_logprobs, **tensors, **self.options)
 
     def extra_repr(self) -> str:

@@ -86,19 +86,39 @@ def launch_fused_loss(
     import torch
 
     from profuser.kernels.fused_loss_triton import fused_loss_triton
+    from profuser.kernels.fused_loss_types import Operands, Options, Winner
+    from profuser.kernels.tails import BUCKET, RENORMALIZE
 
     def empty(*shape, dtype="float32"):
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
-    source = (None,) * 4
+    operands = Operands(
+        hidden=empty(N, D, dtype=dtype),
+        weight=empty(V, D, dtype=dtype),
+        labels=empty(N, dtype=labels),
+        ce_weight=empty(N),
+        kd_weight=empty(N),
+        bias=bias and empty(V, dtype=bias),
+    )
     if K:
         strides = (source_stride or N * K, K, 1)
-        entries = (empty(0, dtype=dtype).as_strided((S, N, K), strides) for dtype in (ids, logprobs))
-        source = (empty(N, dtype="int64"), *entries, tail and empty(S, N, dtype=tail))
-    fused_loss_triton(
-        empty(N, D, dtype=dtype), empty(V, D, dtype=dtype), bias and empty(V, dtype=bias), empty(N, dtype=labels),
-        *source, empty(N), empty(N), T, bucket, softcap, scale, False, grad, grad, grad and bias is not None, 2, None,
-    )  # fmt: skip
+        operands = operands._replace(
+            source_ids=empty(0, dtype=ids).as_strided((S, N, K), strides),
+            source_logprobs=empty(0, dtype=logprobs).as_strided((S, N, K), strides),
+            source_tail=tail and empty(S, N, dtype=tail),
+        )
+    options = Options(
+        temperature=T,
+        tail=BUCKET if bucket else RENORMALIZE,
+        softcap=softcap,
+        logit_scale=scale,
+        grad_hidden=grad,
+        grad_weight=grad,
+        grad_bias=grad and bias is not None,
+        chunk_size=2,
+    )
+    winner = Winner(chosen=empty(1, dtype="int64"), of_row=empty(N, dtype="int64") if K else None)
+    fused_loss_triton(operands, options, winner)
 
 
 def launch_source_topk(

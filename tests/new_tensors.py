@@ -4,6 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from profuser.kernels.fused_loss import fused_loss_forward
+from profuser.kernels.fused_loss_types import grouped
 
 
 class NewTensors(TorchDispatchMode):
@@ -20,7 +21,7 @@ class NewTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.look_inside and func.name() == "profuser::fused_loss":
             with NewTensors(sizes=self.sizes):
-                return fused_loss_forward(*args, **(kwargs or {}))
+                return tuple(fused_loss_forward(*grouped(args)))
         out = func(*args, **(kwargs or {}))
         for tensor, described in zip(out if isinstance(out, tuple) else (out,), func._schema.returns, strict=False):
             # A return that aliases an argument is a view or was written in place.

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.vocab_map import ByteOrder
-from profuser.models.head import Head
+from profuser.models.head import head_of
 from profuser.models.load import chat_format, load_model
 from profuser.prepare.capture import CaptureRequest, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.responses import generate
@@ -39,7 +39,7 @@ def captured(source) -> tuple[list[CaptureRequest], dict]:
         own, theirs = chat.encode(prompt, response), target.encode(prompt, response)
         ranges = ranges_needed(target.token_bytes, theirs, chat.token_bytes, own, order)
         requests.append(CaptureRequest(own, len(response.encode()), ranges))
-    return requests, dict(capture_responses(model, Head.of(model), requests, order, top_k=5, batch_size=2))
+    return requests, dict(capture_responses(model, head_of(model), requests, order, top_k=5, batch_size=2))
 
 
 def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_turn(source):

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from profuser.alignment import fusellm
 from profuser.alignment.text import PlainText
 from profuser.alignment.types import KINDS
-from profuser.doctor.__main__ import main
 from profuser.doctor import diagnosis
+from profuser.doctor.__main__ import main
 from profuser.doctor.diagnosis import diagnose, view
 from profuser.doctor.token_rows import example_rows
 from profuser.errors import DataError, ProfuserError

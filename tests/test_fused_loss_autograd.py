@@ -8,7 +8,8 @@ from loss_checks import DIFFERENTIABLE, assert_close_to_truth, make_case, run
 from new_tensors import NewTensors
 
 from profuser.kernels.common import IGNORE_INDEX
-from profuser.kernels.fused_loss import fused_loss, fused_loss_forward
+from profuser.kernels.fused_loss import fused_loss_forward, fused_loss_op
+from profuser.kernels.fused_loss_types import Operands, Options
 from profuser.kernels.reference import fusion_loss_reference
 from profuser.loss import FusedLinearFusionLoss, fused_linear_fusion_loss
 
@@ -63,7 +64,7 @@ def test_transposed_operands():
     assert_close_to_truth(case, chunk_size=8)
     for name in DIFFERENTIABLE:
         case[name].requires_grad_()
-    torch.library.opcheck(fused_loss, op_arguments(case))
+    opcheck(case)
 
 
 def test_none_weighs_each_row_by_its_grad_output():
@@ -149,17 +150,14 @@ def test_gradcheck(reduction, options):
 
 
 def op_arguments(case, **options):
-    """The op's positional arguments for a case of the public function."""
-    names = ("source_ids", "source_logprobs", "source_tail", "source_ce", "source_index", "cu_seqlens")
-    defaults = {
-        "temperature": 1.0, "bucket": True, "softcap": None, "logit_scale": 1.0, "per_row": False, "grad_hidden": True,
-        "grad_weight": True, "grad_bias": True, "chunk_size": 8, "max_chunk_bytes": None,
-        "impl": "torch",
-    } | options  # fmt: skip
-    return (
-        case["hidden"], case["weight"], case.get("bias"), case["labels"], *(case.get(name) for name in names),
-        case["ce_weight"], case["kd_weight"], *defaults.values(),
-    )  # fmt: skip
+    """What the op takes for a case of the public function: all gradients, a few rows at a time."""
+    operands = Operands(**{name: value for name, value in case.items() if name in Operands._fields})
+    return operands, Options(grad_hidden=True, grad_weight=True, grad_bias=True, chunk_size=8)._replace(**options)
+
+
+def opcheck(case, **options):
+    operands, options = op_arguments(case, **options)
+    torch.library.opcheck(fused_loss_op, (*operands, *options))
 
 
 @pytest.mark.parametrize("per_row", [False, True])
@@ -171,7 +169,7 @@ def test_opcheck(per_row, sources):
     for name in DIFFERENTIABLE:
         case[name].requires_grad_()
     needs = {f"grad_{name}": not per_row for name in DIFFERENTIABLE}
-    torch.library.opcheck(fused_loss, op_arguments(case, per_row=per_row, temperature=2.0, **needs))
+    opcheck(case, per_row=per_row, temperature=2.0, **needs)
 
 
 def compiled_results(backend):

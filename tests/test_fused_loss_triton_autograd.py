@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from loss_checks import DIFFERENTIABLE, make_case, on, run
 from new_tensors import NewTensors
-from test_fused_loss_autograd import op_arguments
+from test_fused_loss_autograd import opcheck
 
 from profuser.kernels import fused_loss as op_module
 from profuser.kernels.common import IGNORE_INDEX
-from profuser.kernels.fused_loss import fused_loss
 from profuser.kernels.reference import fusion_loss_reference
 from profuser.loss import fused_linear_fusion_loss
 
@@ -138,8 +137,7 @@ def test_opcheck(device, per_row, sources):
     if not sources:
         case = {k: v for k, v in case.items() if k not in ("source_ids", "source_logprobs", "source_ce", "cu_seqlens")}
     needs = {f"grad_{name}": not per_row for name in DIFFERENTIABLE}
-    arguments = op_arguments(on(device, case), per_row=per_row, temperature=2.0, impl="triton", **needs)
-    torch.library.opcheck(fused_loss, arguments)
+    opcheck(on(device, case), per_row=per_row, temperature=2.0, impl="triton", **needs)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 
 from profuser.errors import DataError
 from profuser.models.fingerprint import fingerprint
-from profuser.models.head import Head
+from profuser.models.head import head_of
 from profuser.models.load import chat_format, load_model, load_tokenizer, stored_dtype, weights_of
 from profuser.prepare.estimate import Size, size_of
 from profuser.recipe.places import is_path
@@ -71,7 +71,7 @@ def model(tmp_path_factory):
 def test_a_directory_with_one_gguf_file_and_the_file_itself_are_the_model(model, place):
     source = SourceConfig(name="tiny", model=str(model / place))
     loaded = load_model(source, torch.float32)
-    assert Head.of(loaded).weight.shape == (260, WIDTH)
+    assert head_of(loaded).weight.shape == (260, WIDTH)
     assert not hasattr(loaded, "hf_quantizer") or loaded.hf_quantizer is None
     chat = chat_format(source)
     encoded = chat.encode("hi", "hello he")

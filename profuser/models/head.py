@@ -1,7 +1,7 @@
 """The one thing the engine needs of a model: its hidden states, and the head behind them.
 
 A causal language model is used as `hidden = base(input_ids)`, `logits = head(hidden)`. Models that do something between
-the two (a final softcap, a logit scale, a head bias) are honoured when their configuration says so; `Head.of` checks
+the two (a final softcap, a logit scale, a head bias) are honoured when their configuration says so; `head_of` checks
 the result against the model's own logits once and refuses a model that it cannot reproduce.
 """
 
@@ -9,88 +9,80 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from profuser.errors import DataError
+from profuser.kernels.head import Head
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Language-model head: logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)."""
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a causal language model, checked against the model's own logits.
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    softcap: float | None
-    logit_scale: float
+    Raises:
+        DataError: the model is no decoder with a plain head, or hidden states and head do not give its logits.
+        TypeError: it is no model.
+    """
+    if not (isinstance(model, nn.Module) and hasattr(model, "config")):
+        raise TypeError(
+            f"a model must be a loaded one, not wrapped, got {type(model).__name__}; AutoModelForCausalLM.from_pretrained loads it"
+        )
+    if model.config.is_encoder_decoder:
+        raise DataError(f"a model must be a decoder alone, {type(model).__name__} has an encoder; use another")
+    layer = head_layer(model)
+    config = model.config.get_text_config()
+    scale = 1.0
+    for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if isinstance(value := getattr(config, key, None), int | float):
+            scale = float(value)
+    if scaling := getattr(config, "logits_scaling", None):  # a divisor, but for one family
+        scale = float(scaling) if config.model_type == "hyperclovax" else scale / float(scaling)
+    softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((cap for key in softcaps if (cap := getattr(config, key, None))), None)
+    head = Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
+    with evaluating(model):
+        check_head_logits(head, model, layer)
+    return head
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Head:
-        """The head of a causal language model, checked against the model's own logits.
 
-        Raises:
-            DataError: the model is no decoder with a plain head, or hidden states and head do not give its logits.
-            TypeError: it is no model.
-        """
-        if not (isinstance(model, nn.Module) and hasattr(model, "config")):
-            raise TypeError(
-                f"a model must be a loaded one, not wrapped, got {type(model).__name__}; AutoModelForCausalLM.from_pretrained loads it"
-            )
-        if model.config.is_encoder_decoder:
-            raise DataError(f"a model must be a decoder alone, {type(model).__name__} has an encoder; use another")
-        layer = head_layer(model)
-        config = model.config.get_text_config()
-        scale = 1.0
-        for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-            if isinstance(value := getattr(config, key, None), int | float):
-                scale = float(value)
-        if scaling := getattr(config, "logits_scaling", None):  # a divisor, but for one family
-            scale = float(scaling) if config.model_type == "hyperclovax" else scale / float(scaling)
-        softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-        softcap = next((cap for key in softcaps if (cap := getattr(config, key, None))), None)
-        head = cls(layer.weight, getattr(layer, "bias", None), softcap, scale)
-        with evaluating(model):
-            head._check(model, layer)
-        return head
-
-    @torch.no_grad()
-    def _check(self, model: PreTrainedModel, layer: nn.Module) -> None:
-        ids = torch.arange(1, 9, device=model.device)[None] % self.weight.shape[0]
-        product = hidden_states(model, ids, None).float() @ self.weight.float().T
-        product = product if self.bias is None else product + self.bias.float()
-        # Enlarged to 50: the small logits of an untrained model would not show a softcap.
-        enlarge = (50 / product.abs().max()).clamp(max=torch.finfo(self.weight.dtype).max / 2)
-        ours = self.logit_scale * enlarge * product
-        ours = ours if self.softcap is None else self.softcap * torch.tanh(ours / self.softcap)
-        hook = layer.register_forward_hook(lambda layer, args, out: out * enlarge.to(out.dtype))
-        try:
-            own = model(input_ids=ids, use_cache=False).logits.float()
-        finally:
-            hook.remove()
-        if not own.isfinite().all():
-            raise DataError(
-                f"a model's logits must be finite, {type(model).__name__}'s are not; its weights are damaged, or too large for "
-                f"{model.dtype}"
-            )
-        if own.shape[-1] != ours.shape[-1]:
-            raise DataError(
-                f"a model's logits must be those of its head, {type(model).__name__} gives {own.shape[-1]} for {ours.shape[-1]}; use "
-                "another model"
-            )
-        if own.shape != ours.shape:
-            raise DataError(
-                f"a model must give one row of logits a token, {type(model).__name__} gives {own.shape[1]} for "
-                f"{ours.shape[1]}; prompt tuning is not supported, use LoRA"
-            )
-        rounding = max(8 * torch.finfo(self.weight.dtype).eps, 1e-3)
-        if not torch.allclose(own, ours, rtol=0, atol=rounding * own.abs().max().item()):
-            raise DataError(
-                f"a model's logits must be softcap·tanh(scale·head(hidden)/softcap) as its config says, "
-                f"{type(model).__name__}'s differ by {(own - ours).abs().max():.3g}; use another model"
-            )
+@torch.no_grad()
+def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Module) -> None:
+    """Raises DataError unless `head`, read from `layer` and the model's config, gives the model's own logits."""
+    ids = torch.arange(1, 9, device=model.device)[None] % head.weight.shape[0]
+    product = hidden_states(model, ids, None).float() @ head.weight.float().T
+    product = product if head.bias is None else product + head.bias.float()
+    # Enlarged to 50: the small logits of an untrained model would not show a softcap.
+    enlarge = (50 / product.abs().max()).clamp(max=torch.finfo(head.weight.dtype).max / 2)
+    ours = head.logit_scale * enlarge * product
+    ours = ours if head.softcap is None else head.softcap * torch.tanh(ours / head.softcap)
+    hook = layer.register_forward_hook(lambda layer, args, out: out * enlarge.to(out.dtype))
+    try:
+        own = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    if not own.isfinite().all():
+        raise DataError(
+            f"a model's logits must be finite, {type(model).__name__}'s are not; its weights are damaged, or too large for "
+            f"{model.dtype}"
+        )
+    if own.shape[-1] != ours.shape[-1]:
+        raise DataError(
+            f"a model's logits must be those of its head, {type(model).__name__} gives {own.shape[-1]} for {ours.shape[-1]}; use "
+            "another model"
+        )
+    if own.shape != ours.shape:
+        raise DataError(
+            f"a model must give one row of logits a token, {type(model).__name__} gives {own.shape[1]} for "
+            f"{ours.shape[1]}; prompt tuning is not supported, use LoRA"
+        )
+    rounding = max(8 * torch.finfo(head.weight.dtype).eps, 1e-3)
+    if not torch.allclose(own, ours, rtol=0, atol=rounding * own.abs().max().item()):
+        raise DataError(
+            f"a model's logits must be softcap·tanh(scale·head(hidden)/softcap) as its config says, "
+            f"{type(model).__name__}'s differ by {(own - ours).abs().max():.3g}; use another model"
+        )
 
 
 def head_layer(model: PreTrainedModel) -> nn.Module:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from profuser.alignment.ranges import RangeRequest
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
+from profuser.kernels.head import Head
 from profuser.kernels.source_topk import source_topk
-from profuser.models.head import Head, hidden_states
+from profuser.models.head import hidden_states
 from profuser.models.padding import padded
 from profuser.ragged import offsets_of
 from profuser.store.layout import CAPTURE_COLUMNS, shard_arrays

@@ -25,7 +25,8 @@ from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.types import Aligned
 from profuser.alignment.vocab_map import ByteOrder
-from profuser.models.head import Head
+from profuser.kernels.head import Head
+from profuser.models.head import head_of
 from profuser.models.load import check_vocabulary, load_model
 from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.data import Row
@@ -125,7 +126,7 @@ class Preparation:
 
     def _load(self, source: SourceConfig) -> LoadedSource:
         model = load_model(source, self.inputs.dtype, self.inputs.device)
-        head, chat = Head.of(model), self.inputs.chats[source.name]
+        head, chat = head_of(model), self.inputs.chats[source.name]
         check_vocabulary(source.name, chat, head.weight)
         return LoadedSource(source.name, chat, model, head, ByteOrder(chat.token_bytes, head.weight.shape[0]))
 

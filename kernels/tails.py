@@ -1,0 +1,22 @@
+"""The tails: what becomes of the probability mass that a source puts on tokens outside its kept entries.
+
+With M the mass of the kept entries p, t the mass outside them and q_rest the target's mass outside them, each tail says
+what p and t are; README.md derives value and gradient from those. `reference.py` has these formulas once more, on purpose.
+"""
+
+BUCKET = "bucket"
+"""The mass outside is one more entry: t = 1 − M is matched against q_rest as a whole.
+
+`source_tail` gives t where M does not tell it; p is then scaled to sum to 1 − t. Without a `source_tail`, t is a small
+difference: the log-probabilities must be fp16 or wider, and M may exceed 1 by no more than rounding. A bucket of many
+tokens has no temperature, so that entries at one temperature cannot be brought to another one.
+"""
+
+RENORMALIZE = "renormalize"
+"""The mass outside is divided out: p becomes p / M, and t is 0.
+
+It takes no `source_tail`. Of log-probabilities only the differences within a row matter: any float dtype will do, and
+dividing them by a temperature is exact.
+"""
+
+TAILS = (BUCKET, RENORMALIZE)

@@ -1,0 +1,20 @@
+"""The examples in the docstrings of the public functions run, and give what they say."""
+
+import doctest
+
+import pytest
+import torch
+
+from profuser import FusionModel, fused_linear_fusion_loss
+from profuser.kernels.source_topk import source_topk
+
+
+@pytest.mark.parametrize("documented", [fused_linear_fusion_loss, source_topk, FusionModel], ids=lambda x: x.__name__)
+def test_the_example_in_the_docstring_runs(documented):
+    torch.manual_seed(0)
+    assert "\n    Example:\n" in documented.__doc__
+    example = doctest.DocTestParser().get_doctest(documented.__doc__, {}, documented.__name__, None, 0)
+    report: list[str] = []
+    result = doctest.DocTestRunner().run(example, out=report.append)
+    assert result.attempted > 3
+    assert not result.failed, "".join(report)
