@@ -4,7 +4,12 @@ With M the mass of the kept entries p, t the mass outside them and q_rest the ta
 what p and t are; README.md derives value and gradient from those. `reference.py` has these formulas once more, on purpose.
 """
 
-BUCKET = "bucket"
+from typing import Final, Literal, get_args
+
+Tail = Literal["bucket", "renormalize"]
+TAILS: tuple[Tail, ...] = get_args(Tail)
+
+BUCKET: Final = "bucket"
 """The mass outside is one more entry: t = 1 − M is matched against q_rest as a whole.
 
 `source_tail` gives t where M does not tell it; p is then scaled to sum to 1 − t. Without a `source_tail`, t is a small
@@ -12,11 +17,9 @@ difference: the log-probabilities must be fp16 or wider, and M may exceed 1 by n
 tokens has no temperature, so that entries at one temperature cannot be brought to another one.
 """
 
-RENORMALIZE = "renormalize"
+RENORMALIZE: Final = "renormalize"
 """The mass outside is divided out: p becomes p / M, and t is 0.
 
 It takes no `source_tail`. Of log-probabilities only the differences within a row matter: any float dtype will do, and
 dividing them by a temperature is exact.
 """
-
-TAILS = (BUCKET, RENORMALIZE)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from profuser.errors import ConfigError
+from profuser.kernels.tails import BUCKET, RENORMALIZE, Tail
 from profuser.recipe.places import is_path
 
 ScheduleName = Literal["progressive", "simultaneous", "reverse", "fusellm", "sft"]
@@ -230,7 +231,7 @@ class OptimConfig:
     """KD weight (from FuseLLM's CE weight of 0.9)."""
     temperature: float = 1.0
     """Temperature of the KL; other than 1 needs tail: renormalize."""
-    tail: Literal["bucket", "renormalize"] = "bucket"
+    tail: Tail = BUCKET
     """What the mass outside the kept entries does: it is matched as one bucket, or divided out."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the target. auto is bf16 on CUDA and fp32 on the CPU, settled when a run is begun."""
@@ -263,10 +264,10 @@ class OptimConfig:
             raise ConfigError(f"optim.betas must be in [0, 1), got {list(self.betas)}; default [0.9, 0.95]")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"optim.steps must be >= 1 or null, got {self.steps}; remove it to train by epochs")
-        if self.temperature != 1 and self.tail == "bucket":
+        if self.temperature != 1 and self.tail == BUCKET:
             raise ConfigError(
-                f"optim.temperature must be 1 with tail: bucket (a tail of many tokens has no temperature), got "
-                f"{self.temperature:g}; set optim.tail: renormalize"
+                f"optim.temperature must be 1 with tail: {BUCKET} (a tail of many tokens has no temperature), got "
+                f"{self.temperature:g}; set optim.tail: {RENORMALIZE}"
             )
 
 
