@@ -2,7 +2,7 @@
 
 `CandidateTable` says which target token a candidate counts for where it begins a new pre-token, one int32 a source token:
 with a pre-tokenizer that splits these are nearly all candidates. `ByteOrder` is the source's vocabulary sorted by bytes:
-the tokens that begin with given bytes are one contiguous range of it (alignment rule 2).
+the tokens that begin with given bytes are one contiguous range of it (rule 2 in reference.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOOKAHEADS = ("", "x", " x")
 
 
 class TextFormat(Protocol):
-    """One side of an alignment; `profuser.chat.ChatFormat` and `profuser.alignment.text.PlainText` are."""
+    """One side of an alignment; `profuser.text.chat.ChatFormat` and `profuser.alignment.text.PlainText` are."""
 
     token_bytes: TokenBytes
     end_ids: tuple[int, ...]  # tokens with the role end of turn
@@ -114,7 +114,7 @@ def exact_tokens(target: TokenBytes) -> dict[bytes, int]:
 
 
 class CandidateTable:
-    """Rule 3 for candidates that begin a new pre-token.
+    """Rule 3 of reference.py for candidates that begin a new pre-token.
 
     Attributes:
         counts_for: (source vocabulary,) int32, the target token that a candidate counts for at the beginning of a
