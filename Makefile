@@ -1,4 +1,4 @@
-# make train | test | test-long | bench | lint | sanitize. Everything is installed into .venv on first use.
+# make train | test | test-long | coverage | bench | lint | docs | sanitize. Everything is installed into .venv on first use.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-long bench lint sanitize clean
+.PHONY: train test test-long coverage bench lint docs sanitize clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m profuser.train $(ARGS)
@@ -17,12 +17,20 @@ test: $(VENV)/.installed-test
 test-long: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# Branch coverage of the package, subprocesses included.
+coverage: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" --cov --cov-report=term $(ARGS)
+
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 # The C++ tests under AddressSanitizer and UBSan, on a copy: the installed extension stays as it is.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -45,7 +53,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(BIN)/python $(INSTALL_INPUTS)
 	@echo "installing profuser and its dependencies into $(VENV) (a few minutes the first time)"
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) --editable ".[train]"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -133,7 +133,9 @@ def measure(directory: Path, instructions: int, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic_store", description="Training over a large store.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.synthetic_store", description="Training over a large store."
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument("instructions", type=int)
     parser.add_argument("--steps", type=int, default=20)

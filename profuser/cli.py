@@ -34,7 +34,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("usage: profuser COMMAND [--help] ...\n\n" + "\n".join(f"  {c:<{width}}  {t}" for c, t in COMMANDS.items()))
+        print(
+            "usage: profuser COMMAND [--help] ...\n\n" + "\n".join(f"  {c:<{width}}  {t}" for c, t in COMMANDS.items())
+        )
         sys.exit(0)
     if arguments[0] == "--version":
         from profuser import __version__

@@ -14,7 +14,16 @@ from test_imports import modules
 SUFFIXES = "py|cpp|h|md|yaml|yml|j2|sh|toml|cff"
 PATH = re.compile(rf"(?<![\w./<*{{-])((?:[\w-]+/)*[\w-]+\.(?:{SUFFIXES}))(?![\w/*}}-])")
 NAME = re.compile(r"\bprofuser(?:\.\w+)+")
-EXAMPLES = {"my.yaml", "mine.yaml", "recipe.yaml", "other.yaml", "page.md", "leaving.py", "bench_gpu.md", "OUT/bench_gpu.md"}
+EXAMPLES = {
+    "my.yaml",
+    "mine.yaml",
+    "recipe.yaml",
+    "other.yaml",
+    "page.md",
+    "leaving.py",
+    "bench_gpu.md",
+    "OUT/bench_gpu.md",
+}
 """Files that a user would have, and that tests and benchmarks write."""
 OTHERS = {"test_cce_loss_backward.py", "test_cce_loss_forward.py", "test_fused_linear_cross_entropy.py"}
 """Files of other projects."""
@@ -22,7 +31,12 @@ OTHERS = {"test_cce_loss_backward.py", "test_cce_loss_forward.py", "test_fused_l
 TREES = ("profuser", "kernels", "csrc", "tests", "benchmarks", "docs")
 FILES = sorted(
     path
-    for path in [*(p for tree in TREES for p in (ROOT / tree).rglob("*")), *ROOT.glob("*.md"), *ROOT.glob("*.yml"), ROOT / "Makefile"]
+    for path in [
+        *(p for tree in TREES for p in (ROOT / tree).rglob("*")),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*.yml"),
+        ROOT / "Makefile",
+    ]
     if path.suffix.lstrip(".") in (*SUFFIXES.split("|"), "") and path.is_file()
     # The link to the folder at the top; results quote the commands and names of their own day.
     if "profuser/kernels" not in str(path) and path.name not in ("results.md", "CHANGELOG.md", "bad_input.md")
@@ -55,7 +69,9 @@ def resolves(name: str) -> bool:
         if (module := ".".join(parts[:cut])) in known:
             rest = parts[cut:]
             source = known[module].read_text()
-            return not rest or re.search(rf"^\s*(?:def |class |async def )?{rest[0]}\b", source, re.MULTILINE) is not None
+            return (
+                not rest or re.search(rf"^\s*(?:def |class |async def )?{rest[0]}\b", source, re.MULTILINE) is not None
+            )
     return name == "profuser.kernels"
 
 

@@ -117,7 +117,6 @@ def test_another_alignment_rebuilds_the_targets_from_the_captures(prepared, tmp_
     shutil.copytree(directory / "store", tmp_path / "store")
     recipe = replace(run.recipe, store=str(tmp_path / "store"), align=replace(run.recipe.align, min_reliability=0.9999))
 
-
     def captures():
         folders = ("truth", "responses", "scores", "winners")
         return {p: p.stat().st_mtime_ns for folder in folders for p in (tmp_path / "store" / folder).iterdir()}
@@ -184,7 +183,9 @@ def test_a_target_that_is_no_source_keeps_its_own_tokenizer(prepared, tmp_path):
     store = prepare(replace(run, recipe=recipe))
     for s in sequences_of(Targets(store, "train")):
         assert "<|im_start|>" in target.tokenizer.decode(s.input_ids)
-    assert store.numbers(layout.responses("train", "s")) == store.numbers(layout.responses("train", "s-0.5b")) == [0, 1, 2]
+    assert (
+        store.numbers(layout.responses("train", "s")) == store.numbers(layout.responses("train", "s-0.5b")) == [0, 1, 2]
+    )
 
 
 def test_changed_judge_columns_make_another_store(prepared, tmp_path):

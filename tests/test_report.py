@@ -199,11 +199,16 @@ def test_stages_are_told_with_their_weights_and_changes(reported):
 
 
 def test_changes_of_a_stage_are_tenths_of_its_lines_and_the_passes_around_it():
-    training = [{"step": 10 * i, "stage": int(i > 20), "ce_training": float(i), "kd_training": 0.0} for i in range(1, 31)]
+    training = [
+        {"step": 10 * i, "stage": int(i > 20), "ce_training": float(i), "kd_training": 0.0} for i in range(1, 31)
+    ]
     validation = [
         {"step": s, "stage": 0, "eval": {"ce": ce}} for s, ce in ((0, 9.0), (100, 8.0), (200, 7.0), (300, 6.0))
     ]
-    stages = [{"training_weight": 1.0, "inference_weight": 0.0, "beta": 0.5}, {"training_weight": 0.5, "inference_weight": 0.0}]
+    stages = [
+        {"training_weight": 1.0, "inference_weight": 0.0, "beta": 0.5},
+        {"training_weight": 0.5, "inference_weight": 0.0},
+    ]
     rows = stage_table(Metrics(training, validation), {"schedule": stages, "optim": {"beta": 2.0}})
     assert rows == [
         StageRow("", "optimizer steps", ["1–200", "201–300"]),

@@ -74,7 +74,9 @@ def test_a_shards_name_tells_its_kind_and_number(kind):
         assert kind_of(kind.shard(number)) == (kind, number)
 
 
-@pytest.mark.parametrize("name", ["", "truth/train-a", "../truth/train-a-00000", "weights/train-a-00000", "truth/train-a-0001"])
+@pytest.mark.parametrize(
+    "name", ["", "truth/train-a", "../truth/train-a-00000", "weights/train-a-00000", "truth/train-a-0001"]
+)
 def test_what_is_no_shards_name_is_refused(name):
     with pytest.raises(ValueError, match="names no shard"):
         kind_of(name)

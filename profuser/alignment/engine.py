@@ -99,7 +99,9 @@ class CppByteAligner:
             "target_ids": target_ids,
             "target_offsets": target_offsets,
             "start": np.array([e.start for e in encoded], dtype=np.int64),
-            "target_end": np.array([-1 if e.end_of_turn is None else e.input_ids[e.end_of_turn] for e in encoded], dtype=np.int32),
+            "target_end": np.array(
+                [-1 if e.end_of_turn is None else e.input_ids[e.end_of_turn] for e in encoded], dtype=np.int32
+            ),
             "span_offsets": span_offsets,
             "target_begin": np.ascontiguousarray(spans[:, 0]),
             "target_stop": np.ascontiguousarray(spans[:, 1]),

@@ -189,7 +189,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 def respond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
     """Greedy responses, in the prompts' order; one that never ends its turn is cut at MAX_NEW_TOKENS."""
     settings = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, batch_size=128)
-    return [answers[0].text for answers in generate(model, ChatFormat(tokenizer), prompts, settings, max_length=MAX_LENGTH)]
+    return [
+        answers[0].text for answers in generate(model, ChatFormat(tokenizer), prompts, settings, max_length=MAX_LENGTH)
+    ]
 
 
 def accuracies(rows: Sequence[dict], responses: Sequence[str]) -> dict[str, float]:

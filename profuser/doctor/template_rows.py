@@ -69,7 +69,11 @@ def conversation_rows(
         used += columns + len(bar)
     flush()
     ends = ", ".join(f"{token_text(chat, i)} ({i})" for i in chat.end_ids)
-    end = "(none: the response was cut)" if encoded.end_of_turn is None else token_text(chat, encoded.input_ids[encoded.end_of_turn])
+    end = (
+        "(none: the response was cut)"
+        if encoded.end_of_turn is None
+        else token_text(chat, encoded.input_ids[encoded.end_of_turn])
+    )
     opened = chat.prompt_ids(prompt)
     same = encoded.input_ids[: len(opened)] == opened
     closing = f", behind {chat.closing!r}" if chat.closing else ""

@@ -11,7 +11,8 @@ from profuser.cli import main_of
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m profuser.evaluate", description="Score the fused model of a finished run again, beside its sources."
+        prog="python -m profuser.evaluate",
+        description="Score the fused model of a finished run again, beside its sources.",
     )
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="directory of a finished run, for instance runs/demo"

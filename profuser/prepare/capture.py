@@ -84,7 +84,8 @@ def capture_responses(
     vocab_order = torch.from_numpy(byte_order.order).to(device)
     top_k = min(top_k, head.weight.shape[0])
     by_length = sorted(
-        (i for i, r in enumerate(requests) if r.encoded.label_positions), key=lambda i: len(requests[i].encoded.input_ids)
+        (i for i, r in enumerate(requests) if r.encoded.label_positions),
+        key=lambda i: len(requests[i].encoded.input_ids),
     )
     for first in range(0, len(by_length), batch_size):
         indices = by_length[first : first + batch_size]

@@ -126,9 +126,7 @@ def gguf_size(file: Path) -> Size | None:
     return Size(sum(int(tensor.n_elements) for tensor in tensors), len(blocks))
 
 
-def expected(
-    inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | None = None
-) -> dict[str, float] | None:
+def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | None = None) -> dict[str, float] | None:
     """Seconds that each phase has left; None where a model's size is not known.
 
     Args:

@@ -117,9 +117,7 @@ class Inputs:
     def parts(self, split: Split) -> list[Part]:
         """A split in shards."""
         size, total = self.recipe.capture.shard_size, len(self.rows[split])
-        return [
-            Part(number, first, min(first + size, total)) for number, first in enumerate(range(0, total, size))
-        ]
+        return [Part(number, first, min(first + size, total)) for number, first in enumerate(range(0, total, size))]
 
     def answered(self, split: Split) -> bool:
         """Whether the sources answer a split's prompts: the held-out ones for the scores, the training ones for the vote."""

@@ -144,9 +144,7 @@ class Preparation:
         )
         self.store.put_json(layout.responses(split, source.name), part.number, answers, examples=len(part))
 
-    def _capture(
-        self, kind: Kind, part: Part, source: LoadedSource, fitted: Sequence[Fitted], bar: Progress
-    ) -> None:
+    def _capture(self, kind: Kind, part: Part, source: LoadedSource, fitted: Sequence[Fitted], bar: Progress) -> None:
         """Write one shard of what a source says of the fitted texts of a part's examples."""
         rows, target = part.of(self.inputs.rows[kind.split]), self.inputs.target
         verdicts = [f.verdict for f in fitted]
@@ -158,9 +156,7 @@ class Preparation:
             try:
                 own = source.chat.encode(row["prompt"], text.text, complete=not text.cut)
                 theirs = target.encode(row["prompt"], text.text, complete=not text.cut)
-                ranges = ranges_needed(
-                    target.token_bytes, theirs, source.chat.token_bytes, own, source.byte_order
-                )
+                ranges = ranges_needed(target.token_bytes, theirs, source.chat.token_bytes, own, source.byte_order)
             except TokenBytesMismatch as error:
                 verdicts[i] = Verdict.of(error)
                 continue

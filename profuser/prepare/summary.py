@@ -28,9 +28,7 @@ def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds
     datasets.Dataset.from_dict(table).to_parquet(str(store.directory / "samples.parquet"))
 
 
-def summarise(
-    inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]
-) -> dict[str, Any]:
+def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]) -> dict[str, Any]:
     """The content of summary.json."""
     rows, names = inputs.rows["train"], inputs.source_names
     shards = target_shards(store)

@@ -1,6 +1,6 @@
 """The reference of the recipe as a Markdown page, from the dataclasses and the texts under their fields.
 
-    python -m profuser.recipe.reference > docs/recipe.md
+python -m profuser.recipe.reference > docs/recipe.md
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def page() -> str:
     by_place = {group.place.removesuffix("[]"): group for group in groups()}
     parts = [INTRODUCTION]
     for group in groups():
-        parts.append(f"## {group.place or 'Top level'}\n\n{group.text}\n\n| key | value | default | |\n|---|---|---|---|")
+        parts.append(
+            f"## {group.place or 'Top level'}\n\n{group.text}\n\n| key | value | default | |\n|---|---|---|---|"
+        )
         for key in group.keys:
             text = key.text
             if not group.place and (inner := by_place.get(key.name)) is not None:

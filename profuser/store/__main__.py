@@ -9,7 +9,9 @@ from profuser.cli import main_of
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m profuser.store", description="Look at a store; nothing is changed.")
+    parser = argparse.ArgumentParser(
+        prog="python -m profuser.store", description="Look at a store; nothing is changed."
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in (
         ("info", "what it holds: shards, examples and bytes by kind, and what it was made from"),

@@ -106,7 +106,10 @@ def tensors_of(data: bytes | mmap) -> dict[str, np.ndarray]:
     header.pop("__metadata__", None)
     return {
         name: np.frombuffer(
-            data, dtype=DTYPES[entry["dtype"]], count=int(np.prod(entry["shape"])), offset=start + entry["data_offsets"][0]
+            data,
+            dtype=DTYPES[entry["dtype"]],
+            count=int(np.prod(entry["shape"])),
+            offset=start + entry["data_offsets"][0],
         ).reshape(entry["shape"])
         for name, entry in header.items()
     }

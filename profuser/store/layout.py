@@ -144,7 +144,9 @@ def id_dtype(vocabulary: int) -> type[np.integer]:
     return np.uint16 if vocabulary <= 1 << 16 else np.int32
 
 
-def shard_arrays(columns: Columns, arrays: Mapping[str, np.ndarray], vocabulary: int, top_k: int = 0) -> dict[str, np.ndarray]:
+def shard_arrays(
+    columns: Columns, arrays: Mapping[str, np.ndarray], vocabulary: int, top_k: int = 0
+) -> dict[str, np.ndarray]:
     """The arrays of a shard in the columns' order and dtypes; every column must be there and no other."""
     assert columns.keys() == arrays.keys(), columns.keys() ^ arrays.keys()
     special = {TOKEN: id_dtype(vocabulary), COUNT: np.uint8 if top_k < 256 else np.int32}

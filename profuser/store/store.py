@@ -362,4 +362,6 @@ def differs(path: Path) -> DataError:
 
 def unreadable(path: Path, error: Exception) -> DataError:
     reason = getattr(error, "strerror", None) or error
-    return DataError(f"store shard {path} cannot be read ({reason}); run `python -m profuser.prepare` with the recipe again")
+    return DataError(
+        f"store shard {path} cannot be read ({reason}); run `python -m profuser.prepare` with the recipe again"
+    )

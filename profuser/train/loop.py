@@ -113,7 +113,11 @@ class Trainer:
                 seconds = time.monotonic() - began
                 window.append(
                     metrics
-                    | {"tokens": batch.tokens, "tokens_per_second": batch.tokens / seconds, "data_wait": waited / seconds}
+                    | {
+                        "tokens": batch.tokens,
+                        "tokens_per_second": batch.tokens / seconds,
+                        "data_wait": waited / seconds,
+                    }
                 )
                 done = step + 1
                 note = f"stage {index + 1}/{len(self.stages)}, loss {metrics['loss']:.3f}"

@@ -100,9 +100,7 @@ class Steps(Dataset[StepBatch | ProfuserError]):
         """Weights are w / N of a mode, so that a sum over all forward passes of all ranks is L; times `world`, because DDP
         averages the ranks' gradients."""
         stage = self.stages[stage_at(self.stages, step)]
-        instructions = [
-            [s for s in self.targets[i] if stage.weight(s.mode) > 0] for i in self.instructions(step)
-        ]
+        instructions = [[s for s in self.targets[i] if stage.weight(s.mode) > 0] for i in self.instructions(step)]
         labels = dict.fromkeys(Mode, 0)
         for instruction in instructions:
             for s in instruction:
