@@ -9,6 +9,8 @@ the op again. There is no second derivative. Arguments are checked by profuser/l
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def check_values(operands: Operands) -> None:
             raise ValueError(
                 f"cu_seqlens must rise from 0 to N={rows}, got {bounds.tolist()[:8]}; cumulate the sequence lengths"
             )
-    if source_ids is None:
+    if source_ids is None or source_logprobs is None:  # they come together
         return
     if operands.source_index is not None:
         sources = source_ids.shape[0]
@@ -98,7 +100,7 @@ def choose_winner(operands: Operands) -> Winner:
         return Winner(chosen, None)
     if chosen.shape[0] != sequences:  # source_index names one per row
         return Winner(chosen, chosen)
-    if sequences == 1:
+    if bounds is None or sequences == 1:
         return Winner(chosen, chosen.expand(rows))
     row = torch.arange(rows, device=chosen.device)
     sequence_of_row = torch.searchsorted(bounds[1:].contiguous(), row.to(bounds.dtype), right=True)
@@ -109,16 +111,16 @@ def choose_winner(operands: Operands) -> Winner:
 # The op as torch.library knows it: flat arguments, flat results
 
 
-def _forward(*arguments):
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(fused_loss_forward(*grouped(arguments)))
 
 
-_forward.__signature__ = flat_signature()
+_forward.__signature__ = flat_signature()  # pyrefly: ignore[missing-attribute]  # functions may have one, typeshed lacks it
 fused_loss_op = torch.library.custom_op("profuser::fused_loss", mutates_args=())(_forward)
 
 
 @fused_loss_op.register_fake
-def _fake(*arguments):
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     """Empty tensors of the right shapes and dtypes, which is all that tracing needs."""
     operands, options = grouped(arguments)
     hidden, weight = operands.hidden, operands.weight
@@ -145,7 +147,7 @@ def _fake(*arguments):
     return tuple(outputs)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     operands, options = grouped(inputs)
     outputs = Outputs(*output)
     ctx.mark_non_differentiable(*(value for name, value in outputs._asdict().items() if name != "loss"))
@@ -155,7 +157,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*(operands if options.per_row else outputs.gradients().values()))
 
 
-def _backward(ctx, grad_loss, *grads_of_the_rest):
+def _backward(ctx: Any, grad_loss: Tensor | None, *grads_of_the_rest: Tensor | None) -> tuple[Tensor | None, ...]:
     # The gradients are data here and no graph: a penalty on them would be left out without a word.
     if torch.is_grad_enabled():
         raise RuntimeError("the fused loss has no second derivative, got create_graph=True; call backward without it")
@@ -177,9 +179,9 @@ def _of_every_argument(gradients: dict[str, Tensor]) -> tuple[Tensor | None, ...
 
 def _recomputed(operands: Operands, options: Options, needed: list[str], grad_loss: Tensor) -> dict[str, Tensor]:
     """The gradients of Σ grad_loss · loss over the rows: the op runs once more, with grad_loss in the rows' weights."""
-    operands = Operands(*(None if x is None else x.detach() for x in operands))
+    operands = Operands._make(None if x is None else x.detach() for x in operands)
     operands = operands._replace(ce_weight=operands.ce_weight * grad_loss, kd_weight=operands.kd_weight * grad_loss)
-    asked_for = {f"grad_{name}": name in needed for name in DIFFERENTIABLE}
+    asked_for: dict[str, Any] = {f"grad_{name}": name in needed for name in DIFFERENTIABLE}
     return fused_loss(operands, options._replace(per_row=False, **asked_for)).gradients()
 
 

@@ -49,7 +49,7 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner) -> Ou
     gold = labels[rows].long()
     a, b = operands.ce_weight[rows].to(dtype), operands.kd_weight[rows].to(dtype)
     kept = None
-    if operands.source_ids is not None:
+    if winner.of_row is not None:  # there are sources
         kept = prepare_kept(operands, options.tail, winner.of_row, rows, dtype)
         b = torch.where(kept.present, b, 0)
 
@@ -131,6 +131,8 @@ class Kept(NamedTuple):
     t_log_t: Tensor  # (n,)
     mass: Tensor  # (n,) mass of the entries as it was given
     present: Tensor  # (n,) bool: the row has a KD term
+    has_entry: Tensor  # (n, K) bool: ids >= 0
+    apart: Tensor  # (n, K) bool: an entry of another id than the gold one
 
     def of(self, chunk: slice) -> Kept:
         """Some of the rows."""
@@ -143,6 +145,8 @@ def prepare_kept(operands: Operands, tail: str, winner_of_row: Tensor, rows: Ten
     Computed in fp64, which costs nothing for (n, K) numbers: in fp32, t = 1 − M of a peaked source would have lost its digits.
     """
     vocabulary = operands.weight.shape[0]
+    assert operands.source_ids is not None
+    assert operands.source_logprobs is not None
 
     # The winner's entries. Where there is no winner, the row of source 0 stands in, with all of its ids taken away.
     winner = winner_of_row[rows]
@@ -188,12 +192,15 @@ def prepare_kept(operands: Operands, tail: str, winner_of_row: Tensor, rows: Ten
             )
         t = t.clamp(0, 1)
     # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
-    t = t.masked_fill(~present | ((ids >= 0).sum(1) == vocabulary), 0)
+    has_entry = ids >= 0
+    t = t.masked_fill(~present | (has_entry.sum(1) == vocabulary), 0)
 
     # Scaled to what the tail leaves.
     p = p * ((1 - t) / relative.where(present, torch.ones_like(relative)))[:, None]
     log_p = torch.where(p == 0, 0, p.log())
-    return Kept(ids, *(x.to(dtype) for x in (p, log_p, t, torch.xlogy(t, t), mass)), present)
+    p, log_p, t, t_log_t, mass = (x.to(dtype) for x in (p, log_p, t, torch.xlogy(t, t), mass))
+    apart = has_entry & (ids != operands.labels[rows][:, None])
+    return Kept(ids, p, log_p, t, t_log_t, mass, present, has_entry, apart)
 
 
 def chunk_losses(
@@ -222,18 +229,16 @@ def chunk_losses(
     if kept is None:
         lifted = gold
     else:
-        has_entry = kept.ids >= 0
-        lifted = torch.cat([torch.where(has_entry, kept.ids, gold), gold], 1)
+        lifted = torch.cat([torch.where(kept.has_entry, kept.ids, gold), gold], 1)
     z_lifted = z.gather(1, lifted)
     z.scatter_(1, lifted, -torch.inf)
 
     # The dense part: from here on z holds exponentials relative to m_dense, at T = 1.
     m_dense = z.amax(1, keepdim=True).clamp_min_(LOWEST)
     z.sub_(m_dense)
-    if exps_T is not None:
-        sum_dense_T = torch.mul(z, 1 / T, out=exps_T).exp_().sum(1, keepdim=True)
+    sum_dense_T = None if exps_T is None else torch.mul(z, 1 / T, out=exps_T).exp_().sum(1, keepdim=True)
     sum_dense = z.exp_().sum(1, keepdim=True)
-    if exps_T is None:
+    if sum_dense_T is None:
         sum_dense_T = sum_dense
 
     # The whole row at T = 1: the dense part and the lifted entries, relative to the row's maximum m. Kept ids that are the
@@ -245,8 +250,7 @@ def chunk_losses(
     shrink = (m_dense - m).exp()
     others = sum_dense * shrink  # the sum of all that are not the gold id
     if kept is not None:
-        apart = has_entry & (kept.ids != gold)  # kept ids other than the gold id
-        others = others + (e[:, :-1] * apart).sum(1, keepdim=True)
+        others = others + (e[:, :-1] * kept.apart).sum(1, keepdim=True)
     total = others + e_gold
     ce = cross_entropy_from_sums(others, e_gold, below[:, -1:])[:, 0]
 
@@ -257,14 +261,14 @@ def chunk_losses(
         return ce, torch.zeros_like(ce), torch.zeros_like(ce)
 
     # The same at T, in two parts: the kept ids, and all that is outside them, the rest. The gold id is in either.
-    gold_kept = (has_entry & ~apart).any(1, keepdim=True)
+    gold_kept = (kept.has_entry & ~kept.apart).any(1, keepdim=True)
     z_gold = z_lifted[:, -1:]
     e_T, shrink_T = (e, shrink) if T == 1 else ((below / T).exp(), ((m_dense - m) / T).exp())
     m_rest = torch.where(gold_kept, m_dense, torch.maximum(m_dense, z_gold))
     dense_in_rest = ((m_dense - m_rest) / T).exp()
     gold_in_rest = torch.where(gold_kept, 0, ((z_gold - m_rest) / T).exp())
     rest = (sum_dense_T * dense_in_rest + gold_in_rest).clamp_min_(TINY)
-    mass_kept = (e_T[:, :-1] * has_entry).sum(1, keepdim=True)
+    mass_kept = (e_T[:, :-1] * kept.has_entry).sum(1, keepdim=True)
     total_T = mass_kept + rest * ((m_rest - m) / T).exp()
 
     # KL = Σ p (log p − log q) + t (log t − log q_rest). An entry with p = 0 is left out by name: its log q may be −inf.
@@ -284,7 +288,7 @@ def chunk_losses(
         alpha_gold = e_T[:, -1:] / total_T - t * gold_in_rest / rest
         # On the kept ids it is b·T·(q − p). For the gold id cross-entropy adds a·(q − 1), for all other ids a·q.
         grad_kept = a * (e[:, :-1] / total) + b_T * (e_T[:, :-1] / total_T - kept.p)
-        p_gold = (kept.p * ~apart).sum(1, keepdim=True)
+        p_gold = (kept.p * ~kept.apart).sum(1, keepdim=True)
         kd_gold = torch.where(gold_kept, e_T[:, -1:] / total_T - p_gold, alpha_gold)
         grad_gold = b_T * kd_gold - a * (others / total)
         # Scale the exponentials to gradients, and write those of the lifted ids in their places. All slots that point at
@@ -293,5 +297,5 @@ def chunk_losses(
             z.mul_(a * shrink / total + b_T * alpha_dense)
         else:
             z.mul_(a * shrink / total).add_(exps_T.mul_(b_T * alpha_dense))
-        z.scatter_(1, lifted, torch.cat([torch.where(apart, grad_kept, grad_gold), grad_gold], 1))
+        z.scatter_(1, lifted, torch.cat([torch.where(kept.apart, grad_kept, grad_gold), grad_gold], 1))
     return ce, kd, (mass_kept / total_T)[:, 0]

@@ -14,6 +14,8 @@ Dimension letters: N rows, C rows of a chunk, n rows of the present chunk, D hid
 A row has K + 1 slots, the last one for a gold id that is not among the entries. h, p and t as in fused_loss_torch.py.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -51,7 +53,7 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = Fa
     mixed = left.dtype != out.dtype
     if mixed and not left.is_cuda:  # on a CPU no single call multiplies into a wider dtype
         left, right, mixed = left.to(out.dtype), right.to(out.dtype), False
-    widen = {"out_dtype": out.dtype} if mixed else {}
+    widen: dict[str, Any] = {"out_dtype": out.dtype} if mixed else {}
     # With out=, autocast does not convert the operands.
     if accumulate:
         torch.addmm(out, left, right, **widen, out=out)
@@ -78,7 +80,7 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
         kd_weight=operands.kd_weight.contiguous(),
     )
 
-    def empty(*shape, dtype=torch.float32):
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
     # The results of all rows. The kernels write every element of them, also those of ignored rows.
@@ -131,7 +133,7 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
                 BLOCK_SLOTS=triton.next_power_of_2(slots),
                 num_warps=warps,
             )
-            if not options.any_grad:
+            if grad is None:  # no gradient is asked for
                 continue
             _scatter_kernel[(n,)](grad, lifted_ids, lifted_grad, begin, **sizes, BLOCK=slot_block, num_warps=1)
             # Gradients of the operands: the two other matrix products.

@@ -8,6 +8,7 @@ Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B 
 
 import inspect
 from collections.abc import Sequence
+from types import GenericAlias
 from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
@@ -93,4 +94,4 @@ def flat_signature() -> inspect.Signature:
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, positional, annotation=kind) for name, kind in fields.items()]
     returned = tuple(get_type_hints(Outputs).values())
-    return inspect.Signature(parameters, return_annotation=tuple[returned])
+    return inspect.Signature(parameters, return_annotation=GenericAlias(tuple, returned))

@@ -6,6 +6,7 @@ Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def fusion_loss_reference(
     reduction: str = "mean",
     num_items_in_batch: int | None = None,
     return_stats: bool = False,
-):
+) -> Any:
     """`profuser.loss.fused_linear_fusion_loss`, dense: the same arguments and returns, with gradients by autograd."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
@@ -87,6 +88,8 @@ def fusion_loss_reference(
     kd = torch.zeros_like(ce)
     source_mass, target_mass = torch.zeros_like(ce), torch.zeros_like(ce)
     if sources:
+        assert source_ids is not None
+        assert source_logprobs is not None
         # p as a dense distribution, where adding merges duplicate ids. `inside` marks the kept ids.
         p = torch.zeros(len(valid), vocabulary, dtype=dtype)
         inside = torch.zeros(len(valid), vocabulary, dtype=torch.bool)
@@ -152,7 +155,7 @@ def source_topk_reference(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     """`source_topk`, dense: ids (N, k), logprobs (N, k), lse (N,) at `temperature`, ce (N,) at 1, and those of the ranges."""
     return logits_topk_reference(head_logits(hidden, weight, bias, softcap, logit_scale), labels, k, **options)

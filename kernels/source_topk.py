@@ -26,6 +26,11 @@ from .common import (
 )
 from .head import ChunkedHead, Head
 
+Ranges = tuple[Tensor, Tensor, Tensor, Tensor]
+"""rows (R,), lo (R,), hi (R,) and vocab_order (V',), as `source_topk` takes them."""
+ListedRanges = tuple[list[tuple[int, int, int]], Tensor]
+"""The same as a list of (row, lo, hi), and the order."""
+
 TRITON_MAX_K = 128  # more candidates do not fit the registers of a program
 TRITON_CHUNK_ROWS = 2048  # with fewer rows each matrix product leaves part of a large GPU idle
 
@@ -37,7 +42,7 @@ def source_topk(
     k: int,
     *,
     vocab_map: Tensor | None = None,
-    ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    ranges: Ranges | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -131,7 +136,7 @@ def source_topk_from_logits(
     k: int,
     *,
     vocab_map: Tensor | None = None,
-    ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    ranges: Ranges | None = None,
     temperature: float = 1.0,
     chunk_size: int | None = None,
     impl: str | None = None,
@@ -144,18 +149,19 @@ def source_topk_from_logits(
         )
     check_labels_shape(labels, logits.shape[0])
     check_device(logits, labels=labels)
-    dtype, vocabulary = compute_dtype(logits), logits.shape[1]
+    count, vocabulary = logits.shape
+    dtype = compute_dtype(logits)
     _check_shapes(labels, k, vocabulary, vocab_map, ranges)
     with torch.no_grad():
         if not _use_triton(impl, logits.device, dtype, k):
             _check_values(labels, vocabulary, vocab_map)
-            chunk = chunk_rows(*logits.shape, dtype.itemsize, chunk_size)
+            chunk = chunk_rows(count, vocabulary, dtype.itemsize, chunk_size)
             listed = _listed_ranges(ranges, labels, vocabulary)
             found = _topk(lambda rows: logits[rows].to(dtype, copy=True), labels, k, temperature, chunk, listed)
         else:
             from .source_topk_triton import topk_rows
 
-            chunk = chunk_rows(*logits.shape, dtype.itemsize, chunk_size or TRITON_CHUNK_ROWS)
+            chunk = chunk_rows(count, vocabulary, dtype.itemsize, chunk_size or TRITON_CHUNK_ROWS)
             found = topk_rows(lambda rows: logits[rows].contiguous(), labels, k, vocabulary, temperature, chunk, ranges)
         return found if vocab_map is None else _mapped(found, vocab_map)
 
@@ -189,7 +195,7 @@ def _fp32_products(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[slic
     return products
 
 
-def _check_shapes(labels: Tensor, k: int, vocabulary: int, vocab_map: Tensor | None, ranges) -> None:
+def _check_shapes(labels: Tensor, k: int, vocabulary: int, vocab_map: Tensor | None, ranges: Ranges | None) -> None:
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k must be in 1..{vocabulary} (the vocabulary), got {k}; 10 is the usual choice")
     if vocab_map is not None:
@@ -228,7 +234,7 @@ def _check_values(labels: Tensor, vocabulary: int, vocab_map: Tensor | None) -> 
         raise ValueError(f"vocab_map must be >= -1, got {least}; -1 stands for a token that has no counterpart")
 
 
-def _listed_ranges(ranges, labels: Tensor, vocabulary: int) -> tuple[list[tuple[int, int, int]], Tensor] | None:
+def _listed_ranges(ranges: Ranges | None, labels: Tensor, vocabulary: int) -> ListedRanges | None:
     """The ranges as a list of (row, lo, hi), and the vocabulary's order; ValueError for a value out of bounds."""
     if ranges is None:
         return None
@@ -250,14 +256,21 @@ def _listed_ranges(ranges, labels: Tensor, vocabulary: int) -> tuple[list[tuple[
     return listed, vocab_order.long()
 
 
-def _topk(logits, labels: Tensor, k: int, temperature: float, chunk: int, ranges=None) -> tuple[Tensor, ...]:
+def _topk(
+    logits: Callable[[slice], Tensor],
+    labels: Tensor,
+    k: int,
+    temperature: float,
+    chunk: int,
+    ranges: ListedRanges | None,
+) -> tuple[Tensor, ...]:
     """What `source_topk` returns, in plain torch. `logits(rows)` gives the logits of a chunk, which may be overwritten."""
     N = labels.shape[0]
     ids = labels.new_empty(N, k, dtype=torch.int32)
     logprobs = labels.new_empty(N, k, dtype=torch.float32)
     lse = labels.new_empty(N, dtype=torch.float32)
     ce = labels.new_empty(N, dtype=torch.float32)
-    listed, vocab_order = ranges or ([], None)
+    listed, vocab_order = ranges or ([], labels.new_empty(0))
     range_ids = labels.new_full((len(listed), k), -1, dtype=torch.int32)
     range_logprobs = labels.new_full((len(listed), k), -torch.inf, dtype=torch.float32)
     range_logmass = labels.new_full((len(listed),), -torch.inf, dtype=torch.float32)
@@ -331,7 +344,8 @@ def _mapped(found: tuple[Tensor, ...], vocab_map: Tensor) -> tuple[Tensor, ...]:
     """What was found, with its ids translated by `vocab_map` and the masses of equal ids added."""
     ids, logprobs, lse, ce, *of_ranges = found
     if of_ranges:
-        of_ranges[:2] = _merged(*of_ranges[:2], vocab_map)
+        range_ids, range_logprobs, _ = of_ranges
+        of_ranges[:2] = _merged(range_ids, range_logprobs, vocab_map)
     return *_merged(ids, logprobs, vocab_map), lse, ce, *of_ranges
 
 

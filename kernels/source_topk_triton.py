@@ -314,12 +314,13 @@ def topk_rows(
     row_max, log_sum = (labels.new_empty(chunk, dtype=torch.float32) for _ in range(2))
     maxima = labels.new_empty(chunk, groups, dtype=torch.float32)
     found = [ids, logprobs, lse, ce]
+    R, asked_for = 0, []
     if ranges is not None:
         # A range whose row is in no chunk is never written by a kernel, and keeps these values.
         R = len(ranges[0])
         found += [labels.new_full((R, k), -1, dtype=torch.int32)]
         found += [labels.new_full(shape, torch.nan, dtype=torch.float32) for shape in ((R, k), (R,))]
-        ranges = [x.contiguous() for x in ranges]
+        asked_for = [x.contiguous() for x in ranges]
     elementwise = {
         "temperature": temperature,
         "softcap": softcap,
@@ -338,11 +339,11 @@ def topk_rows(
                 *raw, maxima, row_max, log_sum, ids[rows], logprobs[rows], k,
                 **elementwise, V=vocabulary, G=groups, K=K, BLOCK_S=max(K, triton.next_power_of_2(supers)), num_warps=4,
             )  # fmt: skip
-            if ranges is not None and R:
+            if R:
                 # Every chunk launches one program per range, and most return at once. To find a chunk's own ranges, the host
                 # would have to wait for the device.
                 _range_kernel[(R,)](
-                    *raw, row_max, log_sum, *ranges, *found[4:], begin, len(z), len(ranges[3]), k,
+                    *raw, row_max, log_sum, *asked_for, *found[4:], begin, len(z), len(asked_for[3]), k,
                     **elementwise, V=vocabulary, K=K, BLOCK=1024, num_warps=4,
                 )  # fmt: skip
     return tuple(found)
