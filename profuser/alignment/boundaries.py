@@ -78,7 +78,7 @@ class Boundaries:
         if not self.splits and whole:
             self._neighbours = np.array(sorted(_pair_key(a, b) for a, b in pairs), dtype=np.int64)
 
-    def prefix_starts(self, ids: Sequence[int], words: Sequence[int], start: int) -> np.ndarray:
+    def prefix_starts(self, ids: Sequence[int] | np.ndarray, words: Sequence[int], start: int) -> np.ndarray:
         """(len(ids) - start + 1,) int32: per token from `start` on, and for the end, the first token of its prefix.
 
         The prefix of a token is what stands before it in the current pre-token: that of the byte before, since a candidate

@@ -41,6 +41,7 @@ class CppByteAligner:
         threads: int = 1,
     ):
         check_settings(top_k, min_reliability)
+        assert _align is not None, "without the C++ extension `byte_aligner` gives PythonByteAligner"
         self.target, self.source = target, source
         self.threads = threads
         self._lock = threading.Lock()  # C++ works without the GIL

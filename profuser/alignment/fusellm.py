@@ -29,7 +29,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -48,8 +48,8 @@ from profuser.alignment.types import (
 )
 from profuser.errors import DataError
 from profuser.store.files import write_atomic
-from profuser.text.chat import ChatFormat
 from profuser.text.encoded import Encoded
+from profuser.text.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,23 @@ MAP_VERSION = 1  # part of the cache's key: a changed rule makes another map
 MAX_DISTANCES = 4_000_000  # int32, held at once: 16 MB
 
 
+class TokenFormat(Protocol):
+    """One side of an alignment; `profuser.text.chat.ChatFormat` and `profuser.alignment.text.PlainText` are."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def token_bytes(self) -> TokenBytes: ...
+    @property
+    def end_ids(self) -> tuple[int, ...]: ...
+    @property
+    def end_id(self) -> int | None: ...
+
+
 class FuseLLMAligner:
     """Aligns captures of `source` to `target`, mode `fusellm`.
 
     Args:
-        target, source: `ChatFormat`, or anything else with its `tokenizer`, `token_bytes`, `end_ids` and `end_id`.
         top_k: entries of a source's row that are mapped.
         fallback: what a position without a distribution gets: "skip" (nothing) or "label" (one-hot on its label).
         cache_dir: see `vocabulary_map`, which runs here.
@@ -70,8 +82,8 @@ class FuseLLMAligner:
 
     def __init__(
         self,
-        target: ChatFormat,
-        source: ChatFormat,
+        target: TokenFormat,
+        source: TokenFormat,
         *,
         top_k: int = 10,
         fallback: Literal["skip", "label"] = "skip",
@@ -178,10 +190,10 @@ class FuseLLMAligner:
 
 
 def accepted_positions(
-    target_ids: Sequence[int],
-    source_ids: Sequence[int],
-    target: ChatFormat,
-    source: ChatFormat,
+    target_ids: Sequence[int] | np.ndarray,
+    source_ids: Sequence[int] | np.ndarray,
+    target: TokenFormat,
+    source: TokenFormat,
     token_map: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which of a text's target tokens FuseLLM's rule accepts, and the source token that each is matched with.
@@ -203,7 +215,7 @@ def accepted_positions(
     return accepted, position
 
 
-def vocabulary_map(target: ChatFormat, source: ChatFormat, *, cache_dir: Path | None = None) -> np.ndarray:
+def vocabulary_map(target: TokenFormat, source: TokenFormat, *, cache_dir: Path | None = None) -> np.ndarray:
     """The target token that FuseLLM takes each source token for.
 
     Computed once (about a minute for vocabularies of 150,000) and kept in `cache_dir`, by default $PROFUSER_CACHE or
@@ -239,7 +251,7 @@ def vocabulary_map(target: ChatFormat, source: ChatFormat, *, cache_dir: Path | 
 
 
 def _compute_map(
-    target: ChatFormat, source: ChatFormat, target_tokens: list[str], source_tokens: list[str]
+    target: TokenFormat, source: TokenFormat, target_tokens: list[str], source_tokens: list[str]
 ) -> np.ndarray:
     mapped = np.full(len(source_tokens), -1, dtype=np.int32)
     no_choice = {*target.token_bytes.specials, *target.end_ids}
@@ -294,7 +306,7 @@ def _nearest(queries: list[str], choices: list[str]) -> np.ndarray:
             rows = max(1, MAX_DISTANCES // len(strings))
             for begin in range(0, len(open_queries), rows):
                 part = open_queries[begin : begin + rows]
-                distances = cdist(
+                distances = cdist(  # pyrefly: ignore[no-matching-overload]  # the stubs refuse rapidfuzz's own scorers
                     [same_length[i] for i in part],
                     strings,
                     scorer=Levenshtein.distance,
@@ -373,13 +385,13 @@ def _strings(name: str, codes: np.ndarray, offsets: np.ndarray) -> list[str]:
     return [text[b:f] for b, f in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
 
 
-def _bare_tokens(side: ChatFormat, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _bare_tokens(side: TokenFormat, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The token strings without their word prefix, as `dtw` takes them."""
     prefix = _word_prefix(side)
     return code_points([token.replace(prefix, "") for token in side.tokenizer.convert_ids_to_tokens(ids.tolist())])
 
 
-def _word_prefix(side: ChatFormat) -> str:
+def _word_prefix(side: TokenFormat) -> str:
     """The character that stands for a space in the tokenizer's token strings."""
     for i, piece in enumerate(side.token_bytes.pieces):
         if piece and piece.startswith(b" "):

@@ -46,12 +46,12 @@ def ranges_needed(
     clipped = np.flatnonzero(clip > 0)
     for t in np.flatnonzero((kind < INSIDE) & np.isin(position, clipped)).tolist():
         j = int(position[t])
-        ours, theirs = target_tokens.pieces[target_ids[t]], source_tokens.pieces[source_ids[j]]
+        ours, theirs = target_tokens.piece(target_ids[t]), source_tokens.piece(source_ids[j])
         if ours[: len(ours) - int(e[t] - a[t])] != theirs[: clip[j]]:
             pairs.add((j, int(clip[j])))
     found = sorted(pairs)
     assert all(strip > 0 for _, strip in found), "encodings hold the response's bytes"
-    ranges = [order.range_of(source_tokens.pieces[source_ids[j]][:strip]) for j, strip in found]
+    ranges = [order.range_of(source_tokens.piece(source_ids[j])[:strip]) for j, strip in found]
     columns = np.array([(*pair, *span) for pair, span in zip(found, ranges)], dtype=np.int32).reshape(-1, 4)
     return RangeRequest(*(np.ascontiguousarray(column) for column in columns.T))
 
@@ -63,5 +63,5 @@ def _spans(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
 
 def _clips(tokens: TokenBytes, ids: list[int], begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Per token the number of its bytes in front of the response."""
-    lengths = np.array([len(tokens.pieces[i]) for i in ids], dtype=np.int32)
+    lengths = np.array([len(tokens.piece(i)) for i in ids], dtype=np.int32)
     return lengths - (end - np.maximum(begin, 0))

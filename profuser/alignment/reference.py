@@ -112,10 +112,10 @@ class PythonByteAligner:
         content = encoded.stop - encoded.start
         target_ids = encoded.input_ids[encoded.start : encoded.stop]
         target_has_end = encoded.end_of_turn is not None
-        if target_has_end:
+        if encoded.end_of_turn is not None:
             target_ids = [*target_ids, encoded.input_ids[encoded.end_of_turn]]
-        a = [int(begin) for begin, _ in encoded.spans]
-        e = [int(end) for _, end in encoded.spans]
+        a = [begin for begin, _ in encoded.spans]
+        e = [end for _, end in encoded.spans]
         target_clip = _clips(self.target.token_bytes, target_ids[:content], a, e, response, "target")
 
         rows = _Rows(capture, self._source_ends, n)
@@ -396,7 +396,7 @@ class _Rows:
         }
 
 
-def _others(ids: Sequence[int], masses: Sequence[float], own: int) -> tuple[Sequence[int], Sequence[float]]:
+def _others(ids: list[int], masses: list[float], own: int) -> tuple[list[int], list[float]]:
     if own not in ids and -1 not in ids:
         return ids, masses
     keep = [n for n, i in enumerate(ids) if i != own and i >= 0]
@@ -474,7 +474,8 @@ def _clips(tokens: TokenBytes, ids, begin, end, response: bytes, name: str) -> l
         piece = tokens.pieces[i] if 0 <= i < len(tokens.pieces) else None
         first = max(b, 0)
         clip = len(piece) - (e - first) if piece is not None else -1
-        if clip < 0 or first != reached or piece[clip : len(piece) - max(e - n, 0)] != response[first : min(e, n)]:
+        held = None if piece is None or clip < 0 else piece[clip : len(piece) - max(e - n, 0)]
+        if first != reached or held != response[first : min(e, n)]:
             raise DataError(
                 f"a {name} token must hold the response's bytes [{first}, {e}) = {response[first:e]!r}, token {i} is {piece!r}; "
                 "encode the response again with this tokenizer"

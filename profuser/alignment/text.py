@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from profuser.alignment.engine import byte_aligner
+from profuser.alignment.engine import CppByteAligner, byte_aligner
 from profuser.alignment.ranges import RangeRequest, ranges_needed
-from profuser.alignment.reference import check_capture
+from profuser.alignment.reference import PythonByteAligner, check_capture
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.errors import DataError
@@ -28,7 +29,7 @@ from profuser.text.token_bytes import TokenBytes
 class PlainText:
     """A tokenizer as one side of an alignment of texts without a template (`vocab_map.TextFormat`)."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.token_bytes = TokenBytes(tokenizer)
         self.end_ids: tuple[int, ...] = ()
@@ -75,7 +76,9 @@ class AlignedText:
     skip_reason: Tensor
 
 
-def prefix_ranges(text: str, target, source) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prefix_ranges(
+    text: str, target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `source_topk` has to be asked for besides its top k: `source_topk(..., ranges=prefix_ranges(...))`.
 
     Where a target token begins inside a source token, alignment needs the source's mass among the tokens that begin with
@@ -91,16 +94,15 @@ def prefix_ranges(text: str, target, source) -> tuple[Tensor, Tensor, Tensor, Te
     """
     ours, theirs = plain_text(target), plain_text(source)
     needed = _needed(text, ours, theirs)
-    return (
-        *(torch.from_numpy(x).long() for x in (needed.rows, needed.lo, needed.hi)),
-        torch.from_numpy(theirs.order.order).long(),
-    )
+    arrays = (needed.rows, needed.lo, needed.hi, theirs.order.order)
+    rows, lo, hi, vocab_order = (torch.from_numpy(x).long() for x in arrays)
+    return rows, lo, hi, vocab_order
 
 
 def align(
     text: str,
-    target,
-    source,
+    target: PreTrainedTokenizerBase,
+    source: PreTrainedTokenizerBase,
     top_ids: Tensor,
     top_logprobs: Tensor,
     own_logprobs: Tensor,
@@ -233,7 +235,7 @@ def check_vocabulary(capture: SourceCapture, size: int) -> None:
         )
 
 
-def plain_text(tokenizer) -> PlainText:
+def plain_text(tokenizer: PreTrainedTokenizerBase) -> PlainText:
     """One a tokenizer, so that what was learnt about a pair is there for the next text."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
@@ -243,12 +245,14 @@ def plain_text(tokenizer) -> PlainText:
 
 
 @functools.lru_cache(maxsize=16)
-def _plain_text(tokenizer, size: int) -> PlainText:
+def _plain_text(tokenizer: PreTrainedTokenizerBase, size: int) -> PlainText:
     return PlainText(tokenizer)  # anew once tokens were added
 
 
 @functools.lru_cache(maxsize=8)
-def _aligner(target: PlainText, source: PlainText, top_k: int, min_reliability: float):
+def _aligner(
+    target: PlainText, source: PlainText, top_k: int, min_reliability: float
+) -> CppByteAligner | PythonByteAligner:
     return byte_aligner(target, source, top_k=top_k, min_reliability=min_reliability)
 
 
@@ -256,7 +260,7 @@ def _needed(text: str, target: PlainText, source: PlainText) -> RangeRequest:
     return ranges_needed(target.token_bytes, target.encode(text), source.token_bytes, source.encode(text), source.order)
 
 
-def _array(values, dtype) -> np.ndarray:
+def _array(values: ArrayLike | Tensor, dtype: type[np.number]) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()

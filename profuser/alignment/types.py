@@ -58,11 +58,12 @@ class PrefixRanges:
     @classmethod
     def none(cls, k: int = 1) -> PrefixRanges:
         """For a source none of whose tokens is entered."""
-        empty = np.zeros((0, k))
         return cls(
-            *(np.zeros(0, t) for t in (np.int32, np.int32, np.float32)),
-            empty.astype(np.int32),
-            empty.astype(np.float32),
+            rows=np.zeros(0, np.int32),
+            strip=np.zeros(0, np.int32),
+            logmass=np.zeros(0, np.float32),
+            ids=np.zeros((0, k), np.int32),
+            logprobs=np.zeros((0, k), np.float32),
         )
 
 

@@ -26,10 +26,14 @@ LOOKAHEADS = ("", "x", " x")
 class TextFormat(Protocol):
     """One side of an alignment; `profuser.text.chat.ChatFormat` and `profuser.alignment.text.PlainText` are."""
 
-    token_bytes: TokenBytes
-    end_ids: tuple[int, ...]  # tokens with the role end of turn
-    end_id: int | None  # the one that closes a response
-    closing: bytes  # text between a response and its end of turn
+    @property
+    def token_bytes(self) -> TokenBytes: ...
+    @property
+    def end_ids(self) -> tuple[int, ...]: ...  # tokens with the role end of turn
+    @property
+    def end_id(self) -> int | None: ...  # the one that closes a response
+    @property
+    def closing(self) -> bytes: ...  # text between a response and its end of turn
 
 
 class ByteOrder:
@@ -42,10 +46,9 @@ class ByteOrder:
     """
 
     def __init__(self, tokens: TokenBytes, size: int | None = None):
-        pieces = tokens.pieces[:size]
-        ids = sorted((i for i, piece in enumerate(pieces) if piece), key=lambda i: (pieces[i], i))
-        self.order = np.array(ids, dtype=np.int32)
-        self._sorted = [pieces[i] for i in ids]
+        ordered = sorted((piece, i) for i, piece in enumerate(tokens.pieces[:size]) if piece)
+        self.order = np.array([i for _, i in ordered], dtype=np.int32)
+        self._sorted = [piece for piece, _ in ordered]
         self._ranges: dict[bytes, tuple[int, int]] = {}
 
     def range_of(self, prefix: bytes) -> tuple[int, int]:

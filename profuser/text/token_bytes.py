@@ -15,10 +15,10 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Literal, cast
 
-from tokenizers import Tokenizer, models
+from tokenizers import Encoding, Tokenizer, models
 
 from profuser.errors import DataError
 
@@ -68,7 +68,9 @@ class TokenBytes:
         decoders = list(_flat(self._rules["decoder"], "decoders"))
 
         special_ids = dict.fromkeys([*tokenizer.all_special_ids, *control])
-        self.specials = {i: token for i in special_ids if (token := tokenizer.convert_ids_to_tokens(i)) is not None}
+        self.specials: dict[int, str] = {
+            i: token for i in special_ids if (token := tokenizer.convert_ids_to_tokens(i)) is not None
+        }
         self._added: dict[int, tuple[bytes, bool, bool]] = {
             i: (s.encode(), False, False) for i, s in self.specials.items()
         }
@@ -173,7 +175,7 @@ class TokenBytes:
     def encode_words(self, text: str) -> tuple[list[int], list[int]]:
         """(ids, words) as `encode`; words: per token the number of its pre-token."""
         encoding = self._whole.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.word_ids
+        return encoding.ids, _words(encoding)
 
     def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
         """(ids, words) of a text given in parts (string, literal): control strings in a literal part stay plain text.
@@ -201,7 +203,7 @@ class TokenBytes:
                 )
             first = len(words)  # no fewer than the pre-tokens so far
             ids.extend(encoded.ids)
-            words.extend(first + word for word in encoded.word_ids)
+            words.extend(first + word for word in _words(encoded))
 
         for text, literal in parts:
             pieces = [text] if literal or self._control is None else self._control.split(text)
@@ -230,8 +232,14 @@ class TokenBytes:
             TokenBytesMismatch: an added token took the whitespace beside it (reason "decoder").
         """
         for i, (begin, end) in zip(ids, spans) if self._greedy and not self._greedy.isdisjoint(ids) else ():
-            if i in self._greedy and len(self.pieces[i]) < end - max(begin, 0):
+            if i in self._greedy and len(self.piece(i)) < end - max(begin, 0):
                 raise self._mismatch(text, max(begin, 0))
+
+    def piece(self, i: int) -> bytes:
+        """The bytes of a token that is no control token."""
+        piece = self.pieces[i]
+        assert piece is not None
+        return piece
 
     def of(self, ids: Sequence[int]) -> bytes:
         """Bytes of the tokens one after the other; control tokens and unknown ids have none."""
@@ -277,9 +285,10 @@ class TokenBytes:
         """Appends the spans of tokens without an added one between them, which begin at `position`; returns their end."""
         if not ids:
             return position
-        pieces = [self.pieces[i] if 0 <= i < len(self.pieces) else None for i in ids]
-        if None in pieces:
-            known = b"".join(pieces[: pieces.index(None)])
+        found = [self.pieces[i] if 0 <= i < len(self.pieces) else None for i in ids]
+        pieces = [piece for piece in found if piece is not None]
+        if len(pieces) < len(found):
+            known = b"".join(pieces[: found.index(None)])
             raise self._mismatch(text, position + len(known))
         joined = b"".join(pieces)
         dummy = self._has_dummy(pieces[0], data, position)
@@ -312,6 +321,11 @@ class TokenBytes:
 
 
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
+
+
+def _words(encoding: Encoding) -> list[int]:
+    """Per token the number of its pre-token. Only what a post-processor adds has none, and here it adds nothing."""
+    return cast("list[int]", encoding.word_ids)
 
 
 def _copy(backend: Tokenizer, specials: Collection[int]) -> Tokenizer:
@@ -356,7 +370,7 @@ def _flat(part: dict | None, key: str) -> Iterator[dict]:
         yield part
 
 
-def _without(part: dict | None, key: str, drop) -> dict | None:
+def _without(part: dict | None, key: str, drop: Callable[[dict], bool]) -> dict | None:
     """The component without the parts for which `drop` holds."""
     kept = [inner for inner in _flat(part, key) if not drop(inner)]
     return {"type": "Sequence", key: kept} if kept else None
