@@ -8,6 +8,7 @@ Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B 
 """
 
 import math
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,70 @@ DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio 
 
 REDUCTIONS = ("mean", "sum", "none")
 STATS = ("ce", "kd", "source_mass", "target_mass", "winner")
+
+
+class LossOptions(TypedDict, total=False):
+    """The keywords of `fused_linear_fusion_loss` but return_stats, which decides what it returns.
+
+    Only `closed=True`, of Python 3.15, would say that there are no others: hence the ignored errors below.
+    """
+
+    source_tail: Tensor | None
+    source_ce: Tensor | None
+    source_index: Tensor | None
+    cu_seqlens: Tensor | None
+    ce_weight: Tensor | None
+    kd_weight: Tensor | None
+    beta: float | None
+    temperature: float
+    tail: str
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    reduction: str
+    num_items_in_batch: int | Tensor | None
+    chunk_size: int | None
+    max_chunk_bytes: int | None
+    impl: str | None
+
+
+@overload
+def fused_linear_fusion_loss(  # pyrefly: ignore[inconsistent-overload]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    source_ids: Tensor | None = None,
+    source_logprobs: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+
+
+@overload
+def fused_linear_fusion_loss(  # pyrefly: ignore[inconsistent-overload]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    source_ids: Tensor | None = None,
+    source_logprobs: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@overload
+def fused_linear_fusion_loss(  # pyrefly: ignore[inconsistent-overload]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    source_ids: Tensor | None = None,
+    source_logprobs: Tensor | None = None,
+    *,
+    return_stats: bool,
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def fused_linear_fusion_loss(
