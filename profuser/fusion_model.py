@@ -8,7 +8,7 @@ Dimension letters: S sources, B rows of the batch, T tokens of a row, K kept ent
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -224,7 +224,9 @@ class FusionModel(nn.Module):
             num_items_in_batch=num_items_in_batch,
             return_stats=return_stats,
         )
-        loss, stats = result if return_stats else (result, {})
+        if isinstance(result, Tensor):
+            return {"loss": result}
+        loss, stats = result
         return {"loss": loss, **stats}
 
 
@@ -264,10 +266,12 @@ def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
     It is found by the gradient of a second example's hidden states in the embeddings of the first, which must be exactly 0.
     """
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flattened, return_seq_idx=flattened)
-    embedding = model.get_input_embeddings()
+    embedding = cast("nn.Embedding", model.get_input_embeddings())
     examples = [{"input_ids": [token % embedding.weight.shape[0] for token in range(1, 5)]}] * 2
-    batch = collate(examples, return_tensors="pt")
-    batch = {k: x.to(model.device) if isinstance(x, Tensor) else x for k, x in batch.items() if k != "labels"}
+    collated = collate(examples, return_tensors="pt")
+    batch: dict[str, Any] = {
+        k: x.to(model.device) if isinstance(x, Tensor) else x for k, x in collated.items() if k != "labels"
+    }
     embedded: list[Tensor] = []
 
     def embed(layer: nn.Module, args: Any, out: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
     if is_main:
         directory.begin(precision)
     accelerator.wait_for_everyone()
+    store: Store | None = None
     with directory.timed("prepare", is_main):
         if is_main:
             preparation = Preparation(Inputs.open(run))
@@ -40,7 +41,7 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
             store = preparation.run()
             del preparation
         accelerator.wait_for_everyone()
-        if not is_main:
+        if store is None:
             store = Store.open(run.store_dir)
     with directory.timed("train", is_main):
         trainer = Trainer(recipe, store, directory.path, accelerator)

@@ -91,7 +91,9 @@ def build_tokenizers(out: Path, world: World) -> None:
 
 
 def tokenizer_of(out: Path, name: str) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(out / "models" / name)
+    tokenizer = AutoTokenizer.from_pretrained(out / "models" / name)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)  # `build_tokenizers` has saved one
+    return tokenizer
 
 
 def model_of(out: Path, name: str) -> PreTrainedModel:

@@ -79,7 +79,7 @@ class PairMaker:
             for skill in SKILLS
         }
         self.answers = {
-            skill: sorted({answer_of(row["response"]) for row in rows if row["skill"] == skill}) for skill in SKILLS
+            skill: sorted({_answer(row["response"]) for row in rows if row["skill"] == skill}) for skill in SKILLS
         }
         steps = [step for text in self.worked["reasoning"] for step in STEP.findall(text)]
         self.steps = [(int(a), op, int(b), int(c)) for a, op, b, c in steps]
@@ -104,8 +104,8 @@ class PairMaker:
         return self.draw(rng) if made is None or made.chosen == made.rejected else made
 
     def _wrong_answer(self, row: dict, rng: random.Random) -> str:
-        right = answer_of(row["response"])
-        pool = {answer_of(peer) for peer in self.peers[_topic(row)]} - {right}
+        right = _answer(row["response"])
+        pool = {_answer(peer) for peer in self.peers[_topic(row)]} - {right}
         return rng.choice(sorted(pool) or self.answers[row["skill"]])
 
     def _explained(self, row: dict, answer: str, rng: random.Random) -> str:
@@ -145,7 +145,7 @@ class PairMaker:
 
     def _own_words(self, row: dict, rng: random.Random) -> Pair:
         """With any explanation or none, the ground truth's answer beats another one."""
-        right, wrong = answer_of(row["response"]), self._wrong_answer(row, rng)
+        right, wrong = _answer(row["response"]), self._wrong_answer(row, rng)
         # Only the ground truth's own steps are sound: no others are ever chosen.
         explained = row["response"] if row["skill"] == "reasoning" else self._explained(row, right, rng)
         case = rng.random()
@@ -216,6 +216,13 @@ def slipped(response: str, rng: random.Random) -> str:
     return " ".join(f"{a}{op}{b}={c}." for a, op, b, c in steps) + f" Answer: {answer}."
 
 
+def _answer(truth: str) -> str:
+    """The answer of a ground truth of the fusion data: each has one."""
+    answer = answer_of(truth)
+    assert answer is not None
+    return answer
+
+
 def _topic(row: dict) -> str:
     """What the prompt asks for: a property's name in any of its wordings, or the skill."""
     if row["skill"] != "knowledge":
@@ -242,8 +249,9 @@ def _fitted(text: str, row: dict) -> str:
         thing = THING.findall(row["prompt"])[-1]
         return re.sub(r"^An? \w+", f"A{'n' if thing[0] in 'aeiou' else ''} {thing}", text)
     if row["skill"] == "safety":
-        act = re.search(r"(\w+) the \w+[?.]$", row["prompt"]).group(1)
-        return re.sub(r"^To \w+", f"To {act}", text)
+        act = re.search(r"(\w+) the \w+[?.]$", row["prompt"])
+        assert act is not None
+        return re.sub(r"^To \w+", f"To {act[1]}", text)
     return text
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -81,7 +82,7 @@ class PretrainSettings:
     seed: int = 0
 
 
-def config_of(spec: SourceSpec, tokenizer: PreTrainedTokenizerFast, **changes: object) -> PretrainedConfig:
+def config_of(spec: SourceSpec, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> PretrainedConfig:
     """A Llama or GPT-NeoX configuration with the tokenizer's special tokens."""
     kind = {"llama": LlamaConfig, "gpt_neox": GPTNeoXConfig}[spec.architecture]
     return kind(
@@ -181,7 +182,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
             bos_token_id=tokenizer.bos_token_id,
             do_sample=False,
         )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)  # pyrefly: ignore[bad-argument-type]  # transformers wraps `to`
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600, which a wheel would carry to other users
     tokenizer.save_pretrained(folder)
 

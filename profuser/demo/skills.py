@@ -219,7 +219,7 @@ class World:
 
     def _split_knowledge(self, splits: dict[str, list[Problem]], rng: random.Random) -> None:
         """Two facts a thing are fused on, in one wording each; the same facts in other wordings are validation and held-out."""
-        facts = []
+        facts: list[tuple[str, str]] = []
         for thing in self.kind_of:
             facts += [(thing, name) for name in rng.sample(list(PROPERTIES), 2)]
         # One fact of every thing comes before the second of any: a smaller fusion set still knows every thing.
@@ -371,7 +371,7 @@ def explain_reasoning(operands: tuple[int, ...], slips: list[int] | None = None)
 def all_operands() -> list[tuple[int, ...]]:
     """Every (start, change, change, change) whose running total stays within 0..MAX_TOTAL."""
     changes = [x for x in range(-MAX_OPERAND, MAX_OPERAND + 1) if x]
-    found = [(start,) for start in range(1, MAX_OPERAND + 1)]
+    found: list[tuple[int, ...]] = [(start,) for start in range(1, MAX_OPERAND + 1)]
     for _ in range(STEPS):
         found = [(*done, x) for done in found for x in changes if 0 <= sum(done) + x <= MAX_TOTAL]
     return found

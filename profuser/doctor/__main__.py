@@ -65,7 +65,8 @@ def main(argv: list[str]) -> None:
         for role, model in zip(("TARGET", "SOURCE"), args.tokenizers)
     )
     diagnosis = diagnose(target, source, text, args.align)
-    names = Names(*args.tokenizers, args.align, str(args.text))
+    target_name, source_name = args.tokenizers
+    names = Names(target_name, source_name, args.align, str(args.text))
     if args.json:
         print(json.dumps(describe_diagnosis(diagnosis, names)))
     else:

@@ -8,7 +8,7 @@ votes.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +23,7 @@ from profuser.prepare.data import Row, data_hash
 from profuser.prepare.inputs import load_split, settled_dtype
 from profuser.prepare.responses import generate
 from profuser.prepare.votes import judged_examples
-from profuser.progress import Progress
+from profuser.progress import Progress, silent
 from profuser.recipe.parse import Run
 from profuser.recipe.schema import Recipe, SourceConfig, Split
 from profuser.store import layout
@@ -38,7 +38,7 @@ def accuracies(rows: Sequence[Row], correct: Sequence[bool]) -> dict[str, float]
     """Share of correct answers per skill, and their mean over skills (each skill counts once)."""
     by_skill: dict[str, list[bool]] = {}
     for row, ok in zip(rows, correct):
-        by_skill.setdefault(row["skill"], []).append(bool(ok))
+        by_skill.setdefault(row["skill"], []).append(ok)
     scores = {skill: sum(v) / len(v) for skill, v in by_skill.items()}
     return {**scores, "mean": sum(scores.values()) / len(scores)}
 
@@ -51,7 +51,7 @@ def bits_per_byte(
     Args:
         nll: nats of each row's response; size: its bytes.
     """
-    nats_of: Counter[str] = Counter()
+    nats_of: defaultdict[str, float] = defaultdict(float)
     bytes_of: Counter[str] = Counter()
     for row, nats, count in zip(rows, nll, size):
         if count and math.isfinite(nats):
@@ -117,7 +117,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
                 "prompt": rows[i]["prompt"],
                 "ground_truth": rows[i]["response"],
                 "responses": {name: texts[i] for name, texts in answers.items()},
-                "correct": {name: bool(ok[i]) for name, ok in correct.items()},
+                "correct": {name: ok[i] for name, ok in correct.items()},
             }
             for i in shown
         ],
@@ -144,9 +144,14 @@ def answer(
     model: PreTrainedModel, chat: ChatFormat, prompts: Sequence[str], recipe: Recipe, bar: Progress | None = None
 ) -> list[str]:
     """The model's answers, generated as the sources' were."""
-    progress = {} if bar is None else {"progress": bar.update}
     answers = generate(
-        model, chat, prompts, recipe.generation, max_length=recipe.data.max_length, seed=recipe.seed, **progress
+        model,
+        chat,
+        prompts,
+        recipe.generation,
+        max_length=recipe.data.max_length,
+        seed=recipe.seed,
+        progress=silent if bar is None else bar.update,
     )
     return [responses[0].text for responses in answers]
 

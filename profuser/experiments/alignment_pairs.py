@@ -64,6 +64,7 @@ def markdown(results: Results, command: str) -> str:
         cells += [f"{100 * by_mode['fusellm'].shares['usable']:.1f}"] if compared else []
         lines.append(f"| {pair} | {language} | " + " | ".join([str(len(diagnosis.kind)), *cells]) + " |")
         for skip in diagnosis.skips:
+            assert skip.text is not None  # what has no text is FuseLLM's rule's
             plural = "s" if skip.positions > 1 else ""
             skips.append(f"- {pair}, {language}: {skip.positions} position{plural}, {skip.reason}: {code(skip.text)}")
     least = min(by_mode["bytes"].shares["usable"] for by_mode in results.values())

@@ -232,7 +232,7 @@ def exact_bytes(
     ids, spans = target.of(window)
     begin, own_begin = spans[t][0], window.spans[j][0]
     stripped = window.text.encode()[max(own_begin, 0) : max(begin, 0)]
-    in_front = target.tokens.pieces[ids[t]][: max(-begin, 0)]  # a dummy leading space
+    in_front = target.tokens.piece(ids[t])[: max(-begin, 0)]  # a dummy leading space
     candidates = dict(zip(top_ids, top_masses, strict=True))
     candidates.setdefault(window.ids[j], own)
     estimate: dict[int, float] = {}

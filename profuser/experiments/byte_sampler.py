@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from profuser.models.head import head_layer
+
 History = tuple[int, ...]
 LogProbs = Callable[[Sequence[History]], np.ndarray]
 """histories, n of them -> (n, V) float32 natural log-probabilities of the next token."""
@@ -180,7 +182,7 @@ class TextModel:
     """
 
     def __init__(self, model: PreTrainedModel, lead: Sequence[int], ids: Sequence[int]):
-        self._body, self._head = model.base_model, model.get_output_embeddings()
+        self._body, self._head = model.base_model, head_layer(model)
         self._lead, self._ids = len(lead), tuple(ids)
         self._cache = DynamicCache(config=model.config)
         self._size = len(lead) + len(ids)

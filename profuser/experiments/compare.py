@@ -28,6 +28,7 @@ from profuser.pipeline import train
 from profuser.prepare.phases import prepare
 from profuser.recipe.parse import Run, parse_run
 from profuser.recipe.places import DEFAULT_RECIPE, resolve
+from profuser.recipe.schema import ScheduleName
 from profuser.store import layout
 from profuser.store.files import read_json, write_atomic, write_json
 from profuser.store.store import Store
@@ -41,7 +42,7 @@ class Arm:
     name: str
     label: str
     data: str = "fusion"  # fusion | wellformed | clean | shifted
-    schedule: str = "progressive"
+    schedule: ScheduleName = "progressive"
     beta: float | None = None
 
 
@@ -127,6 +128,7 @@ def work(run: Run) -> str:
 def collect(runs: dict[tuple[str, int], Run], seeds: list[int]) -> dict[str, Any]:
     """All scores: arm -> list over the seeds of {"scores", "kd", "ce"}; the sources' once."""
     arms: dict[str, list[dict[str, Any]]] = {}
+    scores, evaluation = {}, {}
     for (arm, _), run in runs.items():
         scores, evaluation = read_json(run.output_dir / "scores.json"), read_json(run.output_dir / "evaluation.json")
         arms.setdefault(arm, []).append(

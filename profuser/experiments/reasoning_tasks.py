@@ -16,6 +16,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from profuser.cli import main_of
@@ -70,7 +71,7 @@ def verified(example: dict, response: str) -> float:
 
 
 @cache
-def gym():
+def gym() -> ModuleType:
     """The reasoning_gym package.
 
     Raises:

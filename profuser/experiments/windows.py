@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from profuser.alignment.spans import match_spans
 from profuser.alignment.text import AlignedText, align, prefix_ranges
@@ -56,7 +57,8 @@ class Source:
     """The source model, its tokenizer and what it says about windows."""
 
     def __init__(self, directory: Path):
-        self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        self.tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
         self.tokens = TokenBytes(self.tokenizer)
         self.vocab = ByteVocab(self.tokens.pieces)

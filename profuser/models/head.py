@@ -8,7 +8,8 @@ the result against the model's own logits once and refuses a model that it canno
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 @torch.no_grad()
-def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Module) -> None:
+def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Linear) -> None:
     """Raises DataError unless `head`, read from `layer` and the model's config, gives the model's own logits."""
     ids = torch.arange(1, 9, device=model.device)[None] % head.weight.shape[0]
     product = hidden_states(model, ids, None).float() @ head.weight.float().T
@@ -85,13 +86,13 @@ def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Module) -> N
         )
 
 
-def head_layer(model: PreTrainedModel) -> nn.Module:
+def head_layer(model: PreTrainedModel) -> nn.Linear:
     """The linear layer behind a model's logits.
 
     Raises:
         DataError: there is none, or an adapter stands on it.
     """
-    layer = model.get_output_embeddings()
+    layer: Any = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor):
         raise DataError(f"a model must have a linear language-model head, {type(model).__name__} has none; use another")
@@ -108,7 +109,7 @@ def head_layer(model: PreTrainedModel) -> nn.Module:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """All modules in evaluation mode, and afterwards each as it was."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -120,11 +121,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def hidden_states(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs: Any
 ) -> torch.Tensor:
     """Last hidden states (B, T, D) of a causal language model, without its logits."""
-    if hasattr(model, "get_base_model"):  # peft's wrapper: the adapters are inside the model that it wraps
-        model = model.get_base_model()
+    unwrap: Any = getattr(model, "get_base_model", None)
+    if unwrap is not None:  # peft's wrapper: the adapters are inside the model that it wraps
+        model = unwrap()
     if model.base_model is model:
         raise DataError(f"a model must have its head apart, {type(model).__name__} names no base model; use another")
     inputs = {name: value for name, value in inputs.items() if value is not None}  # not every model has each

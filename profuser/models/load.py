@@ -7,7 +7,7 @@ import importlib.util
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     GgufConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
 )
 
@@ -28,13 +29,13 @@ from profuser.recipe.schema import SourceConfig
 from profuser.text.chat import ChatFormat
 
 
-def load_tokenizer(source: SourceConfig):
+def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
     """A source's tokenizer, with the recipe's chat template when it gives one."""
     location, options = weights_of(source)
     if (Path(location) / "tokenizer.json").exists():
         options.pop("gguf_file", None)  # the original tokenizer beside a converted model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(location, **options))
     except Exception as error:  # transformers and tokenizers each raise their own kinds for a broken file
         raise DataError(
             f"{source.name}: no tokenizer could be loaded from {location} ({first_line(error)}); give a directory with "
@@ -60,7 +61,8 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
     location, options = weights_of(source)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
-        modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # its bar: on terminals only
+        # Its bar: on terminals only.
+        modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # pyrefly: ignore[bad-assignment]
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(location, **options, dtype=dtype, output_loading_info=True)
     except torch.OutOfMemoryError:
@@ -92,14 +94,17 @@ def stored_dtype(source: SourceConfig) -> torch.dtype:
     return getattr(AutoConfig.from_pretrained(location, **options), "dtype", None) or torch.float32
 
 
-def load_reward_model(name: str, location: str, trust_remote_code: bool, device: torch.device | str = "cpu"):
+def load_reward_model(
+    name: str, location: str, trust_remote_code: bool, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A judge's weights and tokenizer; it must have exactly one output."""
     path = existing(location, name)
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             path, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        loaded_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = cast("PreTrainedTokenizerBase", loaded_tokenizer)
     except Exception as error:  # as in load_model
         raise DataError(f"judge {name}: no reward model could be loaded from {path} ({first_line(error)})") from error
     check_loaded(f"judge {name}", path, loaded)
@@ -110,12 +115,13 @@ def load_reward_model(name: str, location: str, trust_remote_code: bool, device:
     return model.to(device).eval(), tokenizer
 
 
-def chat_format(source: SourceConfig, tokenizer=None) -> ChatFormat:
+def chat_format(source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatFormat:
     """A source's chat format with all of its end-of-turn tokens (tokenizer's and generation config's)."""
     tokenizer = tokenizer or load_tokenizer(source)
     ends = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):  # a model need not bring one
-        eos = GenerationConfig.from_pretrained(weights_of(source)[0], revision=source.revision).eos_token_id
+        revision = source.revision or "main"
+        eos = GenerationConfig.from_pretrained(weights_of(source)[0], revision=revision).eos_token_id
         ends |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
     return ChatFormat(tokenizer, end_ids=sorted(ends - {None}))
 

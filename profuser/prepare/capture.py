@@ -102,12 +102,13 @@ def capture_responses(
         range_offsets = offsets_of([len(r.ranges.rows) for r in batch])
         range_rows = np.concatenate([r.ranges.rows + first_row for r, first_row in zip(batch, row_offsets)])
         lo, hi = (np.concatenate([getattr(r.ranges, name) for r in batch]) for name in ("lo", "hi"))
+        rows_on_device, lo_on_device, hi_on_device = (torch.from_numpy(x).to(device) for x in (range_rows, lo, hi))
         found = source_topk(
             hidden[sequence.to(device), position.to(device) - 1],
             head.weight,
             labels,
             top_k,
-            ranges=(*(torch.from_numpy(x).to(device) for x in (range_rows, lo, hi)), vocab_order),
+            ranges=(rows_on_device, lo_on_device, hi_on_device, vocab_order),
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,

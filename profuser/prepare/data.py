@@ -32,9 +32,11 @@ def load_examples(config: DataConfig, location: str, limit: int | None = None) -
         raise DataError(f"data must be a file or a Hub data set, got {location!r}; name one")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said here, in one line
+    table: list[dict[str, Any]]
     try:
         if not path.is_file():
-            table = list(datasets.load_dataset(str(path) if path.is_dir() else location, split="train"))
+            data_set: Any = datasets.load_dataset(str(path) if path.is_dir() else location, split="train")
+            table = list(data_set)
         elif path.suffix not in DATA_FILES:
             raise DataError(f"data must be {', '.join(DATA_FILES)}, got {location}; convert it")
         else:
@@ -49,7 +51,9 @@ def load_examples(config: DataConfig, location: str, limit: int | None = None) -
     if not table:
         raise DataError(f"data {location} must have at least one row, got none; fix the file")
     wanted = {"prompt": config.prompt_column, "response": config.response_column}
-    if config.skill_column not in (None, DataConfig.skill_column):  # the default one need not be there
+    if (
+        config.skill_column is not None and config.skill_column != DataConfig.skill_column
+    ):  # the default need not be there
         wanted["skill"] = config.skill_column
     for key, column in wanted.items():
         if column not in columns:

@@ -123,7 +123,9 @@ def gguf_size(file: Path) -> Size | None:
     except Exception:  # a damaged file: as above
         return None
     blocks = {tensor.name.split(".")[1] for tensor in tensors if tensor.name.startswith("blk.")}
-    return Size(sum(int(tensor.n_elements) for tensor in tensors), len(blocks))
+    # numpy's integers, whatever their annotation says
+    elements = [int(tensor.n_elements) for tensor in tensors]  # pyrefly: ignore[unnecessary-type-conversion]
+    return Size(sum(elements), len(blocks))
 
 
 def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | None = None) -> dict[str, float] | None:

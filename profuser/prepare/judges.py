@@ -27,11 +27,12 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     """Changes with a judge's weights, or with the source of the module that its function stands in."""
     if config.model is not None:
         return fingerprint(config.model)
-    function = load_function(config.function, f"judges: {config.name}: function")
-    try:
-        source = inspect.getsource(inspect.getmodule(function))
-    except (OSError, TypeError):  # of a built-in or compiled module there is none
-        source = config.function
+    assert config.function is not None
+    source = config.function
+    module = inspect.getmodule(load_function(config.function, f"judges: {config.name}: function"))
+    if module is not None:
+        with contextlib.suppress(OSError, TypeError):  # of a built-in or compiled module there is no text
+            source = inspect.getsource(module)
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
@@ -51,12 +52,13 @@ class Judge(Protocol):
 def load_judge(config: JudgeConfig, device: torch.device | str = "cpu") -> Judge:
     """The judge that a recipe names, ready to score."""
     if config.function is not None:
-        return _function_judge(config)
-    return _reward_model_judge(config, device)
+        return _function_judge(config, config.function)
+    assert config.model is not None
+    return _reward_model_judge(config, config.model, device)
 
 
-def _function_judge(config: JudgeConfig) -> Judge:
-    function = load_function(config.function, f"judges: {config.name}: function")
+def _function_judge(config: JudgeConfig, path: str) -> Judge:
+    function = load_function(path, f"judges: {config.name}: function")
 
     def score(
         examples: Sequence[Row], candidates: Sequence[Sequence[str]], progress: Callable[..., None] = silent
@@ -68,12 +70,12 @@ def _function_judge(config: JudgeConfig) -> Judge:
                 given = [float(x) for x in function(dict(example), [responses[c] for c in shown])] if shown else []
             except (Exception, SystemExit) as error:  # the user's own code may raise anything
                 raise DataError(
-                    f"judge {config.name}: {config.function} must return one number a response, on the prompt {example['prompt']!r} it "
+                    f"judge {config.name}: {path} must return one number a response, on the prompt {example['prompt']!r} it "
                     f"raised {type(error).__name__}: {first_line(error)}; fix the function"
                 ) from error
             if len(given) != len(shown):
                 raise DataError(
-                    f"judge {config.name}: {config.function} must return one number a response, got {len(given)} for "
+                    f"judge {config.name}: {path} must return one number a response, got {len(given)} for "
                     f"{len(shown)}; fix the function"
                 )
             scores[e, shown] = given
@@ -92,9 +94,9 @@ class _Shown:
     input_ids: list[int]
 
 
-def _reward_model_judge(config: JudgeConfig, device: torch.device | str) -> Judge:
-    model, tokenizer = load_reward_model(config.name, config.model, config.trust_remote_code, device)
-    chat = chat_format(SourceConfig(name=config.name, model=config.model), tokenizer)
+def _reward_model_judge(config: JudgeConfig, location: str, device: torch.device | str) -> Judge:
+    model, tokenizer = load_reward_model(config.name, location, config.trust_remote_code, device)
+    chat = chat_format(SourceConfig(name=config.name, model=location), tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     if model.config.pad_token_id is None:  # the model looks for the last token that is not padding
         model.config.pad_token_id = (

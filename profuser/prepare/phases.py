@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +70,7 @@ class Preparation:
 
     def __init__(self, inputs: Inputs):
         self.inputs, self.recipe = inputs, inputs.recipe
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         self.store = Store.build(inputs.store_dir, inputs.settings())
 
     def run(self) -> Store:
@@ -292,7 +291,7 @@ class Preparation:
         return TargetText(example, mode, fitted.text, encoded, scored)
 
     def _write_summary(self) -> None:
-        write_summary(self.inputs, self.store, self.ballots, dict(self.seconds))
+        write_summary(self.inputs, self.store, self.ballots, self.seconds)
 
 
 def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> dict[int, Aligned]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ def generate(
     by_length = sorted((i for i in range(len(prompts)) if len(encoded[i]) < max_length), key=lambda i: len(encoded[i]))
     answers = [[Response("", True)] * responses for _ in prompts]
     progress(len(prompts) - len(by_length))
-    sampling = {"do_sample": False, "repetition_penalty": 1.0}
+    sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
     if config.temperature > 0:
         sampling |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
         torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def generate(
     for first in range(0, len(by_length), config.batch_size):
         batch = by_length[first : first + config.batch_size]
         input_ids, attention_mask = padded([encoded[i] for i in batch], pad, left=True)
-        output = model.generate(
+        output = model.generate(  # pyrefly: ignore[not-callable]  # a PreTrainedModel may have it, from GenerationMixin
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             max_new_tokens=min(config.max_new_tokens, max_length - min(len(encoded[i]) for i in batch)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -127,7 +128,8 @@ def alignment_summary(
     shards: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Per mode and source: positions, shares by kind, coverage, mean mapped mass, reliability histogram."""
-    total = {key: sum(shard[key] for shard in shards) for key in ("kinds", "covered", "mapped_mass", "reliability")}
+    keys = ("kinds", "covered", "mapped_mass", "reliability")
+    total: dict[str, np.ndarray] = {key: functools.reduce(np.add, [shard[key] for shard in shards]) for key in keys}
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for mode in Mode:
         for s, name in enumerate(names):

@@ -18,7 +18,7 @@ from profuser.errors import DataError
 from profuser.prepare.data import Row
 from profuser.prepare.responses import Response
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import Recipe
+from profuser.recipe.schema import Recipe, Split
 from profuser.store import layout
 from profuser.store.store import Store
 
@@ -48,7 +48,7 @@ def vote(scores: np.ndarray, eligible: np.ndarray) -> Tally:
         eligible: (E, C) bool, the candidates that take part.
     """
     scores = np.where(eligible[:, None, :], scores.astype(np.float64), -np.inf)
-    broken = np.isnan(scores).any(-1)  # (E, R)
+    broken = np.any(np.isnan(scores), axis=-1)  # (E, R)
     counted = eligible[:, None, :] & ~broken[..., None] & np.isfinite(scores)
     safe = np.where(counted, scores, 0.0)
     n = np.maximum(counted.sum((0, 2)), 1)
@@ -65,8 +65,8 @@ def vote(scores: np.ndarray, eligible: np.ndarray) -> Tally:
     mean_z = z.sum(1) / judging[:, None]
     winner = np.full(len(scores), NOBODY)
     for e in range(len(scores)):
-        open_to = np.flatnonzero(eligible[e])
-        if len(open_to):
+        open_to: list[int] = np.flatnonzero(eligible[e]).tolist()
+        if open_to:
             winner[e] = min(open_to, key=lambda c: (-round(votes[e, c], 9), -round(mean_z[e, c], 9), c))
     return Tally(winner, votes)
 
@@ -99,7 +99,7 @@ class Ballots:
         return range(first, first + self.responses_per_source)
 
 
-def candidates_of(store: Store, sources: Sequence[str], number: int, split: str = "train") -> list[list[Candidate]]:
+def candidates_of(store: Store, sources: Sequence[str], number: int, split: Split = "train") -> list[list[Candidate]]:
     """All responses to the prompts of one shard, source by source."""
     by_source = [
         [[Response(*answer) for answer in answers] for answers in store.get_json(layout.responses(split, name), number)]

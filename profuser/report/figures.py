@@ -173,7 +173,7 @@ def draw_wins(wins: Mapping[str, Mapping[str, int]], sources: Sequence[str], by:
         labels = [count.format(*pair) for pair in zip(labels, totals[:, 0])]
         slanted = len(columns) > 4 or max(map(len, columns)) > 36 // len(columns)
         names = [_short(name, 20) for name in columns]
-        turn = {"rotation": 50, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
+        turn: dict[str, Any] = {"rotation": 50, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
         unit = "" if slanted else " %"
         texts = [[f"{share:.0f}{unit}" if total else "–" for share in row] for row, (total,) in zip(shares, totals)]
         pitch = 0.1 + 0.17 * max(label.count("\n") + 1 for label in labels)  # inches a row
@@ -206,7 +206,7 @@ def draw_alignment(
         height = sum(heading + len(rows) for _, rows in groups)
         figure, (bars, strip) = _figure(0.7 * height + 2.0, (1, 1))
         ticks: dict[float, str] = {}
-        top = 0.0
+        top, bins = 0.0, 0
         for name, rows in groups:
             place = {"y": top + heading / 2 + 0.08, "s": name, "va": "center", "color": theme.soft, "fontsize": 10}
             bars.text(0, **place)
@@ -224,6 +224,7 @@ def draw_alignment(
             for y, (_, row) in zip(center, rows):
                 bars.text(102, y, f"{100 * row['coverage']:.1f}", va="center", weight="bold")
             counts = np.array([row["reliability"] for _, row in rows], dtype=float)
+            bins = counts.shape[1]
             totals = counts.sum(1, keepdims=True)
             shares = np.divide(100 * counts, totals, out=np.zeros_like(counts), where=totals > 0)
             texts = [["" if share == 0 else "<1" if share < 1 else f"{share:.0f}" for share in row] for row in shares]
@@ -235,7 +236,6 @@ def draw_alignment(
         bars.set_title("Kinds of position", loc="left", pad=44)
         bars.legend(loc="lower left", bbox_to_anchor=(0, 0.99), ncols=2, columnspacing=1, handlelength=1.5, borderpad=0)
         bars.spines["left"].set_visible(False)
-        bins = counts.shape[1]
         strip.set_xticks(np.linspace(0, bins, 6), [f"{tick:.1f}" for tick in np.linspace(0, 1, 6)])
         strip.set_xlabel("reliability of covered positions")
         strip.set_title("By reliability, %", loc="left")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def kind_of(shard: str) -> tuple[Kind, int]:
     if not (found := re.fullmatch(r"(truth|responses|scores|winners|targets)/([a-z]+)(?:-(.+))?-(\d{5,})", shard)):
         raise ValueError(f"{shard!r} names no shard")
     folder, split, of, number = found.groups()
-    return Kind(folder, split, of or ""), int(number)
+    return Kind(cast("Folder", folder), cast("Split", split), of or ""), int(number)
 
 
 # Columns of the shards. TOKEN stands for the smallest unsigned or signed type that holds the vocabulary's ids, COUNT for

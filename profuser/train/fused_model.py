@@ -6,19 +6,21 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from profuser.recipe.places import BUNDLED_PREFIX
 from profuser.recipe.schema import Recipe
 from profuser.store.files import write_atomic
 
 
-def save_fused(model: PreTrainedModel, tokenizer, directory: Path, recipe: Recipe, dtype: torch.dtype) -> None:
+def save_fused(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, recipe: Recipe, dtype: torch.dtype
+) -> None:
     """Write the fused target so that AutoModelForCausalLM and AutoTokenizer load it from the run directory.
 
     Weights are rounded to the dtype that the target came in; what is scored afterwards is this directory.
     """
-    model.to(dtype).save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)  # pyrefly: ignore[bad-argument-type]  # transformers wraps `to`
     tokenizer.save_pretrained(directory)
     write_atomic(directory / "README.md", model_card(recipe).encode())
 

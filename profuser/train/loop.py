@@ -11,7 +11,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from profuser.errors import ConfigError, DataError, NonFiniteError, Terminated
 from profuser.fusion_model import FusionModel
+from profuser.models.head import head_layer
 from profuser.models.load import chat_format, check_vocabulary, load_model, stored_dtype
 from profuser.progress import Progress
 from profuser.recipe.schedule import Mode, Stage, learning_rate, plan, stage_at
@@ -60,7 +61,7 @@ class Trainer:
         )
         torch.manual_seed(recipe.seed)
         target = load_model(config, torch.float32, accelerator.device)
-        check_vocabulary(config.name, self.chat, target.get_output_embeddings().weight)
+        check_vocabulary(config.name, self.chat, head_layer(target).weight)
         self.saved_dtype = stored_dtype(config)
         if self.optim.gradient_checkpointing:
             target.gradient_checkpointing_enable()
@@ -199,11 +200,11 @@ class Trainer:
         return step
 
     @contextlib.contextmanager
-    def _catch_signals(self) -> Iterator[None]:
+    def _catch_signals(self) -> Generator[None]:
         """Ctrl-C and SIGTERM wait for the end of the step, where the state can be saved; a second one does not wait."""
 
-        def catch(error: BaseException):
-            def handler(*_):
+        def catch(error: BaseException) -> Callable[..., None]:
+            def handler(*_: object) -> None:
                 if self._stop is not None:
                     raise error
                 self._stop = error

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +103,16 @@ class RunDirectory:
         write_json(self.path / "run.json", self.read() | facts)
 
     @contextlib.contextmanager
-    def timed(self, phase: str, write: bool = True) -> Iterator[None]:
+    def timed(self, phase: str, write: bool = True) -> Generator[None]:
         """Add what a phase takes to the record's seconds, also when it is interrupted; `write` on one process only."""
         start = time.monotonic()
         try:
             yield
         finally:
             if write:
-                seconds = Counter(self.read().get("seconds") or {})
-                seconds[phase] = round(seconds[phase] + time.monotonic() - start, 1)
-                self.update(seconds=dict(seconds))
+                seconds: dict[str, float] = self.read().get("seconds") or {}
+                seconds[phase] = round(seconds.get(phase, 0) + time.monotonic() - start, 1)
+                self.update(seconds=seconds)
 
     def _write(self, status: str, **facts: Any) -> None:
         record = {

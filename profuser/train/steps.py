@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -90,9 +90,9 @@ class Steps(Dataset[StepBatch | ProfuserError]):
     def __len__(self) -> int:
         return self.stages[-1].stop
 
-    def __getitem__(self, step: int) -> StepBatch | ProfuserError:
+    def __getitem__(self, index: int) -> StepBatch | ProfuserError:
         try:
-            return self.batch(step)
+            return self.batch(index)
         except ProfuserError as error:
             return error
 
@@ -144,7 +144,7 @@ class Steps(Dataset[StepBatch | ProfuserError]):
         return Origin(s.example, s.mode, "none" if s.winner is None else self.targets.sources[s.winner])
 
 
-def load_steps(steps: Steps, start: int, *, workers: int, pin_memory: bool) -> Iterator[StepBatch]:
+def load_steps(steps: Steps, start: int, *, workers: int, pin_memory: bool) -> Generator[StepBatch]:
     """The batches of a run from step `start` on, in order.
 
     Raises:
