@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from profuser.alignment.engine import CppByteAligner
 from profuser.alignment.ranges import RangeRequest, ranges_needed
@@ -58,11 +58,13 @@ def corpus() -> str:
 
 
 @functools.cache
-def tokenizer(name: str, folder: str | None):
+def tokenizer(name: str, folder: str | None) -> PreTrainedTokenizerBase:
     location = Path(resolve(name) if folder is None else Path(folder).expanduser() / name)
     if not location.is_dir():
         pytest.skip(f"no tokenizer in {location}; give --tokenizers a folder that holds {name}")
-    return AutoTokenizer.from_pretrained(location, local_files_only=True)
+    found = AutoTokenizer.from_pretrained(location, local_files_only=True)
+    assert isinstance(found, PreTrainedTokenizerBase)
+    return found
 
 
 def sequences_of(tokenizer) -> list[str]:

@@ -10,6 +10,7 @@ parameters, gradients and AdamW's states, which exist before the measured step.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from profuser.models.head import hidden_states
 S, K = 3, 10
 # B sequences of T tokens; ROUNDS; a Llama of about 13M and about 1.2B parameters.
 B, T, ROUNDS = {"cpu": (4, 256, 3), "cuda": (4, 2048, 5)}[DEVICE]
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "cpu": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
     | {"num_key_value_heads": 4, "vocab_size": 32000},
     "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
@@ -53,7 +54,7 @@ def make_batch():
     }
 
 
-def rows(hidden, batch):
+def rows(hidden, batch) -> dict[str, Any]:
     """The arguments of a loss that sees rows: hidden states shifted against what stands at the next token."""
     sequences, tokens, D = hidden.shape
     return {
@@ -98,10 +99,11 @@ IMPLEMENTATIONS = {
 }
 
 
-def make_model():
+def make_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return LlamaForCausalLM(LlamaConfig(**CONFIG)).to(DTYPE)
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+        return model.to(DTYPE)  # pyrefly: ignore[bad-argument-type]  # transformers wraps `to`
 
 
 def make_step(implementation):

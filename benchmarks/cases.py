@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ def chosen_shapes(config) -> dict[str, Shape]:
 
 
 @functools.lru_cache(maxsize=1)
-def make_case(shape: str, logits: str) -> dict[str, Tensor | str]:
+def make_case(shape: str, logits: str) -> dict[str, Any]:
     """The arguments of `fused_linear_fusion_loss`.
 
     Peaked logits are those of a trained model: the gold token, which leads the sources' entries, has 0.8 of the mass.
@@ -92,7 +92,7 @@ def make_case(shape: str, logits: str) -> dict[str, Tensor | str]:
     }
 
 
-def first_rows(case: dict[str, Tensor | str], rows: int) -> dict[str, Tensor | str]:
+def first_rows(case: dict[str, Any], rows: int) -> dict[str, Any]:
     """A case of its own that ends after `rows`: its gradients are apart from those of the whole."""
     part = {name: value.detach() if isinstance(value, Tensor) else value for name, value in case.items()}
     part |= {name: part[name][:rows] for name in ("hidden", "labels")}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from profuser.kernels.common import chunk_rows, chunk_rows_gpu
 from profuser.loss import DEFAULT_BETA, fused_linear_fusion_loss
 
 
-def arguments(case: dict, computes: str) -> dict:
+def arguments(case: dict[str, Any], computes: str) -> dict[str, Any]:
     """What of a case a loss that computes this gets."""
     if computes == "fusion":
         return case
@@ -97,7 +97,8 @@ class _Chunked(torch.autograd.Function):
         return total / N
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, *grad_outputs):
+        (grad_loss,) = grad_outputs
         return *(gradient * grad_loss for gradient in ctx.saved_tensors), *(None,) * 5
 
 

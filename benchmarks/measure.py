@@ -111,7 +111,9 @@ def gemms(N: int, D: int, V: int, count: int, dtype: torch.dtype, device: str) -
 
 def resident_mib(field: str) -> float:
     """VmRSS or VmHWM of this process."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
 
 
 def cuda_peak_mib(step: Callable[[], object]) -> float:

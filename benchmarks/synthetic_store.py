@@ -101,7 +101,9 @@ def measure(directory: Path, instructions: int, steps: int) -> dict[str, float]:
     """Train for a few steps over the store; the files were read once before, as after a first verification."""
     from accelerate import Accelerator
 
+    from profuser.recipe.schedule import Stage
     from profuser.train.loop import Trainer
+    from profuser.train.steps import StepBatch
 
     store = make_store(directory / "store", instructions)
     verifying = time.monotonic()
@@ -109,14 +111,14 @@ def measure(directory: Path, instructions: int, steps: int) -> dict[str, float]:
     begin = time.monotonic()
     trainer = Trainer(demo_recipe(steps), Store.open(store.directory), directory, Accelerator(cpu=True))
     seen: dict[str, float] = {}
-    step = trainer._step
+    own_step = trainer._step
 
-    def watched(number, stage, batch):
+    def watched(step: int, stage: Stage, batch: StepBatch) -> dict[str, float]:
         seen.setdefault("start_seconds", time.monotonic() - begin)
         # Before the first step, too: what a forward pass takes and gives back varies by more than the data.
         seen.setdefault("private_mib_at_start", private_bytes() / 2**20)
         seen["private_mib_at_end"] = private_bytes() / 2**20
-        return step(number, stage, batch)
+        return own_step(step, stage, batch)
 
     trainer._step = watched
     trainer.train()

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -59,7 +59,7 @@ def run(command: str, *arguments: str) -> tuple[int, str, str]:
                 main_of(COMMANDS[command])
             code = 0
         except SystemExit as stop:
-            code = stop.code
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         finally:
             os.dup2(stream, 2)
             os.close(stream)
@@ -69,7 +69,7 @@ def run(command: str, *arguments: str) -> tuple[int, str, str]:
 
 
 @contextlib.contextmanager
-def folder(origin: Path) -> Iterator[Path]:
+def folder(origin: Path) -> Generator[Path]:
     """A copy of a folder as the working directory."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as place:

@@ -1,6 +1,10 @@
 """What the tests of the fused loss share: cases, and the comparison with the dense reference."""
 
+from collections.abc import Callable, Collection
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.kernels.reference import fusion_loss_reference
@@ -9,9 +13,22 @@ from profuser.loss import fused_linear_fusion_loss
 # Floor of the allowed error, relative to the largest true entry: a few roundings of the dtype.
 FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 DIFFERENTIABLE = ("hidden", "weight", "bias")
+Case = dict[str, Any]
+"""Arguments of `fused_linear_fusion_loss`: tensors and options."""
 
 
-def make_case(dtype=torch.float32, N=37, D=20, V=83, S=3, K=6, B=4, spread=1.0, seed=0, **options):
+def make_case(
+    dtype: torch.dtype = torch.float32,
+    N: int = 37,
+    D: int = 20,
+    V: int = 83,
+    S: int = 3,
+    K: int = 6,
+    B: int = 4,
+    spread: float = 1.0,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
     """Ragged sizes, ignored rows, duplicate and padded ids, gold ids inside and outside, rows without an entry."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(V, (N,), generator=g)
@@ -25,7 +42,7 @@ def make_case(dtype=torch.float32, N=37, D=20, V=83, S=3, K=6, B=4, spread=1.0, 
     ids[:, 5:6] = -1
     logprobs = torch.randn(S, N, K, generator=g).log_softmax(-1) - 0.25
     bounds = torch.linspace(0, N, B + 1).long()
-    case = {
+    case: Case = {
         "hidden": torch.randn(N, D, generator=g) * spread,
         "weight": torch.randn(V, D, generator=g) / D**0.5,
         "labels": labels,
@@ -42,7 +59,14 @@ def make_case(dtype=torch.float32, N=37, D=20, V=83, S=3, K=6, B=4, spread=1.0, 
     return case | options
 
 
-def run(function, case, upcast=None, grad_output=None, device="cpu", **options):
+def run(
+    function: Callable[..., Any],
+    case: Case,
+    upcast: torch.dtype | None = None,
+    grad_output: Any = None,
+    device: str = "cpu",
+    **options: Any,
+) -> dict[str, Tensor]:
     """Loss, gradients of hidden, weight and bias, and stats, computed on `device` and returned on the CPU."""
     case = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in (case | options).items()}
     leaves = [name for name in DIFFERENTIABLE if case.get(name) is not None]
@@ -55,7 +79,7 @@ def run(function, case, upcast=None, grad_output=None, device="cpu", **options):
     return {name: result.cpu() for name, result in results.items()}
 
 
-def on(device, case, frozen=()):
+def on(device: str, case: Case, frozen: Collection[str] = ()) -> Case:
     """A copy of the case on `device`; what is differentiable and not frozen requires grad."""
     case = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     for name in DIFFERENTIABLE:
@@ -64,7 +88,9 @@ def on(device, case, frozen=()):
     return case
 
 
-def assert_as_accurate_as_reference(case, scale=0.0, chunk_size=8, device="cpu", impl=None, **options):
+def assert_as_accurate_as_reference(
+    case: Case, scale: float = 0.0, chunk_size: int = 8, device: str = "cpu", impl: str | None = None, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every result within twice the same-dtype reference's own error against fp64.
 
     `scale`: size of the terms a result is the difference of, where that is larger than the result. `device` and `impl`
@@ -88,7 +114,9 @@ def assert_as_accurate_as_reference(case, scale=0.0, chunk_size=8, device="cpu",
     return ours, truth
 
 
-def assert_close_to_truth(case, tolerance=1e-9, chunk_size=None, **options):
+def assert_close_to_truth(
+    case: Case, tolerance: float = 1e-9, chunk_size: int | None = None, **options: Any
+) -> dict[str, Tensor]:
     case = {k: v.double() if k in DIFFERENTIABLE and v is not None else v for k, v in case.items()}
     ours = run(fused_linear_fusion_loss, case, chunk_size=chunk_size, **options)
     truth = run(fusion_loss_reference, case, **options)
@@ -97,6 +125,6 @@ def assert_close_to_truth(case, tolerance=1e-9, chunk_size=None, **options):
     return ours
 
 
-def with_logits(logits, **case):
+def with_logits(logits: Tensor, **case: Any) -> Case:
     """A case whose logits are given: hidden = logits and weight = 1, so that dhidden is the gradient in the logits."""
     return {"hidden": logits, "weight": torch.eye(logits.shape[1], dtype=logits.dtype)} | case

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.types import PrefixRanges, SourceCapture
@@ -117,7 +117,19 @@ def chained(*words: str, split: bool = True) -> Tokenizer:
     return tokenizer
 
 
-def side(*tokens: str, control: tuple[str, ...] = ("<end>",), end: str | None = "<end>") -> SimpleNamespace:
+@dataclass(eq=False)
+class Side:
+    """One side of an alignment, and its vocabulary."""
+
+    tokenizer: PreTrainedTokenizerFast
+    token_bytes: TokenBytes
+    end_ids: tuple[int, ...]
+    end_id: int | None
+    closing: bytes
+    vocab: dict[str, int]
+
+
+def side(*tokens: str, control: tuple[str, ...] = ("<end>",), end: str | None = "<end>") -> Side:
     """A format with exactly these token strings, the control tokens first; ▁ in one of them makes it SentencePiece's."""
     vocab = {token: i for i, token in enumerate([*control, *tokens])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=control[0]))
@@ -125,10 +137,9 @@ def side(*tokens: str, control: tuple[str, ...] = ("<end>",), end: str | None = 
     marked = any("▁" in token for token in tokens)
     tokenizer.decoder = decoders.Metaspace() if marked else decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    ends = () if end is None else (vocab[end],)
-    return SimpleNamespace(
-        tokenizer=fast, token_bytes=TokenBytes(fast), end_ids=ends, end_id=vocab.get(end), closing=b"", vocab=vocab
-    )
+    end_id = None if end is None else vocab[end]
+    ends = () if end_id is None else (end_id,)
+    return Side(fast, TokenBytes(fast), ends, end_id, closing=b"", vocab=vocab)
 
 
 SMALL = {
@@ -147,16 +158,22 @@ def small_chat(name: str, template: str = "vicuna") -> ChatFormat:
     return ChatFormat(wrap(SMALL[name](), TEMPLATES[template]))
 
 
+def pretrained_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
 REAL = ("llama2", "mistral_v1", "qwen2", "gpt_neox", "gpt2", "deepseek_v3")
 
 
 @functools.cache
-def real_tokenizer(name: str):
+def real_tokenizer(name: str) -> PreTrainedTokenizerBase:
     root = Path(__file__).resolve().parent.parent
     folder = Path(os.environ.get("PROFUSER_TOKENIZERS", root.parent / "shared" / "tokenizers")) / name
     if not folder.is_dir():
         pytest.skip(f"no tokenizer in {folder}; set PROFUSER_TOKENIZERS to the folder with the real ones")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return pretrained_tokenizer(folder)
 
 
 @functools.cache
