@@ -36,7 +36,7 @@ class PlainText:
         self.closing = b""
 
     @functools.cached_property
-    def order(self) -> ByteOrder:
+    def byte_order(self) -> ByteOrder:
         return ByteOrder(self.token_bytes)
 
     def encode(self, text: str) -> Encoded:
@@ -93,7 +93,7 @@ def prefix_ranges(text: str, target, source) -> tuple[Tensor, Tensor, Tensor, Te
     needed = _needed(text, ours, theirs)
     return (
         *(torch.from_numpy(x).long() for x in (needed.rows, needed.lo, needed.hi)),
-        torch.from_numpy(theirs.order.order).long(),
+        torch.from_numpy(theirs.byte_order.ids).long(),
     )
 
 
@@ -127,6 +127,22 @@ def align(
         DataError: arrays that do not belong to these tokens, are no log-probabilities, or contradict each other.
         ValueError: ids that are no integers, log-probabilities that are no floats; settings out of range.
         TypeError: the text is no string, or a tokenizer none.
+
+    Example:
+        >>> import torch
+        >>> from profuser import align, prefix_ranges, source_topk
+        >>> from profuser.recipe.places import resolve
+        >>> from transformers import AutoTokenizer
+        >>> target, source = (AutoTokenizer.from_pretrained(resolve(f"demo:{name}")) for name in ("guardian", "scholar"))
+        >>> text = "A bozun is a stone."
+        >>> labels = torch.tensor(source(text, add_special_tokens=False).input_ids)
+        >>> hidden = torch.randn(len(labels), 8)  # the source's hidden states, each from the position before its token
+        >>> head = torch.randn(len(source), 8)
+        >>> ranges = prefix_ranges(text, target, source)
+        >>> ids, logprobs, _, ce, *of_ranges = source_topk(hidden, head, labels, 10, ranges=ranges)
+        >>> aligned = align(text, target, source, ids, logprobs, -ce, of_ranges)
+        >>> tuple(aligned.source_ids.shape) == (len(aligned.target_ids), 10)
+        True
 
     Source: the rules are this project's; they stand in profuser/alignment/reference.py.
     """
@@ -253,7 +269,9 @@ def _aligner(target: PlainText, source: PlainText, top_k: int, min_reliability: 
 
 
 def _needed(text: str, target: PlainText, source: PlainText) -> RangeRequest:
-    return ranges_needed(target.token_bytes, target.encode(text), source.token_bytes, source.encode(text), source.order)
+    return ranges_needed(
+        target.token_bytes, target.encode(text), source.token_bytes, source.encode(text), source.byte_order
+    )
 
 
 def _array(values, dtype) -> np.ndarray:
