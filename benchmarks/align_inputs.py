@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from profuser.alignment.align import PlainText
 from profuser.alignment.engine import CppByteAligner
 from profuser.alignment.ranges import RangeRequest, ranges_needed
 from profuser.alignment.reference import PythonByteAligner
-from profuser.alignment.text import PlainText
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.recipe.places import resolve
 from profuser.text.encoded import Encoded
@@ -117,7 +117,7 @@ class Case:
 
     def needed(self, n: int) -> RangeRequest:
         return ranges_needed(
-            self.target.token_bytes, self.encoded[n], self.source.token_bytes, self.own[n], self.source.order
+            self.target.token_bytes, self.encoded[n], self.source.token_bytes, self.own[n], self.source.byte_order
         )
 
 
@@ -160,7 +160,7 @@ def make_capture(
     longer = np.array([len(piece or b"") for piece in source.token_bytes.pieces])[ids[rows]] > strip
     entered_mass = np.where(longer, own_mass[rows], 0)
     rest = (1 - own_mass[rows]) * rng.uniform(0.1, 0.9, len(rows))
-    order = source.order.order
+    order = source.byte_order.ids
     step = np.maximum((needed.hi - needed.lo) // K, 1)
     among = needed.lo[:, None] + np.arange(K - 1) * step[:, None]
     others = np.where(among < needed.hi[:, None], order[np.minimum(among, len(order) - 1)], -1)

@@ -35,10 +35,10 @@ from benchmarks.align_inputs import (
 )
 from benchmarks.measure import resident_mib, surroundings
 from benchmarks.plain_dtw import plain_dtw
+from profuser.alignment.align import PlainText
 from profuser.alignment.engine import CppByteAligner
 from profuser.alignment.fusellm import code_points, dtw
 from profuser.alignment.spans import ENGINE, _align
-from profuser.alignment.text import PlainText
 
 pytestmark = pytest.mark.skipif(_align is None, reason="the C++ extension is not built")
 
@@ -207,7 +207,7 @@ def test_tables(benchmark, tokenizer_pair, request):
         times.append(time.perf_counter())
         CppByteAligner(target, source, top_k=K)
         times.append(time.perf_counter())
-        _ = source.order
+        _ = source.byte_order
         times.append(time.perf_counter())
         names = ("token_bytes_seconds", "candidates_seconds", "order_seconds")
         parts.update({name: round(b - a, 3) for name, a, b in zip(names, times, times[1:])})

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from profuser.alignment.text import align, prefix_ranges
+    from profuser.alignment.align import align, prefix_ranges
     from profuser.fusion_model import FusionModel
     from profuser.kernels.common import IGNORE_INDEX
     from profuser.kernels.source_topk import source_topk
@@ -24,9 +24,9 @@ _MODULES = {
     "IGNORE_INDEX": "profuser.kernels.common",
     "FusedLinearFusionLoss": "profuser.loss",
     "FusionModel": "profuser.fusion_model",
-    "align": "profuser.alignment.text",
+    "align": "profuser.alignment.align",
     "fused_linear_fusion_loss": "profuser.loss",
-    "prefix_ranges": "profuser.alignment.text",
+    "prefix_ranges": "profuser.alignment.align",
     "source_topk": "profuser.kernels.source_topk",
 }
 

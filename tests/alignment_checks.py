@@ -98,7 +98,7 @@ def random_capture(
     spans = np.array([*own.spans, *([(n, n)] if own.end_of_turn is not None else [])], np.int32).reshape(-1, 2)
     needed = ranges_needed(target.token_bytes, encoded, source.token_bytes, own, order_of(source))
     r = len(needed.rows)
-    order = order_of(source).order
+    order = order_of(source).ids
     width = needed.hi - needed.lo
     among = needed.lo[:, None] + np.arange(k) * np.maximum(width[:, None] // k, 1)
     range_ids = np.where(among < needed.hi[:, None], order[np.minimum(among, len(order) - 1)], -1)

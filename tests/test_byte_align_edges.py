@@ -52,7 +52,7 @@ def test_an_end_of_turn_that_is_not_declared_special_is_a_control_token():
     encoded = chat.encode("x", "say <eot> now")
     assert labels(encoded).count(chat.end_id) == 1
     assert chat.token_bytes.of(labels(encoded)) == b"say <eot> now"
-    assert chat.end_id not in order_of(chat).order
+    assert chat.end_id not in order_of(chat).ids
 
 
 def test_an_end_of_turn_cannot_have_emitted_the_bytes_before_a_position():
@@ -128,9 +128,9 @@ def test_the_byte_order_leaves_out_what_the_model_has_no_logit_for():
     chat = chain_chat("ab")
     size = len(chat.token_bytes.pieces) - 1
     order = ByteOrder(chat.token_bytes, size)
-    assert order.order.max() < size
+    assert order.ids.max() < size
     lo, hi = order.range_of(b"a")
-    assert [chat.token_bytes.pieces[i] for i in order.order[lo:hi]] == [b"a"]
+    assert [chat.token_bytes.pieces[i] for i in order.ids[lo:hi]] == [b"a"]
 
 
 @pytest.mark.parametrize("prefix", [b"a", b"\xff", b"\xff\xff", b"zzz", b" "])
@@ -139,7 +139,7 @@ def test_a_range_of_the_byte_order_is_all_that_begins_with_its_bytes(prefix):
     pieces = chat.token_bytes.pieces
     order = ByteOrder(chat.token_bytes)
     lo, hi = order.range_of(prefix)
-    assert sorted(order.order[lo:hi].tolist()) == [i for i, p in enumerate(pieces) if p and p.startswith(prefix)]
+    assert sorted(order.ids[lo:hi].tolist()) == [i for i, p in enumerate(pieces) if p and p.startswith(prefix)]
 
 
 # What a caller of `align` can get wrong

@@ -13,9 +13,9 @@ from alignment_checks import TOLERANCE, chain_chat, check_mass, run, token
 from conftest import ROOT
 from small_tokenizers import VICUNA, distribution, labels, real_tokenizer
 
+from profuser.alignment.align import PlainText
 from profuser.alignment.engine import byte_aligner
 from profuser.alignment.ranges import ranges_needed
-from profuser.alignment.text import PlainText
 from profuser.alignment.types import (
     ALIGNED,
     INSIDE,
@@ -195,7 +195,7 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
     logprobs = logits.log_softmax(-1)[[len(lead) + t - 1 for t in labels_at]]
     pieces = source.token_bytes.pieces
     needed = ranges_needed(target.token_bytes, encoded, source.token_bytes, own, ByteOrder(source.token_bytes))
-    order = torch.from_numpy(ByteOrder(source.token_bytes).order).long()
+    order = torch.from_numpy(ByteOrder(source.token_bytes).ids).long()
     own_ids = torch.tensor([own.input_ids[t] for t in labels_at])
     ids, top, _, ce, range_ids, range_top, logmass = source_topk_from_logits(
         logprobs.float(),

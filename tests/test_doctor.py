@@ -18,7 +18,7 @@ from small_tokenizers import CONTROL, SMALL, byte_level, chained, real_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from profuser.alignment import fusellm
-from profuser.alignment.text import PlainText
+from profuser.alignment.align import PlainText
 from profuser.alignment.types import KINDS
 from profuser.doctor import diagnosis
 from profuser.doctor.__main__ import main

@@ -5,11 +5,12 @@ import doctest
 import pytest
 import torch
 
-from profuser import FusionModel, fused_linear_fusion_loss
-from profuser.kernels.source_topk import source_topk
+from profuser import FusionModel, align, fused_linear_fusion_loss, source_topk
 
 
-@pytest.mark.parametrize("documented", [fused_linear_fusion_loss, source_topk, FusionModel], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "documented", [fused_linear_fusion_loss, source_topk, FusionModel, align], ids=lambda x: x.__name__
+)
 def test_the_example_in_the_docstring_runs(documented):
     torch.manual_seed(0)
     assert "\n    Example:\n" in documented.__doc__

@@ -1,1 +1,1 @@
-"""Distributions of one tokenizer's tokens onto another's, on bytes; `text.py` holds the public `align`."""
+"""Distributions of one tokenizer's tokens onto another's, on bytes; `align.py` holds the public `align`."""

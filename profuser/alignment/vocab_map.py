@@ -24,7 +24,7 @@ LOOKAHEADS = ("", "x", " x")
 
 
 class TextFormat(Protocol):
-    """One side of an alignment; `profuser.text.chat.ChatFormat` and `profuser.alignment.text.PlainText` are."""
+    """One side of an alignment; `profuser.text.chat.ChatFormat` and `profuser.alignment.align.PlainText` are."""
 
     @property
     def token_bytes(self) -> TokenBytes: ...
@@ -42,17 +42,17 @@ class ByteOrder:
     Args:
         size: rows of the model's head; a tokenizer may know more tokens.
     Attributes:
-        order: (V',) int32 token ids.
+        ids: (V',) int32, the tokens in this order.
     """
 
     def __init__(self, tokens: TokenBytes, size: int | None = None):
         ordered = sorted((piece, i) for i, piece in enumerate(tokens.pieces[:size]) if piece)
-        self.order = np.array([i for _, i in ordered], dtype=np.int32)
+        self.ids = np.array([i for _, i in ordered], dtype=np.int32)
         self._sorted = [piece for piece, _ in ordered]
         self._ranges: dict[bytes, tuple[int, int]] = {}
 
     def range_of(self, prefix: bytes) -> tuple[int, int]:
-        """[lo, hi) in `order`: the tokens that begin with `prefix`, it itself among them."""
+        """[lo, hi) in `ids`: the tokens that begin with `prefix`, it itself among them."""
         known = self._ranges.get(prefix)
         if known is None:
             lo = bisect.bisect_left(self._sorted, prefix)

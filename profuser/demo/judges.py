@@ -26,6 +26,7 @@ from profuser.demo.pretrain import batch_of as labelled_batch
 from profuser.demo.skills import GAINS, ITEMS, LOSSES, MAX_TOTAL, PEOPLE, SKILLS
 from profuser.demo.tokenizers import CHATML, VICUNA
 from profuser.demo.verify import STEP, answer_of
+from profuser.models.padding import padded
 from profuser.prepare.judges import Judge
 from profuser.text.chat import ChatFormat
 
@@ -258,9 +259,8 @@ def _fitted(text: str, row: dict) -> str:
 def batch_of(chat: ChatFormat, pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
     """Right-padded (prompt, response) conversations, up to and including the end of turn."""
     rows = [chat.encode(prompt, response).input_ids for prompt, response in pairs]
-    width, pad = max(map(len, rows)), chat.tokenizer.pad_token_id
-    input_ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in rows])
-    return {"input_ids": input_ids, "attention_mask": (input_ids != pad).long()}
+    input_ids, attention_mask = padded(rows, chat.tokenizer.pad_token_id)
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def train_judge(

@@ -29,6 +29,7 @@ from profuser.demo.skills import SKILLS, World
 from profuser.demo.tokenizers import CHATML, LLAMA2_LINE, MAX_LENGTH, VICUNA_LINE
 from profuser.demo.verify import exact_match
 from profuser.kernels.common import IGNORE_INDEX
+from profuser.models.padding import padded
 from profuser.prepare.responses import generate
 from profuser.recipe.schema import GenerationConfig
 from profuser.text.chat import ChatFormat
@@ -107,11 +108,9 @@ def batch_of(chat: ChatFormat, pairs: Iterable[tuple[str, str]]) -> dict[str, to
     a model that never learnt the space could not begin a response with a digit.
     """
     rows = [(chat.encode(prompt, response).input_ids, len(chat.prompt_ids(prompt))) for prompt, response in pairs]
-    width = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), width), chat.tokenizer.pad_token_id)
-    attention_mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORE_INDEX)
+    input_ids, attention_mask = padded([ids for ids, _ in rows], chat.tokenizer.pad_token_id)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
     for i, (ids, start) in enumerate(rows):
-        input_ids[i, : len(ids)], attention_mask[i, : len(ids)] = torch.tensor(ids), 1
         labels[i, start : len(ids)] = torch.tensor(ids[start:])
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 

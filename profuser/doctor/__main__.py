@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
             f"give --tokenizers and --text, or --config{'; unknown: ' + ' '.join(overrides) if overrides else ''}"
         )
 
-    from profuser.alignment.text import PlainText
+    from profuser.alignment.align import PlainText
     from profuser.doctor.diagnosis import diagnose, read_text
     from profuser.doctor.tables import Names, describe_diagnosis, table
     from profuser.models.load import load_tokenizer

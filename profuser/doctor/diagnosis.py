@@ -27,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from profuser.alignment.align import PlainText
 from profuser.alignment.spans import match_spans
-from profuser.alignment.text import PlainText
 from profuser.alignment.types import KINDS, SKIP_NO_SOURCE_POSITION, SKIP_NOT_MATCHED, SKIP_REASONS, SKIPPED
 from profuser.errors import DataError
 from profuser.text.token_bytes import Reason, TokenBytes, TokenBytesMismatch

@@ -11,8 +11,8 @@ import functools
 import re
 from pathlib import Path
 
+from profuser.alignment.align import PlainText
 from profuser.alignment.spans import ENGINE
-from profuser.alignment.text import PlainText
 from profuser.alignment.types import KINDS
 from profuser.cli import main_of
 from profuser.doctor.diagnosis import Diagnosis, diagnose, read_text

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from profuser.alignment.align import AlignedText, align, prefix_ranges
 from profuser.alignment.spans import match_spans
-from profuser.alignment.text import AlignedText, align, prefix_ranges
 from profuser.alignment.types import INSIDE, SAME_SPAN, SHARED_PREFIX
 from profuser.experiments.byte_sampler import ByteVocab, TextModel
 from profuser.kernels.source_topk import source_topk

@@ -81,7 +81,7 @@ def capture_responses(
         (index into `requests`, ScoredResponse), in no particular order.
     """
     device = head.weight.device
-    vocab_order = torch.from_numpy(byte_order.order).to(device)
+    vocab_order = torch.from_numpy(byte_order.ids).to(device)
     top_k = min(top_k, head.weight.shape[0])
     by_length = sorted(
         (i for i, r in enumerate(requests) if r.encoded.label_positions),

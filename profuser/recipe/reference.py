@@ -14,6 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from profuser.recipe.schema import Recipe
 
+UNIONS = (Union, types.UnionType)
+
 INTRODUCTION = """\
 # The recipe
 
@@ -56,10 +58,11 @@ def groups() -> Iterator[Group]:
     """The top level of a recipe, then the groups and lists of groups in it."""
     yield Group("", Recipe)
     for name, kind in get_type_hints(Recipe).items():
-        for part in (kind, *get_args(kind)):
-            element = get_args(part)[0] if get_origin(part) is list else part
-            if is_dataclass(element):
-                yield Group(name if element is part is kind else f"{name}[]", element)
+        for part in get_args(kind) if get_origin(kind) in UNIONS else (kind,):
+            if get_origin(part) is list and is_dataclass(element := get_args(part)[0]):
+                yield Group(f"{name}[]", element)
+            elif is_dataclass(part):
+                yield Group(name, part)
 
 
 def texts_of(config: type) -> dict[str, str]:
@@ -78,7 +81,7 @@ def in_words(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
-    if origin in (Union, types.UnionType):
+    if origin in UNIONS:
         return " or ".join(map(in_words, inner))
     if origin in (list, tuple):
         return f"list of {'mappings' if is_dataclass(inner[0]) else in_words(inner[0])}"

@@ -2,8 +2,8 @@
 
 Every picture is a matplotlib Figure of its own on the Agg canvas: no pyplot, no global state, no display. All are 4.2
 inches wide with 11-point text, so that they stay legible when a phone shows them 350 pixels wide, and come in the light
-and the dark colours of theme.py; a marker, dash, hatch or number always says the same as a colour. The win matrices are Figure 1 of arXiv 2408.04998. A picture without
-data says so instead of staying empty.
+and the dark colours of theme.py; a marker, dash, hatch or number always says the same as a colour. The win matrices are
+Figure 1 of arXiv 2408.04998. A picture without data says so instead of staying empty.
 """
 
 from __future__ import annotations

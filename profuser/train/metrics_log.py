@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from profuser.store.files import write_atomic
+
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
@@ -21,7 +23,7 @@ def drop_lines_after(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if step and step_of(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def step_of(line: str) -> float:

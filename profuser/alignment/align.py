@@ -37,7 +37,7 @@ class PlainText:
         self.closing = b""
 
     @functools.cached_property
-    def order(self) -> ByteOrder:
+    def byte_order(self) -> ByteOrder:
         return ByteOrder(self.token_bytes)
 
     def encode(self, text: str) -> Encoded:
@@ -94,7 +94,7 @@ def prefix_ranges(
     """
     ours, theirs = plain_text(target), plain_text(source)
     needed = _needed(text, ours, theirs)
-    arrays = (needed.rows, needed.lo, needed.hi, theirs.order.order)
+    arrays = (needed.rows, needed.lo, needed.hi, theirs.byte_order.ids)
     rows, lo, hi, vocab_order = (torch.from_numpy(x).long() for x in arrays)
     return rows, lo, hi, vocab_order
 
@@ -129,6 +129,22 @@ def align(
         DataError: arrays that do not belong to these tokens, are no log-probabilities, or contradict each other.
         ValueError: ids that are no integers, log-probabilities that are no floats; settings out of range.
         TypeError: the text is no string, or a tokenizer none.
+
+    Example:
+        >>> import torch
+        >>> from profuser import align, prefix_ranges, source_topk
+        >>> from profuser.recipe.places import resolve
+        >>> from transformers import AutoTokenizer
+        >>> target, source = (AutoTokenizer.from_pretrained(resolve(f"demo:{name}")) for name in ("guardian", "scholar"))
+        >>> text = "A bozun is a stone."
+        >>> labels = torch.tensor(source(text, add_special_tokens=False).input_ids)
+        >>> hidden = torch.randn(len(labels), 8)  # the source's hidden states, each from the position before its token
+        >>> head = torch.randn(len(source), 8)
+        >>> ranges = prefix_ranges(text, target, source)
+        >>> ids, logprobs, _, ce, *of_ranges = source_topk(hidden, head, labels, 10, ranges=ranges)
+        >>> aligned = align(text, target, source, ids, logprobs, -ce, of_ranges)
+        >>> tuple(aligned.source_ids.shape) == (len(aligned.target_ids), 10)
+        True
 
     Source: the rules are this project's; they stand in profuser/alignment/reference.py.
     """
@@ -257,7 +273,9 @@ def _aligner(
 
 
 def _needed(text: str, target: PlainText, source: PlainText) -> RangeRequest:
-    return ranges_needed(target.token_bytes, target.encode(text), source.token_bytes, source.encode(text), source.order)
+    return ranges_needed(
+        target.token_bytes, target.encode(text), source.token_bytes, source.encode(text), source.byte_order
+    )
 
 
 def _array(values: ArrayLike | Tensor, dtype: type[np.number]) -> np.ndarray:
