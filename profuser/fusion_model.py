@@ -315,7 +315,7 @@ def drop_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata
         state.pop(prefix + name, None)
 
 
-def restore_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *args) -> None:
+def restore_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
     """Gives a tied weight in a state dict its other names back."""
     for name, kept in tied_names(module).items():
         if prefix + kept in state:

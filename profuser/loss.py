@@ -8,7 +8,7 @@ Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B 
 """
 
 import math
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -290,7 +290,14 @@ def check_source_temperature(source_temperature: float, temperature: float, tail
         )
 
 
-def check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes) -> None:
+def check_options(
+    tail: str,
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+    beta: float | None,
+    kd_weight: Tensor | None,
+    max_chunk_bytes: int | None,
+) -> None:
     """Raises ValueError or TypeError for an option that is out of range, or for two that exclude each other."""
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {TAILS}, got {tail!r}; 'bucket' keeps the mass outside the top-k")
@@ -320,8 +327,15 @@ def check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chun
 
 
 def _check_sources(
-    rows, tail, source_ids, source_logprobs, source_tail, source_ce, source_index, cu_seqlens
-) -> None:  # fmt: skip
+    rows: int,
+    tail: str,
+    source_ids: Tensor | None,
+    source_logprobs: Tensor | None,
+    source_tail: Tensor | None,
+    source_ce: Tensor | None,
+    source_index: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
     """Raises ValueError unless the sources fit together, and fit the rows."""
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
         raise ValueError(f"cu_seqlens must be (B+1,), from 0 to N, got {tuple(cu_seqlens.shape)}; cumulate the lengths")
@@ -425,7 +439,7 @@ class FusedLinearFusionLoss(nn.Module):
         super().__init__()
         check_scalars(temperature, softcap, logit_scale, chunk_size)
         check_options(tail, reduction, None, beta, None, max_chunk_bytes)
-        self.options = {
+        self.options: dict[str, Any] = {
             "beta": beta, "temperature": temperature, "tail": tail, "softcap": softcap, "logit_scale": logit_scale,
             "reduction": reduction, "chunk_size": chunk_size, "max_chunk_bytes": max_chunk_bytes, "impl": impl,
             "return_stats": return_stats,
@@ -438,7 +452,7 @@ class FusedLinearFusionLoss(nn.Module):
         labels: Tensor,
         source_ids: Tensor | None = None,
         source_logprobs: Tensor | None = None,
-        **tensors: Tensor | None,
+        **tensors: Any,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Shapes are as in `fused_linear_fusion_loss`. `tensors` are its source_tail, source_ce, bias, num_items_in_batch …"""
         return fused_linear_fusion_loss(hidden, weight, labels, source_ids, source_logprobs, **tensors, **self.options)

@@ -14,9 +14,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b")
@@ -24,7 +24,7 @@ ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b")
 
 @dataclass(kw_only=True, slots=True)
 class Kernel:
-    function: Callable
+    function: Any  # a triton.jit function
     arguments: dict
     """Each argument: a type ("*bf16", "i32") if it is one at run time, else its compile-time value."""
     warps: int = 4
@@ -186,6 +186,12 @@ def loops(ptx: str) -> list[dict]:
     return found
 
 
+def first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    assert found is not None, pattern
+    return found[1]
+
+
 def nvidia_report(compiled, arch: str) -> dict:
     import triton
 
@@ -197,19 +203,19 @@ def nvidia_report(compiled, arch: str) -> dict:
         used = subprocess.run(
             [programs / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
         ).stdout
-        full_arch = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
+        full_arch = first(r"(?m)^\.target (\w+)", compiled.asm["ptx"])
         ptxas = programs / ("ptxas-blackwell" if int(arch.removeprefix("sm_")) >= 100 else "ptxas")
         command = [ptxas, "-v", f"-arch={full_arch}", ptx, "-o", Path(directory) / "out"]
         spilt = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     fields = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
-    report = {name: int(re.search(rf"\b{field}:(\d+)", used)[1]) for name, field in fields.items()}
+    report = {name: int(first(rf"\b{field}:(\d+)", used)) for name, field in fields.items()}
     report["spills"] = sum(int(count) for count in re.findall(r"(\d+) bytes spill", spilt))
     return report | {"loops": loops(compiled.asm["ptx"])}
 
 
 def amd_report(compiled) -> dict:
     fields = {"registers": "vgpr_count", "spills": "vgpr_spill_count", "stack": "private_segment_fixed_size"}
-    return {name: int(re.search(rf"\.{field}:\s+(\d+)", compiled.asm["amdgcn"])[1]) for name, field in fields.items()}
+    return {name: int(first(rf"\.{field}:\s+(\d+)", compiled.asm["amdgcn"])) for name, field in fields.items()}
 
 
 def main(target: str) -> None:

@@ -18,6 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from itertools import cycle, product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 N, D, S, R = 3, 16, 2, 2
@@ -37,7 +38,7 @@ class Launches:
         from triton.compiler.compiler import make_backend
 
         self.target = GPUTarget("cuda", 90, 32)
-        self.backend = make_backend(self.target)
+        self.backend: Any = make_backend(self.target)
         self.case = ""
         self.seen: set = set()
         self.variants: Counter[str] = Counter()
@@ -132,10 +133,21 @@ def launch_source_topk(
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
     z = empty(N, -(-V // 16) * 16 if padded else V, dtype=logits)
+    asked_for = None
     if ranges:
-        ranges = tuple(empty(size, dtype=ranges) for size in (R, R, R, V))
+        rows, lo, hi, order = (empty(size, dtype=ranges) for size in (R, R, R, V))
+        asked_for = rows, lo, hi, order
     topk_rows(
-        lambda rows: z[rows], empty(N, dtype=labels), k, V, T, N, ranges, bias and empty(V, dtype=bias), softcap, scale
+        lambda rows: z[rows],
+        empty(N, dtype=labels),
+        k,
+        V,
+        T,
+        N,
+        asked_for,
+        bias and empty(V, dtype=bias),
+        softcap,
+        scale,
     )
 
 
@@ -195,9 +207,9 @@ def launch_everything(launches: Launches) -> None:
 
 
 def main() -> None:
-    import triton
+    import triton.knobs
 
-    launches = Launches()
+    launches: Any = Launches()  # to Triton a DriverBase, and a JITHook
     triton.runtime.driver.set_active(launches)
     triton.knobs.runtime.jit_cache_hook = launches.lower
     launch_everything(launches)

@@ -164,6 +164,11 @@ def pretrained_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def ids_of(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> list[int]:
+    vocab = tokenizer.get_vocab()
+    return [vocab[token] for token in tokens]
+
+
 REAL = ("llama2", "mistral_v1", "qwen2", "gpt_neox", "gpt2", "deepseek_v3")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from small_tokenizers import chained, wrap
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from profuser.experiments import alignment_truth as truth
-from profuser.experiments.byte_sampler import ByteVocab, Continuation, TextModel, continuations, covers
+from profuser.experiments.byte_sampler import ByteVocab, Continuation, History, TextModel, continuations, covers
 from profuser.experiments.windows import TEXTS, windows
 from profuser.text.token_bytes import TokenBytes
 
@@ -36,7 +38,9 @@ class Toy:
     def after(self, ids):
         return lambda histories: np.stack([self.table[([0, *ids, *history])[-1]] for history in histories])
 
-    def texts(self, prefix: bytes, length: int, history=(), data=b"", p=1.0):
+    def texts(
+        self, prefix: bytes, length: int, history: History = (), data: bytes = b"", p: float = 1.0
+    ) -> Iterator[tuple[History, bytes, float]]:
         """(tokens, bytes, probability) of all texts that begin with prefix, until `length` bytes or their end."""
         if len(data) >= length:
             yield history, data, p
@@ -48,7 +52,7 @@ class Toy:
                 if data.startswith(prefix):
                     yield (*history, i), data, mass
                 continue
-            further = data + self.tokens.pieces[i]
+            further = data + self.tokens.piece(i)
             if further.startswith(prefix) or prefix.startswith(further):
                 yield from self.texts(prefix, length, (*history, i), further, mass)
 
@@ -83,7 +87,7 @@ def test_continuations_have_the_distribution_of_the_texts_that_begin_so(prefix):
     toy = Toy()
     vocab = ByteVocab(toy.tokens.pieces)
     n, samples = 3, 6000
-    brute: Counter = Counter()
+    brute: defaultdict[bytes, float] = defaultdict(float)
     for _, data, p in toy.texts(prefix, len(prefix) + n):
         brute[data[len(prefix) : len(prefix) + n]] += p
     total = sum(brute.values())
@@ -103,14 +107,14 @@ def test_sampled_truth_is_the_distribution_of_the_targets_next_token():
     text = "abab aba b"
     ids, _ = toy.tokens.encode_parts([(text, True)])
     window = truth.Window("en", 0, text, ids, toy.tokens.spans(ids, text))
-    source = SimpleNamespace(vocab=ByteVocab(toy.tokens.pieces))
-    model = SimpleNamespace(after=lambda cut: toy.after(ids[:cut]))
+    source: Any = SimpleNamespace(vocab=ByteVocab(toy.tokens.pieces))
+    model: Any = SimpleNamespace(after=lambda cut: toy.after(ids[:cut]))
     target_ids, spans = target.of(window)
     assert [target.tokens.pieces[i] for i in target_ids] == [b"a", b"ba", b"b", b" ab", b"a", b" b"]
     kinds = set()
     for t in range(1, len(target_ids)):
         prefix = text.encode()[: spans[t][0]]
-        brute: Counter = Counter()
+        brute: defaultdict[int, float] = defaultdict(float)
         for _, data, p in toy.texts(prefix, len(prefix) + 5):  # more than the longest token and what decides it
             encoded = target.tokens.encode(data.decode())
             if encoded[:t] == target_ids[:t]:
@@ -185,7 +189,7 @@ def test_total_variation_takes_the_tail_as_one_bucket():
 
 
 def test_exact_bytes_takes_the_longest_token_that_a_candidate_begins_with():
-    source = SimpleNamespace(tokens=TokenBytes(wrap(chained("ab", "abx", "xy"))))
+    source: Any = SimpleNamespace(tokens=TokenBytes(wrap(chained("ab", "abx", "xy"))))
     target = truth.Target("toy", wrap(chained("xy")))
     text = "abx"
     ids = source.tokens.encode(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from alignment_checks import BARE, TOLERANCE, certain, chain_chat, check_mass, run, token
-from small_tokenizers import VICUNA, capture_of, chained, distribution, labels, sentencepiece, wrap
+from small_tokenizers import VICUNA, capture_of, chained, distribution, ids_of, labels, sentencepiece, wrap
 from tokenizers import AddedToken
 
 from profuser.alignment.engine import byte_aligner
@@ -113,7 +113,7 @@ def test_indentation_does_not_grow_by_the_space_of_the_word():
 def test_end_of_turn_counts_by_role_and_other_control_tokens_stay_in_the_tail():
     target = chain_chat("ab", template=BARE)
     source_tokenizer = wrap(chained("ab"), BARE.replace("</s>", "<|im_end|>"))
-    begin, end, turn = source_tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<|im_end|>"])
+    begin, end, turn = ids_of(source_tokenizer, "<s>", "</s>", "<|im_end|>")
     source = ChatFormat(source_tokenizer, end_ids=[end, turn])
     own = labels(source.encode("x", "a"))
     assert own[-1] == turn

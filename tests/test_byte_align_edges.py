@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from alignment_checks import (
     run,
     token,
 )
-from small_tokenizers import byte_level, capture_of, chained, distribution, labels, order_of, small_chat, wrap
+from small_tokenizers import byte_level, capture_of, chained, distribution, ids_of, labels, order_of, small_chat, wrap
 from tokenizers import AddedToken, Tokenizer, normalizers
+from transformers import PreTrainedTokenizerBase
 
 from profuser import align, prefix_ranges
 from profuser.alignment.engine import byte_aligner
@@ -43,7 +45,7 @@ def with_added(tokenizer: Tokenizer, *tokens: AddedToken) -> Tokenizer:
 def plain_end_chat(*words: str) -> ChatFormat:
     """A chat whose end of turn is an added token that nobody declared special."""
     tokenizer = wrap(with_added(chained(*words), AddedToken("<eot>", special=False)), BARE.replace("</s>", "<eot>"))
-    return ChatFormat(tokenizer, end_ids=[tokenizer.convert_tokens_to_ids("<eot>")])
+    return ChatFormat(tokenizer, end_ids=ids_of(tokenizer, "<eot>"))
 
 
 def test_an_end_of_turn_that_is_not_declared_special_is_a_control_token():
@@ -145,7 +147,7 @@ def test_a_range_of_the_byte_order_is_all_that_begins_with_its_bytes(prefix):
 # What a caller of `align` can get wrong
 
 
-def source_rows():
+def source_rows() -> tuple[str, PreTrainedTokenizerBase, PreTrainedTokenizerBase, list[Any]]:
     """(text, target, source, k, arguments) of a call that works."""
     target, source = (small_chat(name).tokenizer for name in ("byte-level", "llama-2 prepend"))
     text = "Things like these don't happen, hello help."
@@ -189,9 +191,9 @@ def test_rows_that_contradict_each_other_are_refused(change, error, message):
 def test_what_is_no_text_or_no_tokenizer_is_refused():
     text, target, source, rows = source_rows()
     with pytest.raises(TypeError, match="text must be a string, got list"):
-        align([text], target, source, *rows)
+        align([text], target, source, *rows)  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(TypeError, match="a tokenizer must be one of Hugging Face's, got str"):
-        prefix_ranges(text, target, "gpt2")
+        prefix_ranges(text, target, "gpt2")  # pyrefly: ignore[bad-argument-type]
 
 
 def test_bfloat16_rows_are_taken():

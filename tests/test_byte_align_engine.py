@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import (
     SMALL,
+    TEMPLATES,
     capture_of,
     chained,
     distribution,
@@ -34,7 +39,9 @@ from small_tokenizers import (
 )
 from tokenizers import Regex, pre_tokenizers
 
+import profuser
 from profuser import align, fused_linear_fusion_loss, prefix_ranges
+from profuser.alignment.boundaries import Boundaries
 from profuser.alignment.engine import CppByteAligner, byte_aligner
 from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.spans import ENGINE, _align
@@ -52,7 +59,7 @@ needs_cpp = pytest.mark.skipif(_align is None, reason=f"engine: {ENGINE}")
 @pytest.mark.parametrize("name", list(SMALL))
 def test_same_tokenizer_gives_back_the_sources_top_k(name, template):
     chat = small_chat(name, template)
-    twin = ChatFormat(wrap(SMALL[name](), chat.tokenizer.chat_template))
+    twin = ChatFormat(wrap(SMALL[name](), TEMPLATES[template]))
     rng = np.random.default_rng(0)
     pool = np.array([i for i, piece in enumerate(chat.token_bytes.pieces) if piece])
     for response in TEXTS:
@@ -82,13 +89,13 @@ responses = st.lists(
 ).map(lambda parts: "".join(parts).strip())
 
 
-class NoCuts:
+class NoCuts(Boundaries):
     """All text before a token, back to the last control token, as its prefix: slow, and right by definition."""
 
     def __init__(self, chat: ChatFormat):
         self._pieces = chat.token_bytes.pieces
 
-    def prefix_starts(self, ids, words, start):
+    def prefix_starts(self, ids: Sequence[int] | np.ndarray, words: Sequence[int], start: int) -> np.ndarray:
         control = [i for i in range(start) if self._pieces[ids[i]] is None]
         return np.full(len(ids) - start + 1, control[-1] + 1 if control else 0, np.int32)
 
@@ -135,7 +142,8 @@ REAL_TEMPLATE = {"llama2": "llama2", "qwen2": "chatml"}
 def pair_of(target: str, source: str) -> tuple[ChatFormat, ChatFormat]:
     if target in SMALL:
         return small_chat(target), small_chat(source, "llama2" if "llama" in source else "vicuna")
-    return tuple(real_chat(name, REAL_TEMPLATE.get(name, "vicuna")) for name in (target, source))
+    ours, theirs = (real_chat(name, REAL_TEMPLATE.get(name, "vicuna")) for name in (target, source))
+    return ours, theirs
 
 
 def fuzz(examples: int):
@@ -210,13 +218,29 @@ def test_the_cache_forgets_when_it_is_full(monkeypatch):
     monkeypatch.setattr("profuser.alignment.engine.MAX_CACHED_CANDIDATES", 20)
     target, source = small_chat("byte-level"), small_chat("llama-2 prepend", "llama2")
     _, _, pool = engines(target, source)
-    aligner = byte_aligner(target, source)
+    aligner = CppByteAligner(target, source)
     for text in TEXTS:
         encoded, own = target.encode("x", text), source.encode("x", text)
         capture = random_capture(source, own, text.encode(), target, encoded, pool, np.random.default_rng(0))
         aligned = aligner.align(text.encode(), encoded, capture)
         assert_same(aligned, PythonByteAligner(target, source).align(text.encode(), encoded, capture))
         assert aligner._engine.cached <= 20
+
+
+@needs_cpp
+def test_the_stub_of_the_extension_has_its_functions_with_their_arguments():
+    assert _align is not None
+    stub: dict[str, list[str]] = {}
+    for node in ast.walk(ast.parse(Path(profuser.__file__).with_name("_align.pyi").read_text())):
+        if isinstance(node, ast.FunctionDef):
+            stub[node.name] = [argument.arg for argument in node.args.args]
+    built: dict[str, list[str]] = {}
+    for name, value in [*vars(_align).items(), *vars(_align.ByteAligner).items()]:
+        if isinstance(value, property):
+            built[name] = ["self"]
+        elif found := re.match(rf"{name}\((.*)\) ->", value.__doc__ or ""):  # pybind11's first line is the signature
+            built[name] = re.findall(r"(\w+): ", found[1])
+    assert stub == built
 
 
 # `from profuser import align`

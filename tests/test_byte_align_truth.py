@@ -11,7 +11,7 @@ import pytest
 import torch
 from alignment_checks import TOLERANCE, chain_chat, check_mass, run, token
 from conftest import ROOT
-from small_tokenizers import VICUNA, distribution, labels, real_tokenizer
+from small_tokenizers import VICUNA, distribution, ids_of, labels, real_tokenizer
 
 from profuser.alignment.align import PlainText
 from profuser.alignment.engine import byte_aligner
@@ -48,10 +48,11 @@ def toy_rows(source: ChatFormat, response: str, rng: np.random.Generator) -> lis
     pieces = source.token_bytes.pieces
     own = labels(source.encode("x", response))
     words = {token(source, w) for w in CLOSED}
-    control = source.tokenizer.convert_tokens_to_ids("<s>")
+    (control,) = ids_of(source.tokenizer, "<s>")
     rows = []
     for j, i in enumerate(own):
-        stem = pieces[own[j - 1]].decode() if j and pieces[own[j - 1]] else None
+        before = pieces[own[j - 1]] if j else None
+        stem = before.decode() if before else None
         support = {*words, source.end_id, control, i}
         if stem in STEMS:
             support |= {token(source, e) for e in STEMS[stem]}
@@ -71,7 +72,7 @@ def brute_force(
     own_ids, starts = labels(own), [b for b, _ in own.spans] + [len(response.encode())]
     begin, end = [*encoded.spans, (starts[-1], starts[-1])][t]
     holder = max(j for j, start in enumerate(starts) if start <= begin)
-    entered = source.token_bytes.pieces[own_ids[holder]][: begin - starts[holder]] if begin > starts[holder] else b""
+    entered = source.token_bytes.piece(own_ids[holder])[: begin - starts[holder]] if begin > starts[holder] else b""
     before = encoded.input_ids[: encoded.start + t]
     gold = encoded.input_ids[encoded.start + t]
     found: dict[int, float] = {}
@@ -182,7 +183,10 @@ def test_the_masses_along_the_path_multiply_to_the_sources_own_probability(targe
     model = load_model(configs[1], torch.float32)
     target, source = (chat_format(c) if template else PlainText(load_tokenizer(c)) for c in configs)
     for text in REAL_TEXTS:
-        encoded, own = (side.encode(*([PROMPT] if template else []), text) for side in (target, source))
+        encoded, own = (
+            side.encode(PROMPT, text) if isinstance(side, ChatFormat) else side.encode(text)
+            for side in (target, source)
+        )
         check_path(model, target, source, text.encode(), encoded, own)
 
 
@@ -197,11 +201,9 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
     needed = ranges_needed(target.token_bytes, encoded, source.token_bytes, own, ByteOrder(source.token_bytes))
     order = torch.from_numpy(ByteOrder(source.token_bytes).ids).long()
     own_ids = torch.tensor([own.input_ids[t] for t in labels_at])
+    rows, lo, hi = (torch.from_numpy(x).long() for x in (needed.rows, needed.lo, needed.hi))
     ids, top, _, ce, range_ids, range_top, logmass = source_topk_from_logits(
-        logprobs.float(),
-        own_ids,
-        10,
-        ranges=(*(torch.from_numpy(x).long() for x in (needed.rows, needed.lo, needed.hi)), order),
+        logprobs.float(), own_ids, 10, ranges=(rows, lo, hi, order)
     )
     spans = np.array([*own.spans, *([] if own.end_of_turn is None else [(len(response),) * 2])], np.int32)
     capture = SourceCapture(

@@ -97,6 +97,7 @@ def test_captures_survive_the_shard_format(source):
     back = unpack_captures(shard)
     assert back[3] is None
     for i, result in enumerate(back[:3]):
+        assert result is not None
         assert result.tokens == scored[i].tokens
         assert result.nll == scored[i].nll
         np.testing.assert_array_equal(result.capture.ids, scored[i].capture.ids)

@@ -23,12 +23,19 @@ def train(model, optimizer, steps):
         optimizer.zero_grad()
 
 
+def loaded_step(directory, model, optimizer) -> int:
+    state = load_newest(directory, model, optimizer)
+    assert state is not None
+    return state["step"]
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     model, optimizer = trained()
     save_checkpoint(tmp_path, 3, model, optimizer, {"note": "x"}, keep=2)
     train(model, optimizer, 4)
     resumed, its_optimizer = trained(steps=0, seed=1)
     state = load_newest(tmp_path, resumed, its_optimizer)
+    assert state is not None
     assert (state["step"], state["note"]) == (3, "x")
     train(resumed, its_optimizer, 4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
@@ -49,7 +56,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caps
     ):
         path = save_checkpoint(tmp_path, step, model, optimizer, {}, keep=5) / name
         path.write_bytes(path.read_bytes()[:-3])
-    assert load_newest(tmp_path, model, optimizer)["step"] == 1
+    assert loaded_step(tmp_path, model, optimizer) == 1
     assert capsys.readouterr().out.count("trying the one before") == 4
 
 
@@ -64,7 +71,7 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
     model, optimizer = trained()
     (tmp_path / ".step-000009.123.tmp").mkdir()
     save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=2)
-    assert load_newest(tmp_path, model, optimizer)["step"] == 1
+    assert loaded_step(tmp_path, model, optimizer) == 1
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
@@ -79,4 +86,4 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
-    assert load_newest(tmp_path, model, optimizer)["step"] == 1
+    assert loaded_step(tmp_path, model, optimizer) == 1

@@ -29,7 +29,9 @@ def test_a_recipe_takes_its_name_from_the_file_and_overrides_from_the_line(tmp_p
 
 def test_stages_can_be_spelt_out(tmp_path):
     recipe = MINIMAL | {"schedule": [{"inference_weight": 1.0}, {"training_weight": 1.0, "share": 2.0}]}
-    assert [s.share for s in parse(tmp_path, recipe).recipe.schedule] == [1.0, 2.0]
+    schedule = parse(tmp_path, recipe).recipe.schedule
+    assert isinstance(schedule, list)
+    assert [stage.share for stage in schedule] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES_DIR.glob("*.yaml")), ids=lambda p: p.name)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from small_tokenizers import pretrained_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from profuser.demo.build import DEMO_DIR, build_data, read_rows, sizes_mb
 from profuser.demo.judges import JUDGES, PairMaker, pairwise_accuracy
@@ -193,7 +194,7 @@ def test_judges_are_trained_on_fusion_answers_and_steps_only(rows, world):
 @pytest.mark.parametrize("spec", SOURCES, ids=lambda spec: spec.name)
 def test_source_loads_generates_and_is_strong_in_its_skill(spec, rows):
     folder = DEMO_DIR / "models" / spec.name
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = pretrained_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert model.config.max_position_embeddings >= 512
@@ -215,7 +216,7 @@ def test_source_loads_generates_and_is_strong_in_its_skill(spec, rows):
 
 
 def test_sources_differ_in_architecture_template_and_tokenizer():
-    tokenizers = {spec.name: AutoTokenizer.from_pretrained(DEMO_DIR / "models" / spec.name) for spec in SOURCES}
+    tokenizers = {spec.name: pretrained_tokenizer(DEMO_DIR / "models" / spec.name) for spec in SOURCES}
     assert len({t.chat_template for t in tokenizers.values()}) == 3
     assert len({len(t) for t in tokenizers.values()}) == 2
     types = [
@@ -225,7 +226,7 @@ def test_sources_differ_in_architecture_template_and_tokenizer():
 
 
 def test_a_fifth_of_the_target_positions_have_other_spans_in_the_source(rows):
-    chats = {s.name: ChatFormat(AutoTokenizer.from_pretrained(DEMO_DIR / "models" / s.name)) for s in SOURCES}
+    chats = {s.name: ChatFormat(pretrained_tokenizer(DEMO_DIR / "models" / s.name)) for s in SOURCES}
     for name in chats.keys() - {TARGET}:
         counts = position_kinds(chats[TARGET], chats[name], rows["fusion"])
         total = sum(counts.values())
@@ -235,7 +236,7 @@ def test_a_fifth_of_the_target_positions_have_other_spans_in_the_source(rows):
 
 @pytest.mark.parametrize("name", [spec.name for spec in SOURCES])
 def test_tokenizers_keep_every_byte(name):
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "models" / name)
+    tokenizer = pretrained_tokenizer(DEMO_DIR / "models" / name)
     for text in ("A é 😀 x", "12+3=15.  two spaces", "tab\tand\nline"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def check(diagnosis, text: str) -> None:
     assert len(diagnosis.data) == len(text.encode())
 
 
-def run(capsys, *argv: str) -> str:
+def run(capsys, *argv: str | Path) -> str:
     main([str(a) for a in argv])
     return capsys.readouterr().out
 
@@ -323,8 +324,10 @@ def test_fusellm_counts_only_what_its_rule_accepts(tmp_path, monkeypatch):
     text = f"these cats\ndog\n{NFD}"
     ours, theirs = diagnose(target, source, text), diagnose(target, source, text, "fusellm")
     check(theirs, text)
-    ids = [view(s.token_bytes, text).ids for s in (target, source)]
-    accepted, _ = fusellm.accepted_positions(*ids, target, source, fusellm.vocabulary_map(target, source))
+    target_ids, source_ids = (view(s.token_bytes, text).ids for s in (target, source))
+    accepted, _ = fusellm.accepted_positions(
+        target_ids, source_ids, target, source, fusellm.vocabulary_map(target, source)
+    )
     np.testing.assert_array_equal(theirs.kind, np.where(accepted, ours.kind, KINDS.index("skipped")))
     assert 0 < theirs.counts["skipped"] < len(theirs.kind)
     assert [(s.reason, s.text) for s in theirs.skips] == [("not_matched", None)]
@@ -340,7 +343,7 @@ def test_fusellm_refuses_a_text_whose_table_would_not_fit(monkeypatch):
 def test_real_pairs_leave_out_nothing_but_what_a_normaliser_changes(target, source):
     sides = [PlainText(real_tokenizer(name)) for name in (target, source)]
     text = f"Things like these.\n\n{NFD}\ndef f(x):\n    return  x + 1  # 你好 👩‍👩‍👧 </s> <|endoftext|>\n\n"
-    diagnosis = diagnose(*sides, text)
+    diagnosis = diagnose(sides[0], sides[1], text)
     check(diagnosis, text)
     changes = {"qwen2", "gpt_neox"} & {target, source}
     assert {(s.reason, s.text) for s in diagnosis.skips} == ({("normaliser", NFD)} if changes else set())

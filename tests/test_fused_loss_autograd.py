@@ -1,5 +1,7 @@
 """The fused loss as a differentiable op: gradients, compilation, memory, and its interface."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -48,10 +50,11 @@ def test_an_fp16_gradient_survives_small_weights():
 
 
 def test_numbers_of_numpy_are_numbers():
-    options = {"num_items_in_batch": 18, "chunk_size": 5, "temperature": 0.5, "max_chunk_bytes": 10_000}
+    options: dict[str, Any] = {"num_items_in_batch": 18, "chunk_size": 5, "temperature": 0.5, "max_chunk_bytes": 10_000}
     case = make_case()
     expected = run(fused_linear_fusion_loss, case, **options)
-    found = run(fused_linear_fusion_loss, case, **{name: np.array(value)[()] for name, value in options.items()})
+    of_numpy: dict[str, Any] = {name: np.array(value)[()] for name, value in options.items()}
+    found = run(fused_linear_fusion_loss, case, **of_numpy)
     assert torch.equal(found["loss"], expected["loss"])
 
 
@@ -188,7 +191,10 @@ def test_compiles_in_one_graph():
 
 def test_compiles_once_for_every_size_and_every_weight():
     compiled = torch.compile(fused_linear_fusion_loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    for N, options in ((37, {"beta": 0.1}), (23, {"beta": 0.4}), (23, {"beta": 0.4, "temperature": 2.0})):
+    calls: list[tuple[int, dict[str, Any]]] = [
+        (37, {"beta": 0.1}), (23, {"beta": 0.4}), (23, {"beta": 0.4, "temperature": 2.0}),
+    ]  # fmt: skip
+    for N, options in calls:
         case = make_case(N=N, kd_weight=None)
         found, expected = (run(f, case, **options) for f in (compiled, fused_linear_fusion_loss))
         for name in expected:

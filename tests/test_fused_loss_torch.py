@@ -6,6 +6,7 @@ happen to come out exact.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,8 @@ def test_ragged_shapes(shape, chunk_size):
 def test_max_chunk_bytes_and_chunk_size_do_not_change_the_result(tail):
     case = {k: v.double() if k in DIFFERENTIABLE else v for k, v in make_case().items()}
     whole = run(fused_linear_fusion_loss, case, tail=tail, chunk_size=1000)
-    for options in ({"chunk_size": 5}, {"max_chunk_bytes": 3 * 83 * 8}, {"max_chunk_bytes": 1}):
+    limits: list[dict[str, Any]] = [{"chunk_size": 5}, {"max_chunk_bytes": 3 * 83 * 8}, {"max_chunk_bytes": 1}]
+    for options in limits:
         parts = run(fused_linear_fusion_loss, case, tail=tail, **options)
         for name in whole:
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-12, atol=1e-12)

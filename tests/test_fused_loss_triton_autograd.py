@@ -9,9 +9,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_checks import DIFFERENTIABLE, make_case, on, run
+from loss_checks import DIFFERENTIABLE, Case, make_case, on, run
 from new_tensors import NewTensors
 from test_fused_loss_autograd import opcheck
+from torch.utils.checkpoint import checkpoint
 
 from profuser.kernels import fused_loss as op_module
 from profuser.kernels.common import IGNORE_INDEX
@@ -83,8 +84,9 @@ def test_a_tied_head_gets_both_gradients(device):
     grads = []
     for place, function in ((device, partial(fused_linear_fusion_loss, impl="triton")), ("cpu", fusion_loss_reference)):
         tied = table.to(place, copy=True).requires_grad_()
-        moved = {k: v.to(place) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
-        function(**(moved | {"hidden": F.embedding(tokens.to(place), tied).tanh(), "weight": tied})).backward()
+        moved: Case = {k: v.to(place) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+        moved |= {"hidden": F.embedding(tokens.to(place), tied).tanh(), "weight": tied}
+        function(**moved).backward()
         grads.append(tied.grad.cpu())
     torch.testing.assert_close(*grads)
 
@@ -98,7 +100,7 @@ def test_gradient_checkpointing_recomputes_the_same(triton_loss, device):
     def head(hidden, weight):
         return fused_linear_fusion_loss(hidden, weight, **case, impl="triton")
 
-    torch.utils.checkpoint.checkpoint(head, hidden, weight, use_reentrant=False).backward()
+    checkpoint(head, hidden, weight, use_reentrant=False).backward()
     torch.testing.assert_close(hidden.grad.cpu(), expected["dhidden"])
     torch.testing.assert_close(weight.grad.cpu(), expected["dweight"])
 

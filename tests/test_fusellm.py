@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_tokenizers import SMALL, distribution, labels, real_chat, side, small_chat
+from small_tokenizers import SMALL, Side, distribution, labels, real_chat, side, small_chat
 
 from profuser.alignment.fusellm import FuseLLMAligner, accepted_positions, vocabulary_map
 from profuser.alignment.types import (
@@ -47,9 +46,9 @@ def capture_of(tokens: list[tuple[int, int, int]], rows: list[dict[int, float]],
     )
 
 
-def encoded_of(side: SimpleNamespace, *tokens: tuple[str, int, int], end: str | None = None) -> Encoded:
+def encoded_of(side: Side, *tokens: tuple[str, int, int], end: str | None = None) -> Encoded:
     """tokens: (string, begin, stop) each; end: the string of the end of turn."""
-    strings = [token for token, _, _ in tokens] + [end] * (end is not None)
+    strings = [token for token, _, _ in tokens] + ([] if end is None else [end])
     return Encoded(
         input_ids=[side.vocab[token] for token in strings],
         spans=[(b, f) for _, b, f in tokens],
@@ -63,7 +62,7 @@ def encoded_of(side: SimpleNamespace, *tokens: tuple[str, int, int], end: str | 
 # Accepted tokens
 
 
-def accepted(target: SimpleNamespace, source: SimpleNamespace, tokens: str, own: str, cache: Path) -> list[int]:
+def accepted(target: Side, source: Side, tokens: str, own: str, cache: Path) -> list[int]:
     """The source position of each target token, both given as token strings."""
     token_map = vocabulary_map(target, source, cache_dir=cache)
     ids, source_ids = [target.vocab[x] for x in tokens.split()], [source.vocab[x] for x in own.split()]
@@ -151,7 +150,7 @@ def aligned(cache: Path, rows: list[dict[str, float]], *, target_end=True, sourc
     return target, result
 
 
-def named(target: SimpleNamespace, result, t: int) -> dict[str, float]:
+def named(target: Side, result, t: int) -> dict[str, float]:
     names = {i: token for token, i in target.vocab.items()}
     return {names[i]: p for i, p in distribution(result, t).items()}
 
@@ -348,7 +347,8 @@ def test_one_tokenizer_on_both_sides_accepts_every_row(name, tmp_path):
     result = aligner.align(response.encode(), encoded, capture)
     assert result.source_position.tolist() == list(range(len(ids)))
     assert (result.kind == SAME_SPAN).all()
-    assert [max(distribution(result, t), key=distribution(result, t).get) for t in range(len(ids))] == ids
+    distributions = [distribution(result, t) for t in range(len(ids))]
+    assert [max(entries, key=entries.__getitem__) for entries in distributions] == ids
 
 
 @pytest.mark.parametrize(
@@ -417,9 +417,10 @@ def test_real_tokenizers_agree_on_english_and_not_on_chinese(tmp_path_factory):
         mask, position = accepted_positions(ids, source_ids, target, source, token_map)
         share[language] = mask.mean()
         strings = target.tokenizer.convert_ids_to_tokens(ids)
+        own_strings = source.tokenizer.convert_ids_to_tokens(source_ids)
         for t in np.nonzero(mask)[0]:
             assert token_map[source_ids[position[t]]] == ids[t]
-            string = source.tokenizer.convert_ids_to_tokens(source_ids[position[t]]).replace("Ġ", "▁")
+            string = own_strings[position[t]].replace("Ġ", "▁")
             assert string == strings[t] or string not in target.tokenizer.get_vocab()
     assert share["en"] > 0.5
     assert share["zh"] < 0.1

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_tokenizers import side
+from small_tokenizers import Side, side
 
 from profuser.alignment import fusellm
 from profuser.alignment.fusellm import code_points, dtw, dtw_python, vocabulary_map
@@ -24,7 +23,7 @@ ENGINES = [
 ]
 
 
-def named_map(target: SimpleNamespace, source: SimpleNamespace, cache: Path) -> dict[str, str | None]:
+def named_map(target: Side, source: Side, cache: Path) -> dict[str, str | None]:
     mapped = vocabulary_map(target, source, cache_dir=cache)
     assert mapped.dtype == np.int32
     names = {i: token for token, i in target.vocab.items()}
@@ -75,7 +74,7 @@ def test_without_an_end_of_turn_its_token_maps_to_nothing(tmp_path):
 def test_an_id_without_a_token_maps_to_nothing(tmp_path):
     source = side("Ġa", "b")
     source.tokenizer.add_tokens(["c"])
-    source = SimpleNamespace(**{**vars(source), "token_bytes": TokenBytes(source.tokenizer)})
+    source.token_bytes = TokenBytes(source.tokenizer)
     vocab = source.tokenizer.get_vocab()
     gap = vocab.pop("b")
     source.tokenizer.get_vocab = lambda: vocab
@@ -108,7 +107,7 @@ def test_nearest_equals_a_search_over_all(queries, choices):
 
 def test_nearest_in_small_portions_is_the_same(monkeypatch):
     rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcd"), rng.integers(1, 9))) for _ in range(300)]
+    words: list[str] = ["".join(rng.choice(list("abcd"), rng.integers(1, 9))) for _ in range(300)]
     whole = fusellm._nearest(words[:150], words[150:])
     monkeypatch.setattr(fusellm, "MAX_DISTANCES", 40)
     np.testing.assert_array_equal(fusellm._nearest(words[:150], words[150:]), whole)

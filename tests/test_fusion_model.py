@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -51,12 +52,12 @@ def examples(lengths=LENGTHS, vocabulary=400, seed=0):
     return found
 
 
-def padded(found):
+def padded(found) -> dict[str, Any]:
     """The examples as rows, padded on the right."""
     columns = {name: [e[name] for e in found] for name in found[0] if name != "source_ce"}
     columns["attention_mask"] = [torch.ones_like(e["input_ids"]) for e in found]
     fill = {"labels": IGNORE_INDEX, "source_ids": -1}
-    batch = {}
+    batch: dict[str, Any] = {}
     for name, values in columns.items():
         by_source = name.startswith("source_")
         values = [v.transpose(0, 1) if by_source else v for v in values]  # tokens first
@@ -65,10 +66,10 @@ def padded(found):
     return batch | {"source_ce": torch.stack([e["source_ce"] for e in found], 1)}
 
 
-def packed(found, **options):
+def packed(found, **options) -> dict[str, Any]:
     """The same examples in one row, as transformers' collator packs them, with the sources beside it."""
     plain = [{k: e[k] for k in ("input_ids", "labels")} for e in found]
-    batch = DataCollatorWithFlattening(**options)(plain, return_tensors="pt")
+    batch: dict[str, Any] = DataCollatorWithFlattening(**options)(plain, return_tensors="pt")
     batch["ce_weight"] = torch.cat([e["ce_weight"] for e in found])[None]
     for name in ("source_ids", "source_logprobs", "source_tail"):
         batch[name] = torch.cat([e[name] for e in found], 1)[:, None]

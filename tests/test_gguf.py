@@ -76,6 +76,7 @@ def test_a_directory_with_one_gguf_file_and_the_file_itself_are_the_model(model,
     chat = chat_format(source)
     encoded = chat.encode("hi", "hello he")
     assert chat.token_bytes.of(encoded.input_ids[encoded.start : encoded.stop]) == b"hello he"
+    assert encoded.end_of_turn is not None
     assert encoded.input_ids[encoded.end_of_turn] == 2
     assert stored_dtype(source) == torch.float32
     assert size_of(source) == Size(sum(p.numel() for p in loaded.parameters()), LAYERS)

@@ -16,13 +16,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from small_tokenizers import pretrained_tokenizer
+from transformers import AutoModelForCausalLM
 
 from profuser import IGNORE_INDEX, FusionModel, fused_linear_fusion_loss
 from profuser.recipe.places import resolve
@@ -42,12 +44,12 @@ def texts() -> list[tuple[str, str]]:
 def good() -> dict:
     """The right call, on the bundled guardian: three examples, the model's own top-k as the one source."""
     model = AutoModelForCausalLM.from_pretrained(resolve("demo:guardian"), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(resolve("demo:guardian"))
+    render: Any = pretrained_tokenizer(resolve("demo:guardian")).apply_chat_template
     hidden, ids, labels = [], [], []
     for prompt, response in texts():
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        whole = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True).input_ids
-        start = len(tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=True).input_ids)
+        whole = render(turns, return_tensors="pt", return_dict=True).input_ids
+        start = len(render(turns[:1], add_generation_prompt=True, return_dict=True).input_ids)
         learnt = whole[0].clone()
         learnt[:start] = IGNORE_INDEX
         with torch.no_grad():

@@ -18,6 +18,8 @@ Not ours, hence not asked: label smoothing, z-loss, token accuracy, an ignore in
 inside the loss (FusionModel shifts), filtering of small gradients.
 """
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,7 @@ def torch_loss(hidden, weight, labels, bias=None, softcap=None, reduction="mean"
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
-def liger_case(N, D, V, dtype, biased):
+def liger_case(N: int, D: int, V: int, dtype: torch.dtype, biased: bool) -> dict[str, Any]:
     """A head of positive weights, as Liger draws it: logits grow with D; less than half of the labels are ignored."""
     labels = torch.randint(V, (N,))
     labels[torch.randperm(N)[: torch.randint(1, N // 2, ()).item()]] = IGNORE_INDEX
@@ -81,7 +83,8 @@ def assert_close(found, true, atol, rtol):
 @pytest.mark.parametrize(("reduction", "dtype"), LIGER_TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [(256, 256, 1024), (4 * 47, 31, 123), (4, 8, 8), (63, 41, 41)], ids=str)
 def test_loss_and_gradients_equal_a_linear_head_and_cross_entropy(shape, reduction, dtype, biased, softcap):
-    case = liger_case(*shape, dtype, biased)
+    N, D, V = shape
+    case = liger_case(N, D, V, dtype, biased)
     found = loss_and_gradients(fused_linear_fusion_loss, case, softcap=softcap, reduction=reduction)
     true = loss_and_gradients(torch_loss, case, softcap=softcap, reduction=reduction)
     atol, rtol = LIGER_TOLERANCE[reduction, dtype]
@@ -115,7 +118,7 @@ def test_autocast_around_an_fp32_head(dtype, biased):
     assert_close(found, true, atol=5e-3, rtol=5e-2)
 
 
-def cce_case(N, V, D, dtype, biased, ignored):
+def cce_case(N: int, V: int, D: int, dtype: torch.dtype, biased: bool, ignored: bool) -> dict[str, Any]:
     """Part of the head's rows are hidden states, so some logits are far above the others; a fifth of the labels may be ignored."""
     hidden = torch.randn(N, D).to(dtype) / D**0.5
     weight = torch.randn(V, D).to(dtype)
@@ -154,7 +157,8 @@ CCE_DTYPES = [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 1e-
 @pytest.mark.parametrize(("dtype", "tolerance"), CCE_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CCE_SHAPES, ids=str)
 def test_per_row_loss_errs_no_more_than_torch(shape, dtype, tolerance, softcap, biased, ignored):
-    case = cce_case(*shape, dtype, biased, ignored)
+    N, V, D = shape
+    case = cce_case(N, V, D, dtype, biased, ignored)
     options = {"softcap": softcap, "reduction": "none"}
     with torch.no_grad():
         true = torch_loss(**in_fp32(case), **options)
@@ -169,7 +173,8 @@ def test_per_row_loss_errs_no_more_than_torch(shape, dtype, tolerance, softcap, 
 @pytest.mark.parametrize(("dtype", "tolerance"), CCE_DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", CCE_SHAPES, ids=str)
 def test_gradients_err_no_more_than_torch(shape, dtype, tolerance, reduction, softcap, biased, ignored):
-    case = cce_case(*shape, dtype, biased, ignored)
+    N, V, D = shape
+    case = cce_case(N, V, D, dtype, biased, ignored)
     # Every reduction is brought to the scale of a mean, to which the tolerance belongs.
     divisor = {"none": len(case["labels"]), "mean": 1, "sum": (case["labels"] != IGNORE_INDEX).sum()}[reduction]
 

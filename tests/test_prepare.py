@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -73,7 +74,8 @@ def test_inference_targets_are_the_vote_winners_response_and_only_the_winner_tak
     seen = 0
     for s in sequences_of(targets):
         row = table[s.example]
-        text = chat.tokenizer.decode(s.input_ids[s.label_mask], skip_special_tokens=True).strip()
+        decoded: Any = chat.tokenizer.decode(s.input_ids[s.label_mask], skip_special_tokens=True)
+        text = decoded.strip()
         if s.mode == Mode.TRAINING:
             assert text == row["ground_truth"]
             assert NAMES[int(np.argmin(s.source_ce))] == row["min_ce_winner"]

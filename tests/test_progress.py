@@ -78,6 +78,7 @@ def test_on_a_terminal_the_bar_carries_rate_and_note(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with Progress("fuse", 2, "steps") as bar:
         bar.update(1, tokens=10, note="loss 0.5")
+        assert bar.bar is not None
         bar.bar.refresh()
     out = capsys.readouterr()
     assert re.search(r"fuse:.*1/2.*tokens/s, loss 0\.5", out.err)
@@ -101,11 +102,13 @@ def test_what_is_done_already_is_not_expected_again(prepared, tmp_path):
     _, run, _ = prepared
     preparation = Preparation(Inputs.open(run))
     done = expected(preparation.inputs, preparation.unmade, first_step=run.recipe.optim.steps)
+    assert done is not None
     assert done["score"] == done["answer"] == 0
     assert done["evaluate"] > 0
     fresh = replace(run, recipe=replace(run.recipe, store=str(tmp_path / "store")))
     preparation = Preparation(Inputs.open(fresh))
     todo = expected(preparation.inputs, preparation.unmade, first_step=0)
+    assert todo is not None
     assert all(todo[phase] > 0 for phase in ("score", "answer", "fuse", "evaluate"))
     assert todo["fuse"] > done["fuse"]
 

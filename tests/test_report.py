@@ -42,7 +42,7 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
         self.texts: list[str] = []
         self.headings: list[tuple[str, str]] = []
         self.stack: list[str] = []
@@ -51,12 +51,13 @@ class Page(HTMLParser):
         self.close()
         self.text = re.sub(r"\s+", " ", " ".join(self.texts))
 
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
+    def handle_starttag(self, tag, attrs):
+        attributes = {name: value or "" for name, value in attrs}
+        self.tags.append((tag, attributes))
         if tag not in {"meta", "img", "br", "link", "source", "wbr"}:
             self.stack.append(tag)
-        if tag == "div" and "aria-label" in dict(attributes):
-            self.table = dict(attributes)["aria-label"]
+        if tag == "div" and "aria-label" in attributes:
+            self.table = attributes["aria-label"]
             self.tables[self.table] = []
         elif tag == "tr":
             self.tables[self.table].append([])

@@ -1,6 +1,7 @@
 """A source's top-k and cross-entropy against the dense reference, and the order of equal logits."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from new_tensors import NewTensors
 
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.kernels.reference import source_topk_reference
-from profuser.kernels.source_topk import source_topk, source_topk_from_logits
+from profuser.kernels.source_topk import Ranges, source_topk, source_topk_from_logits
 
 NAMES = ("ids", "logprobs", "lse", "ce", "range_ids", "range_logprobs", "range_logmass")
 FLOOR = 5e-7  # of the largest true entry: a few roundings of fp32
 
 
-def make_case(dtype=torch.float32, N=37, D=20, V=83, spread=1.0, seed=0):
+def make_case(dtype=torch.float32, N=37, D=20, V=83, spread=1.0, seed=0) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(V, (N,), generator=g)
     labels[::5] = IGNORE_INDEX
@@ -56,14 +57,15 @@ def test_top_k_is_as_accurate_as_the_dense_reference(dtype, temperature, k):
     assert_as_accurate_as_reference(make_case(dtype), k, temperature=temperature)
 
 
-def make_ranges(N=37, V=83, R=60, seed=0):
+def make_ranges(N=37, V=83, R=60, seed=0) -> Ranges:
     """Ranges of every size, none, one and all of a shuffled vocabulary without its last ids among them."""
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(V - 3, generator=g)
     rows = torch.randint(N, (R,), generator=g).sort().values
     edges = torch.randint(len(order) + 1, (2, R), generator=g).sort(0).values
     edges[:, 0], edges[:, 1], edges[:, 2] = torch.tensor([5, 5]), torch.tensor([7, 8]), torch.tensor([0, len(order)])
-    return rows, *edges, order
+    lo, hi = edges
+    return rows, lo, hi, order
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -1,6 +1,7 @@
 """The Triton path of `source_topk`: on a GPU where there is one, else in Triton's interpreter on the CPU."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from new_tensors import NewTensors
 
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.kernels.reference import logits_topk_reference, source_topk_reference
-from profuser.kernels.source_topk import source_topk, source_topk_from_logits
+from profuser.kernels.source_topk import Ranges, source_topk, source_topk_from_logits
 
 triton = pytest.importorskip("triton", reason="Triton exists on Linux alone")
 
@@ -92,7 +93,7 @@ def check_hidden(device, case, k, chunk_size=2, **options):
     assert_as_accurate_as_fp32(ours, truth, source_topk_reference(**case, k=k, **options))
 
 
-def on(device, options):
+def on(device, options) -> dict[str, Any]:
     """Every tensor of a dict, or of a tuple in it, on the device."""
 
     def move(x):
@@ -108,7 +109,7 @@ def random_logits(N, V, seed=0, spread=3.0):
     return torch.randn(N, V, generator=g) * spread, labels
 
 
-def make_case(dtype=torch.float32, N=5, D=12, V=83, seed=0):
+def make_case(dtype=torch.float32, N=5, D=12, V=83, seed=0) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(V, (N,), generator=g)
     labels[1::4] = IGNORE_INDEX
@@ -119,14 +120,15 @@ def make_case(dtype=torch.float32, N=5, D=12, V=83, seed=0):
     }
 
 
-def make_ranges(N, V, R, seed=0):
+def make_ranges(N, V, R, seed=0) -> Ranges:
     """Ranges of every size over a shuffled vocabulary without its last ids: empty, single, whole, several of a row."""
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(max(1, V - 3), generator=g)
     rows = torch.randint(N, (R,), generator=g).sort().values
     edges = torch.randint(len(order) + 1, (2, R), generator=g).sort(0).values
     edges[:, 0], edges[:, 1], edges[:, 2] = torch.tensor([1, 1]), torch.tensor([0, 1]), torch.tensor([0, len(order)])
-    return rows, *edges, order
+    lo, hi = edges
+    return rows, lo, hi, order
 
 
 # V against GROUP = 16 and its square, and BLOCK_V = 2048: below, at, one past, ragged. k against the number of groups.
@@ -360,7 +362,7 @@ def test_mapped_ids_are_merged_and_ranked_again(device, impl, temperature):
     for top in (8, 400):
         vocab_map = torch.randint(-1, top, (83,), generator=g, dtype=torch.int32)
         ranges = make_ranges(2, 83, 4, seed=top)
-        options = {"vocab_map": vocab_map, "ranges": ranges, "temperature": temperature}
+        options: dict[str, Any] = {"vocab_map": vocab_map, "ranges": ranges, "temperature": temperature}
         ours = source_topk_from_logits(logits.to(device), labels.to(device), 12, impl=impl, **on(device, options))
         truth = logits_topk_reference(logits.double(), labels, 12, **options)
         assert_as_accurate_as_fp32(ours, truth, logits_topk_reference(logits, labels, 12, **options))

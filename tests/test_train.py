@@ -9,12 +9,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, small_run
+from small_tokenizers import pretrained_tokenizer
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
 from profuser.evaluate.__main__ import main as evaluate_command
@@ -22,11 +24,12 @@ from profuser.evaluate.scores import evaluate
 from profuser.fusion_model import FusionModel
 from profuser.pipeline import train
 from profuser.prepare.phases import prepare
-from profuser.recipe.schedule import Mode
+from profuser.recipe.schedule import Mode, Stage
 from profuser.store.store import Store
 from profuser.train.collate import collate
 from profuser.train.loop import Trainer
 from profuser.train.run_directory import RunDirectory
+from profuser.train.steps import StepBatch
 from profuser.train.targets import Targets
 
 
@@ -61,12 +64,12 @@ def test_scores_cover_every_source_the_target_before_and_the_fused_model(finishe
 
 
 def test_the_output_directory_loads_and_generates(finished):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     run, _ = finished
     model = AutoModelForCausalLM.from_pretrained(run.output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(run.output_dir)
-    ids = tokenizer.apply_chat_template(
+    render: Any = pretrained_tokenizer(run.output_dir).apply_chat_template
+    ids = render(
         [{"role": "user", "content": "How does a bozun taste?"}], add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]
     out = model.generate(ids, max_new_tokens=5)
@@ -134,11 +137,11 @@ def test_resuming_after_an_interruption_equals_the_uninterrupted_run(prepared, t
     whole = trainer(run, store, tmp_path / "whole")
     whole.train()
     part = trainer(run, store, tmp_path / "part")
-    step = part._step
+    own_step = part._step
 
-    def interrupt(number, stage, batch):
-        result = step(number, stage, batch)
-        if number == 1:
+    def interrupt(step: int, stage: Stage, batch: StepBatch) -> dict[str, float]:
+        result = own_step(step, stage, batch)
+        if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return result
 

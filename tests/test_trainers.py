@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
 from datasets import Dataset
+from small_tokenizers import pretrained_tokenizer
 from test_fusion_model import demo_model, examples, lora, padded, tied_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from profuser import FusionModel
 from profuser.recipe.places import resolve
@@ -18,9 +21,17 @@ from profuser.recipe.places import resolve
 EXAMPLES = examples((7, 5, 9, 6, 4, 8, 3, 8))  # of unequal numbers of labels
 
 
-def trained(fusion, directory, batch_size=8, trainer=Trainer, arguments=TrainingArguments, resume=False, **options):
+def trained(
+    fusion: FusionModel,
+    directory: Path,
+    batch_size: int = 8,
+    trainer: Callable[..., Trainer] = Trainer,
+    arguments: Callable[..., TrainingArguments] = TrainingArguments,
+    resume: bool = False,
+    **options: Any,
+) -> Trainer:
     """The trainer after two steps (or as many as the options say) on all examples."""
-    plain = {
+    plain: dict[str, Any] = {
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": 8 // batch_size,
         "max_steps": 2,
@@ -40,13 +51,18 @@ def trained(fusion, directory, batch_size=8, trainer=Trainer, arguments=Training
         train_dataset=data,
         eval_dataset=data,
         data_collator=padded,
-        processing_class=AutoTokenizer.from_pretrained(resolve("demo:guardian")),
+        processing_class=pretrained_tokenizer(resolve("demo:guardian")),
     )
     done.train(resume_from_checkpoint=resume)
     return done
 
 
-def losses(done):
+def model_of(done: Trainer) -> Any:
+    """The FusionModel, with whatever it lends from the model inside."""
+    return done.model
+
+
+def losses(done: Trainer) -> list[float]:
     return [line["loss"] for line in done.state.log_history if "loss" in line]
 
 
@@ -56,10 +72,10 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(make, tmp_path):
     torch.testing.assert_close(
         whole.state.log_history[0]["loss"], FusionModel(make())(**padded(EXAMPLES))["loss"].item(), rtol=1e-5, atol=1e-5
     )
-    for name, options in (("parts", {}), ("checkpointing", {"gradient_checkpointing": True})):
-        parts = trained(FusionModel(make()), tmp_path / name, batch_size=2, optim="sgd", **options)
+    for name, checkpointing in (("parts", False), ("checkpointing", True)):
+        parts = trained(FusionModel(make()), tmp_path / name, 2, optim="sgd", gradient_checkpointing=checkpointing)
         torch.testing.assert_close(losses(parts), losses(whole), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(parts.model.state_dict(), whole.model.state_dict(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model_of(parts).state_dict(), model_of(whole).state_dict(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [demo_model, tied_model], ids=["untied", "tied"])
@@ -67,17 +83,17 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(make, tmp_path):
     trained(FusionModel(make()), tmp_path, max_steps=1)
     resumed = trained(FusionModel(make()), tmp_path, resume=True)
     whole = trained(FusionModel(make()), tmp_path / "whole")
-    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(model_of(resumed).state_dict(), model_of(whole).state_dict(), rtol=0, atol=0)
 
 
 def test_evaluation_is_the_mean_over_the_labels_and_the_saved_model_loads(tmp_path):
     done = trained(FusionModel(demo_model()), tmp_path)
     with torch.no_grad():
-        expected = done.model(**padded(EXAMPLES))["loss"].item()
+        expected = model_of(done)(**padded(EXAMPLES))["loss"].item()
     assert done.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
-    done.model.save_pretrained(tmp_path / "final")
+    model_of(done).save_pretrained(tmp_path / "final")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)
-    torch.testing.assert_close(loaded.state_dict(), done.model.model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(loaded.state_dict(), model_of(done).model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("adapt", [None, lora], ids=["full", "lora"])
@@ -114,7 +130,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     two = torch.load(tmp_path / "two.pt")
     assert two["world_size"] == 2
     torch.testing.assert_close(two["losses"], losses(one), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(two["weights"], one.model.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two["weights"], model_of(one).state_dict(), rtol=1e-4, atol=1e-5)
 
 
 if __name__ == "__main__":  # a rank of the test above
@@ -123,5 +139,5 @@ if __name__ == "__main__":  # a rank of the test above
     options = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "optim": "sgd"}
     rank = trained(FusionModel(demo_model()), directory / "two", batch_size=2, **options)
     if rank.args.process_index == 0:
-        result = {"losses": losses(rank), "weights": rank.model.state_dict(), "world_size": rank.args.world_size}
+        result = {"losses": losses(rank), "weights": model_of(rank).state_dict(), "world_size": rank.args.world_size}
         torch.save(result, directory / "two.pt")

@@ -29,7 +29,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -51,6 +51,9 @@ from profuser.store.files import write_atomic
 from profuser.text.encoded import Encoded
 from profuser.text.token_bytes import TokenBytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 WORD_PREFIXES = ("Ġ", "▁", " ")  # what a space looks like in byte-level, SentencePiece and plain token strings
@@ -59,10 +62,10 @@ MAX_DISTANCES = 4_000_000  # int32, held at once: 16 MB
 
 
 class TokenFormat(Protocol):
-    """One side of an alignment; `profuser.text.chat.ChatFormat` and `profuser.alignment.text.PlainText` are."""
+    """One side of an alignment; `profuser.text.chat.ChatFormat` and `profuser.alignment.align.PlainText` are."""
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
     @property
     def token_bytes(self) -> TokenBytes: ...
     @property
@@ -323,7 +326,9 @@ def _nearest(queries: list[str], choices: list[str]) -> np.ndarray:
     return np.array([index[query] for query in reduced], dtype=np.int64)
 
 
-def dtw(source_codes, source_offsets, target_codes, target_offsets) -> tuple[np.ndarray, np.ndarray]:
+def dtw(
+    source_codes: np.ndarray, source_offsets: np.ndarray, target_codes: np.ndarray, target_offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The cheapest way to walk through two token sequences together, Levenshtein distance as the cost of a pair.
 
     Args: per sequence `code_points(tokens)`: (c,) uint32 and (tokens + 1,) int64.
@@ -336,7 +341,9 @@ def dtw(source_codes, source_offsets, target_codes, target_offsets) -> tuple[np.
     return engine(source_codes, source_offsets, target_codes, target_offsets)
 
 
-def dtw_python(source_codes, source_offsets, target_codes, target_offsets) -> tuple[np.ndarray, np.ndarray]:
+def dtw_python(
+    source_codes: np.ndarray, source_offsets: np.ndarray, target_codes: np.ndarray, target_offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The oracle of `dtw`."""
     source = _strings("source", source_codes, source_offsets)
     target = _strings("target", target_codes, target_offsets)
@@ -401,7 +408,7 @@ def _word_prefix(side: TokenFormat) -> str:
     return " "
 
 
-def _vocabulary(tokenizer) -> list[str]:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Token strings by id, "" for an id without a token."""
     vocab = tokenizer.get_vocab()
     tokens = [""] * (max(vocab.values(), default=-1) + 1)

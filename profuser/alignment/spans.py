@@ -6,6 +6,7 @@ Target token t covers the bytes [a_t, e_t) of the response, source token j cover
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from profuser.alignment.types import INSIDE, SAME_SPAN, SHARED_PREFIX, SKIPPED
 
@@ -19,7 +20,9 @@ ENGINE = (
 )
 
 
-def match_spans_python(target_begin, target_end, source_begin, source_end) -> tuple[np.ndarray, np.ndarray]:
+def match_spans_python(
+    target_begin: ArrayLike, target_end: ArrayLike, source_begin: ArrayLike, source_end: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
     """The oracle of `match_spans`."""
     a, e, b, f = (np.asarray(x, dtype=np.int32) for x in (target_begin, target_end, source_begin, source_end))
     for name, begin, end in (("target", a, e), ("source", b, f)):
@@ -50,7 +53,9 @@ def match_spans_python(target_begin, target_end, source_begin, source_end) -> tu
     return kind, position
 
 
-def match_spans(target_begin, target_end, source_begin, source_end) -> tuple[np.ndarray, np.ndarray]:
+def match_spans(
+    target_begin: ArrayLike, target_end: ArrayLike, source_begin: ArrayLike, source_end: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
     """Which source token each target token's distribution can come from.
 
     Args: (n,) and (m,) int32 byte spans, monotone; begins below 0 are clipped there.

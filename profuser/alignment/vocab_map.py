@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -64,7 +65,7 @@ class ByteOrder:
         return known
 
 
-def lookaheads(tokens: TokenBytes, ids) -> np.ndarray:
+def lookaheads(tokens: TokenBytes, ids: Sequence[int]) -> np.ndarray:
     """(len(ids),) uint8 into LOOKAHEADS: what to put after a candidate when its text is tokenised.
 
     A candidate that ends in spaces is not the end of the text, and tokenizers of the GPT family give a word its last

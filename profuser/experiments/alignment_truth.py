@@ -34,14 +34,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
+from profuser.alignment.align import AlignedText
 from profuser.cli import main_of
 from profuser.environment import environment
 from profuser.errors import ConfigError
 from profuser.experiments.byte_sampler import Continuation, TextModel, continuations, covers
 from profuser.experiments.page import write_section
-from profuser.experiments.windows import KINDS, LANGUAGES, TOP_K, WINDOW, Source, Target, Window
+from profuser.experiments.windows import (
+    KINDS,
+    LANGUAGES,
+    TOP_K,
+    WINDOW,
+    Source,
+    Target,
+    Window,
+    pretrained_tokenizer,
+)
 from profuser.store.files import read_json, write_json
 
 ESTIMATES = ("ours", "exact bytes", "one-hot")
@@ -249,7 +258,7 @@ def exact_bytes(
 
 
 def estimates(
-    source: Source, target: Target, window: Window, t: int, aligned, top: tuple[torch.Tensor, ...]
+    source: Source, target: Target, window: Window, t: int, aligned: AlignedText, top: tuple[torch.Tensor, ...]
 ) -> dict[str, dict[int, float]] | None:
     """The three distributions at target token t; None where the library gives none."""
     if int(aligned.skip_reason[t]):
@@ -340,7 +349,13 @@ def measure_truth(
 
 
 def scored(
-    source: Source, target: Target, window: Window, position: Position, truth: dict[str, Any], aligned, top
+    source: Source,
+    target: Target,
+    window: Window,
+    position: Position,
+    truth: dict[str, Any],
+    aligned: AlignedText,
+    top: tuple[torch.Tensor, ...],
 ) -> dict[str, Any]:
     t = position.token
     ids, spans = target.of(window)
@@ -480,10 +495,7 @@ def main(argv: list[str]) -> None:
     for name in args.targets:
         if not (args.tokenizers / name).is_dir():
             raise ConfigError(f"--targets must be folders of --tokenizers, got {name!r}; {args.tokenizers} has none")
-    targets = [
-        Target(name, AutoTokenizer.from_pretrained(args.tokenizers / name, local_files_only=True))
-        for name in args.targets
-    ]
+    targets = [Target(name, pretrained_tokenizer(args.tokenizers / name)) for name in args.targets]
     results: dict[str, Any] = {"source": args.model.name, "samples": args.samples, "seed": args.seed, **environment()}
     if args.only != "truth":
         results["reliability"] = measure_reliability(source, targets)

@@ -14,7 +14,7 @@ from profuser.alignment.align import AlignedText, align, prefix_ranges
 from profuser.alignment.spans import match_spans
 from profuser.alignment.types import INSIDE, SAME_SPAN, SHARED_PREFIX
 from profuser.experiments.byte_sampler import ByteVocab, TextModel
-from profuser.kernels.source_topk import source_topk
+from profuser.kernels.source_topk import Ranges, source_topk
 from profuser.text.token_bytes import TokenBytes
 
 TEXTS = Path(__file__).resolve().parent / "texts"
@@ -53,12 +53,15 @@ def windows(language: str, text: str, tokens: TokenBytes) -> list[Window]:
     return found
 
 
+def pretrained_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(directory, local_files_only=True))
+
+
 class Source:
     """The source model, its tokenizer and what it says about windows."""
 
     def __init__(self, directory: Path):
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        self.tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
+        self.tokenizer = pretrained_tokenizer(directory)
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
         self.tokens = TokenBytes(self.tokenizer)
         self.vocab = ByteVocab(self.tokens.pieces)
@@ -70,7 +73,7 @@ class Source:
     def read(self, window: Window) -> TextModel:
         return TextModel(self.model, self.lead, window.ids)
 
-    def topk(self, window: Window, text_model: TextModel, ranges=None) -> tuple[torch.Tensor, ...]:
+    def topk(self, window: Window, text_model: TextModel, ranges: Ranges | None = None) -> tuple[torch.Tensor, ...]:
         """`source_topk` of the window's tokens."""
         head = self.model.get_output_embeddings().weight.detach()
         return source_topk(text_model.hidden[:-1], head, torch.tensor(window.ids), TOP_K, ranges=ranges)
@@ -79,7 +82,7 @@ class Source:
 class Target:
     """A target's tokenizer and what it makes of windows."""
 
-    def __init__(self, name: str, tokenizer):
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase):
         self.name = name
         self.tokenizer = tokenizer
         self.tokens = TokenBytes(tokenizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -72,7 +72,7 @@ def generate(
             ids = ids[: max_length - len(encoded[batch[row // responses]])]
             end = next((t for t, token in enumerate(ids) if token in ends), None)
             generated += len(ids) if end is None else end + 1
-            text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-            answers[batch[row // responses]][row % responses] = Response(text, end is not None)
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            answers[batch[row // responses]][row % responses] = Response(cast("str", text).strip(), end is not None)
         progress(len(batch), tokens=generated)
     return answers

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from profuser.cli import main_of
+
+if TYPE_CHECKING:
+    from profuser.store.store import Store
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +41,7 @@ def main(argv: list[str]) -> None:
         print(f"{store.directory}: all {len(store)} files are what was written")
 
 
-def info(store) -> str:
+def info(store: Store) -> str:
     """A line on the store, one on what it was made from, and one per kind of shard."""
     settings = store.settings
     state = "complete" if store.complete else "not complete: `python -m profuser.prepare` with its recipe goes on"

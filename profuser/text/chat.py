@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
 from profuser.errors import DataError
 from profuser.text.encoded import Encoded
 from profuser.text.token_bytes import TokenBytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ class ChatFormat:
         DataError: no chat template; the template does not show prompt and response once each, or never ends the turn.
     """
 
-    def __init__(self, tokenizer, *, end_ids: Sequence[int] | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int] | None = None):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.chat_template:
             raise DataError(
@@ -138,7 +142,8 @@ class ChatFormat:
         messages = [{"role": role, "content": content} for role, content in turns]
         if self._system if system is None else system:
             messages.insert(0, {"role": "system", "content": ""})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        return cast("str", text)
 
     def _needs_system(self, name: str) -> bool:
         """Whether the template renders only with a system message (then an empty one is given)."""

@@ -16,11 +16,14 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from tokenizers import Encoding, Tokenizer, models
 
 from profuser.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Reason = Literal["normaliser", "decoder"]
 """Why tokens do not hold a text's bytes: the normaliser changed the text, or the decoder cannot give it back."""
@@ -54,7 +57,7 @@ class TokenBytes:
         DataError: the tokenizer has no `tokenizers` backend.
     """
 
-    def __init__(self, tokenizer, *, control: Iterable[int] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, control: Iterable[int] = ()):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError(
@@ -69,7 +72,7 @@ class TokenBytes:
 
         special_ids = dict.fromkeys([*tokenizer.all_special_ids, *control])
         self.specials: dict[int, str] = {
-            i: token for i in special_ids if (token := tokenizer.convert_ids_to_tokens(i)) is not None
+            i: token for i in special_ids if isinstance(token := tokenizer.convert_ids_to_tokens(i), str)
         }
         self._added: dict[int, tuple[bytes, bool, bool]] = {
             i: (s.encode(), False, False) for i, s in self.specials.items()
