@@ -115,7 +115,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(fused_loss_forward(*grouped(arguments)))
 
 
-_forward.__signature__ = flat_signature()  # pyrefly: ignore[missing-attribute]  # functions may have one, typeshed lacks it
+_forward.__signature__ = flat_signature()  # pyrefly: ignore[missing-attribute]  # typeshed lacks it
 fused_loss_op = torch.library.custom_op("profuser::fused_loss", mutates_args=())(_forward)
 
 

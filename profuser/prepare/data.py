@@ -51,9 +51,8 @@ def load_examples(config: DataConfig, location: str, limit: int | None = None) -
     if not table:
         raise DataError(f"data {location} must have at least one row, got none; fix the file")
     wanted = {"prompt": config.prompt_column, "response": config.response_column}
-    if (
-        config.skill_column is not None and config.skill_column != DataConfig.skill_column
-    ):  # the default need not be there
+    # The default one need not be there.
+    if config.skill_column is not None and config.skill_column != DataConfig.skill_column:
         wanted["skill"] = config.skill_column
     for key, column in wanted.items():
         if column not in columns:
