@@ -1,0 +1,223 @@
+"""From a store's shards to batches: the winner is chosen before anything is padded, and workers change nothing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from profuser.errors import DataError, ProfuserError
+from profuser.fusion_model import FusionModel
+from profuser.kernels.common import IGNORE_INDEX
+from profuser.models.load import load_model
+from profuser.recipe.schedule import Mode, Stage, plan
+from profuser.recipe.schema import SourceConfig
+from profuser.store import layout
+from profuser.store.store import Store
+from profuser.train.collate import collate
+from profuser.train.steps import Steps, load_steps
+from profuser.train.targets import Targets
+
+ONES = dict.fromkeys(Mode, 1.0)
+
+
+@pytest.fixture(scope="module")
+def targets(prepared):
+    return Targets(prepared[2], "train")
+
+
+@pytest.fixture(scope="module")
+def steps(prepared, targets):
+    recipe = prepared[1].recipe
+    return Steps(targets, recipe.optim, plan(recipe, len(targets)), seed=3, pad_id=0)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(np.asarray(a[name]), np.asarray(b[name])) for name in a)
+
+
+def test_a_batch_holds_the_winners_distributions_and_nothing_of_the_others(targets):
+    sequences = [s for instruction in targets for s in instruction][:8]
+    batch = collate(sequences, ONES, ONES, pad_id=0, top_k=targets.top_k)
+    B, T, K = len(sequences), max(len(s.input_ids) for s in sequences), targets.top_k
+    assert batch["source_ids"].shape == batch["source_logprobs"].shape == (1, B, T, K)
+    assert len({s.winner for s in sequences}) > 1
+    for b, s in enumerate(sequences):
+        assert batch["source_index"][b] == 0
+        seen = np.zeros(T, bool)
+        for r in np.flatnonzero(s.row_source == s.winner):
+            t, part = s.row_position[r], slice(s.entry_offsets[r], s.entry_offsets[r + 1])
+            n = part.stop - part.start
+            seen[t] = True
+            assert batch["source_ids"][0, b, t, :n].tolist() == s.entry_ids[part].tolist()
+            assert batch["source_logprobs"][0, b, t, :n].tolist() == s.entry_logprobs[part].astype(np.float32).tolist()
+            assert (batch["source_ids"][0, b, t, n:] == -1).all()
+            assert batch["source_tail"][0, b, t] == s.row_tail[r]
+        assert (batch["source_ids"][0, b, ~seen] == -1).all()
+        assert (batch["source_tail"][0, b, ~seen] == 0).all()
+
+
+def test_the_chosen_source_gives_the_loss_that_all_sources_with_their_cross_entropies_give(prepared, targets):
+    """The same sequences with every source's rows, as the loss itself would choose among them: bit for bit."""
+    _, run, _ = prepared
+    model = FusionModel(load_model(SourceConfig(name="g", model=f"demo:{run.recipe.target}"), torch.float32))
+    sequences = [s for instruction in targets for s in instruction][:6]
+    batch = collate(sequences, ONES, ONES, pad_id=0, top_k=targets.top_k)
+    S, shape = len(targets.sources), batch["source_ids"].shape[1:]
+    dense = {
+        "source_ids": np.full((S, *shape), -1, np.int32),
+        "source_logprobs": np.zeros((S, *shape), np.float32),
+        "source_tail": np.zeros((S, *shape[:2]), np.float32),
+        "source_ce": np.stack([s.source_ce for s in sequences], 1),
+    }
+    for b, s in enumerate(sequences):
+        for r, (t, source) in enumerate(zip(s.row_position, s.row_source)):
+            part = slice(s.entry_offsets[r], s.entry_offsets[r + 1])
+            n = part.stop - part.start
+            dense["source_ids"][source, b, t, :n] = s.entry_ids[part]
+            dense["source_logprobs"][source, b, t, :n] = s.entry_logprobs[part]
+            dense["source_tail"][source, b, t] = s.row_tail[r]
+    rest = {name: x for name, x in batch.items() if not name.startswith("source_")}
+    losses = []
+    for arrays in (batch, rest | dense):
+        model.zero_grad()
+        loss = model(**{name: torch.from_numpy(x) for name, x in arrays.items()}, reduction="sum")["loss"]
+        loss.backward()
+        losses.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+def test_a_sequence_that_no_source_scored_has_no_distribution(targets):
+    some = targets.sequence(0)
+    for ce in (np.inf, np.nan):
+        alone = replace(some, source_ce=np.full_like(some.source_ce, ce))
+        batch = collate([alone], ONES, ONES, pad_id=0, top_k=targets.top_k)
+        assert alone.winner is None
+        assert batch["source_index"].tolist() == [-1]
+        assert (batch["source_ids"] == -1).all()
+
+
+def test_the_first_of_equal_sources_wins_and_a_nan_does_not(targets):
+    some = targets.sequence(0)
+    for ce, winner in (([2.0, 1.0, 1.0], 1), ([np.nan, np.inf, 3.0], 2), ([0.5, 0.5, 0.5], 0)):
+        assert replace(some, source_ce=np.array(ce, np.float32)).winner == winner
+
+
+def test_without_kd_no_distribution_is_collated(targets):
+    batch = collate([targets.sequence(0)], ONES, dict.fromkeys(Mode, 0.0), pad_id=0, top_k=targets.top_k)
+    assert not [name for name in batch if name.startswith("source_")]
+
+
+def test_padding_carries_no_label_and_labels_are_the_masked_tokens(targets):
+    sequences = [targets.sequence(0), targets.sequence(1)]
+    batch = collate(sequences, ONES, ONES, pad_id=7, top_k=targets.top_k)
+    for b, s in enumerate(sequences):
+        n = len(s.input_ids)
+        assert (batch["input_ids"][b, n:] == 7).all()
+        assert (batch["labels"][b, n:] == IGNORE_INDEX).all()
+        assert batch["attention_mask"][b].sum() == n
+        assert (batch["labels"][b, :n] == np.where(s.label_mask, s.input_ids.astype(int), IGNORE_INDEX)).all()
+
+
+def test_targets_are_views_of_the_files_and_travel_to_another_process_without_them(targets):
+    sequence = targets.sequence(3)
+    assert not sequence.entry_ids.flags.owndata
+    assert not sequence.entry_ids.flags.writeable
+    blob = pickle.dumps(targets)
+    assert len(blob) < 100_000
+    again = pickle.loads(blob).sequence(3)
+    assert np.array_equal(again.entry_logprobs, sequence.entry_logprobs)
+
+
+def test_a_step_takes_each_instruction_once_an_epoch_in_an_order_of_its_seed(steps, targets):
+    n, size = len(targets), steps.optim.batch_size
+    taken = [i for step in range(2 * n // size) for i in steps.instructions(step)]
+    assert sorted(taken[:n]) == sorted(taken[n : 2 * n]) == list(range(n))
+    assert taken[:n] != taken[n : 2 * n]
+    fresh = replace(steps)
+    assert [fresh.instructions(step) for step in (2, 1, 0)] == [steps.instructions(step) for step in (2, 1, 0)]
+    assert replace(steps, seed=4).instructions(0) != steps.instructions(0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_ranks_share_a_step_and_make_as_many_passes(steps, world):
+    whole = steps.batch(2)
+    ranks = [replace(steps, world=world, rank=rank).batch(2) for rank in range(world)]
+    assert len({len(rank.micro_batches) for rank in ranks}) == 1
+    assert all((rank.labels, rank.tokens) == (whole.labels, whole.tokens) for rank in ranks)
+
+    def labels(batches) -> int:
+        return sum(int((m.arrays["labels"] != IGNORE_INDEX).sum()) for batch in batches for m in batch.micro_batches)
+
+    def weight(batches) -> float:
+        arrays = [m.arrays for batch in batches for m in batch.micro_batches]
+        return sum(float(a["ce_weight"][a["labels"] != IGNORE_INDEX].sum()) for a in arrays)
+
+    assert labels(ranks) == labels([whole])
+    # DDP averages the ranks' gradients, so that each rank's weights are `world` times as large.
+    assert weight(ranks) / world == pytest.approx(weight([whole]), rel=1e-5)
+
+
+def test_a_rank_without_a_sequence_of_its_own_makes_a_pass_with_nothing_to_learn(steps):
+    lonely = replace(steps, optim=replace(steps.optim, batch_size=1), world=2, rank=1)
+    (micro,) = lonely.batch(0).micro_batches
+    assert (micro.arrays["labels"] == IGNORE_INDEX).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_give_the_same_steps_in_the_same_order(steps, workers):
+    found = list(load_steps(steps, 1, workers=workers, pin_memory=False))
+    assert len(found) == len(steps) - 1
+    for step, batch in enumerate(found, start=1):
+        expected = steps.batch(step)
+        assert (batch.labels, batch.tokens) == (expected.labels, expected.tokens)
+        for ours, theirs in zip(batch.micro_batches, expected.micro_batches, strict=True):
+            assert ours.origins == theirs.origins
+            assert same(ours.arrays, theirs.arrays)
+
+
+def test_loading_steps_leaves_the_random_state_alone(steps):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(load_steps(steps, 0, workers=1, pin_memory=False))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_shard_is_one_error_and_not_a_workers_traceback(prepared, tmp_path, steps, workers):
+    shutil.copytree(prepared[2].directory, tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    damaged = replace(steps, targets=Targets(store, "train"))
+    path = store.directory / f"{layout.targets('train').shard(0)}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in the last entries: the index is intact
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"^store shard .*sha256.*profuser\.prepare[^\n]*$"):
+        list(load_steps(damaged, 0, workers=workers, pin_memory=False))
+
+
+class Killed:
+    """Steps whose worker is ended from outside."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, step):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_was_killed_is_one_line():
+    with pytest.raises(ProfuserError, match="data_workers: 0"):
+        list(load_steps(Killed(), 0, workers=1, pin_memory=False))
+
+
+def test_a_stage_knows_its_modes():
+    stage = Stage(inference_weight=0.1, training_weight=0.0, beta=1.0, first=0, stop=1)
+    assert stage.modes == [Mode.INFERENCE]
+    assert (stage.weight(Mode.INFERENCE), stage.weight(Mode.TRAINING)) == (0.1, 0.0)
