@@ -1,0 +1,139 @@
+"""Every failure of a command is one line with its documented exit code, and a defect of our own keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors import SafetensorError
+
+from profuser.cli import COMMANDS, explained, main, main_of
+from profuser.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError, ProfuserError, Terminated
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """main_of installs a handler; the tests' own process gets its old one back."""
+    old = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, old)
+
+
+def ends(error: BaseException) -> int | str | None:
+    """How main_of ends a command that raises this."""
+
+    def command(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        main_of(command, [])
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ProfuserError("x"), 1),
+        (ConfigError("x"), 2),
+        (DataError("x"), 3),
+        (NonFiniteError("x"), 4),
+        (OutOfMemoryError("x"), 5),
+        (Terminated("x"), 75),
+        (KeyboardInterrupt(), 130),
+        (torch.OutOfMemoryError("CUDA out of memory\nmore"), 5),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1),
+        (SafetensorError("I/O error"), 1),
+        (ModuleNotFoundError("No module named 'datasets'", name="datasets"), 2),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_kind_of_failure_has_its_exit_code_and_one_line(error, code, capsys):
+    assert ends(error) == code
+    err = capsys.readouterr().err.strip()
+    assert err
+    assert "\n" not in err
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("datasets", "train"), ("gguf", "gguf"), ("reasoning_gym.utils", "recipes")]
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(module, extra):
+    message = str(explained(ModuleNotFoundError(name=module)))
+    assert f"the package {module.partition('.')[0]}" in message
+    assert f"pip install 'profuser[{extra}]'" in message
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), ModuleNotFoundError(name="profuser.nowhere")])
+def test_a_defect_of_our_own_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        main_of(lambda argv: (_ for _ in ()).throw(error), [])
+
+
+def test_a_command_gets_the_arguments_of_the_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["profuser.x", "--a", "1"])
+    main_of(seen.extend)
+    assert seen == ["--a", "1"]
+
+
+def test_a_reader_who_has_seen_enough_is_no_failure():
+    """`profuser train --help | head -1`: no traceback when the pipe is closed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "profuser.train", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    assert b"Traceback" not in process.stderr.read()
+    process.wait(timeout=60)
+
+
+def test_the_console_script_lists_the_commands(monkeypatch, capsys):
+    for arguments in ([], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["profuser", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
+        assert all(command in capsys.readouterr().out for command in [*COMMANDS][:1])
+
+
+def test_the_console_script_runs_a_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["profuser", "report", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 3
+    assert "RUN_DIR must be an existing directory" in capsys.readouterr().err
+
+
+def test_a_misspelt_command_is_named_with_the_nearest_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["profuser", "trian"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(monkeypatch, capsys):
+    import profuser
+
+    monkeypatch.setattr(sys, "argv", ["profuser", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.strip() == profuser.__version__
+
+
+def test_a_signal_that_comes_before_the_heavy_imports_ends_as_documented():
+    """SIGTERM while the command line is still being read."""
+    program = (
+        "import os, signal; from profuser.cli import main_of; main_of(lambda a: os.kill(os.getpid(), signal.SIGTERM))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (75, 1)
+    assert os.name == "posix"
