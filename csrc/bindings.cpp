@@ -1,4 +1,4 @@
-// Module profuser._align: numpy arrays in and out without a copy, the GIL released while C++ works.
+// The Python module profuser._align. Numpy arrays go in and out without a copy, and the GIL is released while C++ works.
 
 #include "align.h"
 #include "bindings.h"
@@ -14,7 +14,7 @@ namespace py = pybind11;
 
 namespace {
 
-// No forcecast: an array of another dtype or layout is an error here and not a silent copy.
+// Without py::array::forcecast, an array of another dtype or layout is an error here, and not a silent copy.
 using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
 
 profuser::Spans spans_of(const Int32Array& begin, const Int32Array& end, const std::string& name) {
@@ -50,7 +50,7 @@ py::tuple match_spans(const Int32Array& target_begin, const Int32Array& target_e
     return py::make_tuple(kind, source_position);
 }
 
-// An argument that must already be what C++ reads, with an error that says so; name is the argument's.
+// The argument `name` as an array of the dtype and layout that C++ reads. Any other argument is an error that names it.
 template <typename T>
 py::array_t<T, py::array::c_style> vector_of(const py::object& argument, const std::string& name) {
     using Array = py::array_t<T, py::array::c_style>;
@@ -69,7 +69,7 @@ py::array_t<T, py::array::c_style> vector_of(const py::object& argument, const s
     return array;
 }
 
-// Strings whose every offset and code point has been checked.
+// The strings of two arrays, after a check of every offset and every code point.
 profuser::Strings strings_of(const py::array_t<std::uint32_t, py::array::c_style>& codes,
                              const py::array_t<std::int64_t, py::array::c_style>& offsets, const std::string& name) {
     const std::string fix = "; make them with code_points()";

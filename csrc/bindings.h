@@ -1,4 +1,5 @@
-// What the parts of the module profuser._align share: arrays that are what C++ reads, or an error that says so.
+// The parts of the Python module profuser._align. Each takes only arrays of the dtype and layout that C++ reads, and raises
+// an error that says what is wrong with any other.
 #pragma once
 
 #include <pybind11/numpy.h>

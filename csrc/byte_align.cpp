@@ -1,4 +1,5 @@
-// The rules for one sequence after the other: candidates, paths and merged mass; see byte_align.h.
+// Applies the rules of the alignment to one sequence after the other: candidates, gold paths and merged mass. See
+// byte_align.h.
 
 #include "byte_align.h"
 
@@ -14,8 +15,9 @@ namespace profuser {
 
 namespace {
 
-constexpr float kMostLogprob = 1e-3F;  // float32 sums may end a hair above 0
+constexpr float kMostLogprob = 1e-3F;  // a sum in float32 may end slightly above 0
 
+// The bytes in quotes, for an error message.
 std::string shown(std::string_view bytes) {
     constexpr char digits[] = "0123456789abcdef";
     std::string text = "'";
@@ -31,7 +33,7 @@ std::string shown(std::string_view bytes) {
 
 }  // namespace
 
-// Aligns sequences, one after the other, over a cache that nobody writes to.
+// Aligns sequences, one after the other, while nobody writes to the aligner's cache.
 class ByteAligner::Worker {
   public:
     explicit Worker(const ByteAligner& aligner)
@@ -42,23 +44,35 @@ class ByteAligner::Worker {
     std::vector<Missing> missing;
 
   private:
-    // What a source's position says: its candidates with their log-probabilities, at most one of them its own token.
+    // The candidates of a source's position and their log-probabilities. At most one of them is the own token.
     struct Row {
         const std::int32_t* ids;
         const float* logprobs;
         std::size_t k;
     };
 
+    // Refuses a sequence whose arrays contradict each other.
     void check(const Sequence& q);
+    // Writes the number of bytes that each token has in front of the response or of its section, and refuses tokens that do
+    // not hold the response's bytes.
     void clips(const Vocabulary& vocabulary, const std::int32_t* ids, Spans spans, std::string_view response, const char* name,
                std::vector<std::int32_t>& clip);
+    // Adds the mass of all candidates that speak of target position t: those of source position j, then those of its gold
+    // path. Returns kAligned or the reason to skip, and writes the exact mass.
     std::uint8_t add_path(const Sequence& q, std::size_t t, std::size_t j, bool inside, double& exact);
+    // Adds the mass of the candidates at the source's end of turn, which is its row `rows`.
     void add_end(const Sequence& q, std::size_t rows);
+    // Adds the mass of a row's candidates other than the own token, times `weight`, for what they count for behind the prefix
+    // of target position t and `extension`. `strip` is the number of a candidate's bytes that stand before the position.
     void add_row(const Sequence& q, std::size_t t, const Row& row, std::int32_t own, double weight, std::string_view extension,
                  std::size_t strip, bool turn_may_end);
+    // The same where both models have the same token of the same tokenizer. Every candidate counts for itself there.
     void add_unchanged(const Row& row, std::int32_t own);
+    // Adds mass to a target token.
     void add(std::int32_t token, double mass);
+    // Adds the mass of a candidate to what it counts for.
     void count(std::int32_t counts_for, double mass);
+    // Keeps the top k of the position's mass. Returns kAligned or the reason to skip.
     std::uint8_t keep(double exact, Output& out, std::size_t t);
 
     const ByteAligner& aligner_;
@@ -66,7 +80,7 @@ class ByteAligner::Worker {
     const Settings& settings_;
     std::vector<std::int32_t> target_clip_, source_clip_;
     std::string key_;
-    // Of the current position.
+    // The current position: the mass of each target token, the dropped mass, and the target's end of turn.
     std::vector<std::pair<std::int32_t, double>> mass_;
     double dropped_ = 0.0;
     std::int32_t end_ = -1;
@@ -83,6 +97,8 @@ void ByteAligner::Worker::check(const Sequence& q) {
                    std::to_string(q.target_ids[t]) + "; encode the response with this tokenizer");
         }
     }
+    // Prefixes must not go beyond their positions and must not step back, and must be text. Of their tokens only those in front
+    // of the response are checked here, because `clips` checks the others.
     for (std::size_t t = 0; t <= q.target.size; ++t) {
         if (q.prefix_start[t] < 0 || static_cast<std::size_t>(q.prefix_start[t]) > q.start + t) {
             refuse("prefix_start must be in [0, " + std::to_string(q.start + t) + "], got " + std::to_string(q.prefix_start[t]));
@@ -113,6 +129,7 @@ void ByteAligner::Worker::check(const Sequence& q) {
     logprobs(q.own_logprobs, q.source.size, "own_logprobs");
     logprobs(q.range_logmass, q.ranges, "ranges.logmass");
     logprobs(q.range_logprobs, q.ranges * q.range_k, "ranges.logprobs");
+    // Prefix ranges must be sorted, because they are searched.
     for (std::size_t r = 0; r < q.ranges; ++r) {
         const std::int32_t row = q.range_rows[r], strip = q.range_strip[r];
         const bool there = row >= 0 && static_cast<std::size_t>(row) < q.source.size && strip > 0;
@@ -161,7 +178,7 @@ void ByteAligner::Worker::add(std::int32_t token, double mass) {
 }
 
 void ByteAligner::Worker::count(std::int32_t counts_for, double mass) {
-    if (counts_for == kEnd) counts_for = end_;  // a target without one: tail
+    if (counts_for == kEnd) counts_for = end_;  // -1, which is the tail, where the target has no end of turn
     if (counts_for == kDropped) {
         dropped_ += mass;
     } else if (counts_for >= 0) {
@@ -173,11 +190,15 @@ void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& r
                                   std::string_view extension, std::size_t strip, bool turn_may_end) {
     const std::size_t first = q.prefix_start[t], size = q.start + t - first;
     const std::int32_t* prefix = q.target_ids + first;
+    // A plain candidate begins exactly at the target's position. Behind a token that closes, a plain candidate that opens
+    // begins a new pre-token.
     const bool plain = strip == 0 && extension.empty();
     const bool may_close = plain && size > 0 && settings_.closes[prefix[size - 1]];
+    // Looks a candidate up behind this prefix. The context is found once for all candidates, and what is missing is collected
+    // in one place.
     const Context* context = nullptr;
     bool looked_up = false;
-    Missing* asked = nullptr;  // what is asked once, even where several candidates want it
+    Missing* asked = nullptr;
     const auto find = [&](std::int32_t wanted) -> const std::int32_t* {
         if (!looked_up) {
             write_key(key_, prefix, {size, extension, strip});
@@ -194,9 +215,13 @@ void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& r
         const std::int32_t candidate = row.ids[i];
         if (candidate == own || candidate < 0 || candidate >= source_.size()) continue;
         const auto [table, role] = aligner_.candidates_[candidate];
-        if (role == Role::kNone) continue;  // control tokens, and what models pad their logits with: tail
-        if (strip > 0 && source_.piece(candidate).size() == strip) continue;  // ends where the position begins: tail
+        // Control tokens, and the ids with which models pad their logits, stay in the tail. So does a token that ends where
+        // the position begins (rule 2).
+        if (role == Role::kNone) continue;
+        if (strip > 0 && source_.piece(candidate).size() == strip) continue;
         const double mass = weight * std::exp(static_cast<double>(row.logprobs[i]));
+        // Some candidates can be counted without their own entry in the cache: an end of turn by role, and text that begins a
+        // new pre-token by the table.
         std::int32_t lookup = candidate;
         if (role == Role::kEnd) {
             if (turn_may_end) {
@@ -236,8 +261,10 @@ std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std
     const std::int32_t gold = q.target_ids[q.start + t];
     const std::string_view piece = target_.piece(gold), own_piece = source_.piece(q.source_ids[j]);
     const std::int32_t begin = std::max(q.target.begin[t], 0);
-    const std::int32_t end = std::min<std::int64_t>(q.target.end[t], q.response.size());  // beyond it is template, no one's label
-    const std::string_view clip = piece.substr(0, target_clip_[t]);  // bytes that the target has in front
+    // Bytes beyond the response belong to the target's template and are part of no label.
+    const std::int32_t end = std::min<std::int64_t>(q.target.end[t], q.response.size());
+    const std::string_view clip = piece.substr(0, target_clip_[t]);  // the bytes that the target's token has in front
+    // Candidates must begin with the first `strip` bytes of the source's token (rules 2 and 6).
     std::size_t strip = 0;
     Row row{q.top_ids + j * q.k, q.top_logprobs + j * q.k, q.k};
     if (inside) {
@@ -250,7 +277,7 @@ std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std
         return kAligned;
     }
     if (strip > 0) {
-        // Binary search by (row, strip).
+        // Find the prefix range by a binary search for (row, strip), and take the candidates from it instead of the row.
         std::size_t low = 0, high = q.ranges;
         while (low < high) {
             const std::size_t middle = (low + high) / 2;
@@ -273,8 +300,9 @@ std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std
         row = {q.range_ids + low * q.range_k, q.range_logprobs + low * q.range_k, q.range_k};
         exact = std::exp(static_cast<double>(q.range_logmass[low]));
     }
-    // Bytes that both have in front are part of every candidate.
+    // Bytes that both tokens have in front are already part of every candidate.
     std::string_view extension = source_clip_[j] > 0 && strip == 0 ? std::string_view() : clip;
+    // Follow the gold path (rule 4). `weight` is the probability of the own tokens so far.
     double weight = 1.0;
     while (true) {
         add_row(q, t, row, q.source_ids[j], weight, extension, strip, q.source.begin[j] <= begin);
@@ -283,7 +311,8 @@ std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std
             add(gold, weight);
             return kAligned;
         }
-        ++j;  // the last source token of a response ends at its end
+        // There is a next source token, because the last one ends where the response ends. It must not have a dummy space.
+        ++j;
         if (source_clip_[j] > 0) return kNoPrefixRange;
         row = {q.top_ids + j * q.k, q.top_logprobs + j * q.k, q.k};
         strip = 0;
@@ -298,7 +327,8 @@ void ByteAligner::Worker::add_end(const Sequence& q, std::size_t rows) {
     if (settings_.same_tokens && settings_.target_closing == settings_.source_closing) {
         add_unchanged(row, own);
     } else if (!settings_.target_closing.empty()) {
-        // The target's own template stands before its end of turn: what else the source would say stays in the tail.
+        // Text of the target's template stands before its end of turn. The source's other candidates would have to stand
+        // before that text, so they say nothing about this position and stay in the tail.
         for (std::size_t i = 0; i < row.k; ++i) {
             const std::int32_t candidate = row.ids[i];
             if (candidate >= 0 && candidate != own && candidate < source_.size() && settings_.source_ends[candidate]) {
@@ -310,7 +340,7 @@ void ByteAligner::Worker::add_end(const Sequence& q, std::size_t rows) {
     }
 }
 
-// What is kept of the position's mass; the rules of mass stand in reference.py.
+// Rule 5.
 std::uint8_t ByteAligner::Worker::keep(double exact, Output& out, std::size_t t) {
     double possible = std::max(exact - dropped_, 0.0);
     out.reliability[t] = exact > 0.0 ? static_cast<float>(possible / exact) : 0.0F;
@@ -323,7 +353,7 @@ std::uint8_t ByteAligner::Worker::keep(double exact, Output& out, std::size_t t)
     });
     double sum = 0.0;
     for (std::size_t i = 0; i < kept; ++i) sum += mass_[i].second;
-    possible = std::max(possible, sum);  // float32 log-probabilities may add up to a hair more than the exact mass
+    possible = std::max(possible, sum);  // log-probabilities in float32 may add up to slightly more than the exact mass
     for (std::size_t i = 0; i < kept; ++i) {
         out.ids.push_back(mass_[i].first);
         out.logprobs.push_back(static_cast<float>(std::log(mass_[i].second / possible)));
@@ -340,7 +370,7 @@ void ByteAligner::Worker::run(const Sequence& q, Output& out) {
     out.logprobs.reserve(q.positions() * settings_.top_k);
     check(q);
     const auto n = static_cast<std::int64_t>(q.response.size());
-    // The source's last row is its end of turn where that follows the response.
+    // The source's last row is its end of turn, unless the response was cut.
     std::size_t rows = q.source.size;
     const bool source_has_end = rows > 0 && q.source_ids[rows - 1] >= 0 && q.source_ids[rows - 1] < source_.size() &&
                                 settings_.source_ends[q.source_ids[rows - 1]] && q.source.begin[rows - 1] == n &&
@@ -353,14 +383,17 @@ void ByteAligner::Worker::run(const Sequence& q, Output& out) {
                    std::to_string(spans.end[i]) + ") at " + std::to_string(i) + "; re-encode the response");
         }
     }
+    // Check that the tokens of both sides hold the response's bytes.
     clips(target_, q.target_ids + q.start, q.target, q.response, "target", target_clip_);
     clips(source_, q.source_ids, source, q.response, "source", source_clip_);
 
+    // Find the source position for each target position. The target's end of turn gets the source's, by role.
     match_spans(q.target, source, out.kind, out.source_position);
     if (q.target_end >= 0) {
         out.kind[q.target.size] = source_has_end ? kSameSpan : kSkipped;
         out.source_position[q.target.size] = source_has_end ? static_cast<std::int32_t>(rows) : -1;
     }
+    // Add up the mass of each position, and keep the top k of it.
     for (std::size_t t = 0; t < q.positions(); ++t) {
         mass_.clear();
         dropped_ = 0.0;
@@ -382,17 +415,18 @@ void ByteAligner::Worker::run(const Sequence& q, Output& out) {
 
 void ByteAligner::align(const std::vector<Sequence>& batch, std::vector<Output>& out, unsigned threads) {
     threads = std::max(1U, std::min<unsigned>(threads, static_cast<unsigned>(batch.size())));
-    if (!pending_.empty()) clear();  // what was asked and never learnt stands in the cache as tail
-    // Once more where all that was missing could be told without the tokenizer.
+    if (!pending_.empty()) clear();  // the cache holds candidates as tail whose texts were asked for and never learnt
+    // Align once more if everything that was missing could be found out without the tokenizer.
     while (run(batch, out, threads) && texts_.empty()) {
     }
 }
 
 bool ByteAligner::run(const std::vector<Sequence>& batch, std::vector<Output>& out, unsigned threads) {
+    // Align the sequences in threads. If several are refused, the error names the first one, whichever thread was faster.
     std::vector<Worker> workers(threads, Worker(*this));
     std::atomic<std::size_t> next{0};
     std::mutex mutex;
-    std::size_t failed = batch.size();  // the first sequence that was refused, so that threads do not decide which
+    std::size_t failed = batch.size();
     std::string message;
     std::exception_ptr other;
     const auto work = [&](Worker& worker) {
@@ -419,6 +453,7 @@ bool ByteAligner::run(const std::vector<Sequence>& batch, std::vector<Output>& o
     if (other) std::rethrow_exception(other);
     if (failed < batch.size()) refuse(message + " (sequence " + std::to_string(failed) + " of the batch)");
 
+    // Put what was missing into the cache.
     bool missing = false;
     for (const Worker& worker : workers) {
         for (const Missing& asked : worker.missing) intern(asked);

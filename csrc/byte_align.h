@@ -1,9 +1,10 @@
-// Alignment rules 1 to 6 over a batch of responses: which of a source's candidates counts for which target token, and the
-// merged mass. The oracle is profuser/alignment/reference.py, which also explains the rules.
+// Rules 1 to 6 of the alignment for a batch of responses: which target token each of a source's candidates counts for, and
+// how much mass each target token gets. The oracle is profuser/alignment/reference.py, which also states the rules.
 //
-// What a candidate counts for in its context is found out by the target's tokenizer, outside: `align` looks it up, collects
-// what it does not know yet, and is called again after `learn`. Between the two only `intern` writes, so sequences align in
-// threads over one read-only cache.
+// What a candidate counts for in its context is found out by the target's tokenizer, outside of C++. `align` looks it up in
+// a cache and collects what the cache does not hold yet. The caller has the missing texts tokenised, hands the tokens to
+// `learn`, and calls `align` again. While sequences are aligned in threads, nobody writes to the cache; `intern` and `learn`
+// write to it afterwards.
 #pragma once
 
 #include "align.h"
@@ -15,19 +16,20 @@
 
 namespace profuser {
 
-// What a candidate counts for when it is not a target token; as in profuser/alignment/vocab_map.py.
+// These stand in place of the target id that a candidate counts for. The numbers must be those in
+// profuser/alignment/vocab_map.py.
 constexpr std::int32_t kTail = -1, kDropped = -2, kEnd = -3;
 
-// Throws std::invalid_argument.
+// Throws std::invalid_argument, which Python gets as a ValueError.
 [[noreturn]] void refuse(const std::string& message);
 
-// The order is that of SKIP_REASONS in profuser/alignment/types.py.
+// The order must be that of SKIP_REASONS in profuser/alignment/types.py.
 enum SkipReason : std::uint8_t { kAligned = 0, kNoPrefixRange = 1, kLowReliability = 2, kEmpty = 3, kNoSourcePosition = 4 };
 
-// The bytes of every token of a vocabulary; a control token has none and is not text.
+// The bytes of every token of a vocabulary. A control token has no bytes and is not text.
 class Vocabulary {
   public:
-    // offsets: size + 1 of them into bytes; text: per token whether it is text.
+    // bytes: the bytes of all tokens end to end. offsets: size + 1 offsets into bytes. text: whether each token is text.
     Vocabulary(std::string bytes, std::vector<std::int64_t> offsets, std::vector<std::uint8_t> text);
 
     std::int32_t size() const { return static_cast<std::int32_t>(text_.size()); }
@@ -45,33 +47,33 @@ class Vocabulary {
 struct Settings {
     std::int32_t top_k;
     float min_reliability;
-    bool same_tokens;           // both tokenizers give every text the same ids
-    std::int32_t target_end;    // -1: none
-    std::string target_closing, source_closing;
-    std::vector<std::uint8_t> source_ends;    // by source id
-    std::vector<std::int32_t> table;          // by source id: what it counts for at the beginning of a pre-token
-    std::vector<std::uint8_t> opens, closes;  // by source and by target id
-    std::vector<std::uint8_t> lookahead;      // by source id, into kLookaheads
-    std::vector<std::int32_t> exact;          // target ids: the token of exactly its bytes
+    bool same_tokens;                            // whether both tokenizers give every text the same ids
+    std::int32_t target_end;                     // the target's end of turn, -1 if it has none
+    std::string target_closing, source_closing;  // the templates' bytes between a response and its end of turn
+    std::vector<std::uint8_t> source_ends;       // per source id, whether it is an end of turn
+    std::vector<std::int32_t> table;             // per source id, what it counts for at the beginning of a pre-token
+    std::vector<std::uint8_t> opens, closes;     // per source id and per target id, as in CandidateTable of vocab_map.py
+    std::vector<std::uint8_t> lookahead;         // per source id, an index into kLookaheads
+    std::vector<std::int32_t> exact;             // the target ids that a candidate of exactly their bytes counts for
 };
 
-// One response as both sides see it; the arrays belong to the caller.
+// One response as both sides see it. The arrays belong to the caller.
 struct Sequence {
     std::string_view response;
-    // Target: the conversation's tokens up to the response's end, of which the response's are [start, size).
+    // Target: the conversation's tokens up to the end of the response, whose own tokens are [start, target_size).
     const std::int32_t* target_ids;
     std::size_t target_size, start;
-    Spans target;                          // of the response's tokens
-    const std::int32_t* prefix_start;      // target.size + 1
-    std::int32_t target_end;               // id of the end of turn after the response; -1: cut
-    // Source: its tokens of the response and its end of turn.
+    Spans target;                      // the spans of the response's tokens
+    const std::int32_t* prefix_start;  // (target.size + 1,), the first token of each position's prefix
+    std::int32_t target_end;           // the id of the end of turn after the response, -1 if the response was cut
+    // Source: its tokens of the response, and then its end of turn if the response was not cut.
     const std::int32_t* source_ids;
     Spans source;
     const std::int32_t* top_ids;  // (source.size, k), -1 = padding
     const float* top_logprobs;
     std::size_t k;
     const float* own_logprobs;
-    // Prefix ranges, by (row, strip).
+    // Prefix ranges, sorted by (row, strip).
     std::size_t ranges;
     const std::int32_t *range_rows, *range_strip;
     const float* range_logmass;
@@ -82,11 +84,11 @@ struct Sequence {
     std::size_t positions() const { return target.size + (target_end >= 0); }
 };
 
-// Per position; entries position by position.
+// The results of one sequence: one number per position in each array, and the entries of all positions end to end.
 struct Output {
     std::uint8_t* kind;
     std::int32_t* source_position;
-    std::int64_t* counts;
+    std::int64_t* counts;  // the number of entries of each position
     float *tail, *reliability;
     std::uint8_t* skip_reason;
     std::vector<std::int32_t> ids;
@@ -97,27 +99,30 @@ class ByteAligner {
   public:
     ByteAligner(Vocabulary target, Vocabulary source, Settings settings);
 
-    // Aligns every sequence. What could not be looked up counts as tail and is asked for by the next `wanted`.
-    // Throws std::invalid_argument with rule, value and fix for input that contradicts itself.
+    // Aligns every sequence. A candidate that could not be looked up goes to the tail for now, and its text is in `wanted`
+    // afterwards. Throws std::invalid_argument with rule, value and fix for input that contradicts itself.
     void align(const std::vector<Sequence>& batch, std::vector<Output>& out, unsigned threads);
 
-    // The texts whose first tokens decide what `align` did not know; `learn` takes their ids (CSR), in this order.
+    // The texts whose tokens `align` needs to know. `learn` takes the ids of these tokens (CSR), in the same order.
     const std::vector<std::string>& wanted() const { return texts_; }
     void learn(const std::int32_t* ids, const std::int64_t* offsets);
 
+    // The number of candidates in the cache, and a way to forget them.
     std::size_t cached() const { return cached_; }
     void clear();
 
   private:
-    // In place of a candidate: none; any of the source's end tokens; any that opens (1 where the prefix stays before it).
+    // These stand in place of a candidate in a context. kFree marks a slot without a candidate. kAnyEnd stands for all of the
+    // source's end tokens, which have no bytes. kClosed stands for all candidates that open; its value is 1 if the tokens of
+    // the prefix stay as they are before such a candidate, else 0.
     static constexpr std::int32_t kFree = -1, kAnyEnd = -2, kClosed = -3;
-    // What a source's token is, apart from any context.
-    enum class Role : std::uint8_t { kNone, kText, kOpens, kEnd };  // kOpens: text that begins a new pre-token
+    // What a source's token is, apart from any context. kOpens is text that begins a new pre-token.
+    enum class Role : std::uint8_t { kNone, kText, kOpens, kEnd };
     struct Candidate {
-        std::int32_t table = kTail;  // what it counts for at the beginning of a pre-token
+        std::int32_t table = kTail;  // what the token counts for at the beginning of a pre-token
         Role role = Role::kNone;
     };
-    // What candidates count for behind one prefix; the prefix stands in its key.
+    // What candidates count for in one context, which is given by its key (see Key). It is a hash table.
     class Context {
       public:
         const std::int32_t* find(std::int32_t candidate) const {
@@ -134,41 +139,46 @@ class ByteAligner {
         static std::size_t slot_of(std::int32_t candidate, std::size_t mask) {
             return (static_cast<std::uint32_t>(candidate) * 2654435769U >> 7) & mask;
         }
-        std::vector<std::pair<std::int32_t, std::int32_t>> slots_;  // open addressing: candidate (kFree: none), counts for
+        // Open addressing: pairs of a candidate, or kFree, and what it counts for.
+        std::vector<std::pair<std::int32_t, std::int32_t>> slots_;
         std::size_t used_ = 0;
     };
+    // Together with the tokens of the prefix, this decides what a candidate counts for.
     struct Key {
-        std::size_t prefix;          // number of the target's tokens from the start of the current pre-token
-        std::string_view extension;  // bytes between the target's position and the candidate
-        std::size_t strip;           // bytes of the candidate that stand before the target's position
+        std::size_t prefix;          // the number of the target's tokens from the start of the current pre-token
+        std::string_view extension;  // the bytes between the target's position and the candidate
+        std::size_t strip;           // the number of the candidate's bytes that stand before the target's position
     };
+    // A candidate whose text is in texts_ and whose tokens are not known yet.
     struct Pending {
         const std::string* key;
         Context* context;
         std::int32_t candidate;
-        std::size_t prefix_bytes, size;  // of the text: of its prefix, and without look-ahead
+        std::size_t prefix_bytes, size;  // the number of bytes of the text's prefix, and of the text without look-ahead
     };
+    // Candidates that a sequence met in a context and that were not in the cache.
     struct Missing {
         std::string key;
         std::vector<std::int32_t> candidates;
     };
     class Worker;
 
-    // One pass; whether something was not known.
+    // Aligns the batch once, and returns whether candidates were missing.
     bool run(const std::vector<Sequence>& batch, std::vector<Output>& out, unsigned threads);
+    // Puts the missing candidates of a context into the cache, and the texts that have to be tokenised into texts_.
     void intern(const Missing& missing);
     static void write_key(std::string& key, const std::int32_t* prefix, const Key& parts);
     static Key read_key(const std::string& key, std::vector<std::int32_t>& prefix);
 
     Vocabulary target_, source_;
     Settings settings_;
-    std::unordered_map<std::string_view, std::int32_t> exact_;  // into target_'s bytes
-    std::vector<Candidate> candidates_;                         // by source id
-    std::unordered_map<std::string, Context> contexts_;         // by key; nodes stay where they are
-    std::size_t cached_ = 0;  // candidates
+    std::unordered_map<std::string_view, std::int32_t> exact_;  // the keys are views of target_'s bytes
+    std::vector<Candidate> candidates_;                         // one per source id
+    std::unordered_map<std::string, Context> contexts_;         // a node never moves, so Pending can point to it
+    std::size_t cached_ = 0;                                    // the number of candidates in the cache
     std::vector<std::string> texts_;
     std::vector<Pending> pending_;
-    std::vector<std::int32_t> prefix_;  // scratch
+    std::vector<std::int32_t> prefix_;  // a buffer for read_key
 };
 
 }  // namespace profuser

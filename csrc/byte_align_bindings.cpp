@@ -1,4 +1,5 @@
-// profuser._align.ByteAligner: batches as CSR arrays, without a copy, the GIL released while C++ works.
+// The Python class profuser._align.ByteAligner. A batch is a dict of CSR arrays, which C++ reads without a copy and with the
+// GIL released.
 
 #include "bindings.h"
 #include "byte_align.h"
@@ -23,7 +24,8 @@ void require(bool holds, const std::string& rule) {
     if (!holds) throw std::invalid_argument(rule);
 }
 
-// The array `name` of a dict, with its dtype and shape checked: no silent cast, nothing out of bounds.
+// The array `name` of a dict, after a check of its dtype and shape. There is no silent cast, and no read out of bounds. A
+// negative number of rows allows any number; columns = -1 asks for one dimension, and any other value for two.
 template <typename T>
 Array<T> field(const py::dict& batch, const char* name, py::ssize_t rows, py::ssize_t columns = -1) {
     require(batch.contains(name), std::string("a batch needs ") + name);
@@ -44,7 +46,7 @@ Array<T> field(const py::dict& batch, const char* name, py::ssize_t rows, py::ss
     return array;
 }
 
-// CSR offsets of `sequences` sequences over `total` rows.
+// CSR offsets of sequences over `total` rows.
 const std::int64_t* offsets_of(const Array<std::int64_t>& offsets, const char* name, py::ssize_t total) {
     const std::int64_t *begin = offsets.data(), *end = begin + offsets.size();
     require(begin[0] == 0 && std::is_sorted(begin, end) && end[-1] == total,
@@ -53,6 +55,7 @@ const std::int64_t* offsets_of(const Array<std::int64_t>& offsets, const char* n
     return begin;
 }
 
+// An array that owns the values of a vector, without a copy.
 template <typename T>
 Array<T> moved(std::vector<T>&& values) {
     auto* const owned = new std::vector<T>(std::move(values));
@@ -63,8 +66,9 @@ profuser::Vocabulary vocabulary_of(const py::bytes& bytes, const Array<std::int6
     return {bytes, vector_of(offsets), vector_of(text)};
 }
 
-// See profuser/alignment/engine.py for the fields of a batch.
+// CppByteAligner.batch_of in profuser/alignment/engine.py makes a batch and shows its fields.
 py::dict align(profuser::ByteAligner& aligner, const py::dict& batch, unsigned threads) {
+    // Read and check the arrays. B sequences have M rows of the source and R prefix ranges.
     const auto response_offsets = field<std::int64_t>(batch, "response_offsets", -1);
     const py::ssize_t B = response_offsets.size() - 1;
     require(B >= 0, "response_offsets must have one entry more than there are sequences, got none");
@@ -105,6 +109,7 @@ py::dict align(profuser::ByteAligner& aligner, const py::dict& batch, unsigned t
                *mo = offsets_of(source_offsets, "source_offsets", M), *go = offsets_of(range_offsets, "range_offsets", R);
     const std::size_t k = top_ids.shape(1), range_k = range_ids.shape(1);
 
+    // Point every sequence at its parts of the arrays, and count the positions of each.
     std::vector<profuser::Sequence> sequences(B);
     std::vector<profuser::Output> outputs(B);
     Array<std::int64_t> position_offsets(B + 1);
@@ -138,6 +143,7 @@ py::dict align(profuser::ByteAligner& aligner, const py::dict& batch, unsigned t
         q.range_k = range_k;
         po[b + 1] = po[b] + static_cast<std::int64_t>(q.positions());
     }
+    // Point every output at its parts of the results. counts becomes entry_offsets, one place further on.
     const std::int64_t total = po[B];
     Array<std::uint8_t> kind(total), skip_reason(total);
     Array<std::int32_t> source_position(total);
@@ -149,6 +155,7 @@ py::dict align(profuser::ByteAligner& aligner, const py::dict& batch, unsigned t
                       tail.mutable_data() + po[b], reliability.mutable_data() + po[b],  skip_reason.mutable_data() + po[b],
                       {},                           {}};
     }
+    // Align, sum the counts up to offsets, and put the entries of all sequences end to end.
     std::vector<std::int32_t> ids;
     std::vector<float> logprobs;
     {

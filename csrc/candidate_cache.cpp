@@ -1,4 +1,5 @@
-// What candidates count for behind a prefix: looked up by keys, asked of the tokenizer, learnt; see byte_align.h.
+// The cache of what candidates count for behind a prefix: its keys, the texts that the tokenizer is asked for, and what is
+// learnt from their tokens. See byte_align.h.
 
 #include "byte_align.h"
 
@@ -10,10 +11,10 @@ namespace profuser {
 
 namespace {
 
-constexpr std::int64_t kMostBytes = 65535;  // of a token, so that a key's numbers fit in 16 bits
-constexpr std::string_view kLookaheads[] = {"", "x", " x"};
+constexpr std::int64_t kMostBytes = 65535;  // the largest number of bytes in a token; a key holds such numbers in 16 bits
+constexpr std::string_view kLookaheads[] = {"", "x", " x"};  // must be LOOKAHEADS in profuser/alignment/vocab_map.py
 
-// As Python's strict decoder: no overlong forms, no surrogates, nothing beyond U+10FFFF.
+// Whether Python's strict decoder accepts the bytes: it refuses overlong forms, surrogates, and anything beyond U+10FFFF.
 bool is_utf8(std::string_view bytes) {
     const auto* p = reinterpret_cast<const unsigned char*>(bytes.data());
     const auto* const end = p + bytes.size();
@@ -56,6 +57,7 @@ Vocabulary::Vocabulary(std::string bytes, std::vector<std::int64_t> offsets, std
 }
 
 void ByteAligner::Context::insert(std::int32_t candidate, std::int32_t counts_for) {
+    // Double the table before more than half of its slots are used.
     if (2 * (used_ + 1) > slots_.size()) {
         auto old = std::move(slots_);
         slots_.assign(std::max<std::size_t>(16, 2 * old.size()), {kFree, kTail});
@@ -71,8 +73,8 @@ void ByteAligner::Context::insert(std::int32_t candidate, std::int32_t counts_fo
     slots_[i] = {candidate, counts_for};
 }
 
-// The prefix's tokens, the extension, then the extension's and the strip's number of bytes. Most keys have at most two
-// tokens and so need no memory of their own.
+// A key is the prefix's tokens, then the extension, then the number of the extension's bytes and the strip. Most keys have at
+// most two tokens, and such a short string needs no memory on the heap.
 void ByteAligner::write_key(std::string& key, const std::int32_t* prefix, const Key& parts) {
     const std::uint16_t numbers[2] = {static_cast<std::uint16_t>(parts.extension.size()), static_cast<std::uint16_t>(parts.strip)};
     key.assign(reinterpret_cast<const char*>(prefix), parts.prefix * sizeof(*prefix));
@@ -104,6 +106,7 @@ ByteAligner::ByteAligner(Vocabulary target, Vocabulary source, Settings settings
     for (const std::uint8_t which : s.lookahead) {
         if (which > 2) refuse("lookahead must be 0, 1 or 2, got " + std::to_string(which));
     }
+    // Look-up tables: the exact tokens by their bytes, and what each source token is.
     for (const std::int32_t id : s.exact) {
         if (!target_.is_text(id)) refuse("exact must hold target ids of text, got " + std::to_string(id));
         exact_.emplace(target_.piece(id), id);
@@ -126,6 +129,8 @@ void ByteAligner::intern(const Missing& missing) {
     const Key parts = read_key(key, prefix_);
     std::string prefix;
     for (const std::int32_t id : prefix_) prefix += target_.piece(id);
+    // The text of a candidate is the prefix, the extension, and the candidate's bytes. An end of turn has no bytes, and
+    // kClosed is tried with one example.
     for (const std::int32_t candidate : missing.candidates) {
         if (context.find(candidate)) continue;
         ++cached_;
@@ -141,11 +146,13 @@ void ByteAligner::intern(const Missing& missing) {
             continue;
         }
         if (!is_utf8(text)) {
-            // Ends inside a character: no text to tokenise, only a token of exactly these bytes will do.
+            // The candidate ends inside a character. That is no text to tokenise, so only a token of exactly these bytes
+            // fits.
             const auto exact = exact_.find(added);
             context.insert(candidate, exact == exact_.end() ? kTail : exact->second);
             continue;
         }
+        // Until the text's tokens are learnt, the candidate goes to the tail.
         pending_.push_back({&key, &context, candidate, prefix.size(), text.size()});
         if (candidate >= 0) text += kLookaheads[settings_.lookahead[candidate]];
         texts_.push_back(std::move(text));
@@ -159,14 +166,16 @@ void ByteAligner::learn(const std::int32_t* ids, const std::int64_t* offsets) {
         read_key(*pending.key, prefix_);
         const std::int32_t* const found = ids + offsets[i];
         const std::size_t size = offsets[i + 1] - offsets[i], before = prefix_.size();
+        // A candidate that changes the tokens of its prefix is dropped (rule 3).
         const bool stays = size >= before && std::equal(prefix_.begin(), prefix_.end(), found);
         if (pending.candidate == kClosed || !stays) {
             pending.context->insert(pending.candidate, pending.candidate == kClosed ? stays : kDropped);
             continue;
         }
-        if (size == before || !target_.is_text(found[before])) continue;  // no token of its own: stays in the tail
+        if (size == before || !target_.is_text(found[before])) continue;  // without a token of its own it stays in the tail
         const std::string_view piece = target_.piece(found[before]), text = texts_[i];
-        // Longer than the candidate: reaches into the look-ahead. Other bytes: the normaliser changed them.
+        // A token that is longer than the candidate reaches into the look-ahead, and one of other bytes was changed by the
+        // normaliser. In both cases the candidate stays in the tail.
         if (pending.prefix_bytes + piece.size() <= pending.size && text.substr(pending.prefix_bytes, piece.size()) == piece) {
             pending.context->insert(pending.candidate, found[before]);
         }

@@ -1,4 +1,4 @@
-// Dynamic time warping with Levenshtein cost; equal tokens are compared once.
+// Dynamic time warping with Levenshtein cost. Equal tokens are compared only once.
 
 #include "dtw.h"
 
@@ -11,17 +11,18 @@ namespace profuser {
 
 namespace {
 
-enum Step : std::uint8_t { kDiagonal, kUp, kLeft };  // back to: both previous, previous source, previous target
+// A step back to the previous token on both sides, on the source's side, or on the target's side.
+enum Step : std::uint8_t { kDiagonal, kUp, kLeft };
 
 constexpr std::size_t kWordBits = 64;
-constexpr std::uint8_t kNotRemembered = 255;  // as large or larger: rare, computed again
+constexpr std::uint8_t kNotRemembered = 255;  // a cost this large or larger is rare, and is computed again
 
-// The distinct strings of a sequence, their code points replaced by 0, 1, 2, ...: table indices below.
+// The distinct strings of a sequence. Their code points are replaced by 0, 1, 2, ..., which index the table of Distance.
 struct Distinct {
     std::vector<std::uint32_t> symbols;
     std::vector<std::size_t> offsets{0};
-    std::vector<std::size_t> index;   // per position of the sequence its distinct string
-    std::vector<std::size_t> counts;  // per distinct string how often it stands in the sequence
+    std::vector<std::size_t> index;   // the distinct string at each position of the sequence
+    std::vector<std::size_t> counts;  // how often each distinct string stands in the sequence
 
     std::size_t size() const { return counts.size(); }
     const std::uint32_t* begin(std::size_t i) const { return symbols.data() + offsets[i]; }
@@ -31,7 +32,7 @@ struct Distinct {
 
 Distinct distinct(Strings strings, const std::vector<std::uint32_t>& alphabet) {
     Distinct out;
-    // A view of the bytes, because the standard hashes char only.
+    // The key is a view of the string's bytes, because the standard library hashes views of char only.
     std::unordered_map<std::string_view, std::size_t> known;
     out.index.reserve(strings.size);
     for (std::size_t i = 0; i < strings.size; ++i) {
@@ -53,7 +54,7 @@ Distinct distinct(Strings strings, const std::vector<std::uint32_t>& alphabet) {
     return out;
 }
 
-// Levenshtein distances of one string at a time to many others.
+// Levenshtein distances of one string, the pattern, to many others.
 class Distance {
 public:
     explicit Distance(std::size_t alphabet_size) : where_(alphabet_size, 0) {}
@@ -74,7 +75,8 @@ public:
 private:
     std::size_t size() const { return static_cast<std::size_t>(end_ - begin_); }
 
-    // One column of the table in two words of vertical differences (Myers 1999, in Hyyrö's form of 2003).
+    // For a pattern that fits in a word. A column of the table is held in two words: the bits at which its values rise and
+    // those at which they fall (Myers 1999, in Hyyrö's form of 2003).
     std::int64_t short_to(const std::uint32_t* begin, const std::uint32_t* end) const {
         const std::uint64_t last = std::uint64_t{1} << (size() - 1);
         std::uint64_t rises = ~std::uint64_t{0};
@@ -95,6 +97,7 @@ private:
         return distance;
     }
 
+    // For a longer pattern: the table row by row.
     std::int64_t long_to(const std::uint32_t* begin, const std::uint32_t* end) {
         row_.resize(size() + 1);
         for (std::size_t i = 0; i <= size(); ++i) row_[i] = static_cast<std::int64_t>(i);
@@ -111,11 +114,12 @@ private:
 
     const std::uint32_t* begin_ = nullptr;
     const std::uint32_t* end_ = nullptr;
-    std::vector<std::uint64_t> where_;  // per symbol the positions of a short pattern that hold it
+    std::vector<std::uint64_t> where_;  // the positions of each symbol in a short pattern, as bits
     std::vector<std::int64_t> row_;
 };
 
-// The costs of one source string to every distinct target string, remembered while the source string comes up again.
+// The costs of a source string and every distinct target string. They are remembered as long as the source string will come
+// up again.
 class Costs {
 public:
     Costs(const Distinct& source, const Distinct& target, std::size_t alphabet_size)
@@ -151,11 +155,12 @@ private:
     const Distinct& source_;
     const Distinct& target_;
     Distance distance_;
-    std::vector<std::size_t> left_;  // per source string how often it is still to come
+    std::vector<std::size_t> left_;  // how often each source string will still come up
     std::vector<std::vector<std::uint8_t>> remembered_;
     std::vector<std::int64_t> costs_;
 };
 
+// All code points of both sides, sorted, each once.
 std::vector<std::uint32_t> alphabet_of(Strings source, Strings target) {
     std::vector<std::uint32_t> alphabet(source.codes, source.codes + source.offsets[source.size]);
     alphabet.insert(alphabet.end(), target.codes, target.codes + target.offsets[target.size]);
@@ -176,9 +181,11 @@ std::vector<std::pair<std::int32_t, std::int32_t>> dtw(Strings source, Strings t
     const Distinct rows = distinct(source, alphabet);
     const Distinct columns = distinct(target, alphabet);
     Costs costs(rows, columns, alphabet.size());
-    std::vector<std::int64_t> total(m);  // of the previous row, and left of j already of this one
+    // total[j] is the cost of the cheapest path to (i - 1, j), and left of the current j already of the one to (i, j).
+    std::vector<std::int64_t> total(m);
     const std::unique_ptr<std::uint8_t[]> steps(new std::uint8_t[n * m]);
 
+    // Fill the table row by row, and note the cheapest step back at every pair.
     for (std::size_t i = 0; i < n; ++i) {
         const std::vector<std::int64_t>& cost = costs.of(rows.index[i]);
         std::uint8_t* step = steps.get() + i * m;
@@ -199,6 +206,7 @@ std::vector<std::pair<std::int32_t, std::int32_t>> dtw(Strings source, Strings t
         }
     }
 
+    // Walk back from the last pair to the first.
     std::size_t i = n - 1;
     std::size_t j = m - 1;
     path.reserve(n + m - 1);

@@ -1,4 +1,4 @@
-// Dynamic time warping of two token sequences with Levenshtein cost, as FuseLLM aligns tokens (arXiv 2401.10491). The
+// Dynamic time warping of two token sequences with Levenshtein cost, by which FuseLLM aligns tokens (arXiv 2401.10491). The
 // oracle is dtw_python in profuser/alignment/fusellm.py.
 #pragma once
 
@@ -9,16 +9,17 @@
 
 namespace profuser {
 
-// Strings one after another: string i is codes[offsets[i] .. offsets[i + 1]), in UTF-32 code points.
+// Strings end to end in UTF-32 code points. String i is codes[offsets[i] .. offsets[i + 1]).
 struct Strings {
     const std::uint32_t* codes;
-    const std::int64_t* offsets;  // size + 1, from 0, never falling; the caller checks it
+    const std::int64_t* offsets;  // size + 1 offsets that begin at 0 and never fall, which the caller has checked
     std::size_t size;
 };
 
-// The cheapest path from (0, 0) to (n - 1, m - 1) as pairs (source, target), in that order; empty when a sequence is.
-// Of equally cheap steps back the diagonal one is taken, then the one to the previous source token, then to the previous
-// target token. Memory: n * m bytes for the steps, at most half as much for remembered costs, the rest linear in the input.
+// The cheapest path from (0, 0) to (n - 1, m - 1) as pairs (source, target). It is empty if one of the sequences is empty.
+// Of equally cheap steps back, the diagonal one is preferred, then the one to the previous source token, then the one to the
+// previous target token. The steps take n * m bytes of memory, remembered costs take at most half as much, and everything
+// else is linear in the input.
 std::vector<std::pair<std::int32_t, std::int32_t>> dtw(Strings source, Strings target);
 
 }  // namespace profuser

@@ -1,4 +1,4 @@
-// Span matching: which source token may speak for which target token (rule: their prefixes are the same bytes).
+// Matches each target token with the source token whose distribution it can take, because both follow the same bytes.
 
 #include "align.h"
 
@@ -21,8 +21,8 @@ std::size_t first_unordered_span(Spans spans) {
 }
 
 void match_spans(Spans target, Spans source, std::uint8_t* kind, std::int32_t* source_position) {
-    std::size_t first = 0;  // first source token that begins at or after this target token
-    std::size_t order = 0;  // of this target token among those that begin at the same byte
+    std::size_t first = 0;  // the first source token that begins at or after this target token
+    std::size_t order = 0;  // the place of this target token among those that begin at the same byte
     for (std::size_t t = 0; t < target.size; ++t) {
         const std::int32_t begin = clipped_begin(target, t);
         order = t > 0 && clipped_begin(target, t - 1) == begin ? order + 1 : 0;

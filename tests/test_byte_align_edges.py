@@ -178,7 +178,7 @@ def source_rows() -> tuple[str, PreTrainedTokenizerBase, PreTrainedTokenizerBase
             "must be of the source's tokenizer",
         ),
         (lambda i, p, own, r: (i, p, own, (*r, r[0])), ValueError, "last three"),
-        (lambda i, p, own, r: (i, p, own, (r[0][1:], r[1][1:], r[2][1:])), DataError, "one row each"),
+        (lambda i, p, own, r: (i, p, own, (r[0][1:], r[1][1:], r[2][1:])), DataError, "one row per range"),
     ],
 )
 def test_rows_that_contradict_each_other_are_refused(change, error, message):

@@ -1,7 +1,7 @@
-"""`align`: a source's distributions of a plain text on a target's tokens, for a trainer of your own.
+"""`align` puts a source's distributions of a plain text on a target's tokens, for use in a trainer of your own.
 
-No chat template, no begin and no end of turn: the text is one response that stands alone. What the trainer of this
-package does with conversations is the same alignment (`engine.py`) behind a template.
+There is no chat template, no begin token and no end of turn: the text is one response that stands alone. This package's
+own trainer uses the same alignment (`engine.py`) for conversations, with a template around the response.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class PlainText:
         return ByteOrder(self.token_bytes)
 
     def encode(self, text: str) -> Encoded:
-        """The text as a response of its own; strings of control tokens in it are plain text.
+        """Encodes the text as a response that stands alone. Strings of control tokens in it are plain text.
 
         Raises:
-            TypeError: it is no string.
+            TypeError: the text is not a string.
             TokenBytesMismatch: the tokens do not hold the text's bytes exactly (reason "normaliser" or "decoder").
         """
         if not isinstance(text, str):
@@ -57,13 +57,18 @@ class PlainText:
 
 @dataclass(frozen=True, slots=True)
 class AlignedText:
-    """N target tokens of a text, with a source's distribution of each: row n speaks of token n, emitted one position before.
+    """The N target tokens of a text, with a source's distribution for each of them.
 
-    target_ids: (N,) int64; target_spans: (N, 2) int32, bytes of the text.
-    source_ids: (N, K) int32, target tokens, -1 = padding; source_logprobs: (N, K) fp32, natural log; source_tail: (N,)
-        fp32, probability outside the K entries. As `fused_linear_fusion_loss` takes them; a skipped token has no entry.
-    reliability: (N,) fp32, share of the source's mass that can follow the target's prefix.
-    kind, skip_reason: (N,) uint8 into profuser.alignment.types.KINDS and SKIP_REASONS.
+    Row n is the distribution of token n itself, which a model gives at the position before that token. A skipped token has
+    no entries. The source's three arrays are in the form that `fused_linear_fusion_loss` takes.
+
+    target_ids: (N,) int64.
+    target_spans: (N, 2) int32, the bytes of the text that each token covers.
+    source_ids: (N, K) int32, target tokens, -1 = padding.
+    source_logprobs: (N, K) fp32, natural log.
+    source_tail: (N,) fp32, the probability outside the K entries.
+    reliability: (N,) fp32, the share of the source's mass that can follow the target's prefix.
+    kind, skip_reason: (N,) uint8, indices into profuser.alignment.types.KINDS and SKIP_REASONS.
     """
 
     target_ids: Tensor
@@ -79,16 +84,18 @@ class AlignedText:
 def prefix_ranges(
     text: str, target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `source_topk` has to be asked for besides its top k: `source_topk(..., ranges=prefix_ranges(...))`.
+    """The ranges that `source_topk` needs besides its top k: `source_topk(..., ranges=prefix_ranges(...))`.
 
-    Where a target token begins inside a source token, alignment needs the source's mass among the tokens that begin with
-    the bytes before it. Needs neither model.
+    Where a target token begins inside a source token, the alignment needs the source's mass among the tokens that begin
+    with the same bytes up to that place (rule 2 of profuser/alignment/reference.py). This function needs neither model.
 
     Args:
+        text: the text as `align` takes it.
         target, source: Hugging Face tokenizers with a `tokenizers` backend.
     Returns:
-        rows, lo, hi (R,) int64: row of the source's tokens of `text`, and a range of vocab_order (V',) int64, the source's
-        tokens sorted by their bytes.
+        rows: (R,) int64, a row of the source's tokens of `text` per range.
+        lo, hi: (R,) int64, the range [lo, hi) of vocab_order.
+        vocab_order: (V',) int64, the source's tokens sorted by their bytes.
     Raises:
         TokenBytesMismatch: a tokenizer changes the text.
     """
@@ -111,24 +118,26 @@ def align(
     top_k: int = 10,
     min_reliability: float = 0.1,
 ) -> AlignedText:
-    """A source's top-k distributions of its tokens of `text` as distributions of the target's tokens.
+    """Turns a source's top-k distributions of its own tokens of `text` into distributions of the target's tokens.
 
     Args:
-        text: tokenised on both sides as it stands, without begin or end tokens; the name of a control token in it is plain text.
-            What the source says of its own control tokens, an end of turn say, goes to the tail: profuser.prepare aligns
-            conversations.
+        text: it is tokenised on both sides as it stands, without begin or end tokens. The name of a control token in it is
+            plain text. What the source says of its own control tokens, for example of its end of turn, goes to the tail;
+            conversations are aligned by profuser.prepare.
         target, source: Hugging Face tokenizers with a `tokenizers` backend.
-        top_ids, top_logprobs: (M, k) the source's top-k ids and natural log-probabilities; row m is its distribution OF its
-            own token m, so from the position before. -1 = padding; a row of nothing but padding says nothing.
-        own_logprobs: (M,) log-probability of the source's own token m (`-ce` of `source_topk`).
-        ranges: (range_ids (R, k), range_logprobs (R, k), range_logmass (R,)) that `source_topk` returns for
+        top_ids, top_logprobs: (M, k), the source's top-k ids and natural log-probabilities. Row m is the distribution of
+            the source's own token m itself, so it comes from the position before that token. -1 = padding; a row that is
+            all padding says nothing.
+        own_logprobs: (M,), the log-probability of the source's own token m (`-ce` of `source_topk`).
+        ranges: (range_ids (R, k), range_logprobs (R, k), range_logmass (R,)), which `source_topk` returns for
             `prefix_ranges(text, target, source)`. Without them, target tokens that begin inside a source token are skipped.
-        top_k: K, entries kept. min_reliability: a token that keeps less of the source's mass is skipped.
+        top_k: K, the number of entries that are kept per target token.
+        min_reliability: a target token is skipped if less than this share of the source's mass can follow its prefix.
     Raises:
-        TokenBytesMismatch: a tokenizer changes the text (reason "normaliser" or "decoder"); skip it.
-        DataError: arrays that do not belong to these tokens, are no log-probabilities, or contradict each other.
-        ValueError: ids that are no integers, log-probabilities that are no floats; settings out of range.
-        TypeError: the text is no string, or a tokenizer none.
+        TokenBytesMismatch: a tokenizer changes the text (reason "normaliser" or "decoder"); skip this text.
+        DataError: the arrays do not belong to these tokens, are not log-probabilities, or contradict each other.
+        ValueError: ids are not integers, log-probabilities are not floats, or a setting is out of range.
+        TypeError: the text is not a string, or a tokenizer is not one of Hugging Face's.
 
     Example:
         >>> import torch
@@ -146,8 +155,9 @@ def align(
         >>> tuple(aligned.source_ids.shape) == (len(aligned.target_ids), 10)
         True
 
-    Source: the rules are this project's; they stand in profuser/alignment/reference.py.
+    Source: the rules are this project's own, and profuser/alignment/reference.py states them.
     """
+    # Tokenise the text on both sides, and check the arrays against the source's tokens.
     ours, theirs = plain_text(target), plain_text(source)
     encoded, own = ours.encode(text), theirs.encode(text)
     spans = np.array(own.spans, dtype=np.int32).reshape(-1, 2)
@@ -175,6 +185,7 @@ def align(
             ids=_array(range_ids, np.int32),
             logprobs=_array(range_logprobs, np.float32),
         )
+    # Align them as the capture of one response.
     capture = SourceCapture(
         ids=np.array(own.input_ids, dtype=np.int32),
         begin=np.ascontiguousarray(spans[:, 0]),
@@ -188,6 +199,7 @@ def align(
     check_consistent(capture)
     check_vocabulary(capture, len(theirs.token_bytes.pieces))
     aligned = _aligner(ours, theirs, top_k, min_reliability).align(text.encode(), encoded, capture)
+    # Spread the entries, which lie end to end, over rows of equal width.
     counts = np.diff(aligned.offsets)
     row = np.repeat(np.arange(len(counts)), counts)
     slot = np.arange(len(row)) - np.repeat(aligned.offsets[:-1], counts)
@@ -208,9 +220,11 @@ def align(
 
 
 def check_consistent(capture: SourceCapture) -> None:
-    """Raises DataError where the arrays say two things about one token, or more than everything about one position."""
+    """Raises DataError where the arrays contradict each other about a token, or add up to more mass than there is."""
+    # An own token in the top k must have the same probability there. One that is missing from a full top k must be less
+    # probable than its last entry. The slack covers what bf16 rounds off.
     own = np.maximum(capture.own_logprobs, np.finfo(np.float32).min)
-    slack = 0.05 + 0.01 * np.abs(own)  # bf16 is that coarse
+    slack = 0.05 + 0.01 * np.abs(own)
     same = (capture.top_ids == capture.ids[:, None]) & (capture.top_logprobs > -np.inf)
     apart = same & (np.abs(np.where(same, capture.top_logprobs, own[:, None]) - own[:, None]) > slack[:, None])
     full = (capture.top_ids >= 0).all(1) & ~same.any(1)
@@ -218,14 +232,15 @@ def check_consistent(capture: SourceCapture) -> None:
     if (wrong := np.flatnonzero(apart.any(1) | beyond)).size:
         row = int(wrong[0])
         top = (
-            f"{capture.top_logprobs[row][same[row]][0]:.3f} there"
+            f"{capture.top_logprobs[row][same[row]][0]:.3f} in the top k"
             if same[row].any()
-            else f"not there, whose last is {capture.top_logprobs[row].min():.3f}"
+            else f"a top k without the token, whose last entry is {capture.top_logprobs[row].min():.3f}"
         )
         raise DataError(
-            f"own_logprobs must be what the top k says of the same token, got {capture.own_logprobs[row]:.3f} and {top}, in row "
+            f"own_logprobs must agree with the top k about the same token, got {capture.own_logprobs[row]:.3f} and {top} in row "
             f"{row}; row m of both speaks of token m"
         )
+    # The entries of a row or range must not add up to more than its whole mass.
     ranges = capture.ranges
     for name, ids, logprobs, mass in (
         ("top_logprobs", capture.top_ids, capture.top_logprobs, np.ones(len(capture.ids))),
@@ -242,7 +257,10 @@ def check_consistent(capture: SourceCapture) -> None:
 
 
 def check_vocabulary(capture: SourceCapture, size: int) -> None:
-    """Raises DataError for ids of another vocabulary; a head padded beyond its tokenizer gives such ids little mass."""
+    """Raises DataError for probable ids beyond the source's vocabulary.
+
+    Improbable ones are allowed: a head that is padded beyond its tokenizer gives such ids a little mass.
+    """
     beyond = (capture.top_ids >= size) & (capture.top_logprobs > np.log(0.5))
     if beyond.any():
         raise DataError(
@@ -252,7 +270,11 @@ def check_vocabulary(capture: SourceCapture, size: int) -> None:
 
 
 def plain_text(tokenizer: PreTrainedTokenizerBase) -> PlainText:
-    """One a tokenizer, so that what was learnt about a pair is there for the next text."""
+    """The PlainText of a tokenizer; one per tokenizer, so that what was learnt about a pair is kept for the next text.
+
+    Raises:
+        TypeError: the tokenizer is not one of Hugging Face's.
+    """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
             f"a tokenizer must be one of Hugging Face's, got {type(tokenizer).__name__}; AutoTokenizer.from_pretrained loads it"
@@ -262,7 +284,8 @@ def plain_text(tokenizer: PreTrainedTokenizerBase) -> PlainText:
 
 @functools.lru_cache(maxsize=16)
 def _plain_text(tokenizer: PreTrainedTokenizerBase, size: int) -> PlainText:
-    return PlainText(tokenizer)  # anew once tokens were added
+    # `size` is a part of the cache's key, so that a tokenizer to which tokens were added is read again.
+    return PlainText(tokenizer)
 
 
 @functools.lru_cache(maxsize=8)
@@ -279,6 +302,7 @@ def _needed(text: str, target: PlainText, source: PlainText) -> RangeRequest:
 
 
 def _array(values: ArrayLike | Tensor, dtype: type[np.number]) -> np.ndarray:
+    """The values as a contiguous array of `dtype`. Integers never become floats or the reverse."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()

@@ -1,10 +1,14 @@
-"""Where a target's text can be cut so that what stands before the cut has no say in the tokens after it.
+"""Finds where a target's text can be cut so that the text before the cut cannot change the tokens after it.
 
-A candidate is tokenised behind the target's tokens since the last cut, not behind the whole text. With a pre-tokenizer
-that splits, cuts are where its pre-tokens begin with another kind of character than stands before: letter, number, space
-or other. How a run of one kind is cut may depend on what follows (spaces before a word; groups of digits; DeepSeek's
-regular expression gives a word the last of several format characters). Without one (Llama-2, Mistral) they are between
-two characters that no token of the vocabulary holds next to each other, because then no merge crosses.
+A candidate is tokenised behind the target's tokens since the last cut, and not behind the whole text.
+
+If the target has a pre-tokenizer that splits text, a cut is where a pre-token begins and its first character is of another
+kind than the character before it. The kinds are letter, number, space and other. Inside a run of one kind there is no cut,
+because how the run is split may depend on what follows it. This holds for spaces before a word, for groups of digits, and
+for DeepSeek's regular expression, which gives a word the last of several format characters.
+
+If the target has no such pre-tokenizer (Llama-2, Mistral), a cut is between two characters that no token of the vocabulary
+holds next to each other, because no merge can cross such a place.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ import numpy as np
 
 from profuser.text.token_bytes import TokenBytes
 
-MAX_PREFIX_TOKENS = 64  # where nothing cuts; a pre-token is far shorter
-PROBE = "a b. c1 2\nd"
+MAX_PREFIX_TOKENS = 64  # the longest prefix in a text without cuts; a pre-token is far shorter
+PROBE = "a b. c1 2\nd"  # a pre-tokenizer that splits text makes more than one pre-token of this
+# A pre-tokenizer that cuts at a space between any two of these is taken to cut at spaces everywhere.
 KINDS_OF_CHARACTERS = (
     *"aZé好あ한яא1²٣.,'\"(-_/:$+=^`|<©🙂",
     "\u0301",
@@ -35,12 +40,17 @@ KINDS_OF_CHARACTERS = (
 )
 
 REPLACED = "\ufffd"
-NO_TEXT, LEAD_BYTE, CONTINUATION = -1, -2, -3  # in place of a character: none, a part of one
+# These stand in place of a character where a token has none, or only a part of one: its beginning, or another part.
+NO_TEXT, LEAD_BYTE, CONTINUATION = -1, -2, -3
 
 
 class Boundaries:
-    """Attributes:
-    splits: the tokenizer has a pre-tokenizer that cuts text.
+    """The cuts in texts of one tokenizer.
+
+    Attributes:
+        splits: whether the tokenizer has a pre-tokenizer that splits text.
+        first, last: (vocabulary,) int64, the code points of each token's first and last character, or a negative
+            number (NO_TEXT, LEAD_BYTE, CONTINUATION) where the token has no whole character there.
     """
 
     def __init__(self, tokens: TokenBytes):
@@ -49,14 +59,17 @@ class Boundaries:
         probe = PROBE if self._normalizer is None else self._normalizer.normalize_str(PROBE)
         self.splits = self._pre_tokenizer is not None and len(self._pre_tokenizer.pre_tokenize_str(probe)) > 1
         size = len(tokens.pieces)
-        # Of spaces alone: cuts are not between them anyway.
+        # Added tokens of spaces alone are left out, because no cut lies between spaces anyway.
         self._added = [content for content in tokens.added if len(content) > 1 and not content.isspace()]
         self._control = np.array([piece is None for piece in tokens.pieces])
         self._empty = np.array([not piece for piece in tokens.pieces])
+        # Read the first and last character of every token. Without a pre-tokenizer, also collect the pairs of characters
+        # that stand next to each other in a token. They tell where merges can cross only if every token consists of whole
+        # characters or of one byte.
         self.first, self.last = np.full(size, NO_TEXT), np.full(size, NO_TEXT)
         pairs: set[tuple[int, int]] = set()
         self._neighbours: np.ndarray | None = None
-        whole = True  # every token is whole characters or one byte, so that characters tell where merges cross
+        whole = True
         for i, piece in enumerate(tokens.pieces):
             if not piece:
                 continue
@@ -79,36 +92,42 @@ class Boundaries:
             self._neighbours = np.array(sorted(_pair_key(a, b) for a, b in pairs), dtype=np.int64)
 
     def prefix_starts(self, ids: Sequence[int] | np.ndarray, words: Sequence[int], start: int) -> np.ndarray:
-        """(len(ids) - start + 1,) int32: per token from `start` on, and for the end, the first token of its prefix.
+        """The first token of the prefix of every position from `start` on, and of the text's end.
 
-        The prefix of a token is what stands before it in the current pre-token: that of the byte before, since a candidate
-        may still extend it.
+        The prefix of a position is the text before it in the current pre-token. The current pre-token is that of the byte
+        before the position, because a candidate may still extend it.
 
         Args:
-            ids: the text's tokens; words: the pre-token of each, from the tokenizer's encoding.
-            start: the first token of the response; what stands before it is template.
+            ids: the text's tokens.
+            words: the number of each token's pre-token, from the tokenizer's encoding.
+            start: the first token of the response; the tokens before it are template.
+        Returns:
+            (len(ids) - start + 1,) int32 indices into ids.
         """
         n = len(ids)
         if n == 0:
             return np.zeros(1, dtype=np.int32)
         ids = np.asarray(ids, dtype=np.int64)
         cuts = self._cuts(ids, np.asarray(words)) & ~self._within_added(ids)
-        # A cut at the token's own begin does not count, since what follows is not known: hence the shift by one.
+        # Find the latest cut before each position. A cut at the position itself does not count, because the text behind it
+        # is not known yet. Hence the shift by one.
         latest = np.zeros(n + 1, dtype=np.int64)
         np.maximum.accumulate(np.where(cuts, np.arange(n), 0), out=latest[1:])
-        # The token at a control token's place has no text: the prefix begins after it.
+        # A control token has no text, so a prefix that would begin with one begins after it.
         latest += self._control[ids[np.minimum(latest, n - 1)]]
         starts = np.minimum(latest, np.arange(n + 1))[start:]
-        # The tokens of a stretch of text are also the tokens that this stretch has for itself, so far back nothing is lost.
+        # Shorten long prefixes. Nothing is lost so far back: tokens that follow each other in a text are also the tokens
+        # of this part of the text when it stands alone.
         starts = np.maximum(starts, np.arange(start, n + 1) - MAX_PREFIX_TOKENS)
+        # No prefix may begin in the middle of a character.
         while (
             within := (starts < np.arange(start, n + 1)) & (self.first[ids[np.minimum(starts, n - 1)]] == CONTINUATION)
         ).any():
-            starts += within  # not from the middle of a character
+            starts += within
         return starts.astype(np.int32)
 
     def _within_added(self, ids: np.ndarray) -> np.ndarray:
-        """Per token whether it begins where an added token may be half spelt: what follows may complete it."""
+        """Per token, whether the text before it may be the beginning of an added token that the text behind it completes."""
         if not self._added:
             return np.zeros(len(ids), dtype=bool)
         pieces = [self._pieces[i] or b"" for i in ids.tolist()]
@@ -125,7 +144,7 @@ class Boundaries:
         return np.array([begin in within for begin in begins])
 
     def closes_before_space(self) -> np.ndarray:
-        """(vocabulary,) bool: the tokens after which a space and what it begins are a new pre-token."""
+        """(vocabulary,) bool: whether a space that follows the token always begins a new pre-token."""
         solid = (self.last >= 0) & ~_may_be_space(self.last)
         if self.splits:
             return solid & self._cuts_words_at_spaces
@@ -135,7 +154,7 @@ class Boundaries:
 
     @functools.cached_property
     def _cuts_words_at_spaces(self) -> bool:
-        """Whether the pre-tokenizer begins a new pre-token at a space between any two characters that are none."""
+        """Whether the pre-tokenizer begins a new pre-token at a space between any two characters that are not spaces."""
         for left, right in itertools.product(KINDS_OF_CHARACTERS, repeat=2):
             text = f"a{left} {right}b"
             normalised = text if self._normalizer is None else self._normalizer.normalize_str(text)
@@ -145,7 +164,7 @@ class Boundaries:
         return True
 
     def _cuts(self, ids: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """Per token whether the text can be cut where it begins."""
+        """Per token, whether the text can be cut where the token begins."""
         cuts = np.zeros(len(ids), dtype=bool)
         if not len(ids):
             return cuts
@@ -161,9 +180,10 @@ class Boundaries:
             known = np.zeros(len(key), dtype=bool)
             inside = found < len(self._neighbours)
             known[inside] = self._neighbours[found[inside]] == key[inside]
-            # A character that is spelt in bytes is in no token.
+            # A character that is spelt in bytes stands in no other token, so no merge crosses its ends.
             spelt = (after == LEAD_BYTE) | ((before == CONTINUATION) & (after != CONTINUATION))
             cuts[1:] = (whole & ~known) | spelt
+        # The text can be cut before and after a control token. A token without bytes begins nothing.
         control = self._control[ids]
         cuts |= control
         cuts[1:] |= control[:-1]
@@ -176,7 +196,7 @@ def _pair_key(a, b):
 
 
 def _kinds(codes: np.ndarray) -> np.ndarray:
-    """Per character 0 letter or mark, 1 number, 2 space, 3 other; -1 for no whole character."""
+    """The kind of each character: 0 letter or mark, 1 number, 2 space, 3 other, -1 where there is no whole character."""
     known = {code: _kind(chr(code)) for code in np.unique(codes[codes >= 0]).tolist()}
     return np.array([known.get(code, -1) for code in codes.tolist()], dtype=np.int8)
 
@@ -189,4 +209,5 @@ _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()])
 
 
 def _may_be_space(codes: np.ndarray) -> np.ndarray:
+    """Whether each character is a space, or is not known because there is no whole character."""
     return (codes < 0) | np.isin(codes, _SPACES)

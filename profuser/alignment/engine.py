@@ -1,7 +1,7 @@
-"""Byte alignment in batches: the C++ engine where it was built, else its plain-Python oracle (`reference.py`).
+"""Byte alignment in batches, by the C++ engine where it was built, else by its plain-Python oracle (`reference.py`).
 
-C++ walks the sequences and merges the mass; what a candidate counts for is asked of the target's tokenizer, for all
-candidates of a batch that are not known yet at once, and remembered.
+C++ goes through the sequences and merges the mass. What a candidate counts for (rule 3) is asked of the target's tokenizer
+in Python, at once for all candidates of a batch that are not known yet. The answers are remembered.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from profuser.ragged import ragged
 from profuser.text.encoded import Encoded
 from profuser.text.token_bytes import TokenBytes
 
-BYTES_AT_ONCE = 1 << 20  # of text; its encodings take ~100 times as much
+BYTES_AT_ONCE = 1 << 20  # this much text is tokenised at once; its encodings take about 100 times as much memory
 
 
 class CppByteAligner:
-    """`PythonByteAligner` in C++: the same arguments, the same results to rounding.
+    """`PythonByteAligner` in C++: it takes the same arguments and gives the same results up to rounding.
 
-    threads: over the sequences of a batch.
+    Args:
+        threads: the number of threads that share the sequences of a batch.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class CppByteAligner:
         assert _align is not None, "without the C++ extension `byte_aligner` gives PythonByteAligner"
         self.target, self.source = target, source
         self.threads = threads
-        self._lock = threading.Lock()  # C++ works without the GIL
+        self._lock = threading.Lock()  # the engine has state, and releases the GIL while it works
         self._boundaries = Boundaries(target.token_bytes)
         table = CandidateTable(target.token_bytes, source.token_bytes, self._boundaries)
         ends = np.zeros(len(source.token_bytes.pieces), dtype=np.uint8)
@@ -74,24 +75,26 @@ class CppByteAligner:
     def align_batch(
         self, responses: Sequence[bytes], encoded: Sequence[Encoded], captures: Sequence[SourceCapture]
     ) -> list[Aligned]:
-        """`align` of several responses: in threads, with one question to the tokenizer."""
+        """Does the same as `align` for several responses, in threads, and asks the tokenizer for all of them at once."""
         return self.align_arrays(self.batch_of(responses, encoded, captures))
 
     def batch_of(
         self, responses: Sequence[bytes], encoded: Sequence[Encoded], captures: Sequence[SourceCapture]
     ) -> dict:
-        """The sequences end to end, as the C++ engine reads them."""
+        """The arrays of all sequences end to end, in the form that the C++ engine reads."""
         if not len(responses) == len(encoded) == len(captures):
             raise ValueError(
                 f"a batch must have one encoding and one capture per response, got {len(responses)}, {len(encoded)} and "
                 f"{len(captures)}"
             )
+        # The sequences end to end. `ragged` gives the offsets at which each of them begins.
         for e in encoded:
             check_encoded(e, len(self.target.token_bytes.pieces))
         target_offsets, target_ids = ragged([np.array(e.input_ids[: e.stop]) for e in encoded], np.int32)
         span_offsets, spans = ragged([np.array(e.spans).reshape(-1, 2) for e in encoded], np.int32)
         spans = spans.reshape(-1, 2)
         starts = [self._boundaries.prefix_starts(e.input_ids[: e.stop], e.words[: e.stop], e.start) for e in encoded]
+        # Captures may have prefix ranges of different widths, which are padded to the widest.
         ranges = [c.ranges for c in captures]
         widest = max((r.ids.shape[1] for r in ranges), default=1)
         return {
@@ -125,9 +128,10 @@ class CppByteAligner:
         }
 
     def align_arrays(self, batch: dict) -> list[Aligned]:
-        """`align_batch` of what `batch_of` gives."""
+        """Does the same as `align_batch` for the arrays that `batch_of` returns."""
         with self._lock:
             try:
+                # The engine lists the texts that it needs tokenised, and is called again when it has learnt their tokens.
                 found = self._engine.align(batch, self.threads)
                 while texts := self._engine.wanted():
                     self._learn(texts)
@@ -139,6 +143,7 @@ class CppByteAligner:
         return _split(found)
 
     def _learn(self, texts: list[str]) -> None:
+        """Tokenises the texts, part by part, and hands the tokens to the engine."""
         fragment = self.target.token_bytes.fragment
         counts, ids = [0], []
         ends = np.cumsum([len(text) for text in texts])
@@ -155,13 +160,14 @@ class CppByteAligner:
 def byte_aligner(
     target: TextFormat, source: TextFormat, *, top_k: int = 10, min_reliability: float = 0.1, threads: int = 1
 ) -> CppByteAligner | PythonByteAligner:
-    """The engine that is there; `profuser.alignment.spans.ENGINE` names it."""
+    """An aligner of the engine that is installed; `profuser.alignment.spans.ENGINE` names this engine."""
     if _align is None:
         return PythonByteAligner(target, source, top_k=top_k, min_reliability=min_reliability)
     return CppByteAligner(target, source, top_k=top_k, min_reliability=min_reliability, threads=threads)
 
 
 def _vocabulary(tokens: TokenBytes) -> dict:
+    """The bytes of all tokens end to end, in the form that the C++ engine reads."""
     pieces = tokens.pieces
     return {
         "bytes": b"".join(piece or b"" for piece in pieces),
@@ -185,7 +191,7 @@ def _widened(rows: np.ndarray, width: int, padding) -> np.ndarray:
 
 
 def _split(found: dict) -> list[Aligned]:
-    """The batch's results sequence by sequence, as views."""
+    """The results of each sequence of a batch, as views of the batch's arrays."""
     entries, result = found["entry_offsets"], []
     for begin, end in itertools.pairwise(found["position_offsets"].tolist()):
         part, kept = slice(begin, end), slice(*entries[[begin, end]].tolist())

@@ -1,22 +1,26 @@
-"""FuseLLM's token alignment (compatibility mode `fusellm`): by token strings and edit distance, not by bytes.
+"""FuseLLM's token alignment (compatibility mode `fusellm`), which compares token strings by edit distance, not bytes.
 
-- vocabulary map: a source token's string with its word prefix replaced by the target's (Ġ, ▁); the equal string of the
-  target's vocabulary, else the one of the smallest Levenshtein distance;
-- positions: dynamic time warping over the token strings without their word prefixes, Levenshtein cost, steps back
-  diagonal, up (previous source token), left (previous target token), preferred in that order;
-- a target token is accepted iff exactly one source token lies on its part of the path and the map takes that token to
-  it (FuseLLM's soft variant; equal strings, its hard one, are mapped to each other);
-- a distribution is taken by the token in front of it. FuseLLM's position i holds the distribution of token i + 1 and is
-  accepted by token i; our row t is the distribution OF token t, so token t - 1 accepts it, and the row after that
-  token's match is taken. Row 0 follows the prompt on both sides and is always accepted, the end of turn is accepted by
-  the last token;
-- of an accepted row the source's top k are mapped token by token, renormalised by softmax, of colliding entries the
-  larger is kept.
+- Vocabulary map. In a source token's string the source's word prefix (Ġ, ▁) is replaced by the target's. The token is
+  mapped to the target token with the same string, or else to the one with the smallest Levenshtein distance.
+- Positions. The token strings of both sides, without their word prefixes, are matched by dynamic time warping with
+  Levenshtein cost. Of equally cheap steps back, the diagonal one is preferred, then the one up (to the previous source
+  token), then the one left (to the previous target token).
+- Acceptance. A target token is accepted if exactly one source token lies on its part of the path and the map takes that
+  source token to it. This is FuseLLM's soft variant. The hard variant accepts equal strings only, and the map takes
+  these to each other as well.
+- Rows. Whether a distribution is used is decided by the token in front of it. FuseLLM's position i holds the distribution
+  of token i + 1, and is used if token i is accepted. Our row t is the distribution of token t itself, so it is used if
+  token t - 1 is accepted, and it is the source's row after the match of token t - 1. Row 0 follows the prompt on both
+  sides and is always used. The row of the end of turn is used if the last token is accepted.
+- Entries. The source's top k of such a row are mapped token by token. Of several that are mapped to the same token, the
+  most probable one is kept. The kept ones are renormalised by softmax.
 
-Source: FuseLLM, arXiv 2401.10491, section 3.2, and the behaviour of its code. Different from it on purpose: its one-hot
-fallback names the token in front, ours (`fallback="label"`) the row's own; end of turn counts for end of turn by role, no
-other control token has a counterpart; distances tie to the lowest target id, not to the order of a hash table. Left out:
-its exception for the first token of a text, where a missing word prefix was overlooked.
+Source: FuseLLM, arXiv 2401.10491, section 3.2, and the behaviour of its code. Three things are different on purpose:
+- FuseLLM's one-hot fallback names the token in front, and ours (`fallback="label"`) names the row's own token.
+- An end of turn counts for an end of turn by role, and no other control token has a counterpart.
+- Of several target tokens at the same distance the one of the lowest id is taken. In FuseLLM the order of a hash table
+  decides.
+Left out is FuseLLM's exception for the first token of a text, where it overlooks that a word prefix is missing.
 """
 
 from __future__ import annotations
@@ -57,12 +61,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WORD_PREFIXES = ("Ġ", "▁", " ")  # what a space looks like in byte-level, SentencePiece and plain token strings
-MAP_VERSION = 1  # part of the cache's key: a changed rule makes another map
-MAX_DISTANCES = 4_000_000  # int32, held at once: 16 MB
+MAP_VERSION = 1  # a part of the cache's key; it is raised when a change of the rules makes another map
+MAX_DISTANCES = 4_000_000  # the number of int32 distances that are held at once, 16 MB
 
 
 class TokenFormat(Protocol):
-    """One side of an alignment; `profuser.text.chat.ChatFormat` and `profuser.alignment.align.PlainText` are."""
+    """One side of an alignment, such as `profuser.text.chat.ChatFormat` or `profuser.alignment.align.PlainText`."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
@@ -75,12 +79,12 @@ class TokenFormat(Protocol):
 
 
 class FuseLLMAligner:
-    """Aligns captures of `source` to `target`, mode `fusellm`.
+    """Aligns captures of `source` to `target` by the rules above (mode `fusellm`).
 
     Args:
-        top_k: entries of a source's row that are mapped.
+        top_k: the number of entries of a source's row that are mapped.
         fallback: what a position without a distribution gets: "skip" (nothing) or "label" (one-hot on its label).
-        cache_dir: see `vocabulary_map`, which runs here.
+        cache_dir: the directory of `vocabulary_map`, which is called here.
     """
 
     def __init__(
@@ -102,27 +106,29 @@ class FuseLLMAligner:
         self._source_ends = frozenset(source.end_ids)
 
     def align(self, response: bytes, encoded: Encoded, capture: SourceCapture) -> Aligned:
-        """One response's distributions.
+        """Aligns the distributions of one response.
 
-        Row t is accepted iff token t - 1 is (`accepted_positions`), and takes the source's row after the one that token
-        t - 1 is matched with; row 0 is accepted and takes the source's row 0. The end of turn is a row like the others.
-        A row that the source does not have: SKIP_NO_SOURCE_POSITION.
+        Row t is accepted if token t - 1 is (`accepted_positions`). It takes the source's row after the one that token
+        t - 1 is matched with. Row 0 is always accepted and takes the source's row 0. The end of turn is a row like the
+        others. If the source has no such row, the position is skipped with SKIP_NO_SOURCE_POSITION.
 
-        Nothing in this rule looks at bytes: where the two matched tokens end at different bytes (`▁trust` and `Ġtrusted`),
-        the row taken follows another prefix than the target's row. Measured on code and texts in four languages: up to
-        0.4 % of the positions for Llama-2 from GPT-NeoX, up to 2.2 % from Qwen-2. `kind` cannot show that, it may say
-        same_span there.
+        This rule does not look at bytes. Where two matched tokens end at different bytes (`▁trust` and `Ġtrusted`), the
+        row that is taken follows another prefix than the target's row. Measured on code and on texts in four languages,
+        this happens at up to 0.4 % of the positions for Llama-2 from GPT-NeoX, and at up to 2.2 % from Qwen-2. `kind`
+        cannot show it and may say same_span there.
 
         Args:
             response: its n bytes.
             encoded: the response in the target's tokens.
+            capture: what the source says about the response.
         Returns:
-            source_position is the row taken. kind of an accepted row is what `match_spans` says of the target's token,
-            whichever row was taken; else SKIPPED, also where the fallback put a label. Positions with entries have tail
-            0 and reliability 1.
+            The aligned distributions. source_position is the row that was taken. The kind of an accepted row is what
+            `match_spans` says of the target's token, whichever row was taken. All other rows have the kind SKIPPED, also
+            where the fallback put a label. Positions with entries have tail 0 and reliability 1.
         Raises:
-            DataError: arrays that do not belong together, or ids outside the vocabularies.
+            DataError: the arrays do not belong together, or ids are outside the vocabularies.
         """
+        # Read both sides. An end of turn has no bytes.
         check_encoded(encoded, len(self.target.token_bytes.pieces))
         check_capture(capture)
         n, rows = len(response), len(capture.ids)
@@ -138,7 +144,8 @@ class FuseLLMAligner:
         accepted, matched = accepted_positions(
             labels[:content], capture.ids[:source_content], self.target, self.source, self.token_map
         )
-        # One row more than tokens, the end of turn's: left off where the response was cut.
+        # Each row follows the token in front of it, so there is one row more than tokens. The last one is that of the end
+        # of turn, and is left off where the response was cut.
         accepted = np.append(True, accepted)[: len(labels)]
         position = np.append(0, matched + 1)[: len(labels)].astype(np.int32)
         skip = np.where(position < rows, ALIGNED, SKIP_NO_SOURCE_POSITION).astype(np.uint8)
@@ -148,6 +155,7 @@ class FuseLLMAligner:
         kind[skip != ALIGNED] = SKIPPED
         position[skip != ALIGNED] = -1
 
+        # Map the entries of the rows that were taken, and use the fallback where there are none.
         rows_of_positions: list[list[tuple[int, float]]] = []
         for t, label in enumerate(labels):
             entries: list[tuple[int, float]] = []
@@ -172,11 +180,11 @@ class FuseLLMAligner:
     def align_batch(
         self, responses: Sequence[bytes], encoded: Sequence[Encoded], captures: Sequence[SourceCapture]
     ) -> list[Aligned]:
-        """`align` of several responses."""
+        """Does the same as `align` for several responses."""
         return [self.align(*sequence) for sequence in zip(responses, encoded, captures, strict=True)]
 
     def _mapped(self, capture: SourceCapture, row: int, end_id: int | None) -> list[tuple[int, float]]:
-        """A row's top k as (target token, log-probability), by falling probability, together 1."""
+        """A row's top k as (target token, log-probability), the most probable first, with a sum of probabilities of 1."""
         ids, logprobs = capture.top_ids[row], capture.top_logprobs[row].astype(np.float64)
         entries: dict[int, float] = {}
         for c in np.argsort(-logprobs, kind="stable")[: self.top_k]:
@@ -185,7 +193,8 @@ class FuseLLMAligner:
             if i in self._source_ends and end_id is not None:
                 token = end_id
             if token >= 0 and logprobs[c] > -np.inf:
-                entries.setdefault(token, float(logprobs[c]))  # falling: the first of a collision is the larger
+                # The first entry for a token is kept, which is the most probable one.
+                entries.setdefault(token, float(logprobs[c]))
         if not entries:
             return []
         lse = np.logaddexp.reduce(list(entries.values()))
@@ -199,13 +208,17 @@ def accepted_positions(
     source: TokenFormat,
     token_map: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of a text's target tokens FuseLLM's rule accepts, and the source token that each is matched with.
+    """Tells which target tokens of a text FuseLLM's rule accepts, and the source token that each is matched with.
 
     Args:
-        target_ids (n,), source_ids (m,): tokens of one text, no end of turn.
-        token_map: (source vocabulary,) of `vocabulary_map(target, source)`.
+        target_ids: (n,), the target's tokens of the text, without an end of turn.
+        source_ids: (m,), the source's tokens of the same text, without an end of turn.
+        token_map: (source vocabulary,), the result of `vocabulary_map(target, source)`.
     Returns:
-        accepted (n,) bool; source_position (n,) int32, -1 where not accepted.
+        accepted: (n,) bool.
+        source_position: (n,) int32, -1 where the token is not accepted.
+    Raises:
+        DataError: an id is outside its vocabulary.
     """
     target_ids = _checked_ids(target_ids, len(target.token_bytes.pieces), "target")
     source_ids = _checked_ids(source_ids, len(token_map), "source")
@@ -219,15 +232,18 @@ def accepted_positions(
 
 
 def vocabulary_map(target: TokenFormat, source: TokenFormat, *, cache_dir: Path | None = None) -> np.ndarray:
-    """The target token that FuseLLM takes each source token for.
+    """Maps each source token to the target token that FuseLLM takes it for.
 
-    Computed once (about a minute for vocabularies of 150,000) and kept in `cache_dir`, by default $PROFUSER_CACHE or
-    ~/.cache/profuser, under a hash of both vocabularies. A damaged file is made again.
+    The map is computed once, which takes about a minute for vocabularies of 150,000 tokens. It is kept in `cache_dir`
+    under a hash of both vocabularies. The default directory is $PROFUSER_CACHE, or else ~/.cache/profuser. A damaged file
+    is made again.
 
     Returns:
-        (source vocabulary,) int32: a source's end of turn has the target's; -1 for its other control tokens and for ids
-        without a token. Control tokens of the target are no one's counterpart but by role.
+        (source vocabulary,) int32. The source's end-of-turn tokens are mapped to the target's end of turn. Its other
+        control tokens, and ids without a token, have -1. No source token is mapped to a control token of the target,
+        except by the role end of turn.
     """
+    # Look for a kept map of these two vocabularies.
     tokens = [_vocabulary(side.tokenizer) for side in (target, source)]
     parts = [
         [strings, sorted(side.token_bytes.specials), sorted(side.end_ids), side.end_id]
@@ -240,6 +256,7 @@ def vocabulary_map(target: TokenFormat, source: TokenFormat, *, cache_dir: Path 
     if known is not None:
         return known
 
+    # Compute the map and keep it. A directory that cannot be written to is no reason to fail.
     logger.info("mapping a vocabulary of %d onto one of %d, once: %s", len(tokens[1]), len(tokens[0]), path)
     mapped = _compute_map(target, source, *tokens)
     buffer = io.BytesIO()
@@ -256,6 +273,7 @@ def vocabulary_map(target: TokenFormat, source: TokenFormat, *, cache_dir: Path 
 def _compute_map(
     target: TokenFormat, source: TokenFormat, target_tokens: list[str], source_tokens: list[str]
 ) -> np.ndarray:
+    # Map end tokens by role and equal strings to each other. `rest` holds the strings that are left, with their ids.
     mapped = np.full(len(source_tokens), -1, dtype=np.int32)
     no_choice = {*target.token_bytes.specials, *target.end_ids}
     choices = [i for i, token in enumerate(target_tokens) if token and i not in no_choice]
@@ -270,6 +288,7 @@ def _compute_map(
             mapped[i] = id_of.get(token, -1)
             if mapped[i] < 0:
                 rest.setdefault(token, []).append(i)
+    # Map each string that is left to the nearest one.
     if not choices:
         return mapped
     nearest = _nearest(list(rest), [target_tokens[i] for i in choices])
@@ -279,15 +298,21 @@ def _compute_map(
 
 
 def _nearest(queries: list[str], choices: list[str]) -> np.ndarray:
-    """Per query the index of the choice of least Levenshtein distance, the first of several: (len(queries),) int64.
+    """Finds the choice of least Levenshtein distance for each query, the first one of several.
 
-    Choices go by length, from the query's own outwards, until their lengths alone rule the others out. Characters that
-    no choice has are all alike to a distance: they become one, which makes most foreign-script queries equal.
+    The choices are grouped by length. Groups are compared with a query from its own length outwards, and a group is left
+    out if its length alone rules it out.
+
+    Returns:
+        (len(queries),) int64, indices into choices.
     """
+    # Characters that no choice has are all the same to a distance. They are replaced by one character, which makes most
+    # queries in foreign scripts equal to each other.
     alphabet = set("".join(choices))
     foreign = next(chr(code) for code in range(len(alphabet) + 1) if chr(code) not in alphabet)
     reduced = ["".join(c if c in alphabet else foreign for c in query) for query in queries]
     index = dict.fromkeys(reduced)
+    # Group the distinct queries and the choices by length.
     queries_of_length: dict[int, list[str]] = {}
     for query in index:
         queries_of_length.setdefault(len(query), []).append(query)
@@ -302,10 +327,12 @@ def _nearest(queries: list[str], choices: list[str]) -> np.ndarray:
         for other in sorted(choices_of_length, key=lambda other: abs(other - length)):
             bucket = np.array(choices_of_length[other])
             strings = [choices[i] for i in bucket]
-            # Every foreign character costs an edit, and so does every character that one string is longer.
+            # A lower bound of the distance: every foreign character costs an edit, and so does every character by which
+            # one string is longer. Only queries that this bound does not rule out are compared with the group.
             excess = other - length
             bound = foreign_count + excess if excess > 0 else np.maximum(foreign_count, -excess)
             (open_queries,) = np.nonzero((bound < best) | ((bound == best) & (bucket[0] < best_index)))
+            # Compare them in parts, so that no more than MAX_DISTANCES distances are held at once.
             rows = max(1, MAX_DISTANCES // len(strings))
             for begin in range(0, len(open_queries), rows):
                 part = open_queries[begin : begin + rows]
@@ -329,13 +356,17 @@ def _nearest(queries: list[str], choices: list[str]) -> np.ndarray:
 def dtw(
     source_codes: np.ndarray, source_offsets: np.ndarray, target_codes: np.ndarray, target_offsets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The cheapest way to walk through two token sequences together, Levenshtein distance as the cost of a pair.
+    """Finds the cheapest way to walk through two token sequences together. A pair of tokens costs their Levenshtein distance.
 
-    Args: per sequence `code_points(tokens)`: (c,) uint32 and (tokens + 1,) int64.
+    Args:
+        source_codes, target_codes: (c,) uint32, the code points of the tokens, from `code_points(tokens)`.
+        source_offsets, target_offsets: (tokens + 1,) int64, from `code_points(tokens)`.
     Returns:
-        source_position, target_position: (p,) int32, the path's pairs from the first to the last; empty when a sequence is.
+        source_position, target_position: (p,) int32, the pairs of the path from the first to the last. They are empty if
+        one of the sequences is empty.
     Raises:
-        TypeError, ValueError: arrays of another dtype, offsets that fall or do not cover the code points.
+        TypeError: an array has another dtype.
+        ValueError: the offsets fall, or do not cover the code points.
     """
     engine = dtw_python if _align is None else _align.dtw
     return engine(source_codes, source_offsets, target_codes, target_offsets)
@@ -350,12 +381,14 @@ def dtw_python(
     n, m = len(source), len(target)
     path: list[tuple[int, int]] = []
     if n and m:
+        # total[i][j] is the cost of the cheapest path to the first i source tokens and the first j target tokens.
         distance = functools.cache(Levenshtein.distance)
         total = [[0.0] + m * [np.inf]] + [(m + 1) * [np.inf] for _ in range(n)]
         for i in range(1, n + 1):
             for j in range(1, m + 1):
                 before = min(total[i - 1][j - 1], total[i - 1][j], total[i][j - 1])
                 total[i][j] = distance(source[i - 1], target[j - 1]) + before
+        # Walk back from the end. Of equally cheap steps min() takes the first.
         i, j = n, m
         while (i, j) != (0, 0):
             path.append((i - 1, j - 1))
@@ -365,7 +398,12 @@ def dtw_python(
 
 
 def code_points(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Strings one after another: code points (c,) uint32; offsets (len(strings) + 1,) int64, string i is at [i], [i + 1)."""
+    """Puts the code points of strings end to end.
+
+    Returns:
+        codes: (c,) uint32, the code points.
+        offsets: (len(strings) + 1,) int64. String i is codes[offsets[i] : offsets[i + 1]].
+    """
     codes = np.frombuffer("".join(strings).encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(
         np.uint32, copy=False
     )
@@ -373,6 +411,7 @@ def code_points(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _strings(name: str, codes: np.ndarray, offsets: np.ndarray) -> list[str]:
+    """The strings that `code_points` put end to end, after a check of the arrays."""
     for what, array, dtype in ((f"{name}_codes", codes, np.uint32), (f"{name}_offsets", offsets, np.int64)):
         if not isinstance(array, np.ndarray) or array.dtype != dtype:
             got = getattr(array, "dtype", type(array))
@@ -393,7 +432,7 @@ def _strings(name: str, codes: np.ndarray, offsets: np.ndarray) -> list[str]:
 
 
 def _bare_tokens(side: TokenFormat, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The token strings without their word prefix, as `dtw` takes them."""
+    """The token strings without their word prefixes, in the form that `dtw` takes."""
     prefix = _word_prefix(side)
     return code_points([token.replace(prefix, "") for token in side.tokenizer.convert_ids_to_tokens(ids.tolist())])
 
@@ -403,13 +442,13 @@ def _word_prefix(side: TokenFormat) -> str:
     for i, piece in enumerate(side.token_bytes.pieces):
         if piece and piece.startswith(b" "):
             first = side.tokenizer.convert_ids_to_tokens(i)[0]
-            if first in WORD_PREFIXES:  # not <0x20>
+            if first in WORD_PREFIXES:  # false for the byte token <0x20>
                 return first
     return " "
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Token strings by id, "" for an id without a token."""
+    """The token string of every id, "" for an id without a token."""
     vocab = tokenizer.get_vocab()
     tokens = [""] * (max(vocab.values(), default=-1) + 1)
     for token, i in vocab.items():
@@ -418,7 +457,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _read_map(path: Path, source_size: int, target_size: int) -> np.ndarray | None:
-    """A kept map; None when there is none or it is damaged."""
+    """The map in this file; None if there is no file or it is damaged."""
     try:
         known = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     except FileNotFoundError:

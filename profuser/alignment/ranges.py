@@ -1,8 +1,8 @@
-"""Which of a source's distributions alignment needs more of than their top k: those that it enters in the middle.
+"""Finds the source positions at which the alignment needs more than the top k, because a target token begins inside a token.
 
-Where a target token begins inside a source token, at byte a of [b, f), the source's say is restricted to its tokens that
-begin with the bytes [b, a). They are one range of its vocabulary in byte order, so their exact mass and the
-top k among them cost the capture one slice of a row's logits.
+If a target token begins at byte a inside the source token [b, f), only those of the source's tokens count that begin with
+the bytes [b, a) (rule 2 of reference.py). They are one range of the source's vocabulary in byte order. The capture
+therefore needs one slice of a row's logits to get their exact mass and the top k among them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from profuser.text.token_bytes import TokenBytes
 
 @dataclass(slots=True)
 class RangeRequest:
-    """(r,) int32 each, sorted by (rows, strip): row of the capture, bytes of its own token, [lo, hi) in byte order."""
+    """Ranges of a source's vocabulary that its capture must hold, sorted by (rows, strip).
+
+    rows: (r,) int32, rows of the capture.
+    strip: (r,) int32, the number of bytes of the row's own token with which the tokens of the range begin.
+    lo, hi: (r,) int32, the range [lo, hi) of the vocabulary in byte order.
+    """
 
     rows: np.ndarray
     strip: np.ndarray
@@ -31,7 +36,7 @@ class RangeRequest:
 def ranges_needed(
     target_tokens: TokenBytes, target: Encoded, source_tokens: TokenBytes, source: Encoded, order: ByteOrder
 ) -> RangeRequest:
-    """The ranges that aligning `source` to `target`, two encodings of one response, needs."""
+    """The ranges that are needed to align `source` to `target`, which are two encodings of one response."""
     a, e = _spans(target)
     b, f = _spans(source)
     kind, position = match_spans(a, e, b, f)
@@ -39,10 +44,12 @@ def ranges_needed(
     target_ids = target.input_ids[target.start : target.stop]
     clip = _clips(source_tokens, source_ids, b, f)
     a, b = np.maximum(a, 0), np.maximum(b, 0)
+    # Pairs (row, strip): first for the target tokens that begin inside a source token (rule 2).
     pairs: set[tuple[int, int]] = set()
     for t in np.flatnonzero(kind == INSIDE).tolist():
         j = int(position[t])
         pairs.add((j, int(clip[j] + a[t] - b[j])))
+    # Then for the source tokens with bytes in front of the response that the target's token does not have (rule 6).
     clipped = np.flatnonzero(clip > 0)
     for t in np.flatnonzero((kind < INSIDE) & np.isin(position, clipped)).tolist():
         j = int(position[t])
@@ -62,6 +69,6 @@ def _spans(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _clips(tokens: TokenBytes, ids: list[int], begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Per token the number of its bytes in front of the response."""
+    """The number of bytes that each token has in front of the response or of its section."""
     lengths = np.array([len(tokens.piece(i)) for i in ids], dtype=np.int32)
     return lengths - (end - np.maximum(begin, 0))

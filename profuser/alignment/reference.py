@@ -1,31 +1,38 @@
-"""Alignment of one source's distributions to the target's tokens, on bytes: only where the prefixes agree.
+"""Aligns the distributions of one source to the target's tokens, on bytes.
 
-This is the plain-Python oracle of `engine.py`, and stands in for it where the extension was not built. Its rules are
-numbered here and cited by number elsewhere.
+A distribution is used only where both models condition on the same bytes. This file is the plain-Python oracle of
+`engine.py`, and replaces it where the C++ extension was not built. The rules of the alignment are numbered here, and
+other files cite them by number.
 
-Target token t covers the bytes [a_t, e_t) of the response, source token j covers [b_j, f_j).
+Target token t covers the bytes [a_t, e_t) of the response, source token j covers [b_j, f_j). The own token of a source's
+position is the one that stands in the source's tokens there. A candidate is a source token with a known probability at a
+position: one of the top k, or the own token. The gold token is the target's token t itself. A pre-token is one of the
+pieces, mostly words, that a tokenizer cuts a text into before it looks for tokens.
 
-1. Shared prefix. Where a_t = b_j both models condition on the same bytes, so what the source says of its token j is a
-   statement about the target's token t. The candidates are the source's top k of j and its own token; their exact mass,
-   with everything else that the source could say, is 1.
-2. Inside a source token. Where b_j < a_t < f_j the candidates are the tokens that begin with the bytes [b_j, a_t). The
-   capture holds the exact mass of all of them and the top k of these. A token of exactly these bytes ends where t begins;
-   what would follow it is unknown, so its mass is tail.
-3. What a candidate counts for. The true text from the start of the current pre-token to a_t is followed by the candidate's
-   bytes from there and tokenised, and the candidate counts for the token that the target's tokenizer puts at a_t. If an
-   earlier token changes, the candidate cannot follow the target's prefix: it is dropped, with its mass. A candidate that
-   ends inside a character stays in the tail, unless the target has a token of exactly these bytes and none that goes on
-   from them. End of turn counts for end of turn by role; every other control token stays in the tail.
-4. The gold path. While the source's own token ends before e_t it is replaced by the next position's candidates, their mass
-   times its probability. The last own token of that path counts for the gold token.
-5. Mass. At every aligned position kept + tail + dropped = exact mass, in the source's probabilities. The tail is what the
-   source's top k left out, what counts for no token, and what falls out of the K entries that are kept. Stored is the
-   conditional on the prefix being possible at all: with possible = exact - dropped, the log-probabilities are
-   log(kept / possible), the tail is tail / possible, and reliability is possible / exact. So sum(exp(logprobs)) + tail = 1.
-6. Ends. Bytes before the response that belong to its first token are a prefix as in rule 2 if the source's token has them,
-   and stand before every candidate if the target's has. The source's template tokens between response and end of turn
-   are taken as given. A position whose source token has a dummy space of its own in the middle of the response, after
-   the first, is skipped.
+1. Shared prefix. Where a_t = b_j, both models condition on the same bytes. The source's distribution of its token j is
+   therefore a statement about the target's token t. The candidates are the source's top k at j and its own token j. The
+   exact mass, which includes everything else that the source could say there, is 1.
+2. Inside a source token. Where b_j < a_t < f_j, the candidates are the source's tokens that begin with the bytes
+   [b_j, a_t). The capture holds the exact mass of all these tokens together, and the top k among them. A token of exactly
+   these bytes ends where t begins. The source does not say what would follow it, so its mass goes to the tail.
+3. What a candidate counts for. The true text from the start of the current pre-token to a_t is put before the
+   candidate's bytes from a_t on, and the target's tokenizer tokenises both together. The candidate counts for the token
+   that begins at a_t. If an earlier token changes, the candidate cannot follow the target's prefix, and it is dropped
+   together with its mass. A candidate that ends inside a character stays in the tail, unless the target has a token of
+   exactly these bytes and no longer token that begins with them. The source's end of turn counts for the target's end of
+   turn, because their role is the same. Every other control token stays in the tail.
+4. The gold path. An own token of the source that ends before e_t is only a part of the gold token. It is replaced by the
+   candidates of the next source position, whose masses are multiplied by its probability, and so on until an own token
+   reaches e_t. This last own token of the path counts for the gold token.
+5. Mass. At every aligned position kept + tail + dropped = exact mass, in the source's probabilities. The tail is the
+   mass that the source's top k left out, that counts for no token, or that is not among the K entries which are kept.
+   What is stored is the distribution under the condition that the target's prefix is possible at all: with
+   possible = exact - dropped, the log-probabilities are log(kept / possible), the tail is tail / possible, and the
+   reliability is possible / exact. Therefore sum(exp(logprobs)) + tail = 1.
+6. Ends. The first token of a response may have bytes in front of the response. If the source's token has them, they are a
+   prefix as in rule 2. If the target's token has them, they are put before every candidate. The source's template tokens
+   between the response and the end of turn are taken as given. A target position is skipped if its gold path goes on to
+   a source token that has a dummy space of its own in the middle of the response.
 """
 
 from __future__ import annotations
@@ -62,27 +69,30 @@ from profuser.errors import DataError
 from profuser.text.encoded import Encoded
 from profuser.text.token_bytes import TokenBytes
 
-MAX_CACHED_CANDIDATES = 4_000_000  # ~100 bytes each
+MAX_CACHED_CANDIDATES = 4_000_000  # a candidate takes about 100 bytes
 
 
 class _Context:
-    """What the target has in front of a candidate, and what each candidate of the source counts for there."""
+    """A place behind one of the target's prefixes, and the token that each candidate counts for there (rule 3)."""
 
     __slots__ = ("counts_for", "data", "extension", "prefix", "strip", "turn_may_end")
 
     def __init__(self, prefix: tuple[int, ...], data: bytes, extension: bytes, strip: int, turn_may_end: bool):
         self.prefix = prefix  # the target's tokens from the start of the current pre-token
-        self.data = data  # their bytes and the extension's
-        self.extension = extension  # bytes between the target's position and the candidate
-        self.strip = strip  # bytes of the candidate that stand before the target's position
-        self.turn_may_end = turn_may_end  # no byte of the response between them: end of turn counts by role
+        self.data = data  # the bytes of the prefix and of the extension
+        self.extension = extension  # the bytes between the target's position and the candidate
+        self.strip = strip  # the number of the candidate's bytes that stand before the target's position
+        # An end of turn counts by its role only where no byte of the response lies between the position and the candidate.
+        self.turn_may_end = turn_may_end
         self.counts_for: dict[int, int] = {}
 
 
 class PythonByteAligner:
-    """Aligns captures of `source` to `target`, mode `bytes`.
+    """Aligns captures of `source` to `target` by the rules above (mode `bytes`).
 
-    top_k: entries kept per target position. min_reliability: a position that keeps less mass than this is skipped.
+    Args:
+        top_k: K, the number of entries that are kept per target position.
+        min_reliability: a position whose reliability is below this share is skipped.
     """
 
     def __init__(self, target: TextFormat, source: TextFormat, *, top_k: int = 10, min_reliability: float = 0.1):
@@ -98,15 +108,17 @@ class PythonByteAligner:
         self._exact = exact_tokens(target.token_bytes)
 
     def align(self, response: bytes, encoded: Encoded, capture: SourceCapture) -> Aligned:
-        """One response's distributions.
+        """Aligns the distributions of one response.
 
         Args:
             response: its n bytes.
-            encoded: the response in the target's tokens, with what stands before it: a candidate that would merge with the
-                template cannot follow it.
+            encoded: the response in the target's tokens, with the template before it, because a candidate that would merge
+                with the template cannot follow it.
+            capture: what the source says about the response.
         Raises:
-            DataError: tokens that do not hold the response's bytes, or arrays that do not belong together.
+            DataError: the tokens do not hold the response's bytes, or the arrays do not belong together.
         """
+        # Read both sides, and check that their tokens hold the response's bytes.
         check_encoded(encoded, len(self.target.token_bytes.pieces))
         n = len(response)
         content = encoded.stop - encoded.start
@@ -128,17 +140,20 @@ class PythonByteAligner:
             "source",
         )
 
+        # Find the source position for each target position. The target's end of turn gets the source's, by role.
         kind, position = match_spans_python(a, e, rows.begin[: rows.content], rows.stop[: rows.content])
         if target_has_end:
             kind = np.append(kind, SAME_SPAN if rows.has_end else SKIPPED).astype(np.uint8)
             position = np.append(position, rows.content if rows.has_end else -1).astype(np.int32)
 
+        # The prefix of a position: the target's tokens from the start of the current pre-token (rule 3).
         starts = self._boundaries.prefix_starts(
             encoded.input_ids[: encoded.stop], encoded.words[: encoded.stop], encoded.start
         )
         prefixes = [tuple(encoded.input_ids[first : encoded.start + t]) for t, first in enumerate(starts.tolist())]
         skip = np.where(kind == SKIPPED, SKIP_NO_SOURCE_POSITION, ALIGNED).astype(np.uint8)
 
+        # Collect the candidates of each position, and look up those that were not met behind this prefix before.
         paths: list[_Path | None] = []
         wanted: list[tuple[_Context, int]] = []
         for t in range(len(target_ids)):
@@ -164,28 +179,31 @@ class PythonByteAligner:
     def align_batch(
         self, responses: Sequence[bytes], encoded: Sequence[Encoded], captures: Sequence[SourceCapture]
     ) -> list[Aligned]:
-        """`align` of several responses."""
+        """Does the same as `align` for several responses."""
         return [self.align(*sequence) for sequence in zip(responses, encoded, captures, strict=True)]
 
     def _path(self, t, a, e, n, j, inside, target_ids, target_clip, source_clip, prefix, rows: _Rows) -> _Path | None:
-        """What counts where: per source position (context, candidates, their masses, mass for the gold token).
+        """Collects the candidates that speak of target position t: those of source position j, then the gold path's.
 
-        None when the capture does not hold the range that the position needs, or a source token on the way has bytes of
-        its own in front (a dummy space in the middle of the response).
+        Returns None if the capture does not hold the prefix range that the position needs, or if a later source token of
+        the path has bytes of its own in front, which is a dummy space in the middle of the response.
         """
         piece = self.target.token_bytes.pieces[target_ids[t]]
         begin = max(a[t], 0)
-        end = min(e[t], n)  # bytes beyond the response are the target's template, no one's label
-        clip = piece[: target_clip[t]]  # bytes that the target has in front
+        end = min(e[t], n)  # bytes beyond the response belong to the target's template and are part of no label
+        clip = piece[: target_clip[t]]  # the bytes that the target's token has in front of the response or its section
+        # Candidates must begin with the first `strip` bytes of the source's token (rules 2 and 6).
         strip = 0
         if inside:
             strip = source_clip[j] + begin - max(rows.begin[j], 0)
         elif self.source.token_bytes.pieces[rows.ids[j]][: source_clip[j]] != clip:
             strip = source_clip[j]
         elif self._same_tokens and rows.stop[j] == e[t] and rows.ids[j] == target_ids[t]:
+            # The same token of the same tokenizer: every candidate counts for itself.
             return _Path(1.0, [(None, rows.candidates[j], rows.masses[j], rows.own[j])])
         candidates, masses, exact = rows.candidates[j], rows.masses[j], 1.0
         if strip:
+            # Take the candidates from the prefix range instead of the whole row.
             if (j, strip) not in rows.ranges:
                 return None
             candidates, masses, exact = rows.ranges[j, strip]
@@ -196,8 +214,9 @@ class PythonByteAligner:
                     raise DataError(
                         f"a prefix range's tokens must begin with {entered!r}, got token {c}; capture it again"
                     )
-        # Bytes that both have in front are part of every candidate.
+        # Bytes that both tokens have in front are already part of every candidate.
         extension = b"" if source_clip[j] and not strip else clip
+        # Follow the gold path (rule 4). `weight` is the probability of the own tokens so far.
         path = _Path(exact, [])
         weight = 1.0
         while True:
@@ -217,13 +236,15 @@ class PythonByteAligner:
             extension = piece[: target_clip[t] + rows.begin[j] - begin]
 
     def _end_path(self, prefix: tuple[int, ...], rows: _Rows) -> _Path:
+        """Collects the candidates that speak of the target's end of turn: those at the source's end of turn."""
         j = rows.content
         candidates, masses, own = rows.candidates[j], rows.masses[j], rows.own[j]
         if self._same_tokens and self.target.closing == self.source.closing:
             return _Path(1.0, [(None, candidates, masses, own)])
         extension = self.source.closing
         if self.target.closing:
-            # The target's own template stands before its end of turn: what else the source would say stays in the tail.
+            # Text of the target's template stands before its end of turn. The source's other candidates would have to
+            # stand before that text, so they say nothing about this position and stay in the tail.
             ends = [(c, p) for c, p in zip(candidates, masses, strict=True) if c in self._source_ends]
             candidates, masses, extension = [c for c, _ in ends], [p for _, p in ends], b""
         return _Path(1.0, [(self._context(prefix, extension, 0, True), candidates, masses, own)])
@@ -237,7 +258,8 @@ class PythonByteAligner:
         return context
 
     def _resolve(self, wanted: list[tuple[_Context, int]]) -> None:
-        """Finds out what candidates count for, by tokenising them after their context, all at once."""
+        """Finds out what candidates count for (rule 3): tokenises them behind their contexts, all in one call."""
+        # Settle the candidates that need no tokenizer, and collect the texts of the others, each once.
         pending = []
         texts = []
         seen: set[tuple[int, int]] = set()
@@ -251,6 +273,7 @@ class PythonByteAligner:
                 seen.add((id(context), candidate))
                 pending.append((context, candidate, text, size))
                 texts.append(text)
+        # Tokenise the texts, and read off the token that begins at the target's position.
         self._cached += len(pending)
         encodings = self.target.token_bytes.fragment.encode_batch_fast(texts, add_special_tokens=False) if texts else []
         pieces = self.target.token_bytes.pieces
@@ -262,40 +285,49 @@ class PythonByteAligner:
                 context.counts_for[candidate] = DROPPED
                 continue
             if len(ids) == before or pieces[ids[before]] is None:
-                continue  # no token of its own: stays in the tail
+                continue  # the candidate has no token of its own and stays in the tail
             through = self.target.token_bytes.of(ids[: before + 1])
-            # Longer than the candidate: reaches into the look-ahead. Other bytes: the normaliser changed them.
+            # A token that is longer than the candidate reaches into the look-ahead, and one of other bytes was changed by
+            # the normaliser. In both cases the candidate stays in the tail.
             if len(through) <= size and text.encode().startswith(through):
                 context.counts_for[candidate] = ids[before]
 
     def _without_encoding(self, context: _Context, candidate: int) -> tuple[int, str | None, int]:
-        """(what it counts for unless tokens say otherwise, text to tokenise or None, its bytes without look-ahead)."""
+        """Finds out what can be told of a candidate without the tokenizer.
+
+        Returns:
+            What the candidate counts for, if there is no text to tokenise; the text to tokenise, or None; the number of
+            that text's bytes without the look-ahead.
+        """
         pieces = self.source.token_bytes.pieces
         if candidate in self._source_ends:
             if context.turn_may_end:
                 return END, None, 0
+            # The turn would end within the gold token, so the text up to there is tokenised with nothing behind it.
             piece, lookahead = b"", ""
         else:
             piece = pieces[candidate] if 0 <= candidate < len(pieces) else None
-            if (
-                not piece or len(piece) == context.strip
-            ):  # the latter ends where the position begins: who knows how it goes on
+            # A token that ends where the position begins does not say what would follow it (rule 2).
+            if not piece or len(piece) == context.strip:
                 return TAIL, None, 0
             piece, lookahead = piece[context.strip :], self._after_spaces(candidate)
         data = context.data + piece
         try:
             return TAIL, data.decode() + lookahead, len(data)
         except UnicodeDecodeError:
-            # Ends inside a character: no text to tokenise, only a token of exactly these bytes will do.
+            # The candidate ends inside a character. That is no text to tokenise, so only a token of exactly these bytes
+            # fits.
             return self._exact.get(context.extension + piece, TAIL), None, 0
 
     def _after_spaces(self, candidate: int) -> str:
+        """The text to put behind a candidate when it is tokenised (`vocab_map.lookaheads`)."""
         known = self._lookahead.get(candidate)
         if known is None:
             known = self._lookahead[candidate] = LOOKAHEADS[lookaheads(self.source.token_bytes, [candidate])[0]]
         return known
 
     def _collect(self, paths, target_ids, content, kind, position, skip) -> Aligned:
+        """Adds up the masses of all positions and keeps the top k of each (rule 5)."""
         tail = np.ones(len(paths), dtype=np.float32)
         reliability = np.zeros(len(paths), dtype=np.float32)
         sizes = np.zeros(len(paths) + 1, dtype=np.int64)
@@ -304,6 +336,7 @@ class PythonByteAligner:
         for t, path in enumerate(paths):
             if path is None:
                 continue
+            # Add up the mass of each target token, and the mass that is dropped.
             gold = target_ids[t]
             end_id = gold if t == content else self.target.end_id
             mass: dict[int, float] = {}
@@ -319,6 +352,7 @@ class PythonByteAligner:
                         dropped += p
                     elif token != TAIL:
                         mass[token] = mass.get(token, 0.0) + p
+            # Skip positions at which little of the source's mass is possible, or none counts for a token.
             possible = max(path.exact - dropped, 0.0)
             reliability[t] = possible / path.exact if path.exact else 0.0
             if reliability[t] < self.min_reliability:
@@ -328,12 +362,13 @@ class PythonByteAligner:
             if not kept:
                 skip[t] = SKIP_EMPTY
                 continue
-            # float32 log-probabilities may add up to a hair more than the exact mass.
+            # Log-probabilities in float32 may add up to slightly more than the exact mass.
             possible = max(possible, -sum(p for p, _ in kept))
             all_ids.extend(i for _, i in kept)
             all_masses.extend(-p / possible for p, _ in kept)
             tail[t] = max(0.0, 1.0 + sum(p for p, _ in kept) / possible)
             sizes[t + 1] = len(kept)
+        # Forget what candidates count for once the cache has grown too large.
         if self._cached > MAX_CACHED_CANDIDATES:
             self._contexts.clear()
             self._cached = 0
@@ -349,7 +384,7 @@ class PythonByteAligner:
         )
 
     def _unchanged(self, candidate: int) -> int:
-        """What a candidate counts for where both models have the same tokenizer and the same token: itself."""
+        """What a candidate counts for where both models have the same tokenizer and the same token: for itself."""
         if candidate in self._source_ends:
             return END
         pieces = self.target.token_bytes.pieces
@@ -357,7 +392,11 @@ class PythonByteAligner:
 
 
 class _Path:
-    """Exact mass of a position, and what the source's positions under it add: (context, candidates, masses, gold mass)."""
+    """A target position's exact mass, and one step per source position that speaks of it.
+
+    A step is (context, candidates, their masses, mass of the gold token). A context of None means that every candidate
+    counts for itself.
+    """
 
     __slots__ = ("exact", "steps")
 
@@ -366,7 +405,10 @@ class _Path:
 
 
 class _Rows:
-    """A capture as lists: per row its candidates other than the own token, their masses, and the own token's mass."""
+    """A capture as lists.
+
+    Each row has its candidates other than the own token, the masses of these candidates, and the own token's mass.
+    """
 
     def __init__(self, capture: SourceCapture, end_ids: frozenset[int], n: int):
         check_capture(capture)
@@ -387,7 +429,7 @@ class _Rows:
         ranges = capture.ranges
         exact = np.exp(ranges.logmass.astype(np.float64)).tolist()
         masses = np.exp(ranges.logprobs.astype(np.float64)).tolist()
-        # By (row, strip): candidates other than the own token, their masses, exact mass.
+        # For each (row, strip): the candidates other than the own token, their masses, and the exact mass.
         self.ranges = {
             (j, strip): (*_others(ids, row, self.ids[j]), mass)
             for j, strip, ids, row, mass in zip(
@@ -397,14 +439,15 @@ class _Rows:
 
 
 def _others(ids: list[int], masses: list[float], own: int) -> tuple[list[int], list[float]]:
+    """The candidates of a row and their masses, without the own token and without padding."""
     if own not in ids and -1 not in ids:
         return ids, masses
-    keep = [n for n, i in enumerate(ids) if i != own and i >= 0]
-    return [ids[n] for n in keep], [masses[n] for n in keep]
+    keep = [slot for slot, i in enumerate(ids) if i != own and i >= 0]
+    return [ids[slot] for slot in keep], [masses[slot] for slot in keep]
 
 
 def check_settings(top_k: int, min_reliability: float) -> None:
-    """Raises ValueError unless top_k is a positive integer and min_reliability a share."""
+    """Raises ValueError unless top_k is a positive integer and min_reliability is a share."""
     if not isinstance(top_k, int) or not 1 <= top_k < 1 << 31:
         raise ValueError(f"top_k must be an integer >= 1, got {top_k}; 10 is the usual choice")
     if not 0 <= min_reliability <= 1:
@@ -416,8 +459,9 @@ def check_encoded(encoded: Encoded, vocabulary: int) -> None:
     content = encoded.stop - encoded.start
     if content < 0 or len(encoded.spans) != content or len(encoded.words) != len(encoded.input_ids):
         raise DataError(
-            f"an encoding must have one span per token of the response and one word per token, got {len(encoded.spans)} for "
-            f"{content} and {len(encoded.words)} for {len(encoded.input_ids)}; encode the response again"
+            f"an encoding must have one span per token of the response and one word per token, got {len(encoded.spans)} "
+            f"spans for {content} tokens and {len(encoded.words)} words for {len(encoded.input_ids)}; "
+            "encode the response again"
         )
     if encoded.input_ids and not (min(encoded.input_ids) >= 0 and max(encoded.input_ids) < vocabulary):
         raise DataError(
@@ -427,7 +471,7 @@ def check_encoded(encoded: Encoded, vocabulary: int) -> None:
 
 
 def check_capture(capture: SourceCapture) -> None:
-    """Raises DataError for arrays that do not belong together, or hold what no distribution does."""
+    """Raises DataError for arrays that do not belong together, or whose values no distribution can have."""
     m, ranges = len(capture.ids), capture.ranges
     lengths = {
         len(x) for x in (capture.begin, capture.stop, capture.top_ids, capture.top_logprobs, capture.own_logprobs)
@@ -440,7 +484,8 @@ def check_capture(capture: SourceCapture) -> None:
     lengths = {len(x) for x in (ranges.strip, ranges.logmass, ranges.ids, ranges.logprobs)}
     if lengths != {r} or ranges.ids.ndim != 2 or ranges.ids.shape != ranges.logprobs.shape:
         raise DataError(
-            f"a capture's prefix ranges must have one row each ({r}), got {sorted(lengths)}; capture it again"
+            f"the arrays of a capture's prefix ranges must have one row per range ({r}), got rows {sorted(lengths)}; "
+            "capture it again"
         )
     if r and not (ranges.rows.min() >= 0 and ranges.rows.max() < m and ranges.strip.min() > 0):
         raise DataError(
@@ -453,7 +498,7 @@ def check_capture(capture: SourceCapture) -> None:
         ("ranges.logmass", ranges.logmass),
         ("ranges.logprobs", ranges.logprobs),
     ):
-        # float32 sums may end a hair above 0.
+        # A sum in float32 may end slightly above 0.
         bad = ~(logprobs <= 1e-3)
         if bad.any():
             raise DataError(
@@ -462,7 +507,7 @@ def check_capture(capture: SourceCapture) -> None:
 
 
 def _clips(tokens: TokenBytes, ids, begin, end, response: bytes, name: str) -> list[int]:
-    """Per token the number of its bytes in front of the response (or of its section): template or dummy space.
+    """The number of bytes that each token has in front of the response or of its section: template or a dummy space.
 
     Raises:
         DataError: a token does not hold the response's bytes.

@@ -1,4 +1,4 @@
-"""Which source token may speak for which target token: the one that conditions on the same bytes.
+"""Matches each target token with the source token whose distribution it can take, because both follow the same bytes.
 
 Target token t covers the bytes [a_t, e_t) of the response, source token j covers [b_j, f_j).
 """
@@ -23,7 +23,7 @@ ENGINE = (
 def match_spans_python(
     target_begin: ArrayLike, target_end: ArrayLike, source_begin: ArrayLike, source_end: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The oracle of `match_spans`."""
+    """The oracle of `match_spans`, in plain Python."""
     a, e, b, f = (np.asarray(x, dtype=np.int32) for x in (target_begin, target_end, source_begin, source_end))
     for name, begin, end in (("target", a, e), ("source", b, f)):
         if begin.ndim != 1 or begin.shape != end.shape:
@@ -38,14 +38,17 @@ def match_spans_python(
     position = np.full(len(a), -1, dtype=np.int32)
     if len(b) == 0 or len(a) == 0:
         return kind, position
+    # The source tokens that begin where the target token begins are [first, past). There can be several, because a token
+    # may have no width. Then the n-th target token of an offset takes the n-th source token, or the first one if there are
+    # fewer.
     first = np.searchsorted(b, a, side="left")
     past = np.searchsorted(b, a, side="right")
-    # Several tokens at one offset (zero-width ones) match by order; one too many takes the first.
-    order = np.arange(len(a)) - np.searchsorted(a, a, side="left")
-    row = np.where(first + order < past, first + order, first)
+    nth = np.arange(len(a)) - np.searchsorted(a, a, side="left")
+    row = np.where(first + nth < past, first + nth, first)
     shared = first < past
     position[shared] = row[shared]
     kind[shared] = np.where(f[row[shared]] == e[shared], SAME_SPAN, SHARED_PREFIX)
+    # Where there is none, the source token before may hold the byte at which the target token begins.
     before = np.maximum(first - 1, 0)
     inside = ~shared & (first > 0) & (f[before] > a)
     position[inside] = before[inside]
@@ -56,14 +59,17 @@ def match_spans_python(
 def match_spans(
     target_begin: ArrayLike, target_end: ArrayLike, source_begin: ArrayLike, source_end: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which source token each target token's distribution can come from.
+    """Finds the source token that each target token's distribution can come from.
 
-    Args: (n,) and (m,) int32 byte spans, monotone; begins below 0 are clipped there.
+    Args:
+        target_begin, target_end: (n,) int32, monotone byte spans of the target's tokens. Begins below 0 are set to 0.
+        source_begin, source_end: (m,) int32, the same of the source's tokens.
     Returns:
-        kind (n,) uint8 into KINDS; source_position (n,) int32: the token that begins at the same byte, for `inside` the
-        one that holds it, -1 where skipped.
+        kind: (n,) uint8, indices into KINDS.
+        source_position: (n,) int32, the source token that begins at the same byte. For the kind `inside` it is the one
+            that holds this byte, and for `skipped` it is -1.
     Raises:
-        ValueError: spans that are not monotone, or not of one length.
+        ValueError: the spans are not monotone, or begins and ends differ in length.
     """
     if _align is None:
         return match_spans_python(target_begin, target_end, source_begin, source_end)

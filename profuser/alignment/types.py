@@ -1,4 +1,4 @@
-"""What goes into an alignment and what comes out: a source's capture, the aligned distributions, and their kinds."""
+"""The types that an alignment takes and returns: a source's capture, the aligned distributions, and their kinds."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ SAME_SPAN, SHARED_PREFIX, INSIDE, SKIPPED = range(len(KINDS))
 SKIP_REASONS = ("", "no_prefix_range", "low_reliability", "empty", "no_source_position", "not_matched")
 (
     ALIGNED,
-    SKIP_NO_PREFIX_RANGE,  # the capture does not hold the mass of the source's tokens that begin with these bytes
+    SKIP_NO_PREFIX_RANGE,  # the capture does not hold the mass of the source's tokens that begin with the needed bytes
     SKIP_LOW_RELIABILITY,
-    SKIP_EMPTY,  # nothing that the source said counts for a token
+    SKIP_EMPTY,  # nothing that the source says counts for a token of the target
     SKIP_NO_SOURCE_POSITION,
-    SKIP_NOT_MATCHED,  # mode fusellm only
+    SKIP_NOT_MATCHED,  # only in mode fusellm
 ) = range(len(SKIP_REASONS))
 
 
 @dataclass(slots=True)
 class SourceCapture:
-    """What one source says about one response; row j is its distribution OF its own token j.
+    """What one source says about one response of n bytes.
 
-    Rows are its tokens start..stop and then its end of turn, if the response was not cut.
-    ids: (m,) int32 own tokens; begin, stop: (m,) int32 byte spans relative to the response (end of turn: n, n; the
-        first begin may be < 0).
-    top_ids: (m, k) int32, -1 = padding; top_logprobs: (m, k) float32, natural log, absolute.
-    own_logprobs: (m,) float32, the own token's, whether it is among the top k or not.
+    There is one row per token of the response in the source's tokenizer, and then one for its end of turn, if the response
+    was not cut. Row j is the distribution of the source's own token j itself.
+
+    ids: (m,) int32, the source's own tokens.
+    begin, stop: (m,) int32, their byte spans relative to the response. The first begin may be below 0. The span of the end
+        of turn is (n, n).
+    top_ids: (m, k) int32, -1 = padding.
+    top_logprobs: (m, k) float32, natural log, not renormalised to the top k.
+    own_logprobs: (m,) float32, natural log, the own token's, whether it is among the top k or not.
     ranges: what the rows say about the tokens that begin with given bytes.
     """
 
@@ -44,9 +48,10 @@ class SourceCapture:
 class PrefixRanges:
     """A source's distribution among its tokens that begin with the first `strip` bytes of a row's own token.
 
-    rows, strip: (r,) int32, sorted by (rows, strip), no pair twice.
-    logmass: (r,) float32, log of the exact probability of all of these tokens.
-    ids: (r, k) int32, the most probable of them, -1 = padding; logprobs: (r, k) float32, natural log, absolute.
+    rows, strip: (r,) int32, sorted by (rows, strip). No pair comes twice.
+    logmass: (r,) float32, natural log of the exact probability of all these tokens together.
+    ids: (r, k) int32, the most probable of these tokens, -1 = padding.
+    logprobs: (r, k) float32, natural log, not renormalised to the range.
     """
 
     rows: np.ndarray
@@ -57,7 +62,7 @@ class PrefixRanges:
 
     @classmethod
     def none(cls, k: int = 1) -> PrefixRanges:
-        """For a source none of whose tokens is entered."""
+        """The ranges of a source inside whose tokens no target token begins: there are none."""
         return cls(
             rows=np.zeros(0, np.int32),
             strip=np.zeros(0, np.int32),
@@ -69,12 +74,20 @@ class PrefixRanges:
 
 @dataclass(slots=True)
 class Aligned:
-    """A source's distributions over the target's tokens start..stop and its end of turn, if the response was not cut.
+    """A source's distributions for the n target positions of a response.
 
-    kind: (n,) uint8 into KINDS, by structure alone; source_position: (n,) int32 row of the capture, -1 none.
-    offsets: (n + 1,) int64 into ids (nnz,) int32 and logprobs (nnz,) float32, a position's entries by falling mass.
-    tail: (n,) float32, probability outside the entries (1 where skipped); reliability: (n,) float32, 1 - dropped mass.
-    skip_reason: (n,) uint8 into SKIP_REASONS, 0 = aligned.
+    The positions are the target's tokens of the response, and then its end of turn, if the response was not cut.
+
+    kind: (n,) uint8, indices into KINDS. The spans alone decide it, but in mode fusellm a position that takes no row of
+        the source is SKIPPED.
+    source_position: (n,) int32, rows of the capture, -1 where there is none.
+    offsets: (n + 1,) int64. The entries of position t are [offsets[t], offsets[t + 1]) of ids and logprobs, the most
+        probable first.
+    ids: (nnz,) int32, target tokens.
+    logprobs: (nnz,) float32, natural log.
+    tail: (n,) float32, the probability outside the entries, 1 where the position is skipped.
+    reliability: (n,) float32, 1 - dropped / exact mass (rule 5 of reference.py).
+    skip_reason: (n,) uint8, indices into SKIP_REASONS, 0 = aligned.
     """
 
     kind: np.ndarray

@@ -1,8 +1,8 @@
-"""What the tokens of a source's vocabulary count for in the target's, as far as that does not depend on the text.
+"""The part of the alignment that depends on the two vocabularies alone, and not on the text.
 
-`CandidateTable` says which target token a candidate counts for where it begins a new pre-token, one int32 a source token:
-with a pre-tokenizer that splits these are nearly all candidates. `ByteOrder` is the source's vocabulary sorted by bytes:
-the tokens that begin with given bytes are one contiguous range of it (rule 2 in reference.py).
+`CandidateTable` holds the target token that each source token counts for at the beginning of a pre-token, as one int32 per
+source token. With a pre-tokenizer that splits text, nearly all candidates begin a pre-token. `ByteOrder` is the source's
+vocabulary sorted by bytes, in which the tokens that begin with given bytes are one range (rule 2 in reference.py).
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ import numpy as np
 from profuser.alignment.boundaries import Boundaries
 from profuser.text.token_bytes import TokenBytes
 
-# What a candidate counts for when it is not a target token.
+# These stand in place of the target id that a candidate counts for: its mass goes to the tail, is dropped, or goes to the
+# target's end of turn.
 TAIL, DROPPED, END = -1, -2, -3
 
 LOOKAHEADS = ("", "x", " x")
-"""What may have to follow a candidate that ends in spaces, because it is not the end of the text."""
+"""The texts that may be put behind a candidate that ends in spaces, so that the spaces are not the end of the text."""
 
 
 class TextFormat(Protocol):
-    """One side of an alignment; `profuser.text.chat.ChatFormat` and `profuser.alignment.align.PlainText` are."""
+    """One side of an alignment, such as `profuser.text.chat.ChatFormat` or `profuser.alignment.align.PlainText`."""
 
     @property
     def token_bytes(self) -> TokenBytes: ...
     @property
-    def end_ids(self) -> tuple[int, ...]: ...  # tokens with the role end of turn
+    def end_ids(self) -> tuple[int, ...]: ...  # all tokens with the role end of turn
     @property
-    def end_id(self) -> int | None: ...  # the one that closes a response
+    def end_id(self) -> int | None: ...  # the one of them that closes a response
     @property
-    def closing(self) -> bytes: ...  # text between a response and its end of turn
+    def closing(self) -> bytes: ...  # the template's text between a response and its end of turn
 
 
 class ByteOrder:
-    """The tokens of a vocabulary sorted by their bytes; control tokens and those without bytes are left out.
+    """The tokens of a vocabulary sorted by their bytes. Control tokens and tokens without bytes are left out.
 
     Args:
-        size: rows of the model's head; a tokenizer may know more tokens.
+        size: the number of rows of the model's head, because a tokenizer may have more tokens than that.
     Attributes:
         ids: (V',) int32, the tokens in this order.
     """
@@ -53,10 +54,12 @@ class ByteOrder:
         self._ranges: dict[bytes, tuple[int, int]] = {}
 
     def range_of(self, prefix: bytes) -> tuple[int, int]:
-        """[lo, hi) in `ids`: the tokens that begin with `prefix`, it itself among them."""
+        """The range [lo, hi) of `ids` that holds the tokens which begin with `prefix`, including `prefix` itself."""
         known = self._ranges.get(prefix)
         if known is None:
             lo = bisect.bisect_left(self._sorted, prefix)
+            # The range ends before the first byte string that is greater than all strings with this prefix. It is the
+            # prefix with its last byte raised by one; a last byte of 0xff cannot be raised and is taken off first.
             beyond = prefix.rstrip(b"\xff")
             hi = len(self._sorted)
             if beyond:
@@ -66,51 +69,61 @@ class ByteOrder:
 
 
 def lookaheads(tokens: TokenBytes, ids: Sequence[int]) -> np.ndarray:
-    """(len(ids),) uint8 into LOOKAHEADS: what to put after a candidate when its text is tokenised.
+    """Finds what to put behind each candidate when its text is tokenised.
 
-    A candidate that ends in spaces is not the end of the text, and tokenizers of the GPT family give a word its last
-    space: `x` would take one from the candidate, ` x` does not. The first that keeps the candidate a token of its own
-    tokenizer is taken, else `x`.
+    A candidate that ends in spaces must not be taken for the end of the text. Tokenizers of the GPT family give the last
+    of several spaces to the word behind them, so an `x` takes a space away from the candidate, and ` x` does not. The
+    first of the two that leaves the candidate a token in its own tokenizer is taken. If neither does, it is `x`.
+
+    Returns:
+        (len(ids),) uint8, indices into LOOKAHEADS.
     """
     result = np.zeros(len(ids), dtype=np.uint8)
     spaced, texts = [], []
-    for n, i in enumerate(ids):
+    for place, i in enumerate(ids):
         text = (tokens.pieces[i] or b"").decode(errors="replace")
         if text[-1:].isspace():
-            spaced.append(n)
+            spaced.append(place)
             texts += [text + follow for follow in LOOKAHEADS[1:]]
     encodings = tokens.fragment.encode_batch_fast(texts, add_special_tokens=False)
-    for m, n in enumerate(spaced):
-        kept = [encoding.ids[:1] == [ids[n]] for encoding in encodings[2 * m : 2 * m + 2]]
-        result[n] = 2 if kept == [False, True] else 1
+    for n, place in enumerate(spaced):
+        kept = [encoding.ids[:1] == [ids[place]] for encoding in encodings[2 * n : 2 * n + 2]]
+        result[place] = 2 if kept == [False, True] else 1
     return result
 
 
 def first_tokens(target: TokenBytes, texts: list[str], sizes: list[int]) -> list[int]:
-    """Per text the target token that it begins with, TAIL where that reaches beyond the first `size` bytes."""
+    """For each text the target token that it begins with, or TAIL if this token is longer than the candidate's size.
+
+    Args:
+        texts: the candidates' texts, each with its look-ahead.
+        sizes: the number of each candidate's bytes, without the look-ahead.
+    """
     pieces, found = target.pieces, []
     for text, size, encoding in zip(
         texts, sizes, target.fragment.encode_batch_fast(texts, add_special_tokens=False), strict=True
     ):
         ids = encoding.ids
         piece = pieces[ids[0]] if ids else None
-        # Longer than the candidate: reaches into the look-ahead. Other bytes: the normaliser changed them.
+        # A token that is longer than the candidate reaches into the look-ahead, and one of other bytes was changed by the
+        # normaliser. In both cases the candidate stays in the tail.
         fits = piece is not None and len(piece) <= size and text.encode().startswith(piece)
         found.append(ids[0] if fits else TAIL)
     return found
 
 
 def exact_tokens(target: TokenBytes) -> dict[bytes, int]:
-    """The target token of exactly these bytes, where no longer one begins with them.
+    """The target token for each byte string that is a token and with which no longer token begins.
 
-    For candidates that end inside a character. Where a longer token begins with their bytes, how the character ends decides
-    which it is: a byte token of Llama-2 is hardly ever emitted where whole characters begin like it.
+    This is for candidates that end inside a character (rule 3). If a longer token begins with a candidate's bytes, the
+    bytes that complete the character decide which token it is. For example, a byte token of Llama-2 is hardly ever emitted
+    where tokens of whole characters begin with the same byte.
     """
     found: dict[bytes, int] = {}
     for i, piece in enumerate(target.pieces):
         if piece:
             known = found.setdefault(piece, i)
-            # They come first in SentencePiece vocabularies, but text uses the plain one.
+            # Byte tokens come first in SentencePiece vocabularies, but text uses the plain token of the same byte.
             if known in target.byte_tokens:
                 found[piece] = i
     ordered = sorted(found)
@@ -120,16 +133,19 @@ def exact_tokens(target: TokenBytes) -> dict[bytes, int]:
 class CandidateTable:
     """Rule 3 of reference.py for candidates that begin a new pre-token.
 
+    A candidate `opens` if it is a space followed by something that is not a space. Behind a target token that `closes`, it
+    then begins a new pre-token: every pre-tokenizer that splits words cuts there, which is probed, and without such a
+    pre-tokenizer the space and the character before it stand next to each other in no token of the target. The tokens of
+    the prefix must also stay as they are, which is found out once per prefix. What any other candidate counts for depends
+    on the prefix in any case.
+
     Attributes:
         counts_for: (source vocabulary,) int32, the target token that a candidate counts for at the beginning of a
             pre-token, or TAIL.
-        opens: (source vocabulary,) bool, the candidate begins a new pre-token after a target token that `closes`.
-        closes: (target vocabulary,) bool.
-        lookahead: (source vocabulary,) uint8 into LOOKAHEADS.
-        exact: the target token of exactly given bytes.
-    A candidate opens when it is a space and then something else: every pre-tokenizer that splits words cuts there (probed),
-    and without one the cut must be between characters that no token of the target holds next to each other. What stands
-    before must also stay as it is, which is found out once a prefix. Everything else depends on the prefix anyway.
+        opens: (source vocabulary,) bool, whether the candidate begins a new pre-token behind a target token that `closes`.
+        closes: (target vocabulary,) bool, whether a space behind the token begins a new pre-token.
+        lookahead: (source vocabulary,) uint8, indices into LOOKAHEADS.
+        exact: the target token of exactly given bytes (`exact_tokens`).
     """
 
     def __init__(self, target: TokenBytes, source: TokenBytes, boundaries: Boundaries):
@@ -156,7 +172,7 @@ class CandidateTable:
 
 
 def same_tokens(left: TokenBytes, right: TokenBytes) -> bool:
-    """Whether two tokenizers give every text the same ids (control tokens aside)."""
+    """Whether two tokenizers give every text the same ids, apart from control tokens."""
 
     def essence(tokens: TokenBytes):
         config = json.loads(tokens.fragment.to_str())

@@ -1,13 +1,15 @@
 """Conversations through a model's own chat template, with the response located exactly in bytes.
 
-The template is rendered once with sentinels in place of the prompt and the response; what stands around them is the
-frame. A conversation is the frame with the real texts in it, tokenised as a whole, so the ids are what the model sees,
-merges across the seams included (`[/INST] answer` begins with one token ` answer`, at byte -1 of the response). Where
-the texts contain the string of a control token, only the template's control tokens are control tokens. The end of turn
-is found by role, not by string; template bytes between the response and it carry no label, what follows is dropped.
+The template is rendered once with sentinels in place of the prompt and the response. The text around the sentinels is the
+frame. A conversation is the frame with the real texts in it. It is tokenised as a whole, so that its ids are those that the
+model sees, with merges across the seams: in `[/INST] answer` the response begins with one token ` answer`, at byte -1 of
+the response. If a text contains the string of a control token, this string stays plain text, and only the template's own
+control tokens are control tokens. The end of turn is found by its role and not by its string. The template's bytes between
+the response and the end of turn are part of no label, and what follows the end of turn is dropped.
 
-Left out on purpose: more than one turn, and what a template does to the texts beyond stripping the prompt (some cut
-the reasoning out of a response): the response is compared byte by byte, so it is always put in as it is.
+Two things are left out on purpose. There is only one turn. And of what a template does to the texts, only the stripping of
+the prompt is repeated (some templates also cut the reasoning out of a response). The response is compared byte by byte, so
+it is always put in as it is.
 """
 
 from __future__ import annotations
@@ -36,13 +38,15 @@ class ChatFormat:
 
     Args:
         tokenizer: a Hugging Face tokenizer with a `tokenizers` backend and a chat template.
-        end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`; None = the tokenizer's eos.
+        end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`. None means the tokenizer's eos.
             The first control token that the template puts after a response has the role, too.
     Attributes:
-        end_ids: the ids with the role end of turn; end_id: the one that the template closes the turn with.
+        end_ids: the ids with the role end of turn.
+        end_id: the one of them with which the template closes the turn.
         closing: the template's bytes between a response and the end of turn (" " for Llama-2, usually none).
     Raises:
-        DataError: no chat template; the template does not show prompt and response once each, or never ends the turn.
+        DataError: there is no chat template, or the template does not show the prompt and the response once each, or it
+            never ends the turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int] | None = None):
@@ -57,6 +61,7 @@ class ChatFormat:
         self.token_bytes = TokenBytes(tokenizer, control=known)
         self._system = self._needs_system(name)
 
+        # The frame, and whether the template strips the whitespace around a prompt.
         before, after, self._suffix = self._frame(name, PROMPT, RESPONSE)
         self._before, self._between = before, after
         padded_before, padded_after, _ = self._frame(name, f" \n{PROMPT}\n ", RESPONSE)
@@ -64,6 +69,7 @@ class ChatFormat:
         self._strip_right = not padded_after.startswith("\n " + after)
         self._generation = self._generation_frame(name)
 
+        # The end of turn is the first control token after the response.
         ids = self.token_bytes.encode(before + PROMPT + after + RESPONSE + self._suffix)
         spans = self.token_bytes.spans(ids, before + PROMPT + after + RESPONSE + self._suffix)
         response_end = len((before + PROMPT + after + RESPONSE).encode())
@@ -80,7 +86,7 @@ class ChatFormat:
         self.closing: bytes = self._suffix.encode()[: end_begin - response_end]
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids that a model continues with its response: the prompt in the template, with the generation prompt."""
+        """The ids that a model continues with its response: the prompt in the template, with the generation prompt."""
         before, after = self._generation
         parts = [(before, False), (self._prompt(prompt), True), (after, False)]
         if self.token_bytes.has_control(prompt):
@@ -88,15 +94,17 @@ class ChatFormat:
         return self.token_bytes.encode("".join(text for text, _ in parts))
 
     def encode(self, prompt: str, response: str, *, complete: bool = True) -> Encoded:
-        """The conversation in tokens.
+        """Tokenises the conversation of a prompt and a response.
 
         Args:
-            response: put in as it is; strip it once, before any template (several templates would strip).
-            complete: False for a response that was cut: nothing follows it and it has no end of turn.
+            response: it is put in as it is. The caller strips it once, before any template, because several templates would
+                strip it.
+            complete: False for a response that was cut. Nothing follows it, and it has no end of turn.
         Raises:
             TokenBytesMismatch: the tokens do not hold the response's bytes exactly (reason "normaliser" or "decoder").
         """
-        # The prompt as its tokens hold it: only the response must survive the tokenizer byte by byte.
+        # Put the texts into the frame, and find the bytes of each. The prompt is used in the form that its tokens hold,
+        # because only the response must be kept byte by byte.
         prompt = self.token_bytes.seen(self._prompt(prompt))
         suffix = self._suffix if complete else ""
         parts = [(self._before, False), (prompt, True), (self._between, False), (response, True), (suffix, False)]
@@ -106,6 +114,8 @@ class ChatFormat:
         begin = prompt_end + len(self._between.encode())
         end = begin + len(response.encode())
 
+        # Tokenise the whole. If a control token covers a byte of the prompt or of the response, tokenise again in parts, so
+        # that strings of control tokens in these texts stay plain text.
         ids, words = self.token_bytes.encode_words(text)
         spans = self.token_bytes.spans(ids, text)
         specials = self.token_bytes.specials
@@ -116,12 +126,14 @@ class ChatFormat:
             ids, words = self.token_bytes.encode_parts(parts)
             spans = self.token_bytes.spans(ids, text)
 
+        # Find the tokens that hold the response's bytes. An empty response has none.
         held = [n for n, (b, f) in enumerate(spans) if b < end and f > begin and b < f]
         if held and begin < end:
             start, stop = held[0], held[-1] + 1
-        else:  # an empty response
+        else:
             start = stop = next((n for n, (b, _) in enumerate(spans) if b >= begin), len(ids))
         self.token_bytes.check_whole(ids[start:stop], spans[start:stop], text)
+        # Find the end of turn, and drop what follows it.
         end_of_turn = next((n for n in range(stop, len(ids)) if ids[n] in self.end_ids), None) if complete else None
         length = stop if end_of_turn is None else end_of_turn + 1
         return Encoded(
@@ -134,7 +146,7 @@ class ChatFormat:
         )
 
     def _prompt(self, prompt: str) -> str:
-        """The prompt with the whitespace that the template strips taken off."""
+        """The prompt without the whitespace that the template strips."""
         prompt = prompt.lstrip() if self._strip_left else prompt
         return prompt.rstrip() if self._strip_right else prompt
 
@@ -146,11 +158,12 @@ class ChatFormat:
         return cast("str", text)
 
     def _needs_system(self, name: str) -> bool:
-        """Whether the template renders only with a system message (then an empty one is given)."""
+        """Whether the template renders only with a system message. If so, an empty one is given to it."""
         try:
             self._render(("user", PROMPT), ("assistant", RESPONSE), system=False)
             return False
-        except Exception as error:  # a template may raise anything, its own refusals as TemplateError
+        except Exception as error:
+            # A template's own refusals are TemplateErrors, but its code may raise anything.
             if not isinstance(error, TemplateError):
                 raise DataError(
                     f"{name}'s chat template must render, it raised {type(error).__name__}: {error}; fix it"
@@ -164,7 +177,7 @@ class ChatFormat:
                 ) from error
 
     def _frame(self, name: str, prompt: str, response: str) -> tuple[str, str, str]:
-        """The template's text before the prompt, between prompt and response, and after the response."""
+        """The template's text before the prompt, between the prompt and the response, and after the response."""
         text = self._render(("user", prompt), ("assistant", response))
         if text.count(PROMPT) != 1 or text.count(RESPONSE) != 1 or text.index(PROMPT) > text.index(RESPONSE):
             raise DataError(
@@ -184,7 +197,8 @@ class ChatFormat:
             )
         before, after = text.split(PROMPT)
         if text == self._render(("user", PROMPT)) and self._between.rstrip() != after.rstrip():
-            after = self._between.rstrip(" ")  # the template ignores add_generation_prompt
+            # The template ignores add_generation_prompt.
+            after = self._between.rstrip(" ")
         if before != self._before or not self._between.startswith(after.rstrip()):
             logger.warning(
                 "%s's chat template opens a turn to generate with %r and a finished one with %r: responses are generated "

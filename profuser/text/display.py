@@ -1,4 +1,4 @@
-"""Text as it is shown: what a terminal or page would hide is written out, and width is counted in columns."""
+"""Prepares text to be shown: characters that a terminal or page would hide are written out, and width is counted in columns."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def visible(text: str) -> str:
 
 
 def _is_hidden(character: str) -> bool:
+    """Whether a terminal or page would hide the character, or let it change how other text is shown."""
     if character in "\n\t" or " " <= character <= "~":
         return False
     directions = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
@@ -25,13 +26,14 @@ def _is_hidden(character: str) -> bool:
 
 
 def printable(character: str) -> str:
+    """The character itself, or a visible text in its place if it cannot be printed."""
     if character == "\n":
         return "⏎"
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def column_width(shown: str) -> int:
-    """Columns on a terminal."""
+    """The number of columns that a text takes on a terminal."""
     return sum(
         0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in shown
@@ -39,7 +41,7 @@ def column_width(shown: str) -> int:
 
 
 def clipped(text: str, width: int) -> str:
-    """At most `width` columns of a text, made printable."""
+    """The text, made printable and cut to at most `width` columns."""
     out, used = "", 0
     for character in text:
         shown = printable(character)
@@ -51,11 +53,11 @@ def clipped(text: str, width: int) -> str:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, 80 where there is none."""
+    """The number of the terminal's columns, or 80 if there is no terminal."""
     return shutil.get_terminal_size().columns
 
 
 def use_color() -> bool:
-    """On a terminal, or with FORCE_COLOR set; never with NO_COLOR."""
+    """Whether to write in colour: on a terminal or if FORCE_COLOR is set, but never if NO_COLOR is set."""
     wanted = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
     return wanted and not os.environ.get("NO_COLOR")

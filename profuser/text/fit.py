@@ -1,7 +1,7 @@
-"""Whether a response fits all tokenizers, and its longest common part where it is too long.
+"""Decides whether a response fits all tokenizers, and finds the longest part that does if it is too long.
 
-All sources of an example are scored on the same bytes, so that an over-long response is cut once, at the longest boundary
-between target tokens that fits the target and every source.
+All sources of an example are scored on the same bytes. A response that is too long is therefore cut once, at the last
+boundary between target tokens at which it fits the target and every source.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from profuser.text.token_bytes import TokenBytesMismatch
 
 
 class Verdict(IntEnum):
-    """Whether a response is used and, if not, why; the store keeps the number."""
+    """Whether a response is used and, if not, why. The store keeps the number."""
 
     OK = 0
     EMPTY = 1
@@ -27,12 +27,12 @@ class Verdict(IntEnum):
 
     @property
     def label(self) -> str:
-        """In words, as summaries count it."""
+        """The verdict in the words that summaries use."""
         return _LABELS[self]
 
     @classmethod
     def of(cls, error: TokenBytesMismatch) -> Verdict:
-        """Of a response whose bytes a tokenizer's tokens do not hold."""
+        """The verdict on a response whose bytes a tokenizer's tokens do not hold."""
         return cls[error.reason.upper()]
 
 
@@ -50,7 +50,9 @@ _LABELS = {
 class Fitted:
     """The part of a response that is scored and learnt.
 
-    text: empty unless the verdict is OK. cut: something was cut off, so that the text has no end of turn.
+    text: the part itself, empty unless the verdict is OK.
+    cut: whether something was cut off, so that the text has no end of turn.
+    verdict: whether the response is used and, if not, why.
     """
 
     text: str
@@ -63,11 +65,15 @@ class Fitted:
 
 
 def fit(target: ChatFormat, sources: Sequence[ChatFormat], prompt: str, response: str, max_length: int) -> Fitted:
-    """The response if it fits every tokenizer, else its longest prefix that ends at a boundary of the target's tokens.
+    """Returns the response if it fits every tokenizer, else its longest prefix that does and ends where a target token ends.
 
-    A text that the target's own tokenizer changes cannot be aligned at all; for a source that is found out where it is
-    captured.
+    A text that the target's own tokenizer changes cannot be aligned at all. A text that only a source's tokenizer changes is
+    still used here; it is refused when that source is captured.
+
+    Args:
+        max_length: the number of tokens that a conversation may have in each tokenizer.
     """
+    # Encode the conversation on all sides. A source whose tokenizer changes the text is left out.
     if not response:
         return Fitted.unused(Verdict.EMPTY)
     try:
@@ -83,12 +89,13 @@ def fit(target: ChatFormat, sources: Sequence[ChatFormat], prompt: str, response
         able.append(chat)
     if all(len(e.input_ids) <= max_length for e in encoded):
         return Fitted(response, False, Verdict.OK)
+    # Try the boundaries between target tokens from the last one that can fit.
     raw = response.encode()
     limit = min(last_byte(e, max_length) for e in encoded)
     for stop in sorted({end for _, end in encoded[0].spans if 0 < end <= limit}, reverse=True):
         try:
             text = raw[:stop].decode()
-        except UnicodeDecodeError:  # the boundary lies inside a character
+        except UnicodeDecodeError:  # this boundary lies inside a character
             continue
         if all(len(chat.encode(prompt, text, complete=False).input_ids) <= max_length for chat in able):
             return Fitted(text, True, Verdict.OK)
@@ -96,6 +103,6 @@ def fit(target: ChatFormat, sources: Sequence[ChatFormat], prompt: str, response
 
 
 def last_byte(encoded: Encoded, max_length: int) -> int:
-    """Bytes of the response that lie in the first max_length tokens."""
+    """The number of the response's bytes that lie in the first max_length tokens."""
     kept = max(0, min(encoded.stop, max_length) - encoded.start)
     return encoded.spans[kept - 1][1] if kept else 0

@@ -1,12 +1,15 @@
-"""The exact bytes behind every token of a tokenizer, and the byte span of every token in a text.
+"""The exact bytes of every token of a tokenizer, and the byte span of every token in a text.
 
-Alignment compares tokenizers on bytes, so a piece that is one byte off shifts every later distribution without an error
-anywhere. The pieces come from the tokenizer's own decoder (byte-level alphabet; SentencePiece's U+2581 and `<0xNN>`;
-added tokens literal), and `spans` checks on every text that they concatenate to it. What a section of text gets put in
-front (Prepend normaliser, Metaspace, `add_prefix_space`) is the dummy leading space: part of the piece, not of the text.
+The alignment compares tokenizers on bytes. If a piece (the bytes of a token) were one byte off, every later distribution
+would be shifted, and nothing would raise an error. The pieces are therefore made by the rules of the tokenizer's own
+decoder: the byte-level alphabet, or SentencePiece's U+2581 and `<0xNN>`, with added tokens literal. On every text, `spans`
+checks that the pieces concatenate to it.
 
-Left out on purpose: undoing a normaliser. Where the tokens no longer hold the text's bytes (Qwen-2's NFC on a
-decomposed character) the text is refused with the reason `normaliser`. WordPiece's continuation marks are not decoded.
+A section is the text between two added tokens. A tokenizer may put a space in front of a section (Prepend normaliser,
+Metaspace, `add_prefix_space`). This dummy leading space is a part of the first token's piece, but not of the text.
+
+Undoing a normaliser is left out on purpose. Where the tokens no longer hold the text's bytes (Qwen-2's NFC on a decomposed
+character), the text is refused with the reason `normaliser`. WordPiece's continuation marks are not decoded.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Reason = Literal["normaliser", "decoder"]
-"""Why tokens do not hold a text's bytes: the normaliser changed the text, or the decoder cannot give it back."""
+"""Why tokens do not hold a text's bytes: the normaliser changes the text, or the decoder cannot give it back."""
 
-SPACE_MARK = "\u2581"  # SentencePiece's visible space
+SPACE_MARK = "\u2581"  # stands for a space in SentencePiece's token strings
 WHITESPACE = b" \t\n\r\x0b\x0c"
 
 
@@ -41,18 +44,21 @@ class TokenBytesMismatch(DataError):
 
 
 class TokenBytes:
-    """Exact bytes of every token of a tokenizer.
+    """The exact bytes of every token of a tokenizer.
 
     Args:
-        control: ids with a role, end of turn above all, that the tokenizer does not declare special: control tokens, too.
+        tokenizer: a Hugging Face tokenizer with a `tokenizers` backend.
+        control: ids with a role, above all the end of turn, that are control tokens although the tokenizer does not declare
+            them special.
     Attributes:
-        pieces: per token id its bytes, dummy leading space included; None for a control (special) token and for an id
-            without a token. Ids at or beyond `len(pieces)` (models pad their logits) have no token either.
-        specials: per control token id the string it stands for.
-        added: bytes of the added tokens that are text.
+        pieces: the bytes of every token id, with its dummy leading space. They are None for a control (special) token and
+            for an id without a token. Ids at or beyond `len(pieces)` have no token either; models have such ids because
+            they pad their logits.
+        specials: the string that each control token id stands for.
+        added: the bytes of the added tokens that are text.
         byte_tokens: the ids of `<0xNN>`, which text uses only for characters that are in no other token.
-        fragment: a private `tokenizers.Tokenizer` for text from the middle of a section: no dummy leading space, and
-            the strings of control tokens are plain text.
+        fragment: a private `tokenizers.Tokenizer` for text from the middle of a section. It puts no dummy space in front,
+            and the strings of control tokens are plain text to it.
     Raises:
         DataError: the tokenizer has no `tokenizers` backend.
     """
@@ -64,12 +70,15 @@ class TokenBytes:
                 "a tokenizer must have a `tokenizers` backend (tokenizer.json), "
                 f"got {type(tokenizer).__name__}; convert it first"
             )
+        # Read the rules of the tokenizer.
         self._backend = backend
         self._rules = _rules_of(backend)
         normalizers = list(_flat(self._rules["normalizer"], "normalizers"))
         pre_tokenizers = list(_flat(self._rules["pre_tokenizer"], "pretokenizers"))
         decoders = list(_flat(self._rules["decoder"], "decoders"))
 
+        # Collect the control tokens, and all added tokens as (bytes, whether the token takes the whitespace before it,
+        # whether it takes the whitespace behind it).
         special_ids = dict.fromkeys([*tokenizer.all_special_ids, *control])
         self.specials: dict[int, str] = {
             i: token for i in special_ids if isinstance(token := tokenizer.convert_ids_to_tokens(i), str)
@@ -82,6 +91,7 @@ class TokenBytes:
             if token.special:
                 self.specials[i] = token.content
 
+        # Find out how token strings spell bytes: in the byte-level alphabet, with marks for spaces, or with byte tokens.
         byte_level = any(part["type"] == "ByteLevel" for part in decoders + pre_tokenizers)
         self._marked = not byte_level and any(
             part["type"] == "Metaspace" or (part["type"] == "Replace" and part["pattern"] == {"String": SPACE_MARK})
@@ -90,10 +100,12 @@ class TokenBytes:
         fallback = getattr(backend.model, "byte_fallback", False) or any(
             part["type"] == "ByteFallback" for part in decoders
         )
-        if fallback:  # trained with the byte tokens declared special: bytes all the same
+        if fallback:
+            # Some tokenizers were trained with their byte tokens declared special. They stand for bytes all the same.
             for i in [i for i, (content, *_) in self._added.items() if _is_byte_token(content.decode())]:
                 del self._added[i]
                 self.specials.pop(i, None)
+        # Decode every token.
         vocab = tokenizer.get_vocab()
         self.byte_tokens = frozenset(i for token, i in vocab.items() if fallback and _is_byte_token(token))
         self.pieces: list[bytes | None] = [None] * (max(vocab.values(), default=-1) + 1)
@@ -109,15 +121,16 @@ class TokenBytes:
             else:
                 self.pieces[i] = (token.replace(SPACE_MARK, " ") if self._marked else token).encode()
 
-        # Added tokens that may take the whitespace beside them.
+        # The added tokens of text, and those of them that may take the whitespace beside them. A regular expression finds
+        # the strings of control tokens, the longest first, as the tokenizer does.
         self._greedy = {i for i, (_, left, right) in self._added.items() if (left or right) and i not in self.specials}
         self.added = [content for i, (content, *_) in self._added.items() if i not in self.specials]
         self._control_id = {content: i for i, content in self.specials.items()}
-        longest_first = sorted(self._control_id, key=len, reverse=True)  # as the tokenizer matches them
+        longest_first = sorted(self._control_id, key=len, reverse=True)
         self._control = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
-        # Which sections get a space put in front: "" (none), "always" (even before a space), "missing" (unless there is
-        # one already), "first" (as missing, but only at the beginning of the text).
+        # The sections that get a dummy space in front: "" (none), "always" (all, even before a space), "missing" (those
+        # that do not begin with a space already), "first" (the same, but only at the beginning of the text).
         self._dummy = ""
         if any(part["type"] == "Prepend" and part["prepend"] in (SPACE_MARK, " ") for part in normalizers):
             self._dummy = "always"
@@ -129,17 +142,21 @@ class TokenBytes:
 
     @functools.cached_property
     def _whole(self) -> Tokenizer:
+        """A private tokenizer for whole conversations, in which strings of control tokens become control tokens."""
         return _copy(self._backend, self.specials)
 
     @functools.cached_property
     def _section(self) -> Tokenizer:
+        """A private tokenizer for a section from its beginning, in which strings of control tokens are plain text."""
         section = _copy(self._backend, self.specials)
         section.encode_special_tokens = True
         return section
 
     @functools.cached_property
     def fragment(self) -> Tokenizer:
-        at_ends = ("Prepend", "Strip")  # what a normaliser does at the ends of a section only
+        """See the attributes of the class."""
+        # These normalisers act at the ends of a section only, which a fragment does not have.
+        at_ends = ("Prepend", "Strip")
         normalizers = list(_flat(self._rules["normalizer"], "normalizers"))
         if not self._dummy and not any(part["type"] in at_ends for part in normalizers):
             return self._section
@@ -154,7 +171,7 @@ class TokenBytes:
 
     @functools.cached_property
     def _normalizer(self):
-        """What the normaliser does to the text itself, without SentencePiece's marks; None when nothing."""
+        """The normaliser without SentencePiece's marks and dummy spaces, or None if nothing is left of it."""
         reduced = _without(
             self._rules["normalizer"],
             "normalizers",
@@ -163,31 +180,33 @@ class TokenBytes:
         return _parts_of(normalizer=reduced).normalizer
 
     def normalised(self, text: str) -> str:
-        """`text` as the tokenizer's normaliser changes it, without dummy spaces and marks (NFC for Qwen-2)."""
+        """`text` after the tokenizer's normaliser (NFC for Qwen-2), but without its dummy spaces and marks."""
         return text if self._normalizer is None else self._normalizer.normalize_str(text)
 
     def seen(self, text: str) -> str:
-        """`text` as its tokens hold it: normalised, without literal SentencePiece marks. It has the same ids."""
+        """`text` in the form that its tokens hold: normalised and without literal SentencePiece marks. Its ids are the same."""
         text = self.normalised(text)
         return text.replace(SPACE_MARK, " ") if self._marked else text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a rendered conversation: control strings in it become control tokens, no bos or eos is added."""
+        """The ids of a rendered conversation. Control strings in it become control tokens. No bos or eos is added."""
         return self.encode_words(text)[0]
 
     def encode_words(self, text: str) -> tuple[list[int], list[int]]:
-        """(ids, words) as `encode`; words: per token the number of its pre-token."""
+        """(ids, words): the ids as in `encode`, and the number of the pre-token that each of them belongs to."""
         encoding = self._whole.encode(text, add_special_tokens=False)
         return encoding.ids, _words(encoding)
 
     def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
-        """(ids, words) of a text given in parts (string, literal): control strings in a literal part stay plain text.
+        """(ids, words) of a text that is given in parts (string, literal). Control strings in a literal part stay plain text.
 
-        Equal to `encode` of the whole where no literal part holds a control string: only the control tokens of the
-        other parts cut the text into sections, so merges across parts happen as they would.
+        If no literal part holds a control string, the result is that of `encode_words` on the whole text. Only the control
+        tokens of the other parts cut the text into sections, so that merges across parts happen in the same way.
+
         Raises:
             TokenBytesMismatch: a section's text has no tokens of its own (reason "decoder").
         """
+        # Collect the text of a section until a control token ends it. A control token may take the whitespace beside it.
         ids: list[int] = []
         words: list[int] = []
         section = ""
@@ -195,22 +214,25 @@ class TokenBytes:
         skip_whitespace = False
 
         def flush() -> None:
+            """Tokenises the section that has been collected."""
             # A Metaspace of scheme "first" puts its dummy space at the beginning of the text and nowhere else.
             encoder = self._section if at_start or self._dummy != "first" else self.fragment
             encoded = encoder.encode(section, add_special_tokens=False)
             control = next((i for i in encoded.ids if i in self.specials), None)
-            if control is not None:  # an unknown character, or a model that finds control strings in its own vocabulary
+            if control is not None:
+                # The text has an unknown character, or the model finds the control string in its own vocabulary.
                 raise TokenBytesMismatch(
                     f"text must not become control tokens, {section!r} holds {self.specials[control]!r}; skip this example",
                     "decoder",
                 )
-            first = len(words)  # no fewer than the pre-tokens so far
+            first = len(words)  # larger than the numbers of all pre-tokens so far
             ids.extend(encoded.ids)
             words.extend(first + word for word in _words(encoded))
 
         for text, literal in parts:
             pieces = [text] if literal or self._control is None else self._control.split(text)
             for n, piece in enumerate(pieces):
+                # Every second piece is a control string.
                 if n % 2 == 0:
                     section += piece.lstrip() if skip_whitespace and not section else piece
                     continue
@@ -225,39 +247,41 @@ class TokenBytes:
         return ids, words
 
     def has_control(self, text: str) -> bool:
-        """Whether the string of a control token stands literally in `text`."""
+        """Whether `text` contains the string of a control token."""
         return self._control is not None and self._control.search(text) is not None
 
     def check_whole(self, ids: Sequence[int], spans: Sequence[tuple[int, int]], text: str) -> None:
-        """That no token of a response covers bytes that are not its own.
+        """Checks that no token of a response covers bytes that are not its own.
 
         Raises:
-            TokenBytesMismatch: an added token took the whitespace beside it (reason "decoder").
+            TokenBytesMismatch: an added token has taken the whitespace beside it (reason "decoder").
         """
         for i, (begin, end) in zip(ids, spans) if self._greedy and not self._greedy.isdisjoint(ids) else ():
             if i in self._greedy and len(self.piece(i)) < end - max(begin, 0):
                 raise self._mismatch(text, max(begin, 0))
 
     def piece(self, i: int) -> bytes:
-        """The bytes of a token that is no control token."""
+        """The bytes of a token that is not a control token."""
         piece = self.pieces[i]
         assert piece is not None
         return piece
 
     def of(self, ids: Sequence[int]) -> bytes:
-        """Bytes of the tokens one after the other; control tokens and unknown ids have none."""
+        """The bytes of the tokens, one after the other. Control tokens and unknown ids have none."""
         return b"".join(self.pieces[i] or b"" for i in ids if 0 <= i < len(self.pieces))
 
     def spans(self, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
-        """Byte span (begin, end) of every token in `text`.
+        """The byte span (begin, end) of every token in `text`.
 
-        A token with a dummy leading space begins at -1 at the beginning of the text; in the middle (after an added
-        token) it begins at the first byte of its section. Spans are monotone and cover the text. Control tokens are
-        zero-width unless they stand literally in the text; an added token with `lstrip` or `rstrip` covers the
+        The spans are monotone and cover the text. A token with a dummy leading space begins at -1 if it is the first of the
+        text. After an added token in the middle of the text it begins at the first byte of its section. A control token has
+        a span of no width unless its string stands in the text. An added token with `lstrip` or `rstrip` covers the
         whitespace that it takes.
+
         Raises:
             TokenBytesMismatch: the pieces do not concatenate to the text.
         """
+        # Collect the tokens up to the next added one as a section, then find the bytes of the added token.
         data = text.encode()
         spans: list[tuple[int, int]] = []
         position = 0
@@ -285,7 +309,7 @@ class TokenBytes:
         return spans
 
     def _section_spans(self, ids: list[int], data: bytes, position: int, spans: list, text: str) -> int:
-        """Appends the spans of tokens without an added one between them, which begin at `position`; returns their end."""
+        """Appends the spans of a section's tokens, which begin at `position`, to `spans`, and returns where they end."""
         if not ids:
             return position
         found = [self.pieces[i] if 0 <= i < len(self.pieces) else None for i in ids]
@@ -305,6 +329,7 @@ class TokenBytes:
         return ends[-1]
 
     def _has_dummy(self, piece: bytes, data: bytes, position: int) -> bool:
+        """Whether `piece`, the first of the section at `position`, begins with a dummy space."""
         if not self._dummy or not piece.startswith(b" ") or position == len(data):
             return False
         if self._dummy == "always":
@@ -327,13 +352,18 @@ PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
 
 def _words(encoding: Encoding) -> list[int]:
-    """Per token the number of its pre-token. Only what a post-processor adds has none, and here it adds nothing."""
+    """The number of each token's pre-token. Only tokens of a post-processor have none, and here it adds no tokens."""
     return cast("list[int]", encoding.word_ids)
 
 
 def _copy(backend: Tokenizer, specials: Collection[int]) -> Tokenizer:
-    """A tokenizer of our own with the same model: truncation, padding and encode_special_tokens are state that the
-    backend's owner may change. specials: ids that are special in the copy."""
+    """A private tokenizer with the same model, because the backend's owner may change its state.
+
+    This state is truncation, padding and encode_special_tokens.
+
+    Args:
+        specials: the ids that are special in the copy.
+    """
     copy = Tokenizer(backend.model)
     for part in PARTS:
         if getattr(backend, part) is not None:
@@ -341,7 +371,8 @@ def _copy(backend: Tokenizer, specials: Collection[int]) -> Tokenizer:
     added = sorted(backend.get_added_tokens_decoder().items())
     for special, tokens in itertools.groupby(added, key=lambda item: item[0] in specials):
         (copy.add_special_tokens if special else copy.add_tokens)([token for _, token in tokens])
-    if any(copy.token_to_id(token.content) != i for i, token in added):  # ids with gaps: the long way
+    # Added tokens get consecutive ids. If theirs have gaps, the copy is made from the whole JSON, which takes longer.
+    if any(copy.token_to_id(token.content) != i for i, token in added):
         copy = Tokenizer.from_str(backend.to_str())
         copy.no_truncation()
         copy.no_padding()
@@ -350,7 +381,7 @@ def _copy(backend: Tokenizer, specials: Collection[int]) -> Tokenizer:
 
 
 def _rules_of(backend: Tokenizer) -> dict:
-    """tokenizer.json of a tokenizer without its vocabulary, which would take most of the time."""
+    """The tokenizer.json of a tokenizer without its vocabulary, which would take most of the time to write."""
     bare = Tokenizer(models.WordLevel({"": 0}, unk_token=""))
     for part in PARTS:
         if getattr(backend, part) is not None:
@@ -359,13 +390,13 @@ def _rules_of(backend: Tokenizer) -> dict:
 
 
 def _parts_of(**rules: dict | None) -> Tokenizer:
-    """A tokenizer with parts of a tokenizer.json and no vocabulary."""
+    """A tokenizer that has the given parts of a tokenizer.json and no vocabulary."""
     model = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
     return Tokenizer.from_str(json.dumps({"version": "1.0", "model": model, **rules}))
 
 
 def _flat(part: dict | None, key: str) -> Iterator[dict]:
-    """The parts of a tokenizer.json component, its nested sequences opened."""
+    """The parts of a component of tokenizer.json, with nested sequences taken apart."""
     if part is not None and part["type"] == "Sequence":
         for inner in part[key]:
             yield from _flat(inner, key)
@@ -380,7 +411,7 @@ def _without(part: dict | None, key: str, drop: Callable[[dict], bool]) -> dict 
 
 
 def _without_dummy(part: dict | None) -> dict | None:
-    """The pre-tokenizer, with nothing put in front of a section."""
+    """The pre-tokenizer, changed so that it puts nothing in front of a section."""
     if part is None:
         return None
     part = dict(part)
@@ -395,8 +426,11 @@ def _without_dummy(part: dict | None) -> dict | None:
 
 
 def _byte_alphabet() -> dict[int, int]:
-    """GPT-2's byte-level alphabet as str.translate takes it: printable Latin-1 stands for itself, the other bytes follow
-    from U+0100 on; a Latin-1 character outside it stands for none."""
+    """GPT-2's byte-level alphabet, in the form that str.translate takes.
+
+    A printable Latin-1 character stands for its own byte, and the characters from U+0100 on stand for the other bytes. The
+    Latin-1 characters that are not printable stand for no byte.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {b: NO_BYTE for b in others} | {0x100 + n: b for n, b in enumerate(others)}
@@ -407,9 +441,11 @@ BYTE_ALPHABET = _byte_alphabet()
 
 
 def _byte_level_piece(token: str) -> bytes:
+    """The bytes that a token string of the byte-level alphabet spells."""
     try:
         return token.translate(BYTE_ALPHABET).encode("latin-1")
-    except UnicodeEncodeError:  # not of the alphabet: the ByteLevel decoder, too, then takes the characters as they are
+    except UnicodeEncodeError:
+        # A character is not of the alphabet. The ByteLevel decoder then takes all characters as they are, too.
         return token.encode()
 
 
