@@ -1,4 +1,4 @@
-"""The votes of single prompts, read back from a store, against its audit table."""
+"""The votes of single prompts, read back from a store, agree with its audit table."""
 
 from __future__ import annotations
 
