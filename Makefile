@@ -17,7 +17,7 @@ test: $(VENV)/.installed-test
 test-long: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# This measures the branch coverage of the package, including that of subprocesses.
+# This measures the branch coverage of the package.
 coverage: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" --cov --cov-report=term $(ARGS)
 
