@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc):
 
 
 def step_of(implementation, case, mode):
-    """A function without arguments that returns the loss, and under "forward_backward" also the gradients of hidden and weight."""
+    """A function without arguments that returns the loss, and with backward also the gradients of hidden and weight."""
     computes, function, _ = IMPLEMENTATIONS[implementation]
     inputs = arguments(case, computes)
 

@@ -112,7 +112,7 @@ def random_capture(
 
     top = np.where(rng.random((m, k)) < 0.5, rng.choice(pool, (m, k)), rng.integers(0, vocabulary + 2, (m, k)))
     top.sort(axis=1)
-    top[:, 1:][top[:, 1:] == top[:, :-1]] = -1  # no candidate twice
+    top[:, 1:][top[:, 1:] == top[:, :-1]] = -1  # no candidate may occur twice
     return SourceCapture(
         ids=ids,
         begin=spans[:, 0].copy(),

@@ -19,7 +19,7 @@ from profuser.experiments.byte_sampler import ByteVocab, Continuation, History, 
 from profuser.experiments.windows import TEXTS, windows
 from profuser.text.token_bytes import TokenBytes
 
-WORDS = ("a", "b", " ", "ab", " a", "aba", "</s>")  # the tokens that the toy source gives mass to
+WORDS = ("a", "b", " ", "ab", " a", "aba", "</s>")  # the tokens to which the toy source gives mass
 
 
 class Toy:

@@ -121,7 +121,7 @@ def test_no_gradient_is_computed_without_autograd():
     with torch.no_grad(), NewTensors(look_inside=True) as new:
         loss = fused_linear_fusion_loss(**case, chunk_size=4)
     torch.testing.assert_close(loss, expected)
-    assert max(new.sizes) < 83 * 20  # no [V, D] gradient
+    assert max(new.sizes) < 83 * 20  # no tensor is as large as a [V, D] gradient
 
 
 def test_a_tied_head_gets_both_gradients():

@@ -83,7 +83,7 @@ def test_nothing_waits_for_the_device(reduction, sources):
     case = on("cuda", large_case(N=512))
     if not sources:
         case = {name: case[name] for name in ("hidden", "weight", "labels")}
-    fused_linear_fusion_loss(**case, reduction=reduction).sum().backward()  # compiles
+    fused_linear_fusion_loss(**case, reduction=reduction).sum().backward()  # this call compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         fused_linear_fusion_loss(**case, reduction=reduction, chunk_size=256).sum().backward()

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("small_blocks"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
-ROWS = 10  # an interpreted program costs a millisecond
+ROWS = 10  # few, because a program takes a millisecond in the interpreter
 small_case = partial(make_case, N=ROWS)
 
 

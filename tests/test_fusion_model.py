@@ -60,7 +60,7 @@ def padded(found) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for name, values in columns.items():
         by_source = name.startswith("source_")
-        values = [v.transpose(0, 1) if by_source else v for v in values]  # tokens first
+        values = [v.transpose(0, 1) if by_source else v for v in values]  # the axis of tokens comes first
         rows = pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
         batch[name] = rows.movedim(2, 0) if by_source else rows
     return batch | {"source_ce": torch.stack([e["source_ce"] for e in found], 1)}

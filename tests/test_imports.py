@@ -39,7 +39,7 @@ def modules() -> dict[str, Path]:
     """Every module of the package by its full name."""
     found = {}
     for path in [*ROOT.glob("profuser/**/*.py"), *ROOT.glob("kernels/*.py")]:
-        if path.is_relative_to(ROOT / "profuser/kernels"):  # the link to the folder at the top
+        if path.is_relative_to(ROOT / "profuser/kernels"):  # this is the link to the folder at the top
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts
         parts = ("profuser", *parts) if parts[0] == "kernels" else parts

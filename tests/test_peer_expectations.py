@@ -206,7 +206,7 @@ def test_only_the_gradients_asked_for_are_made(wanted):
 def test_without_a_label_all_results_are_zero(reduction, dtype):
     case = liger_case(4 * 47, 31, 123, dtype, biased=True) | {"labels": torch.full((4 * 47,), IGNORE_INDEX)}
     for result in loss_and_gradients(fused_linear_fusion_loss, case, reduction=reduction):
-        assert not result.any()  # torch's own mean would be 0/0
+        assert not result.any()  # here torch's own mean would be 0/0
 
 
 @pytest.mark.parametrize("N", [1, 2, 127, 128, 129, 300])

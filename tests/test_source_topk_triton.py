@@ -99,7 +99,7 @@ def check_hidden(device, case, k, chunk_size=2, **options):
 
 
 def on(device, options) -> dict[str, Any]:
-    """Every tensor of a dict, or of a tuple in it, on the device."""
+    """The dict with every tensor in it, or in a tuple in it, moved to the device."""
 
     def move(x):
         return x.to(device) if torch.is_tensor(x) else tuple(map(move, x)) if isinstance(x, tuple) else x
@@ -214,7 +214,7 @@ def test_a_row_without_a_finite_logit_spoils_no_other(device):
 def test_a_logit_without_a_value_spoils_its_row_alone(device, bad, impl):
     logits, labels = random_logits(4, 300)
     logits[2, 17] = bad
-    logits[1, 5] = bad  # an ignored row
+    logits[1, 5] = bad  # the label of row 1 is ignored
     ranges = torch.tensor([0, 2]), torch.tensor([0, 0]), torch.tensor([9, 9]), torch.arange(30, 60)
     args = on(device, {"logits": logits, "labels": labels, "ranges": ranges})
     ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass = source_topk_from_logits(**args, k=10, impl=impl)
@@ -485,7 +485,7 @@ def test_more_than_two_to_the_31_logits_are_addressed_right():
 def test_the_gpu_is_never_waited_for():
     case = on("cuda", make_case(torch.bfloat16, N=300, D=64, V=5000))
     options = on("cuda", {"ranges": make_ranges(300, 5000, 50), "vocab_map": torch.arange(5000) // 2})
-    source_topk(**case, k=10, **options)  # compiles
+    source_topk(**case, k=10, **options)  # this call compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         source_topk(**case, k=10, chunk_size=128, **options)

@@ -164,7 +164,7 @@ def position_kinds(target: ChatFormat, source: ChatFormat, rows: Iterable[dict])
             for chat in (target, source)
         )
         begins = {begin for begin, _ in other}
-        counts["same_span"] += 1  # the end of turn
+        counts["same_span"] += 1  # the end of turn always has the same span
         for span in spans:
             counts["same_span" if span in other else "shared_prefix" if span[0] in begins else "inside"] += 1
     return counts

@@ -490,9 +490,9 @@ def section(results: dict[str, Any], command: str) -> str:
         parts += [
             f"The total variation to the sampled truth at k = {TOP_K}: mean [95 % bootstrap interval over positions]. There are "
             f"{results['samples']} continuations per position, and up to {MAX_ROUNDS} times as many where few keep the target's "
-            f"prefix (kept: {min(kept)} to {max(kept)}, mean {np.mean(kept):.0f}). Positions left out: {left_out}. The noise floor "
-            "is the distance between the two halves of the samples, which is about twice the noise in the other columns. The "
-            "agreement is the probability that estimate and truth give to the same tokens; a tail cannot add to it.",
+            f"prefix (kept: {min(kept)} to {max(kept)}, mean {np.mean(kept):.0f}). Positions left out: {left_out}. The noise "
+            "floor is the distance between the two halves of the samples, which is about twice the noise in the other columns. "
+            "The agreement is the probability that estimate and truth give to the same tokens; a tail cannot add to it.",
             results["truth_table"],
         ]
     return "\n\n".join(parts)

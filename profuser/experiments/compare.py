@@ -42,7 +42,7 @@ class Arm:
 
     name: str
     label: str
-    data: str = "fusion"  # fusion | wellformed | clean | shifted
+    data: str = "fusion"  # one of fusion, wellformed, clean and shifted
     schedule: ScheduleName = "progressive"
     beta: float | None = None
 
@@ -175,8 +175,8 @@ def table(results: dict[str, Any], target: str, command: str, demo: dict[str, An
     return "\n".join(
         [
             f"Held-out exact match in %, mean ± standard deviation over fusion seeds {results['seeds']} (sources and store are "
-            "fixed). Held-out KD is the KL of the fused model to the Min-CE winner on held-out ground truths, in nats per covered "
-            "token.",
+            "fixed). Held-out KD is the KL of the fused model to the Min-CE winner on held-out ground truths, in nats per "
+            "covered token.",
             f"Ground truth of the fusion data: {demo_line(demo)}.",
             f"Command: `{command}`; {results['hardware']}; torch {results['versions']['torch']}, transformers "
             f"{results['versions']['transformers']}; commit {results['commit']}.",

@@ -105,7 +105,7 @@ class Target:
         return self._known[key]
 
     def kinds(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """For every token its kind, as an index into KINDS or -1 if it is skipped, and the source token that it is matched with."""
+        """Every token's kind, as an index into KINDS or -1 if it is skipped, and the source token with which it is matched."""
         spans, own = np.array(self.of(window)[1], np.int32), np.array(window.spans, np.int32)
         structure, position = match_spans(spans[:, 0], spans[:, 1], own[:, 0], own[:, 1])
         ends = own[position, 1]
