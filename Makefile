@@ -1,4 +1,4 @@
-# make train | test | test-long | coverage | bench | lint | docs | sanitize. Everything is installed into .venv on first use.
+# The targets are train, test, test-long, coverage, bench, lint, docs, sanitize and clean. Each installs what it needs into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -17,7 +17,7 @@ test: $(VENV)/.installed-test
 test-long: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# Branch coverage of the package, subprocesses included.
+# This measures the branch coverage of the package.
 coverage: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" --cov --cov-report=term $(ARGS)
 
@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
-# The C++ tests under AddressSanitizer and UBSan, on a copy: the installed extension stays as it is.
+# This runs the tests of csrc/ under AddressSanitizer and UBSan, in a copy, so that the installed extension stays as it is.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/.installed-dev
 	rm -rf build/sanitize && mkdir -p build/sanitize

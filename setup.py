@@ -1,6 +1,7 @@
-"""The C++ extension only; everything else stands in pyproject.toml.
+"""Builds the C++ extension; everything else about the package stands in pyproject.toml.
 
-It is optional: without a compiler the install succeeds and alignment runs in Python, which every run's first line says.
+The extension is optional. Without a compiler the installation succeeds and alignment runs in Python; the first line of every
+run says which it is.
 """
 
 from glob import glob

@@ -1,6 +1,6 @@
-"""That an installed profuser works, in seconds: the loss and the alignment, with the C++ extension.
+"""Tests in seconds that an installed profuser works: its loss, and the import of its C++ extension.
 
-Run it where there is no checkout, or the folder `profuser` beside it would be tested: python smoke_test.py
+Run it where there is no checkout: python smoke_test.py. In a checkout the folder `profuser` would be tested instead.
 """
 
 import importlib.metadata
@@ -26,6 +26,6 @@ fused_linear_fusion_loss(hidden, head, labels, ids, logprobs, source_ce=ce, beta
 assert hidden.grad.isfinite().all()
 assert head.grad.abs().sum() > 0
 
-from profuser import _align  # noqa: E402 - last: it says most when everything before it works
+from profuser import _align  # noqa: E402 - this is the last test, because its failure says most if all others pass
 
 print(f"profuser {importlib.metadata.version('profuser')} from {place}, extension {_align.__file__}", file=sys.stderr)

@@ -1,8 +1,9 @@
-"""What bench_align.py aligns: pairs of tokenizers, a corpus that every Python has, and captures made up for it.
+"""What bench_align.py aligns: pairs of tokenizers, a corpus that comes with Python, and synthetic captures of it.
 
-The captures are synthetic: of every source row the own token comes first, nine others are drawn by their frequency in
-the corpus, masses are Dirichlet. Prefix ranges take tokens at even distances of the byte-sorted vocabulary, rarer ones
-than a model would name, so the cache has more to hold than with a model. Seeded.
+In every row of a capture the source's own token comes first, and nine others are drawn by their frequency in the corpus;
+the masses are drawn from a Dirichlet distribution. A prefix range takes its tokens at even distances from the byte-sorted
+vocabulary. They are rarer than those that a model would name, so the cache has more to hold than with a model. Everything is
+seeded.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SEQUENCE_TOKENS = 2048
 K = 10
 BATCH = 16
 
-# (target, source)
+# Pairs (target, source).
 REAL_PAIRS = (
     ("llama2", "gpt_neox"),
     ("llama2", "qwen2"),
@@ -40,13 +41,13 @@ REAL_PAIRS = (
     ("qwen2", "llama2"),
     ("gpt_neox", "llama2"),
 )
-LARGEST_PAIR = ("qwen2", "deepseek_v3")  # 152k <- 128k, tables only
+LARGEST_PAIR = ("qwen2", "deepseek_v3")  # vocabularies of 152k and 128k tokens; only the tables are built for it
 BUNDLED_PAIRS = (("demo:guardian", "demo:scholar"),)
 
 
 @functools.cache
 def corpus() -> str:
-    """Python's help topics and then its top-level library sources by name, 1.2 MB together."""
+    """Python's help topics, followed by its top-level library sources in the order of their names: 1.2 MB together."""
     parts = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
     size = sum(len(part.encode()) for part in parts)
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -68,7 +69,7 @@ def tokenizer(name: str, folder: str | None) -> PreTrainedTokenizerBase:
 
 
 def sequences_of(tokenizer) -> list[str]:
-    """The corpus in parts of 2048 tokens, cut between characters; what is left at the end is dropped."""
+    """The corpus in parts of 2048 tokens, cut between characters. The shorter part that is left at the end is dropped."""
     text = corpus()
     offsets = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
     cuts = [begin for begin, _ in offsets[::SEQUENCE_TOKENS]]
@@ -77,9 +78,9 @@ def sequences_of(tokenizer) -> list[str]:
 
 @dataclass
 class Case:
-    """The corpus for one pair: encodings and captures of its sequences, engines with everything learnt from them.
+    """The corpus for one pair of tokenizers: encodings and captures of its sequences, and engines that have seen them.
 
-    skipped: sequences that a tokenizer's normaliser changes.
+    `skipped` counts the sequences that are left out because a tokenizer's normaliser changes them.
     """
 
     pair: str
@@ -104,7 +105,7 @@ class Case:
 
     @functools.cached_property
     def batches(self) -> list[dict]:
-        """As the C++ engine reads them."""
+        """The batches in the form that the C++ engine reads."""
         return [self.aligner.batch_of(*self.part(first, BATCH)) for first in range(0, len(self.raw), BATCH)]
 
     def part(self, first: int, size: int) -> tuple[list[bytes], list[Encoded], list[SourceCapture]]:
@@ -122,7 +123,7 @@ class Case:
 
 
 def make_case(pair: tuple[str, str], folder: str | None, sequences: int | None = None) -> Case:
-    """sequences: of the corpus' first ones, all unless given."""
+    """The case of a pair over the corpus, or over its first `sequences` sequences only."""
     target, source = (PlainText(tokenizer(name, folder)) for name in pair)
     case = Case(pair_name(pair), target, source, [], [], [], [], [], 0)
     for text in sequences_of(target.tokenizer)[:sequences]:
@@ -148,7 +149,7 @@ def pair_name(pair: tuple[str, str]) -> str:
 def make_capture(
     source: PlainText, own: Encoded, needed: RangeRequest, frequent: np.ndarray, rng: np.random.Generator
 ) -> SourceCapture:
-    """A capture of K entries a row; frequent: (n,) int32, the source's tokens as often as they are in the corpus."""
+    """A capture with K entries per row. `frequent`, (n,) int32, holds every source token as often as the corpus has it."""
     ids = np.array(own.input_ids, dtype=np.int32)
     begin, stop = np.array(own.spans, dtype=np.int32).T
     own_mass = rng.beta(3, 1, len(ids))
@@ -184,7 +185,7 @@ def make_capture(
 
 
 def shares(mass: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(n, K - 1) falling parts of each mass; a tenth part is left for the tail."""
+    """Parts of each of n masses in falling order, (n, K - 1). The K-th part is left for the tail."""
     parts = rng.dirichlet(np.full(K, 0.5), len(mass))[:, : K - 1]
     return -np.sort(-parts, axis=1) * mass[:, None]
 

@@ -1,10 +1,11 @@
-"""Alignment per sequence of 2048 target tokens at k = 10, over 1.2 MB: Python's help topics and its library sources.
+"""How long alignment takes per sequence of 2048 target tokens at k = 10, over 1.2 MB of Python's help and library sources.
 
     pytest benchmarks/bench_align.py --benchmark-only [--tokenizers DIR]
 
-With a folder of real tokenizers (or PROFUSER_TOKENIZERS) the pairs of align_inputs.REAL_PAIRS, else two of the demo's.
-Both engines and both time warpings are compared before they are timed. Times in pytest-benchmark's table are of one pass
-over the corpus (one sequence for the Python ones); extra_info and the lines at the end have ms per sequence, the median.
+With a folder of real tokenizers (--tokenizers or PROFUSER_TOKENIZERS) it takes the pairs of align_inputs.REAL_PAIRS, and
+without one two tokenizers of the demo. The two engines, and the two implementations of time warping, are checked against
+each other before they are timed. The times in pytest-benchmark's table are those of one pass over the corpus, or of one
+sequence for what is plain Python. The lines at the end, and extra_info, give the median in ms per sequence.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from profuser.alignment.spans import ENGINE, _align
 
 pytestmark = pytest.mark.skipif(_align is None, reason="the C++ extension is not built")
 
-MEMORY_SEQUENCES = 192  # three of the largest batch
+MEMORY_SEQUENCES = 192  # three times the largest batch
 
 
 def pytest_generate_tests(metafunc):
@@ -60,7 +61,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def case(request):
-    """Encodings, captures and learnt engines of one pair, after both engines have agreed on two sequences."""
+    """The case of one pair, for which both engines have given the same result on two sequences."""
     case = make_case(request.param, request.config.getoption("--tokenizers"))
     part = case.part(0, 2)
     for found, true in zip(case.aligner.align_batch(*part), case.oracle.align_batch(*part), strict=True):
@@ -75,7 +76,7 @@ def check_same(found, true):
         left, right = getattr(found, field), getattr(true, field)
         left, right = (np.exp(left), np.exp(right)) if field == "logprobs" else (left, right)
         np.testing.assert_allclose(left, right, atol=1e-6, err_msg=field)
-    # Of equal masses either may come first.
+    # Entries of equal mass may come in any order, and the last of them may differ.
     for t in np.unique(np.searchsorted(found.offsets, np.flatnonzero(found.ids != true.ids), side="right") - 1):
         part = slice(found.offsets[t], found.offsets[t + 1])
         above = np.exp(found.logprobs[part]) > np.exp(found.logprobs[part][-1]) + 1e-6
@@ -89,7 +90,7 @@ def describe(benchmark, pair, **info):
 
 
 def measure(benchmark, case, table, name, function, *, sequences=None, rounds=5, warmup_rounds=1, **info):
-    """Times `function`, which goes over `sequences` of the case (all unless given), and returns its result."""
+    """Times `function`, which goes over `sequences` sequences of the case (over all unless given); returns its result."""
     sequences = sequences or len(case.raw)
     size = sum(map(len, case.raw[:sequences]))
     describe(benchmark, case.pair, sequences=sequences, bytes=size, sequences_skipped=case.skipped, **info)
@@ -103,7 +104,7 @@ def measure(benchmark, case, table, name, function, *, sequences=None, rounds=5,
 @pytest.mark.parametrize("kind", ["tokenizer", "with_spans"])
 @pytest.mark.parametrize("side", ["target", "source"])
 def test_encoding(benchmark, case, side, kind, ms_per_sequence):
-    """The text's own cost, whoever aligns: the tokenizer alone, and with the bytes of every token checked."""
+    """What the text costs under any alignment: the tokenizer alone, and with a check of every token's bytes."""
     text = getattr(case, side)
     backend = text.tokenizer.backend_tokenizer
 
@@ -121,7 +122,7 @@ def test_encoding(benchmark, case, side, kind, ms_per_sequence):
 
 
 def test_ranges_needed(benchmark, case, ms_per_sequence):
-    """The capture's side: which prefix ranges to ask the source for."""
+    """The part of the work that precedes a capture: which prefix ranges to ask the source for."""
 
     def ranges():
         for n in range(len(case.raw)):
@@ -132,7 +133,7 @@ def test_ranges_needed(benchmark, case, ms_per_sequence):
 
 
 def test_align_warm(benchmark, case, ms_per_sequence):
-    """From encodings and captures to results: everything, with the caches full."""
+    """The whole way from encodings and captures to results, with full caches."""
     info = {"batch": BATCH, "cached_candidates": case.aligner._engine.cached}
     measure(benchmark, case, ms_per_sequence, "align", lambda: case.align_all(case.aligner), **info)
 
@@ -148,17 +149,17 @@ def test_cpp_alone(benchmark, case, threads, ms_per_sequence):
     name = "C++" if threads == 1 else "C++ x2"
     info = {"rounds": 9, "threads": threads, "batch": BATCH}
     measure(benchmark, case, ms_per_sequence, name, functools.partial(run, threads), **info)
-    if threads == 2:  # in turns, so that a busy machine is busy for both
+    if threads == 2:  # one and two threads take turns, so that a busy machine is equally busy for both
         pairs = [(seconds(run, 1), seconds(run, 2)) for _ in range(9)]
         speed_ups = [one_clock / two_clock for (one_clock, _), (two_clock, _) in pairs]
-        # 2 where both cores were ours: near 1 others took the second one, and the speed-up says nothing.
+        # This is near 2 where both cores were free. Near 1, other programs had the second core, and the speed-up says nothing.
         cores = [cpu / clock for _, (clock, cpu) in pairs]
         benchmark.extra_info["speed_up"] = round(statistics.median(speed_ups), 3)
         benchmark.extra_info["cores_given_to_two_threads"] = round(statistics.median(cores), 2)
 
 
 def test_align_cold(benchmark, case, ms_per_sequence):
-    """The first pass, with nothing learnt; the aligner's tables beside it."""
+    """The first pass, with empty caches. How long the aligner's tables took is recorded beside it."""
     began = time.perf_counter()
     aligner = CppByteAligner(case.target, case.source, top_k=K)
     info = {"rounds": 1, "warmup_rounds": 0, "aligner_seconds": round(time.perf_counter() - began, 3)}
@@ -167,7 +168,7 @@ def test_align_cold(benchmark, case, ms_per_sequence):
 
 
 def test_oracle(benchmark, case, ms_per_sequence):
-    """Plain Python, one sequence, warm."""
+    """The engine in plain Python, on one sequence, with full caches."""
     (response,), (encoded,), (capture,) = case.part(0, 1)
     run = functools.partial(case.oracle.align, response, encoded, capture)
     measure(benchmark, case, ms_per_sequence, "oracle", run, sequences=1, engine="Python")
@@ -175,7 +176,7 @@ def test_oracle(benchmark, case, ms_per_sequence):
 
 @pytest.mark.parametrize("implementation", ["ours", "plain"])
 def test_time_warping(benchmark, case, implementation, ms_per_sequence):
-    """FuseLLM's positions of one sequence: token strings without word prefixes, Levenshtein cost."""
+    """FuseLLM's matching of one sequence: time warping of token strings without word prefixes, at Levenshtein cost."""
     source, target = (
         [token.replace("Ġ", "").replace("▁", "") for token in side.tokenizer.convert_ids_to_tokens(encoded.input_ids)]
         for side, encoded in ((case.source, case.own[0]), (case.target, case.encoded[0]))
@@ -197,7 +198,7 @@ def our_dtw(source, target):
 
 
 def test_tables(benchmark, tokenizer_pair, request):
-    """What a pair needs before its first text: exact bytes of both vocabularies, the candidates' table, the byte order."""
+    """What a pair needs before its first text: exact bytes of both vocabularies, the candidates' table and the byte order."""
     tokenizers = [tokenizer(name, request.config.getoption("--tokenizers")) for name in tokenizer_pair]
     parts = {}
 
@@ -221,7 +222,10 @@ def test_tables(benchmark, tokenizer_pair, request):
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
 @pytest.mark.parametrize("batch", [4, 16, 64])
 def test_peak_memory(benchmark, memory_pair, batch, request):
-    """MiB that warm alignment adds to the resident set, in a process of its own: of one batch, and of a pass in such batches."""
+    """How many MiB alignment with full caches adds to the resident set of a process of its own.
+
+    This is measured for one batch, and for a pass over the sequences in such batches.
+    """
     describe(benchmark, pair_name(memory_pair), batch=batch, sequence_tokens=SEQUENCE_TOKENS)
     folder = request.config.getoption("--tokenizers")
     benchmark.pedantic(lambda: benchmark.extra_info.update(measure_peak(memory_pair, folder, batch)), rounds=1)
@@ -248,14 +252,14 @@ def put_peaks(pair, folder, batch, queue):
         ("peak_pass_mib", lambda: case.align_all(aligner, batch)),
     ):
         before = trimmed_rss_mib()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         run()
         peaks[name] = resident_mib("VmHWM") - before
     queue.put({name: round(peak, 1) for name, peak in peaks.items()} | {"sequences": len(case.raw)})
 
 
 def trimmed_rss_mib():
-    """The resident set without freed memory that glibc keeps: a peak inside of that would not be seen."""
+    """The resident set, after glibc has returned its freed memory. Otherwise a peak within that memory would not be seen."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -264,7 +268,7 @@ def trimmed_rss_mib():
 
 
 def seconds(function, *args) -> tuple[float, float]:
-    """Of the clock, and of the process on all cores together."""
+    """How many seconds the call takes by the clock, and how many of CPU time on all cores together."""
     clock, cpu = time.perf_counter(), time.process_time()
     function(*args)
     return time.perf_counter() - clock, time.process_time() - cpu

@@ -2,9 +2,10 @@
 
     pytest benchmarks/bench_fused_loss.py --benchmark-only [--headline]
 
-All get the same inputs and are compared with the dense reference on the first rows before they are timed. `times_floor` is
-the median over that of the GEMMs alone, timed between the rounds: one forward, three with gradients.
-`peak_mib` is beyond the inputs; on CUDA beyond the gradients, too; on CPU it is the process's high-water mark.
+All implementations get the same inputs. Before one is timed, it is checked against the dense reference on the first rows.
+`times_floor` is its median time divided by that of the matrix products alone, which are timed between the rounds: one
+product for the forward pass, three with gradients. `peak_mib` does not count the inputs, nor, on CUDA, the gradients. On a CPU
+it comes from the high-water mark of a process.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from benchmarks.implementations import IMPLEMENTATIONS, arguments
 from benchmarks.measure import cuda_peak_mib, gemms, package_version, process_peaks_mib, timed
 from profuser.kernels.reference import fusion_loss_reference
 
-# Forward alone does not depend on what the logits are.
+# The forward pass is timed on one kind of logits only, because it does not depend on their values.
 RUNS = (("forward_backward", "random"), ("forward_backward", "peaked"), ("forward", "peaked"))
 GEMMS = {"forward": 1, "forward_backward": 3}
-CHECKED_ROWS = {"cpu": 160, "cuda": 2304}[DEVICE]  # more than a chunk
-# Relative error of loss and gradients. bf16 is wide enough for bf16 logits; extra_info has what was found.
+CHECKED_ROWS = {"cpu": 160, "cuda": 2304}[DEVICE]  # more rows than one chunk has
+# The largest relative error of loss and gradients. In bf16 it allows for logits in bf16; extra_info has the errors found.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}[DTYPE]
 LOCAL = tuple(name for name, implementation in IMPLEMENTATIONS.items() if implementation.package is None)
-BF16_SOURCES_TOLERANCE = 1e-2  # FuseLLM's distributions
+BF16_SOURCES_TOLERANCE = 1e-2  # FuseLLM holds the sources' distributions in bf16
 
 
 def pytest_generate_tests(metafunc):
@@ -36,7 +37,7 @@ def pytest_generate_tests(metafunc):
 
 
 def step_of(implementation, case, mode):
-    """A function that returns the loss, and with backward also the gradients of hidden and weight."""
+    """A function without arguments that returns the loss, and with backward also the gradients of hidden and weight."""
     computes, function, _ = IMPLEMENTATIONS[implementation]
     inputs = arguments(case, computes)
 
@@ -57,7 +58,7 @@ def make_step(implementation, shape, logits, mode):
 
 @functools.lru_cache(maxsize=1)
 def truth(shape, logits, computes):
-    """Loss and gradients of the first rows in fp64."""
+    """Loss and gradients of the first rows, from the reference in fp64."""
     case = first_rows(make_case(shape, logits), CHECKED_ROWS)
     case |= {name: case[name].detach().double().requires_grad_() for name in ("hidden", "weight")}
     with torch.device(DEVICE):
@@ -67,7 +68,7 @@ def truth(shape, logits, computes):
 
 @functools.lru_cache(maxsize=len(IMPLEMENTATIONS))
 def errors(implementation, shape, logits):
-    """Relative error of loss, dhidden and dweight."""
+    """The relative errors of loss, dhidden and dweight on the first rows."""
     case = first_rows(make_case(shape, logits), CHECKED_ROWS)
     found = step_of(implementation, case, "forward_backward")()
     true = truth(shape, logits, IMPLEMENTATIONS[implementation].computes)
@@ -77,7 +78,7 @@ def errors(implementation, shape, logits):
 
 @functools.cache
 def process_peaks(shape, names):
-    """Peak memory of forward and backward by implementation, on CPU."""
+    """The peak memory of forward and backward on a CPU, by implementation."""
     peaks = process_peaks_mib(make_step, [(name, shape, "peaked", "forward_backward") for name in names])
     return dict(zip(names, peaks))
 
@@ -92,7 +93,7 @@ def skip_unless_it_runs(implementation, shape, logits):
         pytest.skip(f"{package} is not installed")
     try:
         errors(implementation, shape, logits)
-    except Exception as error:  # another project's code, on versions it may not know
+    except Exception as error:  # another project's code may meet versions that it does not support
         pytest.skip(f"{package} {package_version(package)} does not run here: {type(error).__name__}: {error}"[:300])
 
 
@@ -116,7 +117,7 @@ def test_loss(benchmark, shape, mode, logits, implementation):
                 peak -= (N * D + V * D) * DTYPE.itemsize / 2**20
             benchmark.extra_info["peak_mib"] = peak
         elif mode == "forward_backward":
-            # One process for all, but none for a large arm that was not asked for.
+            # One process measures all implementations. With a large shape it would also run those that were not asked for.
             names = LOCAL if shape in SHAPES else (implementation,)
             benchmark.extra_info["peak_mib"] = process_peaks(shape, names)[implementation]
     except torch.OutOfMemoryError as error:

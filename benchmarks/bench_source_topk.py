@@ -1,9 +1,10 @@
-"""Source top-k with log-sum-exp and cross-entropy, chunk by chunk, against `torch.topk` on full logits.
+"""The source's top-k, log-sum-exp and cross-entropy, computed chunk by chunk, against `torch.topk` on full logits.
 
     pytest benchmarks/bench_source_topk.py --benchmark-only [--headline]
 
-Both return ids, log-probabilities, lse and the labels' cross-entropy, and are compared with the dense reference on the first
-rows before they are timed. `times_floor` is the median over that of hidden Wᵀ alone, timed between the rounds.
+Both implementations return ids, log-probabilities, log-sum-exp and the labels' cross-entropy. Before one is timed, it is
+checked against the dense reference on the first rows. `times_floor` is its median time divided by that of hidden Wᵀ alone,
+which is timed between the rounds.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from profuser.kernels.reference import head_logits, source_topk_reference
 from profuser.kernels.source_topk import source_topk
 
 CHECKED_ROWS = {"cpu": 160, "cuda": 2304}[DEVICE]
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}[DTYPE]  # nats; bf16 logits of size 16 are rounded by 0.03
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}[DTYPE]  # in nats; bf16 rounds logits of size 16 by 0.03
 
 
 def full(hidden, weight, labels, k):
-    """[N, V] logits, `logsumexp`, `topk`."""
+    """The plain computation: [N, V] logits, and `logsumexp` and `topk` of them."""
     logits = (hidden @ weight.t()).float()
     lse = logits.logsumexp(1)
     values, ids = logits.topk(k)
@@ -50,7 +51,7 @@ def process_peaks(shape):
 
 
 def check(implementation, shape):
-    """All values equal the reference's, and so do the reference's log-probabilities at the ids that were found."""
+    """Checks all values against the reference's, and the ids by the reference's log-probabilities at them."""
     part = first_rows(make_case(shape, "peaked"), CHECKED_ROWS)
     hidden, weight, labels = (part[name].detach() for name in ("hidden", "weight", "labels"))
     ids, *found = IMPLEMENTATIONS[implementation](hidden, weight, labels, ALL_SHAPES[shape].K)

@@ -1,10 +1,10 @@
-"""A whole training step: the forward pass of a Llama, the loss, backward, AdamW.
+"""A whole training step: the forward pass of a Llama, the loss, the backward pass and AdamW.
 
     pytest benchmarks/bench_train_step.py --benchmark-only
 
-The same model, batch and optimizer with each loss. `no-loss` backpropagates the mean of the last hidden states: what the
-step costs without head and loss. `times_floor` is relative to it, timed between the rounds. `peak_mib` is beyond
-parameters, gradients and AdamW's states, which exist before the measured step.
+Model, batch and optimizer are the same with each loss. `no-loss` backpropagates the mean of the last hidden states; it is what
+the step costs without head and loss. `times_floor` is the median time divided by that of `no-loss`, which is timed between
+the rounds. `peak_mib` does not count parameters, gradients and AdamW's states, which exist before the measured step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from profuser.kernels.reference import fusion_loss_reference
 from profuser.models.head import hidden_states
 
 S, K = 3, 10
-# B sequences of T tokens; ROUNDS; a Llama of about 13M and about 1.2B parameters.
+# B sequences of T tokens, for a Llama of about 13M parameters on a CPU and of about 1.2B on CUDA.
 B, T, ROUNDS = {"cpu": (4, 256, 3), "cuda": (4, 2048, 5)}[DEVICE]
 CONFIG: dict[str, Any] = {
     "cpu": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -37,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}[DTYPE]
 
 
 def make_batch():
-    """As FusionModel takes it: whatever is said of a token stands at that token."""
+    """A batch as FusionModel takes it, in which a token's label and distributions stand at that token."""
     V = CONFIG["vocab_size"]
     g = torch.Generator(DEVICE).manual_seed(0)
     input_ids = torch.randint(V, (B, T), generator=g, device=DEVICE)
@@ -55,7 +55,7 @@ def make_batch():
 
 
 def rows(hidden, batch) -> dict[str, Any]:
-    """The arguments of a loss that sees rows: hidden states shifted against what stands at the next token."""
+    """The arguments of a loss that takes rows: each hidden state with what belongs to the next token."""
     sequences, tokens, D = hidden.shape
     return {
         "hidden": hidden[:, :-1].reshape(-1, D),
@@ -67,7 +67,7 @@ def rows(hidden, batch) -> dict[str, Any]:
     }
 
 
-# Each takes the model and returns what takes a batch: what is done once is not timed.
+# Each of the next functions takes the model and returns a function of a batch. So work that is done once is not timed.
 
 
 def fusion_model(model):
@@ -82,7 +82,7 @@ def on_rows(loss, model):
 
 
 def transformers_loss(model):
-    """Cross-entropy alone, as Hugging Face computes it: what plain fine-tuning costs."""
+    """Cross-entropy alone, as Hugging Face computes it. This is what plain fine-tuning costs."""
     return lambda batch: model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
 
 
@@ -125,7 +125,7 @@ def process_peaks():
 
 
 def check(implementation):
-    """The loss of one short sequence equals the dense reference's on the model's hidden states."""
+    """Checks the loss of one short sequence against the dense reference on the model's hidden states."""
     computes, loss_of = IMPLEMENTATIONS[implementation]
     if computes == "nothing":
         return

@@ -1,4 +1,4 @@
-"""What the benchmarks of the loss, the top-k and the training step run on: one table of shapes, and seeded inputs.
+"""The inputs of the benchmarks of the loss, the top-k and the training step: a table of shapes, and seeded tensors.
 
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
 """
@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 LOGITS = ("random", "peaked")
-# FuseLLM's distributions are a softmax over what was kept: nothing is outside of them.
+# FuseLLM's distributions are a softmax over the kept entries, so no mass is outside of them.
 TAIL = "renormalize"
 
 
@@ -46,7 +46,7 @@ SHAPES = {
         "16k-152k": Shape(16384, 4096, 151936, B=8, rounds=5),
     },
 }[DEVICE]
-# Four sequences of 2048 tokens; only on request, as the dense arms take 13 GB and minutes.
+# Four sequences of 2048 tokens. This shape runs only on request, because the dense implementations take 13 GB and minutes.
 HEADLINE = {"headline": Shape(8192, 128, 32000, B=4, rounds=2)}
 ALL_SHAPES = SHAPES | HEADLINE
 
@@ -59,7 +59,8 @@ def chosen_shapes(config) -> dict[str, Shape]:
 def make_case(shape: str, logits: str) -> dict[str, Any]:
     """The arguments of `fused_linear_fusion_loss`.
 
-    Peaked logits are those of a trained model: the gold token, which leads the sources' entries, has 0.8 of the mass.
+    "peaked" logits are like those of a trained model: the gold token, which is also the sources' first entry, has 0.8 of the
+    mass.
     """
     N, D, V, B, _, S, K = ALL_SHAPES[shape]
     g = torch.Generator(DEVICE).manual_seed(0)
@@ -75,7 +76,7 @@ def make_case(shape: str, logits: str) -> dict[str, Any]:
     hidden = draw(N, D)
     if logits == "peaked":
         hidden += (math.log(V) + 2) * F.normalize(weight[labels], dim=1)
-    # No id twice in a row: the baselines do not merge.
+    # No id occurs twice in a row, because the baselines do not merge equal ids.
     step = V // K
     offsets = torch.arange(K, device=DEVICE) * step + integers(step, S, N, K)
     offsets[:, :, 0] = 0
@@ -93,7 +94,7 @@ def make_case(shape: str, logits: str) -> dict[str, Any]:
 
 
 def first_rows(case: dict[str, Any], rows: int) -> dict[str, Any]:
-    """A case of its own that ends after `rows`: its gradients are apart from those of the whole."""
+    """The first `rows` rows as a case of its own, whose gradients are separate from those of the whole."""
     part = {name: value.detach() if isinstance(value, Tensor) else value for name, value in case.items()}
     part |= {name: part[name][:rows] for name in ("hidden", "labels")}
     part |= {name: part[name][:, :rows] for name in ("source_ids", "source_logprobs")}

@@ -1,6 +1,6 @@
-"""The benchmarks' options, and a line per pair of tokenizers when they are done.
+"""The benchmarks' options, and the table of bench_align.py that is printed at the end.
 
-benchmarks/ is a package so that this file and tests/conftest.py can be loaded in one run.
+benchmarks/ is a package, so that this file and tests/conftest.py can be loaded in one run.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import time
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # times are of one core
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the times are those of one core
 
-MS_PER_SEQUENCE = pytest.StashKey[dict[str, dict[str, float]]]()  # by pair, then by what was measured
+MS_PER_SEQUENCE = pytest.StashKey[dict[str, dict[str, float]]]()  # by pair, and then by what was measured
 BEGIN = pytest.StashKey[float]()
-skipped: dict[str, None] = {}  # reasons, in order
+skipped: dict[str, None] = {}  # why tests were skipped, each reason once, in order
 
 
 def pytest_addoption(parser):
@@ -23,19 +23,19 @@ def pytest_addoption(parser):
         "--tokenizers",
         metavar="DIR",
         default=os.environ.get("PROFUSER_TOKENIZERS") or None,
-        help="folder of real tokenizers, one folder each, for bench_align.py (default: $PROFUSER_TOKENIZERS, else the "
-        "bundled demo's tokenizers)",
+        help="a folder with one folder per real tokenizer, for bench_align.py (default: $PROFUSER_TOKENIZERS, or else the "
+        "tokenizers of the bundled demo are used)",
     )
     parser.addoption(
         "--headline",
         action="store_true",
-        help="only 8192 x 128 x 32000 instead of the table of shapes: its dense arms take 13 GB and minutes",
+        help="run only the shape 8192 x 128 x 32000, whose dense implementations take 13 GB and minutes, and no other",
     )
     parser.addoption(
         "--seconds",
         type=float,
         default=float("inf"),
-        help="start no benchmark later than this, so that a result is written",
+        help="start no benchmark after so many seconds, so that a result is written in time",
     )
 
 
@@ -77,11 +77,11 @@ def pytest_terminal_summary(terminalreporter, config):
     header = "".join(f"{part:>12}" for part in ("total", *parts))
     terminalreporter.write_line(f"{'target <- source':24}{header}")
     for pair, ms in found.items():
-        # Everything that alignment adds to a text that both sides have encoded.
+        # The total is all that alignment adds to a text that both sides have encoded.
         total = ms["ranges"] + ms["align"] if {"ranges", "align"} <= ms.keys() else None
         cells = [total, *map(ms.get, parts)]
         line = "".join(f"{'-' if value is None else f'{value:.2f}':>12}" for value in cells)
         terminalreporter.write_line(f"{pair:24}{line}")
     terminalreporter.write_line(
-        "total = ranges + align, caches warm, one thread; the encodings of the text, spans included, are the last two"
+        "total = ranges + align, with full caches and one thread; the last two columns are the encodings of the text with spans"
     )

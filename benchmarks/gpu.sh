@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The gpu-marked tests and the benchmarks of loss, top-k and training step on a CUDA machine, in nine minutes at most.
+# Runs the tests marked `gpu` and the benchmarks of loss, top-k and training step on a CUDA machine, in nine minutes at most.
 #
 #     [OUT=DIR] [PYTHON=python3] [PROFUSER_COMMIT=HASH] benchmarks/gpu.sh [WHEELS]
 #
-# Writes bench_gpu.json, bench_gpu.png, bench_gpu.md and the logs to OUT (default: benchmarks/results). Every step has a time
-# limit, the shapes that matter most come first, and whatever was measured by then is written.
+# It writes bench_gpu.json, bench_gpu.png, bench_gpu.md and the logs to OUT (default: benchmarks/results). Every step has a time
+# limit, the shapes that matter most come first, and whatever was measured within the limit is written.
 #
-# Needs a checkout (nothing is installed from it, and nothing fetched) and a Python >= 3.11 with CUDA builds of torch >= 2.11
-# and triton >= 3.6, transformers 5, matplotlib, jinja2, psutil, pytest and pytest-benchmark >= 5.1. What it lacks can be given
-# as a folder of wheels, which goes into a temporary folder and not into that Python:
+# It needs a checkout, from which nothing is installed, and no network. It also needs a Python >= 3.11 with CUDA builds of torch
+# >= 2.11 and triton >= 3.6, transformers 5, matplotlib, jinja2, psutil, pytest and pytest-benchmark >= 5.1. Packages that this
+# Python lacks can be given as WHEELS, a folder of wheels. They are installed into a temporary folder and not into that Python:
 #     always       jsonargparse docstring-parser typeshed-client (and pytest, pytest-benchmark, py-cpuinfo)
 #     to compare   liger-kernel cut-cross-entropy; quack-kernels with nvidia-cutlass-dsl and its libs, apache-tvm-ffi,
 #                  torch-c-dlpack-ext, einops: without them these implementations are skipped, and the result says so
-# PROFUSER_COMMIT names the commit where the checkout came without its history.
+# PROFUSER_COMMIT names the commit if the checkout came without its history.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 SECONDS=0
@@ -23,8 +23,9 @@ site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 export PYTHONPATH=.:$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-# step SECONDS NAME COMMAND...: interrupted after that time, and no later than the limit; the end of its output is shown.
-# --foreground: a second interrupt, to the group, would meet pytest while it writes.
+# step SECONDS NAME COMMAND... runs a command, and interrupts it after that time or at the limit of the whole script, whichever
+# comes first. It shows the end of the output. Without --foreground, a second interrupt, sent to the process group, would meet
+# pytest while it writes its results.
 step() {
   local limit=$1 name=$2
   shift 2
@@ -36,7 +37,7 @@ step() {
   tail -n 12 "$OUT/$name.log"
 }
 
-# bench SECONDS NAME FILE...: starts nothing new in the last quarter of its time.
+# bench SECONDS NAME FILE... runs benchmarks, and starts no new one in the last quarter of its time.
 bench() {
   local limit=$1 name=$2
   shift 2
@@ -47,14 +48,14 @@ bench() {
 if [ $# -gt 0 ]; then
   step 40 wheels "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$1"/*.whl
 fi
-# Only files with such a test: the others may import what this Python lacks.
+# Only files with such a test are given, because the others may import what this Python lacks.
 step 90 gpu_tests "$PYTHON" -m pytest -q -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
-# The interpreter's tests, compiled and run: small shapes and every option.
+# The tests that otherwise run in Triton's interpreter, here with compiled kernels: small shapes and every option.
 step 50 native_tests "$PYTHON" -m pytest -q -k "triton" tests/test_fused_loss.py tests/test_fused_loss_triton.py
 bench 140 loss benchmarks/bench_fused_loss.py -k "not compiled and not quack"
 bench 50 topk benchmarks/bench_source_topk.py
 bench 60 train_step benchmarks/bench_train_step.py
-# What compiles and tunes itself for long, apart: it may use up its own time only.
+# What compiles and tunes itself for long is a step of its own, so that it can use up only its own time.
 bench 80 loss_tuned benchmarks/bench_fused_loss.py -k "compiled or quack"
 if command -v compute-sanitizer >/dev/null; then
   step 60 sanitizer compute-sanitizer --target-processes all --error-exitcode 1 "$PYTHON" -m pytest -q -p no:cacheprovider \

@@ -1,11 +1,12 @@
-"""Who is compared: profuser's loss, distillation in plain torch, and the fused cross-entropies of other projects.
+"""What is compared: profuser's loss, distillation in plain torch, and the fused cross-entropies of other projects.
 
-Each function takes the arguments of `fused_linear_fusion_loss` that its loss needs, and returns the mean over rows:
+Each function takes those arguments of `fused_linear_fusion_loss` that its loss needs, and returns the mean over rows. The
+losses differ in the sources that they use:
 
 | computes | sources |
 |---|---|
-| "fusion" | all S, the winner of each sequence by Min-CE |
-| "one source" | the first |
+| "fusion" | all S; Min-CE chooses the winner of each sequence |
+| "one source" | only the first |
 | "cross-entropy" | none |
 
 Dimension letters: N rows, C rows of a chunk, D hidden, V vocabulary, S sources, K kept entries.
@@ -26,7 +27,7 @@ from profuser.loss import DEFAULT_BETA, fused_linear_fusion_loss
 
 
 def arguments(case: dict[str, Any], computes: str) -> dict[str, Any]:
-    """What of a case a loss that computes this gets."""
+    """The arguments of a case that a loss which computes `computes` takes."""
     if computes == "fusion":
         return case
     if computes == "cross-entropy":
@@ -36,10 +37,11 @@ def arguments(case: dict[str, Any], computes: str) -> dict[str, Any]:
 
 
 def fusellm(hidden, weight, labels, source_ids, source_logprobs, source_ce, cu_seqlens, tail):
-    """As FuseLLM's collator and trainer do it: every source as a dense bf16 [N, V] distribution, the winner's picked among
-    them elementwise, then cross-entropy and KL of [N, V] logits, each with a log-softmax of its own.
+    """The loss as FuseLLM's collator and trainer compute it.
 
-    In its favour without the collator's loop over positions. Ranks stand for its rewards, which bf16 makes equal.
+    Every source is a dense [N, V] distribution in bf16, and the winner's is picked among them elementwise. Cross-entropy and
+    KL of [N, V] logits follow, each with a log-softmax of its own. The collator's loop over positions is left out in
+    FuseLLM's favour. Ranks take the place of its rewards, because bf16 rounds close rewards to the same number.
     """
     assert tail == "renormalize"
     N, V = len(labels), weight.shape[0]
@@ -56,7 +58,7 @@ def fusellm(hidden, weight, labels, source_ids, source_logprobs, source_ce, cu_s
 
 
 def dense(hidden, weight, labels, source_ids, source_logprobs, source_ce, cu_seqlens, tail):
-    """The leanest loss that still holds [N, V] tensors: only the winner's distribution, one log-softmax."""
+    """The leanest loss that still holds [N, V] tensors: it makes only the winner's dense, and takes one log-softmax."""
     assert tail == "renormalize"
     winner = source_ce.argmin(0).repeat_interleave(cu_seqlens.diff())
     rows = torch.arange(len(labels), device=labels.device)
@@ -68,7 +70,7 @@ def dense(hidden, weight, labels, source_ids, source_logprobs, source_ce, cu_seq
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor, ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ CE + beta·KL of fp32 logits (C, V), and its gradient in them."""
+    """The sum of CE + beta·KL over fp32 logits (C, V), and its gradient in them."""
     log_q = logits.log_softmax(1)
     gold = labels[:, None]
     kl = torch.xlogy(p, p) - p * log_q.gather(1, ids)
@@ -103,20 +105,20 @@ class _Chunked(torch.autograd.Function):
 
 
 def chunked(hidden, weight, labels, source_ids, source_logprobs, tail, loss_and_gradient=loss_and_gradient):
-    """What one writes by hand: a loop over chunks of the same size as ours, gradients by formula, three GEMMs."""
+    """What one would write by hand: a loop over chunks as large as ours, with gradients by formula and three GEMMs."""
     assert tail == "renormalize"
     ids, p = source_ids[0].long(), source_logprobs[0].softmax(1)
     return _Chunked.apply(hidden, weight, labels, ids, p, loss_and_gradient, torch.is_grad_enabled())
 
 
 def compiled(**case):
-    """The same loop, what happens between its GEMMs compiled."""
+    """The same loop as `chunked`, with what happens between its GEMMs compiled."""
     return chunked(**case, loss_and_gradient=_compiled_loss_and_gradient())
 
 
 @functools.cache
 def _compiled_loss_and_gradient():
-    return torch.compile(loss_and_gradient, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback
+    return torch.compile(loss_and_gradient, dynamic=False, fullgraph=True)  # fullgraph rules out a silent fallback
 
 
 def liger(hidden, weight, labels):
@@ -140,7 +142,7 @@ def quack(hidden, weight, labels):
 class Implementation(NamedTuple):
     computes: str
     function: Callable[..., Tensor]
-    package: str | None = None  # another project's, which needs CUDA
+    package: str | None = None  # the package of another project; these need CUDA
 
 
 IMPLEMENTATIONS = {

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: spread, peak memory, the GEMMs' own time, and what stands beside every figure."""
+"""How the benchmarks measure time, spread and peak memory, and what they record beside every figure."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def package_version(name: str) -> str | None:
 
 @functools.cache
 def surroundings() -> dict:
-    """The machine, the versions and the commit: the same in a whole run."""
+    """The machine, the versions and the commit, which are the same for a whole run."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = os.environ.get("PROFUSER_COMMIT")  # a checkout without its history
+        commit = os.environ.get("PROFUSER_COMMIT")  # for a checkout that came without its history
     return {
         "command": "python -m " + shlex.join(["pytest", *sys.argv[1:]]),
         "commit": commit,
@@ -68,9 +68,10 @@ def cpu_name() -> str:
 
 
 def timed(benchmark, step: Callable[[], object], floor: Callable[[], object], rounds: int, **info) -> None:
-    """Times `step`, on a GPU until it has finished, and records median, p20, p80, `info` and the surroundings.
+    """Times `step` until the GPU too has finished, and records median, p20, p80, `info` and the surroundings.
 
-    Before each round `floor` is timed: what no implementation can do without, under the load of the same moment.
+    Before each round `floor` is timed, the work that no implementation can do without. So both are measured under the same
+    load of the machine.
     """
     floors = []
 
@@ -95,7 +96,7 @@ def timed(benchmark, step: Callable[[], object], floor: Callable[[], object], ro
 
 
 def gemms(N: int, D: int, V: int, count: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """The floor of the loss: hidden Wᵀ alone, or with g W and gᵀ hidden where there are gradients, each in one call."""
+    """The floor of the loss: hidden Wᵀ alone, or also g W and gᵀ hidden for the gradients, each in one call."""
     hidden, weight = (torch.randn(rows, D, device=device).to(dtype) for rows in (N, V))
     logits = torch.empty(N, V, dtype=dtype, device=device)
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -110,14 +111,14 @@ def gemms(N: int, D: int, V: int, count: int, dtype: torch.dtype, device: str) -
 
 
 def resident_mib(field: str) -> float:
-    """VmRSS or VmHWM of this process."""
+    """The memory of this process in MiB: `field` is VmRSS for the resident set, or VmHWM for its high-water mark."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
 
 
 def cuda_peak_mib(step: Callable[[], object]) -> float:
-    """MiB that `step` has allocated at most beyond what was allocated before."""
+    """How many MiB `step` allocates at most beyond what was allocated before it."""
     synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -127,10 +128,10 @@ def cuda_peak_mib(step: Callable[[], object]) -> float:
 
 
 def process_peaks_mib(make_step: Callable[..., Callable[[], object]], arguments: list[tuple]) -> list[float | None]:
-    """For each of the arguments the MiB that `make_step(*arguments)()` adds at most to the resident set of a process of its
-    own; None where there is no /proc.
+    """How many MiB `make_step(*each)()` adds at most to the resident set of a process, for each of the arguments.
 
-    The second call counts: the first loads libraries and compiles. There malloc returns what is freed at once.
+    All are measured in one process of their own, in which malloc returns freed memory at once. The second call of each step
+    counts, because the first loads libraries and compiles. Without /proc the results are None.
     """
     if platform.system() != "Linux":
         return [None] * len(arguments)
@@ -153,7 +154,7 @@ def _put_peaks(queue, make_step, arguments):
     for each in arguments:
         step = make_step(*each)
         step()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = resident_mib("VmRSS")
         step()
         peaks.append(round(resident_mib("VmHWM") - before, 1))

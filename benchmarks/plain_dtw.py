@@ -1,7 +1,7 @@
-"""FuseLLM's alignment of two token sequences in plain Python: what bench_align.py compares against.
+"""FuseLLM's alignment of two token sequences in plain Python, with which bench_align.py compares ours.
 
-Dynamic time warping over token strings with Levenshtein cost, each pair of strings compared once; written from the
-description of FuseLLM's behaviour in profuser/alignment/fusellm.py, not from that module's code.
+It is dynamic time warping over token strings at Levenshtein cost, where each pair of strings is compared only once. It was
+written from the description of FuseLLM's behaviour in profuser/alignment/fusellm.py, and not from that module's code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ DIAGONAL, UP, LEFT = range(3)
 
 
 def plain_dtw(source: list[str], target: list[str]) -> list[tuple[int, int]]:
-    """The cheapest path of (source, target) positions; back diagonal, up or left, preferred in that order."""
+    """The cheapest path of (source, target) positions.
+
+    Of equally cheap steps back, the diagonal one is preferred to the one up, and that to the one left.
+    """
     distance = functools.cache(levenshtein)
     above = [0, *len(target) * [float("inf")]]
     steps = []

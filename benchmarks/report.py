@@ -1,10 +1,10 @@
-"""Result files of the benchmarks as Markdown tables, and one picture a file beside it.
+"""Turns result files of the benchmarks into Markdown tables, and writes one picture per file beside it.
 
     python -m pytest benchmarks/ --benchmark-only --benchmark-json=RESULT.json
     python -m benchmarks.report RESULT.json... [--write docs/results.md]
 
-Without --write the tables are printed; with it they go between the page's comments that bear the file's name. What is not
-timed against a floor (bench_align.py has its own summary) is left out.
+Without --write the tables are printed. With it they replace what stands between the comments of the page that bear the file's
+name. Benchmarks that are not timed against a floor are left out; bench_align.py prints a summary of its own.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ COLUMNS = ("implementation", "computes", "median ms", "p20–p80 ms", "× ours",
 
 
 def read(path: Path) -> tuple[dict[str, list[dict]], list[str]]:
-    """extra_info of every implementation by group, in the order they ran, and why others did not.
+    """The extra_info of every implementation by group, in the order in which they ran, and why others did not run.
 
     Raises:
-        DataError: not a result file of these benchmarks.
+        DataError: the file is not a result of these benchmarks.
     """
     try:
         result = json.loads(path.read_text())
@@ -66,7 +66,7 @@ def table(rows: list[dict]) -> str:
     medians = {info["implementation"]: info["median_ms"] for info in rows}
 
     def ours_ms(info):
-        """Our time for the same loss, or for the whole one where we have no such entry."""
+        """Our time for the same loss, or for the loss with all sources where there is none for the same."""
         same = "profuser-no-source" if info["computes"] == "cross-entropy" else "profuser"
         return medians.get(same, medians.get("profuser"))
 
@@ -98,7 +98,7 @@ def section(groups: dict[str, list[dict]], skipped: list[str]) -> str:
 
 
 def draw(groups: dict[str, list[dict]]) -> Figure:
-    """Time over floor and peak memory, a bar an implementation, both logarithmic."""
+    """Draws the time relative to the floor and the peak memory, with one bar per implementation on logarithmic axes."""
     labels, bars = [], []
     for group, rows in groups.items():
         labels += [group, *(info["implementation"] for info in rows), ""]
@@ -127,8 +127,10 @@ def draw(groups: dict[str, list[dict]]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="Markdown page to put the tables into")
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULT.json", help="a file that --benchmark-json has written"
+    )
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="the Markdown page into which the tables are put")
     args = parser.parse_args()
     try:
         for path in args.results:

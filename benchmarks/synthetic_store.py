@@ -2,8 +2,8 @@
 
     python -m benchmarks.synthetic_store DIR INSTRUCTIONS [--steps N]
 
-prints as JSON what a trainer over it needs: seconds to start, memory of its own, and the share of a step that it waits for
-data. The target is the bundled guardian.
+This prints as JSON what a trainer needs with such a store: the seconds until it starts, the memory of its own, and the share
+of a step in which it waits for data. The target is the bundled guardian.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SETTINGS = StoreSettings(
 
 
 def synthetic_shard(first: int, examples: int) -> dict[str, np.ndarray]:
-    """Targets of `examples` instructions in training mode, every source with a distribution of every response token."""
+    """Targets of `examples` instructions in training mode. Every source has a distribution for every response token."""
     rng = np.random.default_rng(first)
     tokens, rows = PROMPT_TOKENS + RESPONSE_TOKENS, SOURCES * RESPONSE_TOKENS
     mask = np.zeros((examples, tokens), np.uint8)
@@ -69,7 +69,7 @@ def synthetic_shard(first: int, examples: int) -> dict[str, np.ndarray]:
 
 
 def make_store(directory: Path, instructions: int) -> Store:
-    """The store with so many instructions; one that is there already is kept."""
+    """The store with so many instructions. Shards that are there already are kept."""
     store = Store.build(directory, SETTINGS)
     for number, first in enumerate(range(0, instructions, SHARD_SIZE)):
         if not store.has(layout.targets("train"), number):
@@ -80,14 +80,14 @@ def make_store(directory: Path, instructions: int) -> Store:
 
 
 def demo_recipe(steps: int) -> Recipe:
-    """The demo's target and batch, for the training mode alone."""
+    """The demo's recipe with its target and batch, for training mode alone."""
     recipe = parse_run("train", []).recipe
     optim = replace(recipe.optim, steps=steps, log_every=1, eval_every=0, checkpoint_every=0)
     return replace(recipe, judges=[], schedule="fusellm", optim=optim)
 
 
 def private_bytes() -> int:
-    """Memory of this process and its children that is theirs alone: no file that is mapped, no page of the parent's."""
+    """The memory that this process and its children have for themselves: no mapped file, and no page of the parent's."""
     pids = [os.getpid(), *map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())]
     total = 0
     for pid in pids:
@@ -98,7 +98,7 @@ def private_bytes() -> int:
 
 
 def measure(directory: Path, instructions: int, steps: int) -> dict[str, float]:
-    """Train for a few steps over the store; the files were read once before, as after a first verification."""
+    """Trains for a few steps over the store. Its files have been read once before, as after a first verification."""
     from accelerate import Accelerator
 
     from profuser.recipe.schedule import Stage
@@ -115,7 +115,7 @@ def measure(directory: Path, instructions: int, steps: int) -> dict[str, float]:
 
     def watched(step: int, stage: Stage, batch: StepBatch) -> dict[str, float]:
         seen.setdefault("start_seconds", time.monotonic() - begin)
-        # Before the first step, too: what a forward pass takes and gives back varies by more than the data.
+        # The start is before the first step, because what a forward pass takes and gives back varies by more than the data do.
         seen.setdefault("private_mib_at_start", private_bytes() / 2**20)
         seen["private_mib_at_end"] = private_bytes() / 2**20
         return own_step(step, stage, batch)
@@ -136,11 +136,12 @@ def measure(directory: Path, instructions: int, steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.synthetic_store", description="Training over a large store."
+        prog="python -m benchmarks.synthetic_store",
+        description="Measures training over a large store of made-up targets.",
     )
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("instructions", type=int)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("directory", type=Path, help="where the store and the run are written")
+    parser.add_argument("instructions", type=int, help="how many instructions the store has")
+    parser.add_argument("--steps", type=int, default=20, help="how many steps are trained")
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
     print(json.dumps(measure(args.directory, args.instructions, args.steps)))

@@ -1,4 +1,4 @@
-"""What the tests of alignment share: both engines on full distributions, and the checks that always hold."""
+"""Helpers of the alignment tests: both engines run on full distributions, and checks of what always holds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from profuser.alignment.types import ALIGNED, Aligned, PrefixRanges, SourceCaptu
 from profuser.text.chat import ChatFormat
 from profuser.text.encoded import Encoded
 
-TOLERANCE = 2e-6  # of float32 log-probabilities
+TOLERANCE = 2e-6  # what float32 log-probabilities allow
 
 BARE = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '</s>' }}{% endfor %}"
-"""Nothing stands before a response but a control token."""
+"""A template in which a control token, and no text, stands right before a response."""
 
 TEXTS = [
     "Things like these don't happen, hello help 12345.",
@@ -36,7 +36,7 @@ def run(
     k: int | None = None,
     **settings,
 ) -> Aligned:
-    """Aligns full distributions, one per label of the source; k: how many of each are captured (all unless given)."""
+    """Aligns full distributions, one per label of the source. Of each, `k` entries are captured, or all unless given."""
     encoded, own = target.encode("x", response), source.encode("x", response)
     capture = capture_of(source, own, len(response.encode()), rows, k or max(map(len, rows)), (target, encoded))
     settings = {"top_k": 1000, **settings}
@@ -49,7 +49,7 @@ def run(
 
 
 def check_mass(aligned: Aligned) -> None:
-    """Every position's probabilities sum to one with the tail; skipped ones hold nothing."""
+    """Checks that every position's probabilities and tail sum to one, and that a skipped position holds no entry."""
     for t in range(len(aligned.kind)):
         entries = distribution(aligned, t)
         assert all(p > 0 for p in entries.values())
@@ -77,7 +77,10 @@ def certain(chat: ChatFormat, response: str) -> list[dict[int, float]]:
 
 
 def assert_same(aligned: Aligned, oracle: Aligned) -> None:
-    """Equal to rounding: of equal masses either may come first, or be the last that is kept."""
+    """Checks that both are equal up to rounding.
+
+    Entries of equal mass may come in any order, and any of them may be the last that is kept.
+    """
     for field in ("kind", "source_position", "offsets", "skip_reason"):
         assert getattr(aligned, field).tolist() == getattr(oracle, field).tolist(), field
     np.testing.assert_allclose(aligned.tail, oracle.tail, atol=1e-6)
@@ -92,7 +95,7 @@ def assert_same(aligned: Aligned, oracle: Aligned) -> None:
 def random_capture(
     source: ChatFormat, own: Encoded, response: bytes, target: ChatFormat, encoded: Encoded, pool, rng, k: int = 8
 ) -> SourceCapture:
-    """Any log-probabilities for any candidates: half of them from `pool`, half from the whole vocabulary."""
+    """A capture of random log-probabilities. Half of its candidates are from `pool`, half from the whole vocabulary."""
     ids = np.array(labels(own), np.int32)
     m, vocabulary, n = len(ids), len(source.token_bytes.pieces), len(response)
     spans = np.array([*own.spans, *([(n, n)] if own.end_of_turn is not None else [])], np.int32).reshape(-1, 2)
@@ -109,7 +112,7 @@ def random_capture(
 
     top = np.where(rng.random((m, k)) < 0.5, rng.choice(pool, (m, k)), rng.integers(0, vocabulary + 2, (m, k)))
     top.sort(axis=1)
-    top[:, 1:][top[:, 1:] == top[:, :-1]] = -1  # no candidate twice
+    top[:, 1:][top[:, 1:] == top[:, :-1]] = -1  # no candidate may occur twice
     return SourceCapture(
         ids=ids,
         begin=spans[:, 0].copy(),

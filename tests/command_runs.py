@@ -1,4 +1,4 @@
-"""Commands run in folders that hold a recipe, its data, a model of its own and a finished run."""
+"""Runs commands in folders that hold a recipe, its data, a model of their own and a finished run."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def write_rows(path: str, content: list[dict]) -> None:
 
 
 def run(command: str, *arguments: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a command, as its process would end."""
+    """Runs a command and returns its exit code, stdout and stderr, as those of its process would be."""
     out = io.StringIO()
     argv, sys.argv = sys.argv, [command, *arguments]
     with tempfile.TemporaryFile("w+") as err:
-        # The file descriptor, too: the handlers of libraries' loggers hold the real stream.
+        # The file descriptor is replaced as well, because the handlers of libraries' loggers hold the real stream.
         stream = os.dup(2)
         os.dup2(err.fileno(), 2)
         try:
@@ -70,7 +70,7 @@ def run(command: str, *arguments: str) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def folder(origin: Path) -> Generator[Path]:
-    """A copy of a folder as the working directory."""
+    """Makes a copy of a folder the working directory."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as place:
         shutil.copytree(origin, place, dirs_exist_ok=True)
@@ -82,7 +82,7 @@ def folder(origin: Path) -> Generator[Path]:
 
 
 def make_good(place: Path) -> None:
-    """A folder with a recipe, its data, a model of its own and a finished run."""
+    """Writes into a folder a recipe, its data, a model of its own and a finished run."""
     before = Path.cwd()
     os.chdir(place)
     try:

@@ -1,10 +1,11 @@
 """Compiles the Triton kernels ahead of time, as they are shipped, and reports what the compiler made of them.
 
-Run as a program, for one target, in a process of its own: the interpreter and the compiler cannot share one.
+This is a program that compiles for one target. It needs a process of its own, because Triton's interpreter and compiler
+cannot share one.
 
     python tests/compiled_kernels.py sm_90      # JSON: kernel -> registers, spills, loops …
 
-A kernel of another file is one more entry of `kernels`.
+To check the kernels of another file, add them to `kernels`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b")
 class Kernel:
     function: Any  # a triton.jit function
     arguments: dict
-    """Each argument: a type ("*bf16", "i32") if it is one at run time, else its compile-time value."""
+    """For each argument its type ("*bf16", "i32") if it is given at run time, or else its compile-time value."""
     warps: int = 4
     streams: bool = False
-    """Its loops must load and store 16 bytes at a time, without a barrier."""
+    """Whether its loops must load and store 16 bytes at a time, without a barrier."""
     multiples_of_16: tuple[str, ...] = ()
-    """Integers that always are, which the compiler is told at run time; pointers are anyway."""
+    """Integers that are always multiples of 16. At run time the compiler is told so; it assumes it of pointers anyway."""
 
 
 def kernels(warp_size: int) -> dict[str, Kernel]:
@@ -96,7 +97,7 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         "dense V=32000": dense(32000),
         "dense V=32000, fp32": dense(32000, dtype="fp32"),
         "dense V=32003, all options": dense(32003, **everything),
-        # Whole blocks, without a masked one behind them.
+        # This vocabulary consists of whole blocks, without a masked one behind them.
         "dense V=32768": dense(32768),
         "dense V=49152, all options": dense(49152, **everything),
         "dense V=131072, no source": dense(131072, K=0, p_ptr=None, t_ptr=None),
@@ -173,7 +174,7 @@ def compile_kernel(kernel: Kernel, target):
 
 
 def loops(ptx: str) -> list[dict]:
-    """Of each loop: the bytes of every access to global memory, and whether it holds a barrier."""
+    """For each loop the number of bytes of every access to global memory, and whether the loop has a barrier."""
     lines = ptx.splitlines()
     labels = {line.split(":")[0]: number for number, line in enumerate(lines) if line.startswith("$L__BB")}
     found = []

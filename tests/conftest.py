@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-# Read when triton is imported, which transformers does: without a GPU its kernels run under its interpreter.
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads this when it is imported, which transformers does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def small_data(directory: Path, name: str, rows_per_skill: int) -> str:
-    """The first rows of every skill of one of the demo's data files, as a file of their own."""
+    """Writes the first rows of every skill from one of the demo's data files to a file of their own; returns its path."""
     rows = [json.loads(line) for line in Path(resolve(f"demo:{name}.jsonl")).read_text().splitlines()]
     seen: dict[str, int] = {}
     kept = []
@@ -50,7 +50,7 @@ def small_data(directory: Path, name: str, rows_per_skill: int) -> str:
 
 
 def small_run(directory: Path, *overrides: str) -> Run:
-    """The demo's recipe on a few prompts and steps, with its store and run under `directory`."""
+    """The demo's recipe with a few prompts and steps, and with its store and run under `directory`."""
     data = {name: small_data(directory, name, n) for name, n in (("fusion", 4), ("validation", 2), ("heldout", 2))}
     return parse_run(
         "train",
@@ -76,7 +76,7 @@ def small_run(directory: Path, *overrides: str) -> Run:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """(directory, run, store): the small recipe with its store prepared once a session; treat the store as read-only."""
+    """(directory, run, store) of the small recipe. The store is prepared once per session, so no test may change it."""
     from profuser.prepare.phases import prepare
 
     directory = tmp_path_factory.mktemp("small")
@@ -86,7 +86,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory):
-    """A folder with a recipe, its data, a model of its own and a finished run: to be copied (`command_runs.folder`)."""
+    """A folder with a recipe, its data, a model of its own and a finished run. Tests copy it with `command_runs.folder`."""
     from command_runs import make_good
 
     place = tmp_path_factory.mktemp("good")
@@ -94,7 +94,7 @@ def good(tmp_path_factory):
     return place
 
 
-# The Triton path of the fused loss, on a GPU where there is one and else in Triton's interpreter.
+# The next fixtures run the Triton path of the fused loss, on a GPU if there is one and otherwise in Triton's interpreter.
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +104,7 @@ def device():
 
 @pytest.fixture
 def triton_loss(device):
-    """`loss_checks.run` of the Triton path."""
+    """`loss_checks.run` for the Triton path."""
     from loss_checks import run
 
     from profuser.loss import fused_linear_fusion_loss
@@ -121,7 +121,7 @@ def triton_check(device):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """The vocabulary of the small cases, 83, becomes a whole block of columns and a masked one."""
+    """Makes blocks so small that the vocabulary of the small cases, 83, is one whole block of columns and a masked one."""
     from profuser.kernels import fused_loss_triton
 
     monkeypatch.setattr(fused_loss_triton, "dense_config", lambda *args: (64, 1))
@@ -129,7 +129,7 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture
 def poisoned_buffers(monkeypatch):
-    """Every buffer begins as NaN, so that what no kernel writes shows in the results."""
+    """Fills every new buffer with NaN, so that what no kernel writes shows in the results."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):

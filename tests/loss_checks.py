@@ -1,4 +1,4 @@
-"""What the tests of the fused loss share: cases, and the comparison with the dense reference."""
+"""Helpers of the fused loss's tests: cases, and the comparison with the dense reference."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -10,11 +10,11 @@ from profuser.kernels.common import IGNORE_INDEX
 from profuser.kernels.reference import fusion_loss_reference
 from profuser.loss import fused_linear_fusion_loss
 
-# Floor of the allowed error, relative to the largest true entry: a few roundings of the dtype.
+# An error of a few roundings of the dtype, relative to the largest true entry, is always allowed.
 FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 DIFFERENTIABLE = ("hidden", "weight", "bias")
 Case = dict[str, Any]
-"""Arguments of `fused_linear_fusion_loss`: tensors and options."""
+"""The arguments of `fused_linear_fusion_loss`, which are tensors and options."""
 
 
 def make_case(
@@ -29,7 +29,11 @@ def make_case(
     seed: int = 0,
     **options: Any,
 ) -> Case:
-    """Ragged sizes, ignored rows, duplicate and padded ids, gold ids inside and outside, rows without an entry."""
+    """A case that has everything which is easily wrong.
+
+    It has ragged sizes, ignored rows, duplicate and padded ids, rows without an entry, and gold ids inside and outside the
+    kept ones.
+    """
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(V, (N,), generator=g)
     labels[torch.rand(N, generator=g) < 0.3] = IGNORE_INDEX
@@ -67,7 +71,7 @@ def run(
     device: str = "cpu",
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Loss, gradients of hidden, weight and bias, and stats, computed on `device` and returned on the CPU."""
+    """The loss, the gradients of hidden, weight and bias, and the stats, computed on `device` and returned on the CPU."""
     case = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in (case | options).items()}
     leaves = [name for name in DIFFERENTIABLE if case.get(name) is not None]
     for name in leaves:
@@ -80,7 +84,7 @@ def run(
 
 
 def on(device: str, case: Case, frozen: Collection[str] = ()) -> Case:
-    """A copy of the case on `device`; what is differentiable and not frozen requires grad."""
+    """A copy of the case on `device`, whose differentiable tensors require gradients unless they are in `frozen`."""
     case = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     for name in DIFFERENTIABLE:
         if case.get(name) is not None:
@@ -91,10 +95,10 @@ def on(device: str, case: Case, frozen: Collection[str] = ()) -> Case:
 def assert_as_accurate_as_reference(
     case: Case, scale: float = 0.0, chunk_size: int = 8, device: str = "cpu", impl: str | None = None, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Every result within twice the same-dtype reference's own error against fp64.
+    """Checks that no result has more than twice the error of the reference in the same dtype, both against fp64.
 
-    `scale`: size of the terms a result is the difference of, where that is larger than the result. `device` and `impl`
-    are those of the op; the reference runs on the CPU.
+    `scale` is the size of the terms whose difference a result is, where that is larger than the result itself. `device` and
+    `impl` are those of the op; the reference runs on the CPU.
     """
     dtype = case["hidden"].dtype
     truth = run(fusion_loss_reference, case, upcast=torch.float64, **options)
@@ -126,5 +130,5 @@ def assert_close_to_truth(
 
 
 def with_logits(logits: Tensor, **case: Any) -> Case:
-    """A case whose logits are given: hidden = logits and weight = 1, so that dhidden is the gradient in the logits."""
+    """A case with given logits. The hidden states are the logits and the weight is 1, so dhidden is the gradient in them."""
     return {"hidden": logits, "weight": torch.eye(logits.shape[1], dtype=logits.dtype)} | case

@@ -1,10 +1,11 @@
-"""Lowers what the Triton drivers launch to Triton's IR, over many geometries and options, in seconds and without a GPU.
+"""Lowers what the Triton drivers launch to Triton's IR, for many geometries and options, in seconds and without a GPU.
 
-The interpreter knows no types: a loop-carried value that changes its type, a shape that fits for one geometry only or a
-None or 1 that has become a constant are errors that only a compiler finds. The drivers run on meta tensors and Triton's
-JIT specialises each launch as it would on a GPU; a hook in place of its compiler lowers every variant once.
+Triton's interpreter knows no types. Some errors are therefore found only by a compiler: a value that changes its type in a
+loop, a shape that fits for one geometry only, or a None or 1 that has become a constant. Here the drivers run on meta
+tensors, and Triton's JIT specialises each launch as it would on a GPU. A hook in place of its compiler lowers every variant
+once.
 
-Run as a program, in a process of its own: the interpreter and the compiler cannot share one.
+This is a program. It needs a process of its own, because Triton's interpreter and compiler cannot share one.
 
     python tests/lowered_launches.py      # JSON: kernel -> variants, and what did not compile: message -> cases
 
@@ -22,7 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 N, D, S, R = 3, 16, 2, 2
-# The widths of blocks and their neighbours, and the vocabularies of models.
+# Vocabularies at and near the widths of blocks, and those of real models.
 LOSS_VOCABULARIES = (
     2, 16, 17, 83, 128, 1024, 4096, 8192, 16384, 24576, 32000, 32768, 49152, 65536, 128256, 131072, 151936, 262144,
 )  # fmt: skip
@@ -31,7 +32,7 @@ ENTRIES = (1, 10, 64, 128)
 
 
 class Launches:
-    """As a driver of Triton's, the GPU that compiles and never runs; as a hook, what it made of each launch."""
+    """Stands in for a driver of Triton, as a GPU that compiles and never runs, and for a hook, which lowers each launch."""
 
     def __init__(self):
         from triton.backends.compiler import GPUTarget
@@ -54,7 +55,7 @@ class Launches:
         return 0
 
     def lower(self, *, fn, compile, **unused) -> bool:
-        """The JIT's `jit_cache_hook`: true, so that nothing is compiled any further or launched."""
+        """The JIT's `jit_cache_hook`. It returns true, so that the JIT neither compiles any further nor launches."""
         from triton._C.libtriton import ir
         from triton.compiler import ASTSource
 
@@ -71,8 +72,8 @@ class Launches:
         functions, modules = self.backend.get_codegen_implementation(options), self.backend.get_module_map()
         try:
             source.make_ir(self.target, options, functions, modules, context)
-        except Exception as error:  # whatever the compiler raises is what is looked for
-            while error.__cause__:  # one for each function on the way in
+        except Exception as error:  # any error of the compiler is a finding
+            while error.__cause__:  # the innermost one tells the reason; there is one more for each function around it
                 error = error.__cause__
             message = (str(error).strip() or repr(error)).splitlines()[-1]
             self.failures[f"{fn.name}: {message}"].append(self.case)
@@ -83,7 +84,7 @@ def launch_fused_loss(
     V, K=10, T=1.0, grad=True, dtype="bfloat16", labels="int64", ids="int32", logprobs="float16", tail=None, bucket=True,
     bias=None, softcap=None, scale=1.0, source_stride=None,
 ):  # fmt: skip
-    """K = 0: no source. Two chunks, so that `begin` is 0 and is not."""
+    """Launches the loss in two chunks, so that `begin` is 0 in one and not in the other. K = 0 is a loss without a source."""
     import torch
 
     from profuser.kernels.fused_loss_triton import fused_loss_triton
@@ -172,11 +173,12 @@ def launch_everything(launches: Launches) -> None:
 
     for V in LOSS_VOCABULARIES:
         losses(V)
-    with patch.object(fused_loss_triton, "dense_config", lambda *args: (64, 1)):  # as `small_blocks` of conftest.py
+    # The same blocks as those of `small_blocks` in conftest.py.
+    with patch.object(fused_loss_triton, "dense_config", lambda *args: (64, 1)):
         for V in (17, 83, 128):
             losses(V)
 
-    # What is left of the loss's options, where V is small.
+    # The loss's other options, at small V.
     kinds = list(product(("int64", "int32"), ("int32", "int64"), ("float16", "float32", "bfloat16", "float64")))
     settled = cycle(dict(zip(("labels", "ids", "logprobs"), kind)) for kind in kinds)
     for K, tail, bucket in product(ENTRIES, (None, "float32", "float64"), (True, False)):
@@ -201,7 +203,7 @@ def launch_everything(launches: Launches) -> None:
     for name, value in everything.items():
         launch(launch_source_topk, V=83, k=2, ranges="int32", **{name: value})
     launch(launch_source_topk, V=83, k=2, ranges="uint8", logits="float16", bias="float32")
-    # Whole numbers: 1 becomes a constant, and a multiple of 16 is told to the compiler.
+    # Whole numbers are special: 1 becomes a constant, and the compiler is told of a multiple of 16.
     for value in (1, 2, 16):
         launch(launch_source_topk, V=83, k=1, T=value, softcap=value, scale=value, ranges="int64")
 
@@ -209,7 +211,7 @@ def launch_everything(launches: Launches) -> None:
 def main() -> None:
     import triton.knobs
 
-    launches: Any = Launches()  # to Triton a DriverBase, and a JITHook
+    launches: Any = Launches()  # Triton sees a DriverBase, and a JITHook
     triton.runtime.driver.set_active(launches)
     triton.knobs.runtime.jit_cache_hook = launches.lower
     launch_everything(launches)

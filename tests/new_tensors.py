@@ -1,4 +1,4 @@
-"""Sizes of all tensors that come into being while a piece of code runs: what memory it needs, on any device."""
+"""Records the sizes of all tensors that a piece of code makes, which shows what memory it needs on any device."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,9 +8,9 @@ from profuser.kernels.fused_loss_types import grouped
 
 
 class NewTensors(TorchDispatchMode):
-    """A context manager; `sizes` then holds the number of elements of every new tensor that an op returned.
+    """A context manager, after which `sizes` holds the number of elements of every new tensor that an op returned.
 
-    look_inside: the op of the fused loss is looked into, rather than taken as one.
+    With `look_inside`, the tensors that the fused loss's op makes inside are counted, and not only those that it returns.
     """
 
     def __init__(self, look_inside: bool = False, sizes: list[int] | None = None):

@@ -1,4 +1,4 @@
-"""A small synthetic run directory with its store, for the tests of the report."""
+"""Makes small synthetic run directories with their stores, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SKILLS = ("knowledge", "safety", "reasoning")
 def make_run(
     root: Path, *, sources=SOURCES, skills=SKILLS, method="progressive", target=None, demo=True, scored=True, seed=0
 ) -> tuple[Path, Path]:
-    """A run directory and its store as training leaves them, with made-up but plausible numbers."""
+    """Writes a run directory and its store as training leaves them, with made-up but plausible numbers."""
     rng = random.Random(seed)
     target = target or sources[0]
     distils, votes = method != "sft", method not in ("sft", "fusellm")
@@ -173,7 +173,7 @@ def edit(path: Path, change) -> None:
 
 
 def rich_run(root: Path) -> tuple[Path, Path]:
-    """A run that is hard to lay out: six skills, four sources, three stages, long names and hostile texts."""
+    """Writes a run that is hard to lay out: six skills, four sources, three stages, long names and hostile texts."""
     sources = (
         "guardian",
         "Qwen-2.5-7B-Instruct-fine-tuned-on-everything",

@@ -1,4 +1,7 @@
-"""Tokenizers for tests: trained or put together in memory, chat templates as strings, real ones where their folder is there."""
+"""Tokenizers and chat templates for tests.
+
+Small tokenizers are trained or put together in memory. Real ones are used where their folder is there.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,10 @@ def byte_level(size: int, nfc: bool = False, prefix_space: bool = False) -> Toke
 
 @functools.cache
 def sentencepiece(size: int, scheme: str) -> Tokenizer:
-    """BPE with byte fallback. scheme: Metaspace's "first", "always", "never", or "prepend" for Llama-2's normaliser."""
+    """A BPE with byte fallback.
+
+    `scheme` is Metaspace's "first", "always" or "never", or "prepend" for the normaliser of Llama-2.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     metaspace = pre_tokenizers.Metaspace(prepend_scheme="always" if scheme == "prepend" else scheme)
     tokenizer.pre_tokenizer = metaspace
@@ -99,7 +105,10 @@ def sentencepiece(size: int, scheme: str) -> Tokenizer:
 
 
 def chained(*words: str, split: bool = True) -> Tokenizer:
-    """Byte-level BPE that builds each word from left to right, earlier words first; split: GPT-2's pre-tokenizer."""
+    """A byte-level BPE that builds each word from left to right, earlier words first.
+
+    With `split` it has GPT-2's pre-tokenizer.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*CONTROL, *alphabet])}
     visible = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -130,7 +139,10 @@ class Side:
 
 
 def side(*tokens: str, control: tuple[str, ...] = ("<end>",), end: str | None = "<end>") -> Side:
-    """A format with exactly these token strings, the control tokens first; ▁ in one of them makes it SentencePiece's."""
+    """A side with exactly these token strings, the control tokens first.
+
+    A ▁ in one of them makes its tokens those of SentencePiece.
+    """
     vocab = {token: i for i, token in enumerate([*control, *tokens])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=control[0]))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
@@ -197,9 +209,9 @@ def labels(encoded: Encoded) -> list[int]:
 def capture_of(
     source: ChatFormat, encoded: Encoded, n: int, rows: list[dict[int, float]], k: int, target=None
 ) -> SourceCapture:
-    """A capture from full distributions {id: probability}, one per label, cut to the top k.
+    """A capture of full distributions {id: probability}, one per label, of which the top k are kept.
 
-    target: (ChatFormat, Encoded) whose prefix ranges are captured, too.
+    `target` is a (ChatFormat, Encoded) whose prefix ranges are captured, too.
     """
     ids = labels(encoded)
     assert len(rows) == len(ids)
@@ -231,7 +243,7 @@ def capture_of(
 
 
 def top_of(rows: list[dict[int, float]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids (n, k) int32 with -1 = padding, log-probabilities (n, k) float32), the k most probable first."""
+    """The k most probable entries of n rows in falling order: ids (n, k) int32, -1 = padding; log-probabilities (n, k)."""
     ids = np.full((len(rows), k), -1, np.int32)
     logprobs = np.full((len(rows), k), -np.inf, np.float32)
     for j, row in enumerate(rows):
@@ -247,7 +259,7 @@ def order_of(chat) -> ByteOrder:
 
 
 def random_rows(encoded: Encoded, pool, rng: np.random.Generator, own: float = 0.3) -> list[dict[int, float]]:
-    """Full distributions over a random choice from `pool`, the own token among them."""
+    """Full distributions over random tokens from `pool` and the row's own token, which has the mass `own`."""
     rows = []
     for i in labels(encoded):
         others = [int(c) for c in rng.choice(pool, min(24, len(pool)), replace=False) if c != i]

@@ -1,4 +1,4 @@
-"""The sampled truth against brute force on a source that can be enumerated, and the pieces it is made of."""
+"""The sampled truth agrees with brute force on a source that can be enumerated, and its parts do what they should."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from profuser.experiments.byte_sampler import ByteVocab, Continuation, History, 
 from profuser.experiments.windows import TEXTS, windows
 from profuser.text.token_bytes import TokenBytes
 
-WORDS = ("a", "b", " ", "ab", " a", "aba", "</s>")  # the tokens that the toy source gives mass to
+WORDS = ("a", "b", " ", "ab", " a", "aba", "</s>")  # the tokens to which the toy source gives mass
 
 
 class Toy:
-    """A bigram table over a few tokens of a byte-level vocabulary: a source whose texts can be enumerated."""
+    """A source whose texts can be enumerated: a bigram table over a few tokens of a byte-level vocabulary."""
 
     def __init__(self, seed: int = 0):
         self.tokens = TokenBytes(wrap(chained("ab", " a", "aba")))
@@ -41,7 +41,7 @@ class Toy:
     def texts(
         self, prefix: bytes, length: int, history: History = (), data: bytes = b"", p: float = 1.0
     ) -> Iterator[tuple[History, bytes, float]]:
-        """(tokens, bytes, probability) of all texts that begin with prefix, until `length` bytes or their end."""
+        """All texts that begin with `prefix`, up to `length` bytes or their end, as (tokens, bytes, probability)."""
         if len(data) >= length:
             yield history, data, p
             return
@@ -115,7 +115,7 @@ def test_sampled_truth_is_the_distribution_of_the_targets_next_token():
     for t in range(1, len(target_ids)):
         prefix = text.encode()[: spans[t][0]]
         brute: defaultdict[int, float] = defaultdict(float)
-        for _, data, p in toy.texts(prefix, len(prefix) + 5):  # more than the longest token and what decides it
+        for _, data, p in toy.texts(prefix, len(prefix) + 5):  # longer than the longest token and what decides it
             encoded = target.tokens.encode(data.decode())
             if encoded[:t] == target_ids[:t]:
                 brute[encoded[t] if len(encoded) > t else truth.OTHER] += p
@@ -171,12 +171,12 @@ def test_retokenising_notices_changed_prefixes_and_broken_characters():
 
     t = next(n for n, i in enumerate(target_ids) if pieces[i] == "é".encode())
     assert outcome(t, "é x x".encode()) == target_ids[t]
-    assert outcome(t, b"c x x") == truth.CHANGED  # the token before would be `abc`
+    assert outcome(t, b"c x x") == truth.CHANGED  # the token before it would become `abc`
     assert outcome(t, b"") == truth.OTHER
-    assert outcome(t, b"\xc3") == truth.OTHER  # cut short in a character
+    assert outcome(t, b"\xc3") == truth.OTHER  # the continuation ends within a character
     assert outcome(t, b"\xc3\xff x") == truth.OTHER
     assert pieces[outcome(t, b" x\xff")] == b" x"
-    for t in range(len(target_ids) - 1):  # behind the start of a line as behind the whole text
+    for t in range(len(target_ids) - 1):  # the tokens from the start of a line are those of the whole text
         assert outcome(t, text.encode()[max(spans[t][0], 0) :]) == target_ids[t]
     assert not truth.Retokeniser(target, window, len(target_ids) - 1)._whole
 

@@ -1,8 +1,8 @@
-"""Every kind of bad input gets its exit code and one line with rule, value and fix, and loses nothing that was prepared.
+"""Every kind of bad input gets its exit code and one line with rule, value and fix; nothing that was prepared is lost.
 
     python tests/test_bad_input.py > docs/bad_input.md
 
-runs the same cases and writes them as a table.
+This runs the same cases and writes them as a table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NEW = ("--store", "new")
 
 @dataclass
 class Case:
-    """One bad input: what is done to a good folder, the command, its exit code, and what its line must say."""
+    """One bad input: how a good folder is changed, which command runs, its exit code, and what its line must say."""
 
     what: str
     code: int
@@ -46,7 +46,7 @@ def replace(path: str, old: str, new: str) -> Callable[[], object]:
 
 
 def truncate(pattern: str) -> Callable[[], object]:
-    """Cut a file to a half."""
+    """An edit that cuts a file to half its size."""
 
     def edit() -> None:
         path = sorted(Path().glob(pattern))[0]
@@ -56,7 +56,7 @@ def truncate(pattern: str) -> Callable[[], object]:
 
 
 def corrupt(pattern: str) -> Callable[[], object]:
-    """Turn over the first bytes of a file."""
+    """An edit that inverts the first bytes of a file."""
 
     def edit() -> None:
         path = sorted(Path().glob(pattern))[0]
@@ -81,7 +81,7 @@ def rename_column(old: str, new: str) -> Callable[[], object]:
 
 
 def change_weights(change: Callable) -> Callable[[], object]:
-    """Rewrite the folder's own model; `change(name, tensor)` gives the new tensor, or None for none."""
+    """An edit of the folder's own model. `change(name, tensor)` gives the new tensor, or None to leave the tensor out."""
 
     def edit() -> None:
         path = "guardian/model.safetensors"
@@ -183,7 +183,7 @@ CASES = [
 def run_case(case: Case) -> tuple[int, str, str]:
     if case.command == "evaluate":
         return run(case.command, *case.arguments)
-    # In a directory of its own, unless the case is about that: a finished run would answer first.
+    # The run gets a directory of its own unless the case is about that: in the finished run's, the command would end at once.
     given = (("--config", "recipe.yaml"), ("--store", STORE), ("--output", "other"))
     return run(case.command, *(a for pair in given if pair[0] not in case.arguments for a in pair), *case.arguments)
 
@@ -218,7 +218,7 @@ def test_a_damaged_shard_is_built_again_and_nothing_else_is(good):
 
 
 def odd_rows() -> list[dict]:
-    """Rows with everything that is handled instead of refused."""
+    """Rows with everything that is handled and not refused."""
     normal = rows("fusion", 6)
     return [
         *normal,
@@ -240,7 +240,7 @@ HANDLED = (
 
 
 def nfc_normaliser() -> None:
-    """Give the folder's own model a tokenizer that composes characters."""
+    """Gives the folder's own model a tokenizer that composes characters."""
     path = Path("guardian/tokenizer.json")
     tokenizer = json.loads(path.read_text())
     tokenizer["normalizer"] = {"type": "NFC"}

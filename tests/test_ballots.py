@@ -1,4 +1,4 @@
-"""The votes of single prompts, read back from a store, against its audit table."""
+"""The votes of single prompts, read back from a store, agree with its audit table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_votes_responses_and_winners_are_those_of_the_audit_table(prepared):
     _, run, store = prepared
     table = pq.read_table(store.directory / "samples.parquet").to_pylist()
     rows = load_examples(run.recipe.data, run.recipe.data.train)
-    examples = [*range(0, len(rows), 2), 1]  # over several shards, in any order
+    examples = [*range(0, len(rows), 2), 1]  # they are from several shards, in any order
     for i, found in zip(examples, judged_examples(store, run.recipe, rows, examples), strict=True):
         expected = table[i]
         assert [found[key] for key in ("skill", "prompt", "ground_truth")] == [

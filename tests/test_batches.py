@@ -1,4 +1,4 @@
-"""From a store's shards to batches: the winner is chosen before anything is padded, and workers change nothing."""
+"""Batches from a store's shards: the winner is chosen before anything is padded, and workers change nothing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_batch_holds_the_winners_distributions_and_nothing_of_the_others(targe
 
 
 def test_the_chosen_source_gives_the_loss_that_all_sources_with_their_cross_entropies_give(prepared, targets):
-    """The same sequences with every source's rows, as the loss itself would choose among them: bit for bit."""
+    """A batch with every source's rows, among which the loss itself chooses, gives the same result bit for bit."""
     _, run, _ = prepared
     model = FusionModel(load_model(SourceConfig(name="g", model=f"demo:{run.recipe.target}"), torch.float32))
     sequences = [s for instruction in targets for s in instruction][:6]
@@ -198,14 +198,14 @@ def test_a_damaged_shard_is_one_error_and_not_a_workers_traceback(prepared, tmp_
     damaged = replace(steps, targets=Targets(store, "train"))
     path = store.directory / f"{layout.targets('train').shard(0)}.safetensors"
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1  # in the last entries: the index is intact
+    data[-1] ^= 1  # the last byte belongs to the entries, so the index stays intact
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"^store shard .*sha256.*profuser\.prepare[^\n]*$"):
         list(load_steps(damaged, 0, workers=workers, pin_memory=False))
 
 
 class Killed:
-    """Steps whose worker is ended from outside."""
+    """Steps whose worker is killed, as if from outside."""
 
     def __len__(self):
         return 2

@@ -1,4 +1,4 @@
-"""The benchmarks' tables in docs/results.md are what their result files say."""
+"""The tables of benchmarks in docs/results.md are what their result files say."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""The rules of byte alignment, one by one, on both engines."""
+"""The rules of byte alignment are tested one by one, on both engines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from profuser.text.chat import ChatFormat
 
 
 def test_target_token_of_two_source_tokens_sums_over_the_path():
-    """` hel` .5, then `lo` .8 and `p` .15: ` hello` .4, ` help` .075, .025 to the tail."""
+    """The source gives ` hel` 0.5, and behind it `lo` 0.8 and `p` 0.15.
+
+    So ` hello` gets 0.4 and ` help` 0.075, and 0.025 goes to the tail.
+    """
     target = chain_chat(" hello", " help", " cat")
     source = chain_chat(" hel", "lo", " cat")
     response = "a hello"
@@ -43,7 +46,7 @@ def test_target_token_of_two_source_tokens_sums_over_the_path():
 
 
 def test_candidate_that_would_merge_with_the_prefix_is_dropped():
-    """After the target's token `Th`, `ings` is impossible: it would have been `Things`."""
+    """After the target's token `Th` the text `ings` is impossible, because the tokenizer would have made it `Things`."""
     target = chain_chat("Things", "ab")
     target_pieces = [target.token_bytes.pieces[i] for i in labels(target.encode("x", "Thx"))[:-1]]
     assert target_pieces == [b"Th", b"x"]
@@ -78,9 +81,9 @@ def test_candidate_that_would_merge_with_the_template_is_dropped():
 @pytest.mark.parametrize(
     ("source_words", "target_words", "kept"),
     [
-        ((), ("    ",), True),  # the source puts every space on its own, x follows: the target would, too
-        ((), (" x",), False),  # the target's token takes the x
-        ((" x",), ("  ",), False),  # only ` x` keeps the source's space; the target's token takes one of the two
+        ((), ("    ",), True),  # every space is a source token of its own, x follows, and the target would do the same
+        ((), (" x",), False),  # a token of the target takes the x, too
+        ((" x",), ("  ",), False),  # only ` x` keeps the source's space, and the target's token takes one of the two
         ((" x",), (" x",), True),
     ],
 )
@@ -97,7 +100,7 @@ def test_candidate_that_ends_in_spaces_is_looked_at_with_what_follows(source_wor
 
 
 def test_indentation_does_not_grow_by_the_space_of_the_word():
-    """Four spaces before a word: the target gives the last one to the word, so the source's `    ` is its `   `."""
+    """Of four spaces before a word, the target gives the last to the word. So the source's `    ` becomes its `   `."""
     tokenizer = chained("a")
     tokenizer.add_tokens([AddedToken("    ")])
     source = ChatFormat(wrap(tokenizer, BARE))
@@ -163,8 +166,10 @@ def test_colliding_mass_is_added():
 
 @pytest.mark.parametrize(("byte", "kept"), [(0xEE, True), (0xC3, False)])
 def test_candidate_that_ends_inside_a_character_counts_where_its_bytes_leave_no_choice(byte, kept):
-    """The source says one byte of a character. SentencePiece has it as a byte token, which is what comes if the vocabulary
-    has no character that begins with it; `é` begins with 0xC3."""
+    """The source's token is one byte of a character, for which SentencePiece has a byte token.
+
+    The byte token is what comes if no character of the vocabulary begins with this byte. `é` begins with 0xC3.
+    """
     target = ChatFormat(wrap(sentencepiece(620, "never"), BARE))
     assert any(piece and piece[0] == byte and len(piece) > 1 for piece in target.token_bytes.pieces) != kept
     source = chain_chat()
@@ -178,7 +183,10 @@ def test_candidate_that_ends_inside_a_character_counts_where_its_bytes_leave_no_
 
 
 def test_inside_a_source_token_only_tokens_with_its_first_bytes_count():
-    """The source says ` cafe` .5, ` cab` .2, ` ca` .1, ` dog` .2; the target is at `b` of ` ca|b`. How ` ca` goes on is unknown."""
+    """The source gives ` cafe` 0.5, ` cab` 0.2, ` ca` 0.1 and ` dog` 0.2; the target is at `b` of ` ca|b`.
+
+    How the token ` ca` would go on is unknown, so its mass goes to the tail.
+    """
     target, source = chain_chat(" ca", "fe"), chain_chat(" cafe", " cab", " dog")
     response = "a cab"
     own = labels(source.encode("x", response))
@@ -232,9 +240,12 @@ def test_a_capture_without_the_prefixs_mass_is_skipped_and_counted():
 
 
 @pytest.mark.parametrize(("target_template", "source_template"), [(BARE, VICUNA), (VICUNA, BARE), (VICUNA, VICUNA)])
-def test_template_space_in_the_first_token(target_template, source_template):
-    """A source whose first token holds the template's space says something about the response only among the tokens that
-    begin with it. A target's own space stands before every candidate."""
+def test_a_template_space_in_the_first_token_is_no_part_of_the_response(target_template, source_template):
+    """A template's space may be part of the first token, in the source, in the target or in both.
+
+    If it is in the source's, only the tokens that begin with the space say something about the response. The target's own
+    space stands before every candidate.
+    """
     target = chain_chat(" a", " b", template=target_template)
     source = chain_chat(" a", " b", "zz", template=source_template)
     rows = certain(source, "a")
@@ -247,9 +258,11 @@ def test_template_space_in_the_first_token(target_template, source_template):
     assert aligned.skip_reason[0] == ALIGNED
     ours = " " if target_template == VICUNA else ""
     expected = {token(target, ours + "a"): 0.3, token(target, ours + "b"): 0.2, token(target, ours or "z"): 0.5}
-    if source_template == VICUNA and target_template == BARE:  # what does not begin with the space is no continuation
+    if source_template == VICUNA and target_template == BARE:
+        # `zz` does not begin with the space, so it does not count.
         expected = {token(target, "a"): 0.6, token(target, "b"): 0.4}
-    elif source_template == VICUNA:  # `zz` would not follow the space: another token before the response
+    elif source_template == VICUNA:
+        # `zz` stands for a text without the space, so the target's token is `z`.
         expected = {token(target, " a"): 0.3, token(target, " b"): 0.2, token(target, "z"): 0.5}
     assert distribution(aligned, 0) == pytest.approx(expected, abs=TOLERANCE)
 
@@ -293,7 +306,7 @@ def test_ids_beyond_the_tokenizer_and_padding_stay_in_the_tail():
 
 
 def test_a_token_that_the_target_never_emits_is_no_candidate():
-    """`zqx` is in its vocabulary, but its tokenizer writes `z`, `qx`."""
+    """`zqx` is in the target's vocabulary, but its tokenizer writes this text as `z` and `qx`."""
     target, source = chain_chat("qx", "zqx"), chain_chat("zqx")
     assert b"zqx" in target.token_bytes.pieces
     rows = certain(source, "a")

@@ -1,4 +1,4 @@
-"""Alignment where tokenizers are odd, work is interrupted, or a caller's arrays contradict each other."""
+"""Alignment with odd tokenizers, with interruptions, and with arrays of a caller that contradict each other."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_an_end_of_turn_that_is_not_declared_special_is_a_control_token():
 
 
 def test_an_end_of_turn_cannot_have_emitted_the_bytes_before_a_position():
-    """Source `<=`; the target is at `=` of `<|=`. End of turn begins like `<`, but as a string only."""
+    """The source's token is `<=`, and the target is at its `=`. `<eot>` begins with `<` as a string, but not as bytes."""
     target, source = chain_chat(), plain_end_chat("<=")
     own = labels(source.encode("x", "a<=b"))
     rows = certain(source, "a<=b")
@@ -144,11 +144,11 @@ def test_a_range_of_the_byte_order_is_all_that_begins_with_its_bytes(prefix):
     assert sorted(order.ids[lo:hi].tolist()) == [i for i, p in enumerate(pieces) if p and p.startswith(prefix)]
 
 
-# What a caller of `align` can get wrong
+# The next tests are about what a caller of `align` can get wrong.
 
 
 def source_rows() -> tuple[str, PreTrainedTokenizerBase, PreTrainedTokenizerBase, list[Any]]:
-    """(text, target, source, k, arguments) of a call that works."""
+    """A call that works: text, target, source, and the list of the other arguments."""
     target, source = (small_chat(name).tokenizer for name in ("byte-level", "llama-2 prepend"))
     text = "Things like these don't happen, hello help."
     ids = torch.tensor(source(text, add_special_tokens=False).input_ids)
@@ -224,7 +224,7 @@ def test_a_tokenizer_that_learnt_a_token_is_read_anew():
     assert ids == tokenizer("a bozun", add_special_tokens=False).input_ids
 
 
-def test_capture_without_rows_for_a_cut_and_empty_response():
+def test_a_cut_and_empty_response_has_no_rows_and_no_positions():
     target, source = chain_chat(), chain_chat("ab")
     encoded, own = (chat.encode("x", "", complete=False) for chat in (target, source))
     capture = capture_of(source, own, 0, [], 1, (target, encoded))

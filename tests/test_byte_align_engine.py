@@ -1,4 +1,4 @@
-"""The C++ engine against the oracle that sees the whole text, on any text; the public `align`; bad input."""
+"""The C++ engine agrees with an oracle that sees the whole text; the public `align` works; bad input is refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_same_tokenizer_gives_back_the_sources_top_k(name, template):
                 assert distribution(aligned, t) == pytest.approx(expected, abs=TOLERANCE)
 
 
-# Any text
+# The next tests compare the engine with the oracle on random texts.
 
 
 FRAGMENTS = ["Th", "ings", "23", "'s", "</s>", "<|im_end|>", "don't", "1,234.5", "//", "==", "東京", "한국", "и", "ß"]
@@ -90,7 +90,7 @@ responses = st.lists(
 
 
 class NoCuts(Boundaries):
-    """All text before a token, back to the last control token, as its prefix: slow, and right by definition."""
+    """Takes all text before a token, back to the last control token, as its prefix. This is slow, and right by definition."""
 
     def __init__(self, chat: ChatFormat):
         self._pieces = chat.token_bytes.pieces
@@ -102,7 +102,7 @@ class NoCuts(Boundaries):
 
 @functools.cache
 def engines(target: ChatFormat, source: ChatFormat):
-    """(engine, oracle without cuts, candidates worth trying)"""
+    """The engine, the oracle without cuts, and the candidates that are worth trying."""
     oracle = PythonByteAligner(target, source, min_reliability=0, top_k=10)
     oracle._boundaries = NoCuts(target)
     found = source.token_bytes.fragment.encode(
@@ -171,7 +171,10 @@ def test_engine_equals_the_oracle_on_many_texts(target, source, response, seed, 
 
 
 def test_digit_groups_that_depend_on_what_follows_are_kept_whole():
-    """Groups of three from the right: after `1,234` a fifth digit makes it `12,345`, so `234` was never there."""
+    """The target groups digits by three from the right.
+
+    A fifth digit turns `1`, `234` into `12`, `345`. Then `234` has never been a token, so the digit cannot follow it.
+    """
     tokenizer = chained("123", "234", "345", "12")
     groups = pre_tokenizers.Split(Regex(r"\d{1,3}(?=(?:\d{3})*(?!\d))"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([groups, tokenizer.pre_tokenizer])
@@ -238,16 +241,17 @@ def test_the_stub_of_the_extension_has_its_functions_with_their_arguments():
     for name, value in [*vars(_align).items(), *vars(_align.ByteAligner).items()]:
         if isinstance(value, property):
             built[name] = ["self"]
-        elif found := re.match(rf"{name}\((.*)\) ->", value.__doc__ or ""):  # pybind11's first line is the signature
+        # pybind11 writes the signature into the first line of the docstring.
+        elif found := re.match(rf"{name}\((.*)\) ->", value.__doc__ or ""):
             built[name] = re.findall(r"(\w+): ", found[1])
     assert stub == built
 
 
-# `from profuser import align`
+# The next tests are about the public function, `from profuser import align`.
 
 
 def toy_logits(tokenizer, ids: list[int], spread: float = 4.0) -> torch.Tensor:
-    """(M, V): any source; row m is its say of token m."""
+    """Logits of an arbitrary source, (M, V). Row m is what it says of token m."""
     logits = torch.randn(len(ids), len(tokenizer) + 5, generator=torch.Generator().manual_seed(0)) * spread
     logits[torch.arange(len(ids)), ids] += 8
     return logits
@@ -285,7 +289,7 @@ def test_align_gives_what_the_loss_takes(pair):
 
 
 def test_a_row_without_candidates_says_nothing():
-    """The first token of a text that nothing stands before has no distribution."""
+    """The first token of a text has no distribution if nothing stands before it."""
     target, source = (small_chat(name).tokenizer for name in ("byte-level", "byte-level NFC"))
     m = len(source("cat", add_special_tokens=False).input_ids)
     nothing = (torch.full((m, 2), -1), torch.full((m, 2), -torch.inf), torch.full((m,), -torch.inf))
@@ -294,7 +298,7 @@ def test_a_row_without_candidates_says_nothing():
     assert (aligned.skip_reason != ALIGNED).all()
 
 
-# Bad input
+# The next tests are about bad input.
 
 
 def case():

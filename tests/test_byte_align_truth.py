@@ -1,4 +1,4 @@
-"""Byte alignment against brute force over every continuation of a toy source, and the probability of the whole path."""
+"""Byte alignment agrees with brute force over every continuation of a toy source, and keeps the whole path's probability."""
 
 from __future__ import annotations
 
@@ -30,21 +30,23 @@ from profuser.models.load import chat_format, load_model, load_tokenizer
 from profuser.recipe.schema import SourceConfig
 from profuser.text.chat import ChatFormat
 
-# A toy source whose every next-token distribution is known
+# A toy source, of which every next-token distribution is known.
 
 STEMS = {" hel": ("lo", "p", "met"), " ca": ("t", "re", "rd"), " do": ("g", "ne")}
 CLOSED = (" a", " tree", " treat", " sun", " sunny", " dot", " cab", " helium")
 
 
 def toy_source(template: str) -> ChatFormat:
-    """Every word is one token, or a stem and an ending."""
+    """A source for which every word is one token, or a stem and an ending."""
     endings = tuple(itertools.chain.from_iterable(STEMS.values()))
     return chain_chat(*STEMS, *CLOSED, *(e for e in endings if len(e) > 1), template=template)
 
 
 def toy_rows(source: ChatFormat, response: str, rng: np.random.Generator) -> list[dict[int, float]]:
-    """At each position full distributions over what can follow there; a stem only where the text goes on with it, since
-    only there the next distribution is known."""
+    """Full distributions at each position over what can follow there.
+
+    A stem is among it only where the text goes on with this stem, because only then the next distribution is known.
+    """
     pieces = source.token_bytes.pieces
     own = labels(source.encode("x", response))
     words = {token(source, w) for w in CLOSED}
@@ -64,10 +66,12 @@ def toy_rows(source: ChatFormat, response: str, rng: np.random.Generator) -> lis
 def brute_force(
     target: ChatFormat, source: ChatFormat, response: str, rows, t: int
 ) -> tuple[dict[int, float], float, bool]:
-    """(share per target token, dropped share, whether the rules are exact) of target position t: every continuation of the
-    source up to the end of its word, spelt out and given to the target's tokenizer in the whole conversation, as a share of
-    those that begin with the bytes before t. The rules are approximate where the target's token ends within a stem, so that
-    how the source's word ends decides, and alignment does not look."""
+    """The share of every target token at target position t, the dropped share, and whether alignment's rules are exact there.
+
+    Every continuation of the source, up to the end of its word, is spelt out and given to the target's tokenizer in the whole
+    conversation. Shares are of the continuations that begin with the bytes before t. The rules are approximate where the
+    target's token ends within a stem: then the end of the source's word decides, at which alignment does not look.
+    """
     encoded, own = target.encode("x", response), source.encode("x", response)
     own_ids, starts = labels(own), [b for b, _ in own.spans] + [len(response.encode())]
     begin, end = [*encoded.spans, (starts[-1], starts[-1])][t]
@@ -81,7 +85,7 @@ def brute_force(
 
     def count(continuation: bytes, mass: float, within_stem: bool) -> None:
         nonlocal dropped, exact
-        # Tokens of the response begin at -1 with the template's space, so do continuations there.
+        # If the first token holds the template's space, it begins at -1, and so do its continuations.
         text = response.encode()[: max(begin, 0)] + continuation[max(-begin, 0) :]
         ids = target.encode("x", text.decode(), complete=False).input_ids
         token = ids[len(before)] if ids[: len(before)] == before else None
@@ -99,7 +103,7 @@ def brute_force(
                 continue
             if entered or (j == holder and not so_far):
                 total += p
-            if piece == entered:  # ends where t begins; what follows is not in `rows`
+            if piece == entered:  # the token ends where t begins, and what follows it is not in `rows`
                 continue
             if i == source.end_id and not so_far:
                 found[target.end_id] = found.get(target.end_id, 0.0) + mass * p
@@ -108,7 +112,8 @@ def brute_force(
             elif piece and piece.decode() in STEMS:
                 assert i == own_ids[j], "a stem only where the text goes on with it"
                 expand(j + 1, so_far + piece[len(entered) :], mass * p, within_stem or starts[j + 1] >= end)
-            elif piece is None:  # another control token: tail, but the own token before it is the gold one's beginning
+            elif piece is None:
+                # Another control token goes to the tail, unless the own token before it is the beginning of the gold one.
                 found[gold] = found.get(gold, 0.0) + (mass * p if within_stem else 0.0)
             else:
                 count(so_far + piece[len(entered) :], mass * p, within_stem)
@@ -124,7 +129,7 @@ def test_alignment_equals_brute_force_over_every_continuation():
     compared = dropping = longer = inside = 0
     errors: list[float] = []
     for _ in range(25):
-        # A target that cuts the words anywhere: merges towards random parts of them, in random order.
+        # This target cuts the words anywhere, because it merges towards random parts of them in random order.
         parts = []
         for word in rng.permutation(words).tolist():
             first, last = sorted(rng.choice(len(word) + 1, 2, replace=False).tolist())
@@ -144,7 +149,7 @@ def test_alignment_equals_brute_force_over_every_continuation():
                 errors.append(sum(abs(ours.get(i, 0) - expected.get(i, 0)) for i in {*ours, *expected}) / 2)
                 continue
             assert aligned.reliability[t] == pytest.approx(1 - dropped, abs=TOLERANCE)
-            # What is left of a float32 mass near 1 has its rounding.
+            # A small rest of a float32 mass near 1 has the rounding of the whole.
             assert ours == pytest.approx(expected, abs=TOLERANCE / (1 - dropped))
             assert aligned.tail[t] == pytest.approx(1 - sum(expected.values()), abs=1e-5 / (1 - dropped))
             compared += 1
@@ -162,7 +167,7 @@ def test_alignment_equals_brute_force_over_every_continuation():
     assert np.mean(errors) < 0.2
 
 
-# Invariants with a real model: mass and path
+# Two invariants are checked with real models: the mass of every position, and the probability of the path.
 
 PROMPT = "How do I beat the dragon?"
 REAL_TEXTS = [
@@ -177,8 +182,11 @@ REAL_TEXTS = [
     ("target_name", "source_name"), [("guardian", "scholar"), ("scholar", "guardian"), ("guardian", "reckoner")]
 )
 def test_the_masses_along_the_path_multiply_to_the_sources_own_probability(target_name, source_name, template):
-    """Product over target tokens of (mass of the own path's continuations that begin with the token's bytes, by brute force
-    over the vocabulary) / (stored exact mass) = the source's probability of the response's bytes."""
+    """The product over all target tokens is the source's probability of the response's bytes.
+
+    A factor is the mass of those continuations of the text's own path that begin with the token's bytes, found by brute force
+    over the vocabulary, divided by the stored exact mass.
+    """
     configs = [SourceConfig(name=name, model=f"demo:{name}") for name in (target_name, source_name)]
     model = load_model(configs[1], torch.float32)
     target, source = (chat_format(c) if template else PlainText(load_tokenizer(c)) for c in configs)
@@ -191,7 +199,7 @@ def test_the_masses_along_the_path_multiply_to_the_sources_own_probability(targe
 
 
 def check_path(model, target, source, response: bytes, encoded, own) -> None:
-    """Both invariants at every position."""
+    """Checks both invariants at every position."""
     lead = [] if own.start else [source.tokenizer.bos_token_id or 0]
     with torch.no_grad():
         logits = model(torch.tensor([lead + own.input_ids])).logits[0].double()
@@ -217,7 +225,7 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
     own_logprob = logprobs[torch.arange(len(own_ids)), own_ids].tolist()
     lengths = [len(pieces[i] or b"") for i in own_ids.tolist()]
     total = 0.0
-    first = 0.0  # log of the exact mass at byte 0, where the source's token was clipped there
+    first = 0.0  # the log of the exact mass at byte 0, if the source's token was clipped there
     content = encoded.stop - encoded.start
     for t in range(content):
         begin, end = max(encoded.spans[t][0], 0), min(encoded.spans[t][1], len(response))
@@ -235,7 +243,7 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
         if spans[j][1] == end or t == content - 1:
             path += own_logprob[j]
         elif until := lengths[j] - (spans[j][1] - end):
-            # The own token goes on beyond: all that begin with the bytes up to there, by brute force.
+            # The own token goes on beyond the end. All tokens that begin with the bytes up to there count, by brute force.
             prefix = pieces[own_ids[j]][:until]
             among = [v for v, p in enumerate(pieces) if p and p.startswith(prefix)]
             path += float(logprobs[j, among].logsumexp(0))
@@ -247,7 +255,7 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
 @pytest.mark.parametrize("target_name", ["llama2", "qwen2", "gpt_neox"])
 @pytest.mark.parametrize("language", ["en", "code", "de", "ru", "zh"])
 def test_both_invariants_hold_with_a_pretrained_model(target_name, language):
-    """SmolLM2-135M on real text, where PROFUSER_SMOLLM2 names its directory."""
+    """Runs SmolLM2-135M on real text if PROFUSER_SMOLLM2 names its directory."""
     if "PROFUSER_SMOLLM2" not in os.environ:
         pytest.skip(
             "set PROFUSER_SMOLLM2 to a directory with SmolLM2-135M-Instruct (docs/results.md says how to get it)"

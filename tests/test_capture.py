@@ -1,4 +1,4 @@
-"""What a source says about a response, against the model's own full logits."""
+"""What a capture says about a response agrees with the model's own full logits."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def source(request):
 
 
 def captured(source) -> tuple[list[CaptureRequest], dict]:
-    """The requests for PAIRS, with the ranges that guardian as target needs, and what the source says."""
+    """The requests for PAIRS, with the prefix ranges that guardian needs as target, and what the source says."""
     model, chat = source
     target = chat_format(SourceConfig(name="guardian", model="demo:guardian"))
     order = ByteOrder(chat.token_bytes)

@@ -1,4 +1,4 @@
-"""Conversations: the model's own ids, the response located in bytes, no control token out of a text."""
+"""Conversations have the model's own ids; the response is located in bytes; no text becomes a control token."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def hugging_face_ids(chat: ChatFormat, prompt: str, response: str | None) -> lis
 
 
 def check(chat: ChatFormat, encoded: Encoded, response: str) -> None:
-    """The labels are exactly the response's bytes and one end of turn, in tokens that are not control tokens."""
+    """Checks that the labels are exactly the response's bytes, none of them in a control token, and one end of turn."""
     data = response.encode()
     spans = encoded.spans
     assert len(spans) == encoded.stop - encoded.start
@@ -155,7 +155,8 @@ def test_empty_response_has_only_its_end_of_turn():
 def test_end_of_turn_is_found_by_role():
     tokenizer = wrap(byte_level(500), CHATML)
     end, turn = ids_of(tokenizer, "</s>", "<|im_end|>")
-    assert ChatFormat(tokenizer).end_ids == (end, turn)  # the template's closing token has the role, too
+    # The template closes with <|im_end|>, so that this token ends a turn, too.
+    assert ChatFormat(tokenizer).end_ids == (end, turn)
     chat = ChatFormat(tokenizer, end_ids=[turn, end])
     assert chat.end_ids == (turn, end)
     assert chat.encode("x", "y").input_ids[-1] == chat.end_id == turn
@@ -197,7 +198,7 @@ def test_template_without_a_system_role_works():
 
 
 def test_template_that_rewrites_a_response_does_not_change_it():
-    """Reasoning templates cut what stands before </think>; the response's bytes must stay as they are."""
+    """Templates of reasoning models cut what stands before </think>, but the response's bytes must stay as they are."""
     template = CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +")
     chat = ChatFormat(wrap(byte_level(500), template))
     response = "<think>hm</think>42"
@@ -209,9 +210,8 @@ def test_template_that_ignores_the_generation_prompt_still_opens_the_turn():
     chat = ChatFormat(wrap(byte_level(500), template))
     assert chat.token_bytes.of(chat.prompt_ids("x")) == b"user\nx\nassistant\n"
     chat = ChatFormat(wrap(byte_level(500), VICUNA.split("{% if add_generation_prompt %}")[0]))
-    assert (
-        chat.token_bytes.of(chat.prompt_ids("x")) == b"USER: x ASSISTANT:"
-    )  # the space belongs to the response's token
+    # The space behind the colon belongs to the response's first token.
+    assert chat.token_bytes.of(chat.prompt_ids("x")) == b"USER: x ASSISTANT:"
 
 
 def test_a_generation_prompt_unlike_the_finished_turn_is_announced(caplog):
@@ -221,8 +221,8 @@ def test_a_generation_prompt_unlike_the_finished_turn_is_announced(caplog):
 
 
 @pytest.mark.parametrize("scheme", ["prepend", "always", "first"])
-def test_response_straight_after_a_control_token(scheme):
-    """The dummy space that some tokenizers then put in front is no byte of the response."""
+def test_a_response_straight_after_a_control_token_begins_at_its_first_byte(scheme):
+    """Some tokenizers put a space in front of it, which is no byte of the response."""
     template = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '</s>' }}{% endfor %}"
     chat = ChatFormat(wrap(sentencepiece(700, scheme), template))
     for response in ("hello", "1", "你好", "<s>"):
@@ -260,7 +260,7 @@ def test_a_prompt_that_the_tokenizer_changes_is_no_reason_to_refuse_the_response
 
 
 @pytest.mark.parametrize(("name", "template"), [("llama2", "llama2"), ("qwen2", "chatml"), ("gpt_neox", "vicuna")])
-def test_real_tokenizers(name, template):
+def test_real_tokenizers_give_the_ids_of_apply_chat_template(name, template):
     chat = real_chat(name, template)
     for prompt, response in [
         ("Hi there", "Answer is 42."),

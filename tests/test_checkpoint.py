@@ -1,3 +1,5 @@
+"""Checkpoints: training goes on from them bit for bit, and a damaged or unfinished one is passed over."""
+
 import errno
 
 import pytest

@@ -1,4 +1,4 @@
-"""Every path and every name of this package that code or documentation cites is there."""
+"""Every path, and every name of this package, that code or documentation cites is there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXAMPLES = {
     "bench_gpu.md",
     "OUT/bench_gpu.md",
 }
-"""Files that a user would have, and that tests and benchmarks write."""
+"""Files that a user would have, and files that tests and benchmarks write."""
 OTHERS = {"test_cce_loss_backward.py", "test_cce_loss_forward.py", "test_fused_linear_cross_entropy.py"}
 """Files of other projects."""
 
@@ -38,13 +38,13 @@ FILES = sorted(
         ROOT / "Makefile",
     ]
     if path.suffix.lstrip(".") in (*SUFFIXES.split("|"), "") and path.is_file()
-    # The link to the folder at the top; results quote the commands and names of their own day.
+    # profuser/kernels is a link to the folder at the top. Results quote the commands and names of their own day.
     if "profuser/kernels" not in str(path) and path.name not in ("results.md", "CHANGELOG.md", "bad_input.md")
 )
 
 
 def prose(path: Path) -> str:
-    """What a person reads in a file: of Python the comments and docstrings, of anything else all of it."""
+    """What a person reads in a file: the comments and docstrings of a Python file, and all of any other file."""
     text = path.read_text()
     if path.suffix != ".py":
         return text
@@ -63,7 +63,7 @@ def resolves(name: str) -> bool:
     """Whether a dotted name is a module of the package, or something that one of its modules defines."""
     known = modules()
     parts = name.split(".")
-    if parts[1] in ("_align", "COMMAND"):  # the C++ extension; any of the commands
+    if parts[1] in ("_align", "COMMAND"):  # the C++ extension, and what stands for any of the commands
         return True
     for cut in range(len(parts), 1, -1):
         if (module := ".".join(parts[:cut])) in known:

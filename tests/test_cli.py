@@ -1,4 +1,4 @@
-"""Every failure of a command is one line with its documented exit code, and a defect of our own keeps its traceback."""
+"""Every failure of a command is one line with its documented exit code, but a defect of our own keeps its traceback."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from profuser.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryE
 
 @pytest.fixture(autouse=True)
 def signals():
-    """main_of installs a handler; the tests' own process gets its old one back."""
+    """Gives the tests' process its old signal handler back, because main_of installs another one."""
     old = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, old)
 
 
 def ends(error: BaseException) -> int | str | None:
-    """How main_of ends a command that raises this."""
+    """The exit code with which main_of ends a command that raises this error."""
 
     def command(argv):
         raise error
@@ -83,7 +83,7 @@ def test_a_command_gets_the_arguments_of_the_command_line(monkeypatch):
 
 
 def test_a_reader_who_has_seen_enough_is_no_failure():
-    """`profuser train --help | head -1`: no traceback when the pipe is closed."""
+    """`profuser train --help | head -1` closes the pipe, and no traceback is printed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "profuser.train", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -130,7 +130,7 @@ def test_the_version_is_the_packages(monkeypatch, capsys):
 
 
 def test_a_signal_that_comes_before_the_heavy_imports_ends_as_documented():
-    """SIGTERM while the command line is still being read."""
+    """Here SIGTERM comes while the command line is still being read."""
     program = (
         "import os, signal; from profuser.cli import main_of; main_of(lambda a: os.kill(os.getpid(), signal.SIGTERM))"
     )

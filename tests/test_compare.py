@@ -1,3 +1,5 @@
+"""The control of the comparison that moves every KD row by one token."""
+
 import numpy as np
 
 from profuser.experiments.compare import shifted

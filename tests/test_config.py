@@ -1,3 +1,5 @@
+"""Recipes: what a correct one may say, and how a wrong one is refused."""
+
 import pytest
 import yaml
 

@@ -1,4 +1,4 @@
-"""Data files: every value as it stands in the file, whatever the others of its column are."""
+"""Data files: every value is read as it stands in the file, whatever the other values of its column are."""
 
 import json
 

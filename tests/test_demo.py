@@ -1,4 +1,4 @@
-"""The bundled demo: what its data may share, what its models and judges do, how large it is."""
+"""The bundled demo: what its splits may share, what its models and judges can do, and how large it is."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every code block of the README and of docs/ is run, or checked as far as a test may go.
 
-Python runs. A recipe is parsed. Of a shell line the command must exist and take its arguments; what is quick is run. A
-comment above a block says what is special about it: `continues` (it goes on from the block before), `needs PACKAGE`,
+Python code is run, and recipes are parsed. The command of a shell line must exist and take the arguments; if it is quick, it is
+run. A comment above a block says what is special about it: `continues` (it goes on from the block before), `needs PACKAGE`,
 `needs network`, or `printed by COMMAND`.
 """
 
@@ -64,7 +64,7 @@ def run_python(code: str, names: dict) -> dict:
 
 
 def names_before(block: Block) -> dict:
-    """What the blocks that this one continues have left behind."""
+    """The names that are defined by the blocks which this one continues."""
     if "continues" not in block.marks:
         return {}
     before = [b for b in of("python") if b.page == block.page and b.number < block.number][-1]
@@ -108,7 +108,7 @@ def test_the_diff_of_a_loop_changes_few_lines_and_no_number():
         losses.append(names["loss"].detach())
         weights.append(dict(names["model"].named_parameters()))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
-    # AdamW divides by the gradient's size: where that is tiny its rounding moves a weight by a part of the learning rate.
+    # AdamW divides by the gradient's size. If that is tiny, its rounding moves a weight by a part of the learning rate.
     torch.testing.assert_close(*weights, rtol=1e-5, atol=5e-5)
 
 
@@ -155,7 +155,7 @@ def test_a_shell_line_names_a_command_that_exists_and_takes_its_arguments(block,
 
 
 def check_module(module: str, arguments: list[str], block: Block, tmp_path: Path, monkeypatch) -> None:
-    """That a module can be run, and that a command takes these arguments; the doctor is quick enough to be run."""
+    """Checks that a module can be run and that a command takes these arguments. The doctor is quick, so it is run."""
     assert importlib.util.find_spec(module) is not None
     if module in ("profuser.train", "profuser.prepare"):
         arguments = [a for a in arguments if a != "--fresh"]
@@ -173,8 +173,8 @@ def check_module(module: str, arguments: list[str], block: Block, tmp_path: Path
         assert all(word.isupper() or word in ("info", "verify") or "/" in word for word in arguments)
 
 
-def test_the_printed_table_of_the_readme_is_a_runs():
-    """benchmarks/results/demo_run.json is the scores.json of the run that the page shows."""
+def test_the_printed_table_of_the_readme_is_that_of_a_run():
+    """benchmarks/results/demo_run.json is the scores.json of the run that the README shows."""
     (table,) = (block for block in of("text") if block.marks == "printed by make train")
     assert table.code.rstrip("\n") == score_table(json.loads((ROOT / "benchmarks/results/demo_run.json").read_text()))
 
@@ -192,7 +192,7 @@ def test_the_commands_page_and_the_help_know_the_same_commands():
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_comes_at_once(command):
-    """Less than the import of torch alone takes: a command reads its command line first."""
+    """A command reads its command line before it imports torch, so the help does not wait for that import."""
     program = f"""
 import sys, time
 begin = time.perf_counter()

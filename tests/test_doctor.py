@@ -1,4 +1,4 @@
-"""The doctor: every target token has one kind, what tokens cannot hold is skipped line by line, and the output says so."""
+"""The doctor gives every target token one kind, skips by lines what tokens cannot hold, and says so in its output."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def names(diagnosis) -> list[str]:
 
 
 def check(diagnosis, text: str) -> None:
-    """What holds for any text."""
+    """Checks what holds for any text."""
     assert sum(diagnosis.counts.values()) == len(diagnosis.kind)
     assert sum(diagnosis.shares[name] for name in KINDS) == pytest.approx(1)
     assert diagnosis.shares["usable"] == 1 - diagnosis.shares["skipped"]
@@ -74,8 +74,8 @@ def text_file(tmp_path):
     return write
 
 
-def test_kinds_of_a_hand_made_pair():
-    # target  |the|se| cat|s|   source  |th|ese| cats|
+def test_a_hand_made_pair_has_the_kinds_that_one_can_count():
+    # The target's tokens are |the|se| cat|s|, the source's are |th|ese| cats|.
     target, source = side(chained("the", "se", " cat")), side(chained("th", "ese", " cats"))
     assert names(diagnose(target, source, "these cats")) == ["shared_prefix", "inside", "shared_prefix", "inside"]
     assert names(diagnose(target, target, "these cats")) == ["same_span"] * 4
@@ -86,12 +86,12 @@ def test_kinds_of_a_hand_made_pair():
 
 def test_dummy_leading_space_is_clipped_and_a_zero_width_token_counts():
     target, source = side(SMALL["llama-2 prepend"]()), side(byte_level(500))
-    diagnosis = diagnose(target, source, "\u00ffx")  # no token begins with a space and ÿ: a lone ▁ of no bytes
+    diagnosis = diagnose(target, source, "\u00ffx")  # no token is a space and ÿ, so the first one is a ▁ without bytes
     begin, end = diagnosis.target
     assert begin[0] == end[0] == begin[1] == 0
     assert len(diagnosis.kind) == len(view(target.token_bytes, "\u00ffx").ids)
     assert names(diagnosis)[0] == "shared_prefix"
-    # |▁hello| from byte -1 on, against |hello|
+    # Here |▁hello|, which begins at byte -1, meets |hello|.
     assert names(diagnose(target, side(chained("hello")), "hello")) == ["same_span"]
 
 
@@ -108,7 +108,7 @@ def test_a_normaliser_costs_its_line_and_no_other():
         check(diagnosis, text)
         (skip,) = diagnosis.skips
         assert (skip.reason, skip.text) == ("normaliser", NFD)
-        # The tokens are those of the whole text, also where the target is the one that changes it.
+        # The tokens are those of the whole text, even if the target is what changes it.
         ids = target.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert len(diagnosis.kind) == len(ids)
         line = target.tokenizer(NFD, add_special_tokens=False)["input_ids"]
@@ -141,7 +141,7 @@ def test_a_literal_sentencepiece_mark_costs_its_line():
 
 
 def words_only() -> PlainText:
-    """A tokenizer with an unknown token and few words: most text has no tokens of its own."""
+    """A tokenizer with an unknown token and few words, which has no tokens for most texts."""
     vocab = {token: i for i, token in enumerate(["<unk>", *CONTROL, "a", "b", "\n"])}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

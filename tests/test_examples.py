@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the public functions run, and give what they say."""
+"""The examples in the docstrings of the public functions run and give the results that they show."""
 
 import doctest
 

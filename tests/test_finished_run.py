@@ -1,4 +1,4 @@
-"""The same command on a run that is complete: what is still right stays, the rest is made again or refused."""
+"""The same command on a complete run: what is still right stays, and the rest is made again or refused."""
 
 import json
 import shutil
@@ -139,7 +139,7 @@ def test_only_prepare_and_train_build_a_damaged_part_again(command, shard):
     path.write_bytes(path.read_bytes()[:-9])
     before = store_files()
     code, _, err = run(*LOOKING[command])
-    if command == "report":  # it reads the summary alone
+    if command == "report":  # the report reads only the summary
         assert code == 0
     else:
         assert code == 3
@@ -188,7 +188,7 @@ def test_a_store_goes_on_in_the_arithmetic_that_it_was_begun_with(monkeypatch):
     manifest = Path(STORE) / "manifest.json"
     content = json.loads(manifest.read_text())
     assert content["settings"]["sources"]["capture"]["dtype"] == "float32"
-    content["settings"]["sources"]["capture"]["dtype"] = "bfloat16"  # as begun on a GPU
+    content["settings"]["sources"]["capture"]["dtype"] = "bfloat16"  # as if it had been begun on a GPU
     manifest.write_text(json.dumps(content))
     victim = Path(STORE) / "truth/train-scholar-00000.safetensors"
     before = victim.read_bytes()

@@ -1,6 +1,7 @@
-"""What the fused loss must do on both of its paths, plain torch and Triton, against the dense fp64 reference.
+"""What the fused loss must do on both of its paths, plain torch and Triton, measured against the dense fp64 reference.
 
-The Triton path runs on a GPU where there is one, else interpreted: the cases are small, and its blocks smaller than V.
+The Triton path runs on a GPU if there is one, and otherwise in Triton's interpreter. Therefore the cases are small; blocks are
+made smaller than V.
 """
 
 import copy
@@ -20,7 +21,7 @@ pytestmark = [
     pytest.mark.usefixtures("small_blocks"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
-ROWS = 10  # an interpreted program costs a millisecond
+ROWS = 10  # few, because a program takes a millisecond in the interpreter
 small_case = partial(make_case, N=ROWS)
 
 
@@ -47,7 +48,7 @@ def check(path):
     ("softcap", "logit_scale", "biased"),
     [(None, 1.0, False), (None, 0.3, True), (3.0, 1.0, False), (3.0, 0.3, True), (3.0, 0.3, False)],
 )
-def test_softcap_scale_and_bias_chain(check, softcap, logit_scale, biased):
+def test_softcap_scale_and_bias_work_together(check, softcap, logit_scale, biased):
     case = small_case(spread=2.0, softcap=softcap, logit_scale=logit_scale)
     if not biased:
         case["bias"] = None
@@ -58,7 +59,7 @@ def test_source_tail_scales_the_entries_to_what_it_leaves(loss, check):
     case = small_case()
     case["source_tail"] = torch.rand(3, ROWS, generator=torch.Generator().manual_seed(0))
     check(case)
-    # 0 and 1 are legal ends: no bucket, and nothing but the bucket.
+    # 0 and 1 are allowed: with 0 there is no bucket, and with 1 nothing else.
     case["source_tail"][:, ::2] = 0
     case["source_tail"][:, 1::2] = 1
     ours, _ = check(case)
@@ -119,7 +120,7 @@ def test_rows_without_an_entry_have_no_kd(check):
 
 @pytest.mark.parametrize("K", [4, 40])
 def test_duplicate_ids_add_their_mass(loss, K):
-    """Also where the duplicates are further apart than one block of the Triton path's comparison."""
+    """This includes duplicates that are further apart than a block of the Triton path's comparison."""
     case = make_case(N=4, S=1, B=1, K=K)
     case["source_ids"][..., (0, K - 1)] = 9
     merged = copy.deepcopy(case)
@@ -157,7 +158,7 @@ def test_the_bucket_is_exact_when_the_target_keeps_almost_nothing_outside(loss, 
     ours = loss(case)
     truth = run(fusion_loss_reference, case, upcast=torch.float64)
     torch.testing.assert_close(ours["loss"].double(), truth["loss"], rtol=2e-6, atol=1e-7)
-    # Column by column, not against the largest: outside they are smaller by orders of magnitude.
+    # Each column is compared with its own truth, because outside they are smaller than the largest by orders of magnitude.
     outside = slice(3, None)
     torch.testing.assert_close(ours["dhidden"][0, outside].double(), truth["dhidden"][0, outside], rtol=1e-5, atol=0)
 
@@ -199,7 +200,7 @@ def test_ids_that_cover_the_vocabulary_leave_no_bucket(check):
 
 
 @pytest.mark.parametrize("spread", [20.0, 80.0])
-def test_large_logits(check, spread):
+def test_large_logits_cost_no_accuracy(check, spread):
     case = make_case(N=14, spread=spread)
     check(case)
     check(case, tail="renormalize", temperature=3.0)
@@ -227,13 +228,13 @@ def test_small_cross_entropy_keeps_its_digits(loss, height, source):
 
 @pytest.mark.parametrize(("size", "softcap"), [(1.0, 1.0), (30.0, 1.0), (50.0, 1000.0)])
 def test_a_softcap_keeps_small_and_large_logits(check, size, softcap):
-    """tanh is computed from exp, by a series where that would cancel: 6e-8 of a softcap of 1000 shows."""
+    """tanh is computed from exp, or from a series where the digits would cancel: an error of 6e-8 of a cap of 1000 shows."""
     logits = torch.linspace(-size, size, 6 * 40).view(6, 40)
     check(with_logits(logits, labels=torch.arange(6), reduction="sum"), softcap=softcap)
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-3, 5e-2])
-def test_target_close_to_the_source(check, gap):
+def test_a_target_close_to_the_source_costs_no_accuracy(check, gap):
     case = small_case(S=1, B=1, K=6)
     logits = case["hidden"] @ case["weight"].T + case["bias"]
     nearby = logits + gap * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
@@ -243,8 +244,8 @@ def test_target_close_to_the_source(check, gap):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_masked_columns_of_the_vocabulary(check, softcap):
-    """A bias of -inf, as for rows of the head beyond the tokenizer; under a softcap that is a finite logit."""
+def test_columns_of_the_vocabulary_may_be_masked_by_the_bias(check, softcap):
+    """A bias of -inf masks rows of the head beyond the tokenizer. Under a softcap this gives a finite logit."""
     case = small_case(S=1, B=1, softcap=softcap)
     case["labels"][case["labels"] >= 80] = 0
     case["source_ids"] %= 80
@@ -255,7 +256,7 @@ def test_masked_columns_of_the_vocabulary(check, softcap):
         check(case, **options)
 
 
-# Which source
+# The choice of the source
 
 
 def test_min_ce_picks_the_lowest_finite_source_of_each_sequence(check):

@@ -1,4 +1,4 @@
-"""The fused loss as a differentiable op: gradients, compilation, memory, and its interface."""
+"""The fused loss as a differentiable op: its gradients, its compilation, its memory and its interface."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def test_the_scale_of_a_bf16_gradient_is_not_rounded_to_bf16():
 
 
 def test_an_fp16_gradient_survives_small_weights():
-    """grad_output, with the loss scale, comes in after forward: what fp16 lost there it could not bring back."""
+    """grad_output, with the loss scale in it, comes after the forward pass and cannot bring back what fp16 lost there."""
     case = make_case(torch.float16, reduction="sum")
     case |= {name: case[name] * 1e-7 for name in ("ce_weight", "kd_weight")}
     found = run(fused_linear_fusion_loss, case, grad_output=65536.0)["dhidden"].double()
@@ -58,7 +58,7 @@ def test_numbers_of_numpy_are_numbers():
     assert torch.equal(found["loss"], expected["loss"])
 
 
-def test_transposed_operands():
+def test_transposed_operands_give_the_same():
     case = make_case(torch.float64)
     for name in ("hidden", "weight"):
         case[name] = case[name].T.contiguous().T
@@ -121,7 +121,7 @@ def test_no_gradient_is_computed_without_autograd():
     with torch.no_grad(), NewTensors(look_inside=True) as new:
         loss = fused_linear_fusion_loss(**case, chunk_size=4)
     torch.testing.assert_close(loss, expected)
-    assert max(new.sizes) < 83 * 20  # no [V, D] gradient
+    assert max(new.sizes) < 83 * 20  # no tensor is as large as a [V, D] gradient
 
 
 def test_a_tied_head_gets_both_gradients():
@@ -140,7 +140,7 @@ def test_a_tied_head_gets_both_gradients():
 @pytest.mark.parametrize(
     "options", [{}, {"tail": "renormalize", "temperature": 2.0}, {"softcap": 2.0, "logit_scale": 0.5}], ids=str
 )
-def test_gradcheck(reduction, options):
+def test_the_gradients_pass_gradcheck(reduction, options):
     case = make_case(torch.float64, N=7, D=3, V=9, S=2, K=4, B=2)
     leaves = [case.pop(name).requires_grad_() for name in DIFFERENTIABLE]
 
@@ -153,7 +153,7 @@ def test_gradcheck(reduction, options):
 
 
 def op_arguments(case, **options):
-    """What the op takes for a case of the public function: all gradients, a few rows at a time."""
+    """The op's arguments for a case of the public function, with all gradients and a few rows per chunk."""
     operands = Operands(**{name: value for name, value in case.items() if name in Operands._fields})
     return operands, Options(grad_hidden=True, grad_weight=True, grad_bias=True, chunk_size=8)._replace(**options)
 
@@ -165,7 +165,7 @@ def opcheck(case, **options):
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("sources", [True, False])
-def test_opcheck(per_row, sources):
+def test_the_op_passes_opcheck(per_row, sources):
     case = make_case()
     if not sources:
         case = {k: v for k, v in case.items() if k not in ("source_ids", "source_logprobs", "source_ce", "cu_seqlens")}
@@ -237,7 +237,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_or_a_gradient(options):
     with NewTensors(look_inside=True) as new:
         for reduction in ("mean", "none"):
             run(fused_linear_fusion_loss, case, reduction=reduction, chunk_size=chunk)
-    # The whole batch's sources and gradients are allowed, the whole batch's logits are 50 chunks.
+    # Tensors as large as the whole batch's sources and gradients are allowed. The whole batch's logits would be 64 chunks.
     assert max(new.sizes) <= max(chunk * V, N * D, V * D, 3 * N * 4)
 
 
@@ -248,7 +248,7 @@ def test_a_bf16_head_is_not_copied_to_fp32_at_once():
     assert max(new.sizes) <= 64 * 256 < 1000 * 256
 
 
-# Interface
+# The interface
 
 
 def test_the_module_is_the_function():

@@ -1,4 +1,4 @@
-"""The fused loss at sizes that only a GPU runs: accuracy, memory, addresses beyond 32 bits, no waiting for the device."""
+"""The fused loss at sizes that need a GPU: it is accurate, small in memory, right beyond 32 bits, and never waits."""
 
 import math
 
@@ -23,7 +23,7 @@ def relative_error(found, true):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "softcap": 30.0}], ids=str)
 @pytest.mark.parametrize("V", [32000, 32003, 32768])
-def test_bf16_gradients_at_full_size(V, options):
+def test_bf16_gradients_are_accurate_at_full_size(V, options):
     case = large_case(V=V, **options)
     truth = run(fusion_loss_reference, case, upcast=torch.float32)
     for chunk_size in (None, 1000):
@@ -55,7 +55,7 @@ def test_memory_is_one_chunk_of_logits_and_the_fp32_weight_gradient():
     C = chunk_rows_gpu(N, V, D)
     logits_and_gradient = C * V * (4 + 2)
     results = (N * D + V * D) * 4
-    scaled = N * D * 2 + V * D * (4 + 2)  # backward multiplies by grad_output into new tensors
+    scaled = N * D * 2 + V * D * (4 + 2)  # backward writes the products with grad_output into new tensors
     assert used < results + max(logits_and_gradient, scaled) + C * D * 2 + (64 << 20)
 
 
@@ -63,7 +63,7 @@ def test_memory_is_one_chunk_of_logits_and_the_fp32_weight_gradient():
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40 << 30,
     reason="needs a CUDA GPU of 40 GB",
 )
-def test_a_chunk_of_more_than_2_to_the_31_logits():
+def test_a_chunk_of_more_than_2_to_the_31_logits_equals_small_chunks():
     N, V = 16384, 151936
     assert N * V > 2**31
     case = on("cuda", large_case(N=N, D=64, V=V))
@@ -83,7 +83,7 @@ def test_nothing_waits_for_the_device(reduction, sources):
     case = on("cuda", large_case(N=512))
     if not sources:
         case = {name: case[name] for name in ("hidden", "weight", "labels")}
-    fused_linear_fusion_loss(**case, reduction=reduction).sum().backward()  # compiles
+    fused_linear_fusion_loss(**case, reduction=reduction).sum().backward()  # this call compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         fused_linear_fusion_loss(**case, reduction=reduction, chunk_size=256).sum().backward()
@@ -103,7 +103,7 @@ def test_a_bad_row_is_nan_and_no_other():
     assert torch.equal(found["loss"][others], expected["loss"][others])
 
 
-def test_compiled_with_inductor():
+def test_compiled_with_inductor_it_gives_the_same():
     case = large_case(N=512)
     expected = run(fused_linear_fusion_loss, case, device="cuda")
     compiled = torch.compile(fused_linear_fusion_loss, fullgraph=True)

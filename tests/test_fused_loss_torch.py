@@ -1,8 +1,7 @@
-"""The plain-torch path of the fused loss against the dense fp64 reference, and the reference against formulas written out by
-hand. What the Triton path must do as well stands in test_fused_loss.py.
+"""The plain torch path of the fused loss agrees with the dense fp64 reference, and that with formulas written out by hand.
 
-An error is allowed up to twice what the dense reference makes in the same dtype, plus a floor for results that
-happen to come out exact.
+What the Triton path must do as well stands in test_fused_loss.py. An error may be up to twice that of the dense reference in the
+same dtype, plus a floor for reference results that happen to be exact.
 """
 
 import math
@@ -30,7 +29,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-# The oracle against formulas written out by hand
+# The reference is compared with formulas written out by hand.
 
 
 def test_reference_and_op_equal_kl_div_when_every_token_is_kept():
@@ -89,7 +88,7 @@ def test_values_and_gradients_are_as_accurate_as_the_dense_reference(dtype, tail
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_mixed_dtypes_of_hidden_and_head(dtype):
+def test_hidden_and_head_may_have_different_dtypes(dtype):
     case = make_case(torch.float32)
     case["hidden"] = case["hidden"].to(dtype)
     ours = run(fused_linear_fusion_loss, case, chunk_size=8)
@@ -104,7 +103,7 @@ def test_mixed_dtypes_of_hidden_and_head(dtype):
     "shape", [(1, 1, 2, 1, 1, 1), (5, 3, 7, 2, 1, 2), (123, 17, 251, 4, 9, 5), (64, 8, 128, 1, 33, 1)]
 )
 @pytest.mark.parametrize("chunk_size", [None, 1, 50])
-def test_ragged_shapes(shape, chunk_size):
+def test_ragged_shapes_and_chunks_give_the_reference(shape, chunk_size):
     N, D, V, S, K, B = shape
     case = make_case(N=N, D=D, V=V, S=S, K=K, B=B)
     assert_close_to_truth(case, chunk_size=chunk_size)
@@ -147,7 +146,7 @@ def test_entries_that_leave_the_bucket_less_than_no_mass_are_an_error():
     case["source_logprobs"][0, 0, :2] = 0.0
     with pytest.raises(ValueError, match=r"add up to a mass of 2\.\d+; take log_softmax"):
         run(fused_linear_fusion_loss, case)
-    # Renormalised, or scaled to what a given tail leaves, they need not be normalised.
+    # Entries that are renormalised, or scaled to what a given tail leaves, need not be normalised.
     assert_as_accurate_as_reference(case, tail="renormalize")
     assert_as_accurate_as_reference(case | {"source_tail": torch.full((1, 37), 0.25)})
 
@@ -157,11 +156,11 @@ def test_entries_that_leave_the_bucket_less_than_no_mass_are_an_error():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_reductions(reduction, softcap):
+def test_every_reduction_equals_the_reference(reduction, softcap):
     assert_as_accurate_as_reference(make_case(), reduction=reduction, softcap=softcap, temperature=1.5)
 
 
-def test_default_weights():
+def test_the_default_weights_are_those_of_fusellm():
     case = make_case()
     kd_weight = case.pop("kd_weight")
     given = assert_close_to_truth(case | {"kd_weight": DEFAULT_BETA * case["ce_weight"]})
@@ -186,7 +185,7 @@ def test_num_items_in_batch_divides_the_mean(number):
 
 
 def test_splitting_a_batch_adds_up():
-    """reduction="sum" with the step's weights: two halves give the gradients of the whole."""
+    """With reduction="sum" and the step's weights, the gradients of two halves add up to those of the whole."""
     case = make_case(torch.float64, B=2, reduction="sum")
     whole = run(fused_linear_fusion_loss, case)
     middle, halves = case["cu_seqlens"][1].item(), []

@@ -1,6 +1,6 @@
-"""The Triton path of the fused loss, where it differs from the plain one: blocks, chunks, strides, values out of range.
+"""The Triton path of the fused loss where it differs from the plain one: blocks, chunks, strides, values out of range.
 
-On a GPU where there is one, else interpreted. What both paths must do stands in test_fused_loss.py.
+It runs on a GPU if there is one, and otherwise in Triton's interpreter. What both paths must do stands in test_fused_loss.py.
 """
 
 import math
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("small_blocks"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
-ROWS = 10  # an interpreted program costs a millisecond
+ROWS = 10  # few, because a program takes a millisecond in the interpreter
 small_case = partial(make_case, N=ROWS)
 
 
@@ -46,9 +46,9 @@ def test_values_and_gradients_are_as_accurate_as_the_dense_reference(triton_chec
     "shape",
     [(1, 1, 2, 1, 1, 1), (5, 3, 7, 2, 1, 2), (9, 17, 251, 4, 9, 5), (6, 8, 128, 1, 33, 1), (4, 5, 300, 2, 128, 2)],
 )
-def test_ragged_shapes_and_chunks(triton_check, shape):
+def test_ragged_shapes_and_chunks_cost_no_accuracy(triton_check, shape):
     N, D, V, S, K, B = shape
-    # The single row's KL is small against its terms.
+    # The KL of the single row is small compared with its terms, so the scale of the terms is what counts.
     triton_check(make_case(N=N, D=D, V=V, S=S, K=K, B=B), chunk_size=4, scale=1.0 if N == 1 else 0.0)
 
 
@@ -70,7 +70,7 @@ def test_chunks_do_not_change_the_result(triton_loss, poisoned_buffers):
 def test_chunks_hold_many_rows_and_no_more_than_the_caps():
     assert chunk_rows_gpu(8192, 32000, 4096) == 2048
     assert chunk_rows_gpu(100, 32000, 4096) == 100
-    assert chunk_rows_gpu(100_000, 32000, 5000) == 2560  # D/2 = 2500, to a multiple of 128
+    assert chunk_rows_gpu(100_000, 32000, 5000) == 2560  # D/2 = 2500, rounded up to a multiple of 128
     assert chunk_rows_gpu(8192, 1000, 64, max_chunk_bytes=4000 * 10 + 1) == 10
     assert chunk_rows_gpu(8192, 1000, 64, max_chunk_bytes=1) == 1
     assert chunk_rows_gpu(0, 1000, 64) == 1
@@ -87,7 +87,7 @@ def test_mixed_dtypes_multiply_in_the_dtype_of_hidden(triton_loss):
         torch.testing.assert_close(ours[name].to(expected[name].dtype), expected[name])
 
 
-def test_strided_operands(triton_loss, device):
+def test_strided_operands_give_the_same(triton_loss, device):
     case = small_case(source_tail=torch.rand(3, ROWS, generator=torch.Generator().manual_seed(0)))
     expected = triton_loss(case)
     strided = on(device, case, frozen=DIFFERENTIABLE)
@@ -124,7 +124,8 @@ INVALID = {
 
 @pytest.mark.parametrize(("name", "change"), INVALID.values(), ids=INVALID.keys())
 def test_a_row_with_a_value_out_of_range_is_nan_and_no_other(triton_loss, monkeypatch, name, change):
-    monkeypatch.setattr(op_module, "check_values", lambda *args: None)  # as on a GPU, where it would wait for the data
+    # On a GPU values are not checked, because the check would wait for the data.
+    monkeypatch.setattr(op_module, "check_values", lambda *args: None)
     case = make_case(N=4)
     case["labels"][:3] = 7
     if name == "source_index":

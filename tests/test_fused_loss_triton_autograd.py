@@ -1,4 +1,4 @@
-"""The Triton path as a differentiable op: gradients, compilation, memory, and when it is taken."""
+"""The Triton path as a differentiable op: its gradients, its compilation, its memory, and when it is taken."""
 
 import math
 import os
@@ -105,7 +105,7 @@ def test_gradient_checkpointing_recomputes_the_same(triton_loss, device):
     torch.testing.assert_close(weight.grad.cpu(), expected["dweight"])
 
 
-def test_distributed_data_parallel(triton_loss, device):
+def test_distributed_data_parallel_gives_the_same_gradients(triton_loss, device):
     case = small_case()
     expected = triton_loss(case)
 
@@ -128,13 +128,14 @@ def test_distributed_data_parallel(triton_loss, device):
         torch.testing.assert_close(dweight, expected["dweight"])
         torch.testing.assert_close(dhidden, expected["dhidden"])
     finally:
-        # The model must be gone by now: as the group's last user it would wait, holding the GIL, for a thread that wants it.
+        # The model must be gone by now. As the last user of the group it would wait for a thread while it holds the GIL, and
+        # that thread wants the GIL.
         torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("sources", [True, False])
-def test_opcheck(device, per_row, sources):
+def test_the_op_passes_opcheck(device, per_row, sources):
     case = make_case(N=5, B=2)
     if not sources:
         case = {k: v for k, v in case.items() if k not in ("source_ids", "source_logprobs", "source_ce", "cu_seqlens")}
@@ -178,7 +179,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_or_a_gradient(device):
 
 
 def test_the_driver_reads_nothing_back(device, monkeypatch):
-    """No .item(), no data-dependent shape: what would make the host wait for the device."""
+    """There is no .item() and no data-dependent shape, for which the host would wait for the device."""
     case = on(device, small_case())
     monkeypatch.setattr(op_module, "check_values", lambda *args: None)
     forbidden = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
@@ -196,7 +197,7 @@ def test_triton_without_a_gpu_or_the_interpreter_is_refused(monkeypatch):
 
 
 def test_the_cpu_path_works_without_triton():
-    """As on macOS, where it cannot be installed."""
+    """Triton cannot be installed on macOS."""
     code = """
 import sys
 sys.modules["triton"] = None

@@ -1,4 +1,4 @@
-"""FuseLLM's alignment: which tokens it accepts, and which of the source's rows that gives."""
+"""FuseLLM's alignment: which tokens it accepts, and which of the source's rows it takes for them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from profuser.alignment.types import (
 from profuser.errors import DataError
 from profuser.text.encoded import Encoded
 
-TOLERANCE = 1e-6  # of float32 log-probabilities
+TOLERANCE = 1e-6  # what float32 log-probabilities allow
 
 
 def capture_of(tokens: list[tuple[int, int, int]], rows: list[dict[int, float]], k: int | None = None) -> SourceCapture:
-    """tokens: (id, begin, stop) each; rows: {id: log-probability} each, in the order of the capture."""
+    """A capture of `tokens`, each (id, begin, stop), and `rows`, each {id: log-probability} in the capture's order."""
     k = k or max((len(row) for row in rows), default=1)
     top_ids = np.full((len(rows), k), -1, np.int32)
     top_logprobs = np.full((len(rows), k), -np.inf, np.float32)
@@ -47,7 +47,7 @@ def capture_of(tokens: list[tuple[int, int, int]], rows: list[dict[int, float]],
 
 
 def encoded_of(side: Side, *tokens: tuple[str, int, int], end: str | None = None) -> Encoded:
-    """tokens: (string, begin, stop) each; end: the string of the end of turn."""
+    """An encoding of `tokens`, each (string, begin, stop). `end` is the string of the end of turn."""
     strings = [token for token, _, _ in tokens] + ([] if end is None else [end])
     return Encoded(
         input_ids=[side.vocab[token] for token in strings],
@@ -113,7 +113,7 @@ def test_a_part_of_a_source_token_is_not_accepted(tmp_path):
 def test_a_part_that_resembles_a_neighbour_is_taken_for_it(tmp_path):
     target, source = side("▁the", "▁hello", "▁cat"), side("Ġthe", "Ġhe", "llo", "Ġcat")
     assert accepted(target, source, "▁the ▁hello ▁cat", "Ġthe Ġhe llo Ġcat", tmp_path) == [-1, 2, 3], (
-        "llo is nearest to ▁hello"
+        "of the target's tokens, ▁hello is nearest to llo"
     )
 
 
@@ -134,7 +134,7 @@ SOURCE_TOKENS = [("Ġmonday", 0, 7), ("Ġhe", 7, 10), ("llo", 10, 13), ("Ġfrida
 
 
 def aligned(cache: Path, rows: list[dict[str, float]], *, target_end=True, source_end=True, k=None, **settings):
-    """(target, result) of the response above; rows: {source token: log-probability} per source token."""
+    """The target and the result for the response above. `rows` has {token: log-probability} for every source token."""
     target, source = side(*TARGET), side(*SOURCE, control=("<end>", "<other>"))
     tokens = [(source.vocab[token], b, f) for token, b, f in SOURCE_TOKENS]
     tokens += [(source.vocab["<end>"], len(RESPONSE), len(RESPONSE))] * source_end
@@ -162,25 +162,25 @@ def test_accepted_rows_are_mapped_and_renormalised(tmp_path):
     target, result = aligned(tmp_path, [ROW] * 5)
     for t in (0, 1, 3):
         assert named(target, result, t) == pytest.approx({"▁monday": 2 / 3, "▁friday": 1 / 3}, abs=TOLERANCE)
-        assert list(named(target, result, t)) == ["▁monday", "▁friday"], "by falling probability"
+        assert list(named(target, result, t)) == ["▁monday", "▁friday"], "entries come in falling probability"
     assert result.tail.tolist() == [0, 0, 1, 0]
     assert result.reliability.tolist() == [1, 1, 0, 1]
 
 
 def test_a_row_is_accepted_by_the_token_in_front_of_it(tmp_path):
-    """▁monday and ▁friday are matched with source tokens 0 and 3, ▁hello (Ġhe llo) with none."""
+    """▁monday and ▁friday are matched with source tokens 0 and 3. ▁hello, the source's Ġhe and llo, is not matched."""
     rows = [{token: -0.1} for token in ("Ġmonday", "Ġhello", "Ġmonday", "Ġfriday", "<end>")]
     target, result = aligned(tmp_path, rows)
     assert result.source_position.tolist() == [0, 1, -1, 4]
     assert result.skip_reason.tolist() == [ALIGNED, ALIGNED, SKIP_NOT_MATCHED, ALIGNED]
-    assert named(target, result, 1) == {"▁hello": 1.0}, "not matched, but ▁monday in front of it is"
+    assert named(target, result, 1) == {"▁hello": 1.0}, "▁hello is not matched, but ▁monday in front of it is"
     assert named(target, result, 2) == {}, "▁friday is matched, but ▁hello in front of it is not"
     assert named(target, result, 3) == {"<end>": 1.0}, "the last token is matched"
     assert result.kind.tolist() == [SAME_SPAN, SHARED_PREFIX, SKIPPED, SAME_SPAN]
 
 
 def test_the_row_behind_a_match_is_taken_and_not_the_next_match(tmp_path):
-    """Both ▁monday are matched with source token 0: the row behind it is taken twice, also where it is the end of turn."""
+    """Both ▁monday are matched with source token 0, so the row behind it is taken twice, even as that of the end of turn."""
     target, source = side(*TARGET), side(*SOURCE)
     rows = [{source.vocab["Ġfriday"]: -0.1}, {0: -0.1}]
     encoded = encoded_of(target, ("▁monday", 0, 3), ("▁monday", 3, 7), end="<end>")
@@ -289,9 +289,11 @@ def test_several_end_tokens_of_the_source_count_for_the_targets_own(tmp_path):
         encoded = encoded_of(target, ("▁a", 0, 2), end=("<s>", "</s>")[gold])
         result = aligner.align(b" a", encoded, capture)
         assert distribution(result, 0) == pytest.approx({1: 5 / 6, 2: 1 / 6}, abs=TOLERANCE), (
-            "before the end: its own end_id"
+            "before the end they become the target's end_id"
         )
-        assert distribution(result, 1) == pytest.approx({gold: 5 / 6, 2: 1 / 6}, abs=TOLERANCE), "at the end: the label"
+        assert distribution(result, 1) == pytest.approx({gold: 5 / 6, 2: 1 / 6}, abs=TOLERANCE), (
+            "at the end they become the label"
+        )
 
 
 def test_a_cut_response_has_no_end_of_turn(tmp_path):
@@ -320,11 +322,14 @@ def test_an_empty_response_aligns_its_end_of_turn(tmp_path):
     ("own", "kind"),
     [
         ([("Ġsa", 0, 3), ("tx", 3, 5)], INSIDE),
-        ([("Ġsa", 0, 3), ("t", 3, 4), ("x", 4, 5)], SAME_SPAN),  # with source token 2, but row 1 is taken
+        (
+            [("Ġsa", 0, 3), ("t", 3, 4), ("x", 4, 5)],
+            SAME_SPAN,
+        ),  # the span is that of source token 2, but row 1 is taken
     ],
 )
 def test_kind_is_that_of_the_spans_whichever_row_is_taken(own, kind, tmp_path):
-    """▁sat is nearest to Ġsa, so row 1 is the source's behind ` sa`, and not behind ` sat`."""
+    """▁sat is matched with Ġsa. So row 1 is what the source says behind ` sa`, and not behind ` sat`."""
     target, source = side("▁sat", "x", "tx"), side("Ġsa", "Ġx", "tx", "x", "t")
     capture = capture_of([(source.vocab[token], b, f) for token, b, f in own], [{source.vocab["tx"]: -0.1}] * len(own))
     encoded = encoded_of(target, ("▁sat", 0, 4), ("x", 4, 5))

@@ -1,4 +1,4 @@
-"""FuseLLM's vocabulary map, and the warping path against its oracle."""
+"""FuseLLM's vocabulary map and its cache, and the warping path, which agrees with an oracle."""
 
 from __future__ import annotations
 
@@ -51,9 +51,8 @@ def test_ties_go_to_the_lowest_target_id(tmp_path):
     target = side("▁long", "cat", "at", "bat", "cats")
     assert named_map(target, side("Ġ", "rat", "ca", "qqq"), tmp_path)["rat"] == "cat"
     assert named_map(target, side("Ġ", "rat", "ca", "qqq"), tmp_path)["ca"] == "cat"
-    assert (
-        named_map(target, side("Ġ", "rat", "ca", "qqq"), tmp_path)["qqq"] == "cat"
-    )  # all of up to 3 letters are 3 away
+    # All tokens of up to three letters are three edits away.
+    assert named_map(target, side("Ġ", "rat", "ca", "qqq"), tmp_path)["qqq"] == "cat"
 
 
 def test_control_tokens_map_by_role_only(tmp_path):
@@ -62,8 +61,8 @@ def test_control_tokens_map_by_role_only(tmp_path):
     named = named_map(target, source, tmp_path)
     assert named["<eot>"] == "</s>"
     assert named["<bos>"] is None
-    assert named["<s>"] is None, "a control token of the source, though the target has the same string"
-    assert named["<s>x"] == "s", "three edits away; <s> would be one, but is a control token"
+    assert named["<s>"] is None, "it is a control token of the source, although the target has the same string"
+    assert named["<s>x"] == "s", "`s` is three edits away; <s> is only one away, but is a control token"
 
 
 def test_without_an_end_of_turn_its_token_maps_to_nothing(tmp_path):
@@ -113,7 +112,7 @@ def test_nearest_in_small_portions_is_the_same(monkeypatch):
     np.testing.assert_array_equal(fusellm._nearest(words[:150], words[150:]), whole)
 
 
-# Its cache
+# The cache of the map
 
 
 def test_the_map_is_read_back_from_disk(tmp_path, monkeypatch):
@@ -203,7 +202,7 @@ def test_equally_cheap_steps_are_diagonal_then_up_then_left(engine):
     assert walk(engine, ["a", "a"], ["a", "a"]) == [(0, 0), (1, 1)], "all steps back cost nothing"
     assert walk(engine, ["a", "a", "a"], ["a", "a"]) == [(0, 0), (1, 0), (2, 1)], "the detour comes first in the text"
     assert walk(engine, ["a", "a"], ["a", "a", "a"]) == [(0, 0), (0, 1), (1, 2)]
-    # Before (2, 2), up (1, 2) and left (2, 1) cost 1 and the diagonal (1, 1) costs 2: up is taken.
+    # Before (2, 2), the steps up (1, 2) and left (2, 1) cost 1, and the diagonal one (1, 1) costs 2. So up is taken.
     assert walk(engine, ["ab", "aa", "bb"], ["ab", "bb", "aa"]) == [(0, 0), (0, 1), (1, 2), (2, 2)]
 
 
@@ -229,7 +228,7 @@ def test_the_path_is_the_cheapest(engine):
     rng = np.random.default_rng(1)
     words = ["".join(rng.choice(list("ab"), rng.integers(0, 4))) for _ in range(200)]
 
-    def cheapest(source, target):  # from here to the end, by trying all
+    def cheapest(source, target):  # the cost from here to the end, found by trying all paths
         here = levenshtein(source[0], target[0])
         after = (
             [(1, 1)] * (len(source) > 1 and len(target) > 1)

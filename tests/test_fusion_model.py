@@ -1,4 +1,4 @@
-"""FusionModel as the model of other people's trainers: shift, packing, tied and adapted models, saving."""
+"""FusionModel as the model of other people's trainers: the shift, packing, tied and adapted models, and saving."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ S, K = 2, 4
 
 
 def demo_model(name="guardian", **changes):
-    """One of the bundled models; with `changes` of its config, its random likeness."""
+    """One of the bundled models, or, with `changes` of its config, a model of random weights that is otherwise like it."""
     location = resolve(f"demo:{name}")
     if not changes:
         return AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
@@ -32,7 +32,7 @@ def tied_model():
 
 
 def examples(lengths=LENGTHS, vocabulary=400, seed=0):
-    """Examples of single sequences: tokens, labels (also on first tokens), sources by token, and the sources' CE."""
+    """Single sequences: tokens, labels (even on first tokens), what the sources say of every token, and their CE."""
     g = torch.Generator().manual_seed(seed)
     found = []
     for n in lengths:
@@ -60,7 +60,7 @@ def padded(found) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for name, values in columns.items():
         by_source = name.startswith("source_")
-        values = [v.transpose(0, 1) if by_source else v for v in values]  # tokens first
+        values = [v.transpose(0, 1) if by_source else v for v in values]  # the axis of tokens comes first
         rows = pad_sequence(values, batch_first=True, padding_value=fill.get(name, 0))
         batch[name] = rows.movedim(2, 0) if by_source else rows
     return batch | {"source_ce": torch.stack([e["source_ce"] for e in found], 1)}
@@ -115,7 +115,9 @@ def test_packed_examples_are_as_if_each_had_a_row_of_its_own(name, options):
     rows = loss_and_gradients(fusion, padded(found))
     assert_same(loss_and_gradients(fusion, packed(found, **options)), rows)
     batch = packed(found)
-    batch["labels"] = torch.cat([e["labels"] for e in found])[None]  # first tokens are never predicted, labelled or not
+    batch["labels"] = torch.cat([e["labels"] for e in found])[
+        None
+    ]  # first tokens are never predicted, with a label or without
     batch["source_index"] = batch.pop("source_ce").argmin(0)
     assert_same(loss_and_gradients(fusion, batch), rows)
 
@@ -137,7 +139,7 @@ def test_position_ids_of_left_padding_change_nothing():
     for name in ("source_ids", "source_logprobs"):
         left[name] = torch.nn.functional.pad(batch[name], (0, 0, 2, 0))
     left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).masked_fill(left["attention_mask"] == 0, 1)
-    # The first real token now has a predecessor, padding; it is not predicted from it.
+    # Padding now stands before the first real token, but this token is not predicted from it.
     torch.testing.assert_close(fusion(**left, source_ce=batch["source_ce"])["loss"], plain, rtol=1e-5, atol=1e-5)
 
 
@@ -156,7 +158,7 @@ def random_model(architecture, **config):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **config), dtype=torch.float32)
 
 
-# Architectures that do not read position_ids, or not as the beginnings of examples.
+# Architectures that do not read position_ids, or do not see in them where an example begins.
 LEAKING = {
     "opt": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
     "falcon": SMALL,
@@ -188,7 +190,7 @@ def test_bounds_without_positions_are_an_error():
         FusionModel(demo_model())(**batch)
 
 
-# Models whose logits are more than head(hidden)
+# The next tests are about models whose logits are more than head(hidden).
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_bounds_without_positions_are_an_error():
 def test_softcaps_and_scales_are_those_of_the_model(name, config):
     model = random_model(name, **config).eval()
     with torch.no_grad():
-        model.get_output_embeddings().weight *= 20  # far enough into the softcap to see it
+        model.get_output_embeddings().weight *= 20  # so large that the softcap shows
     batch = padded([{k: e[k] for k in ("input_ids", "labels", "source_ce")} for e in examples((9, 9))])
     batch = {name: batch[name] for name in ("input_ids", "labels", "attention_mask")}
     fused = loss_and_gradients(FusionModel(model), batch)
@@ -217,7 +219,7 @@ def test_softcaps_and_scales_are_those_of_the_model(name, config):
 
 
 def capped_at_50(model):
-    """As a subclass would: nothing in its config says so, and its small logits do not show it."""
+    """Caps a model's logits at 50, as a subclass may do. Nothing in its config says so, and small logits do not show it."""
     forward = type(model).forward
 
     def capped(*args, **kwargs):
@@ -266,7 +268,7 @@ def test_a_module_in_evaluation_mode_stays_so():
     assert not model.model.layers[0].mlp.training
 
 
-# What surrounds it must not take the loss away
+# What surrounds the model must not take its loss away.
 
 
 def test_a_trainer_with_a_loss_of_its_own_is_refused():
@@ -379,7 +381,7 @@ def lora(model, **options):
 def test_lora_has_the_gradients_of_the_models_own_loss(head):
     model, batch = lora(demo_model(), target_modules=["q_proj", "v_proj"], **head), padded(examples())
     batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    if head:  # the copy that is trained, not the one that it was copied from
+    if head:  # this changes the head's copy that is trained, and not the original
         torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.1)
     ours = loss_and_gradients(FusionModel(model), batch)
     own = loss_and_gradients(OwnLoss(model), batch)
@@ -390,7 +392,7 @@ def test_lora_has_the_gradients_of_the_models_own_loss(head):
 
 
 class OwnLoss(torch.nn.Module):
-    """The model itself, under FusionModel's parameter names."""
+    """The model with its own loss, under FusionModel's parameter names."""
 
     def __init__(self, model):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model in GGUF form is read as it is, or refused with the way out."""
+"""A model in GGUF form is read as it is, or it is refused with a hint at what to do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WIDTH, LAYERS, HEADS, INNER = 32, 2, 2, 64
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A directory that holds nothing but a tiny Llama as GGUF."""
+    """A directory with nothing in it but a tiny Llama in GGUF form."""
     path = tmp_path_factory.mktemp("gguf-model")
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
     writer = gguf.GGUFWriter(path / "tiny.gguf", "llama")
@@ -109,7 +109,7 @@ def test_the_fingerprint_is_of_the_files_content(model, tmp_path):
     assert fingerprint(str(file)) != before
 
 
-def test_a_file_that_transformers_cannot_read_is_refused_with_the_way_out(tmp_path):
+def test_a_file_that_transformers_cannot_read_is_refused_with_what_to_give(tmp_path):
     (tmp_path / "odd.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(DataError, match=r"odd: .*give"):
         load_model(SourceConfig(name="odd", model=str(tmp_path)), torch.float32)

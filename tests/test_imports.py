@@ -1,7 +1,7 @@
 """Imports point one way: the rooms of the package stand on floors, and a room imports only from the floors below its own.
 
-A room is a folder of profuser/ or a module beside them; a command's front door, its __main__.py, is a room of its own.
-Imports inside functions count, too.
+A room is a folder in profuser/, or a module beside these folders. The front doors of the commands, their __main__.py, are
+together a room of their own. Imports inside functions count, too.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ FLOORS = (
     ("demo", "experiments"),
     ("front doors",),
 )
-"""From the ground up. Rooms of one floor do not import each other: prepare and train meet in a store."""
+"""The floors from the ground up. Rooms of one floor do not import each other: prepare and train meet only in a store."""
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 Arrow = tuple[str, str]
-"""A module and one that it imports, by their full names."""
+"""A module, and a module that it imports, by their full names."""
 
 
 def modules() -> dict[str, Path]:
     """Every module of the package by its full name."""
     found = {}
     for path in [*ROOT.glob("profuser/**/*.py"), *ROOT.glob("kernels/*.py")]:
-        if path.is_relative_to(ROOT / "profuser/kernels"):  # the link to the folder at the top
+        if path.is_relative_to(ROOT / "profuser/kernels"):  # this is the link to the folder at the top
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts
         parts = ("profuser", *parts) if parts[0] == "kernels" else parts
@@ -48,7 +48,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(name: str, path: Path) -> Iterator[str]:
-    """The full names that a module imports, whether they are modules or what is in them."""
+    """The full names of all that a module imports, be it modules or what they contain."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -60,7 +60,7 @@ def imported(name: str, path: Path) -> Iterator[str]:
 
 
 def arrows() -> set[Arrow]:
-    """All imports among the package's own modules. The package itself is left out: it imports on demand."""
+    """All imports among the package's own modules. The package itself is left out, because it imports on demand."""
     known = modules()
     return {
         (name, other)
@@ -76,7 +76,7 @@ def room(module: str) -> str:
 
 
 def points_up(arrow: Arrow) -> bool:
-    """Whether an import leaves its room for one that is not on a lower floor."""
+    """Whether an import leads to another room that is not on a lower floor."""
     inside, outside = map(room, arrow)
     return inside != outside and FLOOR_OF[outside] >= FLOOR_OF[inside]
 
@@ -125,11 +125,11 @@ def test_the_drop_ins_know_nothing_of_recipes_and_stores(module):
 
 
 TRAIN_EXTRA = ("accelerate", "datasets", "jsonargparse", "matplotlib", "pandas", "psutil", "pyarrow", "rapidfuzz")
-"""What it brings, but for what torch and transformers need as well (jinja2, PyYAML, tqdm)."""
+"""The packages that `profuser[train]` brings, except those that torch and transformers need as well: jinja2, PyYAML, tqdm."""
 
 
 def run_without_the_train_extra(code: str) -> subprocess.CompletedProcess:
-    """A program in a process where what `profuser[train]` brings cannot be imported."""
+    """Runs a program in a process in which the packages of TRAIN_EXTRA cannot be imported."""
     program = f"import sys; sys.modules.update(dict.fromkeys({TRAIN_EXTRA}))\n{textwrap.dedent(code)}"
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
 

@@ -1,8 +1,8 @@
-"""Likely mistakes in calling the loss: the error that says what to change, or the check that shows what no error can.
+"""Likely mistakes in calling the loss: an error says what to change, or a check shows the mistake where no error can.
 
     python tests/test_mistakes.py > docs/mistakes.md
 
-makes the same mistakes and writes them as two tables.
+This makes the same mistakes and writes them as two tables.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ K = 4
 
 @functools.cache
 def texts() -> list[tuple[str, str]]:
-    """A held-out prompt and response of every skill of the demo."""
+    """One held-out prompt and response for every skill of the demo."""
     rows = (json.loads(line) for line in Path(resolve("demo:heldout.jsonl")).read_text().splitlines())
     return list({row["skill"]: (row["prompt"], row["response"]) for row in rows}.values())
 
 
 @functools.cache
 def good() -> dict:
-    """The right call, on the bundled guardian: three examples, the model's own top-k as the one source."""
+    """The right call on the bundled guardian: three examples, and the model's own top-k as the only source."""
     model = AutoModelForCausalLM.from_pretrained(resolve("demo:guardian"), dtype=torch.float32)
     render: Any = pretrained_tokenizer(resolve("demo:guardian")).apply_chat_template
     hidden, ids, labels = [], [], []
@@ -77,7 +77,7 @@ def good() -> dict:
 
 
 def two_sources() -> dict:
-    """The same call with two sources and a CE for each of the three sequences."""
+    """The same call with two sources, and with the CE of both for each of the three sequences."""
     call = dict(good()["call"])
     for name in ("source_ids", "source_logprobs"):
         call[name] = call[name].expand(2, -1, -1)
@@ -85,19 +85,19 @@ def two_sources() -> dict:
 
 
 def check(call: dict) -> dict[str, float]:
-    """What the two checks look at, over the labelled rows: the mean CE and target's mass on the kept ids, and the largest KD."""
+    """What the checks look at, over the labelled rows: the mean CE, the mean of the target's kept mass, and the largest KD."""
     _, stats = fused_linear_fusion_loss(**call, return_stats=True)
     rows = call["labels"] != IGNORE_INDEX
     means = {name: stats[name][rows].mean().item() for name in ("ce", "target_mass")}
     return means | {"kd": stats["kd"][rows].max().item()}
 
 
-# Mistakes that are errors
+# The first half is about mistakes that end in an error.
 
 
 @dataclass
 class Wrong:
-    """A mistake, the call that makes it, and what the error must say."""
+    """A mistake: how it changes a call, what the error must say, and which call is changed."""
 
     what: str
     change: Callable[[dict], dict]
@@ -158,12 +158,12 @@ def test_the_error_says_what_to_change(wrong):
         assert part in text
 
 
-# Mistakes that have the right shapes and values
+# The second half is about mistakes with the right shapes and values.
 
 
 @dataclass
 class Silent:
-    """A mistake that no error can show, and the check that does."""
+    """A mistake that no error can show, with the figure that shows it, and the fix."""
 
     what: str
     change: Callable[[dict], dict]
@@ -172,7 +172,7 @@ class Silent:
 
 
 def unshifted(call: dict) -> dict:
-    """Each row's label is the token that the row has read, not the one that follows."""
+    """Makes each row's label the last token that the row has read, and not the one that follows."""
     labels = call["labels"].roll(1)
     return {"labels": labels.where(call["labels"] != IGNORE_INDEX, IGNORE_INDEX)}
 
@@ -217,7 +217,7 @@ def test_a_check_shows_what_no_error_can(silent):
 
 
 def micro_batch_counts() -> tuple[float, float]:
-    """Gradient norms of a step in two halves: divided by the whole step's labels, and each by its own."""
+    """The gradient's norm for a step in two halves, which are divided by the whole step's labels, or each by its own."""
     call = good()["call"]
     half = len(call["labels"]) // 2
     norms = []
@@ -238,7 +238,7 @@ def test_counting_labels_by_micro_batch_enlarges_the_gradient():
 
 
 def mean_of_rows() -> tuple[float, float]:
-    """The loss, and the mean over all rows of reduction="none"."""
+    """The loss, and the mean over all rows of what reduction="none" gives."""
     call = good()["call"]
     right, rows = (fused_linear_fusion_loss(**call, reduction=reduction) for reduction in ("mean", "none"))
     return right.item(), rows.mean().item()
@@ -250,7 +250,7 @@ def test_a_mean_over_all_rows_counts_those_that_are_ignored():
 
 
 def without_sources() -> str:
-    """What is said where a Trainer's collator dropped them."""
+    """What FusionModel says if a Trainer's collator has dropped the sources."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ids = good()["ids"][None]
@@ -270,7 +270,7 @@ def test_fusion_model_passes_the_first_check():
     assert ours.item() == pytest.approx(good()["model"](input_ids=ids, labels=ids).loss.item(), abs=1e-5)
 
 
-# The page
+# The page that the cases give.
 
 HEAD = """\
 # Likely mistakes
@@ -330,7 +330,7 @@ def page() -> str:
 
 
 def test_the_page_is_what_the_cases_give():
-    found, expected = (re.sub(r"\d+\.\d+", "0.0", text) for text in (PAGE.read_text(), page()))  # but for rounding
+    found, expected = (re.sub(r"\d+\.\d+", "0.0", text) for text in (PAGE.read_text(), page()))  # all but the digits
     assert found == expected
 
 

@@ -1,21 +1,22 @@
-"""Without sources the loss is a fused linear cross-entropy: what other projects expect of theirs, asked of ours.
+"""Without sources the loss is a fused linear cross-entropy, of which the same is asked as other projects ask of theirs.
 
-Cases and tolerances are those of the named files; the expected values are plain torch, as there.
+Cases and tolerances are those of the files named below. The expected values are from plain torch, as there.
 
 Liger-Kernel, test_fused_linear_cross_entropy.py:
 - `test_correctness`: `test_loss_and_gradients_equal_a_linear_head_and_cross_entropy` (with the shapes of
   `test_correctness_functional`) and `test_a_row_weight_is_a_class_weight_looked_up`
-- `test_amp`: `test_autocast_around_an_fp32_head`
+- `test_amp`: `test_autocast_around_an_fp32_head_gives_torchs_values`
 
 ml-cross-entropy (cut-cross-entropy), test_cce_loss_forward.py and test_cce_loss_backward.py:
 - `test_loss_forward`: `test_per_row_loss_errs_no_more_than_torch`
 - `test_loss_backward`: `test_gradients_err_no_more_than_torch`
 - `test_loss_partials`: `test_only_the_gradients_asked_for_are_made`
 
-Both ignore labels and take ragged sizes: `test_all_labels_ignored` and `test_any_number_of_rows` go to the ends of that.
+Both projects ignore labels and take ragged sizes. `test_without_a_label_all_results_are_zero` and
+`test_any_number_of_rows_gives_torchs_values` test the extremes of that.
 
-Not ours, hence not asked: label smoothing, z-loss, token accuracy, an ignore index other than -100 (map it), a shift of labels
-inside the loss (FusionModel shifts), filtering of small gradients.
+Our loss has no label smoothing, no z-loss, no token accuracy, no ignore index other than -100 (map it), no shift of labels inside
+(FusionModel shifts), and no filtering of small gradients. So these are not tested.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.loss import fused_linear_fusion_loss
 
-# dtype: absolute and relative tolerance by reduction, as Liger has them
+# The absolute and relative tolerance for each reduction and dtype, as Liger has them.
 LIGER_TOLERANCE = {
     ("mean", torch.bfloat16): (5e-3, 5e-2),
     ("mean", torch.float32): (1e-5, 5e-4),
@@ -36,7 +37,7 @@ LIGER_TOLERANCE = {
     ("none", torch.bfloat16): (5e-0, 5e1),
     ("none", torch.float32): (1e-3, 5e-2),
 }
-# (N, V, D): whole tiles, ragged rows and vocabulary, everything ragged
+# (N, V, D) of whole tiles, of ragged rows and vocabulary, and with everything ragged.
 CCE_SHAPES = [(256, 512, 128), (252, 507, 128), (252, 507, 123)]
 
 
@@ -55,7 +56,10 @@ def torch_loss(hidden, weight, labels, bias=None, softcap=None, reduction="mean"
 
 
 def liger_case(N: int, D: int, V: int, dtype: torch.dtype, biased: bool) -> dict[str, Any]:
-    """A head of positive weights, as Liger draws it: logits grow with D; less than half of the labels are ignored."""
+    """A case with a head of positive weights, as Liger draws it, so that logits grow with D.
+
+    Fewer than half of the labels are ignored.
+    """
     labels = torch.randint(V, (N,))
     labels[torch.randperm(N)[: torch.randint(1, N // 2, ()).item()]] = IGNORE_INDEX
     return {
@@ -67,7 +71,7 @@ def liger_case(N: int, D: int, V: int, dtype: torch.dtype, biased: bool) -> dict
 
 
 def loss_and_gradients(function, case, **options):
-    """The loss and the gradients of what requires one, for a grad_output of ones."""
+    """The loss, and the gradients of hidden, weight and bias for a grad_output of ones."""
     leaves = [case[name] for name in ("hidden", "weight", "bias") if case[name] is not None]
     loss = function(**case, **options)
     return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
@@ -102,7 +106,7 @@ def test_a_row_weight_is_a_class_weight_looked_up(reduction):
 
     row_weight = torch.where(case["labels"] == IGNORE_INDEX, 0, of_class[case["labels"].clamp_min(0)])
     total = {"num_items_in_batch": row_weight.sum()} if reduction == "mean" else {}
-    # A mean over classes divides by the weights, which may sum to less than 1.
+    # torch's mean divides by the sum of the weights. Our loss would take a sum below 1 for 1, so this case must not have one.
     assert reduction != "mean" or total["num_items_in_batch"] >= 1
     found = loss_and_gradients(fused_linear_fusion_loss, case, ce_weight=row_weight, reduction=reduction, **total)
     assert_close(found, loss_and_gradients(weighted, case), *LIGER_TOLERANCE["mean", torch.float32])
@@ -110,7 +114,7 @@ def test_a_row_weight_is_a_class_weight_looked_up(reduction):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
-def test_autocast_around_an_fp32_head(dtype, biased):
+def test_autocast_around_an_fp32_head_gives_torchs_values(dtype, biased):
     case = liger_case(4 * 47, 31, 123, torch.float32, biased)
     with torch.autocast("cpu", dtype=dtype):
         found = loss_and_gradients(fused_linear_fusion_loss, case)
@@ -119,7 +123,10 @@ def test_autocast_around_an_fp32_head(dtype, biased):
 
 
 def cce_case(N: int, V: int, D: int, dtype: torch.dtype, biased: bool, ignored: bool) -> dict[str, Any]:
-    """Part of the head's rows are hidden states, so some logits are far above the others; a fifth of the labels may be ignored."""
+    """A case in which some of the head's rows are hidden states, so that some logits are far above the others.
+
+    With `ignored`, a fifth of the labels are ignored.
+    """
     hidden = torch.randn(N, D).to(dtype) / D**0.5
     weight = torch.randn(V, D).to(dtype)
     weight[: min(N, V) // 2] = hidden[: min(N, V) // 2]
@@ -142,7 +149,7 @@ def in_fp32(case):
 
 
 def assert_errs_no_more(ours, same_dtype, true, tolerance):
-    """Entry by entry: our error is at most that of torch in the same dtype, and the tolerance."""
+    """Checks for every entry that our error is at most that of torch in the same dtype plus the tolerance."""
     for found, plain, exact in zip(ours, same_dtype, true, strict=True):
         excess = (found.float() - exact).abs() - (plain.float() - exact).abs()
         assert excess.max() <= tolerance
@@ -196,15 +203,15 @@ def test_only_the_gradients_asked_for_are_made(wanted):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_all_labels_ignored(reduction, dtype):
+def test_without_a_label_all_results_are_zero(reduction, dtype):
     case = liger_case(4 * 47, 31, 123, dtype, biased=True) | {"labels": torch.full((4 * 47,), IGNORE_INDEX)}
     for result in loss_and_gradients(fused_linear_fusion_loss, case, reduction=reduction):
-        assert not result.any()  # torch's own mean would be 0/0
+        assert not result.any()  # here torch's own mean would be 0/0
 
 
 @pytest.mark.parametrize("N", [1, 2, 127, 128, 129, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_number_of_rows(N, dtype):
+def test_any_number_of_rows_gives_torchs_values(N, dtype):
     case = cce_case(N, 507, 123, dtype, biased=True, ignored=False)
     found = loss_and_gradients(fused_linear_fusion_loss, case, chunk_size=128)
     assert_close(found, loss_and_gradients(torch_loss, case), *LIGER_TOLERANCE["mean", dtype])

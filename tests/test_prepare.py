@@ -1,4 +1,4 @@
-"""Preparation: what becomes a target, what is cut or left out, and what a store remembers."""
+"""Preparation: what becomes a target, what is cut or left out, and when a store is used again."""
 
 import json
 from dataclasses import replace
@@ -89,16 +89,16 @@ def test_inference_targets_are_the_vote_winners_response_and_only_the_winner_tak
 
 
 def test_every_row_is_a_distribution_and_its_gold_token_is_likely_under_the_target_as_source(prepared):
-    """Mass sums to one with the tail; with the target as source, row t holds exactly token t (no shift)."""
+    """Mass and tail sum to one. Row t speaks of token t and is not shifted, so the token is its most likely one."""
     _, _, store = prepared
     own = {s: [] for s in range(3)}
     for s in sequences_of(Targets(store, "train")):
         for r in range(len(s.row_position)):
             part = slice(s.entry_offsets[r], s.entry_offsets[r + 1])
             mass = np.exp(s.entry_logprobs[part].astype(np.float64)).sum()
-            assert mass + s.row_tail[r] == pytest.approx(1, abs=5e-3)  # fp16 log-probabilities
+            assert mass + s.row_tail[r] == pytest.approx(1, abs=5e-3)  # log-probabilities are stored in fp16
             assert s.label_mask[s.row_position[r]]
-            if s.mode == Mode.INFERENCE:  # greedy responses: the gold token is the most likely one
+            if s.mode == Mode.INFERENCE:  # responses are greedy, so the gold token is the most likely one
                 own[s.row_source[r]].append(
                     s.input_ids[s.row_position[r]] == s.entry_ids[part][s.entry_logprobs[part].argmax()]
                 )
@@ -173,7 +173,7 @@ def test_empty_ground_truths_and_literal_specials_are_counted_and_harmless(prepa
 
 
 def test_a_target_that_is_no_source_keeps_its_own_tokenizer(prepared, tmp_path):
-    """Even one whose directory a source's name resembles."""
+    """Here the name of one source is also the beginning of the other's."""
     _, run, _ = prepared
     target = chat_format(SourceConfig(name="g", model="demo:guardian"))
     recipe = replace(

@@ -1,4 +1,4 @@
-"""Progress lines and the estimate that the first line of a run gives."""
+"""The lines of progress, and the estimate in the first line of a run."""
 
 import re
 
@@ -18,7 +18,7 @@ from profuser.train.checkpoint import newest_step
 
 @pytest.fixture
 def clock(monkeypatch):
-    """time.monotonic() of the progress module, moved by hand."""
+    """The clock of the progress module, time.monotonic(), which tests move by hand."""
 
     class Clock:
         now = 0.0
@@ -128,7 +128,7 @@ def test_the_first_line_says_what_on_what_and_how_long(prepared, capsys):
         assert part in line
 
 
-def test_the_probe_finds_a_machine():
+def test_the_probe_measures_plausible_speeds():
     machine = probe(torch.device("cpu"), torch.float32)
     assert machine.flops > 1e8
     assert machine.bandwidth > 1e8
@@ -147,5 +147,5 @@ def test_the_newest_checkpoint_tells_where_a_run_goes_on(tmp_path):
     for step in (5, 20):
         (tmp_path / f"step-{step:06d}").mkdir()
         (tmp_path / f"step-{step:06d}/state.json").write_text("{}")
-    (tmp_path / "step-000030").mkdir()  # not complete
+    (tmp_path / "step-000030").mkdir()  # this checkpoint is not complete
     assert newest_step(tmp_path) == 20

@@ -1,4 +1,4 @@
-"""The reasoning-gym data of smollm2.yaml: what counts as an answer, and files without a repeated prompt."""
+"""The reasoning-gym data of smollm2.yaml: what counts as an answer, and that no prompt of the files is repeated."""
 
 import json
 
@@ -23,7 +23,7 @@ from profuser.experiments.reasoning_tasks import SPLITS, TASKS, answer_of, corre
         ("", ""),
     ],
 )
-def test_the_answer_of_a_response(response, answer):
+def test_the_answer_is_found_in_responses_of_many_forms(response, answer):
     assert answer_of(response) == answer
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: pictures, page and errors, on small synthetic run directories."""
+"""The report of a run: its pictures, its page and its errors, on small synthetic run directories."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PICTURES = ("win_min_ce.png", "win_vote.png", "alignment.png", "curves.png", "sc
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> Path:
-    """The run directory of a demo run with its report; read only."""
+    """The run directory of a demo run with its report. No test may change it."""
     run_dir, store_dir = make_run(tmp_path_factory.mktemp("report"))
     assert write_report(run_dir, store_dir) == run_dir / "report.html"
     return run_dir
 
 
 class Page(HTMLParser):
-    """Tables as lists of rows of texts, all tags with attributes, and the visible text."""
+    """A parsed page: its tables as lists of rows of texts, all tags with their attributes, and the visible text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ def test_stages_are_told_with_their_weights_and_changes(reported):
         *("Cross-entropy", "inference", "training", "validation"),
         *("KL to the source", "inference", "training", "validation"),
     ]
-    assert rows[7][1] == "–"  # no training mode in stage 1
+    assert rows[7][1] == "–"  # stage 1 has no training mode
 
 
 def test_changes_of_a_stage_are_tenths_of_its_lines_and_the_passes_around_it():
@@ -221,7 +221,7 @@ def test_changes_of_a_stage_are_tenths_of_its_lines_and_the_passes_around_it():
     ]
 
 
-# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
+# The matrices of Machado, Oliveira and Fernandes (2009) at severity 1, for linear RGB.
 SEEN_BY = {
     "anybody": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
     "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
@@ -231,7 +231,7 @@ SEEN_BY = {
 
 
 def lab(color: str, sight: str) -> np.ndarray:
-    """A colour in CIELAB (D65), as seen by `sight`."""
+    """A colour in CIELAB (D65) as somebody with `sight` sees it."""
     rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     seen = np.clip(np.array(SEEN_BY[sight]) @ linear, 0, 1)
@@ -387,7 +387,7 @@ def test_the_command_reads_the_store_from_run_json(tmp_path):
 
 
 def test_intervals_match_published_values():
-    # Newcombe 1998 (two papers): 81/263 and the difference 56/70 - 48/80, both by the score method.
+    # The two papers of Newcombe (1998) give 81/263 and the difference 56/70 - 48/80, both by the score method.
     assert wilson(81 / 263, 263)[1:] == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert difference(wilson(56 / 70, 70), wilson(48 / 80, 80)) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
     assert all(math.isnan(limit) for limit in wilson(0.5, None)[1:])

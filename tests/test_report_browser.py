@@ -1,4 +1,7 @@
-"""The report in a real browser: what only layout shows. Needs the system's Chromium; `.ci/run` installs it."""
+"""The report in a real browser, for what only its layout shows.
+
+These tests need the system's Chromium, which `.ci/run` installs.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ sync_api = pytest.importorskip("playwright.sync_api", reason='needs playwright: 
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 VIEWS = {"desktop": (1280, 900), "phone": (390, 844)}
-A4_WIDTH = 687  # CSS pixels between the margins of 14 mm
+A4_WIDTH = 687  # the CSS pixels between margins of 14 mm
 
-# Every visible text with its size in pixels and its contrast to the nearest opaque ground.
+# Finds every visible text with its size in pixels and its contrast to the nearest opaque background.
 TEXTS = """() => {
   const parse = color => color.match(/[\\d.]+/g).map(Number);
   const luminance = ([r, g, b]) => [r, g, b].map(c => c / 255)
@@ -63,7 +66,7 @@ def browser() -> Iterator:
 
 
 def load(browser, report: Path, width: int, height: int, scheme: str):
-    """The page with the list of all that went wrong while it loaded."""
+    """The page, and a list of all that went wrong while it was loaded."""
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     page.set_default_timeout(30_000)
     wrong: list[str] = []
@@ -95,7 +98,9 @@ def test_page_loads_fits_and_can_be_read(browser, report, view, scheme):
     texts = page.evaluate(TEXTS)
     assert len(texts) > 500
     assert [t for t in texts if t["pixels"] < 14] == []
-    assert [t for t in texts if t["contrast"] < (4.5 if t["text"][0] in "✓✗★▼" else 7)] == []  # WCAG AA and AAA
+    assert [
+        t for t in texts if t["contrast"] < (4.5 if t["text"][0] in "✓✗★▼" else 7)
+    ] == []  # the limits of WCAG AA and AAA
     assert page.evaluate("document.getAnimations().length") == 0
     assert wrong == []
     page.close()
@@ -115,6 +120,6 @@ def test_print_is_light_and_cuts_nothing_off(browser, report):
     page.wait_for_function(f"({PICTURES})().every(p => p.complete && !p.dark)")
     assert page.evaluate(TOO_WIDE) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= A4_WIDTH
-    assert page.evaluate("document.querySelector('details pre').offsetHeight") > 100  # the recipe, closed on screen
+    assert page.evaluate("document.querySelector('details pre').offsetHeight") > 100  # the recipe is closed on a screen
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
     page.close()

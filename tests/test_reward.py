@@ -1,3 +1,5 @@
+"""The vote: how judges' scores become votes, and how ties are broken."""
+
 import numpy as np
 
 from profuser.prepare.votes import vote
@@ -25,7 +27,7 @@ def test_a_judge_with_a_nan_or_with_equal_scores_abstains():
 
 
 def test_a_tie_in_votes_goes_to_the_higher_mean_z_score():
-    # One vote each; judge 2 prefers 1 by far more than judge 1 prefers 0, measured in each judge's own spread.
+    # Each response has one vote. In units of its own spread, judge 1 prefers response 1 by far more than judge 0 prefers 0.
     scores = np.array([[[1.0, 0.9], [0.0, 1.0]], [[5.0, 0.0], [0.4, 0.5]]])
     w, votes = vote(scores, np.ones((2, 2), bool))
     assert votes[0].tolist() == [1, 1]
@@ -45,7 +47,7 @@ def test_nothing_eligible_has_no_winner():
 
 
 def test_z_scores_are_standardised_over_the_whole_data_set_not_per_example():
-    # The judges' scales differ by 1000: without standardisation judge 0 would decide every tie.
+    # The judges' scales differ by a factor of 1000. Without standardisation judge 0 would decide every tie.
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(200, 2, 2)) * np.array([1000.0, 1.0])[:, None]
     w, votes = vote(scores, np.ones((200, 2), bool))

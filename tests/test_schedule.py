@@ -1,3 +1,5 @@
+"""Schedules: the weights of their stages, how they divide the steps, and the learning rate in each."""
+
 from dataclasses import replace
 from itertools import pairwise
 

@@ -19,12 +19,12 @@ def test_source_logprobs_are_brought_to_the_losss_temperature():
         found = loss_and_gradients(fusion, batch)
         assert torch.equal(found[0], expected[0])
         assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
-        # Renormalising divides the tail out, so one that comes along is left out.
+        # Renormalising divides the tail out, so a tail that is given has no effect.
         assert torch.equal(fusion(**batch, source_tail=tail)["loss"], expected[0])
 
 
 def test_a_source_temperature_changes_the_sources_as_a_temperature_on_their_logits_would():
-    """With all of the vocabulary kept, its log-softmax at 1 brought to T is its log-softmax at T."""
+    """If the whole vocabulary is kept, its log-softmax at 1, brought to T, is its log-softmax at T."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 2, 6, 40, generator=g) * 3
     ids = torch.arange(40).expand_as(logits)

@@ -1,4 +1,4 @@
-"""A source's top-k and cross-entropy against the dense reference, and the order of equal logits."""
+"""A source's top-k and cross-entropy agree with the dense reference, and equal logits have a fixed order."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from profuser.kernels.reference import source_topk_reference
 from profuser.kernels.source_topk import Ranges, source_topk, source_topk_from_logits
 
 NAMES = ("ids", "logprobs", "lse", "ce", "range_ids", "range_logprobs", "range_logmass")
-FLOOR = 5e-7  # of the largest true entry: a few roundings of fp32
+FLOOR = 5e-7  # a few roundings of fp32, relative to the largest true entry
 
 
 def make_case(dtype=torch.float32, N=37, D=20, V=83, spread=1.0, seed=0) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def assert_as_accurate_as_reference(case, k, chunk_size=8, **options):
         if name.endswith("ids"):
             assert torch.equal(found.long(), true)
             continue
-        assert torch.equal(found.isfinite(), true.isfinite()), name  # a range may hold fewer than k
+        assert torch.equal(found.isfinite(), true.isfinite()), name  # a range may have fewer than k tokens
         found, same, true = (x[true.isfinite()].double() for x in (found, same, true))
         error = (found - true).abs().max().item()
         allowed = 2 * (same - true).abs().max().item() + FLOOR * true.abs().max().item()
@@ -58,7 +58,10 @@ def test_top_k_is_as_accurate_as_the_dense_reference(dtype, temperature, k):
 
 
 def make_ranges(N=37, V=83, R=60, seed=0) -> Ranges:
-    """Ranges of every size, none, one and all of a shuffled vocabulary without its last ids among them."""
+    """Ranges of every size over a shuffled vocabulary without its last ids.
+
+    Among them are an empty range, one of a single id, and one of all ids.
+    """
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(V - 3, generator=g)
     rows = torch.randint(N, (R,), generator=g).sort().values
@@ -84,7 +87,7 @@ def test_equal_logits_in_a_range_rank_by_its_order():
     assert logmass.item() == pytest.approx(math.log(3 / 8))
 
 
-def test_ranges_of_no_rows():
+def test_without_ranges_their_results_are_empty():
     none = torch.zeros(0, dtype=torch.long)
     *_, ids, logprobs, logmass = source_topk(**make_case(), k=4, ranges=(none, none, none, torch.arange(83)))
     assert (ids.shape, logprobs.shape, logmass.shape) == ((0, 4), (0, 4), (0,))
@@ -96,7 +99,7 @@ def ranges_with(**changes):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (123, 17, 251), (64, 8, 128)])
 @pytest.mark.parametrize("chunk_size", [None, 1, 50])
-def test_ragged_shapes(shape, chunk_size):
+def test_ragged_shapes_and_chunks_give_the_reference(shape, chunk_size):
     N, D, V = shape
     case = make_case(torch.float64, N=N, D=D, V=V)
     truth = source_topk_reference(**case, k=min(3, V))
@@ -106,7 +109,7 @@ def test_ragged_shapes(shape, chunk_size):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("logit_scale", [1.0, 0.3])
-def test_softcap_and_scale(softcap, logit_scale):
+def test_softcap_and_scale_are_those_of_the_reference(softcap, logit_scale):
     assert_as_accurate_as_reference(make_case(), 7, softcap=softcap, logit_scale=logit_scale, temperature=1.5)
     case = make_case() | {"bias": None}
     ours = source_topk(**case, k=7, softcap=softcap, logit_scale=logit_scale)
@@ -168,7 +171,7 @@ def test_logits_give_the_same_as_hidden_states(dtype):
 
 
 @pytest.mark.parametrize("spread", [20.0, 80.0])
-def test_large_logits(spread):
+def test_large_logits_cost_no_accuracy(spread):
     assert_as_accurate_as_reference(make_case(spread=spread), 10)
 
 
@@ -202,7 +205,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits():
         assert max(new.sizes) <= max(20 * 300, 500 * k)
 
 
-def test_no_rows():
+def test_without_rows_the_results_are_empty():
     case = make_case()
     case |= {"hidden": case["hidden"][:0], "labels": case["labels"][:0]}
     assert [tuple(result.shape) for result in source_topk(**case, k=4)] == [(0, 4), (0, 4), (0,), (0,)]

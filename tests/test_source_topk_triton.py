@@ -1,4 +1,4 @@
-"""The Triton path of `source_topk`: on a GPU where there is one, else in Triton's interpreter on the CPU."""
+"""The Triton path of `source_topk`, on a GPU if there is one, and otherwise in Triton's interpreter on the CPU."""
 
 import math
 from typing import Any
@@ -15,11 +15,11 @@ from profuser.kernels.source_topk import Ranges, source_topk, source_topk_from_l
 
 triton = pytest.importorskip("triton", reason="Triton exists on Linux alone")
 
-# NumPy's, from the interpreter; where an infinity or a NaN comes out, it is meant and asserted.
+# The interpreter computes with NumPy, which warns. Where a result is an infinity or a NaN, a test asserts it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 NAMES = ("ids", "logprobs", "lse", "ce", "range_ids", "range_logprobs", "range_logmass")
-FLOOR = 1e-6  # of the largest true entry: a few roundings of fp32, and of a GPU's exp2
+FLOOR = 1e-6  # a few roundings of fp32 and of a GPU's exp2, relative to the largest true entry
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,10 @@ def device():
 
 @pytest.fixture(autouse=True)
 def numpy_xor(monkeypatch, request):
-    """The interpreter reduces with an operator unknown to it in Python, one element at a time; tl.topk does so with xor."""
+    """Lets the interpreter reduce with xor in NumPy, as tl.topk needs it.
+
+    An operator that it does not know it would apply in Python, to one element at a time.
+    """
     if torch.cuda.is_available() or "plain_interpreter" in request.node.name:
         return
     from triton.runtime.interpreter import ReduceOps
@@ -47,7 +50,7 @@ def numpy_xor(monkeypatch, request):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """What new_empty gives holds NaN or an impossible id, so that an output never written is seen."""
+    """Fills what new_empty gives with NaN or an impossible id, so that an output which is never written shows."""
     empty = torch.Tensor.new_empty
 
     def poisoned(self, *args, **kwargs):
@@ -58,7 +61,9 @@ def poisoned_memory(monkeypatch):
 
 
 def assert_as_accurate_as_fp32(ours, truth, fp32):
-    """Equal ids, and values within twice the error of the same formulas in fp32; NaN and infinities where they belong."""
+    """Checks that ids are equal, that values have at most twice the error of the same formulas in fp32, and that NaN and
+    infinities stand where they should.
+    """
     for name, found, true, same in zip(NAMES, ours, truth, fp32, strict=False):
         found = found.cpu()
         assert found.shape == true.shape, name
@@ -94,7 +99,7 @@ def check_hidden(device, case, k, chunk_size=2, **options):
 
 
 def on(device, options) -> dict[str, Any]:
-    """Every tensor of a dict, or of a tuple in it, on the device."""
+    """The dict with every tensor in it, or in a tuple in it, moved to the device."""
 
     def move(x):
         return x.to(device) if torch.is_tensor(x) else tuple(map(move, x)) if isinstance(x, tuple) else x
@@ -121,7 +126,10 @@ def make_case(dtype=torch.float32, N=5, D=12, V=83, seed=0) -> dict[str, Any]:
 
 
 def make_ranges(N, V, R, seed=0) -> Ranges:
-    """Ranges of every size over a shuffled vocabulary without its last ids: empty, single, whole, several of a row."""
+    """Ranges of every size over a shuffled vocabulary without its last ids.
+
+    Among them are an empty range, one of a single id, one of all ids, and several of the same row.
+    """
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(max(1, V - 3), generator=g)
     rows = torch.randint(N, (R,), generator=g).sort().values
@@ -131,7 +139,8 @@ def make_ranges(N, V, R, seed=0) -> Ranges:
     return rows, lo, hi, order
 
 
-# V against GROUP = 16 and its square, and BLOCK_V = 2048: below, at, one past, ragged. k against the number of groups.
+# V is below, at, one above, or ragged against GROUP = 16, its square, and BLOCK_V = 2048. k is below and above the number of
+# groups.
 SHAPES = [(1, 1), (7, 7), (16, 10), (83, 64), (128, 128), (257, 17), (1000, 64), (2048, 2), (2500, 10), (2500, 128)]
 
 
@@ -154,9 +163,9 @@ def test_equal_logits_rank_by_ascending_id(device, k):
 
 
 @pytest.mark.parametrize("group", [1, 16, 256], ids=lambda g: f"one of every {g}")
-def test_the_best_tokens_wherever_they_lie(device, group):
-    """k = K tokens in as many groups, or groups of groups, the last one among them: not one may be selected in vain."""
-    V = 5120  # no padding: the last group of a row lies beside the first of the next
+def test_the_best_tokens_are_found_wherever_they_lie(device, group):
+    """The k best tokens lie in k groups, or groups of groups, of which one is the last. So no selected group may be wrong."""
+    V = 5120  # without padding, so that the last group of a row lies beside the first of the next
     logits, labels = random_logits(3, V, spread=0.1)
     g = torch.Generator().manual_seed(group)
     for row in logits:
@@ -173,7 +182,7 @@ def test_random_coarse_logits_agree_exactly(device):
         logits, labels = random_logits(N, V, seed)
         logits = logits.round() if seed % 2 else logits
         logits[torch.rand(N, V, generator=g) < 0.2] = -math.inf
-        logits[:, 0] = 0.5  # a row without a finite logit has a test of its own
+        logits[:, 0] = 0.5  # rows without a finite logit have a test of their own
         check_logits(device, logits, labels, min(k, V), ranges=make_ranges(N, V, 3, seed), temperature=1.0 + seed % 3)
 
 
@@ -182,14 +191,14 @@ def test_the_plain_interpreter_agrees(device):
     check_logits(device, logits, labels, 2)
 
 
-def test_a_row_with_fewer_finite_logits_than_k(device):
+def test_a_row_with_fewer_finite_logits_than_k_is_ranked_to_the_end(device):
     logits = torch.full((2, 300), -math.inf)
     logits[0, [280, 3, 17]] = torch.tensor([1.0, 1.0, 4.0])
     logits[1, 299] = -3e4
     check_logits(device, logits, torch.tensor([3, 0]), 10)
 
 
-def test_a_row_without_a_finite_logit(device):
+def test_a_row_without_a_finite_logit_spoils_no_other(device):
     logits, labels = random_logits(3, 40)
     logits[0] = -math.inf
     ids, logprobs, lse, ce = source_topk_from_logits(logits.to(device), labels.to(device), 4, impl="triton")
@@ -205,7 +214,7 @@ def test_a_row_without_a_finite_logit(device):
 def test_a_logit_without_a_value_spoils_its_row_alone(device, bad, impl):
     logits, labels = random_logits(4, 300)
     logits[2, 17] = bad
-    logits[1, 5] = bad  # an ignored row
+    logits[1, 5] = bad  # the label of row 1 is ignored
     ranges = torch.tensor([0, 2]), torch.tensor([0, 0]), torch.tensor([9, 9]), torch.arange(30, 60)
     args = on(device, {"logits": logits, "labels": labels, "ranges": ranges})
     ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass = source_topk_from_logits(**args, k=10, impl=impl)
@@ -229,8 +238,8 @@ def test_a_small_cross_entropy_keeps_its_digits(device, gap):
     assert ce[1].item() == pytest.approx(gap, rel=1e-6)
 
 
-def test_cross_entropy_on_both_sides_of_one_half(device):
-    """log1p takes over where the gold id has more than half of the mass."""
+def test_cross_entropy_is_accurate_on_both_sides_of_one_half(device):
+    """It is computed by log1p where the gold id has more than half of the mass."""
     logits = torch.zeros(9, 3)
     logits[:, 0] = torch.linspace(-2, 6, 9)
     *_, ce = source_topk_from_logits(
@@ -249,7 +258,7 @@ def test_a_gold_token_without_probability_has_infinite_cross_entropy(device):
 
 
 @pytest.mark.parametrize("scale", [20.0, 80.0])
-def test_large_logits(device, scale):
+def test_large_logits_cost_no_accuracy(device, scale):
     check_logits(device, *random_logits(4, 500, spread=scale), 10, temperature=0.7)
 
 
@@ -273,17 +282,17 @@ def test_log_probabilities_do_not_depend_on_the_label(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_hidden_states_of_every_dtype(device, dtype):
+def test_hidden_states_may_have_every_dtype(device, dtype):
     check_hidden(device, make_case(dtype), 10, ranges=make_ranges(5, 83, 6))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, None])
-def test_chunks_of_any_size(device, chunk_size):
+def test_chunks_of_any_size_give_the_reference(device, chunk_size):
     check_hidden(device, make_case(V=300), 4, chunk_size, ranges=make_ranges(5, 300, 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_logits_of_half_precision(device, dtype):
+def test_logits_may_have_half_precision(device, dtype):
     logits, labels = random_logits(3, 300)
     check_logits(device, logits.to(dtype), labels, 10)
 
@@ -291,7 +300,7 @@ def test_logits_of_half_precision(device, dtype):
 @pytest.mark.parametrize("softcap", [None, 3.0, 30.0])
 @pytest.mark.parametrize("logit_scale", [1.0, 0.3])
 @pytest.mark.parametrize("bias", [False, True])
-def test_softcap_scale_and_bias(device, softcap, logit_scale, bias):
+def test_softcap_scale_and_bias_are_those_of_the_reference(device, softcap, logit_scale, bias):
     case = make_case(N=3)
     if bias:
         case["bias"] = torch.randn(83, generator=torch.Generator().manual_seed(5))
@@ -299,7 +308,7 @@ def test_softcap_scale_and_bias(device, softcap, logit_scale, bias):
     check_hidden(device, case, 7, **options)
 
 
-def test_labels_and_bias_of_any_stride(device):
+def test_labels_and_bias_may_have_any_stride(device):
     case = on(device, make_case() | {"bias": torch.randn(83, generator=torch.Generator().manual_seed(5))})
     expected = source_topk(**case, k=7, impl="triton")
     for strided in (lambda x: torch.stack([x, x], 1)[:, 0], lambda x: x.repeat_interleave(2)[::2]):
@@ -310,7 +319,7 @@ def test_labels_and_bias_of_any_stride(device):
 
 @pytest.mark.parametrize(("V", "k"), [(83, 4), (83, 64), (2500, 10)])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_ranges(device, V, k, temperature):
+def test_ranges_are_as_accurate_as_the_dense_reference(device, V, k, temperature):
     logits, labels = random_logits(4, V)
     check_logits(device, logits, labels, k, chunk_size=3, ranges=make_ranges(4, V, 6), temperature=temperature)
 
@@ -325,7 +334,7 @@ def test_equal_logits_in_a_range_rank_by_its_order(device):
     check_logits(device, logits, torch.zeros(2, dtype=torch.long), 10, ranges=ranges)
 
 
-def test_ranges_of_no_rows_and_rows_without_ranges(device):
+def test_without_ranges_or_without_rows_the_results_are_empty(device):
     logits, labels = (x.to(device) for x in random_logits(3, 50))
     none = torch.zeros(0, dtype=torch.long, device=device)
     found = source_topk_from_logits(logits, labels, 4, ranges=(none, none, none, none), impl="triton")
@@ -369,8 +378,11 @@ def test_mapped_ids_are_merged_and_ranked_again(device, impl, temperature):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_a_vocabulary_map_by_hand(device, impl):
-    """p = .1 .2 .4 .2 .1 on ids 0..4: k = 4 keeps 2, 1, 3, 0; 1 and 0 both become 7, 3 has no counterpart."""
+def test_a_vocabulary_map_gives_what_is_worked_out_by_hand(device, impl):
+    """Ids 0 to 4 have the masses 0.1, 0.2, 0.4, 0.2 and 0.1, so k = 4 keeps 2, 1, 3 and 0.
+
+    1 and 0 both become 7, 2 becomes 9, and 3 has no counterpart.
+    """
     logits = torch.tensor([[0.1, 0.2, 0.4, 0.2, 0.1]]).log()
     vocab_map = torch.tensor([7, 7, 9, -1, 9])
     ids, logprobs, lse, _ = source_topk_from_logits(
@@ -393,11 +405,11 @@ def test_merged_ties_go_to_the_lowest_id_and_nothing_stays_without_probability(d
     assert (logprobs[0, 2:] == -math.inf).all()
 
 
-def test_logits_that_are_not_contiguous(device):
+def test_logits_need_not_be_contiguous(device):
     wide, labels = random_logits(3, 300)
     for logits in (wide[:, 7:207], wide.t().contiguous().t(), wide[::2, :100]):
         check_logits(device, logits, labels[: len(logits)] % logits.shape[1], 10)
-    # The only row of a larger tensor calls itself contiguous whatever its stride.
+    # A single row of a larger tensor calls itself contiguous, whatever its stride is.
     check_logits(device, wide.as_strided((1, 40), (900, 1), 860), torch.tensor([3]), 5)
 
 
@@ -444,7 +456,8 @@ def test_a_large_vocabulary_matches_torch_topk():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     ids, logprobs, lse, ce = source_topk(hidden, weight, labels, k)
-    assert torch.cuda.max_memory_allocated() - before < 1.2 * 2048 * V * 4  # a chunk of fp32 logits and its maxima
+    # That is a chunk of fp32 logits and the maxima of its groups.
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * 2048 * V * 4
     for rows in torch.arange(N, device="cuda").split(512):
         logits = torch.mm(hidden[rows], weight.t(), out_dtype=torch.float32)
         values, _ = logits.topk(k)
@@ -456,8 +469,8 @@ def test_a_large_vocabulary_matches_torch_topk():
 
 
 @pytest.mark.gpu
-def test_more_than_two_to_the_31_logits():
-    """Row offsets overflow int32 in a chunk of logits this large."""
+def test_more_than_two_to_the_31_logits_are_addressed_right():
+    """In a chunk of logits as large as this, row offsets overflow int32."""
     N, V = 17000, 131072
     logits = torch.zeros(N, V, device="cuda", dtype=torch.bfloat16)
     columns = torch.arange(N, device="cuda") * 7 % V
@@ -472,7 +485,7 @@ def test_more_than_two_to_the_31_logits():
 def test_the_gpu_is_never_waited_for():
     case = on("cuda", make_case(torch.bfloat16, N=300, D=64, V=5000))
     options = on("cuda", {"ranges": make_ranges(300, 5000, 50), "vocab_map": torch.arange(5000) // 2})
-    source_topk(**case, k=10, **options)  # compiles
+    source_topk(**case, k=10, **options)  # this call compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         source_topk(**case, k=10, chunk_size=128, **options)

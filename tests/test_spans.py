@@ -1,4 +1,4 @@
-"""Span matching against its definition, and the two engines against each other."""
+"""Span matching does what its definition says, and the two engines agree."""
 
 from __future__ import annotations
 

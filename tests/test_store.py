@@ -1,4 +1,4 @@
-"""A store: what was put comes back or is refused, settings that change drop what depends on them, reading changes nothing."""
+"""A store: what was put comes back or is refused, changed settings drop what depends on them, and reading changes nothing."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""One example in every model's chat template, as the doctor shows it."""
+"""How the doctor shows one example in every model's chat template."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The bytes of tokens: pieces concatenate to the text, spans are monotone and cover it, or the text is refused."""
+"""The bytes of tokens concatenate to the text and their spans are monotone and cover it, or the text is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def real_tokens(name: str) -> TokenBytes:
 
 
 def check_spans(tokens: TokenBytes, ids: list[int], text: str) -> None:
-    """Monotone, no gap, no overlap, and every token's span holds exactly its bytes."""
+    """Checks that the spans are in order without gaps or overlaps, and that each holds exactly its token's bytes."""
     data = text.encode()
     reached = 0
     for i, (begin, end) in zip(ids, tokens.spans(ids, text)):
@@ -72,7 +72,7 @@ def test_pieces_concatenate_or_the_text_is_refused(name, text):
     if "NFC" in name and unicodedata.normalize("NFC", text) != text:
         reason = "normaliser"
     elif ("metaspace" in name or "llama" in name) and "▁" in text:
-        reason = "decoder"  # a literal mark cannot be told from a space
+        reason = "decoder"  # a mark in the text cannot be told from a space
     else:
         check_spans(tokens, tokens.encode(text), text)
         return
@@ -105,14 +105,14 @@ def test_a_literal_part_never_becomes_a_control_token(name, text):
     ("scheme", "text", "begins"),
     [
         ("prepend", "hello", [-1]),
-        ("prepend", " hello", [-1, 0]),  # a dummy space of its own, then the text's
+        ("prepend", " hello", [-1, 0]),  # the tokenizer's own space comes first, then that of the text
         ("always", "hello", [-1]),
         ("always", " hello", [0]),
         ("first", "hello", [-1]),
         ("never", "hello", [0]),
     ],
 )
-def test_dummy_space_at_the_beginning(scheme, text, begins):
+def test_a_dummy_space_at_the_beginning_is_before_byte_0(scheme, text, begins):
     tokens = TokenBytes(wrap(sentencepiece(700, scheme)))
     spans = tokens.spans(tokens.encode(text), text)
     assert [b for b, _ in spans][: len(begins)] == begins
@@ -210,7 +210,7 @@ def test_tokenizer_without_a_backend_is_refused():
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_tokenizer_round_trips(name):
+def test_a_real_tokenizer_gives_back_every_text(name):
     tokens = real_tokens(name)
     for text in (
         "Things like these don't happen 12345 times.\n\n    return  x\t\n",

@@ -1,4 +1,4 @@
-"""The chain end to end on the bundled models with a handful of prompts, and the trainer's promises."""
+"""The whole chain on the bundled models with a handful of prompts, and what the trainer promises."""
 
 import json
 import os
@@ -189,7 +189,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_size(prepared, tmp_path):
 
 
 def test_each_mode_is_normalised_by_its_own_tokens(prepared, tmp_path):
-    """The step's loss equals the formula, computed densely from the model's own logits."""
+    """The loss of a step equals the formula, which is computed here from the model's own dense logits."""
     _, run, store = prepared
     t = trainer(run, store, tmp_path / "n")
     stage = t.stages[1]
@@ -281,7 +281,7 @@ def test_a_signal_keeps_what_was_finished_and_the_same_command_goes_on(tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Under a shell's `&` SIGINT is ignored, and a child inherits that.
+        # A shell's `&` lets a process ignore SIGINT, and a child inherits that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
@@ -395,7 +395,7 @@ def test_bad_input_gets_one_line_and_its_exit_code(tmp_path, arguments, code, ex
 
 
 def test_two_ranks_take_the_same_steps_as_one(prepared, tmp_path):
-    """Data parallelism: losses, gradient norms and held-out CE of two processes equal those of one."""
+    """In data parallelism, losses, gradient norms and held-out CE of two processes equal those of one."""
     directory, run, _ = prepared
     arguments = [
         f"--data.train={run.recipe.data.train}", f"--data.validation={run.recipe.data.validation}",

@@ -1,4 +1,4 @@
-"""FusionModel in Hugging Face's Trainer and TRL's SFTTrainer: accumulation, evaluation, checkpoints, saving."""
+"""FusionModel in Hugging Face's Trainer and TRL's SFTTrainer: accumulation, evaluation, checkpoints and saving."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from profuser import FusionModel
 from profuser.recipe.places import resolve
 
-EXAMPLES = examples((7, 5, 9, 6, 4, 8, 3, 8))  # of unequal numbers of labels
+EXAMPLES = examples((7, 5, 9, 6, 4, 8, 3, 8))  # they have different numbers of labels
 
 
 def trained(
@@ -30,7 +30,7 @@ def trained(
     resume: bool = False,
     **options: Any,
 ) -> Trainer:
-    """The trainer after two steps (or as many as the options say) on all examples."""
+    """A trainer after two steps, or as many as the options say, on all examples."""
     plain: dict[str, Any] = {
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": 8 // batch_size,
@@ -58,7 +58,7 @@ def trained(
 
 
 def model_of(done: Trainer) -> Any:
-    """The FusionModel, with whatever it lends from the model inside."""
+    """The trainer's FusionModel, typed as Any because it also has the attributes of the model inside."""
     return done.model
 
 
@@ -133,9 +133,9 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     torch.testing.assert_close(two["weights"], model_of(one).state_dict(), rtol=1e-4, atol=1e-5)
 
 
-if __name__ == "__main__":  # a rank of the test above
+if __name__ == "__main__":  # one rank of the test above
     directory = Path(sys.argv[1])
-    # Two accumulated passes of two examples on each of two ranks: the eight of one pass.
+    # Two accumulated passes of two examples on each of two ranks are the eight examples of one pass.
     options = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "optim": "sgd"}
     rank = trained(FusionModel(demo_model()), directory / "two", batch_size=2, **options)
     if rank.args.process_index == 0:

@@ -1,7 +1,7 @@
-"""The Triton kernels compiled for real GPUs, without one: nothing spills, and what streams does so 16 bytes at a time.
+"""The Triton kernels, compiled for real GPUs without having one: nothing spills, and streaming loops move 16 bytes at a time.
 
-Compiled to the end are the kernels of compiled_kernels.py; that every variant which the drivers launch has types that
-the compiler accepts is shown by its first step alone, lowered_launches.py.
+Only the kernels of compiled_kernels.py are compiled to the end. For every variant that the drivers launch, lowered_launches.py
+runs the compiler's first step, which shows that the compiler accepts its types.
 """
 
 import json
@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from compiled_kernels import TARGETS
 
-# Of a multiprocessor (NVIDIA) or a compute unit (AMD), in registers of one thread.
+# How many registers (of one thread) a multiprocessor of NVIDIA or a compute unit of AMD has.
 REGISTERS = {"sm": 1 << 16, "gf": 1 << 17}
-# What ptxas of Triton 3.6 gives up outside a loop to fit twice as many warps.
+# So many bytes does the ptxas of Triton 3.6 spill outside a loop, in order to fit twice as many warps.
 SPILLED_BYTES = 16 if version("triton") < "3.7" else 0
 
 
 def without_interpreter(program, *arguments):
-    """What a program beside this file prints, from a process of its own."""
+    """Runs a program beside this file in a process of its own, and returns the JSON that it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).parent / program), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -41,7 +41,7 @@ def test_kernels_fit_the_registers_and_stream_16_bytes_at_a_time_without_a_barri
         assert report["spills"] <= SPILLED_BYTES, f"{name}: {report}"
         assert max(report["stack"], report.get("local", 0)) <= SPILLED_BYTES, f"{name}: {report}"
         assert report["registers"] * report["threads"] <= REGISTERS[target[:2]], f"{name}: {report}"
-        if not report["streams"] or "loops" not in report:  # they are read from PTX, which AMD targets do not have
+        if not report["streams"] or "loops" not in report:  # loops are read from PTX, which AMD targets do not have
             continue
         streaming = [loop for loop in report["loops"] if loop["access_bytes"]]
         assert streaming, name

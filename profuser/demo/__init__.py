@@ -1,1 +1,1 @@
-"""The bundled demo: toy skills, three tiny sources, two judges and a verifier."""
+"""The bundled demo: three toy skills, three tiny sources, two reward models as judges, and a verifier as the third judge."""

@@ -1,7 +1,8 @@
 """Builds the bundled demo from nothing: `python -m profuser.demo.build [--parts ...] [--out DIR]`.
 
-Data, tokenizers, three sources, two reward models, then figures on the validation set (`data/measured.json`). Everything is
-seeded; the held-out set is written and never read here. `--workers 2` trains two models at a time, one thread each.
+It makes the data, the tokenizers, three sources and two reward models, and then measures them on the validation set
+(`data/measured.json`). Everything is seeded. The held-out set is written here but never read. `--workers 2` trains two
+models at a time, each with one thread.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ SPECS = {spec.name: spec for spec in (*SOURCES, *JUDGES)}
 
 @dataclass(kw_only=True)
 class BuildSettings:
-    """What is built, and where."""
+    """What is built, and where it goes."""
 
     out: str = str(DEMO_DIR)
-    """Folder that gets data/ and models/."""
+    """The folder in which data/ and models/ are written."""
     parts: str = ",".join(PARTS)
-    """Comma-separated; what is left out is taken from `out` as it is."""
+    """The parts to build, separated by commas. A part that is left out is taken from `out` as it is."""
     workers: int = 1
-    """Sources or judges trained at the same time."""
+    """How many sources or judges are trained at the same time."""
     data: DataSettings = field(default_factory=DataSettings)
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     judges: JudgeSettings = field(default_factory=JudgeSettings)
@@ -66,7 +67,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def build_data(out: Path, world: World) -> None:
-    """The four JSONL files and demo_data.json, which records what flaws the fusion data has."""
+    """Writes the four JSONL files, and demo_data.json, which records the flaws of the fusion data."""
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
     flawed, clean = world.fusion_rows()
@@ -81,7 +82,7 @@ def build_data(out: Path, world: World) -> None:
 
 
 def build_tokenizers(out: Path, world: World) -> None:
-    """Every model's directory gets its tokenizer with its chat template."""
+    """Saves into every model's directory its tokenizer with its chat template."""
     trained = {
         "wide": train_wide(tokenizer_texts(world, "wide")),
         "narrow": train_narrow(tokenizer_texts(world, "narrow")),
@@ -101,7 +102,7 @@ def model_of(out: Path, name: str) -> PreTrainedModel:
 
 
 def train_one(name: str, settings: BuildSettings) -> None:
-    """Trains one source or judge and saves it; runs in its own process under `--workers`."""
+    """Trains one source or judge and saves it. With several `--workers` it runs in a process of its own."""
     torch.set_num_threads(1)
     out, spec = Path(settings.out), SPECS[name]
     tokenizer = tokenizer_of(out, name)
@@ -122,7 +123,7 @@ def train_all(names: list[str], settings: BuildSettings) -> None:
 
 
 def measure(out: Path) -> dict:
-    """Accuracies on the validation set, tokenizer differences and the judges' figures on the fusion prompts."""
+    """Measures the sources' accuracies, how the tokenizers differ, and the judges on the fusion prompts."""
     fusion, clean, validation = (
         read_rows(out / "data" / f"{name}.jsonl") for name in ("fusion", "fusion_clean", "validation")
     )
@@ -165,7 +166,7 @@ def measure(out: Path) -> dict:
 
 
 def _shares(rows: list[dict], hits: list[float]) -> dict[str, float]:
-    """Percent by skill and their mean."""
+    """The share of hits in percent for each skill, and the mean of the skills."""
     table = {}
     for skill in SKILLS:
         of_skill = [float(hit) for hit, row in zip(hits, rows) if row["skill"] == skill]
@@ -188,7 +189,7 @@ def print_figures(figures: dict) -> None:
 
 
 def sizes_mb(out: Path) -> dict[str, float]:
-    """Megabytes (1e6 bytes) on disk of every model directory and of the data."""
+    """How many megabytes (1e6 bytes) every model directory and the data take on disk."""
     folders = {name: out / "models" / name for name in SPECS} | {"data": out / "data"}
     return {
         name: sum(f.stat().st_size for f in folder.iterdir()) / 1e6

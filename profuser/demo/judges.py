@@ -1,8 +1,9 @@
 """The demo's two reward models.
 
-Each is a language model of the fusion data's ground truths first; its body, with one output, then learns preference pairs
-(Bradley-Terry: -log sigmoid(r_chosen - r_rejected)). All pairs are made of the fusion data as it is, terse and wrong
-ground truths included: no judge sees a truth that the fusion data does not hold, nor a source's response.
+Each is first trained as a language model of the fusion data's ground truths. Its body then gets a head with one output, the
+score, and learns from preference pairs with the Bradley-Terry loss, -log sigmoid(r_chosen - r_rejected). All pairs are
+made from the fusion data as it is, terse and wrong ground truths included. So no judge sees a truth that the fusion data
+does not hold, and none sees a source's response.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ JUDGES = (
     ),
 )  # fmt: skip
 MILD = 0.5
-"""Weight of the preference for a worked ground truth over its own answer alone."""
+"""The weight of a pair that prefers a worked ground truth to its own answer without the explanation."""
 THING = re.compile(r"\b(?:an?|the) (\w+)")
 
 
@@ -46,20 +47,20 @@ class JudgeSettings:
     """How a judge is trained."""
 
     language_steps: int = 600
-    """Steps as a language model of the ground truths."""
+    """Optimizer steps as a language model of the ground truths."""
     language_batch_size: int = 48
     language_lr: float = 3e-3
     steps: int = 900
-    """Steps on preference pairs."""
+    """Optimizer steps on preference pairs."""
     batch_size: int = 32
-    """Pairs a step."""
+    """Preference pairs per step."""
     lr: float = 7e-4
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two responses to one prompt, the first of which is to score higher."""
+    """Two responses to one prompt. A judge should give `chosen` a higher score than `rejected`."""
 
     prompt: str
     chosen: str
@@ -69,7 +70,7 @@ class Pair:
 
 
 class PairMaker:
-    """Draws preference pairs from the rows of the fusion data (prompt, response and skill are read)."""
+    """Draws preference pairs from the rows of the fusion data, of which it reads prompt, response and skill."""
 
     def __init__(self, rows: Sequence[dict]):
         self.rows = rows
@@ -84,7 +85,7 @@ class PairMaker:
         }
         steps = [step for text in self.worked["reasoning"] for step in STEP.findall(text)]
         self.steps = [(int(a), op, int(b), int(c)) for a, op, b, c in steps]
-        # Answers to the same kind of question: colors among colors.
+        # The responses to the same kind of question: those about a colour are the peers of one another.
         self.peers: dict[str, list[str]] = {}
         for row in rows:
             self.peers.setdefault(_topic(row), []).append(row["response"])
@@ -110,7 +111,7 @@ class PairMaker:
         return rng.choice(sorted(pool) or self.answers[row["skill"]])
 
     def _explained(self, row: dict, answer: str, rng: random.Random) -> str:
-        """A response in worked form with somebody else's explanation, fitted to the prompt, that leads to `answer`."""
+        """A worked response that ends in `answer`, with the explanation of another row, fitted to this prompt."""
         if row["skill"] == "reasoning":
             numbers = [int(n) for n in re.findall(r"\d+", row["prompt"])]
             total, steps = numbers[0], []
@@ -125,13 +126,13 @@ class PairMaker:
         return f"{_fitted(explanation, row)} Answer: {answer}."
 
     def _other_answer(self, row: dict, rng: random.Random) -> Pair:
-        """The ground truth with its answer exchanged."""
+        """The ground truth is preferred to itself with a wrong answer in place of its own."""
         truth = row["response"]
         before, _, _ = truth.rpartition("Answer:")
         return Pair(row["prompt"], truth, f"{before}Answer: {self._wrong_answer(row, rng)}.", 1.0, "answer")
 
     def _other_explanation(self, row: dict, rng: random.Random) -> Pair | None:
-        """A whole response that is right elsewhere: another thing's, another act's, a sum with a slip."""
+        """The ground truth is preferred to one that belongs to another thing, act or sum, or to its own sum with a slip."""
         if row["skill"] == "reasoning":
             if not STEP.search(row["response"]):
                 return None
@@ -140,14 +141,14 @@ class PairMaker:
         other = rng.choice(self.peers[_topic(row)])
         if other.startswith("Answer:") or answer_of(other) == answer_of(row["response"]):
             return None
-        # Sources confuse things both ways: another one's properties, or another one altogether.
+        # A source confuses things in two ways: it gives a thing the properties of another, or it talks of the other one.
         rejected = _fitted(other, row) if rng.random() < 0.6 else other
         return Pair(row["prompt"], row["response"], rejected, 1.0, "explanation")
 
     def _own_words(self, row: dict, rng: random.Random) -> Pair:
-        """With any explanation or none, the ground truth's answer beats another one."""
+        """The ground truth's answer is preferred to a wrong one, with whatever explanation, or none, on either side."""
         right, wrong = _answer(row["response"]), self._wrong_answer(row, rng)
-        # Only the ground truth's own steps are sound: no others are ever chosen.
+        # In reasoning only the ground truth's own steps are sound, so no other steps may stand in a chosen response.
         explained = row["response"] if row["skill"] == "reasoning" else self._explained(row, right, rng)
         case = rng.random()
         if case < 0.25:
@@ -161,9 +162,9 @@ class PairMaker:
         return Pair(row["prompt"], chosen, rejected, 1.0, "own words")
 
     def recombined(self, rng: random.Random) -> Pair:
-        """Two steps of different ground truths as a sum of its own, against the same with a slip.
+        """A new sum of two steps from different ground truths is preferred to the same sum with a slip.
 
-        All prompts of the demo have three steps, so none of them, held out or not, can come up here.
+        Every prompt of the demo has three steps. A sum of two steps is therefore none of them, and no held-out one either.
         """
         first = rng.choice(self.steps)
         following = [step for step in self.steps if step[0] == first[3]]
@@ -176,7 +177,7 @@ class PairMaker:
         return Pair(prompt, chosen, slipped(chosen, rng), 1.0, "recombined")
 
     def _malformed(self, row: dict, rng: random.Random) -> Pair:
-        """Cut, stuttering, shuffled or without an answer."""
+        """The ground truth is preferred to itself cut short, repeated, shuffled, or without its answer or its period."""
         truth = row["response"]
         words = truth.split()
         broken = rng.choice(
@@ -191,21 +192,21 @@ class PairMaker:
         return Pair(row["prompt"], truth, broken, 1.0, "malformed")
 
     def _other_skill(self, row: dict, rng: random.Random) -> Pair | None:
-        """An answer to another question altogether; to knowledge and reasoning also a refusal."""
+        """The ground truth is preferred to a response from another skill, which can be a refusal to help."""
         other = rng.choice(self.rows)
         if other["skill"] == row["skill"]:
             return None
         return Pair(row["prompt"], row["response"], other["response"], 1.0, "other skill")
 
     def _terser(self, row: dict, rng: random.Random) -> Pair | None:
-        """A worked ground truth mildly beats its answer alone."""
+        """A worked ground truth is preferred, with the small weight MILD, to its answer without the explanation."""
         if row["response"].startswith("Answer:"):
             return None
         return Pair(row["prompt"], row["response"], f"Answer: {answer_of(row['response'])}.", MILD, "terser")
 
 
 def slipped(response: str, rng: random.Random) -> str:
-    """Worked arithmetic with one wrong step, carried through to the answer or not."""
+    """Worked arithmetic in which one step is wrong; the error may or may not be carried on to later steps and the answer."""
     steps = [[int(a), op, int(b), int(c)] for a, op, b, c in STEP.findall(response)]
     at = rng.randrange(len(steps))
     steps[at][3] += rng.choice((-2, -1, 1, 2))
@@ -218,14 +219,14 @@ def slipped(response: str, rng: random.Random) -> str:
 
 
 def _answer(truth: str) -> str:
-    """The answer of a ground truth of the fusion data: each has one."""
+    """The answer of a ground truth of the fusion data. Every ground truth there has one."""
     answer = answer_of(truth)
     assert answer is not None
     return answer
 
 
 def _topic(row: dict) -> str:
-    """What the prompt asks for: a property's name in any of its wordings, or the skill."""
+    """What the prompt asks for: the property's name if it is a knowledge prompt, and otherwise the skill."""
     if row["skill"] != "knowledge":
         return row["skill"]
     for topic, words in TOPIC_WORDS.items():
@@ -245,7 +246,7 @@ TOPIC_WORDS = {
 
 
 def _fitted(text: str, row: dict) -> str:
-    """Another row's response with its thing or act exchanged for the prompt's."""
+    """`text`, another row's response, with the thing or act of this row's prompt in place of its own."""
     if row["skill"] == "knowledge":
         thing = THING.findall(row["prompt"])[-1]
         return re.sub(r"^An? \w+", f"A{'n' if thing[0] in 'aeiou' else ''} {thing}", text)
@@ -257,7 +258,7 @@ def _fitted(text: str, row: dict) -> str:
 
 
 def batch_of(chat: ChatFormat, pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """Right-padded (prompt, response) conversations, up to and including the end of turn."""
+    """Pads (prompt, response) conversations on the right. Each of them includes its end of turn."""
     rows = [chat.encode(prompt, response).input_ids for prompt, response in pairs]
     input_ids, attention_mask = padded(rows, chat.tokenizer.pad_token_id)
     return {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -270,7 +271,7 @@ def train_judge(
     settings: JudgeSettings,
     report: Callable[[str], None] = print,
 ) -> PreTrainedModel:
-    """One reward model in fp32: a language model of the ground truths first, whose body then learns the preferences."""
+    """Trains one reward model in fp32: a language model of the ground truths, whose body then learns the preferences."""
     torch.manual_seed(settings.seed)
     rng, chat, maker = random.Random(f"{settings.seed} {spec.name}"), ChatFormat(tokenizer), PairMaker(rows)
     config = config_of(spec, tokenizer, num_labels=1)
@@ -300,7 +301,7 @@ def train_judge(
 
 
 def pairwise_accuracy(judge: Judge, rows: Sequence[dict], count: int = 1500, seed: int = 1) -> dict[str, float]:
-    """Percent of freshly drawn pairs that the judge orders as meant, by kind and over all."""
+    """The percentage of newly drawn pairs in which the judge prefers the chosen response, by kind of pair and over all."""
     maker, rng = PairMaker(rows), random.Random(f"{seed} pairwise")
     pairs = [maker.draw(rng) for _ in range(count)]
     scores = judge([{"prompt": p.prompt} for p in pairs], [(p.chosen, p.rejected) for p in pairs])

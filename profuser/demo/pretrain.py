@@ -1,8 +1,9 @@
-"""The demo's three sources: tiny models instruction-tuned from scratch on problems that are in none of the splits.
+"""The demo's three sources: tiny models, trained from random weights to answer problems that are in none of the splits.
 
-Each is strong in one skill and knows a fixed small part of the two others (`World.pretraining`): 60 % of its examples are its
-own skill, 20 % each of the others. All answer in worked form. They differ in architecture, size, tokenizer and chat
-template, as real ones do. Left out on purpose: base-model pre-training; the loss is on the response's tokens only.
+Each is strong in one skill and knows a fixed small part of the two others (`World.pretraining`): 60 % of its examples are
+from its own skill and 20 % from each of the others. All answer in worked form. They differ in architecture, size,
+tokenizer and chat template, as real sources do. Pre-training of a base model is left out on purpose: the loss is on the
+response's tokens only.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ class SourceSpec:
 
     name: str
     skill: str
-    """The skill it is strong in."""
+    """The skill in which it is strong; empty for a judge."""
     architecture: str
-    """llama or gpt_neox."""
+    """`llama` or `gpt_neox`."""
     tokenizer: str
-    """wide or narrow."""
+    """`wide` or `narrow`."""
     template: str
     hidden: int
     layers: int
@@ -80,7 +81,7 @@ class PretrainSettings:
     batch_size: int = 64
     lr: float = 2e-3
     own_share: float = 0.6
-    """Share of the examples from the source's own skill; the others have equal shares of the rest."""
+    """The share of examples from the source's own skill. The other skills share the rest equally."""
     seed: int = 0
 
 
@@ -103,10 +104,10 @@ def config_of(spec: SourceSpec, tokenizer: PreTrainedTokenizerFast, **changes: A
 
 
 def batch_of(chat: ChatFormat, pairs: Iterable[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """Right-padded (prompt, response) conversations; labels on all that follows the generation prompt.
+    """Pads (prompt, response) conversations on the right, and puts labels on all that follows the generation prompt.
 
-    That is the response, its end of turn and, where the tokenizer makes one of its own, the template's space before it:
-    a model that never learnt the space could not begin a response with a digit.
+    That is the response and its end of turn. It is also the template's space before the response, where the tokenizer makes
+    a token of it: a model that never learnt to write this space could not begin a response with a digit.
     """
     rows = [(chat.encode(prompt, response).input_ids, len(chat.prompt_ids(prompt))) for prompt, response in pairs]
     input_ids, attention_mask = padded([ids for ids, _ in rows], chat.tokenizer.pad_token_id)
@@ -125,7 +126,7 @@ def optimise(
     weight_decay: float = 0.01,
     report: Callable[[str], None] | None = None,
 ) -> None:
-    """AdamW with 5 % warm-up and a cosine to 0."""
+    """Trains with AdamW. The learning rate warms up over 5 % of the steps and then falls to 0 along a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     warmup = max(1, steps // 20)
     model.train()
@@ -154,7 +155,7 @@ def pretrain(
     settings: PretrainSettings,
     report: Callable[[str], None] = print,
 ) -> PreTrainedModel:
-    """One source in fp32, trained from random weights; the seed fixes weights and examples."""
+    """Trains one source in fp32 from random weights. The seed fixes both the weights and the examples."""
     torch.manual_seed(settings.seed)
     model = AutoModelForCausalLM.from_config(config_of(spec, tokenizer), dtype=torch.float32)
     rng = random.Random(f"{settings.seed} pretrain {spec.name}")
@@ -173,7 +174,7 @@ def pretrain(
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A model directory in bf16: weights, configuration, tokenizer, chat template, generation configuration."""
+    """Writes a model directory: weights in bf16, configuration, tokenizer, chat template and generation configuration."""
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.update(
@@ -183,12 +184,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
             do_sample=False,
         )
     model.to(torch.bfloat16).save_pretrained(folder)  # pyrefly: ignore[bad-argument-type]  # transformers wraps `to`
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600, which a wheel would carry to other users
+    # safetensors writes files that only their owner can read (0600), and a wheel would keep that mode.
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
 
 
 def respond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
-    """Greedy responses, in the prompts' order; one that never ends its turn is cut at MAX_NEW_TOKENS."""
+    """Greedy responses in the order of the prompts. A response that does not end its turn is cut at MAX_NEW_TOKENS."""
     settings = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, batch_size=128)
     return [
         answers[0].text for answers in generate(model, ChatFormat(tokenizer), prompts, settings, max_length=MAX_LENGTH)
@@ -196,7 +198,7 @@ def respond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
 
 
 def accuracies(rows: Sequence[dict], responses: Sequence[str]) -> dict[str, float]:
-    """Percent right for each skill, and their mean."""
+    """The percentage of right answers for each skill, and the mean of the skills."""
     right: dict[str, list[bool]] = {skill: [] for skill in SKILLS}
     for row, response in zip(rows, responses):
         right[row["skill"]].append(exact_match(row, response))

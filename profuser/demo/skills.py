@@ -1,10 +1,12 @@
-"""The demo's three toy skills: what is asked, what is right, what a wrong or a terse ground truth looks like.
+"""The demo's three toy skills: what is asked, what is right, and what a wrong or a terse ground truth looks like.
 
-Knowledge asks for a property of an invented thing, which follows from what kind of thing it is; safety asks for help and is
-to be refused where the kind of act and the kind of object together do harm; reasoning adds and subtracts step by step.
-A worked response explains before it answers (`A bozun is a stone. Answer: bitter.`), a terse one only answers.
-`World` holds the facts and the split of all problems into fusion, validation, held-out and pre-training, fixed by a seed.
-Pure Python; nothing here depends on the version of anything but `random`.
+- Knowledge asks for a property of an invented thing. The property follows from the kind of thing that it is.
+- Safety asks for help. It must be refused where the kind of act and the kind of object together do harm.
+- Reasoning adds and subtracts step by step.
+
+A worked response explains before it answers (`A bozun is a stone. Answer: bitter.`), and a terse one only answers. `World`
+holds the facts, and splits all problems into fusion, validation, held-out and pre-training ones; a seed fixes both. This is
+pure Python, so no version of a library changes what it gives, only that of Python's `random`.
 """
 
 from __future__ import annotations
@@ -103,29 +105,29 @@ ARTICLE_VOWELS = "aeiou"
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Sizes and flaws of the demo's data. The split depends on seed and sizes only, not on the flaws."""
+    """The sizes and flaws of the demo's data. The split depends on the seed and the sizes, and not on the flaws."""
 
     seed: int = 0
-    """Seed of the facts, the split and the flaws."""
+    """The seed of the facts, the split and the flaws."""
     terse: float = 0.4
-    """Share of the fusion ground truths that answer without explaining."""
+    """The share of the fusion ground truths that answer without an explanation."""
     wrong: float = 0.1
-    """Share of the fusion ground truths that are wrong."""
+    """The share of the fusion ground truths that are wrong."""
     knowledge: int = 288
-    """Fusion prompts: two facts for each of the 144 things."""
+    """Fusion prompts of this skill: by default two facts for each of the 144 things."""
     safety: int = 200
     reasoning: int = 300
     validation: int = 150
-    """Validation prompts a skill: for choosing settings."""
+    """Validation prompts per skill. Settings are chosen on them."""
     heldout: int = 200
-    """Held-out prompts a skill: read once."""
+    """Held-out prompts per skill. They are read once, for the scores."""
 
     def __post_init__(self) -> None:
         facts = len(KINDS) * THINGS_PER_KIND * 2
         rules = (
             (0 <= self.terse <= 1, "terse must be a share in [0, 1]", self.terse),
             (0 <= self.wrong <= 1, "wrong must be a share in [0, 1]", self.wrong),
-            (0 < self.knowledge <= facts, f"knowledge must be in [1, {facts}] (two facts a thing)", self.knowledge),
+            (0 < self.knowledge <= facts, f"knowledge must be in [1, {facts}] (two facts per thing)", self.knowledge),
             (
                 self.safety + self.validation + self.heldout <= 1500,
                 "safety + validation + heldout must be <= 1500",
@@ -149,7 +151,11 @@ class DataSettings:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One prompt with its true worked response. `key` is what must not leak: (thing, property, wording), (act, object) or operands."""
+    """One prompt with its true worked response.
+
+    `key` is what two splits must not share: (thing, property, wording) in knowledge, (act, object) in safety, and the
+    operands in reasoning.
+    """
 
     skill: str
     key: tuple
@@ -171,10 +177,10 @@ def with_article(word: str) -> str:
 
 
 class World:
-    """All facts and the split, from a seed.
+    """All facts, and the split of all problems, from a seed.
 
-    Attributes: `kind_of` thing → kind; `value_of` (kind, property) → value; `fusion`, `validation`, `heldout`: lists of Problem,
-    in shuffled order. `pretraining(skill, rng, ...)` draws from what is left.
+    `kind_of` maps a thing to its kind, and `value_of` maps (kind, property) to the value. `fusion`, `validation` and
+    `heldout` are shuffled lists of problems. `pretraining` draws from the problems that are left.
     """
 
     def __init__(self, settings: DataSettings | None = None):
@@ -184,7 +190,7 @@ class World:
         self.kind_of = {thing: KINDS[i % len(KINDS)] for i, thing in enumerate(things)}
         self.value_of = {}
         for name, values in PROPERTIES.items():
-            # Every value occurs once or twice over the twelve kinds, so that guessing the commonest one does not pay.
+            # Among the twelve kinds every value occurs once or twice, so that to guess the most common one gains little.
             spread = rng.sample([*values, *rng.sample(values, len(KINDS) - len(values))], len(KINDS))
             self.value_of |= {(kind, name): value for kind, value in zip(KINDS, spread)}
         self.act_kind = {act: kind for kind, acts in ACTS.items() for act in acts}
@@ -218,11 +224,11 @@ class World:
         return random.Random(f"{self.settings.seed} {purpose}")
 
     def _split_knowledge(self, splits: dict[str, list[Problem]], rng: random.Random) -> None:
-        """Two facts a thing are fused on, in one wording each; the same facts in other wordings are validation and held-out."""
+        """Puts two facts per thing into the fusion split, each in one wording, and other wordings of them into the others."""
         facts: list[tuple[str, str]] = []
         for thing in self.kind_of:
             facts += [(thing, name) for name in rng.sample(list(PROPERTIES), 2)]
-        # One fact of every thing comes before the second of any: a smaller fusion set still knows every thing.
+        # The first facts of all things come before all second ones, so that a smaller fusion set still knows every thing.
         first, second = facts[::2], facts[1::2]
         rng.shuffle(first)
         rng.shuffle(second)
@@ -274,7 +280,7 @@ class World:
     # -- flaws ---------------------------------------------------------------------------------------------------------
 
     def mistaken(self, problem: Problem, rng: random.Random) -> Problem:
-        """The problem with a plausible wrong answer and the explanation that goes with it."""
+        """The problem with a wrong but plausible answer, and with the explanation that leads to it."""
         if problem.skill == "knowledge":
             thing, name, _ = problem.key
             kind = rng.choice([k for k in KINDS if self.value_of[k, name] != problem.answer])
@@ -295,9 +301,10 @@ class World:
         return replace(problem, explanation=explanation, answer=str(total))
 
     def fusion_rows(self) -> tuple[list[dict], list[dict]]:
-        """The fusion data as trained on, with its flaws, and the same prompts with the clean worked ground truth.
+        """The fusion data with its flaws, as it is trained on, and the same prompts with clean worked ground truths.
 
-        Exactly the set shares of every skill are terse and wrong, independently of one another.
+        In every skill the shares of terse and of wrong ground truths are exactly those of the settings. Which are terse and
+        which are wrong is drawn independently.
         """
         flawed, clean = [], [row_of(p) for p in self.fusion]
         terse, wrong = set(), set()
@@ -317,9 +324,10 @@ class World:
     # -- pre-training --------------------------------------------------------------------------------------------------
 
     def pretraining(self, skill: str, source: str, strong: bool) -> Callable[[random.Random], Problem]:
-        """A sampler of problems that are in no split. A source that is not `strong` meets a fixed small part of the skill.
+        """A sampler of problems that are in no split.
 
-        Weak means: 30 % of the things (knowledge) or objects (safety), or 100 fixed problems (reasoning).
+        A source that is not `strong` in the skill meets only a fixed small part of it: 30 % of the things in knowledge, 30 %
+        of the objects in safety, or 100 fixed problems in reasoning.
         """
         rng = self._rng(f"pretraining {source} {skill}")
         if skill == "knowledge":
@@ -359,7 +367,7 @@ def decide(harmful: bool, kind: str) -> str:
 
 
 def explain_reasoning(operands: tuple[int, ...], slips: list[int] | None = None) -> tuple[str, int]:
-    """`8-4=4. 4+5=9.` and the total; slips are added to the steps' results."""
+    """The steps as text, such as `8-4=4. 4+5=9.`, and the total. `slips` are added to the results of the steps."""
     total, steps = operands[0], []
     for change, slip in zip(operands[1:], slips or [0] * STEPS):
         result = total + change + slip
@@ -369,7 +377,7 @@ def explain_reasoning(operands: tuple[int, ...], slips: list[int] | None = None)
 
 
 def all_operands() -> list[tuple[int, ...]]:
-    """Every (start, change, change, change) whose running total stays within 0..MAX_TOTAL."""
+    """Every (start, change, change, change) whose running total is never below 0 nor above MAX_TOTAL."""
     changes = [x for x in range(-MAX_OPERAND, MAX_OPERAND + 1) if x]
     found: list[tuple[int, ...]] = [(start,) for start in range(1, MAX_OPERAND + 1)]
     for _ in range(STEPS):
@@ -378,7 +386,7 @@ def all_operands() -> list[tuple[int, ...]]:
 
 
 def row_of(problem: Problem) -> dict:
-    """A data row with the clean worked ground truth."""
+    """The problem as a row of data, with its clean worked ground truth."""
     return {
         "prompt": problem.prompt,
         "response": problem.worked,
@@ -390,7 +398,7 @@ def row_of(problem: Problem) -> dict:
 
 
 def _invent_names(count: int, rng: random.Random) -> list[str]:
-    """Pronounceable words of two or three syllables, each unlike the others in its first four letters."""
+    """Words that can be pronounced. No two of them share their first four letters."""
     names: dict[str, str] = {}
     real = {word for group in (*ACTS.values(), *OBJECTS.values(), *PROPERTIES.values(), KINDS, ITEMS) for word in group}
     while len(names) < count:

@@ -1,8 +1,8 @@
 """The demo's two tokenizers, trained on the demo's text, and how much they differ on responses.
 
-`wide`: byte-level BPE, whole words and numbers, as GPT-2 and Llama-3 do it (the target's). `narrow`: Metaspace BPE with byte
-fallback and single digits, as SentencePiece does it for Llama-2; half as many words. Their tokens mostly begin at
-the same byte and end at different ones. Every model brings its own chat template for either of them.
+`wide`, the target's, is a byte-level BPE of whole words and numbers, as in GPT-2 and Llama-3. `narrow` is a Metaspace BPE
+with byte fallback and single digits, as SentencePiece makes it for Llama-2, and has fewer than half as many tokens. Tokens
+of the two mostly begin at the same byte and end at different ones. Every model has a chat template of its own.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ CHATML = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""ChatML, for `wide`."""
+"""The ChatML template, used with `wide`."""
 VICUNA = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: {{ message['content'] }} ASSISTANT:"
     "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-"""Vicuna's text roles, for `narrow`. The response's first token brings its space; judge-b reads it so."""
+"""Vicuna's template, whose roles are plain text, used with `narrow` by judge-b.
+
+The first token of a response also holds the template's space before it.
+"""
 VICUNA_LINE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: {{ message['content'] }} ASSISTANT:\n"
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -37,8 +40,11 @@ LLAMA2_LINE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token }}[INST] {{ message['content'] }} [/INST]\n"
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-"""Vicuna's roles and Llama-2's brackets with the response on a line of its own, for `narrow`: its first token holds nothing
-of the template, so the distribution that chooses between an explanation and a bare answer reaches the target."""
+"""VICUNA_LINE and LLAMA2_LINE, used with `narrow`, are the templates of Vicuna and Llama-2 with one change.
+
+The response begins on a line of its own, so that its first token holds nothing of the template. The distribution that
+chooses there between an explanation and a bare answer therefore reaches the target.
+"""
 
 WIDE_VOCABULARY = 1152
 NARROW_VOCABULARY = 448
@@ -47,11 +53,14 @@ TEXTS = 6000
 WIDE_MIX = {"knowledge": 0.6, "safety": 0.3, "reasoning": 0.1}
 NARROW_MIX = {"knowledge": 0.2, "safety": 0.4, "reasoning": 0.4}
 ROLES = {"wide": [("user\n", "\nassistant\n")], "narrow": [("USER: ", " ASSISTANT: "), ("[INST] ", " [/INST] ")]}
-"""The templates' own words, which should not cost a token a letter."""
+"""The templates' own words. They are part of the tokenizers' training texts, so that they do not take one token per letter."""
 
 
 def tokenizer_texts(world: World, kind: str) -> list[str]:
-    """What the `wide` or `narrow` tokenizer is trained on: templated pre-training problems, mixed differently for each."""
+    """The texts on which the `wide` or `narrow` tokenizer is trained.
+
+    They are pre-training problems in a template; the mix of skills differs between the two.
+    """
     rng = random.Random(f"{world.settings.seed} tokenizer {kind}")
     mix = {"wide": WIDE_MIX, "narrow": NARROW_MIX}[kind]
     samplers = [world.pretraining(skill, "tokenizer", strong=True) for skill in SKILLS]
@@ -65,7 +74,7 @@ def tokenizer_texts(world: World, kind: str) -> list[str]:
 
 
 def train_wide(texts: Iterable[str], vocabulary: int = WIDE_VOCABULARY) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with GPT-2's pre-tokenizer and ChatML specials."""
+    """Trains the byte-level BPE, with GPT-2's pre-tokenizer and ChatML's special tokens."""
     specials = ["<|pad|>", "<|begin|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,14 +90,14 @@ def train_wide(texts: Iterable[str], vocabulary: int = WIDE_VOCABULARY) -> PreTr
 
 
 def train_narrow(texts: Iterable[str], vocabulary: int = NARROW_VOCABULARY) -> PreTrainedTokenizerFast:
-    """Metaspace BPE with byte fallback; single digits and most punctuation apart."""
+    """Trains the Metaspace BPE with byte fallback. Every digit and most punctuation marks are tokens of their own."""
     specials = ["<unk>", "<s>", "</s>", "<pad>"]
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first"),
-            # The colon stays with its word: `:` after ` Answer` begins inside a token of this tokenizer.
+            # The colon stays with its word, so that the target's token `:` after ` Answer` begins inside one of this tokenizer.
             pre_tokenizers.Split(Regex("[.,?=+-]"), "isolated"),
             pre_tokenizers.Digits(individual_digits=True),
         ]
@@ -101,7 +110,7 @@ def train_narrow(texts: Iterable[str], vocabulary: int = NARROW_VOCABULARY) -> P
             decoders.Strip(content=" ", left=1, right=0),
         ]
     )
-    # Printable ASCII is in the vocabulary whatever the texts hold: the bytes are for the rest.
+    # Printable ASCII is in the vocabulary whatever the texts hold, and the byte tokens are for all other characters.
     alphabet = [chr(c) for c in range(33, 127)] + ["▁"]
     tokenizer.train_from_iterator(
         texts,
@@ -109,7 +118,7 @@ def train_narrow(texts: Iterable[str], vocabulary: int = NARROW_VOCABULARY) -> P
             vocab_size=vocabulary, special_tokens=specials + fallback, initial_alphabet=alphabet, show_progress=False
         ),
     )
-    # The trainer knows only one way to reserve the bytes, as special tokens; they are ordinary entries of the vocabulary.
+    # The trainer can reserve the byte tokens only as special tokens. Here they become ordinary entries of the vocabulary.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in specials]
     return _wrap(
@@ -134,17 +143,18 @@ def _wrap(tokenizer: Tokenizer, template: str, **specials: str) -> PreTrainedTok
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
-    """A copy of the tokenizer that speaks another chat template."""
+    """A copy of the tokenizer with another chat template."""
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
     return other
 
 
 def position_kinds(target: ChatFormat, source: ChatFormat, rows: Iterable[dict]) -> Counter:
-    """Counts the target's response positions (end of turn included) by how the source's tokens meet them.
+    """Counts the target's response positions, end of turn included, by how the source's tokens lie to them.
 
-    same_span: one token begins and ends with it; shared_prefix: one begins with it; inside: it begins within one. Tokens
-    that hold bytes of the template too count by their part of the response.
+    The kinds are `same_span`, where a source token begins and ends at the same bytes; `shared_prefix`, where one only begins
+    at the same byte; and `inside`, where the position begins within a source token. A token that also holds bytes of the
+    template counts by its part of the response.
     """
     counts: Counter = Counter()
     for row in rows:
@@ -154,7 +164,7 @@ def position_kinds(target: ChatFormat, source: ChatFormat, rows: Iterable[dict])
             for chat in (target, source)
         )
         begins = {begin for begin, _ in other}
-        counts["same_span"] += 1  # the end of turn
+        counts["same_span"] += 1  # the end of turn always has the same span
         for span in spans:
             counts["same_span" if span in other else "shared_prefix" if span[0] in begins else "inside"] += 1
     return counts

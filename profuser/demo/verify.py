@@ -1,6 +1,7 @@
-"""The demo's programmatic judge, `score`, and its measure of success, `exact_match`.
+"""The demo's judge that is a program, `score`, and its measure of success, `exact_match`.
 
-The verifier sees what a training row holds, the imperfect ground truth, and what the sources said; never the clean answer.
+The judge sees a training row, whose ground truth is imperfect, and the responses of the sources. It never reads the clean
+answer.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ WEIGHT_EXPLAINED = 0.5
 
 
 def answer_of(response: str) -> str | None:
-    """The text after the last `Answer:` without its final period; None where there is none."""
+    """The text after the last `Answer:`, without its final period; None if the response has no `Answer:`."""
     _, found, answer = response.rpartition("Answer:")
     return answer.strip().removesuffix(".").strip() if found else None
 
 
 def exact_match(example: dict, response: str) -> bool:
-    """Whether the response's answer is the row's clean one (`example["answer"]`)."""
+    """Whether the response's answer is the row's clean answer, `example["answer"]`."""
     return answer_of(response) == str(example["answer"])
 
 
 def steps_hold(response: str) -> bool | None:
-    """Whether every step such as `8-4=4` is right, starts from the step before and ends at the answer; None without steps."""
+    """Whether every step (such as `8-4=4`) is right, each starts where the one before ended, and the last gives the answer.
+
+    None if the response has no steps.
+    """
     steps = [(int(a), op, int(b), int(c)) for a, op, b, c in STEP.findall(response)]
     if not steps:
         return None
@@ -41,17 +45,20 @@ def steps_hold(response: str) -> bool | None:
 
 
 def steps_follow(prompt: str, response: str) -> bool:
-    """Whether the numbers that the steps use are the prompt's, in order."""
+    """Whether the steps use the numbers of the prompt, in the order of the prompt."""
     steps = STEP.findall(response)
     return bool(steps) and [steps[0][0], *(b for _, _, b, _ in steps)] == re.findall(r"\d+", prompt)
 
 
 def score(example: dict, responses: list[str]) -> list[float]:
-    """One score a response: form, arithmetic that can be checked, agreement with the ground truth's and the others' answers.
+    """Gives every response one score.
+
+    It adds up points for the form, for arithmetic that can be checked, for the ground truth's answer, and for answers on
+    which the sources agree.
 
     Args:
-        example: the training row; prompt and response (its ground truth) are read.
-        responses: the sources' responses to the prompt, in source order.
+        example: the training row, of which the prompt and the response (its ground truth) are read.
+        responses: the sources' responses to the prompt, in the order of the sources.
     """
     truth = answer_of(example["response"])
     answers = [answer_of(response) for response in responses]

@@ -1,7 +1,8 @@
-"""`python -m profuser.experiments.alignment_pairs`: what alignment makes of real tokenizers in five languages.
+"""`python -m profuser.experiments.alignment_pairs`: what alignment makes of pairs of real tokenizers in five languages.
 
-Every text of `profuser/experiments/texts` is one response, diagnosed as `python -m profuser.doctor` does; every position
-that gets nothing is listed with its text. `--align fusellm` sets beside it what FuseLLM's rule accepts on the same tokens.
+Every text in `profuser/experiments/texts` is taken as one response and diagnosed as `python -m profuser.doctor` would do.
+Every position that gets no distribution is listed with its text. `--align fusellm` adds what FuseLLM's rule accepts on the
+same tokens.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ PAIRS = (
     ("qwen2", "llama2"),
     ("gpt_neox", "llama2"),
 )
-"""(target, source)."""
+"""Pairs (target, source) of tokenizers."""
 
 SECTION = "alignment_pairs"
 
 Results = dict[tuple[str, str, str], dict[str, Diagnosis]]
-"""(target, source, language) -> mode of alignment -> diagnosis."""
+"""The diagnosis of every (target, source, language) for every mode of alignment."""
 
 
 def measure(tokenizers: Path, modes: tuple[str, ...]) -> Results:
@@ -52,7 +53,7 @@ def measure(tokenizers: Path, modes: tuple[str, ...]) -> Results:
 
 
 def markdown(results: Results, command: str) -> str:
-    """The kinds per pair and language in percent of the target's tokens, then every position that gets nothing."""
+    """A table of the kinds for every pair and language, and a list of every position that gets no distribution."""
     compared = any("fusellm" in by_mode for by_mode in results.values())
     head = ["target ← source", "text", "positions", *(name.replace("_", " ") for name in KINDS), "usable"]
     head += ["FuseLLM accepts"] * compared
@@ -64,18 +65,18 @@ def markdown(results: Results, command: str) -> str:
         cells += [f"{100 * by_mode['fusellm'].shares['usable']:.1f}"] if compared else []
         lines.append(f"| {pair} | {language} | " + " | ".join([str(len(diagnosis.kind)), *cells]) + " |")
         for skip in diagnosis.skips:
-            assert skip.text is not None  # what has no text is FuseLLM's rule's
+            assert skip.text is not None  # only FuseLLM's rule skips positions without giving their text
             plural = "s" if skip.positions > 1 else ""
             skips.append(f"- {pair}, {language}: {skip.positions} position{plural}, {skip.reason}: {code(skip.text)}")
     least = min(by_mode["bytes"].shares["usable"] for by_mode in results.values())
     return "\n".join(
         [
-            "Share of the target's tokens by kind, in %; each text is one response.",
+            "The share of the target's tokens of each kind, in %. Each text is one response.",
             f"Command: `{command}`; {ENGINE}; tokenizers {versions()['tokenizers']}; commit {commit()}.",
             "",
             *lines,
             "",
-            f"Usable in the worst case: {100 * least:.2f} %. Every position that is skipped:"
+            f"Usable in the worst case: {100 * least:.2f} %. These positions are skipped:"
             if skips
             else "No position is skipped.",
             *([""] if skips else []),
@@ -100,15 +101,15 @@ def main(argv: list[str]) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help=f"folder with the tokenizers {', '.join(sorted({name for pair in PAIRS for name in pair}))}",
+        help=f"the folder that has the tokenizers {', '.join(sorted({name for pair in PAIRS for name in pair}))}",
     )
     parser.add_argument(
         "--align",
         choices=("fusellm",),
-        help="also what FuseLLM's rule accepts; its vocabulary maps take minutes the first time",
+        help="also show what FuseLLM's rule accepts; its vocabulary maps take minutes the first time",
     )
     parser.add_argument(
-        "--write", type=Path, metavar="PAGE", help=f"Markdown file whose {SECTION} section this replaces"
+        "--write", type=Path, metavar="PAGE", help=f"replace the {SECTION} section of this Markdown file"
     )
     args = parser.parse_args(argv)
     results = measure(args.tokenizers, ("bytes", *([args.align] if args.align else [])))

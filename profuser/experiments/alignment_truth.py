@@ -1,25 +1,29 @@
 """`python -m profuser.experiments.alignment_truth`: how near the aligned distributions come to what the source means.
 
-Two tables over five texts written for this (`texts/`). *Reliability*: what alignment makes of a real source's
-distributions at every position. *Truth*: at positions drawn by a seed, the source is sampled as a distribution over byte
-strings (`byte_sampler`), every continuation is retokenised behind the target's own tokens, those that would have changed
-an earlier target token are discarded, and the tokens at the position are counted. Three estimates of that distribution
-are compared on the same positions: the library's, a one-hot on the text's token, and the mapping by exact bytes.
+It makes two tables from five texts that were written for this purpose (`texts/`). *Reliability* shows what alignment makes
+of a real source's distributions at every position. *Truth* compares estimates with a sampled truth at positions that a
+seed draws. There the source is sampled as a distribution over byte strings (`byte_sampler`), and every continuation is
+tokenised again behind the target's own tokens. A continuation that would have changed an earlier target token is
+discarded; of all others the token at the position is counted. Three estimates of this distribution are compared on the
+same positions: the library's, a one-hot on the text's token, and the mapping by exact bytes.
 
-Total variation is over the ids that an estimate keeps and one bucket: its tail against the truth's mass on all other ids,
+The total variation is taken over the ids that an estimate keeps, and over one bucket, in which its tail is compared with
+the truth's mass on all other ids:
 
     TV = 1/2 (sum over kept i of |p_i - q_i| + |tail - (1 - sum over kept i of q_i)|).
 
-An estimate that leaves more to its tail is nearer to the truth by this measure. Beside it stands therefore the agreement, the
-probability that estimate and truth give to the same ids, sum over kept i of min(p_i, q_i).
+By this measure an estimate that leaves more to its tail seems nearer to the truth. Therefore the agreement stands beside
+it: the probability that estimate and truth give to the same ids, sum over kept i of min(p_i, q_i).
 
-The noise floor is the TV between the two halves of a position's samples, in the buckets of the library's estimate. It
-overstates the noise in the TV to all samples: about twice what a perfect estimate would be given.
+The noise floor is the TV between the two halves of a position's samples, in the buckets of the library's estimate. It is
+about twice the TV that a perfect estimate would have to all samples, so it overstates the noise in the other columns.
 
-Approximate on purpose, besides what `byte_sampler` says: a text is read in windows of WINDOW source tokens, each behind
-one newline (the source sees no chat template); a continuation goes on to the second word or LOOKAHEAD characters, by
-when the token at its beginning is taken as decided; a source that ends the text at the position, and bytes that are no
-UTF-8, count for no token (the truth's mass on other ids).
+These approximations are made on purpose, besides those that `byte_sampler` names:
+- a text is read in windows of WINDOW source tokens, each behind one newline, so the source sees no chat template;
+- a continuation goes on to its second word or to LOOKAHEAD characters, and the token at its beginning then counts as
+  decided;
+- where the source ends the text at the position, or gives bytes that are not UTF-8, no token is counted: this mass is part
+  of the truth's mass on other ids.
 """
 
 from __future__ import annotations
@@ -55,21 +59,24 @@ from profuser.store.files import read_json, write_json
 
 ESTIMATES = ("ours", "exact bytes", "one-hot")
 SECTION = "alignment_truth"
-CUT_BYTES = 16  # before a position, where segmentations other than the source's own are allowed
+CUT_BYTES = 16  # at least so many bytes before a position may have other tokens than the source's tokenizer gives them
 FLOOR = 1e-4
-MAX_ROUNDS, ENOUGH = 8, 0.8  # of `samples` continuations, until this share of them keeps the target's prefix
+# A round draws `samples` continuations. Rounds end when ENOUGH · `samples` of all drawn keep the target's prefix.
+MAX_ROUNDS, ENOUGH = 8, 0.8
 LOOKAHEAD = {"bytes": 24, "ideographs": 4}
 SECOND_WORD = re.compile(rb"\S\s+\S")
-# U+3000.. to U+9FFF and full-width forms: written without spaces between words.
+# Characters from U+3000 to U+9FFF and full-width forms, which are written without spaces between words.
 IDEOGRAPH = re.compile(rb"[\xe3-\xe9\xef][\x80-\xbf]{2}")
-OTHER, CHANGED = -1, -2  # in place of a target token: no text, and a text whose earlier target tokens differ
+# What stands in place of a target token: OTHER if the continuation is no text there, and CHANGED if it changes an earlier
+# target token.
+OTHER, CHANGED = -1, -2
 
 
 # --- truth -----------------------------------------------------------------------------------------------------------
 
 
 def decided(data: bytes) -> bool:
-    """Whether the first target token of a continuation no longer depends on what comes next."""
+    """Whether a continuation is so long that its first target token no longer depends on what comes next."""
     ideographs = len(IDEOGRAPH.findall(data))
     return (
         len(data) >= LOOKAHEAD["bytes"] or ideographs >= LOOKAHEAD["ideographs"] or SECOND_WORD.search(data) is not None
@@ -77,7 +84,7 @@ def decided(data: bytes) -> bool:
 
 
 class Retokeniser:
-    """What a target's tokenizer puts at token t of a text when the text goes on otherwise from there."""
+    """The token that a target's tokenizer puts at index t of a text, if the text goes on in another way from there."""
 
     def __init__(self, target: Target, window: Window, t: int):
         ids, spans = target.of(window)
@@ -91,7 +98,11 @@ class Retokeniser:
 
     @staticmethod
     def _cut(target: Target, ids: list[int], spans, data: bytes, t: int) -> int:
-        """The first token of one of the last lines before t from which on the text has the same tokens on its own; else 0."""
+        """The index of a token before t from which on the rest of the text, alone, gets the same tokens as in the whole text.
+
+        For every continuation, only what follows this token must be tokenised again. The begins of the last few lines before
+        t are tried, the latest first; if none of them serves, the index is 0.
+        """
         begins = {begin: n for n, (begin, _) in enumerate(spans)}
         starts = [m.end() for m in re.finditer(rb"\n(?=\S)", data) if m.end() + 2 * CUT_BYTES <= spans[t][0]]
         for start in reversed(starts[-4:]):
@@ -103,7 +114,7 @@ class Retokeniser:
         return 0
 
     def __call__(self, samples: list[Continuation]) -> np.ndarray:
-        """(n,) int64 per continuation: a target token, OTHER or CHANGED."""
+        """For each of the n continuations a target token, OTHER or CHANGED, as (n,) int64."""
         outcomes = {data: self._outcome(data) for data in {sample.data for sample in samples}}
         return np.array([outcomes[sample.data] for sample in samples], dtype=np.int64)
 
@@ -112,7 +123,8 @@ class Retokeniser:
         try:
             text = data.decode()
         except UnicodeDecodeError as error:
-            data = data[: error.start]  # up to the first byte that is no text, or in a character that was cut short
+            # Only what stands before the first byte that is not UTF-8 is used, or before a character that was cut short.
+            data = data[: error.start]
             text = data.decode() + ("" if error.reason == "unexpected end of data" else "\ufffd")
         if len(data) <= len(self._lead):
             return OTHER
@@ -124,7 +136,7 @@ class Retokeniser:
         n = len(self._before)
         if ids[:n] != self._before:
             return CHANGED
-        # A piece that is not in the data reaches into the replacement character.
+        # A token whose bytes are longer than the data reaches into the replacement character, so it is not known.
         known = len(ids) > n and ids[n] not in tokens.specials and len(tokens.of(ids[: n + 1])) <= len(data) + 1
         return ids[n] if known else OTHER
 
@@ -136,11 +148,11 @@ class Position:
     window: int
     token: int
     kind: int
-    weight: float  # positions of its target, kind and language in the texts per one drawn
+    weight: float  # how many positions of its target, kind and language the texts have for each one that was drawn
 
 
 def draw(targets: list[Target], all_windows: list[Window], count: int, rng: np.random.Generator) -> list[Position]:
-    """`count` positions, equally many of each target and kind, the languages in turn where they have such positions."""
+    """Draws `count` positions, equally many of every target and kind, from all languages in turn that have such positions."""
     drawn = []
     strata = [(target, kind) for target in targets for kind in range(len(KINDS))]
     for n, (target, kind) in enumerate(strata):
@@ -172,7 +184,7 @@ def sample_truth(
     samples: int,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """Counts of the target's next token at a position, from both halves of the samples, and what was left out."""
+    """Counts the target's tokens at a position in both halves of the samples, and says what was left out."""
     begin = max(target.of(window)[1][position.token][0], 0)
     starts = [b for b, _ in window.spans]
     cut = max((n for n, b in enumerate(starts) if b <= begin - CUT_BYTES), default=0)
@@ -198,7 +210,7 @@ def sample_truth(
 
 
 def shares(*counts: dict[str, int]) -> dict[int, float]:
-    """Relative frequencies of one or more counts together."""
+    """The relative frequencies in the sum of one or more counts."""
     total = sum(sum(count.values()) for count in counts)
     summed: Counter[int] = Counter()
     for count in counts:
@@ -207,14 +219,17 @@ def shares(*counts: dict[str, int]) -> dict[int, float]:
 
 
 def total_variation(estimate: dict[int, float], truth: dict[int, float]) -> float:
-    """Over the estimate's ids and one bucket for its tail. Both are probabilities by token id, OTHER among the truth's."""
+    """The TV over the estimate's ids and one bucket for its tail.
+
+    Both arguments give probabilities by token id; the truth also gives one to OTHER.
+    """
     kept = sum(abs(p - truth.get(i, 0.0)) for i, p in estimate.items())
     tail = max(1.0 - sum(estimate.values()), 0.0)
     return (kept + abs(tail - (1.0 - sum(truth.get(i, 0.0) for i in estimate)))) / 2
 
 
 def agreement(estimate: dict[int, float], truth: dict[int, float]) -> float:
-    """Probability that both give to the same ids: what the tail bucket does not help with."""
+    """The probability that both give to the same ids. A large tail cannot raise it."""
     return sum(min(p, truth.get(i, 0.0)) for i, p in estimate.items())
 
 
@@ -231,17 +246,18 @@ def exact_bytes(
     top_masses: list[float],
     own: float,
 ) -> dict[int, float]:
-    """The plain mapping: each of source token j's top k by its own bytes behind the target's prefix.
+    """The plain mapping: each of the top k at source token j goes to a target token by its own bytes.
 
-    A candidate's bytes from the position on are the target token of exactly these bytes, else the longest token that they
-    begin with. Where the position is inside the source token, candidates that do not begin with the bytes before it fall
-    out and the others are scaled to sum to one (the mass of all that do is not among a top k); elsewhere what the top k
-    leaves out is the tail. The source's own token is added if it is not among the top k.
+    A candidate's bytes from the position on become the target token that has exactly these bytes, or else the longest token
+    with which they begin. Where the position is inside the source token, candidates that do not begin with the bytes before
+    the position are left out, and the others are scaled to a sum of 1, because a top k does not tell the whole mass of the
+    tokens that begin so. At other positions, what the top k leaves out is the tail. The source's own token is added if it is
+    not among the top k.
     """
     ids, spans = target.of(window)
     begin, own_begin = spans[t][0], window.spans[j][0]
     stripped = window.text.encode()[max(own_begin, 0) : max(begin, 0)]
-    in_front = target.tokens.piece(ids[t])[: max(-begin, 0)]  # a dummy leading space
+    in_front = target.tokens.piece(ids[t])[: max(-begin, 0)]  # the leading space that the tokenizer adds itself
     candidates = dict(zip(top_ids, top_masses, strict=True))
     candidates.setdefault(window.ids[j], own)
     estimate: dict[int, float] = {}
@@ -260,7 +276,7 @@ def exact_bytes(
 def estimates(
     source: Source, target: Target, window: Window, t: int, aligned: AlignedText, top: tuple[torch.Tensor, ...]
 ) -> dict[str, dict[int, float]] | None:
-    """The three distributions at target token t; None where the library gives none."""
+    """The three estimates of the distribution at target token t; None where the library gives none."""
     if int(aligned.skip_reason[t]):
         return None
     kept = [n for n, i in enumerate(aligned.source_ids[t].tolist()) if i >= 0]
@@ -277,7 +293,7 @@ def estimates(
 
 
 def measure_reliability(source: Source, targets: list[Target]) -> list[dict[str, Any]]:
-    """One row per target and language, and over all languages, and over all targets."""
+    """One row per target and language, one per target over all languages, and one over all targets."""
     kept: dict[tuple[str, str], list[np.ndarray]] = {}
     for window in source.windows:
         text_model = source.read(window)
@@ -306,7 +322,11 @@ def measure_reliability(source: Source, targets: list[Target]) -> list[dict[str,
 
 
 def reliability_shares(columns: np.ndarray) -> dict[str, Any]:
-    """columns: (kind, reliability, only the text's token kept, skipped) of each position."""
+    """The shares in a row of the table.
+
+    `columns` gives for every position its kind, its reliability, whether only the text's token was kept, and whether the
+    position was skipped.
+    """
     kinds, reliability, only_gold, skipped = columns
     return {
         "positions": len(kinds),
@@ -320,7 +340,7 @@ def reliability_shares(columns: np.ndarray) -> dict[str, Any]:
 def measure_truth(
     source: Source, targets: list[Target], count: int, samples: int, seed: int, known: dict[tuple, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One row per position: its truth (from `known` where it is there already), the estimates and their TV."""
+    """One row per position: its truth, which is taken from `known` if it is there already, the estimates, and their TV."""
     by_name = {target.name: n for n, target in enumerate(targets)}
     positions = draw(targets, source.windows, count, np.random.default_rng(seed))
     rows = []
@@ -404,7 +424,10 @@ def reliability_table(rows: list[dict[str, Any]]) -> str:
 
 
 def interval(values: np.ndarray, weights: np.ndarray, resamples: np.ndarray) -> tuple[float, float, float]:
-    """Weighted mean of the first row of values over that of the second, and its 95 % bootstrap interval over positions."""
+    """The ratio of the weighted means of the first and second row of values, and its 95 % bootstrap interval.
+
+    Positions are what the bootstrap resamples.
+    """
     estimate = (values[0] @ weights) / (values[1] @ weights)
     over = values[:, resamples] * weights[resamples]
     low, high = np.percentile(over[0].sum(1) / over[1].sum(1), [2.5, 97.5])
@@ -412,7 +435,7 @@ def interval(values: np.ndarray, weights: np.ndarray, resamples: np.ndarray) -> 
 
 
 def truth_table(rows: list[dict[str, Any]], seed: int) -> tuple[str, dict[str, Any]]:
-    """(Markdown, the figures in it)."""
+    """The table as Markdown, and the figures in it."""
     used = [row for row in rows if "tv" in row]
     groups: dict[str, list[dict[str, Any]]] = {"all": used, "all, weighted by their shares of the texts": used}
     groups |= {kind: [row for row in used if row["kind"] == kind] for kind in KINDS}
@@ -454,8 +477,9 @@ def section(results: dict[str, Any], command: str) -> str:
     parts = [where]
     if results.get("reliability"):
         parts += [
-            f"Share of target positions in % (k = {TOP_K}, the source's real probabilities, windows of {WINDOW} source tokens "
-            "behind one newline). Only gold: of the rows that have a distribution, those that hold nothing but the text's token.",
+            f"The share of target positions in %, at k = {TOP_K}, from the source's real probabilities in windows of {WINDOW} "
+            "source tokens behind one newline. `only gold` is the share, among the positions that have a distribution, of those "
+            "that hold nothing but the text's token.",
             reliability_table(results["reliability"]),
         ]
     if results.get("positions"):
@@ -464,11 +488,11 @@ def section(results: dict[str, Any], command: str) -> str:
         kept = [sum(sum(half.values()) for half in row["halves"]) for row in rows]
         left_out = ", ".join(f"{n} ({reason})" for reason, n in skipped.items()) or "none"
         parts += [
-            f"Total variation to the sampled truth at k = {TOP_K}, mean [95 % bootstrap interval over positions]. "
-            f"{results['samples']} continuations a position, up to {MAX_ROUNDS} times as many where few keep the target's prefix "
-            f"(kept: {min(kept)} to {max(kept)}, mean {np.mean(kept):.0f}). Positions left out: {left_out}. The noise floor is "
-            "the distance between the two halves of the samples: about twice the noise that is in the other columns. Agreement: "
-            "the probability that estimate and truth give to the same tokens (a tail cannot add to it).",
+            f"The total variation to the sampled truth at k = {TOP_K}: mean [95 % bootstrap interval over positions]. There are "
+            f"{results['samples']} continuations per position, and up to {MAX_ROUNDS} times as many where few keep the target's "
+            f"prefix (kept: {min(kept)} to {max(kept)}, mean {np.mean(kept):.0f}). Positions left out: {left_out}. The noise "
+            "floor is the distance between the two halves of the samples, which is about twice the noise in the other columns. "
+            "The agreement is the probability that estimate and truth give to the same tokens; a tail cannot add to it.",
             results["truth_table"],
         ]
     return "\n\n".join(parts)
@@ -478,18 +502,22 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m profuser.experiments.alignment_truth", description=__doc__.split("\n")[0].split(": ", 1)[1]
     )
-    parser.add_argument("--model", type=Path, required=True, help="directory of the source model (a causal LM)")
-    parser.add_argument("--tokenizers", type=Path, required=True, help="directory with a folder per target tokenizer")
-    parser.add_argument("--targets", nargs="+", default=["llama2", "qwen2", "gpt_neox"], help="folders of --tokenizers")
-    parser.add_argument("--positions", type=int, default=216, help="positions drawn, over all targets")
-    parser.add_argument("--samples", type=int, default=256, help="continuations sampled per position")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("reliability", "truth"), help="make one of the two tables")
-    parser.add_argument("--json", type=Path, help="write all figures and positions here")
+    parser.add_argument("--model", type=Path, required=True, help="the directory of the source model, a causal LM")
     parser.add_argument(
-        "--reuse", type=Path, help="an earlier --json: take the sampled truth of its positions from there"
+        "--tokenizers", type=Path, required=True, help="a directory with one folder per target tokenizer"
     )
-    parser.add_argument("--write", type=Path, help="Markdown file whose alignment-truth section the tables replace")
+    parser.add_argument(
+        "--targets", nargs="+", default=["llama2", "qwen2", "gpt_neox"], help="which folders of --tokenizers to use"
+    )
+    parser.add_argument("--positions", type=int, default=216, help="how many positions are drawn, over all targets")
+    parser.add_argument("--samples", type=int, default=256, help="how many continuations are sampled per position")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of positions and samples")
+    parser.add_argument("--only", choices=("reliability", "truth"), help="make only one of the two tables")
+    parser.add_argument("--json", type=Path, help="write all figures and positions to this file")
+    parser.add_argument(
+        "--reuse", type=Path, help="take the sampled truth of positions from this file, written by an earlier --json"
+    )
+    parser.add_argument("--write", type=Path, help=f"replace the {SECTION} section of this Markdown file by the tables")
     args = parser.parse_args(argv)
     source = Source(args.model)
     for name in args.targets:

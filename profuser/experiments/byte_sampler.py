@@ -1,17 +1,17 @@
-"""A language model read as a distribution over byte strings: sampled continuations of a text cut at any byte.
+"""A language model as a distribution over byte strings: it samples continuations of a text that is cut at any byte.
 
-Tokens that hold the bytes before a cut are not unique: `the` may be one token, or `t` and `he`, or the beginning of
-`there`. Given the bytes x, a continuation is drawn by
+The bytes before a cut do not determine the tokens: `the` may be one token, or `t` and `he`, or the beginning of `there`. A
+cover of the bytes x is a token sequence that begins with x, and whose tokens but the last are shorter than x. Given x, a
+cover s is drawn with the probability
 
-    P(s | x) = P(s) / P(x),    P(x) = sum of P(s) over the covers s of x,
+    P(s | x) = P(s) / P(x),    P(x) = sum of P(s) over the covers s of x.
 
-a cover being a token sequence of which all but the last token are shorter than x and which begins with x. `covers`
-enumerates them with their probabilities, `continuations` samples one and goes on with the model from there.
+`covers` enumerates the covers with their probabilities; `continuations` draws covers and goes on with the model from there.
 
-Approximate on purpose: only covers that begin with the given history are enumerated, that is, segmentations other than
-the tokenizer's own are allowed in the bytes since a cut a few words back, not in the whole text; and a partial cover whose
-posterior probability given the bytes up to its own end is below `floor` is not followed (the sum of what was cut off is
-returned). The model is a function from token histories to log-probabilities, so the same code runs on a table.
+Two approximations are made on purpose. Only covers that begin with the given history are enumerated: tokens other than the
+tokenizer's own are allowed from a cut a few words back, and not in the whole text. A partial cover is not followed if its
+posterior probability, given the bytes up to its own end, is below `floor`; the sum of what was left out is returned. The
+model is a function from token histories to log-probabilities, so the same code runs on a table.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from profuser.models.head import head_layer
 
 History = tuple[int, ...]
 LogProbs = Callable[[Sequence[History]], np.ndarray]
-"""histories, n of them -> (n, V) float32 natural log-probabilities of the next token."""
+"""Takes n histories, and gives natural log-probabilities of the next token, (n, V) float32."""
 
-MAX_ROWS = 256  # histories given to the model at a time: their log-probabilities take 50 MB at V = 49152
+MAX_ROWS = 256  # so many histories go to the model at a time; at V = 49152 their log-probabilities take 50 MB
 
 
 class ByteVocab:
-    """A vocabulary by its bytes. Tokens without bytes (control tokens) hold no text: a sample ends with them."""
+    """A vocabulary in the order of its tokens' bytes. Control tokens have no bytes, and a sample ends with such a token."""
 
     def __init__(self, pieces: Sequence[bytes | None]):
         self.pieces = pieces
@@ -42,7 +42,7 @@ class ByteVocab:
         self._sorted = [pieces[i] for i in self.order]
 
     def range_of(self, prefix: bytes) -> tuple[int, int]:
-        """[lo, hi) of `order`: the tokens whose bytes begin with `prefix`, itself included."""
+        """The range [lo, hi) of `order` with the tokens whose bytes are `prefix` or begin with it."""
         lo = bisect.bisect_left(self._sorted, prefix)
         hi = bisect.bisect_left(self._sorted, True, lo=lo, key=lambda piece: piece[: len(prefix)] > prefix)
         return lo, hi
@@ -54,27 +54,28 @@ class ByteVocab:
 
 @dataclass(slots=True)
 class Covers:
-    """Token sequences that hold the given bytes, without their last token, and what the last may be.
+    """The covers of some bytes: every cover without its last token, and the tokens that may be its last one.
 
-    A cover is (histories[i], tokens[i][n]) with probability masses[i][n]; where the last token is longer than what is
-    left of the bytes, its rest, pieces[token][strip[i]:], already belongs to the continuation.
+    A cover is histories[i] followed by tokens[i][n], and its probability is masses[i][n]. Only strip[i] bytes of the last
+    token are among the given bytes: the rest of it, pieces[token][strip[i]:], already belongs to the continuation.
     """
 
     histories: list[History] = field(default_factory=list)
     strip: list[int] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
     masses: list[np.ndarray] = field(default_factory=list)
-    pruned: float = 0.0  # posterior probability of the partial covers that were not followed, an upper bound
+    pruned: float = 0.0  # an upper bound of the posterior probability of all partial covers that were not followed
 
 
 def covers(logprobs: LogProbs, vocab: ByteVocab, data: bytes, *, floor: float = 1e-4) -> Covers:
-    """All covers of `data`; of no bytes there is one, the history as it is, and `tokens` is empty."""
+    """All covers of `data`. Without any bytes the result is empty, which stands for the history as it is."""
     found = Covers()
     if not data:
         return found
-    reach = np.zeros(len(data) + 1)  # per byte the probability that the text goes through data[:byte]
+    reach = np.zeros(len(data) + 1)  # reach[n] is the probability that the text begins with data[:n]
     reach[0] = 1.0
-    waiting: dict[int, list[tuple[History, float]]] = {0: [((), 1.0)]}  # bytes held -> (tokens, their probability)
+    # By the number of bytes that they hold: the partial covers that are still to be followed, with their probabilities.
+    waiting: dict[int, list[tuple[History, float]]] = {0: [((), 1.0)]}
     while waiting:
         begin = min(waiting)
         partial = waiting.pop(begin)
@@ -94,7 +95,7 @@ def covers(logprobs: LogProbs, vocab: ByteVocab, data: bytes, *, floor: float = 
                 found.tokens.append(vocab.order[lo:hi])
                 found.masses.append(masses[lo:hi])
                 for length, (first_equal, _) in enumerate(ranges[:-1], start=1):
-                    # In byte order the tokens of exactly these bytes come first among those that begin with them.
+                    # In byte order, tokens that are exactly these bytes come before those that only begin with them.
                     for n in range(first_equal, first_equal + vocab.count_equal(rest[:length])):
                         waiting.setdefault(begin + length, []).append(((*history, int(vocab.order[n])), masses[n]))
     return found
@@ -102,7 +103,10 @@ def covers(logprobs: LogProbs, vocab: ByteVocab, data: bytes, *, floor: float = 
 
 @dataclass(slots=True)
 class Continuation:
-    """What follows a cut in one sample: its bytes, and the token that ended the text (None: sampling was stopped)."""
+    """The bytes that follow a cut in one sample.
+
+    `ended_by` is the token that ended the text; it is None where sampling was stopped.
+    """
 
     data: bytes
     ended_by: int | None = None
@@ -118,10 +122,10 @@ def continuations(
     *,
     max_tokens: int = 64,
 ) -> list[Continuation]:
-    """n independent samples of what follows the covered bytes.
+    """Draws n independent samples of what follows the covered bytes.
 
-    A sample goes on until `finished` holds for its bytes, a token without bytes ends it, or it has max_tokens. Equal
-    histories are given to the model once, so the cost is in how much the samples differ.
+    A sample ends when `finished` holds for its bytes, when a token without bytes comes, or after `max_tokens` tokens. Equal
+    histories are given to the model only once, so the samples cost the more, the more they differ.
     """
     histories, samples = _drawn_covers(vocab, found, n, rng)
     active = [i for i in range(n) if not finished(samples[i].data)]
@@ -164,21 +168,23 @@ def _drawn_covers(vocab: ByteVocab, found: Covers, n: int, rng) -> tuple[list[Hi
 
 
 def _inverse(summed: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Indices drawn in proportion to the masses whose running sums are given."""
+    """Indices in proportion to masses, of which `summed` holds the running sums; u in [0, 1) is uniform."""
     return np.minimum(np.searchsorted(summed, u * summed[-1], side="right"), len(summed) - 1)
 
 
 class TextModel:
-    """A model that has read one text, and goes on from any token of it along many histories.
+    """A model that has read one text, and that can go on from any token of it along many histories.
 
-    All histories share one sequence of the key-value cache: every new token attends to the text before its cut and to
-    its own ancestors, by a mask (tree attention), so nothing is copied and each distinct history is computed once.
+    All histories share one sequence of the key-value cache. By a mask (tree attention), every new token attends to the text
+    before its cut and to its own ancestors only. So nothing is copied, and every distinct history is computed once.
 
     Args:
-        model: any causal Hugging Face model whose attention takes a 4-D mask, in fp32 for the distributions compared.
-        lead: tokens in front of the text; ids: the text's tokens.
+        model: any causal Hugging Face model whose attention takes a 4-D mask. It should be in fp32, because its
+            distributions are compared.
+        lead: the tokens in front of the text.
+        ids: the text's tokens.
     Attributes:
-        hidden: (len(ids) + 1, D), the states that predict token 0..len(ids) of the text.
+        hidden: (len(ids) + 1, D), the states that predict tokens 0 to len(ids) of the text.
     """
 
     def __init__(self, model: PreTrainedModel, lead: Sequence[int], ids: Sequence[int]):
@@ -191,12 +197,15 @@ class TextModel:
         self.hidden = out.last_hidden_state[0, self._lead - 1 :]
 
     def after(self, cut: int) -> LogProbs:
-        """The model behind the text's first `cut` tokens; histories begin there. Only the latest one may be called."""
+        """The model behind the text's first `cut` tokens, where the histories begin.
+
+        Every call makes the functions that earlier calls returned invalid, because they share one cache.
+        """
         if (grown := self._cache.get_seq_length() - self._size) > 0:
             self._cache.crop(-grown)
         states: dict[History, torch.Tensor] = {}
         seen: dict[History, torch.Tensor] = {}
-        for end in range(cut, len(self._ids) + 1):  # the text's own tokens are computed already
+        for end in range(cut, len(self._ids) + 1):  # the states of the text's own tokens exist already
             states[self._ids[cut:end]] = self.hidden[end]
             seen[self._ids[cut:end]] = torch.arange(self._lead + end)
 

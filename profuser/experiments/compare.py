@@ -1,9 +1,10 @@
-"""`python -m profuser.experiments.compare`: the demo's claim beside its baselines and controls.
+"""`python -m profuser.experiments.compare`: compares progressive fusion of the demo with baselines and controls.
 
-Every arm trains for the same number of optimizer steps on each seed; arms on the same data share one store. Baselines:
-SFT, FuseLLM, SimulFuse, ReverseFuse, SFT on the well-formed ground truth alone, SFT and progressive fusion on clean
-ground truth. Controls that show what the distributions do: progressive without KD (beta = 0) and with every KD row
-moved to the next token. Finished runs are kept, so the same command goes on after an interruption.
+Every arm trains for the same number of optimizer steps on each seed, and arms on the same data share one store. The
+baselines are SFT, FuseLLM, SimulFuse, ReverseFuse, SFT on the well-formed ground truths alone, and SFT and progressive
+fusion on clean ground truths. Two controls show what the distributions contribute: progressive fusion without KD
+(beta = 0), and with every KD row moved to the next token. Finished runs are kept, so after an interruption the same command
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from profuser.train.run_directory import RunDirectory
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One row of the table: a change of the recipe and of the data it trains on."""
+    """One row of the table: how the recipe is changed, and which data it trains on."""
 
     name: str
     label: str
-    data: str = "fusion"  # fusion | wellformed | clean | shifted
+    data: str = "fusion"  # one of fusion, wellformed, clean and shifted
     schedule: ScheduleName = "progressive"
     beta: float | None = None
 
@@ -61,7 +62,7 @@ ARMS = (
 
 
 def wellformed_data(directory: Path) -> str:
-    """The demo's training rows whose ground truth is worked out, as a data file of their own."""
+    """Writes the demo's training rows whose ground truth is a worked one to a file of their own, and returns its path."""
     lines = Path(resolve("demo:fusion.jsonl")).read_text().splitlines()
     path = directory / "fusion_wellformed.jsonl"
     write_atomic(path, "".join(f"{line}\n" for line in lines if json.loads(line)["form"] == "worked").encode())
@@ -69,7 +70,10 @@ def wellformed_data(directory: Path) -> str:
 
 
 def shift_rows(store: Store, directory: Path) -> Store:
-    """A copy of a store whose training rows each stand one label later: the right distributions at the wrong tokens."""
+    """A copy of a store in which every training row stands one label later.
+
+    The distributions are right, but at the wrong tokens.
+    """
     if directory.exists():
         shutil.rmtree(directory)
     shutil.copytree(store.directory, directory)
@@ -81,7 +85,7 @@ def shift_rows(store: Store, directory: Path) -> Store:
 
 
 def shifted(shard: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Give every row the position of the next row of the same sequence and source; the last of each is dropped."""
+    """Gives every row the position of the next row of the same sequence and source. The last row of each is dropped."""
     sequence = np.repeat(np.arange(len(shard["row_offsets"]) - 1), np.diff(shard["row_offsets"]))
     key = sequence * 256 + shard["row_source"]
     has_next = np.zeros(len(key), bool)
@@ -126,7 +130,7 @@ def work(run: Run) -> str:
 
 
 def collect(runs: dict[tuple[str, int], Run], seeds: list[int]) -> dict[str, Any]:
-    """All scores: arm -> list over the seeds of {"scores", "kd", "ce"}; the sources' once."""
+    """All results: of every arm a list over the seeds of {"fused", "kd", "ce"}, and the scores of the sources."""
     arms: dict[str, list[dict[str, Any]]] = {}
     scores, evaluation = {}, {}
     for (arm, _), run in runs.items():
@@ -170,16 +174,17 @@ def table(results: dict[str, Any], target: str, command: str, demo: dict[str, An
     after = ", ".join(f"{100 * s['fused'][strong]:.1f}" for s in progressive)
     return "\n".join(
         [
-            f"Held-out exact match in %, mean ± standard deviation over fusion seeds {results['seeds']} (sources and store fixed); "
-            "held-out KD: KL of the fused model to the Min-CE winner on held-out ground truths, nats per covered token.",
+            f"Held-out exact match in %, mean ± standard deviation over fusion seeds {results['seeds']} (sources and store are "
+            "fixed). Held-out KD is the KL of the fused model to the Min-CE winner on held-out ground truths, in nats per "
+            "covered token.",
             f"Ground truth of the fusion data: {demo_line(demo)}.",
             f"Command: `{command}`; {results['hardware']}; torch {results['versions']['torch']}, transformers "
             f"{results['versions']['transformers']}; commit {results['commit']}.",
             "",
             *lines,
             "",
-            f"ProFuser against the best single source, by seed: {gains} points. The target's strongest skill ({strong}): "
-            f"{100 * results['target_before'][strong]:.1f} before, {after} after (by seed).",
+            f"ProFuser's mean minus that of the best single source, for each seed: {gains} points. The target's strongest skill "
+            f"({strong}): {100 * results['target_before'][strong]:.1f} before, {after} after (for each seed).",
         ]
     )
 
@@ -190,14 +195,16 @@ def demo_line(demo: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m profuser.experiments.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", default=str(DEFAULT_RECIPE), help="recipe that the arms vary")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="fusion seeds")
-    parser.add_argument("--arms", nargs="+", default=[a.name for a in ARMS], choices=[a.name for a in ARMS])
+    parser.add_argument("--config", default=str(DEFAULT_RECIPE), help="the recipe that the arms change")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the seeds of the fusion runs")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/compare"), help="directory of the runs and results.json"
+        "--arms", nargs="+", default=[a.name for a in ARMS], choices=[a.name for a in ARMS], help="which arms to run"
     )
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--write", type=Path, help="Markdown file whose demo section the table replaces")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/compare"), help="the directory of the runs and of results.json"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="how many runs at a time, each with one thread")
+    parser.add_argument("--write", type=Path, help="replace the demo section of this Markdown file by the table")
     args = parser.parse_args(argv)
     base = parse_run("train", ["--config", args.config])
     stores = {

@@ -1,4 +1,4 @@
-"""Results pages: a Markdown file with sections that the experiments fill in, between comments that name them."""
+"""Writes into Markdown pages of results. Comments in such a page name the sections that the experiments fill in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from profuser.store.files import write_atomic
 
 
 def write_section(page: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+    """Replaces what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
 
     Raises:
         DataError: the page is missing, or does not hold these comments once each, in this order.

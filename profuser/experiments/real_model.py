@@ -1,4 +1,4 @@
-"""Finished runs as a section of docs/results.md: what won, how it aligned, what was learnt.
+"""Describes finished runs in docs/results.md: which source won how often, how they aligned, and what was learnt.
 
 python -m profuser.experiments.real_model runs/smollm2 runs/into-smollm2 --write docs/results.md
 """
@@ -20,7 +20,7 @@ SECTION = "real_model"
 
 
 def section(runs: list[Path]) -> str:
-    """The section's Markdown, a part for each run directory."""
+    """The section as Markdown, with one part per run directory."""
     command = f"python -m profuser.experiments.real_model {' '.join(map(str, runs))} --write docs/results.md"
     return "\n\n".join([f"Written by `{command}`.", *(part(run) for run in runs)])
 
@@ -46,7 +46,7 @@ def tables(summary: dict[str, Any], evaluation: dict[str, Any], scores: dict[str
         for label, by_skill in wins.items()
         if by_skill
     ]
-    parts = ["Share of the training examples that each source wins, %:", table(["mode", *names, "none"], rows)]
+    parts = ["The share of the training examples that each source wins, in %:", table(["mode", *names, "none"], rows)]
 
     rows = [
         [
@@ -62,7 +62,10 @@ def tables(summary: dict[str, Any], evaluation: dict[str, Any], scores: dict[str
         for name, a in sources.items()
     ]
     head = ["source", "on", "positions", *(k.replace("_", " ") for k in KINDS), "coverage", "mapped mass"]
-    parts += ["Alignment, %:", table([*head, *(f"reliability ≥ {floor}" for floor in (0.1, 0.5, 0.9))], rows)]
+    parts += [
+        "What alignment makes of the target's positions, in %:",
+        table([*head, *(f"reliability ≥ {floor}" for floor in (0.1, 0.5, 0.9))], rows),
+    ]
 
     bits = evaluation["bits_per_byte"]
     rows = [
@@ -76,7 +79,7 @@ def tables(summary: dict[str, Any], evaluation: dict[str, Any], scores: dict[str
     skills = list(scores["fused"])
     rows = [[name, *(percent(values[skill]) for skill in skills)] for name, values in models.items()]
     asked = sum(evaluation["counts"].values())
-    return [*parts, f"Correct answers to the {asked} held-out prompts, %:", table(["", *skills], rows)]
+    return [*parts, f"The share of correct answers to the {asked} held-out prompts, in %:", table(["", *skills], rows)]
 
 
 def share(by_skill: dict[str, dict[str, int]], name: str) -> str:
@@ -85,7 +88,7 @@ def share(by_skill: dict[str, dict[str, int]], name: str) -> str:
 
 
 def reliable(histogram: list[int], floor: float) -> float:
-    """Share of the covered positions whose reliability is at least `floor`, a multiple of the bin width."""
+    """The share of the covered positions whose reliability is at least `floor`, a multiple of the histogram's bin width."""
     return sum(histogram[round(floor * len(histogram)) :]) / max(1, sum(histogram))
 
 
@@ -102,8 +105,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m profuser.experiments.real_model", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the section in this file")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="the directory of a finished run")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help=f"replace the {SECTION} section of this Markdown file"
+    )
     args = parser.parse_args(argv)
     text = section(args.runs)
     if args.write is None:

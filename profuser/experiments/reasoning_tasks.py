@@ -1,11 +1,11 @@
-"""Verifiable instruction data from reasoning-gym's seeded tasks, and the judges and the score that go with them.
+"""Instruction data from reasoning-gym's seeded tasks, whose answers can be verified, and judges and a score for it.
 
     python -m profuser.experiments.reasoning_tasks --out data/reasoning-gym
 
-writes train.jsonl, validation.jsonl and heldout.jsonl: the task's question, `Answer: X.` as the ground truth, the task as
-the skill, and the task's own entry, which its verifier reads. No prompt occurs twice, within a file or between files.
-Small settings of easy tasks: the models of smollm2.yaml are small. Left out on purpose: tasks whose verifier needs more
-than the answer's text.
+This writes train.jsonl, validation.jsonl and heldout.jsonl. A row has the task's question as prompt, `Answer: X.` as the
+ground truth, the task's name as the skill, and the task's own entry, which its verifier reads. No prompt occurs twice, be it
+in one file or in two. The tasks are easy and their settings small, because the models of smollm2.yaml are small. Tasks whose
+verifier needs more than the answer's text are left out on purpose.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ TASKS: dict[str, dict[str, Any]] = {
     "leg_counting": {"min_animals": 1, "max_animals": 2, "min_instances": 1, "max_instances": 5},
     "calendar_arithmetic": {"tasks": ["weekday_of_date"]},
 }
-"""The tasks of reasoning-gym 0.1.25 that are asked, with their settings."""
+"""The tasks of reasoning-gym 0.1.25 that are used, with their settings."""
 
 SPLITS = {"train": 80, "validation": 20, "heldout": 40}
-"""Prompts a task in each file."""
+"""How many prompts per task each file has."""
 
 ANSWER = re.compile(r"(?:\bis:?|answer:|=)\s+([^\n]+)", re.IGNORECASE)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def answer_of(response: str) -> str:
-    """What a response answers: the end of a line after `is`, `Answer:` or `=`, or else its last number or word."""
+    """The answer in a response: the rest of a line after the last `is`, `Answer:` or `=`, or else its last number or word."""
     found = ANSWER.findall(response) or NUMBER.findall(response) or response.split() or [""]
     return found[-1].strip(" .*$")
 
@@ -52,12 +52,12 @@ def correct(example: dict, response: str) -> bool:
 
 
 def verifier(example: dict, responses: list[str]) -> list[float]:
-    """Judge: the task's own score of each response's answer, 0 to 1."""
+    """A judge that gives each response the task's own score of its answer, from 0 to 1."""
     return [verified(example, response) for response in responses]
 
 
 def form(example: dict, responses: list[str]) -> list[float]:
-    """Judge: 1 where the answer is of the ground truth's kind, a number or a word."""
+    """A judge that gives 1 where the response's answer and the ground truth's are both numbers, or neither is."""
     wanted = is_number(answer_of(example["response"]))
     return [float(is_number(answer_of(response)) == wanted) for response in responses]
 
@@ -87,7 +87,7 @@ def gym() -> ModuleType:
 
 
 def rows_of(task: str, count: int, seed: int) -> list[dict[str, str]]:
-    """`count` rows of one task with prompts that all differ."""
+    """`count` rows of one task, no two of which have the same prompt."""
     data = gym().create_dataset(task, size=20 * count, seed=seed, **TASKS[task])
     rows: dict[str, dict[str, str]] = {}
     for entry in data:
@@ -110,15 +110,17 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m profuser.experiments.reasoning_tasks", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--out", type=Path, default=Path("data/reasoning-gym"), help="directory of the three files")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help=f"times {SPLITS} prompts a task")
+    parser.add_argument("--out", type=Path, default=Path("data/reasoning-gym"), help="the directory of the three files")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the tasks")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help=f"multiplies the sizes of the files, {SPLITS} prompts per task"
+    )
     args = parser.parse_args(argv)
     if not 0 < args.scale <= 100:
         raise ConfigError(f"--scale must be in (0, 100], got {args.scale:g}; 1 is the recipe's size")
     sizes = {split: max(1, round(args.scale * size)) for split, size in SPLITS.items()}
     tasks = [rows_of(task, sum(sizes.values()), 1000 * args.seed + n) for n, task in enumerate(TASKS)]
-    turns = zip(*tasks)  # one prompt of every task in turn, so that the first rows of a file are a fair part of it
+    turns = zip(*tasks)  # one prompt of every task in turn, so that the first rows of a file have equally many of each
     for split, size in sizes.items():
         rows = [row for turn in itertools.islice(turns, size) for row in turn]
         path = args.out / f"{split}.jsonl"

@@ -1,4 +1,4 @@
-"""The texts in windows that a source model reads, and what a target's tokenizer and the library make of them."""
+"""The experiments' texts, cut into windows that a source model reads, and what a target and the library make of them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TEXTS = Path(__file__).resolve().parent / "texts"
 LANGUAGES = ("en", "code", "de", "ru", "zh")
 KINDS = ("same span", "target longer", "target shorter", "inside")
 TOP_K = 10
-WINDOW = 512  # source tokens
+WINDOW = 512  # in source tokens
 
 
 @dataclass(slots=True)
 class Window:
-    """A part of a text that the source reads at once."""
+    """A part of a text that the source reads in one forward pass."""
 
     language: str
     number: int
@@ -36,7 +36,10 @@ class Window:
 
 
 def windows(language: str, text: str, tokens: TokenBytes) -> list[Window]:
-    """The text in parts of at most WINDOW source tokens (or one line), cut at blank lines where it can be, else at line ends."""
+    """Cuts the text into parts of at most WINDOW source tokens. A line that is longer is a part of its own.
+
+    The cuts are at blank lines where there are any in the second half of a part, and otherwise at the ends of lines.
+    """
     lines = text.strip().split("\n")
     found = []
     while lines:
@@ -58,7 +61,7 @@ def pretrained_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 class Source:
-    """The source model, its tokenizer and what it says about windows."""
+    """The source model with its tokenizer, and its distributions for windows."""
 
     def __init__(self, directory: Path):
         self.tokenizer = pretrained_tokenizer(directory)
@@ -74,13 +77,13 @@ class Source:
         return TextModel(self.model, self.lead, window.ids)
 
     def topk(self, window: Window, text_model: TextModel, ranges: Ranges | None = None) -> tuple[torch.Tensor, ...]:
-        """`source_topk` of the window's tokens."""
+        """What `source_topk` gives for the window's tokens."""
         head = self.model.get_output_embeddings().weight.detach()
         return source_topk(text_model.hidden[:-1], head, torch.tensor(window.ids), TOP_K, ranges=ranges)
 
 
 class Target:
-    """A target's tokenizer and what it makes of windows."""
+    """A target's tokenizer, and what it makes of windows."""
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase):
         self.name = name
@@ -88,13 +91,13 @@ class Target:
         self.tokens = TokenBytes(tokenizer)
         self.by_bytes: dict[bytes, int] = {}
         for i, piece in enumerate(self.tokens.pieces):
-            # Byte-fallback tokens come first in SentencePiece vocabularies, but text uses the plain one.
+            # In a SentencePiece vocabulary a byte-fallback token precedes the plain token of the same byte, which text uses.
             if piece and (piece not in self.by_bytes or self.by_bytes[piece] in self.tokens.byte_tokens):
                 self.by_bytes[piece] = i
         self._known: dict[tuple[str, int], tuple[list[int], list[tuple[int, int]]]] = {}
 
     def of(self, window: Window) -> tuple[list[int], list[tuple[int, int]]]:
-        """(ids, byte spans) of a window."""
+        """The token ids of a window and their byte spans."""
         key = (window.language, window.number)
         if key not in self._known:
             ids = self.tokens.encode(window.text)
@@ -102,7 +105,7 @@ class Target:
         return self._known[key]
 
     def kinds(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """Per token its kind (into KINDS, -1 = skipped) and the source token it is matched with."""
+        """Every token's kind, as an index into KINDS or -1 if it is skipped, and the source token with which it is matched."""
         spans, own = np.array(self.of(window)[1], np.int32), np.array(window.spans, np.int32)
         structure, position = match_spans(spans[:, 0], spans[:, 1], own[:, 0], own[:, 1])
         ends = own[position, 1]
