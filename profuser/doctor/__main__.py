@@ -1,7 +1,7 @@
-"""`python -m profuser.doctor`: how well a source's tokens cover a target's, on a text of yours and without any model.
+"""`python -m profuser.doctor` shows how well a source's tokens cover a target's, on a text of yours and without any model.
 
-With a recipe instead it shows one training example in every model's own chat template: what is context, what is learnt,
-where the turn ends.
+With a recipe it shows instead how every model's own chat template renders one training example: what is context, what is
+learnt, and where the turn ends.
 """
 
 from __future__ import annotations

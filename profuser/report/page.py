@@ -230,7 +230,7 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
     sources, target, counts = summary["sources"], summary["target"], evaluation["counts"]
     skills = [skill for skill in scores["fused"] if skill != "mean"]
     models = _models(scores, counts, target)
-    single = {model.name for model in models if model.role == "source"}  # without a source that is shown as target before
+    single = {model.name for model in models if model.role == "source"}  # all but one that is shown as the target
     min_ce, vote = summary.get("min_ce_wins") or {}, summary.get("vote_wins") or {}
     alignment = {mode: rows for mode, rows in (summary.get("alignment") or {}).items() if rows}
     rows = [*skills, "mean"] if len(skills) > 1 else skills
