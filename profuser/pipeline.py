@@ -84,7 +84,7 @@ def train_and_report(run: Run) -> None:
             directory.set_aside()
         complete = directory.complete()
 
-    # Train. A run that is complete is only scored again, if its evaluation has changed.
+    # Train. A run that is complete is not trained again; it is scored again if its evaluation has changed.
     if broadcast_object_list([complete])[0]:
         accelerator.print(f"{directory.path} is complete already; --fresh starts over")
         if accelerator.is_main_process:

@@ -32,7 +32,7 @@ def load_match(path: str | None) -> Match:
         """Calls the user's function, and checks that it returns True or False."""
         try:
             right = function(dict(example), response)
-        except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
             right = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(right, (bool, np.bool_)):
             return bool(right)

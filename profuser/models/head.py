@@ -32,7 +32,7 @@ def head_of(model: PreTrainedModel) -> Head:
             "loads it"
         )
     if model.config.is_encoder_decoder:
-        raise DataError(f"a model must be a decoder alone, {type(model).__name__} has an encoder; use another")
+        raise DataError(f"a model must be a decoder only, {type(model).__name__} has an encoder; use another model")
     layer = head_layer(model)
 
     # Model families have different names for the factor of the logits and for their softcap.
@@ -103,7 +103,9 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
     layer: Any = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor):
-        raise DataError(f"a model must have a linear language-model head, {type(model).__name__} has none; use another")
+        raise DataError(
+            f"a model must have a linear language-model head, {type(model).__name__} has none; use another model"
+        )
     if not weight.dtype.is_floating_point:
         raise DataError(
             f"a head must be floating point, {type(model).__name__}'s is {weight.dtype}; leave lm_head unquantised"
@@ -140,7 +142,9 @@ def hidden_states(
     if unwrap is not None:  # peft wraps a model whose layers hold the adapters, so nothing is lost without the wrapper
         model = unwrap()
     if model.base_model is model:
-        raise DataError(f"a model must have its head apart, {type(model).__name__} names no base model; use another")
+        raise DataError(
+            f"a model must be a base model and a head, {type(model).__name__} names no base model; use another model"
+        )
     inputs = {name: value for name, value in inputs.items() if value is not None}  # not every model takes every input
     out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
     return out.last_hidden_state

@@ -114,7 +114,10 @@ def load_reward_model(
         loaded_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = cast("PreTrainedTokenizerBase", loaded_tokenizer)
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds, as in load_model
-        raise DataError(f"judge {name}: no reward model could be loaded from {path} ({first_line(error)})") from error
+        raise DataError(
+            f"judge {name}: no reward model could be loaded from {path} ({first_line(error)}); copy or download it again, or "
+            "name another"
+        ) from error
     check_loaded(f"judge {name}", path, loaded)
     if model.config.num_labels != 1:
         raise DataError(

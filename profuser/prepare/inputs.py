@@ -113,14 +113,17 @@ class Inputs:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype in which the sources are run."""
         return runtime_dtype(self.dtype_name, self.device)
 
     @property
     def source_names(self) -> list[str]:
+        """The names of the sources, in the recipe's order."""
         return [source.name for source in self.recipe.sources]
 
     @property
     def schedule(self) -> str:
+        """The schedule in words."""
         return schedule_words(self.recipe)
 
     def parts(self, split: Split) -> list[Part]:

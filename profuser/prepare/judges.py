@@ -80,7 +80,7 @@ def _function_judge(config: JudgeConfig, path: str) -> Judge:
             shown = [c for c, text in enumerate(responses) if text]
             try:
                 given = [float(x) for x in function(dict(example), [responses[c] for c in shown])] if shown else []
-            except (Exception, SystemExit) as error:  # the user's own code may raise anything
+            except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
                 raise DataError(
                     f"judge {config.name}: {path} must return one number per response, on the prompt {example['prompt']!r} it "
                     f"raised {type(error).__name__}: {first_line(error)}; fix the function"

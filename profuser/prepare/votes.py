@@ -147,7 +147,8 @@ def count_votes(store: Store, recipe: Recipe) -> Ballots:
     for r, judge in enumerate(recipe.judges):
         if eligible.any() and np.isnan(scores[:, r][eligible]).all():
             raise DataError(
-                f"judge {judge.name} must score some response, it gave NaN to all {eligible.sum()}; fix the judge or take it out"
+                f"judge {judge.name} must score at least one response, it gave NaN to all {eligible.sum()}; fix the judge or "
+                "take it out"
             )
     tally = vote(scores, eligible)
     return Ballots(candidates, tally.winner, tally.votes, scores, recipe.generation.responses_per_source)

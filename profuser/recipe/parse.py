@@ -37,10 +37,12 @@ class Run:
 
     @property
     def store_dir(self) -> Path:
+        """The directory of the store."""
         return Path(self.recipe.store or f"runs/{self.name}-store")
 
     @property
     def output_dir(self) -> Path:
+        """The directory of the run."""
         return Path(self.recipe.output or f"runs/{self.name}")
 
 
@@ -57,16 +59,18 @@ def parse_run(
     Raises:
         ConfigError: a key is unknown, missing or of the wrong type, or keys contradict each other.
     """
+    # The options: the recipe's path, the command's own switches, and every key of a recipe.
     flags = flags or {}
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m profuser.{command}", description=description, exit_on_error=False
     )
-    parser.add_argument("--config", action="config", help="recipe (YAML); without it the bundled demo's")
+    parser.add_argument("--config", action="config", help="a recipe (YAML); the bundled demo's if there is none")
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     parser.add_class_arguments(Recipe, None, as_group=False)
+
+    # Find the recipe's path, given as `--config PATH` or `--config=PATH`. The run is named after it.
     argv = list(argv)
-    # The recipe's path is read here as well, because the run is named after it: `--config PATH` or `--config=PATH`.
     config = next(
         (
             argument.split("=", 1)[1] if "=" in argument else following
@@ -79,12 +83,13 @@ def parse_run(
         raise ConfigError(f"a recipe is given as --config {argv[0]}, got {argv[0]} alone; add --config")
     if config is None:
         config, argv = str(DEFAULT_RECIPE), ["--config", str(DEFAULT_RECIPE), *argv]
+
+    # Parse and check. jsonargparse raises AttributeError for a group of keys that is not a mapping.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             namespace = parser.instantiate(parser.parse_args(argv))
     except (jsonargparse.ArgumentError, TypeError, AttributeError) as error:
-        # AttributeError is what jsonargparse raises for a group of keys that is not a mapping.
         raise ConfigError(_one_line(str(error), config)) from None
     return Run(
         recipe=_recipe(namespace),
@@ -97,7 +102,7 @@ def load_recipe(record: dict[str, Any]) -> Recipe:
     """Builds the recipe that a run.json records; `record` is the file's entry `recipe`.
 
     Raises:
-        ConfigError: as `parse_run`.
+        ConfigError: for the same reasons as in `parse_run`.
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, None, as_group=False)
@@ -109,6 +114,7 @@ def load_recipe(record: dict[str, Any]) -> Recipe:
 
 
 def _recipe(namespace: Any) -> Recipe:
+    """Makes a recipe of what jsonargparse parsed. Making it checks it."""
     return Recipe(**{f.name: getattr(namespace, f.name) for f in fields(Recipe)})
 
 

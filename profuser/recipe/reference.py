@@ -44,10 +44,12 @@ class Group:
 
     @property
     def text(self) -> str:
+        """The description of the group, which is the dataclass's docstring."""
         return " ".join((self.config.__doc__ or "").split())
 
     @property
     def keys(self) -> list[Key]:
+        """The keys of the group, in the order in which the dataclass lists them."""
         kinds, texts = get_type_hints(self.config), texts_of(self.config)
         return [
             Key(field.name, in_words(kinds[field.name]), default_of(field), texts.get(field.name, ""))

@@ -19,7 +19,7 @@ from profuser.recipe.schedule import NAMED, Mode
 
 
 class Change(NamedTuple):
-    """A quantity at the beginning and at the end of a stage."""
+    """The values of a quantity at the beginning and at the end of a stage."""
 
     first: float
     last: float

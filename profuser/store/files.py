@@ -59,7 +59,7 @@ def read_json(path: Path, *keys: str, fix: str = "restore it or start over with 
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} must hold JSON, got {error}; {fix}") from None
     if absent := [key for key in keys if not isinstance(value, dict) or value.get(key) is None]:
-        raise DataError(f"{path} must hold {', '.join(keys)}, without {', '.join(absent)}; {fix}")
+        raise DataError(f"{path} must hold {', '.join(keys)}, it lacks {', '.join(absent)}; {fix}")
     return value
 
 
@@ -78,6 +78,7 @@ def set_aside(path: Path) -> Path | None:
 
 
 def sha256(data: bytes | mmap) -> str:
+    """Returns the sha256 of some bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 

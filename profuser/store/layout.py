@@ -32,6 +32,7 @@ class Kind:
 
     @property
     def suffix(self) -> str:
+        """The suffix of the shards' files."""
         return ".json" if self.folder == "responses" else ".safetensors"
 
     @property
@@ -99,17 +100,17 @@ CAPTURE_COLUMNS: Columns = {
     "ids": TOKEN,
     "begin": np.int32,
     "stop": np.int32,
-    "top_ids": TOKEN,  # (m, k)
+    "top_ids": TOKEN,  # (m, k) for m tokens
     "top_logprobs": np.float16,  # (m, k)
-    "own_logprobs": np.float32,
-    "lse": np.float32,
+    "own_logprobs": np.float32,  # of the token itself, whether it is among the top k or not
+    "lse": np.float32,  # the log-sum-exp of the logits
     # One value or row per prefix range (alignment rule 2).
     "range_offsets": np.int64,  # (n + 1,): where the ranges of each example begin
     "range_rows": np.int32,  # the token, counted within its example, that the range belongs to
     "range_strip": np.int32,  # how many bytes of that token are the prefix
-    "range_logmass": np.float32,
+    "range_logmass": np.float32,  # the log-probability of all tokens in the range together
     "range_counts": COUNT,  # how many of the k entries are real; the others are padding
-    "range_ids": TOKEN,  # (r, k)
+    "range_ids": TOKEN,  # (r, k) for r ranges
     "range_logprobs": np.float16,  # (r, k), relative to the range's mass
 }
 

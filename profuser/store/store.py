@@ -189,6 +189,7 @@ class Store:
 
     @property
     def complete(self) -> bool:
+        """Whether the preparation of the store has ended."""
         return bool(self._manifest["complete"])
 
     @property
@@ -345,6 +346,7 @@ class Store:
         return path
 
     def _save(self) -> None:
+        """Writes the manifest."""
         write_json(self.directory / "manifest.json", self._manifest)
 
 

@@ -125,7 +125,7 @@ class Trainer:
         ):
             window: list[dict[str, float]] = []  # the metrics of the steps since the last line of metrics.jsonl
             for step in range(start, total):
-                # One optimizer step. What it waited for its batch is measured apart.
+                # One optimizer step. The time that it waits for its batch is measured separately.
                 index = stage_at(self.stages, step)
                 stage = self.stages[index]
                 began = time.monotonic()
@@ -134,7 +134,7 @@ class Trainer:
                 metrics = self._step(step, stage, batch)
                 seconds = time.monotonic() - began
 
-                # Log it, validate and save where that is due. The end of a stage is a line and a validation of its own.
+                # Log it, validate and save where that is due. A stage always ends with a line and a validation.
                 window.append(
                     metrics
                     | {

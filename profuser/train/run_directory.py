@@ -81,7 +81,7 @@ class RunDirectory:
 
         # The record alone is not enough: the model must be there.
         if complete and not any(self.path.glob("*.safetensors")):
-            print(f"{self.path} was complete, its model is gone: made again", flush=True)
+            print(f"{self.path} was complete, but its model is gone: making it again", flush=True)
             return False
         return complete
 
