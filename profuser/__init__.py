@@ -1,6 +1,6 @@
-"""profuser: fuse several language models into one (ProFuser, arXiv 2408.04998).
+"""profuser fuses several language models into one (ProFuser, arXiv 2408.04998).
 
-The public names are imported when they are first used, so that the loss alone needs torch and nothing else of ours.
+The public names are imported when they are first used, so that someone who uses only the loss needs only torch.
 """
 
 import importlib
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Read when torch loads OpenMP. Its threads spin at every barrier for longer than a step of a small model takes, and where
-# another process needs a core they spin away its time: training was 30 times slower there, and is not slower elsewhere.
+# This is read when torch loads OpenMP. By default OpenMP's threads spin at every barrier for longer than a step of a small model
+# takes. If another process needs the core, they take its time: training was then 30 times slower. With a short spin it is
+# not, and nowhere else is it slower than before.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _MODULES = {
@@ -42,6 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    """Imports a public name when it is first used, and keeps it."""
     if name not in _MODULES:
         raise AttributeError(f"module 'profuser' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

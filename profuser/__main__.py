@@ -1,4 +1,4 @@
-"""`python -m profuser COMMAND`, as the console script."""
+"""`python -m profuser COMMAND` does the same as the console script `profuser COMMAND`."""
 
 from profuser.cli import main
 

@@ -1,7 +1,8 @@
-"""The command line: `profuser COMMAND` beside `python -m profuser.COMMAND`, and one line with an exit code for each failure.
+"""The command line: `profuser COMMAND`, which does the same as `python -m profuser.COMMAND`.
 
-0 ok, 1 runtime, 2 usage or recipe, 3 data or store invalid, 4 non-finite, 5 out of memory, 75 saved on SIGTERM, 130 Ctrl-C.
-Nothing heavy is imported here: a command reads its command line first and imports torch only then.
+A failure prints one line and ends the process with an exit code: 0 all went well, 1 a failure while running, 2 wrong usage or
+recipe, 3 invalid data or store, 4 a loss that is not finite, 5 out of memory, 75 saved and ended on SIGTERM, 130 Ctrl-C. Nothing
+heavy is imported here, so that a command can read its command line before it imports torch.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ COMMANDS = {
 }
 
 EXTRAS = {"gguf": "gguf", "reasoning_gym": "recipes"}
-"""Packages that an extra of their own brings; every other one comes with `train`."""
+"""Packages that an extra of its own installs, each with that extra. The extra `train` installs all others."""
 
 
 def main() -> None:
-    """The console script `profuser`."""
+    """Runs the console script `profuser`: prints the help or the version, or runs a command."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
@@ -56,7 +57,11 @@ def main() -> None:
 
 
 def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Run a command with its arguments, sys.argv's unless given, and end the process with its exit code on failure."""
+    """Runs a command. If it fails, one line says why, and the process ends with the exit code of that failure.
+
+    Args:
+        argv: the command's arguments; None takes those of the process.
+    """
 
     def terminate(*_) -> None:
         raise Terminated("stopped by SIGTERM; what was finished is kept, the same command goes on from there")
@@ -67,7 +72,7 @@ def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = N
         command(list(sys.argv[1:] if argv is None else argv))
     except (ProfuserError, Terminated) as error:
         fail(error)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -78,17 +83,17 @@ def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = N
 
 
 def quiet_libraries() -> None:
-    """What matters of what transformers would say is an error of ours, in one line."""
+    """Silences transformers and the libraries around it. What matters of their messages becomes an error of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if (transformers := sys.modules.get("transformers")) is not None:  # it has read its environment already
+    if (transformers := sys.modules.get("transformers")) is not None:  # too late for the environment: it has been read
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
 
 
 def explained(error: Exception) -> ProfuserError:
-    """What a library raised, in one line of ours; a defect of our own is raised again, with its traceback."""
+    """Turns what a library raised into an error of ours with one line. A defect of our own is raised again as it is."""
     if isinstance(error, OSError):
         return ProfuserError(
             f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
@@ -99,7 +104,7 @@ def explained(error: Exception) -> ProfuserError:
             f"this command needs the package {package}, which is not installed; run "
             f"`pip install 'profuser[{EXTRAS.get(package, 'train')}]'`"
         )
-    # torch and safetensors were imported before they could raise: no import of ours to ask for their types.
+    # The types of torch and safetensors are recognised by their names, so that neither is imported only to ask for them.
     kind = f"{type(error).__module__}.{type(error).__name__}"
     if kind.startswith("torch") and "OutOfMemoryError" in kind:
         return OutOfMemoryError(
@@ -112,5 +117,6 @@ def explained(error: Exception) -> ProfuserError:
 
 
 def fail(error: ProfuserError | Terminated) -> NoReturn:
+    """Prints an error and ends the process with its exit code."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""Versions, hardware and commit, for run.json and for published figures."""
+"""Describes what a run ran on, for run.json and for published figures: versions, hardware and commit."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and commit, for run.json and results."""
+    """Returns versions, hardware and commit."""
     return {"versions": versions(), "hardware": hardware(), "commit": commit()}
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -39,6 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
+    """Returns the name of the GPU, or the name of the CPU and the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpu = platform.processor() or platform.machine()
@@ -51,7 +53,7 @@ def hardware() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with + for uncommitted changes; None for an installed package."""
+    """Returns the commit of the checkout, with a + if there are uncommitted changes. It is None for an installed package."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

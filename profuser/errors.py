@@ -1,6 +1,6 @@
-"""The errors a user can meet, each with the exit code its command ends on.
+"""The errors that a user can meet, each with the exit code that its command ends with.
 
-A message is one line: the rule, the value that broke it, and the fix.
+A message is one line with the rule, the value that broke it, and the fix.
 """
 
 
@@ -35,14 +35,14 @@ class OutOfMemoryError(ProfuserError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; the state was saved and the same command resumes (exit code 75).
+    """SIGTERM arrived. What was finished is saved, and the same command resumes (exit code 75).
 
-    Like KeyboardInterrupt it is no Exception, so that no handler of errors swallows it.
+    Like KeyboardInterrupt this is not an Exception, so that no handler of errors catches it.
     """
 
     exit_code = 75
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of somebody else's error message, for a message of ours; its type's name where it has none."""
+    """Returns the first line of another library's error message, or the error's type where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

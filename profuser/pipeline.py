@@ -1,4 +1,4 @@
-"""A whole run: prepare what is missing, fuse, save, score, report."""
+"""Does a whole run: prepares what is missing, fuses, saves, scores and reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ from profuser.train.run_directory import RunDirectory
 
 
 def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
-    """Prepare, fuse, save and score one recipe; returns scores.json's content (empty without held-out data)."""
+    """Prepares, fuses, saves and scores one recipe.
+
+    Under DDP every process calls it. The main process alone prepares the store, writes files and scores.
+
+    Returns:
+        The content of scores.json. It is empty without held-out data, and on all processes but the main one.
+    """
+    # Begin the run, or go on with one.
     recipe, directory = run.recipe, RunDirectory(run)
     precision = settled_precision(directory.precision())
     accelerator = accelerator or launch(precision)
@@ -33,6 +40,8 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
     if is_main:
         directory.begin(precision)
     accelerator.wait_for_everyone()
+
+    # Prepare the store, which the other processes open when it is complete.
     store: Store | None = None
     with directory.timed("prepare", is_main):
         if is_main:
@@ -43,9 +52,13 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
         accelerator.wait_for_everyone()
         if store is None:
             store = Store.open(run.store_dir)
+
+    # Train the target.
     with directory.timed("train", is_main):
         trainer = Trainer(recipe, store, directory.path, accelerator)
         trainer.train()
+
+    # Save the fused model, and score what was saved.
     scores: dict[str, Any] = {}
     if is_main:
         with directory.timed("evaluate"):
@@ -59,23 +72,28 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
 
 
 def train_and_report(run: Run) -> None:
-    """What the command does: `train` unless the run is complete, its scores and examples in the terminal, the report."""
+    """Does what the command `train` does: calls `train` unless the run is complete, writes the report and prints the scores."""
+    # Find out whether there is anything to do. The main process decides it for all.
     directory = RunDirectory(run)
     fresh = bool(run.options.get("fresh"))
     accelerator = launch(settled_precision(run.recipe.optim.precision if fresh else directory.precision()))
     complete = False
     if accelerator.is_main_process:
         if fresh:
-            check_unchanged(run)  # says what is wrong before anything is moved
+            check_unchanged(run)  # whatever is wrong with the recipe is found before anything is moved
             directory.set_aside()
         complete = directory.complete()
+
+    # Train. A run that is complete is not trained again; it is scored again if its evaluation has changed.
     if broadcast_object_list([complete])[0]:
         accelerator.print(f"{directory.path} is complete already; --fresh starts over")
         if accelerator.is_main_process:
-            check_unchanged(run)  # says so where models or data are no longer those of the run
+            check_unchanged(run)  # raises an error if the models or data are no longer those of the run
             score_again(run)
     else:
         train(run, accelerator)
+
+    # The report, and what a person wants to know in the terminal.
     if accelerator.is_main_process:
         report = write_report(directory.path, run.store_dir)
         if run.recipe.data.heldout is not None:
@@ -86,14 +104,19 @@ def train_and_report(run: Run) -> None:
         seconds = directory.read()["seconds"]
         print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in seconds.items())}")
         print(f"fused model: {directory.path}\nreport: {report}")
-    accelerator.free_memory()  # DDP before its process group: as the last user it could wait for gloo's thread forever
+
+    # DDP is freed before its process group. If it were the last to hold the group, it could wait for gloo's thread for ever.
+    accelerator.free_memory()
     accelerator.end_training()
 
 
 def check_unchanged(run: Run) -> None:
-    """That the recipe's inputs can be opened and are those that its store, if there is one, was made from.
+    """Checks that the recipe's inputs can be opened and that its store, if there is one, was made from them.
 
-    Compares only: whatever the answer, the store stays as it is.
+    The store is only compared with them, and stays as it is.
+
+    Raises:
+        ConfigError, DataError: what Inputs.open and Changes.check raise.
     """
     inputs = Inputs.open(run)
     if (run.store_dir / "manifest.json").exists():
@@ -101,7 +124,7 @@ def check_unchanged(run: Run) -> None:
 
 
 def score_again(run: Run) -> None:
-    """Score a complete run that lacks scores, or has them by another evaluation than the recipe's now."""
+    """Scores a complete run again if its scores are missing, or were made with other settings of `evaluation`."""
     directory, now = RunDirectory(run), run.recipe.to_dict()
     record = directory.read()
     names = ("scores.json", "evaluation.json") if run.recipe.data.heldout is not None else ()

@@ -1,4 +1,7 @@
-"""Progress of long work: a tqdm bar on a terminal, a line every few seconds otherwise; each with tokens/s and the time left."""
+"""Shows the progress of long work, with tokens per second and the time left.
+
+On a terminal it is a tqdm bar, anywhere else a line every few seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,23 @@ SECONDS_BETWEEN_LINES = 15
 
 
 def in_words(seconds: float) -> str:
-    """`40 s`, `6 min`, `3 h`: no more digits than the estimate is worth."""
+    """Formats a duration as `40 s`, `6 min` or `3 h`. An estimate is not worth more digits."""
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"
 
 
 def silent(n: int = 1, *, tokens: int = 0) -> None:
-    """In place of a Progress's `update`, where nobody looks."""
+    """Does nothing. It is passed in place of `Progress.update` where no progress is shown."""
 
 
 class Progress:
-    """Use as a context manager.
+    """The progress of one piece of work. It is used as a context manager.
 
     Args:
-        label: what is being done; total: how much of it, in `unit`; initial: what an interrupted run had done.
-        brief: a part of something that shows its own progress: says nothing unless it takes long.
+        label: what is being done. total: how much there is to do, in units called `unit`.
+        show: whether anything is shown at all. initial: how much was done before, by a run that was interrupted.
+        brief: whether nothing is shown unless the work takes long. This is for a part of other work with its own progress.
     """
 
     def __init__(
@@ -45,7 +49,10 @@ class Progress:
         return self
 
     def update(self, n: int = 1, *, tokens: int = 0, note: str = "") -> None:
-        """`n` more are done, in which `tokens` were computed; the note, such as a loss, stays until the next one."""
+        """Says that `n` more units are done, and how many tokens were computed for them.
+
+        `note` is shown with the progress, for instance the loss. It stays until there is another one.
+        """
         self.done += n
         self.tokens += tokens
         self.note = note or self.note
@@ -63,11 +70,13 @@ class Progress:
             self._line()
 
     def _facts(self) -> list[str]:
+        """Returns the tokens per second and the note, as far as there are any."""
         seconds = time.monotonic() - self.start
         rate = f"{self.tokens / seconds:,.0f} tokens/s" if self.tokens and seconds else ""
         return [fact for fact in (rate, self.note) if fact]
 
     def _line(self) -> None:
+        """Prints a line with what is done, the time left and the other facts."""
         if not self.show:
             return
         seconds = time.monotonic() - self.start

@@ -1,7 +1,7 @@
-"""`python -m profuser.doctor`: how well a source's tokens cover a target's, on a text of yours and without any model.
+"""`python -m profuser.doctor` shows how well a source's tokens cover a target's, on a text of yours and without any model.
 
-With a recipe instead it shows one training example in every model's own chat template: what is context, what is learnt,
-where the turn ends.
+With a recipe it shows instead how every model's own chat template renders one training example: what is context, what is
+learnt, and where the turn ends.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def main(argv: list[str]) -> None:
         metavar=("TARGET", "SOURCE"),
         help="each a directory, a Hub id, or demo:NAME for a bundled model",
     )
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, taken as one response")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text, which is taken as one response")
     parser.add_argument("--config", metavar="RECIPE", help="show a training example in every model's chat template")
-    parser.add_argument("--example", type=int, default=0, metavar="N", help="which one, from 0")
+    parser.add_argument("--example", type=int, default=0, metavar="N", help="the number of the example, counted from 0")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument(
         "--align",
         choices=("bytes", "fusellm"),
         default="bytes",
-        help="bytes: ours; fusellm: only what FuseLLM's dynamic time warping accepts",
+        help="bytes: our own alignment; fusellm: only those positions that FuseLLM's dynamic time warping accepts",
     )
     args, overrides = parser.parse_known_args(argv)
     if args.config is not None:

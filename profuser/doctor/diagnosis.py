@@ -1,21 +1,21 @@
-"""How well a source's tokens cover a target's, on one text and without any model.
+"""Diagnoses how well a source's tokens cover a target's, on one text and without any model.
 
-The text is taken as one response, as it is: no template, no begin or end of turn, nothing stripped. Both tokenizers
-encode it and every target token, zero-width ones included, has exactly one kind (profuser.alignment.types): `same_span`,
-`shared_prefix`, `inside` or `skipped`. A token that begins before the text (dummy leading space) counts by its clipped
-span.
+The text is taken as one response, just as it is: there is no template and no end of turn, and nothing is stripped. Both
+tokenizers encode it. Then every target token has exactly one kind (profuser.alignment.types): `same_span`, `shared_prefix`,
+`inside` or `skipped`. This includes tokens that cover no bytes. If a tokenizer puts a space of its own in front of the text,
+the first token's span is clipped to the text.
 
-A normaliser or a decoder can make it impossible that tokens hold the text's bytes. `prepare` leaves such a response out
-for that source as a whole; one file with one decomposed accent would then say nothing, so the doctor skips the lines
-(a line keeps its newline) that a tokenizer changes, and no others:
+A tokenizer's normaliser or decoder may change a text, so that its tokens no longer hold the text's bytes. `prepare` leaves
+such a response out for that source. Here one decomposed accent would then make the whole file useless; instead only the lines
+that a tokenizer changes are skipped. A line includes its newline. There are two cases:
 
-- The tokens stay those of the whole text wherever they hold what the normaliser makes of it, line by line: then
-  `positions` is the number of tokens that the target really has, whichever the source, and a token across a line's
-  end, `.\\n\\n`, is not cut; it is skipped when it touches a changed line.
-- Where the text has no tokens that can be placed at all (an unknown character), each run of lines between those at
-  fault is encoded as a text of its own, and the lines at fault by themselves, to be counted.
+- If the tokens of the whole text hold what the normaliser makes of each line, these tokens are kept. Then `positions` is the
+  number of tokens that the target really has, whichever source it is compared with. A token across the end of a line, such as
+  `.\\n\\n`, is not cut; it is skipped if it touches a changed line.
+- If the tokens of the whole text cannot be placed at all, for instance because of an unknown character, the lines at fault
+  are encoded one by one, only to be counted, and each run of lines between them is encoded as a text of its own.
 
-What needs a model, mapped mass and reliability, is left out here; the report of a run shows it.
+Mapped mass and reliability need a model and are left out; the report of a run shows them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from profuser.alignment.types import KINDS, SKIP_NO_SOURCE_POSITION, SKIP_NOT_MA
 from profuser.errors import DataError
 from profuser.text.token_bytes import Reason, TokenBytes, TokenBytesMismatch
 
-MAX_PAIRS = 400_000_000  # of tokens, in dynamic time warping: a byte each
+MAX_PAIRS = 400_000_000  # how many pairs of tokens dynamic time warping may compare; each takes a byte
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line (bytes [begin, end) of the text) that a tokenizer's tokens do not hold."""
+    """A line that a tokenizer's tokens do not hold, with the reason. It covers the bytes [begin, end) of the text."""
 
     begin: int
     end: int
@@ -47,9 +47,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One tokenizer's tokens of a text.
+    """The tokens that one tokenizer makes of a text.
 
-    ids: n token ids; begin, end: (n,) int32 byte spans, monotone, begin >= 0; approximate inside the changed lines.
+    ids: the n token ids. begin, end: (n,) int32, the tokens' byte spans; they never decrease, and are approximate inside the
+    changed lines. changed: the lines that the tokens do not hold.
     """
 
     ids: list[int]
@@ -58,14 +59,18 @@ class View:
     changed: list[Line]
 
     def touching(self, begin: int, end: int) -> slice:
-        """The tokens that hold a byte of [begin, end), or stand there with none."""
+        """Returns which tokens hold a byte of [begin, end), or stand there without covering any byte."""
         occupied = np.maximum(self.end, self.begin + 1)
         return slice(int(np.searchsorted(occupied, begin, "right")), int(np.searchsorted(self.begin, end, "left")))
 
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Positions that get nothing. text: the line's, or what the tokens hold; None where they lie all over the text."""
+    """Target positions that the source says nothing about, for one reason.
+
+    text: the changed line, or the text that the tokens hold; None where the positions are scattered over the text.
+    positions: how many there are.
+    """
 
     reason: str
     text: str | None
@@ -76,8 +81,9 @@ class Skip:
 class Diagnosis:
     """What became of every target token.
 
-    data: the text; target: ((n,) begin, (n,) end) byte spans; source: the same, without the tokens of changed lines;
-    kind: (n,) uint8 into KINDS.
+    data: the text as bytes. target: the byte spans of the target's n tokens, as ((n,) begin, (n,) end).
+    source: the same of the source's tokens, without those of changed lines. kind: (n,) uint8, an index into KINDS.
+    skips: what was skipped, and why.
     """
 
     data: bytes
@@ -88,51 +94,60 @@ class Diagnosis:
 
     @property
     def counts(self) -> dict[str, int]:
+        """The number of positions of every kind."""
         return dict(zip(KINDS, np.bincount(self.kind, minlength=len(KINDS)).tolist()))
 
     @property
     def shares(self) -> dict[str, float]:
-        """Fractions of the positions by kind, and `usable`. Without any position nothing is usable: all `skipped`."""
-        n = len(self.kind)
-        shares = {name: count / n if n else float(name == "skipped") for name, count in self.counts.items()}
+        """The share of the positions that every kind has, and of all `usable` ones. Without any positions all are `skipped`."""
+        total = len(self.kind)
+        shares = {name: count / total if total else float(name == "skipped") for name, count in self.counts.items()}
         return {**shares, "usable": 1 - shares["skipped"]}
 
 
 def view(tokens: TokenBytes, text: str) -> View:
-    """The tokens of `text`, with the lines that they do not hold (see the head of this module)."""
+    """Returns the tokens of `text`, with the lines that they do not hold. The module's docstring describes the cases."""
+    # The usual case: the tokens hold the text.
     try:
         return _view(*_encode(tokens, text, text), [])
     except TokenBytesMismatch:
         lines = _lines(text)
+
+    # The tokens hold what the normaliser makes of each line, or else cannot be placed.
     held = [tokens.seen(line) for line in lines]
     try:
         ids, spans = _encode(tokens, text, "".join(held))
     except TokenBytesMismatch:
         return _view_of_runs(tokens, lines)
+
+    # Spans in what they hold become spans in the text: a byte keeps its distance from the beginning of its line.
     starts, held_starts = _starts(lines), _starts(held)
 
     def place(offsets: np.ndarray) -> np.ndarray:
+        """Returns the offsets in the text of offsets in what the tokens hold. None goes beyond its line."""
         line = np.clip(np.searchsorted(held_starts, offsets, "right") - 1, 0, len(lines) - 1)
         return np.minimum(starts[line] + offsets - held_starts[line], starts[line + 1])
 
     begin, end = np.array(spans, np.int64).reshape(-1, 2).T
     changed = [
-        Line(int(a), int(e), "normaliser" if tokens.normalised(line) != line else "decoder")
-        for line, has, a, e in zip(lines, held, starts, starts[1:])
+        Line(int(first), int(stop), "normaliser" if tokens.normalised(line) != line else "decoder")
+        for line, has, first, stop in zip(lines, held, starts, starts[1:])
         if line != has
     ]
     return _view(ids, list(zip(place(np.maximum(begin, 0)), place(end))), changed)
 
 
 def diagnose(target: PlainText, source: PlainText, text: str, align: str = "bytes") -> Diagnosis:
-    """Kinds of the target's tokens of `text`, taken as one response.
+    """Returns the kinds of the target's tokens of `text`, which is taken as one response.
 
     Args:
-        align: "bytes": every position that conditions on bytes which the source saw; "fusellm": of these, the ones that
-            FuseLLM's dynamic time warping accepts, the others are skipped.
+        align: "bytes" uses every position whose prefix the source has seen as well; "fusellm" uses only those of them that
+            FuseLLM's dynamic time warping accepts, and skips the others.
     Raises:
-        DataError: a text too long for dynamic time warping.
+        DataError: the text is too long for dynamic time warping.
     """
+    # The tokens of both sides. Those of the source that touch a changed line are taken out. A region is a changed line with
+    # the bytes of all tokens that touch it, because a token across the line's end takes the bytes beyond with it.
     data = text.encode()
     target_view, source_view = view(target.token_bytes, text), view(source.token_bytes, text)
     keep = np.ones(len(source_view.ids), bool)
@@ -142,12 +157,12 @@ def diagnose(target: PlainText, source: PlainText, text: str, align: str = "byte
             hit = side.touching(line.begin, line.end)
             if side is source_view:
                 keep[hit] = False
-            # Whole tokens: one that straddles the line's end takes the bytes beyond with it.
             begin = min([line.begin, *side.begin[hit][:1].tolist()])
             regions.append((line, begin, max([line.end, *side.end[hit][-1:].tolist()])))
     source_spans = source_view.begin[keep], source_view.end[keep]
     kind, _ = match_spans(target_view.begin, target_view.end, *source_spans)
 
+    # The target's tokens in the regions are skipped. A token in two regions counts for the first.
     reason = np.full(len(kind), "", dtype=object)
     skips = []
     for line, begin, end in sorted(regions, key=lambda region: region[0].begin):
@@ -157,10 +172,14 @@ def diagnose(target: PlainText, source: PlainText, text: str, align: str = "byte
         kind[hit] = SKIPPED
         if new:
             skips.append(Skip(line.reason, data[line.begin : line.end].decode(), new))
+
+    # The other skipped tokens have no token of the source to go with. Neighbours are listed as one.
     alone = np.flatnonzero((kind == SKIPPED) & (reason == ""))
     for run in np.split(alone, np.flatnonzero(np.diff(alone) > 1) + 1) if len(alone) else []:
         held = data[target_view.begin[run[0]] : target_view.end[run[-1]]].decode(errors="replace")
         skips.append(Skip(SKIP_REASONS[SKIP_NO_SOURCE_POSITION], held, len(run)))
+
+    # FuseLLM's rule skips more of them.
     if align == "fusellm":
         rejected = (kind != SKIPPED) & ~_accepted(target, source, target_view.ids, source_view.ids)
         kind[rejected] = SKIPPED
@@ -170,10 +189,10 @@ def diagnose(target: PlainText, source: PlainText, text: str, align: str = "byte
 
 
 def read_text(path: Path) -> str:
-    """A file's text, byte for byte.
+    """Reads a text file and changes nothing in it, not even the ends of lines.
 
     Raises:
-        DataError: no such file, or not UTF-8.
+        DataError: the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_bytes().decode()
@@ -187,8 +206,9 @@ def read_text(path: Path) -> str:
 
 
 def _accepted(target: PlainText, source: PlainText, target_ids: list[int], source_ids: list[int]) -> np.ndarray:
-    """(n,) bool: the target's tokens that FuseLLM's rule accepts."""
-    from profuser.alignment.fusellm import accepted_positions, vocabulary_map  # rapidfuzz and a map: for this mode only
+    """Returns which of the target's tokens FuseLLM's rule accepts, (n,) bool."""
+    # Only this mode needs rapidfuzz, which the module imports.
+    from profuser.alignment.fusellm import accepted_positions, vocabulary_map
 
     if len(target_ids) * len(source_ids) > MAX_PAIRS:
         raise DataError(
@@ -199,20 +219,28 @@ def _accepted(target: PlainText, source: PlainText, target_ids: list[int], sourc
 
 
 def _encode(tokens: TokenBytes, text: str, held: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a text in which nothing is a control token, and their spans in what the tokens hold of it."""
+    """Returns the ids of a text, in which nothing counts as a control token, and the spans of these tokens in `held`.
+
+    `held` is what the tokens are expected to hold.
+
+    Raises:
+        TokenBytesMismatch: they hold something else.
+    """
     ids, _ = tokens.encode_parts([(text, True)])
     return ids, tokens.spans(ids, held)
 
 
 def _view(ids: list[int], spans: Sequence[tuple[int, int]], changed: list[Line]) -> View:
+    """Makes a View, with spans that begin before the text clipped to it."""
     begin, end = np.array(spans, np.int32).reshape(-1, 2).T
     return View(ids, np.maximum(begin, 0), end, changed)
 
 
 def _view_of_runs(tokens: TokenBytes, lines: list[str]) -> View:
-    """The tokens of each run of lines that they hold, and of each other line by itself."""
+    """Returns the tokens of each run of lines that the tokens hold, and of every other line by itself."""
 
     def fits(part: str) -> bool:
+        """Whether the tokens of a part of the text hold its bytes."""
         try:
             _encode(tokens, part, part)
         except TokenBytesMismatch:
@@ -225,11 +253,13 @@ def _view_of_runs(tokens: TokenBytes, lines: list[str]) -> View:
     position = 0
     for good, group in itertools.groupby(lines, fits):
         run = list(group)
+        # Lines that fit one by one need not fit together.
         for part in ["".join(run)] if good and fits("".join(run)) else run:
             size = len(part.encode())
             try:
                 own, own_spans = _encode(tokens, part, part)
             except TokenBytesMismatch as error:
+                # The tokens of a line at fault cannot be placed. They are counted, and each gets the whole line as its span.
                 own = tokens.encode(part)
                 own_spans = [(0, size)] * len(own)
                 changed.append(Line(position, position + size, error.reason))
@@ -240,11 +270,11 @@ def _view_of_runs(tokens: TokenBytes, lines: list[str]) -> View:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines with their newlines; only "\\n" ends one."""
+    """Splits a text into lines, which keep their newlines. Only "\\n" ends a line."""
     parts = text.split("\n")
     return [f"{part}\n" for part in parts[:-1]] + parts[-1:] * bool(parts[-1])
 
 
 def _starts(lines: Sequence[str]) -> np.ndarray:
-    """(n + 1,) int64 byte offsets."""
+    """Returns the byte offsets at which n lines begin, and at which the last one ends, (n + 1,) int64."""
     return np.cumsum([0, *(len(line.encode()) for line in lines)])

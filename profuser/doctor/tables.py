@@ -1,4 +1,4 @@
-"""A diagnosis for programs and for people."""
+"""Shows a diagnosis, as JSON for programs and as a table for people."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from profuser.doctor.diagnosis import Diagnosis
 from profuser.doctor.token_rows import LEGEND, example_rows, paint
 from profuser.text.display import clipped
 
-SHOWN_SKIPS = 10
+SHOWN_SKIPS = 10  # how many skips the table lists
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the command was given: two tokenizers, the alignment and the text's file."""
+    """What the command was given: the two tokenizers, the kind of alignment and the text's file."""
 
     target: str
     source: str
@@ -26,7 +26,7 @@ class Names:
 
 
 def describe_diagnosis(diagnosis: Diagnosis, names: Names) -> dict[str, Any]:
-    """What `--json` prints. mapped_mass and reliability are null: they need a model."""
+    """Returns what `--json` prints. mapped_mass and reliability are null, because they need a model."""
     return {
         "target": names.target,
         "source": names.source,
@@ -43,7 +43,8 @@ def describe_diagnosis(diagnosis: Diagnosis, names: Names) -> dict[str, Any]:
 
 
 def table(diagnosis: Diagnosis, names: Names, *, color: bool, width: int) -> str:
-    """The same for a person: counts by kind, what was skipped, and a few lines with the tokens under them."""
+    """Returns the same for a person: counts by kind, what was skipped, and a few lines of the text with their tokens."""
+    # What was compared.
     facts = (
         ("target", names.target),
         ("source", names.source),
@@ -52,6 +53,8 @@ def table(diagnosis: Diagnosis, names: Names, *, color: bool, width: int) -> str
         ("engine", ENGINE),
     )
     lines = [f"{name:<8}{value}" for name, value in facts]
+
+    # How many positions there are of every kind.
     lines += ["", f"{'kind':<16}{'positions':>10}{'share':>9}"]
     shares, counts = diagnosis.shares, diagnosis.counts
     if not len(diagnosis.kind):
@@ -60,6 +63,8 @@ def table(diagnosis: Diagnosis, names: Names, *, color: bool, width: int) -> str
         lines.append(f"{paint(f'{name:<16}', k, color)}{counts[name]:>10}{100 * shares[name]:>8.1f}%")
     usable = len(diagnosis.kind) - counts["skipped"]
     lines.append(f"{'usable':<16}{usable:>10}{100 * shares['usable']:>8.1f}%")
+
+    # The first skips, with their reasons.
     if diagnosis.skips:
         lines += ["", "skipped positions"]
     for skip in diagnosis.skips[:SHOWN_SKIPS]:
@@ -67,6 +72,8 @@ def table(diagnosis: Diagnosis, names: Names, *, color: bool, width: int) -> str
         lines.append(f"  {skip.reason:<20}{skip.positions:>8}{held}")
     if len(diagnosis.skips) > SHOWN_SKIPS:
         lines.append(f"  and {len(diagnosis.skips) - SHOWN_SKIPS} more: --json lists them all")
+
+    # A few lines of the text with the tokens marked under them, and what the marks mean.
     examples = example_rows(
         diagnosis.data,
         diagnosis.target,
@@ -78,8 +85,8 @@ def table(diagnosis: Diagnosis, names: Names, *, color: bool, width: int) -> str
     if examples:
         lines += ["", *itertools.chain.from_iterable((*example, "") for example in examples)]
         lines += [
-            "lines with the most to see, cut to the width; · is a space, ⏎ a line end, \\xe4 one byte of a character that tokens "
-            "split, ∅ a token without bytes",
+            "lines with the most to see, cut to the width; · is a space, ⏎ a line end, \\xe4 one byte of a character that "
+            "tokens split, ∅ a token without bytes",
             "a mark stands where a token begins, the target's in the row `target`, the source's (|) in the row `source`",
         ]
         lines += [

@@ -1,9 +1,10 @@
-"""One conversation as a model sees it, for a terminal: its tokens, and under them which are learnt.
+"""Shows one conversation as a model sees it, for a terminal: its tokens and, under them, which of them are learnt.
 
     tokens  <|im_start|>│user│⏎│Hi│<|im_end|>│⏎│<|im_start|>│assistant│⏎│Hello│.│<|im_end|>
     mask    ............│....│.│..│..........│.│............│.........│.│^^^^^│^│$$$$$$$$$$
 
-`^` marks the response's tokens, `$` the end of turn; both are labels, the rest is context. Escapes as in token_rows.
+`^` marks the tokens of the response and `$` the end of turn. Both are labels; the rest is context. What a terminal would not
+print is escaped as in token_rows.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ CONTEXT, RESPONSE, END = ".^$"
 MASK_LEGEND = (
     "^ a token of the response, $ the end of turn: what the target learns and the sources are scored on; . is context"
 )
-COLORED = {RESPONSE: 0, END: 2}  # of token_rows' colours
+COLORED = {RESPONSE: 0, END: 2}  # the marks that have a colour, each with its index in token_rows.COLORS
 
 
 def describe(chat: ChatFormat, prompt: str, response: str, *, complete: bool = True) -> dict[str, Any]:
-    """What `--json` prints of one conversation.
+    """Returns what `--json` prints about one conversation.
 
+    Args:
+        complete: False for a response that was cut, which has no end of turn.
     Raises:
         TokenBytesMismatch: the tokens do not hold the response.
     """
@@ -46,15 +49,20 @@ def describe(chat: ChatFormat, prompt: str, response: str, *, complete: bool = T
 def conversation_rows(
     chat: ChatFormat, prompt: str, response: str, *, color: bool, width: int, complete: bool = True
 ) -> list[str]:
-    """The same for a person: the token and mask rows, broken at the width, and what they come to.
+    """Returns the same for a person: the rows of tokens and marks, broken at the width, and two lines that sum them up.
 
-    complete: False for a response that was cut, which has no end of turn.
+    Args:
+        complete: False for a response that was cut, which has no end of turn.
+    Raises:
+        TokenBytesMismatch: the tokens do not hold the response.
     """
+    # The two rows, side by side with bars between the tokens. A new pair of rows begins where the width is used up.
     encoded = chat.encode(prompt, response, complete=complete)
     lines: list[str] = []
     tokens, marks, used = "", "", 0
 
     def flush() -> None:
+        """Ends the present pair of rows."""
         lines.extend((f"{'tokens':<{LABEL}}{tokens}", f"{'mask':<{LABEL}}{marks}", ""))
 
     for text, mark in cells(chat, encoded):
@@ -68,6 +76,8 @@ def conversation_rows(
         marks += bar + (paint(mark * columns, COLORED[mark], color) if mark in COLORED else mark * columns)
         used += columns + len(bar)
     flush()
+
+    # How many labels there are, which token ends the turn, and whether a response would be generated behind the same tokens.
     ends = ", ".join(f"{token_text(chat, i)} ({i})" for i in chat.end_ids)
     end = (
         "(none: the response was cut)"
@@ -92,14 +102,14 @@ def conversation_rows(
 
 
 def cells(chat: ChatFormat, encoded: Encoded) -> list[tuple[str, str]]:
-    """(text, mark) of every token of a conversation."""
+    """Returns the text and the mark of every token of a conversation."""
     labels = encoded.label_mask
     marks = (END if n == encoded.end_of_turn else RESPONSE if labels[n] else CONTEXT for n in range(len(labels)))
-    return [(token_text(chat, i), mark) for i, mark in zip(encoded.input_ids, marks)]
+    return [(token_text(chat, token), mark) for token, mark in zip(encoded.input_ids, marks)]
 
 
 def token_text(chat: ChatFormat, token: int) -> str:
-    """A token's own text; bytes that are no character are escaped."""
+    """Returns a token's own text. Bytes that do not make a character are escaped."""
     if token in chat.token_bytes.specials:
         return chat.token_bytes.specials[token]
     return (chat.token_bytes.pieces[token] or b"").decode(errors="backslashreplace")

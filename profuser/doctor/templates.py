@@ -1,4 +1,4 @@
-"""One training example as every model of a recipe sees it, through its own chat template."""
+"""Shows one training example as every model of a recipe sees it through its own chat template."""
 
 from __future__ import annotations
 
@@ -16,21 +16,32 @@ from profuser.text.token_bytes import TokenBytesMismatch
 
 
 def show_templates(recipe: Recipe, example: int, as_json: bool) -> None:
-    """Print one training example as every model of a recipe sees it, through its own chat template."""
+    """Prints one training example as every model of a recipe sees it through its own chat template.
+
+    Args:
+        example: its number, from 0. as_json: whether one JSON object is printed instead of text.
+    Raises:
+        ConfigError: there is no example of this number.
+    """
+    # The example, and the models' chat formats.
     rows = load_split(recipe, "train")
     if not 0 <= example < len(rows):
         raise ConfigError(f"--example must be in 0..{len(rows) - 1} ({recipe.data.train}), got {example}; give another")
     row = rows[example]
     target = recipe.target_config
-    models = {s.name: s for s in [*recipe.sources, target]}
+    models = {model.name: model for model in [*recipe.sources, target]}
     chats = {name: chat_format(config) for name, config in models.items()}
-    sources = [chats[s.name] for s in recipe.sources]
+    sources = [chats[source.name] for source in recipe.sources]
+
+    # The response is cut as it is in training. Where it cannot be used at all, the reason is shown instead.
     fitted = fit(chats[target.name], sources, row["prompt"], row["response"], recipe.data.max_length)
     used = fitted.verdict == Verdict.OK
     described: dict[str, Any] = {}
     if not as_json:
         at = f", cut to data.max_length {recipe.data.max_length}" if fitted.cut else ""
         print(f"example {example} of {recipe.data.train}{at}; {MASK_LEGEND}\n")
+
+    # One model after the other. A single tokenizer may not be able to hold the response.
     for name, chat in chats.items():
         shown = [f"not used: {fitted.verdict.label}"]
         try:

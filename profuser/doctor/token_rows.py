@@ -1,11 +1,12 @@
-"""Lines of text with the beginnings of two tokenizers' tokens marked under them, for a terminal.
+"""Shows lines of a text in a terminal, with marks under them where the tokens of two tokenizers begin.
 
     text    The·cats·run⏎
     target  =  =~   <=  ⏎
 
-Every column is one character, or one byte (`\\xe4`) where a token begins within a character, so marks stand exactly
-under what they mean. A zero-width token has a column of its own, `∅`. What a terminal would not print is escaped: a
-text cannot move the cursor or change colours. Colours (Okabe and Ito's, told apart by the colour-blind) only add to the marks.
+Every column is one character, or one byte, such as `\\xe4`, where a token begins within a character. Therefore a mark stands
+exactly under what it is about. A token that covers no bytes has a column of its own, `∅`. What a terminal would not print is
+escaped, so that a text cannot move the cursor or change colours. The colours (Okabe and Ito's, which colour-blind readers can
+tell apart) say nothing that the marks do not say.
 """
 
 from __future__ import annotations
@@ -23,32 +24,35 @@ LEGEND = (
     ("<", "begins inside a source token"),
     ("x", "the source says nothing about it"),
 )
-"""Mark and meaning of every kind."""
+"""The mark and the meaning of every kind of position, in the order of profuser.alignment.types.KINDS."""
 
 COLORS = (36, 74, 214, 175)
-"""Of every kind, of the 256 that terminals have: bluish green, sky blue, orange, reddish purple."""
+"""The colour of every kind, among a terminal's 256: bluish green, sky blue, orange, reddish purple."""
 
-MAX_EXAMPLES = 4
-LABEL = 8  # columns of the rows' names
-LEAD_TOKENS = 3  # shown before the first token of the kind that a line was chosen for
+MAX_EXAMPLES = 4  # how many lines are shown, unless it takes more to show every kind
+LABEL = 8  # how many columns the name of a row takes
+LEAD_TOKENS = 3  # how many tokens are shown before the first token of the kind that a line was chosen for
 
 Spans = tuple[np.ndarray, np.ndarray]
 
 
 def paint(text: str, kind: int, color: bool) -> str:
+    """Returns a text in the colour of a kind, or as it is without colours."""
     return f"\x1b[38;5;{COLORS[kind]}m{text}\x1b[0m" if color else text
 
 
 def example_rows(
     data: bytes, target: Spans, kind: np.ndarray, source: Spans, *, color: bool, width: int
 ) -> list[tuple[str, str, str, str]]:
-    """A few lines in which every kind that occurs is seen, the rarest first, in the text's order.
+    """Chooses a few lines of a text in which every kind that occurs can be seen, and returns them in the text's order.
 
     Args:
-        data: the text; target, source: ((n,) begin, (n,) end), monotone byte offsets; kind: of the target's tokens.
+        data: the text as bytes. target, source: the tokens' byte offsets as ((n,) begin, (n,) end), which never decrease.
+        kind: (n,) the kinds of the target's tokens. color: whether colours are used. width: the columns of the terminal.
     Returns:
-        (title, text, target, source) per line.
+        For each line four rows of text: a title, the text, the target's marks and the source's marks.
     """
+    # How many tokens of every kind each line has.
     newlines = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
     starts = np.concatenate([[0], newlines + 1, [len(data)]])
     line = np.searchsorted(starts, target[0], "right") - 1
@@ -56,13 +60,16 @@ def example_rows(
     np.add.at(counts, (line, kind), 1)
     total = counts.sum(0)
 
-    chosen: dict[int, int] = {}  # line -> its first token that is shown
+    # A line for every kind that no chosen line shows yet, the rarest kind first and `same_span` last.
+    chosen: dict[int, int] = {}  # by line, the first of its tokens that is shown
     for k in sorted(np.flatnonzero(total).tolist(), key=lambda k: (k == SAME_SPAN, total[k])):
         if any(counts[other, k] for other in chosen):
             continue
-        # Many kinds, then many of this one: a line that a person learns from.
+        # Among the lines with this kind, the one with most kinds; of several, the one with most tokens of this kind.
         best = int(np.lexsort((counts[:, k], (counts > 0).sum(1), counts[:, k] > 0))[-1])
         chosen[best] = _first_token(line, kind, best, k)
+
+    # If there is room, the lines with most tokens of the kinds `shared_prefix` and `inside`, which are the instructive ones.
     for best in np.argsort(-(counts[:, 1] + counts[:, 2]), kind="stable").tolist():
         if len(chosen) >= MAX_EXAMPLES or not counts[best, 1:3].any():
             break
@@ -74,14 +81,22 @@ def example_rows(
     ]
 
 
-def _first_token(line: np.ndarray, kind: np.ndarray, n: int, k: int) -> int:
-    """Where to begin so that a token of kind k comes soon: a few tokens before it, or with the line."""
-    own = np.flatnonzero(line == n)
+def _first_token(line: np.ndarray, kind: np.ndarray, number: int, k: int) -> int:
+    """Returns the token from which a line is shown, so that a token of kind k comes soon.
+
+    It is the line's first token, or one that is a few tokens before the first one of kind k. `line` says in which line every
+    token lies.
+    """
+    own = np.flatnonzero(line == number)
     wanted = int(np.flatnonzero(kind[own] == k)[0])
     return int(own[max(wanted - LEAD_TOKENS, 0)]) if wanted > 3 * LEAD_TOKENS else int(own[0])
 
 
 def _rows(data, stop, target: Spans, kind, source: Spans, first, number, color, width) -> tuple[str, str, str, str]:
+    """Returns the four rows of a line: its title, its text from the token `first` on, and the marks of both sides.
+
+    The text ends at the byte `stop` or where the width is used up.
+    """
     begin = int(target[0][first])
     stop = min(stop, begin + 8 * width)
     starts, source_starts = _tokens_at(target, begin, stop), _tokens_at(source, begin, stop)
@@ -92,8 +107,8 @@ def _rows(data, stop, target: Spans, kind, source: Spans, first, number, color, 
             text += "…"
             break
         used += columns
-        begun = starts.get(position, {}).get(n)
-        holder = int(np.searchsorted(target[0], position, "right")) - 1
+        begun = starts.get(position, {}).get(n)  # the target's token that begins in this column, if one does
+        holder = int(np.searchsorted(target[0], position, "right")) - 1  # the one that the column belongs to
         text += paint(shown, int(kind[holder if begun is None else begun]), color)
         if columns:
             mark = " " if begun is None else paint(LEGEND[kind[begun]][0], int(kind[begun]), color)
@@ -107,11 +122,15 @@ def _rows(data, stop, target: Spans, kind, source: Spans, first, number, color, 
     )
 
 
-HELD = -1  # in place of the number of a zero-width token: the one that holds the byte
+HELD = -1
+"""Stands for the token that holds a byte, in place of the number that each zero-width token at a byte has."""
 
 
 def _tokens_at(spans: Spans, begin: int, stop: int) -> dict[int, dict[int, int]]:
-    """Byte -> {number among the zero-width tokens there, or HELD: token}."""
+    """Returns the tokens that begin in [begin, stop), by the byte at which they begin.
+
+    At one byte there may be several. The one that holds the byte has the key HELD; zero-width tokens are numbered from 0.
+    """
     tokens: dict[int, dict[int, int]] = {}
     low, high = np.searchsorted(spans[0], (begin, stop), "left").tolist()
     for token in range(low, high):
@@ -121,11 +140,17 @@ def _tokens_at(spans: Spans, begin: int, stop: int) -> dict[int, dict[int, int]]
 
 
 def _columns(data: bytes, begin: int, stop: int, *starts: dict[int, dict[int, int]]) -> Iterator[tuple[int, str, int]]:
-    """(byte, what is shown, HELD or the number of a zero-width token) of every column."""
+    """Yields for every column its byte, what is shown there, and HELD or the number of the zero-width token that it stands for.
+
+    `starts` are the tokens of both sides by byte, as `_tokens_at` returns them.
+    """
     position = begin
     while position < stop:
+        # The zero-width tokens before the character.
         for n in range(max(len(at.get(position, {}).keys() - {HELD}) for at in starts)):
             yield position, "∅", n
+
+        # The character, or one of its bytes if a token begins within it.
         size = _size(data[position])
         character = data[position : min(position + size, stop)].decode(errors="ignore")
         if not character or any(inner in at for inner in range(position + 1, position + size) for at in starts):
@@ -134,11 +159,11 @@ def _columns(data: bytes, begin: int, stop: int, *starts: dict[int, dict[int, in
             continue
         shown = "·" if character == " " else printable(character)
         if not column_width(shown) and any(HELD in at.get(position, {}) for at in starts):
-            shown = f"◌{shown}"  # a combining mark has no column to put a token's mark under
+            shown = f"◌{shown}"  # a combining mark has no column of its own, under which a token's mark could stand
         yield position, shown, HELD
         position += size
 
 
 def _size(lead: int) -> int:
-    """Bytes of the UTF-8 character that begins so; 1 for a byte from within one."""
+    """Returns how many bytes a UTF-8 character has that begins with this byte; 1 for a byte from within a character."""
     return 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2 if lead >= 0xC0 else 1

@@ -1,4 +1,4 @@
-"""`python -m profuser.evaluate RUN_DIR`: score a finished run again."""
+"""`python -m profuser.evaluate RUN_DIR` scores a finished run again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an answer is right: the ground truth's text is in it, or a function of the user's own says so."""
+"""Decides whether an answer is right: it contains the ground truth's text, or a function of the user's own says so."""
 
 from __future__ import annotations
 
@@ -14,20 +14,25 @@ Match = Callable[[Row, str], bool]
 
 
 def contains_truth(example: Row, response: str) -> bool:
-    """The default match: the ground truth's text occurs in the response, case and outer space aside."""
+    """The default match: whether the response contains the ground truth's text. Upper and lower case count as the same."""
     return example["response"].casefold() in response.casefold()
 
 
 def load_match(path: str | None) -> Match:
-    """The match that `evaluation.match` names, with its errors in one line."""
+    """Loads the match that `evaluation.match` names. Whatever goes wrong in it becomes a DataError of one line.
+
+    Raises:
+        ConfigError: the function cannot be imported.
+    """
     if path is None:
         return contains_truth
     function = load_function(path, "evaluation.match")
 
     def match(example: Row, response: str) -> bool:
+        """Calls the user's function, and checks that it returns True or False."""
         try:
             right = function(dict(example), response)
-        except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
             right = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(right, (bool, np.bool_)):
             return bool(right)

@@ -1,8 +1,8 @@
-"""Held-out scores: correct answers per skill from generated responses, and bits per byte of the ground truth.
+"""Computes the held-out scores: the share of correct answers per skill, and bits per byte of the ground truth.
 
-Bits per byte, not per token, because vocabularies differ. The sources' answers and log-likelihoods come from the store;
-what is generated here is the target's. Beside the scores: a few held-out prompts, and a few training prompts with their
-votes.
+Bits are counted per byte and not per token, because vocabularies differ. The answers and log-likelihoods of the sources come
+from the store; only the target's are computed here. The report also gets a few held-out prompts with all answers, and a few
+training prompts with their votes.
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ from profuser.train.targets import Targets
 
 
 def accuracies(rows: Sequence[Row], correct: Sequence[bool]) -> dict[str, float]:
-    """Share of correct answers per skill, and their mean over skills (each skill counts once)."""
+    """Returns the share of correct answers per skill, and under "mean" the mean of these shares: every skill counts once."""
     by_skill: dict[str, list[bool]] = {}
-    for row, ok in zip(rows, correct):
-        by_skill.setdefault(row["skill"], []).append(ok)
-    scores = {skill: sum(v) / len(v) for skill, v in by_skill.items()}
+    for row, is_right in zip(rows, correct):
+        by_skill.setdefault(row["skill"], []).append(is_right)
+    scores = {skill: sum(of_skill) / len(of_skill) for skill, of_skill in by_skill.items()}
     return {**scores, "mean": sum(scores.values()) / len(scores)}
 
 
 def bits_per_byte(
     rows: Sequence[Row], nll: Sequence[float] | np.ndarray, size: Sequence[int] | np.ndarray
 ) -> dict[str, float]:
-    """Bits per byte of the responses, end of turn included in the bits, per skill and over all bytes.
+    """Returns the bits per byte of the responses, per skill and under "mean" over all bytes. The bits include the end of turn.
 
     Args:
-        nll: nats of each row's response; size: its bytes.
+        nll: the nats of each row's response. A row with a value that is not finite is left out.
+        size: the length of each row's response in bytes.
     """
     nats_of: defaultdict[str, float] = defaultdict(float)
     bytes_of: Counter[str] = Counter()
@@ -62,11 +63,16 @@ def bits_per_byte(
 
 
 def evaluate(run: Run, store: Store) -> dict[str, Any]:
-    """Score the fused model in the run directory against its sources; write scores.json and evaluation.json.
+    """Scores the fused model in the run directory beside its sources, and writes scores.json and evaluation.json.
 
     Returns:
         The content of scores.json.
+
+    Raises:
+        DataError: the recipe has no held-out prompts, the data is not what the store was prepared with, a model cannot be
+            loaded, or evaluation.match returned something else than True or False.
     """
+    # The data, and everything that can be wrong before a model is loaded.
     recipe, directory = run.recipe, run.output_dir
     if recipe.data.heldout is None:
         raise DataError("evaluation needs data.heldout, the recipe names none; add it")
@@ -78,38 +84,44 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     dtype = runtime_dtype(settled_dtype(recipe.capture.dtype, run.store_dir, device), device)
     prompts = [row["prompt"] for row in rows]
 
+    # The sources' answers and likelihoods, from the store.
     answers = {name: source_answers(store, name) for name in names}
     bits = {name: bits_per_byte(rows, *source_likelihood(store, name)) for name in names}
+
+    # The target's, before and after fusion. The fused model answers the training prompts of the report as well.
     statistics: dict[str, Likelihood] = {}
     fused = SourceConfig(name="fused", model=str(directory.resolve()))
     for key, config in (("target_before", recipe.target_config), ("fused", fused)):
         label = key.replace("_", " ")
         model = load_model(config, dtype, device)
         chat = chat_format(config)
-        if key == "target_before" and recipe.target in answers:
+        if key == "target_before" and recipe.target in answers:  # the target is a source, which has answered already
             answers[key] = answers[recipe.target]
         else:
             with Progress(f"{label}: answer the held-out prompts", len(rows), "prompts") as bar:
                 answers[key] = answer(model, chat, prompts, recipe, bar)
         statistics[key] = target_likelihood(model, chat, targets, recipe, label)
-        index = range(len(rows))
+        # A ground truth that the target could not be scored on has no bits.
+        examples = range(len(rows))
         nll, size = statistics[key].nll, statistics[key].response_bytes
-        bits[key] = bits_per_byte(rows, [nll.get(i, math.inf) for i in index], [size.get(i, 0) for i in index])
+        bits[key] = bits_per_byte(rows, [nll.get(i, math.inf) for i in examples], [size.get(i, 0) for i in examples])
         if key == "fused":
             now = answer(model, chat, [example["prompt"] for example in votes], recipe)
             votes = [example | {"fused": text} for example, text in zip(votes, now)]
         del model
 
-    # A prompt without a ground truth can only be scored by a match of the user's own.
+    # Which answers are right. A prompt without a ground truth can only be scored by a match of the user's own.
     asked = [i for i, row in enumerate(rows) if row["response"] or recipe.evaluation.match is not None]
     correct = {name: {i: match(rows[i], texts[i]) for i in asked} for name, texts in answers.items()}
     asked_rows = [rows[i] for i in asked]
-    scores = by_model(names, {name: accuracies(asked_rows, list(ok.values())) for name, ok in correct.items()})
-    shown = [asked[n] for n in first_of_each_skill(asked_rows, recipe.evaluation.examples)]
+    scores = by_model(names, {name: accuracies(asked_rows, list(right.values())) for name, right in correct.items()})
+
+    # Write the scores, and what the report shows beside them.
+    shown = [asked[i] for i in first_of_each_skill(asked_rows, recipe.evaluation.examples)]
     evaluation = {
         "bits_per_byte": by_model(names, bits),
-        "kd": {key: s.kd for key, s in statistics.items()},
-        "ce": {key: s.ce for key, s in statistics.items()},
+        "kd": {key: of_model.kd for key, of_model in statistics.items()},
+        "ce": {key: of_model.ce for key, of_model in statistics.items()},
         "counts": dict(Counter(row["skill"] for row in asked_rows)),
         "examples": [
             {
@@ -117,7 +129,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
                 "prompt": rows[i]["prompt"],
                 "ground_truth": rows[i]["response"],
                 "responses": {name: texts[i] for name, texts in answers.items()},
-                "correct": {name: ok[i] for name, ok in correct.items()},
+                "correct": {name: right[i] for name, right in correct.items()},
             }
             for i in shown
         ],
@@ -129,7 +141,11 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
 
 
 def prepared_rows(recipe: Recipe, store: Store, split: Split) -> list[Row]:
-    """The rows of a split, which must still be those that the store was prepared with."""
+    """Reads the rows of a split.
+
+    Raises:
+        DataError: they are no longer the rows that the store was prepared with.
+    """
     rows = load_split(recipe, split)
     if data_hash(rows) != store.settings.sources["data"].get(split):
         name = {"train": "training", "heldout": "held-out"}.get(split, split)
@@ -143,7 +159,7 @@ def prepared_rows(recipe: Recipe, store: Store, split: Split) -> list[Row]:
 def answer(
     model: PreTrainedModel, chat: ChatFormat, prompts: Sequence[str], recipe: Recipe, bar: Progress | None = None
 ) -> list[str]:
-    """The model's answers, generated as the sources' were."""
+    """Lets a model answer prompts, one response each, with the settings with which the sources answered them."""
     answers = generate(
         model,
         chat,
@@ -157,22 +173,23 @@ def answer(
 
 
 def source_answers(store: Store, source: str) -> list[str]:
-    """What a source answered to the held-out prompts, in the rows' order."""
+    """Reads what a source answered to the held-out prompts, in the order of the rows."""
     kind = layout.responses("heldout", source)
     return [text for n in store.numbers(kind) for ((text, _finished),) in store.get_json(kind, n)]
 
 
 def source_likelihood(store: Store, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """(nats, bytes) of each held-out ground truth under a source, in the rows' order."""
+    """Reads the nats that a source gives each held-out ground truth, and the bytes of it, in the order of the rows."""
     kind = layout.truth("heldout", source)
-    shards = [store.get(kind, n) for n in store.numbers(kind)]
-    return np.concatenate([s["nll"] for s in shards]), np.concatenate([s["response_bytes"] for s in shards])
+    shards = [store.get(kind, number) for number in store.numbers(kind)]
+    nll, size = (np.concatenate([shard[key] for shard in shards]) for key in ("nll", "response_bytes"))
+    return nll, size
 
 
 def target_likelihood(
     model: PreTrainedModel, chat: ChatFormat, targets: Targets, recipe: Recipe, label: str
 ) -> Likelihood:
-    """Statistics of the target, before or after fusion, on the held-out ground truths."""
+    """Computes the statistics of the target, before or after fusion, on the held-out ground truths."""
     optim = recipe.optim
     fusion = FusionModel(model, tail=optim.tail, temperature=optim.temperature, source_temperature=1.0)
     pad_id = chat.tokenizer.pad_token_id or 0
@@ -181,7 +198,7 @@ def target_likelihood(
 
 
 def by_model(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of all models in the form of scores.json: the sources', the target's before fusion, the fused model's."""
+    """Arranges the values of all models as scores.json does: the sources', the target's before fusion, the fused model's."""
     return {
         "sources": {name: values[name] for name in names},
         "target_before": values["target_before"],
@@ -190,7 +207,10 @@ def by_model(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_of_each_skill(rows: Sequence[Row], n: int) -> list[int]:
-    """The first rows of every skill in turn: examples that nobody picked."""
+    """Returns the indices of n rows: the first of every skill, then the second of every skill, and so on.
+
+    The report shows these, so that nobody has picked its examples by their results.
+    """
     by_skill: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         by_skill.setdefault(row["skill"], []).append(i)

@@ -1,4 +1,4 @@
-"""Scores and examples as a person reads them in a terminal."""
+"""Formats scores and examples for a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def score_table(scores: Mapping[str, Any]) -> str:
-    """scores.json as lines of text, in percent."""
+    """Formats the content of scores.json as a table in percent, one line per model."""
     rows = [*scores["sources"].items(), ("target before", scores["target_before"]), ("fused", scores["fused"])]
     skills = list(scores["fused"])
     width, column = max(len(name) for name, _ in rows), max(10, *map(len, skills)) + 2
@@ -19,7 +19,7 @@ def score_table(scores: Mapping[str, Any]) -> str:
 
 
 def closing_examples(evaluation: dict[str, Any], n: int) -> str:
-    """The first held-out prompts of the skills in turn: what the target said before, what the fused model says now."""
+    """Formats the first n examples of evaluation.json: what the target answered before, and what the fused model answers."""
     parts = []
     for example in evaluation["examples"][:n]:
         lines = [f"[{example['skill']}] {example['prompt']}"]

@@ -1,4 +1,4 @@
-"""A short hash of a model's files, so that a store notices when its model is another one."""
+"""Hashes a model's files, so that a store notices when a model has become another one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from pathlib import Path
 from profuser.recipe.places import resolve
 
 SAMPLE = 1 << 20
+"""Bytes that are read at each place of a file."""
 
 
 def fingerprint(location: str) -> str:
-    """Short hash of a model's files: names, sizes, contents (samples of them where a file is large); a Hub id is its own."""
+    """Returns a short hash of the names, sizes and contents of a model's files. Large files are sampled, not read as a whole.
+
+    `location` is a path, `demo:NAME` or a Hub id. A Hub id is returned as it is: the recipe's `revision` tells its versions
+    apart.
+    """
     path = Path(resolve(location))
     digest = hashlib.sha256()
     if not path.exists():
@@ -21,7 +26,8 @@ def fingerprint(location: str) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size};".encode())
         with open(file, "rb") as data:
-            for start in range(0, size, max(SAMPLE, size // 64)):  # all of a small file, 64 samples of a large one
+            # A file of up to 64 MiB is read as a whole; of a larger one, 64 samples of 1 MiB each.
+            for start in range(0, size, max(SAMPLE, size // 64)):
                 data.seek(start)
                 digest.update(data.read(SAMPLE))
     return digest.hexdigest()[:16]

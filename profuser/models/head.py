@@ -1,8 +1,8 @@
-"""The one thing the engine needs of a model: its hidden states, and the head behind them.
+"""Takes a causal language model apart into what computes its hidden states and the head that turns these into logits.
 
-A causal language model is used as `hidden = base(input_ids)`, `logits = head(hidden)`. Models that do something between
-the two (a final softcap, a logit scale, a head bias) are honoured when their configuration says so; `head_of` checks
-the result against the model's own logits once and refuses a model that it cannot reproduce.
+The model is used as `hidden = base(input_ids)` and `logits = head(hidden)`, so that the logits of a whole batch need never
+exist at once. A final softcap, a logit scale and a bias belong to the head; `head_of` reads them from the model's
+configuration. It compares the result with the model's own logits once, and refuses a model that it cannot reproduce.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ from profuser.kernels.head import Head
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a causal language model, checked against the model's own logits.
+    """Returns the head of a causal language model, after checking it against the model's own logits.
 
     Raises:
-        DataError: the model is no decoder with a plain head, or hidden states and head do not give its logits.
-        TypeError: it is no model.
+        DataError: the model is not a decoder with a plain head, or its hidden states and this head do not give its logits.
+        TypeError: `model` is not a loaded model.
     """
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise TypeError(
-            f"a model must be a loaded one, not wrapped, got {type(model).__name__}; AutoModelForCausalLM.from_pretrained loads it"
+            f"a model must be a loaded one, not wrapped, got {type(model).__name__}; AutoModelForCausalLM.from_pretrained "
+            "loads it"
         )
     if model.config.is_encoder_decoder:
-        raise DataError(f"a model must be a decoder alone, {type(model).__name__} has an encoder; use another")
+        raise DataError(f"a model must be a decoder only, {type(model).__name__} has an encoder; use another model")
     layer = head_layer(model)
+
+    # Model families have different names for the factor of the logits and for their softcap.
     config = model.config.get_text_config()
     scale = 1.0
     for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if isinstance(value := getattr(config, key, None), int | float):
             scale = float(value)
-    if scaling := getattr(config, "logits_scaling", None):  # a divisor, but for one family
+    if scaling := getattr(config, "logits_scaling", None):  # a divisor in every family but one
         scale = float(scaling) if config.model_type == "hyperclovax" else scale / float(scaling)
     softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     softcap = next((cap for key in softcaps if (cap := getattr(config, key, None))), None)
@@ -50,19 +53,24 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Linear) -> None:
-    """Raises DataError unless `head`, read from `layer` and the model's config, gives the model's own logits."""
+    """Raises DataError unless `head`, which was read from `layer` and the model's config, gives the model's own logits."""
+    # Our logits of eight tokens, computed in fp32.
     ids = torch.arange(1, 9, device=model.device)[None] % head.weight.shape[0]
     product = hidden_states(model, ids, None).float() @ head.weight.float().T
     product = product if head.bias is None else product + head.bias.float()
-    # Enlarged to 50: the small logits of an untrained model would not show a softcap.
+    # The products are enlarged so that the largest is 50: the small logits of an untrained model would not show a softcap.
     enlarge = (50 / product.abs().max()).clamp(max=torch.finfo(head.weight.dtype).max / 2)
     ours = head.logit_scale * enlarge * product
     ours = ours if head.softcap is None else head.softcap * torch.tanh(ours / head.softcap)
+
+    # The model's own logits. A hook enlarges the output of its head by the same factor.
     hook = layer.register_forward_hook(lambda layer, args, out: out * enlarge.to(out.dtype))
     try:
         own = model(input_ids=ids, use_cache=False).logits.float()
     finally:
         hook.remove()
+
+    # The two must be finite, of equal shape, and equal up to rounding.
     if not own.isfinite().all():
         raise DataError(
             f"a model's logits must be finite, {type(model).__name__}'s are not; its weights are damaged, or too large for "
@@ -70,12 +78,12 @@ def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Linear) -> N
         )
     if own.shape[-1] != ours.shape[-1]:
         raise DataError(
-            f"a model's logits must be those of its head, {type(model).__name__} gives {own.shape[-1]} for {ours.shape[-1]}; use "
-            "another model"
+            f"a model must give one logit per row of its head, {type(model).__name__} gives {own.shape[-1]} for "
+            f"{ours.shape[-1]}; use another model"
         )
     if own.shape != ours.shape:
         raise DataError(
-            f"a model must give one row of logits a token, {type(model).__name__} gives {own.shape[1]} for "
+            f"a model must give one row of logits per token, {type(model).__name__} gives {own.shape[1]} for "
             f"{ours.shape[1]}; prompt tuning is not supported, use LoRA"
         )
     rounding = max(8 * torch.finfo(head.weight.dtype).eps, 1e-3)
@@ -87,15 +95,17 @@ def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Linear) -> N
 
 
 def head_layer(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer behind a model's logits.
+    """Returns the linear layer that computes a model's logits.
 
     Raises:
-        DataError: there is none, or an adapter stands on it.
+        DataError: the model has no such layer, the layer is quantised, or an adapter was added to it.
     """
     layer: Any = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor):
-        raise DataError(f"a model must have a linear language-model head, {type(model).__name__} has none; use another")
+        raise DataError(
+            f"a model must have a linear language-model head, {type(model).__name__} has none; use another model"
+        )
     if not weight.dtype.is_floating_point:
         raise DataError(
             f"a head must be floating point, {type(model).__name__}'s is {weight.dtype}; leave lm_head unquantised"
@@ -110,7 +120,7 @@ def head_layer(model: PreTrainedModel) -> nn.Linear:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """All modules in evaluation mode, and afterwards each as it was."""
+    """Puts all modules of a model into evaluation mode, and each back into its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -123,12 +133,18 @@ def evaluating(model: nn.Module) -> Generator[None]:
 def hidden_states(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs: Any
 ) -> torch.Tensor:
-    """Last hidden states (B, T, D) of a causal language model, without its logits."""
+    """Returns the last hidden states (B, T, D) of a causal language model without computing its logits.
+
+    Raises:
+        DataError: the model does not say which part of it is the model without its head.
+    """
     unwrap: Any = getattr(model, "get_base_model", None)
-    if unwrap is not None:  # peft's wrapper: the adapters are inside the model that it wraps
+    if unwrap is not None:  # peft wraps a model whose layers hold the adapters, so nothing is lost without the wrapper
         model = unwrap()
     if model.base_model is model:
-        raise DataError(f"a model must have its head apart, {type(model).__name__} names no base model; use another")
-    inputs = {name: value for name, value in inputs.items() if value is not None}  # not every model has each
+        raise DataError(
+            f"a model must be a base model and a head, {type(model).__name__} names no base model; use another model"
+        )
+    inputs = {name: value for name, value in inputs.items() if value is not None}  # not every model takes every input
     out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
     return out.last_hidden_state

@@ -1,4 +1,4 @@
-"""Loading models, tokenizers and reward models, each with one clear error for whatever is wrong with its files."""
+"""Loads models, tokenizers and reward models. Whatever is wrong with their files is reported as one clear error."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ from profuser.text.chat import ChatFormat
 
 
 def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
-    """A source's tokenizer, with the recipe's chat template when it gives one."""
+    """Loads a source's tokenizer, and gives it the recipe's chat template where there is one.
+
+    Raises:
+        DataError: no tokenizer can be loaded, or the file of the chat template is missing.
+    """
     location, options = weights_of(source)
     if (Path(location) / "tokenizer.json").exists():
-        options.pop("gguf_file", None)  # the original tokenizer beside a converted model
+        options.pop("gguf_file", None)  # the original tokenizer, which lies beside the GGUF file, is preferred
     try:
         tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(location, **options))
     except Exception as error:  # transformers and tokenizers each raise their own kinds for a broken file
@@ -53,7 +57,7 @@ def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A source's weights in evaluation mode.
+    """Loads a source's model, in evaluation mode.
 
     Raises:
         DataError: the directory is missing or does not hold a loadable causal language model.
@@ -61,7 +65,7 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
     location, options = weights_of(source)
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
-        # Its bar: on terminals only.
+        # transformers shows a progress bar while it reads a GGUF file. With disable=None it appears on a terminal only.
         modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # pyrefly: ignore[bad-assignment]
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(location, **options, dtype=dtype, output_loading_info=True)
@@ -89,7 +93,7 @@ def check_loaded(name: str, location: str, loaded: dict[str, Any]) -> None:
 
 
 def stored_dtype(source: SourceConfig) -> torch.dtype:
-    """The dtype that a model's weights came in; fp32 where its config does not say."""
+    """Returns the dtype in which a model's weights are stored, or fp32 where its config does not say."""
     location, options = weights_of(source)
     return getattr(AutoConfig.from_pretrained(location, **options), "dtype", None) or torch.float32
 
@@ -97,7 +101,11 @@ def stored_dtype(source: SourceConfig) -> torch.dtype:
 def load_reward_model(
     name: str, location: str, trust_remote_code: bool, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A judge's weights and tokenizer; it must have exactly one output."""
+    """Loads a judge's model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        DataError: the files are missing or broken, or the model has another number of outputs than one.
+    """
     path = existing(location, name)
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -105,8 +113,11 @@ def load_reward_model(
         )
         loaded_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = cast("PreTrainedTokenizerBase", loaded_tokenizer)
-    except Exception as error:  # as in load_model
-        raise DataError(f"judge {name}: no reward model could be loaded from {path} ({first_line(error)})") from error
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds, as in load_model
+        raise DataError(
+            f"judge {name}: no reward model could be loaded from {path} ({first_line(error)}); copy or download it again, or "
+            "name another"
+        ) from error
     check_loaded(f"judge {name}", path, loaded)
     if model.config.num_labels != 1:
         raise DataError(
@@ -116,10 +127,10 @@ def load_reward_model(
 
 
 def chat_format(source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatFormat:
-    """A source's chat format with all of its end-of-turn tokens (tokenizer's and generation config's)."""
+    """Returns a source's chat format. Its end-of-turn tokens are the tokenizer's and those of the generation config."""
     tokenizer = tokenizer or load_tokenizer(source)
     ends = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError):  # a model need not bring one
+    with contextlib.suppress(OSError):  # not every model has a generation config
         revision = source.revision or "main"
         eos = GenerationConfig.from_pretrained(weights_of(source)[0], revision=revision).eos_token_id
         ends |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
@@ -127,7 +138,11 @@ def chat_format(source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None 
 
 
 def existing(location: str, name: str) -> str:
-    """The resolved place of a model; a path that does not exist is an error and never a Hub id."""
+    """Returns the path or Hub id of a model. `name` is the model's name in the recipe, for the error message.
+
+    Raises:
+        DataError: the location is a local path or a `demo:NAME`, and there is nothing.
+    """
     path = resolve(location)
     if location.startswith("demo:") and not Path(path).exists():
         bundled = sorted(p.name for p in Path(resolve("demo:guardian")).parent.iterdir() if p.is_dir())
@@ -140,10 +155,13 @@ def existing(location: str, name: str) -> str:
 
 
 def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
-    """(location, options) for transformers' loaders; a GGUF file, or a directory with nothing else, is read by them, too.
+    """Returns the location and the options that transformers' loaders take for a source.
+
+    A model may also be a GGUF file, or a directory that holds a GGUF file and no config.json; transformers reads these, too.
 
     Raises:
-        DataError: no such directory; several GGUF files; a part of one; the `gguf` package is missing.
+        DataError: the directory does not exist, or it holds several GGUF files or a part of one; the `gguf` package is
+            missing; a revision is given for a local model.
     """
     location = existing(source.model, source.name)
     if source.revision is not None and Path(location).exists():
@@ -162,7 +180,7 @@ def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
 
 
 def gguf_file(path: Path, name: str) -> Path | None:
-    """The GGUF file that a model's place means; None for a model in any other form."""
+    """Returns the GGUF file of a model at `path`, or None for a model in any other form. `name` is for the error message."""
     if path.is_file() and path.suffix == ".gguf":
         found = [path]
     elif path.is_dir() and not (path / "config.json").exists():
@@ -184,21 +202,25 @@ def gguf_file(path: Path, name: str) -> Path | None:
 
 
 def runtime_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto → bfloat16 on CUDA, float32 elsewhere."""
+    """Returns the dtype of a recipe's name for it; "auto" means bfloat16 on CUDA and float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def default_device() -> torch.device:
+    """Returns the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_vocabulary(name: str, chat: ChatFormat, head: torch.Tensor) -> None:
-    """Raises DataError where text or the end of turn has ids beyond the (V, D) head; an unused control token may."""
+    """Raises DataError if a token of text or an end of turn has an id that the head (V, D) has no row for.
+
+    A control token that is never used may have such an id.
+    """
     last = max([i for i, piece in enumerate(chat.token_bytes.pieces) if piece is not None] + list(chat.end_ids))
     if last >= len(head):
         raise DataError(
-            f"{name}: a model must have an embedding for every token, its tokenizer has the id {last} and its head {len(head)} rows; "
-            "use the tokenizer that came with it"
+            f"{name}: a model must have an embedding for every token, its tokenizer has the id {last} and its head only "
+            f"{len(head)} rows; use the tokenizer that came with it"
         )

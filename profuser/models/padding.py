@@ -1,4 +1,4 @@
-"""Token sequences of unequal length as one rectangular batch."""
+"""Pads token sequences of unequal length to one rectangular batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def padded(sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), both (B, T) int64; padded at the right, or at the left where generation goes on."""
+    """Returns (input_ids, attention_mask), both (B, T) int64, for B sequences of which the longest has T tokens.
+
+    The padding is at the right. `left` puts it at the left, as generation needs it: the model goes on from the last column.
+    """
     width = max(map(len, sequences))
     input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)

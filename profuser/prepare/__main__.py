@@ -1,4 +1,4 @@
-"""`python -m profuser.prepare`: from models and prompts to a store of aligned targets."""
+"""`python -m profuser.prepare` makes a store of aligned targets from models and prompts."""
 
 from __future__ import annotations
 

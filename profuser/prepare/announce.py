@@ -1,4 +1,4 @@
-"""The first line of a run: what it does, on what, with which alignment engine, and how long it should take."""
+"""Prints the first line of a run: what it does, with which models and data, on which device, and how long it should take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from profuser.recipe.schedule import plan
 
 
 def announce(command: str, preparation: Preparation, processes: int = 1, first_step: int | None = None) -> None:
-    """Prints it. first_step: steps that a resumed training has done; None = the store is prepared only."""
+    """Prints the first line of a run.
+
+    Args:
+        command: the command's name. processes: how many processes train.
+        first_step: how many steps a training that is resumed has done, 0 for a new one; None where only the store is prepared.
+    """
     inputs = preparation.inputs
     recipe, rows = inputs.recipe, inputs.rows["train"]
     size = f"{len(rows)} instructions"
@@ -24,6 +29,7 @@ def announce(command: str, preparation: Preparation, processes: int = 1, first_s
         f"{torch.get_num_threads()} threads{ranks}; alignment: {ENGINE}; {time}",
         flush=True,
     )
+    # The schedule of this name does not switch the rest of FuseLLM's method on.
     align = recipe.align
     if recipe.schedule == "fusellm" and (align.mode, align.min_ce_unit) != ("fusellm", "token"):
         print(

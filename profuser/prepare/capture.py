@@ -1,9 +1,10 @@
-"""What a source says about a response: top-k log-probabilities, log-sum-exp and cross-entropy, teacher-forced.
+"""Captures what a source says about a response: top-k log-probabilities, log-sum-exp and cross-entropy, teacher-forced.
 
-Training mode scores the ground truth, inference mode the winner's response; both go through the source's own tokenizer
-and chat template. Row j of a capture is the distribution *of* the source's own token j (emitted one position earlier),
-over the response's tokens and the end of turn. Where a target token begins inside a source token, the capture also holds
-the exact mass of, and the top k among, the tokens that begin with the bytes before it.
+The training mode scores the ground truth, the inference mode the response that won. Either goes through the source's own
+tokenizer and chat template. The rows of a capture are the response's tokens and the end of turn: row j is the distribution
+*of* the source's own token j, which the model emits one position earlier. Where a target token begins inside a source token,
+the capture also holds a prefix range: of the source's tokens that begin with the bytes before that place it keeps the exact
+mass of all and the top k.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from profuser.store.layout import CAPTURE_COLUMNS, shard_arrays
 from profuser.text.encoded import Encoded
 from profuser.text.fit import Fitted, Verdict
 
-LEAST = -60000.0  # fp16 holds it; nothing as improbable reaches a target
+LEAST = -60000.0
+"""The lowest log-probability that is stored. fp16 can hold it, and nothing so improbable reaches a target."""
 
 
 @dataclass(slots=True)
 class ScoredResponse:
-    """One response under one source.
+    """What one source says about one response.
 
-    lse: (m,) float32, log-sum-exp of the logits by row. nll: nats, summed over the response's tokens and the end of turn.
+    lse: (m,) float32, the log-sum-exp of every row's logits. nll: nats, summed over the response's tokens and the end of turn.
+    tokens: the number of these rows, m. response_bytes: the length of the response.
     """
 
     capture: SourceCapture
@@ -44,7 +47,7 @@ class ScoredResponse:
     response_bytes: int
 
     def cross_entropy(self, unit: str) -> float:
-        """Nats per own token or per byte of the response; +inf where there is nothing to score or a NaN came out."""
+        """Returns nats per own token or per byte of the response; +inf where the response is empty or the source gave NaN."""
         count = self.tokens if unit == "token" else self.response_bytes
         return self.nll / count if self.response_bytes and np.isfinite(self.nll) else float("inf")
 
@@ -53,7 +56,8 @@ class ScoredResponse:
 class CaptureRequest:
     """One response that a source is to score.
 
-    encoded: the response in its conversation. response_bytes: its length. ranges: what the target needs of it.
+    encoded: the conversation in the source's tokens. response_bytes: the length of the response.
+    ranges: the prefix ranges that the alignment to the target's tokens needs.
     """
 
     encoded: Encoded
@@ -71,11 +75,12 @@ def capture_responses(
     top_k: int,
     batch_size: int,
 ) -> Iterator[tuple[int, ScoredResponse]]:
-    """Score responses with one source, in batches of similar length.
+    """Scores responses with one source, in batches of similar length.
 
     Args:
-        requests: one without response tokens is left out.
+        requests: the responses; one without any tokens is left out of the results.
         byte_order: the source's vocabulary in byte order.
+        top_k: how many entries are kept of a distribution. batch_size: how many responses go into a forward pass.
 
     Yields:
         (index into `requests`, ScoredResponse), in no particular order.
@@ -88,21 +93,26 @@ def capture_responses(
         key=lambda i: len(requests[i].encoded.input_ids),
     )
     for first in range(0, len(by_length), batch_size):
+        # The hidden states of one batch.
         indices = by_length[first : first + batch_size]
         batch = [requests[i] for i in indices]
         input_ids, attention_mask = padded([r.encoded.input_ids for r in batch], 0)
         hidden = hidden_states(model, input_ids.to(device), attention_mask.to(device))
 
-        # The rows of source_topk: the batch's label tokens end to end, each predicted from the position before it.
+        # The rows of source_topk are the batch's label tokens end to end. Each is predicted from the position before it.
         positions = [r.encoded.label_positions for r in batch]
-        sequence = torch.tensor([n for n, p in enumerate(positions) for _ in p])
-        position = torch.tensor([t for p in positions for t in p])
+        sequence = torch.tensor([b for b, of_response in enumerate(positions) for _ in of_response])
+        position = torch.tensor([t for of_response in positions for t in of_response])
         labels = input_ids[sequence, position].to(device)
-        row_offsets = offsets_of([len(p) for p in positions])
+        row_offsets = offsets_of([len(of_response) for of_response in positions])
+
+        # The prefix ranges are put end to end as well, so that their row numbers now count over the whole batch.
         range_offsets = offsets_of([len(r.ranges.rows) for r in batch])
         range_rows = np.concatenate([r.ranges.rows + first_row for r, first_row in zip(batch, row_offsets)])
         lo, hi = (np.concatenate([getattr(r.ranges, name) for r in batch]) for name in ("lo", "hi"))
         rows_on_device, lo_on_device, hi_on_device = (torch.from_numpy(x).to(device) for x in (range_rows, lo, hi))
+
+        # The head and the top k of every row and range.
         found = source_topk(
             hidden[sequence.to(device), position.to(device) - 1],
             head.weight,
@@ -114,12 +124,15 @@ def capture_responses(
             logit_scale=head.logit_scale,
         )
         ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass = (x.cpu().numpy() for x in found)
-        for n, (i, request) in enumerate(zip(indices, batch)):
-            e, rows, ranges = request.encoded, slice(*row_offsets[n : n + 2]), slice(*range_offsets[n : n + 2])
-            end = [] if e.end_of_turn is None else [(request.response_bytes, request.response_bytes)]
-            spans = np.array([*e.spans, *end], dtype=np.int32).reshape(-1, 2)
+
+        # The rows and ranges are divided among the responses again. The end of turn covers no byte: its span is empty.
+        for b, (i, request) in enumerate(zip(indices, batch)):
+            encoded = request.encoded
+            rows, ranges = slice(*row_offsets[b : b + 2]), slice(*range_offsets[b : b + 2])
+            end = [] if encoded.end_of_turn is None else [(request.response_bytes, request.response_bytes)]
+            spans = np.array([*encoded.spans, *end], dtype=np.int32).reshape(-1, 2)
             capture = SourceCapture(
-                ids=np.array([e.input_ids[t] for t in positions[n]], dtype=np.int32),
+                ids=np.array([encoded.input_ids[t] for t in positions[b]], dtype=np.int32),
                 begin=spans[:, 0].copy(),
                 stop=spans[:, 1].copy(),
                 top_ids=ids[rows],
@@ -139,7 +152,7 @@ def capture_responses(
                     capture=capture,
                     lse=lse[rows],
                     nll=float(ce[rows].sum(dtype=np.float64)),
-                    tokens=len(positions[n]),
+                    tokens=len(positions[b]),
                     response_bytes=request.response_bytes,
                 ),
             )
@@ -152,20 +165,23 @@ def pack_captures(
     top_k: int,
     vocabulary: int,
 ) -> dict[str, np.ndarray]:
-    """The arrays of one capture shard (profuser.store.layout.CAPTURE_COLUMNS).
+    """Packs captures into the arrays of one shard (profuser.store.layout.CAPTURE_COLUMNS).
 
     Args:
-        fitted, verdicts: of all its examples. scored: by example, where something was captured.
+        fitted, verdicts: one of each per example of the shard.
+        scored: the captures by example, of those examples of which there is one.
+        top_k: how many entries were kept of a distribution. vocabulary: how many tokens the source has.
     """
     k = min(top_k, vocabulary)
     responses = [scored.get(i) for i in range(len(fitted))]
-    there = [r for r in responses if r is not None]
+    captured = [r for r in responses if r is not None]
 
     def column(pick, width: int | None = None) -> np.ndarray:
+        """Puts one array of every capture end to end; `width` is its second dimension, if it has one."""
         shape = (0,) if width is None else (0, width)
-        return np.concatenate([pick(r) for r in there] or [np.zeros(shape)])
+        return np.concatenate([pick(r) for r in captured] or [np.zeros(shape)])
 
-    # An entry's log-probability is kept relative to its range's mass: fp16 is finest near 0.
+    # The log-probability of a range's entry is stored relative to the range's mass, because fp16 is finest near 0.
     relative = column(lambda r: r.capture.ranges.logprobs - r.capture.ranges.logmass[:, None], k)
     arrays = {
         "reason": np.array(verdicts),
@@ -192,7 +208,7 @@ def pack_captures(
 
 
 def unpack_captures(shard: Mapping[str, np.ndarray]) -> list[ScoredResponse | None]:
-    """The inverse of pack_captures; None where nothing was captured."""
+    """Reads back what pack_captures packed: one result per example, None where nothing was captured."""
     result: list[ScoredResponse | None] = []
     for i in range(len(shard["reason"])):
         part = slice(*shard["offsets"][i : i + 2])
@@ -220,13 +236,14 @@ def unpack_captures(shard: Mapping[str, np.ndarray]) -> list[ScoredResponse | No
 
 
 def _unpack_ranges(shard: Mapping[str, np.ndarray], part: slice) -> PrefixRanges:
+    """Reads back the prefix ranges of one response; `part` says which of the shard's ranges these are."""
     logmass = shard["range_logmass"][part]
-    there = np.arange(shard["range_ids"].shape[1]) < shard["range_counts"][part][:, None]
+    is_entry = np.arange(shard["range_ids"].shape[1]) < shard["range_counts"][part][:, None]
     logprobs = shard["range_logprobs"][part].astype(np.float32) + logmass[:, None]
     return PrefixRanges(
         rows=shard["range_rows"][part],
         strip=shard["range_strip"][part],
         logmass=logmass,
-        ids=np.where(there, shard["range_ids"][part].astype(np.int32), -1),
-        logprobs=np.where(there, logprobs, -np.inf).astype(np.float32),
+        ids=np.where(is_entry, shard["range_ids"][part].astype(np.int32), -1),
+        logprobs=np.where(is_entry, logprobs, -np.inf).astype(np.float32),
     )

@@ -1,8 +1,10 @@
-"""How long a run should take, before it starts: work from counts and shapes, speed from three short probes of the machine.
+"""Estimates how long a run will take, before it starts.
 
-A forward pass of n tokens costs 2 P n operations (P parameters; three times that with backward), plus an overhead per
-layer and call; a generated token reads all weights once per batch. Responses are taken to be as long as they may be. Good to a factor
-of two on an idle machine; judges and alignment are left out, they take seconds.
+The amount of work follows from counts and shapes, the machine's speed from three short probes. A forward pass of n tokens
+through P parameters costs 2 P n operations, and three times as many with its backward pass; there is an overhead per layer
+and call. Each round of generation reads all weights once for the whole batch. Responses are assumed to be as long as the
+recipe allows. On an idle machine the estimate is right within a factor of two. Judges and alignment are left out, because
+they take only seconds.
 """
 
 from __future__ import annotations
@@ -33,16 +35,20 @@ from profuser.text.chat import ChatFormat
 from profuser.text.token_bytes import TokenBytesMismatch
 
 OPS_PER_LAYER = 300
-"""Small torch operations in one layer of a Hugging Face model: its overhead, where nothing else takes time."""
+"""How many small torch operations one layer of a Hugging Face model costs. In a small model they are most of the time."""
 OPS_PER_STEP = 2000
-"""The same of one round of `generate` around the model."""
-SAMPLE = 16  # examples whose tokens are counted
+"""How many small operations one round of `generate` costs beside the model itself."""
+SAMPLE = 16
+"""How many examples are tokenised to learn how long an example is."""
 SECONDS_PER_PROBE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """flops: operations per second in a matrix product. bandwidth: bytes read per second. op: seconds of a small operation."""
+    """How fast this machine is.
+
+    flops: operations per second in a matrix product. bandwidth: bytes read per second. op: seconds per small operation.
+    """
 
     flops: float
     bandwidth: float
@@ -51,16 +57,20 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A model's parameters and layers."""
+    """How many parameters and layers a model has."""
 
     parameters: int
     layers: int
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure the device for a third of a second; of each measure the fastest, since other work only ever slows one down."""
+    """Measures the device, which takes a third of a second.
+
+    Each operation is run several times and the fastest time counts, because other work on the machine can only slow it down.
+    """
 
     def fastest(run: Callable[[], object]) -> float:
+        """Returns the shortest time of `run` in seconds. The first call is not timed: it sets things up."""
         run()
         best, begin = math.inf, time.perf_counter()
         while (start := time.perf_counter()) < begin + SECONDS_PER_PROBE:
@@ -73,7 +83,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> Machine:
     side = 4096 if device.type == "cuda" else 512
     x, w = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     row, matrix = torch.ones(1, 1024, device=device, dtype=dtype), torch.ones(16384, 1024, device=device, dtype=dtype)
-    little = torch.ones(8, device=device, dtype=dtype)  # too little to be shared between threads
+    little = torch.ones(8, device=device, dtype=dtype)  # so small that torch uses one thread for it
     return Machine(
         flops=2 * side**3 / fastest(lambda: x @ w),
         bandwidth=matrix.nbytes / fastest(lambda: row @ matrix.T),
@@ -82,10 +92,12 @@ def probe(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def size_of(source: SourceConfig) -> Size | None:
-    """From the files' headers, no weight is read; None for a model that is not on this machine yet, or not in safetensors or GGUF.
+    """Reads a model's size from the headers of its files, without reading any weights.
+
+    It is None where it cannot be known: the model is not on this machine yet, or is not stored as safetensors or GGUF.
 
     Raises:
-        DataError: a file is truncated or damaged.
+        DataError: a safetensors file is truncated or damaged.
     """
     location, options = weights_of(source)
     path = Path(location)
@@ -102,7 +114,7 @@ def size_of(source: SourceConfig) -> Size | None:
             with safe_open(file, framework="numpy") as weights:
                 names = weights.keys()
                 parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-        except SafetensorError as error:  # found now, not after the models before it have been run
+        except SafetensorError as error:  # better to fail now than after the models before this one have been run
             raise DataError(
                 f"{source.name}: the weights {file} cannot be read ({error}); copy or download them again"
             ) from None
@@ -111,30 +123,32 @@ def size_of(source: SourceConfig) -> Size | None:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=source.trust_remote_code)
         return Size(parameters, config.get_text_config().num_hidden_layers)
-    except Exception:  # whatever is wrong with it is said when the model is loaded
+    except Exception:  # whatever is wrong with the config is reported when the model is loaded
         return None
 
 
 def gguf_size(file: Path) -> Size | None:
+    """Reads a model's size from the header of a GGUF file; None where the file is damaged."""
     from gguf import GGUFReader
 
     try:
         tensors = GGUFReader(file).tensors
-    except Exception:  # a damaged file: as above
+    except Exception:  # whatever is wrong with the file is reported when the model is loaded
         return None
     blocks = {tensor.name.split(".")[1] for tensor in tensors if tensor.name.startswith("blk.")}
-    # numpy's integers, whatever their annotation says
+    # The counts are NumPy's integers, although they are annotated as int.
     elements = [int(tensor.n_elements) for tensor in tensors]  # pyrefly: ignore[unnecessary-type-conversion]
     return Size(sum(elements), len(blocks))
 
 
 def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | None = None) -> dict[str, float] | None:
-    """Seconds that each phase has left; None where a model's size is not known.
+    """Returns the seconds that each phase still needs, or None where a model's size is not known.
 
     Args:
-        unmade: examples of a kind of shard that are still to be made.
-        first_step: steps that a resumed training has done; None = the store is prepared only.
+        unmade: says how many examples of a kind of shard are still to be made.
+        first_step: how many steps a training that is resumed has done, 0 for a new one; None where only the store is prepared.
     """
+    # What the estimate is made of: the models' sizes, the machine's speed and the mean length of an example.
     recipe = inputs.recipe
     target = recipe.target_config
     sizes: dict[str, Size] = {}
@@ -147,17 +161,20 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
     tokens = {name: mean_tokens(chat, inputs.rows["train"]) for name, chat in chats.items()}
 
     def forward(name: str, examples: float, batch: int) -> float:
+        """Seconds that a model needs for forward passes over so many examples."""
         size, calls = sizes[name], math.ceil(examples / batch)
         computing = 2 * size.parameters * examples * tokens[name] / machine.flops
         return computing + calls * size.layers * OPS_PER_LAYER * machine.op
 
     def generation(name: str, prompts: int) -> float:
+        """Seconds that a model needs to answer so many prompts, one token of a whole batch per step."""
         size, config = sizes[name], recipe.generation
         batch = min(prompts, config.batch_size)
         reading = size.parameters * (inputs.dtype.itemsize / machine.bandwidth + 2 * batch / machine.flops)
         step = reading + (size.layers * OPS_PER_LAYER + OPS_PER_STEP) * machine.op
         return math.ceil(prompts / config.batch_size) * config.max_new_tokens * step
 
+    # The sources score the ground truth and the responses that won, and answer the prompts.
     scoring = answering = 0.0
     batch = recipe.capture.batch_size
     for source in recipe.sources:
@@ -173,16 +190,21 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
     if first_step is None:
         return seconds
 
+    # The target is trained, and evaluated on the validation prompts in between.
     stages, size, optim = plan(recipe, len(inputs.rows["train"])), sizes[target.name], recipe.optim
     fusing = 0.0
     for stage in stages:
         steps, modes = max(0, stage.stop - max(first_step, stage.first)), len(stage.modes)
         step = 3 * forward(target.name, modes * optim.batch_size, optim.micro_batch_size * modes)
-        step += 16 * size.parameters * 4 / machine.bandwidth  # AdamW reads and writes weights, gradient and two moments
+        # AdamW reads and writes the weights, the gradients and two moments.
+        step += 16 * size.parameters * 4 / machine.bandwidth
         fusing += steps * step
     evaluations = 1 + len(stages) + (stages[-1].stop // optim.eval_every if optim.eval_every else 0)
     validated = len(inputs.rows.get("validation", ())) * evaluations
     seconds["fuse"] = fusing + forward(target.name, validated, batch)
+
+    # The target answers the held-out prompts and is scored on them, before and after fusion. A target that is a source has
+    # answered them already.
     if heldout := len(inputs.rows.get("heldout", ())):
         models = 1 if recipe.target in inputs.chats else 2
         seconds["evaluate"] = generation(target.name, heldout) * models + 2 * forward(target.name, heldout, batch)
@@ -190,7 +212,7 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
 
 
 def mean_tokens(chat: ChatFormat, rows: Sequence[Row]) -> float:
-    """Tokens of a conversation, by the first few."""
+    """Returns the mean number of tokens of the first few conversations. Texts that cannot be encoded are left out."""
     counts = []
     for row in rows[:SAMPLE]:
         with contextlib.suppress(TokenBytesMismatch):
@@ -199,7 +221,7 @@ def mean_tokens(chat: ChatFormat, rows: Sequence[Row]) -> float:
 
 
 def sentence(expected_seconds: dict[str, float] | None) -> str:
-    """For the first line of a run."""
+    """Puts an estimate into words, for the first line of a run."""
     if expected_seconds is None:
         return "how long is unknown: a model is not downloaded yet, or has no safetensors"
     parts = ", ".join(f"{phase} {in_words(s)}" for phase, s in expected_seconds.items() if s >= 0.5)

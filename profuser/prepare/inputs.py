@@ -1,5 +1,7 @@
-"""What the phases of a preparation share: the recipe, the data's rows, every model's chat format, and the settings that
-decide a store's content. Opening them reads data and tokenizers, loads no model and changes nothing on the disk."""
+"""What all phases of a preparation use: the recipe, the data's rows, every model's chat format, and the store's settings.
+
+Opening these inputs reads the data and the tokenizers. It loads no model and changes nothing on the disk.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,12 @@ from profuser.text.chat import ChatFormat
 from profuser.text.fit import Fitted, fit
 
 ALIGNMENT_RULES = 2
-"""Version of what alignment does with the same captures; another one aligns again."""
+"""The version of the alignment's rules. It is part of a store's settings, so that another version aligns the captures again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The examples [first, stop) of a split that one shard holds."""
+    """The examples of a split that one shard covers: from `first` up to but not including `stop`."""
 
     number: int
     first: int
@@ -41,15 +43,17 @@ class Part:
         return self.stop - self.first
 
     def of(self, examples: Sequence) -> Sequence:
+        """Returns the items of this part, from a sequence with one item per example of the split."""
         return examples[self.first : self.stop]
 
 
 @dataclass
 class Inputs:
-    """One preparation's inputs.
+    """The inputs of one preparation.
 
-    rows: the data by split. chats: the sources' chat formats by name; target: the target's.
-    device: where models run. dtype_name: the arithmetic of the sources, settled.
+    name: the recipe's name. store_dir: the directory of the store. rows: the data by split.
+    chats: the chat formats of the sources, by name. target: the chat format of the target.
+    device: the device that the models run on. dtype_name: the arithmetic of the sources, which is no longer "auto".
     """
 
     recipe: Recipe
@@ -63,12 +67,13 @@ class Inputs:
 
     @classmethod
     def open(cls, run: Run) -> Inputs:
-        """A recipe's inputs, checked.
+        """Opens and checks the inputs of a recipe.
 
         Raises:
             ConfigError: the schedule needs judges and there are none; a function that the recipe names cannot be imported.
-            DataError: a data file or tokenizer is missing or broken.
+            DataError: a data file or tokenizer is missing or broken; there is no ground truth to score the held-out answers by.
         """
+        # What can be wrong with the recipe itself is found before anything is read.
         recipe = run.recipe
         if needs_inference(recipe) and not recipe.judges:
             schedule = recipe.schedule if isinstance(recipe.schedule, str) else "with an inference_weight"
@@ -80,6 +85,8 @@ class Inputs:
                 load_function(judge.function, f"judges: {judge.name}: function")
         if recipe.evaluation.match is not None:
             load_function(recipe.evaluation.match, "evaluation.match")
+
+        # The data and the tokenizers.
         device = default_device()
         rows = {split: load_split(recipe, split) for split in SPLITS if recipe.data.location(split) is not None}
         chats = {source.name: chat_format(source, load_tokenizer(source)) for source in recipe.sources}
@@ -94,38 +101,43 @@ class Inputs:
             device=device,
             dtype_name=settled_dtype(recipe.capture.dtype, run.store_dir, device),
         )
+
+        # Without a ground truth the default match has nothing to compare an answer with.
         heldout = rows.get("heldout")
         if heldout and recipe.evaluation.match is None and not any(row["response"] for row in heldout):
             raise DataError(
-                f"{recipe.data.heldout} must hold a ground truth to score by, every response is empty; fill them in, or give a "
-                "function as evaluation.match"
+                f"{recipe.data.heldout} must hold a ground truth to score the answers by, every response is empty; fill them in, "
+                "or give a function as evaluation.match"
             )
         return inputs
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype in which the sources are run."""
         return runtime_dtype(self.dtype_name, self.device)
 
     @property
     def source_names(self) -> list[str]:
+        """The names of the sources, in the recipe's order."""
         return [source.name for source in self.recipe.sources]
 
     @property
     def schedule(self) -> str:
+        """The schedule in words."""
         return schedule_words(self.recipe)
 
     def parts(self, split: Split) -> list[Part]:
-        """A split in shards."""
+        """Divides a split into the parts that the shards of a store cover."""
         size, total = self.recipe.capture.shard_size, len(self.rows[split])
         return [Part(number, first, min(first + size, total)) for number, first in enumerate(range(0, total, size))]
 
     def answered(self, split: Split) -> bool:
-        """Whether the sources answer a split's prompts: the held-out ones for the scores, the training ones for the vote."""
+        """Whether the sources answer the prompts of a split: held-out prompts for the scores, training prompts for the vote."""
         return split == "heldout" or (split == "train" and bool(self.recipe.judges))
 
     @cached_property
     def fitted(self) -> dict[Split, list[Fitted]]:
-        """Ground truths of every split: one cut for all sources, so that they score the same bytes."""
+        """The ground truths of every split. A long one is cut once for all sources, so that they score the same bytes."""
         sources, max_length = list(self.chats.values()), self.recipe.data.max_length
         return {
             split: [fit(self.target, sources, row["prompt"], row["response"], max_length) for row in rows]
@@ -133,7 +145,7 @@ class Inputs:
         }
 
     def settings(self) -> StoreSettings:
-        """What decides each layer of the store, for its manifest."""
+        """Returns the settings that decide each layer of the store, for its manifest. Batch sizes are not among them."""
         recipe = self.recipe
         sources = {
             "source_names": self.source_names,
@@ -168,7 +180,7 @@ class Inputs:
 
 
 def load_split(recipe: Recipe, split: Split) -> list[Row]:
-    """The rows of one split of a recipe's data."""
+    """Reads the rows of one split of a recipe's data. Only the training split obeys data.limit."""
     location = recipe.data.location(split)
     if location is None:
         raise ConfigError(f"data.{split} must name a data file or set, the recipe names none; add it")
@@ -176,9 +188,9 @@ def load_split(recipe: Recipe, split: Split) -> list[Row]:
 
 
 def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:
-    """`capture.dtype` without "auto": what the store was begun with, or else what suits the device.
+    """Returns the arithmetic that `capture.dtype` means. "auto" is what the store was begun with, or else what suits the device.
 
-    A preparation that goes on on another device keeps its arithmetic, or one store would hold two.
+    A preparation that goes on with a store on another device keeps the store's arithmetic, so that one store never holds two.
     """
     if name != "auto":
         return name
@@ -188,9 +200,10 @@ def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:
 
 
 def template_hash(chat: ChatFormat) -> str:
+    """Returns a short hash of a chat template."""
     return hashlib.sha256(str(chat.tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
 def without(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """A copy that leaves out what does not decide the content."""
+    """Returns a copy of some settings without one key, which does not decide the store's content."""
     return {k: v for k, v in settings.items() if k != key}

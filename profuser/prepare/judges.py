@@ -1,4 +1,7 @@
-"""The voters of the inference mode: reward models and functions, each scoring every source's responses."""
+"""The judges of the inference mode: reward models and functions, each of which scores the responses of all sources.
+
+Letters: E examples, C candidate responses per example.
+"""
 
 from __future__ import annotations
 
@@ -24,33 +27,41 @@ from profuser.text.token_bytes import TokenBytesMismatch
 
 
 def judge_fingerprint(config: JudgeConfig) -> str:
-    """Changes with a judge's weights, or with the source of the module that its function stands in."""
+    """Returns a short hash that changes whenever the judge may give other scores.
+
+    For a reward model it covers the model's files; for a function it covers the code of the whole module that defines it, since
+    the function may call others there.
+    """
     if config.model is not None:
         return fingerprint(config.model)
     assert config.function is not None
-    source = config.function
+    code = config.function
     module = inspect.getmodule(load_function(config.function, f"judges: {config.name}: function"))
     if module is not None:
-        with contextlib.suppress(OSError, TypeError):  # of a built-in or compiled module there is no text
-            source = inspect.getsource(module)
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+        with contextlib.suppress(OSError, TypeError):  # a built-in or compiled module has no source code
+            code = inspect.getsource(module)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 class Judge(Protocol):
-    """Scores C candidate responses of each example."""
+    """A function that scores the C candidate responses to each of E prompts."""
 
     def __call__(
         self, examples: Sequence[Row], candidates: Sequence[Sequence[str]], progress: Callable[..., None] = silent
     ) -> np.ndarray:
-        """float32 (E, C); NaN where a candidate was empty, and so not shown, or got no score.
+        """Returns the scores, (E, C) float32.
 
-        progress: called as `Progress.update` is.
+        A score is NaN where the judge gave none. An empty candidate is not shown to the judge, and its score is NaN as well.
+
+        Args:
+            examples: E rows of the data. candidates: for each of them C responses.
+            progress: called as `Progress.update` is.
         """
         ...
 
 
 def load_judge(config: JudgeConfig, device: torch.device | str = "cpu") -> Judge:
-    """The judge that a recipe names, ready to score."""
+    """Loads the judge that a recipe names."""
     if config.function is not None:
         return _function_judge(config, config.function)
     assert config.model is not None
@@ -58,6 +69,7 @@ def load_judge(config: JudgeConfig, device: torch.device | str = "cpu") -> Judge
 
 
 def _function_judge(config: JudgeConfig, path: str) -> Judge:
+    """Makes a judge of the function `module:function` at `path`, whose results are checked."""
     function = load_function(path, f"judges: {config.name}: function")
 
     def score(
@@ -68,15 +80,15 @@ def _function_judge(config: JudgeConfig, path: str) -> Judge:
             shown = [c for c, text in enumerate(responses) if text]
             try:
                 given = [float(x) for x in function(dict(example), [responses[c] for c in shown])] if shown else []
-            except (Exception, SystemExit) as error:  # the user's own code may raise anything
+            except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
                 raise DataError(
-                    f"judge {config.name}: {path} must return one number a response, on the prompt {example['prompt']!r} it "
+                    f"judge {config.name}: {path} must return one number per response, on the prompt {example['prompt']!r} it "
                     f"raised {type(error).__name__}: {first_line(error)}; fix the function"
                 ) from error
             if len(given) != len(shown):
                 raise DataError(
-                    f"judge {config.name}: {path} must return one number a response, got {len(given)} for "
-                    f"{len(shown)}; fix the function"
+                    f"judge {config.name}: {path} must return one number per response, got {len(given)} numbers for "
+                    f"{len(shown)} responses; fix the function"
                 )
             scores[e, shown] = given
             progress(1)
@@ -87,7 +99,7 @@ def _function_judge(config: JudgeConfig, path: str) -> Judge:
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
-    """One response as a reward model sees it: of which example, at which place, in which tokens."""
+    """A response as a reward model sees it: its example, its place among the candidates, and the conversation's tokens."""
 
     example: int
     place: int
@@ -95,10 +107,12 @@ class _Shown:
 
 
 def _reward_model_judge(config: JudgeConfig, location: str, device: torch.device | str) -> Judge:
+    """Makes a judge of the reward model at `location`, which scores whole conversations."""
     model, tokenizer = load_reward_model(config.name, location, config.trust_remote_code, device)
     chat = chat_format(SourceConfig(name=config.name, model=location), tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    if model.config.pad_token_id is None:  # the model looks for the last token that is not padding
+    # The model scores at the last token that is not padding, so that it must know the padding's id.
+    if model.config.pad_token_id is None:
         model.config.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
@@ -108,15 +122,18 @@ def _reward_model_judge(config: JudgeConfig, location: str, device: torch.device
     def score(
         examples: Sequence[Row], candidates: Sequence[Sequence[str]], progress: Callable[..., None] = silent
     ) -> np.ndarray:
+        # Encode the candidates. Of a conversation that is too long for the model, the beginning is left out.
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         shown: list[_Shown] = []
         for e, responses in enumerate(candidates):
             for c, text in enumerate(responses):
-                # A text that the judge's tokenizer cannot give back stays without a score.
+                # A response whose bytes the judge's tokenizer changes gets no score.
                 with contextlib.suppress(TokenBytesMismatch):
                     if text:
                         ids = chat.encode(examples[e]["prompt"], text).input_ids[-limit:]
                         shown.append(_Shown(example=e, place=c, input_ids=ids))
+
+        # Score them in batches of similar length.
         shown.sort(key=lambda candidate: len(candidate.input_ids))
         for first in range(0, len(shown), config.batch_size):
             batch = shown[first : first + config.batch_size]

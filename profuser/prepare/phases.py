@@ -1,9 +1,12 @@
-"""From models and prompts to a store of aligned targets, phase by phase; each is resumable by shard.
+"""Makes a store of aligned targets from models and prompts, in four phases. Each can be interrupted between two shards.
 
-Every source scores the ground truth (training mode) and answers the prompts; the judges vote on the answers (inference
-mode); the winners are captured on their own responses; all captures are aligned to the target's tokens. A store holds
-up to three splits: `train` (both modes), `validation` and `heldout` (ground truth only; on `heldout` the sources'
-answers too, which are scored against the fused model's).
+1. Every source scores the ground truth, for the training mode, and answers the prompts.
+2. The judges score the answers to the training prompts and vote on them, for the inference mode.
+3. Of every prompt, the source that won is captured on its own response.
+4. All captures are aligned to the target's tokens.
+
+A store has up to three splits: `train` with both modes, `validation` with the ground truth only, and `heldout` with the
+ground truth and with the sources' answers, which are scored beside the fused model's.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ Aligner = CppByteAligner | PythonByteAligner | FuseLLMAligner
 
 @dataclass(frozen=True, slots=True)
 class LoadedSource:
-    """A source that is in memory."""
+    """A source whose model is in memory, with what capturing needs of it."""
 
     name: str
     chat: ChatFormat
@@ -61,12 +64,12 @@ class LoadedSource:
 
 
 def prepare(run: Run) -> Store:
-    """Bring the store of a recipe to completeness; raises what Inputs.open and Store.build do."""
+    """Makes the store of a recipe, or what is missing of it. It raises what Inputs.open and Store.build raise."""
     return Preparation(Inputs.open(run)).run()
 
 
 class Preparation:
-    """The phases of one preparation, over one store."""
+    """The phases of one preparation, which fill one store."""
 
     def __init__(self, inputs: Inputs):
         self.inputs, self.recipe = inputs, inputs.recipe
@@ -74,7 +77,7 @@ class Preparation:
         self.store = Store.build(inputs.store_dir, inputs.settings())
 
     def run(self) -> Store:
-        """Make what is missing or damaged."""
+        """Makes all shards that are missing or damaged, then the summary, and returns the complete store."""
         if self.store.complete and not self.store.damaged():
             if not (self.store.directory / "summary.json").exists():
                 self._write_summary()
@@ -83,25 +86,26 @@ class Preparation:
             start = time.monotonic()
             phase()
             self.seconds[phase.__name__] = round(time.monotonic() - start, 1)
-            gc.collect()
+            gc.collect()  # a model in a reference cycle would stay in memory beside those of the next phase
         self._write_summary()
         self.store.finish()
         return self.store
 
     def missing(self, kind: Kind) -> list[Part]:
-        """The shards of one kind that are still to be made; a damaged one is among them."""
+        """Returns the parts whose shard of this kind is still to be made. A damaged shard counts as missing, and is dropped."""
         return [part for part in self.inputs.parts(kind.split) if not self.store.keep_intact(kind, part.number)]
 
     def unmade(self, kind: Kind) -> int:
-        """Examples of one kind of shard that are not there yet."""
+        """Returns how many examples are in the missing shards of a kind. It looks at the manifest only."""
         return examples_in([part for part in self.inputs.parts(kind.split) if not self.store.has(kind, part.number)])
 
     # -- phase 1 ---------------------------------------------------------------------------------------------------
 
     def capture_truth_and_answer(self) -> None:
-        """Every source is loaded once: it scores the ground truth and answers the prompts."""
+        """Lets every source score the ground truth and answer the prompts. It is loaded once for both."""
         splits = list(self.inputs.rows)
         for source in self.recipe.sources:
+            # A source of which nothing is missing is not loaded at all.
             truth = {split: self.missing(layout.truth(split, source.name)) for split in splits}
             answers = {
                 split: self.missing(layout.responses(split, source.name))
@@ -111,6 +115,7 @@ class Preparation:
             to_score, to_answer = sum(map(examples_in, truth.values())), sum(map(examples_in, answers.values()))
             if not to_score + to_answer:
                 continue
+
             loaded = self._load(source)
             with Progress(f"{source.name}: score the ground truth", to_score, "examples") as bar:
                 for split, parts in truth.items():
@@ -121,15 +126,17 @@ class Preparation:
                 for split, parts in answers.items():
                     for part in parts:
                         self._answer(split, part, loaded, bar)
-            del loaded
+            del loaded  # frees the memory before the next source is loaded
 
     def _load(self, source: SourceConfig) -> LoadedSource:
+        """Loads a source's model and checks that it fits its tokenizer."""
         model = load_model(source, self.inputs.dtype, self.inputs.device)
         head, chat = head_of(model), self.inputs.chats[source.name]
         check_vocabulary(source.name, chat, head.weight)
         return LoadedSource(source.name, chat, model, head, ByteOrder(chat.token_bytes, head.weight.shape[0]))
 
     def _answer(self, split: Split, part: Part, source: LoadedSource, bar: Progress) -> None:
+        """Writes one shard of a source's responses to the prompts of a part."""
         generation = self.recipe.generation
         answers = generate(
             source.model,
@@ -144,11 +151,16 @@ class Preparation:
         self.store.put_json(layout.responses(split, source.name), part.number, answers, examples=len(part))
 
     def _capture(self, kind: Kind, part: Part, source: LoadedSource, fitted: Sequence[Fitted], bar: Progress) -> None:
-        """Write one shard of what a source says of the fitted texts of a part's examples."""
+        """Writes one shard of captures: what a source says about one text per example of a part.
+
+        Args:
+            fitted: the texts, one per example. An example whose verdict is not OK has none.
+        """
+        # Encode the texts, and find out which prefix ranges the target will need of each.
         rows, target = part.of(self.inputs.rows[kind.split]), self.inputs.target
         verdicts = [f.verdict for f in fitted]
         requests: list[CaptureRequest] = []
-        asked: list[int] = []  # the examples that the requests are of
+        asked: list[int] = []  # the example, counted within the part, of every request
         for i, (row, text) in enumerate(zip(rows, fitted)):
             if text.verdict != Verdict.OK:
                 continue
@@ -161,6 +173,8 @@ class Preparation:
                 continue
             requests.append(CaptureRequest(own, len(text.text.encode()), ranges))
             asked.append(i)
+
+        # Score them, and write the shard.
         top_k, batch_size = self.recipe.capture.top_k, self.recipe.capture.batch_size
         scored: dict[int, ScoredResponse] = {}
         for i, response in capture_responses(
@@ -168,14 +182,14 @@ class Preparation:
         ):
             scored[asked[i]] = response
             bar.update(1, tokens=len(requests[i].encoded.input_ids))
-        bar.update(len(part) - len(scored))
+        bar.update(len(part) - len(scored))  # the examples that were not asked for are done as well
         arrays = pack_captures(fitted, verdicts, scored, top_k, source.head.weight.shape[0])
         self.store.put(kind, part.number, arrays, examples=len(part))
 
     # -- phase 2 ---------------------------------------------------------------------------------------------------
 
     def judge(self) -> None:
-        """Every judge scores every eligible response to the training prompts."""
+        """Lets every judge score every eligible response to the training prompts."""
         for config in self.recipe.judges:
             kind = layout.scores(config.name)
             missing = self.missing(kind)
@@ -185,6 +199,7 @@ class Preparation:
             with Progress(f"{config.name}: score the responses", examples_in(missing), "prompts") as bar:
                 for part in missing:
                     candidates = candidates_of(self.store, self.inputs.source_names, part.number)
+                    # Judges are not shown empty texts, so that an empty text in a response's place keeps it from them.
                     shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
                     scores = score(part.of(self.inputs.rows["train"]), shown, bar.update)
                     self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
@@ -192,16 +207,16 @@ class Preparation:
 
     @cached_property
     def ballots(self) -> Ballots | None:
-        """The vote over the training split; None without judges."""
+        """The vote over the training split; None where there are no judges. It needs the responses and all scores."""
         return count_votes(self.store, self.recipe) if self.recipe.judges else None
 
     # -- phase 3 ---------------------------------------------------------------------------------------------------
 
     def capture_winners(self) -> None:
-        """The winner of every vote is captured on its own response."""
+        """Captures what each source says about those of its responses that won the vote."""
         if self.ballots is None:
             return
-        for s, source in enumerate(self.recipe.sources):
+        for index, source in enumerate(self.recipe.sources):
             kind = layout.winners(source.name)
             missing = self.missing(kind)
             if not missing:
@@ -211,7 +226,7 @@ class Preparation:
                 for part in missing:
                     fitted = [
                         self._winning(example)
-                        if self.ballots.winning_source(example) == s
+                        if self.ballots.winning_source(example) == index
                         else Fitted.unused(Verdict.NOT_WINNER)
                         for example in range(part.first, part.stop)
                     ]
@@ -219,7 +234,7 @@ class Preparation:
             del loaded
 
     def _winning(self, example: int) -> Fitted:
-        """The response to a training prompt that won the vote, cut where it does not fit its source and the target."""
+        """Returns the response to a training prompt that won the vote, cut if it is too long for its source or the target."""
         assert self.ballots is not None
         winner = self.ballots.winning_source(example)
         if winner == NOBODY:
@@ -231,7 +246,7 @@ class Preparation:
     # -- phase 4 ---------------------------------------------------------------------------------------------------
 
     def align(self) -> None:
-        """All captures onto the target's tokens: the trainer's view."""
+        """Aligns all captures to the target's tokens and writes the shards that the trainer reads."""
         aligners = [self._aligner(self.inputs.chats[source.name]) for source in self.recipe.sources]
         for split in self.inputs.rows:
             kind = layout.targets(split)
@@ -242,6 +257,7 @@ class Preparation:
                     self.store.put(kind, part.number, arrays, examples=len(part))
 
     def _aligner(self, source: ChatFormat) -> Aligner:
+        """Makes the aligner from a source's tokens to the target's that the recipe asks for."""
         config, top_k = self.recipe.align, self.recipe.capture.top_k
         target = self.inputs.target
         if config.mode == "fusellm":
@@ -252,7 +268,8 @@ class Preparation:
     def _align_part(
         self, split: Split, part: Part, aligners: Sequence[Aligner], bar: Progress
     ) -> dict[str, np.ndarray]:
-        """One shard of targets: both modes of the training split, the ground truth of the others."""
+        """Returns the arrays of one shard of targets. It has both modes in the training split, else the ground truth only."""
+        # Read what the sources said about the part's examples, by mode and source.
         kinds = {Mode.TRAINING: [layout.truth(split, name) for name in self.inputs.source_names]}
         if split == "train" and self.recipe.judges:
             kinds[Mode.INFERENCE] = [layout.winners(name) for name in self.inputs.source_names]
@@ -260,6 +277,8 @@ class Preparation:
             mode: [unpack_captures(self.store.get(kind, part.number)) for kind in of_mode]
             for mode, of_mode in kinds.items()
         }
+
+        # Collect the texts that the target learns, one per example and mode. What is left out is counted with its reason.
         writer = TargetWriter(
             len(self.recipe.sources), len(self.inputs.target.tokenizer), self.recipe.align.min_ce_unit
         )
@@ -271,7 +290,9 @@ class Preparation:
                     writer.skip(mode, text)
                 else:
                     texts.append(text)
-        by_source = [align_source(aligner, texts, s) for s, aligner in enumerate(aligners)]
+
+        # Align all texts for one source after the other, then write each text with what all sources say about it.
+        by_source = [align_source(aligner, texts, source) for source, aligner in enumerate(aligners)]
         for n, text in enumerate(texts):
             writer.add(text, [aligned.get(n) for aligned in by_source])
         bar.update(len(part), tokens=sum(len(text.encoded.input_ids) for text in texts))
@@ -280,7 +301,7 @@ class Preparation:
     def _target_text(
         self, split: Split, mode: Mode, example: int, row: Row, scored: list[ScoredResponse | None]
     ) -> TargetText | Verdict:
-        """What the target learns from an example in one mode, or why it learns nothing."""
+        """Returns the text that the target learns from an example in one mode, or the reason why there is none."""
         fitted = self.inputs.fitted[split][example] if mode == Mode.TRAINING else self._winning(example)
         if fitted.verdict != Verdict.OK:
             return fitted.verdict
@@ -295,7 +316,10 @@ class Preparation:
 
 
 def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> dict[int, Aligned]:
-    """By index in `texts` what one source says; it says nothing where it was not captured or gave NaN."""
+    """Aligns what one source says about the texts. The result is by index in `texts`.
+
+    A text is missing from the result where the source was not captured on it, or gave NaN.
+    """
     scored = {n: r for n, text in enumerate(texts) if (r := text.scored[source]) is not None and np.isfinite(r.nll)}
     found = aligner.align_batch(
         [texts[n].text.encode() for n in scored],
@@ -306,4 +330,5 @@ def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> 
 
 
 def examples_in(parts: Sequence[Part]) -> int:
+    """Returns how many examples some parts have together."""
     return sum(map(len, parts))

@@ -1,4 +1,4 @@
-"""Responses of a model to prompts, batched: the candidates of the inference mode and the answers that are scored."""
+"""Lets a model answer prompts in batches: the candidates of the vote, and the held-out answers that are scored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from profuser.text.chat import ChatFormat
 
 
 class Response(NamedTuple):
-    """What a model answered: the text, stripped, and whether it ended its turn."""
+    """What a model answered: the text, stripped, and whether the model ended its turn."""
 
     text: str
     finished: bool
@@ -33,21 +33,26 @@ def generate(
     responses: int = 1,
     progress: Callable[..., None] = silent,
 ) -> list[list[Response]]:
-    """Answer every prompt through the model's own chat template.
+    """Lets a model answer every prompt, through its own chat template.
 
     Args:
-        max_length: longest prompt in tokens; a longer one gets empty responses.
-        responses: how many for each prompt; more than one needs a temperature.
-        progress: called as `Progress.update` is, with the prompts answered and the tokens generated for them.
+        max_length: the longest sequence in tokens, prompt and response together. A prompt that leaves no room gets empty
+            responses.
+        seed: the seed of sampling; it is not used by greedy decoding.
+        responses: how many responses each prompt gets; more than one needs a temperature above 0.
+        progress: called as `Progress.update` is, with the number of prompts answered and of tokens generated for them.
 
     Returns:
-        For each prompt its responses.
+        A list of responses for each prompt.
     """
+    # Prompts of similar length are answered together. Those without room for a response are done already.
     tokenizer = chat.tokenizer
-    encoded = [chat.prompt_ids(p) for p in prompts]
+    encoded = [chat.prompt_ids(prompt) for prompt in prompts]
     by_length = sorted((i for i in range(len(prompts)) if len(encoded[i]) < max_length), key=lambda i: len(encoded[i]))
     answers = [[Response("", True)] * responses for _ in prompts]
     progress(len(prompts) - len(by_length))
+
+    # These override the model's own generation config, in which a repetition penalty or a top_k would change the answers.
     sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
     if config.temperature > 0:
         sampling |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
@@ -55,6 +60,7 @@ def generate(
     ends = set(chat.end_ids)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else chat.end_ids[0]
     for first in range(0, len(by_length), config.batch_size):
+        # Generate for one batch. What comes back are the new tokens: the prompts, padded at the left, are cut off.
         batch = by_length[first : first + config.batch_size]
         input_ids, attention_mask = padded([encoded[i] for i in batch], pad, left=True)
         output = model.generate(  # pyrefly: ignore[not-callable]  # a PreTrainedModel may have it, from GenerationMixin
@@ -66,13 +72,16 @@ def generate(
             pad_token_id=pad,
             **sampling,
         )[:, input_ids.shape[1] :].tolist()
+
+        # Take each response up to its end of turn. The rows of one prompt's responses follow one another.
         generated = 0
         for row, ids in enumerate(output):
-            # Each prompt has its own room, whatever else is in its batch.
-            ids = ids[: max_length - len(encoded[batch[row // responses]])]
+            index = batch[row // responses]
+            # A response gets the room that its own prompt leaves, whatever other prompts are in the batch.
+            ids = ids[: max_length - len(encoded[index])]
             end = next((t for t, token in enumerate(ids) if token in ends), None)
             generated += len(ids) if end is None else end + 1
             text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[batch[row // responses]][row % responses] = Response(cast("str", text).strip(), end is not None)
+            answers[index][row % responses] = Response(cast("str", text).strip(), end is not None)
         progress(len(batch), tokens=generated)
     return answers

@@ -1,4 +1,4 @@
-"""What a preparation found: wins per mode, alignment per source, and every response with its scores for audit."""
+"""Writes what a preparation found: each source's wins, how well it aligns, and a table of all responses with their scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from profuser.text.fit import Verdict
 
 
 def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]) -> None:
-    """Writes summary.json and the audit table samples.parquet beside the shards. seconds: by phase."""
+    """Writes summary.json and samples.parquet, the audit table, beside the shards. `seconds` says how long each phase took."""
     import datasets
 
     write_json(store.directory / "summary.json", summarise(inputs, store, ballots, seconds))
@@ -30,7 +30,7 @@ def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds
 
 
 def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The content of summary.json."""
+    """Returns the content of summary.json."""
     rows, names = inputs.rows["train"], inputs.source_names
     shards = target_shards(store)
     summary: dict[str, Any] = {
@@ -46,12 +46,13 @@ def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Ma
         "handled": handled(inputs, store),
         "seconds": dict(seconds),
     }
+    # The vote, where there was one: each source's wins, and its share of every judge's first places.
     if ballots is not None:
         summary["vote_wins"] = count_wins(rows, [ballots.winning_source(e) for e in range(len(rows))], names)
         for r, judge in enumerate(inputs.recipe.judges):
             shares = first_choices(ballots.scores[:, r])
             summary["judges"][judge.name] = {
-                name: float(shares[ballots.places_of(s)].sum()) for s, name in enumerate(names)
+                name: float(shares[ballots.places_of(source)].sum()) for source, name in enumerate(names)
             }
         if unusable := sum(not c.eligible for of_prompt in ballots.candidates for c in of_prompt):
             summary["handled"]["empty or unfinished response of a source, kept from the judges"] = unusable
@@ -59,7 +60,12 @@ def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Ma
 
 
 def audit_table(inputs: Inputs, store: Store, ballots: Ballots | None) -> dict[str, list]:
-    """Columns of one row per training prompt: texts, winners, votes, scores, and the vote as preferences."""
+    """Returns the columns of the audit table, which has one row per training prompt.
+
+    They hold the texts, the winners, the votes and the scores. The last two, `chosen` and `rejected`, hold the vote as a
+    preference between two conversations, in the form that preference training uses.
+    """
+    # The ground truth and who won by Min-CE.
     rows, names = inputs.rows["train"], inputs.source_names
     min_ce = min_ce_winners(target_shards(store), len(rows))
     table: dict[str, list] = {
@@ -70,13 +76,17 @@ def audit_table(inputs: Inputs, store: Store, ballots: Ballots | None) -> dict[s
     }
     if ballots is None:
         return table
-    for s, name in enumerate(names):
-        for n, c in enumerate(ballots.places_of(s)):
+
+    # Every response with its votes and scores. Where a source gave several, its columns are numbered.
+    for source, name in enumerate(names):
+        for n, c in enumerate(ballots.places_of(source)):
             label = f"{name}_{n}" if ballots.responses_per_source > 1 else name
             table[f"response_{label}"] = [of_prompt[c].text for of_prompt in ballots.candidates]
             table[f"votes_{label}"] = ballots.votes[:, c].tolist()
             for r, judge in enumerate(inputs.recipe.judges):
                 table[f"score_{judge.name}_{label}"] = [float(x) for x in ballots.scores[:, r, c]]
+
+    # Who won the vote, and the vote as a preference.
     winning = [ballots.winning_source(e) for e in range(len(rows))]
     table["vote_winner"] = [None if winner == NOBODY else names[winner] for winner in winning]
     table["chosen"] = [
@@ -91,12 +101,16 @@ def audit_table(inputs: Inputs, store: Store, ballots: Ballots | None) -> dict[s
 
 
 def target_shards(store: Store) -> list[dict[str, np.ndarray]]:
+    """Reads the shards of targets of the training split."""
     kind = layout.targets("train")
     return [store.get(kind, number) for number in store.numbers(kind)]
 
 
 def min_ce_winners(shards: Sequence[Mapping[str, np.ndarray]], examples: int) -> list[int]:
-    """The source with the lowest cross-entropy on each ground truth, lowest index on ties, NOBODY without any."""
+    """Returns for each example the source with the lowest cross-entropy on the ground truth, the first of several equal ones.
+
+    It is NOBODY where no source was scored. `examples` is the number of training examples.
+    """
     winner = [NOBODY] * examples
     for shard in shards:
         for example, mode, ce in zip(shard["example"], shard["mode"], shard["source_ce"]):
@@ -107,7 +121,7 @@ def min_ce_winners(shards: Sequence[Mapping[str, np.ndarray]], examples: int) ->
 
 
 def count_wins(rows: Sequence[Row], winners: Sequence[int], names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """By skill and source how many examples it won; "none" where nobody did."""
+    """Counts by skill and source how many examples the source won. Examples that nobody won count for "none"."""
     wins: dict[str, Counter] = {}
     for row, winner in zip(rows, winners):
         wins.setdefault(row["skill"], Counter())["none" if winner == NOBODY else names[winner]] += 1
@@ -115,8 +129,10 @@ def count_wins(rows: Sequence[Row], winners: Sequence[int], names: Sequence[str]
 
 
 def first_choices(scores: np.ndarray) -> np.ndarray:
-    """(C,) share of one judge's first places that went to each candidate, of (E, C) scores; ties are split, and who scores
-    all alike abstains."""
+    """Returns the share of one judge's first places that each candidate got, (C,), from the judge's scores, (E, C).
+
+    A first place is divided among equal candidates. An example in which all scores are equal does not count.
+    """
     shown = np.where(np.isnan(scores), -np.inf, scores)
     best = shown == shown.max(1, keepdims=True)
     best &= np.isfinite(shown)
@@ -127,29 +143,34 @@ def first_choices(scores: np.ndarray) -> np.ndarray:
 def alignment_summary(
     shards: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Per mode and source: positions, shares by kind, coverage, mean mapped mass, reliability histogram."""
+    """Summarises the alignment by mode and source.
+
+    A summary holds the number of positions, the share of each kind, the coverage, the mean mapped mass, and the histogram of
+    the reliability in ten bins.
+    """
     keys = ("kinds", "covered", "mapped_mass", "reliability")
     total: dict[str, np.ndarray] = {key: functools.reduce(np.add, [shard[key] for shard in shards]) for key in keys}
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for mode in Mode:
-        for s, name in enumerate(names):
-            positions = int(total["kinds"][mode, s].sum())
+        for source, name in enumerate(names):
+            positions = int(total["kinds"][mode, source].sum())
             if positions:
                 result.setdefault(mode.key, {})[name] = {
                     "positions": positions,
-                    **{kind: float(n / positions) for kind, n in zip(KINDS, total["kinds"][mode, s])},
-                    "coverage": float(total["covered"][mode, s] / positions),
-                    "mapped_mass": float(total["mapped_mass"][mode, s] / max(1, total["covered"][mode, s])),
-                    "reliability": total["reliability"][mode, s].tolist(),
+                    **{kind: float(count / positions) for kind, count in zip(KINDS, total["kinds"][mode, source])},
+                    "coverage": float(total["covered"][mode, source] / positions),
+                    "mapped_mass": float(total["mapped_mass"][mode, source] / max(1, total["covered"][mode, source])),
+                    "reliability": total["reliability"][mode, source].tolist(),
                 }
     return result
 
 
 def handled(inputs: Inputs, store: Store) -> dict[str, int]:
-    """What was skipped, cut or kept as text, in examples of all splits: what several sources skip counts once."""
+    """Counts the texts of all splits that were skipped, cut or kept as text. One that several sources skip counts once."""
     counts: Counter[str] = Counter()
     names = inputs.source_names
     for split, rows in inputs.rows.items():
+        # What the captures of the ground truth, and of the responses that won, say about their texts.
         captured = [[layout.truth(split, name) for name in names]]
         if split == "train":
             captured.append([layout.winners(name) for name in names])
@@ -161,6 +182,8 @@ def handled(inputs: Inputs, store: Store) -> dict[str, int]:
                     if verdict not in (Verdict.OK, Verdict.NOT_WINNER):
                         counts[verdict.label] += int((reasons == verdict).any(0).sum())
                 counts["over-long response, cut without an end of turn"] += int(cut.any(0).sum())
+
+        # What the data itself shows.
         counts["empty prompt, kept"] += sum(not row["prompt"].strip() for row in rows)
         held = [chat.token_bytes.has_control for chat in (inputs.target, *inputs.chats.values())]
         counts["control token spelt out in a text, kept as text"] += sum(
@@ -170,11 +193,12 @@ def handled(inputs: Inputs, store: Store) -> dict[str, int]:
 
 
 def conversation(prompt: str, response: str) -> list[dict[str, str]]:
+    """Returns a prompt and a response as the two messages of a conversation."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
 def loser(candidates: Sequence[Candidate], votes: np.ndarray, winner: int) -> Candidate | None:
-    """The eligible response with the fewest votes that is not the winner's text."""
+    """Returns the eligible candidate with the fewest votes whose text is not the winner's; None where there is none."""
     others = [
         c for c, (text, ok) in enumerate(candidates) if ok and winner != NOBODY and text != candidates[winner].text
     ]

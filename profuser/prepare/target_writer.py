@@ -1,7 +1,8 @@
-"""Writes what the trainer reads: sequences in target tokens with the sources' aligned distributions of their labels.
+"""Packs what the trainer reads: sequences in target tokens, with the sources' aligned distributions of their labels.
 
-A shard is in CSR form: sequences -> rows -> entries. A row is one source's distribution of one token: K entries and the
-tail, the mass outside them. Read back by profuser.train.targets.
+A sequence has rows, and a row has entries. A row is one source's distribution of one token: up to K entries and a tail, which
+is the mass outside them. The rows of all sequences lie end to end, with offsets that say where each sequence's begin, and so
+do the entries of all rows (CSR form). profuser.train.targets reads the shards back.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from profuser.text.fit import Verdict
 
 @dataclass(frozen=True, slots=True)
 class TargetText:
-    """A text that the target is to learn, with what the sources said of it.
+    """A text that the target is to learn, with what the sources said about it.
 
     example: its number in the split. encoded: the conversation in target tokens.
-    scored: by source; None where the source did not score it (in inference mode all but the winner).
+    scored: one capture per source, None where the source did not score the text. In inference mode only the winner did.
     """
 
     example: int
@@ -36,14 +37,21 @@ class TargetText:
 
 
 class TargetWriter:
-    """Collects aligned sequences into the arrays of one shard, with the counts of the alignment."""
+    """Collects aligned sequences, and counts of the alignment, until `arrays` returns them as the arrays of one shard.
+
+    Args:
+        sources: how many sources there are. vocabulary: how many tokens the target has.
+        min_ce_unit: "token" or "byte", the unit of the cross-entropies by which Min-CE chooses.
+    """
 
     def __init__(self, sources: int, vocabulary: int, min_ce_unit: str):
         self.sources, self.vocabulary, self.min_ce_unit = sources, vocabulary, min_ce_unit
+        # One item per sequence, then per row, then per entry.
         self.example, self.mode, self.response_bytes, self.source_ce = [], [], [], []
         self.input_ids, self.label_mask = [], []
         self.row_counts, self.row_position, self.row_source, self.row_tail, self.row_reliability = [], [], [], [], []
         self.entry_counts, self.entry_ids, self.entry_logprobs = [], [], []
+        # The counts by mode, and all but the first by source as well.
         modes = len(Mode)
         self.skipped = np.zeros((modes, len(Verdict)), np.int64)
         self.kinds = np.zeros((modes, sources, len(KINDS)), np.int64)
@@ -52,11 +60,12 @@ class TargetWriter:
         self.reliability = np.zeros((modes, sources, 10), np.int64)
 
     def skip(self, mode: Mode, verdict: Verdict) -> None:
-        """Count a text that is not learnt."""
+        """Counts a text that is left out, with the reason."""
         self.skipped[mode, verdict] += 1
 
     def add(self, target: TargetText, aligned: Sequence[Aligned | None]) -> None:
-        """One sequence. `aligned` has one entry per source over its labels."""
+        """Adds one sequence. `aligned` holds the aligned distributions of its labels, one item per source."""
+        # The sequence itself.
         encoded, mode = target.encoded, target.mode
         positions = np.array(encoded.label_positions)
         mask = np.zeros(len(encoded.input_ids), np.uint8)
@@ -64,34 +73,37 @@ class TargetWriter:
         self.example.append(target.example)
         self.mode.append(mode)
         self.response_bytes.append(len(target.text.encode()))
-        # In inference mode the vote has chosen: only the winner was captured and takes part.
+        # In inference mode only the winner of the vote was captured, so that Min-CE has no choice either.
         self.source_ce.append([np.inf if r is None else r.cross_entropy(self.min_ce_unit) for r in target.scored])
         self.input_ids.append(np.array(encoded.input_ids))
         self.label_mask.append(mask)
+
+        # The rows of every source. A position that the alignment left without entries gets no row.
         rows = 0
-        for s, a in enumerate(aligned):
-            if a is None:
+        for source, found in enumerate(aligned):
+            if found is None:
                 continue
-            counts = np.diff(a.offsets)
+            counts = np.diff(found.offsets)
             kept = np.flatnonzero(counts)
             rows += len(kept)
             self.row_position.append(positions[kept])
-            self.row_source.append(np.full(len(kept), s))
-            self.row_tail.append(a.tail[kept])
-            self.row_reliability.append(np.round(a.reliability[kept] * 255))
+            self.row_source.append(np.full(len(kept), source))
+            self.row_tail.append(found.tail[kept])
+            self.row_reliability.append(np.round(found.reliability[kept] * 255))
             self.entry_counts.append(counts[kept])
-            self.entry_ids.append(a.ids)
-            self.entry_logprobs.append(a.logprobs)
-            self.kinds[mode, s] += np.bincount(a.kind, minlength=len(KINDS))
-            self.covered[mode, s] += len(kept)
-            self.mapped_mass[mode, s] += (1 - a.tail[kept]).sum(dtype=np.float64)
-            self.reliability[mode, s] += np.histogram(a.reliability[kept], bins=10, range=(0, 1))[0]
+            self.entry_ids.append(found.ids)
+            self.entry_logprobs.append(found.logprobs)
+            self.kinds[mode, source] += np.bincount(found.kind, minlength=len(KINDS))
+            self.covered[mode, source] += len(kept)
+            self.mapped_mass[mode, source] += (1 - found.tail[kept]).sum(dtype=np.float64)
+            self.reliability[mode, source] += np.histogram(found.reliability[kept], bins=10, range=(0, 1))[0]
         self.row_counts.append(rows)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The shard's arrays (profuser.store.layout.TARGET_COLUMNS)."""
+        """Returns the shard's arrays (profuser.store.layout.TARGET_COLUMNS)."""
 
         def end_to_end(parts: list[np.ndarray]) -> np.ndarray:
+            """Concatenates the parts, of which there may be none."""
             return np.concatenate(parts or [np.zeros(0)])
 
         arrays = {

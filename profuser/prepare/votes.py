@@ -1,9 +1,10 @@
-"""Inference mode's vote: R judges score every source's responses and each gives one vote (ProFuser, section 3).
+"""The vote of the inference mode: R judges score the responses of all sources, and each has one vote (ProFuser, section 3).
 
-A judge splits its vote equally among its tied best; one with a NaN or with all scores equal abstains. Most votes win;
-ties go to the higher mean z-score (standardised per judge over the whole data set), then to the lowest index.
+A judge votes for the response that it scores highest; if several are equal, it divides its vote among them. It abstains where
+one of its scores is NaN or all of them are equal. The response with most votes wins. Of several, the one with the highest
+mean z-score wins, where each judge's scores are standardised over the whole data set; then the one with the lowest index.
 
-Letters: E examples, R judges, C candidates, which are all responses to one prompt, source by source.
+Letters: E examples, R judges, C candidates. The candidates of an example are all responses to its prompt, source by source.
 """
 
 from __future__ import annotations
@@ -23,44 +24,53 @@ from profuser.store import layout
 from profuser.store.store import Store
 
 NOBODY = -1
-"""In place of a candidate or source: none won."""
+"""The number that stands in place of a candidate's or source's where none has won."""
 
 
 class Candidate(NamedTuple):
-    """A response in the vote. One that is empty or was not finished is not eligible: no judge sees it."""
+    """A response in the vote. It is not eligible if it is empty or was not finished, and then no judge sees it."""
 
     text: str
     eligible: bool
 
 
 class Tally(NamedTuple):
-    """winner: (E,) int, the candidate, or NOBODY where none is eligible. votes: (E, C) float, summed over the judges."""
+    """The outcome of the vote.
+
+    winner: (E,) int, the candidate that won, or NOBODY where none is eligible. votes: (E, C) float, summed over the judges.
+    """
 
     winner: np.ndarray
     votes: np.ndarray
 
 
 def vote(scores: np.ndarray, eligible: np.ndarray) -> Tally:
-    """Count the votes of all examples.
+    """Counts the votes of all examples.
 
     Args:
-        scores: (E, R, C) float, one score per example, judge and candidate; those of ineligible candidates are ignored.
+        scores: (E, R, C) float, one score per example, judge and candidate. Scores of candidates that are not eligible are
+            ignored.
         eligible: (E, C) bool, the candidates that take part.
     """
+    # The z-scores, (E, R, C). They are standardised per judge over all scores of examples in which it gave no NaN.
     scores = np.where(eligible[:, None, :], scores.astype(np.float64), -np.inf)
-    broken = np.any(np.isnan(scores), axis=-1)  # (E, R)
+    broken = np.any(np.isnan(scores), axis=-1)  # (E, R): the judge gave NaN to a candidate of the example
     counted = eligible[:, None, :] & ~broken[..., None] & np.isfinite(scores)
     safe = np.where(counted, scores, 0.0)
-    n = np.maximum(counted.sum((0, 2)), 1)
-    mean = safe.sum((0, 2)) / n
-    std = np.sqrt(np.where(counted, (safe - mean[:, None]) ** 2, 0.0).sum((0, 2)) / n)
+    count = np.maximum(counted.sum((0, 2)), 1)
+    mean = safe.sum((0, 2)) / count
+    std = np.sqrt(np.where(counted, (safe - mean[:, None]) ** 2, 0.0).sum((0, 2)) / count)
     z = np.where(counted, (safe - mean[:, None]) / np.where(std > 0, std, 1.0)[:, None], 0.0)
+
+    # The votes, (E, C). A judge's vote is divided equally among those that it scores highest.
     best = scores.max(-1, keepdims=True)
     worst = np.where(eligible[:, None, :], scores, np.inf).min(-1, keepdims=True)
-    # A lone candidate makes "all scores equal" true and every judge abstain; it wins by the index rule anyway.
+    # With one eligible candidate all scores are equal, so that every judge abstains; the candidate wins all the same.
     abstains = broken | (best == worst)[..., 0]
     top = (scores == best) & eligible[:, None, :] & ~abstains[..., None]
     votes = (top / np.maximum(top.sum(-1, keepdims=True), 1)).sum(1)
+
+    # The winners. Rounding makes sums equal that differ only by the order in which they were added up.
     judging = np.maximum((~broken).sum(1), 1)
     mean_z = z.sum(1) / judging[:, None]
     winner = np.full(len(scores), NOBODY)
@@ -75,8 +85,10 @@ def vote(scores: np.ndarray, eligible: np.ndarray) -> Tally:
 class Ballots:
     """The vote over the whole training split.
 
-    candidates: of every example. winner (E,), votes (E, C): as in Tally. scores: (E, R, C).
-    responses_per_source: of one prompt; the candidates of source s are the s-th so many.
+    candidates: the C candidates of every example. winner (E,), votes (E, C): the outcome, as in Tally.
+    scores: (E, R, C), the judges' scores.
+    responses_per_source: how many responses each source gave to a prompt. The first so many candidates are the first
+        source's, the next are the second's, and so on.
     """
 
     candidates: list[list[Candidate]]
@@ -86,21 +98,22 @@ class Ballots:
     responses_per_source: int
 
     def winning_source(self, example: int) -> int:
-        """The source whose response won, or NOBODY."""
+        """Returns the source whose response won, or NOBODY."""
         winner = int(self.winner[example])
         return NOBODY if winner == NOBODY else winner // self.responses_per_source
 
     def winning_text(self, example: int) -> str:
+        """Returns the response that won. There must be one."""
         return self.candidates[example][self.winner[example]].text
 
     def places_of(self, source: int) -> range:
-        """The candidates that are one source's."""
+        """Returns the indices of one source's candidates."""
         first = source * self.responses_per_source
         return range(first, first + self.responses_per_source)
 
 
 def candidates_of(store: Store, sources: Sequence[str], number: int, split: Split = "train") -> list[list[Candidate]]:
-    """All responses to the prompts of one shard, source by source."""
+    """Reads the candidates of the examples of one shard: all responses to each prompt, source by source."""
     by_source = [
         [[Response(*answer) for answer in answers] for answers in store.get_json(layout.responses(split, name), number)]
         for name in sources
@@ -112,11 +125,12 @@ def candidates_of(store: Store, sources: Sequence[str], number: int, split: Spli
 
 
 def count_votes(store: Store, recipe: Recipe) -> Ballots:
-    """The vote, from the responses and scores of a store.
+    """Counts the vote from the responses and scores of a store.
 
     Raises:
         DataError: a judge gave NaN to every eligible response.
     """
+    # Read all shards.
     sources = [source.name for source in recipe.sources]
     numbers = store.numbers(layout.responses("train", sources[0]))
     candidates = [row for number in numbers for row in candidates_of(store, sources, number)]
@@ -128,39 +142,47 @@ def count_votes(store: Store, recipe: Recipe) -> Ballots:
         ],
         axis=1,
     )
+
+    # A judge that never gives a score is a mistake rather than an abstention.
     for r, judge in enumerate(recipe.judges):
         if eligible.any() and np.isnan(scores[:, r][eligible]).all():
             raise DataError(
-                f"judge {judge.name} must score some response, it gave NaN to all {eligible.sum()}; fix the judge or take it out"
+                f"judge {judge.name} must score at least one response, it gave NaN to all {eligible.sum()}; fix the judge or "
+                "take it out"
             )
     tally = vote(scores, eligible)
     return Ballots(candidates, tally.winner, tally.votes, scores, recipe.generation.responses_per_source)
 
 
 def judged_examples(store: Store, recipe: Recipe, rows: Sequence[Row], examples: Sequence[int]) -> list[dict[str, Any]]:
-    """Some of the training prompts with what preparation found out about them.
+    """Describes some of the training prompts, for the report, with what the preparation found out about them.
+
+    Args:
+        examples: their numbers in the training split, whose rows are `rows`.
 
     Returns:
-        For each of `examples` its skill, prompt, ground_truth and sources: a list of name, ce (nats per recipe's unit on
-        the ground truth; None where the source was not scored), wins_min_ce, and responses with text, eligible, votes
-        and wins_vote (none of them without judges).
+        For each of `examples` a mapping with its skill, prompt, ground_truth and sources. `sources` is a list with, for each
+        source, its name, ce, wins_min_ce and responses. `ce` is the source's cross-entropy on the ground truth in nats per
+        unit of align.min_ce_unit, or None where it has none. `responses` is empty without judges; otherwise each
+        response has its text, eligible, votes and wins_vote.
     """
     names, size = [source.name for source in recipe.sources], recipe.capture.shard_size
     ballots = count_votes(store, recipe) if recipe.judges else None
     found = []
     for example in examples:
+        # The sources' cross-entropies on the ground truth. An example that was left out has no such row.
         shard = store.get(layout.targets("train"), example // size)
         ce = shard["source_ce"][(shard["example"] == example) & (shard["mode"] == Mode.TRAINING)].ravel()
         ce = np.where(np.isfinite(ce), ce, np.inf) if len(ce) else np.full(len(names), np.inf)
         sources = []
-        for s, name in enumerate(names):
-            value = float(ce[s]) if np.isfinite(ce[s]) else None
+        for source, name in enumerate(names):
+            value = float(ce[source]) if np.isfinite(ce[source]) else None
             sources.append(
                 {
                     "name": name,
                     "ce": value,
-                    "wins_min_ce": value is not None and s == int(ce.argmin()),
-                    "responses": [] if ballots is None else _judged_responses(ballots, example, s),
+                    "wins_min_ce": value is not None and source == int(ce.argmin()),
+                    "responses": [] if ballots is None else _judged_responses(ballots, example, source),
                 }
             )
         row = rows[example]
@@ -171,6 +193,7 @@ def judged_examples(store: Store, recipe: Recipe, rows: Sequence[Row], examples:
 
 
 def _judged_responses(ballots: Ballots, example: int, source: int) -> list[dict[str, Any]]:
+    """Describes a source's responses to one prompt, with the votes that they got."""
     return [
         {
             "text": ballots.candidates[example][c].text,

@@ -1,4 +1,4 @@
-"""In which keys two recipes, or the settings of two stores, differ; and which of these keys decide what comes out."""
+"""Compares two recipes, or the settings of two stores: which keys differ, and which of those change the outcome of a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ FREE_KEYS = (
     "optim.micro_batch_size", "optim.gradient_checkpointing", "optim.log_every", "optim.eval_every", "optim.checkpoint_every",
     "optim.keep_checkpoints", "optim.data_workers", "capture.batch_size", "generation.batch_size", "evaluation",
 )  # fmt: skip
-"""Keys that may change between a run and its resumption: they decide how it is computed or shown, not what comes out."""
+"""Keys that may change before a run is resumed. They decide how it is computed or shown, but not what its result is."""
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys in which two nested mappings differ."""
+    """Returns the dotted keys in which two nested mappings differ. `prefix` is put in front of every key."""
     keys = []
     for key in sorted(set(a) | set(b)):
         x, y = a.get(key), b.get(key)
@@ -26,12 +26,15 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "")
 
 
 def deciding_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The differing keys that decide the outcome of a run."""
+    """Returns those of the differing keys that decide the outcome of a run."""
     return [
         key for key in differing_keys(a, b) if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     ]
 
 
 def _plain(value: Any) -> Any:
-    """A value as a JSON file gives it back: tuples are lists."""
+    """Returns a value as it would come back from a JSON file, where a tuple has become a list.
+
+    One of the two mappings was usually read from such a file, so that a tuple must be equal to a list with the same content.
+    """
     return json.loads(json.dumps(value))

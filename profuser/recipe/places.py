@@ -1,4 +1,4 @@
-"""Where the things lie that a recipe names: bundled files, paths, Hub ids and Python functions."""
+"""Finds what a recipe names: a bundled file, a local path, a model or data set on the Hugging Face Hub, a Python function."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ RECIPES_DIR = PACKAGE_DIR / "recipes"
 DEFAULT_RECIPE = RECIPES_DIR / "demo.yaml"
 
 BUNDLED_PREFIX = "demo:"
-"""`demo:NAME` in a recipe names a file or folder of the bundled demo, wherever profuser is installed."""
+"""`demo:NAME` in a recipe stands for a file or folder of the bundled demo, wherever profuser is installed."""
 
 FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".gguf"}
-"""A name that ends in one of these is never a Hub id."""
+"""A name with one of these endings is always taken for a file, never for a Hub id."""
 
 
 def is_path(location: str) -> bool:
-    """Whether a model or data set means a local path, and is therefore never looked up on the Hub."""
+    """Whether the place of a model or data set is a local path, which is then never looked up on the Hub."""
     looks_local = location.startswith((BUNDLED_PREFIX, "/", ".", "~")) or location.count("/") > 1 or "\\" in location
     in_folder = "/" in location and Path(location).parent.is_dir()
     return looks_local or in_folder or Path(location).suffix in FILE_SUFFIXES or Path(location).exists()
 
 
 def resolve(location: str) -> str:
-    """A path or Hub id with `demo:NAME` replaced by the bundled file's place."""
+    """Returns the path or Hub id that a recipe means: `demo:NAME` becomes the bundled file's path, `~` the home directory."""
     if not location.startswith(BUNDLED_PREFIX):
         return str(Path(location).expanduser()) if is_path(location) else location
     name = location.removeprefix(BUNDLED_PREFIX)
@@ -42,11 +42,15 @@ def resolve(location: str) -> str:
 
 
 def load_function(path: str, key: str) -> Callable:
-    """The function that `module:function` names; `key` is the recipe's key that names it, for the error."""
+    """Imports the function that `module:function` names. `key` is the recipe's key, for the error message.
+
+    Raises:
+        ConfigError: the module cannot be imported, or what the name stands for is missing or cannot be called.
+    """
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a module of the user's own may raise anything when it is imported
+    except Exception as error:  # the module may be the user's own, which may raise anything when it is imported
         raise ConfigError(
             f"{key} must be an importable module:function, got {path!r} ({first_line(error)}); fix the name, or run where the "
             "module lies (or set PYTHONPATH)"

@@ -1,4 +1,4 @@
-"""The reference of the recipe as a Markdown page, from the dataclasses and the texts under their fields.
+"""Prints the reference of the recipe as a Markdown page, made from the dataclasses and the texts under their fields.
 
 python -m profuser.recipe.reference > docs/recipe.md
 """
@@ -19,14 +19,15 @@ UNIONS = (Union, types.UnionType)
 INTRODUCTION = """\
 # The recipe
 
-A recipe is a YAML file. Every command takes it with `--config`, and single keys beside it, for instance `--optim.lr 5e-6`.
-An unknown key is an error. `python -m profuser.recipe.reference` makes this page from `profuser/recipe/schema.py`.
+A recipe is a YAML file, which a command takes with `--config`. Single keys can be set behind it, for instance
+`--optim.lr 5e-6`. An unknown key is an error. "FuseLLM's value" marks a default that FuseLLM and FuseChat used.
+`python -m profuser.recipe.reference` makes this page from `profuser/recipe/schema.py`.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a group, as a reader sees it."""
+    """One key of a group: its name, its type in words, its default and its description."""
 
     name: str
     kind: str
@@ -36,17 +37,19 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A mapping of keys: its place in a recipe ("" for the top level), and the dataclass that checks it."""
+    """A group of keys: its place in a recipe, which is "" for the top level, and the dataclass that describes it."""
 
     place: str
     config: type
 
     @property
     def text(self) -> str:
+        """The description of the group, which is the dataclass's docstring."""
         return " ".join((self.config.__doc__ or "").split())
 
     @property
     def keys(self) -> list[Key]:
+        """The keys of the group, in the order in which the dataclass lists them."""
         kinds, texts = get_type_hints(self.config), texts_of(self.config)
         return [
             Key(field.name, in_words(kinds[field.name]), default_of(field), texts.get(field.name, ""))
@@ -55,7 +58,7 @@ class Group:
 
 
 def groups() -> Iterator[Group]:
-    """The top level of a recipe, then the groups and lists of groups in it."""
+    """Yields the top level of a recipe, then the groups in it. A group that is an entry of a list has `[]` in its place."""
     yield Group("", Recipe)
     for name, kind in get_type_hints(Recipe).items():
         for part in get_args(kind) if get_origin(kind) in UNIONS else (kind,):
@@ -66,7 +69,7 @@ def groups() -> Iterator[Group]:
 
 
 def texts_of(config: type) -> dict[str, str]:
-    """The text under each field, which Python itself does not keep."""
+    """Returns the text under each field. It is read from the source code, because Python does not keep it."""
     (node,) = ast.parse(inspect.getsource(config)).body
     assert isinstance(node, ast.ClassDef)
     texts = {}
@@ -77,7 +80,7 @@ def texts_of(config: type) -> dict[str, str]:
 
 
 def in_words(kind: Any) -> str:
-    """A type as a reader of recipes would say it."""
+    """Describes a field's type in words that fit a YAML file, for instance "text or null"."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
@@ -91,6 +94,7 @@ def in_words(kind: Any) -> str:
 
 
 def default_of(field: Field) -> str:
+    """Returns a field's default as YAML would spell it, "required" where it has none, and nothing for a group of keys."""
     if field.default is MISSING:
         return "required" if field.default_factory is MISSING else ""
     if field.default is None or isinstance(field.default, bool):
@@ -101,6 +105,7 @@ def default_of(field: Field) -> str:
 
 
 def page() -> str:
+    """Returns the whole page: a section for each group, with a table of its keys."""
     by_place = {group.place.removesuffix("[]"): group for group in groups()}
     parts = [INTRODUCTION]
     for group in groups():
@@ -109,6 +114,7 @@ def page() -> str:
         )
         for key in group.keys:
             text = key.text
+            # A key of the top level that is a group itself links to the group's section, and borrows its text.
             if not group.place and (inner := by_place.get(key.name)) is not None:
                 text = f"{text or inner.text} Keys: [{inner.place}](#{key.name})."
             parts[-1] += f"\n| `{key.name}` | {key.kind} | {key.default} | {text} |"

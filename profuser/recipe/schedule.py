@@ -1,9 +1,12 @@
-"""Which mode counts how much, when, and how fast the target learns (ProFuser, section 3).
+"""How much each mode counts at each step of a run, and how high the learning rate is (ProFuser, section 3).
 
-The named schedules as they proceed: progressive begins with the inference mode and goes on with the training mode beside
-a tenth of the first; reverse exchanges the two (our reading, since the paper gives no weights for it); simultaneous
-weighs both at once; fusellm takes the training mode alone, with the source that Min-CE chooses; sft is the ground truth
-without any distillation.
+The named schedules are:
+- progressive: the inference mode alone in the first stage; in the second the training mode, with a tenth of the inference
+  mode beside it.
+- reverse: the same with the modes exchanged. This is our reading, since the paper gives no weights for it.
+- simultaneous: both modes with equal weight, in one stage.
+- fusellm: the training mode alone, where Min-CE chooses the source.
+- sft: the ground truth alone, without any distillation.
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ from profuser.recipe.schema import OptimConfig, Recipe, StageConfig
 
 
 class Mode(IntEnum):
-    """What a training sequence's label is: the ground truth, or the response that won the vote."""
+    """What a training sequence teaches: the ground truth (TRAINING), or the response that won the vote (INFERENCE)."""
 
     TRAINING = 0
     INFERENCE = 1
 
     @property
     def key(self) -> str:
-        """Its name in metrics, summaries and recipes."""
+        """The mode's name in metrics, summaries and recipes."""
         return self.name.lower()
 
 
@@ -40,7 +43,7 @@ NAMED: dict[str, list[StageConfig]] = {
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage with its place on the run's axis of optimizer steps, [first, stop)."""
+    """A stage of a run with its weights. It takes the optimizer steps from `first` up to but not including `stop`."""
 
     inference_weight: float
     training_weight: float
@@ -49,25 +52,34 @@ class Stage:
     stop: int
 
     def weight(self, mode: Mode) -> float:
+        """The weight of a mode's loss in this stage."""
         return self.training_weight if mode == Mode.TRAINING else self.inference_weight
 
     @property
     def modes(self) -> list[Mode]:
-        """The modes that count in this stage."""
+        """The modes with a weight above 0 in this stage."""
         return [mode for mode in Mode if self.weight(mode) > 0]
 
 
 def stages_of(recipe: Recipe) -> list[StageConfig]:
+    """Returns a recipe's stages, whether its schedule is named or spelt out."""
     return NAMED[recipe.schedule] if isinstance(recipe.schedule, str) else recipe.schedule
 
 
 def needs_inference(recipe: Recipe) -> bool:
-    """Whether some stage weighs the inference mode, which needs judges."""
+    """Whether some stage gives the inference mode a weight. That mode needs judges."""
     return any(stage.inference_weight > 0 for stage in stages_of(recipe))
 
 
 def plan(recipe: Recipe, instructions: int) -> list[Stage]:
-    """The stages in optimizer steps; named or spelt out, they divide optim.steps (or epochs) by their shares."""
+    """Lays the stages of a recipe out in optimizer steps. Each takes its share of optim.steps or, without that, of the epochs.
+
+    Args:
+        instructions: how many there are to train on.
+
+    Raises:
+        ConfigError: a stage would have no step.
+    """
     configs, optim = stages_of(recipe), recipe.optim
     total = optim.steps or max(len(configs), math.ceil(optim.epochs * instructions / optim.batch_size))
     whole = sum(c.share for c in configs)
@@ -89,12 +101,12 @@ def plan(recipe: Recipe, instructions: int) -> list[Stage]:
 
 
 def stage_at(stages: list[Stage], step: int) -> int:
-    """Index of the stage that optimizer step `step` (from 0) belongs to."""
+    """Returns the index of the stage that contains an optimizer step. Steps are counted from 0."""
     return next(i for i, stage in enumerate(stages) if stage.first <= step < stage.stop)
 
 
 def learning_rate(optim: OptimConfig, stage: Stage, step: int) -> float:
-    """Linear warm-up, then a cosine to min_lr_ratio * lr; both within the stage."""
+    """Returns a step's learning rate: in every stage it rises linearly to lr, then falls along a cosine to min_lr_ratio * lr."""
     steps, done = stage.stop - stage.first, step - stage.first
     warmup = math.ceil(optim.warmup_ratio * steps)
     if done < warmup:
@@ -104,5 +116,5 @@ def learning_rate(optim: OptimConfig, stage: Stage, step: int) -> float:
 
 
 def schedule_words(recipe: Recipe) -> str:
-    """The schedule's name, or how many stages it spells out."""
+    """Returns the schedule's name, or the number of stages where the recipe spells them out."""
     return recipe.schedule if isinstance(recipe.schedule, str) else f"{len(recipe.schedule)} stages"

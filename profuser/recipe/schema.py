@@ -1,8 +1,8 @@
-"""The recipe as nested dataclasses. Every command shares them, and each checks its own values.
+"""The recipe as nested dataclasses. Every command uses them, and each dataclass checks its own values.
 
-The text under a field is what `--help` and the documentation print. Defaults that FuseLLM and FuseChat used are marked
-"FuseLLM's": the ProFuser paper publishes no optimiser settings, no top-k, no temperature and no beta. `parse.py` reads a
-recipe from YAML and the command line, `schedule.py` says what the named schedules are.
+The text under a field is printed by `--help` and in docs/recipe.md. The words "FuseLLM's value" mark a default that FuseLLM
+and FuseChat used: the ProFuser paper publishes no optimiser settings, no top-k, no temperature and no beta. `parse.py` reads
+a recipe from YAML and the command line; `schedule.py` defines the named schedules.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Split = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 RESERVED_NAMES = {"target", "target_before", "fused", "none", "mean"}
-"""Names that scores and summaries use beside the sources'."""
+"""Names that no source may have, because scores and summaries use them for something else."""
 
 LARGEST = 2**63
 
 
 def check_positive(group: str, config: object, *names: str) -> None:
-    """Raises ConfigError unless these fields of a group of keys are positive and finite; None is left alone."""
+    """Raises ConfigError unless these fields of a group of keys are positive and finite. A field that is None passes."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 < value < LARGEST:
@@ -37,7 +37,7 @@ def check_positive(group: str, config: object, *names: str) -> None:
 
 
 def check_not_negative(group: str, config: object, *names: str) -> None:
-    """Raises ConfigError unless these fields are 0 or positive."""
+    """Raises ConfigError unless these fields are finite and 0 or positive."""
     for name in names:
         value = getattr(config, name)
         if not 0 <= value < LARGEST:
@@ -46,7 +46,7 @@ def check_not_negative(group: str, config: object, *names: str) -> None:
 
 
 def check_names(key: str, names: Sequence[str]) -> None:
-    """Raises ConfigError unless the names can stand in file names, and no two are the same."""
+    """Raises ConfigError unless every name can be part of a file name and no two are the same."""
     for name in names:
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
             raise ConfigError(f"{key}: a name may hold letters, digits, - _ and . only, got {name!r}; rename it")
@@ -56,63 +56,63 @@ def check_names(key: str, names: Sequence[str]) -> None:
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One source model."""
+    """One source, a model that is fused."""
 
     name: str
-    """Short unique name, used in the store, the report and `target`."""
+    """A short, unique name that is used in the store, in the report and by `target`."""
     model: str
-    """Directory, Hub id, or demo:NAME for a bundled model."""
+    """The model's directory, its Hub id, or demo:NAME for a bundled model."""
     revision: str | None = None
-    """Hub revision."""
+    """The revision of a Hub model: a branch, a tag or a commit."""
     chat_template: str | None = None
-    """Jinja chat template (or a path to a .jinja file) for a tokenizer that brings none."""
+    """A Jinja chat template, or the path of a .jinja file. It is needed where the tokenizer has none, and replaces one it has."""
     trust_remote_code: bool = False
-    """Run model code from the model's repository."""
+    """Whether Python code from the model's repository may be run."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Instructions with ground truth: JSONL, JSON, CSV or Parquet files, or Hub dataset ids."""
+    """Prompts with their ground truth. Each location is a JSONL, JSON, CSV or Parquet file, or the id of a Hub data set."""
 
     train: str
-    """What is fused on."""
+    """The examples that the target is trained on."""
     heldout: str | None = None
-    """Prompts that are read once, for the final scores; without them nothing is scored."""
+    """Examples that are used for the final scores only. Without them nothing is scored."""
     validation: str | None = None
-    """Prompts whose CE and KD are followed during training (the held-out ones are not)."""
+    """Examples on which CE and KD are measured during training. The held-out examples are not used for that."""
     prompt_column: str = "prompt"
-    """Column of the prompts."""
+    """The column that holds the prompts."""
     response_column: str = "response"
-    """Column of the ground truth."""
+    """The column that holds the ground truth."""
     skill_column: str | None = "skill"
-    """Column that groups the examples in tables; a data set without it is one group, "all"."""
+    """The column that groups the examples in tables. A data set without it forms one group, "all"."""
     limit: int | None = None
-    """Use only the first so many training examples."""
+    """How many training examples are used, counted from the first; null uses all of them."""
     max_length: int = 2048
-    """Longest sequence in tokens, prompt and response together (FuseLLM's)."""
+    """The longest sequence in tokens, prompt and response together (FuseLLM's value). A response that is too long is cut."""
 
     def __post_init__(self) -> None:
         check_positive("data", self, "max_length", "limit")
 
     def location(self, split: Split) -> str | None:
-        """The file or data set of a split; None where the recipe has no such split."""
+        """Returns the file or data set of a split; None where the recipe has no such split."""
         return getattr(self, split)
 
 
 @dataclass(kw_only=True)
 class GenerationConfig:
-    """How every source answers the training prompts (inference mode) and the held-out ones."""
+    """How the sources answer the training prompts (for the inference mode) and the held-out prompts (for the scores)."""
 
     responses_per_source: int = 1
-    """Responses that each source gives to a training prompt; more than one needs a temperature."""
+    """How many responses each source gives to a training prompt. More than one needs a temperature above 0."""
     max_new_tokens: int = 512
-    """Longest response in tokens; one that is not finished by then does not take part in the vote."""
+    """The longest response in tokens. A response that is not finished by then does not take part in the vote."""
     temperature: float = 0.0
-    """0 is greedy decoding."""
+    """The temperature of sampling; 0 means greedy decoding."""
     top_p: float = 1.0
-    """Share of the probability that is sampled from; 1 keeps all tokens."""
+    """Only the most probable tokens are sampled from, until they hold this share of the probability; 1 keeps all tokens."""
     batch_size: int = 16
-    """Prompts answered at a time."""
+    """How many prompts are answered at a time."""
 
     def __post_init__(self) -> None:
         check_positive("generation", self, "max_new_tokens", "batch_size", "responses_per_source", "top_p")
@@ -128,32 +128,32 @@ class GenerationConfig:
 
 @dataclass(kw_only=True)
 class JudgeConfig:
-    """One voter of the inference mode: a reward model or a function."""
+    """One judge of the inference mode. It has one vote, and is either a reward model or a function."""
 
     name: str
-    """Short unique name, used in the store and the report."""
+    """A short, unique name that is used in the store and in the report."""
     model: str | None = None
-    """Directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME."""
+    """The directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME for a bundled one."""
     function: str | None = None
-    """`module:function` with `function(example, responses) -> scores`, one score per response, NaN = abstain."""
+    """A function as `module:function`. `function(example, responses)` returns one score per response, NaN to abstain."""
     batch_size: int = 32
-    """Responses that a reward model scores at a time."""
+    """How many responses a reward model scores at a time."""
     trust_remote_code: bool = False
-    """Run model code from the model's repository."""
+    """Whether Python code from the model's repository may be run."""
 
 
 @dataclass(kw_only=True)
 class CaptureConfig:
-    """What is stored of a source's distributions."""
+    """How the sources score a response, and what of their distributions is stored."""
 
     top_k: int = 10
-    """Kept entries per position (FuseLLM's)."""
+    """How many entries of a distribution are stored per position (FuseLLM's value)."""
     batch_size: int = 8
-    """Responses that a source scores at a time."""
+    """How many responses a source scores at a time."""
     shard_size: int = 4096
-    """Examples per shard; a shard is the unit of resumption."""
+    """How many examples a shard of the store holds. An interrupted preparation goes on with the next shard."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the sources. auto is bfloat16 on CUDA and float32 on the CPU, settled when a store is begun."""
+    """The arithmetic of the sources. auto means bfloat16 on CUDA and float32 on the CPU; it is settled when a store is begun."""
 
     def __post_init__(self) -> None:
         check_positive("capture", self, "top_k", "batch_size", "shard_size")
@@ -161,16 +161,16 @@ class CaptureConfig:
 
 @dataclass(kw_only=True)
 class AlignConfig:
-    """How a source's distributions reach the target's vocabulary."""
+    """How the sources' distributions are put on the target's tokens, and how Min-CE compares the sources."""
 
     mode: Literal["bytes", "fusellm"] = "bytes"
-    """bytes: exact, by what the target's tokenizer does; fusellm: FuseLLM's dynamic time warping on token strings."""
+    """bytes compares the tokens' bytes and is exact; fusellm is FuseLLM's dynamic time warping on token strings."""
     fallback: Literal["skip", "label"] = "skip"
-    """fusellm only: a position that it does not match says nothing, or puts all mass on the label."""
+    """What happens where mode fusellm finds no match: skip leaves the position out of KD, label puts all mass on the label."""
     min_reliability: float = 0.1
-    """Positions where less of the source's mass can follow the target's prefix are skipped."""
+    """A position is skipped where less than this share of the source's probability can follow the target's prefix."""
     min_ce_unit: Literal["token", "byte"] = "byte"
-    """Training mode compares nats per byte of the response, or per own token as the paper does."""
+    """Whether Min-CE compares the sources in nats per byte of the response, or in nats per own token as the paper does."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_reliability <= 1:
@@ -179,19 +179,22 @@ class AlignConfig:
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """One stage of a schedule: L = inference_weight * L_inference + training_weight * L_training."""
+    """One stage of a schedule. Its loss is inference_weight * L_inference + training_weight * L_training."""
 
     inference_weight: float = 0.0
-    """Weight of the inference mode: the voted winner's response and its distributions."""
+    """The weight of the inference mode, where the target learns the response that won the vote and its source's distributions."""
     training_weight: float = 0.0
-    """Weight of the training mode: the ground truth and the distributions of the source that Min-CE chose."""
+    """The weight of the training mode, where it learns the ground truth and the distributions of the source that Min-CE chose."""
     beta: float | None = None
-    """KD weight of this stage; null = optim.beta."""
+    """The weight of KD in this stage; null takes optim.beta."""
     share: float = 1.0
-    """Share of optim's steps or epochs, relative to the other stages'."""
+    """The stage's share of optim's steps or epochs, relative to the shares of the other stages."""
 
     def check(self, name: str) -> None:
-        """Raises ConfigError for a stage that weighs nothing; `name` is its place in the recipe."""
+        """Raises ConfigError for a stage in which no mode counts, or with an invalid share or beta.
+
+        `name` is the stage's place in the recipe.
+        """
         infer, train = self.inference_weight, self.training_weight
         if infer < 0 or train < 0 or infer + train == 0:
             raise ConfigError(
@@ -205,48 +208,48 @@ class StageConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW with a cosine learning rate and warm-up, restarted in every stage."""
+    """How the target is trained: with AdamW, and with a warm-up and a cosine learning rate that start anew in every stage."""
 
     lr: float = 1e-5
-    """Peak learning rate (FuseLLM's)."""
+    """The peak learning rate (FuseLLM's value)."""
     min_lr_ratio: float = 0.0
     """The cosine ends at this share of lr."""
     warmup_ratio: float = 0.008
-    """Share of a stage's steps (FuseLLM's)."""
+    """The share of a stage's steps in which the learning rate rises (FuseLLM's value)."""
     weight_decay: float = 0.1
-    """AdamW's, for matrices only (FuseLLM's)."""
+    """AdamW's weight decay, which applies to matrices only (FuseLLM's value)."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's (FuseLLM's)."""
+    """AdamW's betas (FuseLLM's values)."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient (FuseLLM's)."""
+    """A gradient with a larger norm is scaled down to this norm (FuseLLM's value)."""
     batch_size: int = 128
-    """Instructions per optimizer step, over all ranks (FuseLLM's)."""
+    """How many instructions an optimizer step takes, over all processes (FuseLLM's value)."""
     micro_batch_size: int = 8
-    """Instructions per forward pass of one rank."""
+    """How many instructions one process takes into a forward pass."""
     epochs: float = 3.0
-    """Passes over the training instructions, all stages together (the paper's three)."""
+    """How often the training instructions are passed over, all stages together (three in the paper)."""
     steps: int | None = None
-    """Optimizer steps, all stages together; overrides epochs."""
+    """The number of optimizer steps, all stages together. If it is set, epochs is ignored."""
     beta: float = 0.1 / 0.9
-    """KD weight (from FuseLLM's CE weight of 0.9)."""
+    """The weight of KD beside cross-entropy (it follows from FuseLLM's weights, 0.9 for CE and 0.1 for KD)."""
     temperature: float = 1.0
-    """Temperature of the KL; other than 1 needs tail: renormalize."""
+    """The temperature of the KL divergence. Any other than 1 needs tail: renormalize."""
     tail: Tail = BUCKET
-    """What the mass outside the kept entries does: it is matched as one bucket, or divided out."""
+    """What becomes of the mass outside the kept entries: bucket matches it as one entry, renormalize divides it out."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the target. auto is bf16 on CUDA and fp32 on the CPU, settled when a run is begun."""
+    """The arithmetic of the target. auto means bf16 on CUDA and fp32 on the CPU; it is settled when a run is begun."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass, which saves memory and costs a forward pass."""
+    """Whether activations are computed again in the backward pass, which saves memory and costs another forward pass."""
     eval_every: int = 100
-    """Steps between evaluations of CE and KD on data.validation; 0 = at the ends of stages only."""
+    """CE and KD on data.validation are measured every so many steps; 0 leaves only the start and the ends of the stages."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; 0 = only on interruption."""
+    """A checkpoint is saved every so many steps; 0 saves one only at the end and on interruption."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """How many checkpoints are kept; older ones are deleted."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """A line is added to metrics.jsonl every so many steps."""
     data_workers: int = 1
-    """Processes that prepare the next batches while one is trained on; 0 = none, in between the steps."""
+    """How many processes prepare the next batches during a step; with 0 the trainer prepares each batch between two steps."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -273,12 +276,12 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """Held-out scores."""
+    """How the held-out answers are scored."""
 
     match: str | None = None
-    """`module:function` with `function(example, response) -> bool`; null = the ground truth's text is contained."""
+    """`module:function`; `function(example, response)` says whether an answer is right. null looks for the ground truth in it."""
     examples: int = 6
-    """Held-out prompts shown side by side in the report."""
+    """How many held-out prompts the report shows with the answers of all models."""
 
     def __post_init__(self) -> None:
         check_not_negative("evaluation", self, "examples")
@@ -286,28 +289,28 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """Everything that decides the outcome of a run."""
+    """A recipe holds everything that decides the outcome of a run."""
 
     sources: list[SourceConfig]
-    """The models to be fused."""
+    """The models that are fused."""
     target: str
-    """A source's name (it is fused into), or another model (directory or Hub id)."""
+    """The model that they are fused into: the name of a source, or the directory or Hub id of another model."""
     data: DataConfig
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     judges: list[JudgeConfig] = field(default_factory=list)
-    """Voters of the inference mode; without any the schedule must not use it."""
+    """The judges that vote in the inference mode. Without any, the schedule must not use that mode."""
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     schedule: ScheduleName | list[StageConfig] = "progressive"
-    """A named schedule, or its stages spelt out."""
+    """The name of a schedule, or a list of its stages."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     store: str | None = None
-    """Directory of the prepared targets; null = runs/NAME-store with the recipe's name."""
+    """The directory of the store, which holds the prepared targets; null means runs/NAME-store with the recipe's name."""
     output: str | None = None
-    """Run directory; null = runs/NAME."""
+    """The run directory; null means runs/NAME with the recipe's name."""
     seed: int = 0
-    """Decides the order of the data, sampled responses and what else is random."""
+    """The seed of everything random: the order of the data, and the responses that are sampled."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
@@ -337,10 +340,10 @@ class Recipe:
 
     @property
     def target_config(self) -> SourceConfig:
-        """The target as a model: one of the sources, or one of its own."""
+        """The target's model: the source of that name or, where there is none, the model that `target` itself is."""
         by_name = {source.name: source for source in self.sources}
         return by_name.get(self.target) or SourceConfig(name="target", model=self.target)
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole recipe as nested plain values, defaults included."""
+        """Returns the whole recipe as nested plain values, defaults included."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""`python -m profuser.report RUN_DIR`: draw the report of a finished run again."""
+"""`python -m profuser.report RUN_DIR` draws the report of a finished run again."""
 
 from __future__ import annotations
 

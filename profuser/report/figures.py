@@ -1,9 +1,9 @@
-"""The five pictures of a run's report, drawn from plain numbers (page.py reads the files).
+"""Draws the five pictures of a run's report from plain numbers; page.py reads the files.
 
-Every picture is a matplotlib Figure of its own on the Agg canvas: no pyplot, no global state, no display. All are 4.2
-inches wide with 11-point text, so that they stay legible when a phone shows them 350 pixels wide, and come in the light
-and the dark colours of theme.py; a marker, dash, hatch or number always says the same as a colour. The win matrices are
-Figure 1 of arXiv 2408.04998. A picture without data says so instead of staying empty.
+Every picture is a matplotlib Figure on a canvas of its own (Agg), so that there is no global state and no display is needed.
+All are 4.2 inches wide with text of 11 points, to stay legible when a phone shows them 350 pixels wide. They come in the light
+and the dark colours of theme.py, and whatever a colour says is also said by a marker, a dash, a hatch or a number. The win
+matrices follow Figure 1 of arXiv 2408.04998. A picture for which there is no data says so instead of staying empty.
 """
 
 from __future__ import annotations
@@ -36,52 +36,64 @@ WIDTH_INCHES = 4.2
 
 _MARKERS = "ov^<>P"
 _KINDS = {"same_span": (0, ""), "shared_prefix": (4, "//"), "inside": (1, ".."), "skipped": (5, "xx")}
-"""Kind of position: index of its colour, and its hatch."""
+"""For every kind of position the index of its colour, and its hatch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One row of the comparison: `role` is "source", "target" (before fusion, also when it is a source) or "fused"."""
+    """One model of the comparison.
+
+    role: "source", "target" or "fused". The target before fusion is the "target", even if it is also a source.
+    scores: its score for each skill, and for "mean".
+    """
 
     name: str
     role: str
-    scores: Mapping[str, Score]  # per skill, and "mean"
+    scores: Mapping[str, Score]
 
     @property
     def label(self) -> str:
+        """The model's name in a legend."""
         return f"{self.name} (target before)" if self.role == "target" else self.name
 
 
 def _wrap(name: str, width: int, most: int = 3) -> str:
-    lines = textwrap.wrap(visible(name).replace("_", " "), width)  # an underscore reads as a space and breaks like one
+    """Breaks a name into at most so many lines. An underscore is shown as a space, so that a line can break there."""
+    lines = textwrap.wrap(visible(name).replace("_", " "), width)
     return "\n".join(lines[:most]) + ("…" if len(lines) > most else "")
 
 
 def _short(name: str, width: int) -> str:
-    """One line, cut in the middle: names of models differ at both ends."""
+    """Shortens a name to one line of this width. It is cut in the middle, because models' names differ at both ends."""
     name = visible(name)
     return name if len(name) <= width else f"{name[: width - width // 3 - 1]}…{name[-(width // 3) :]}"
 
 
 def save_png(figure: Figure, path: Path) -> None:
+    """Writes a picture as a PNG file."""
     write_atomic(path, _encoded(figure, format="png", dpi=190))
 
 
 def to_svg(figure: Figure) -> bytes:
-    """An SVG without a ground of its own (the page's shows through) and without a date: the same run, the same file."""
+    """Returns a picture as an SVG. It is transparent, to take the page's background.
+
+    It has no date, so that the same run gives the same file.
+    """
     return _encoded(figure, format="svg", transparent=True, metadata={"Date": None})
 
 
 def _encoded(figure: Figure, **options: Any) -> bytes:
+    """Returns a picture in a file format. The salt makes the ids within an SVG the same every time."""
     file = BytesIO()
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "profuser"}):
-        # The bundled font has no Chinese, for instance; the tables beside the picture carry every name.
+        # The bundled font lacks Chinese, for instance. The tables beside the picture show every name.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(file, **options)
     return file.getvalue()
 
 
 def _figure(height: float, ratios: Sequence[float] = (1,), sharex: bool = False) -> tuple[Figure, list[Axes]]:
+    """Makes a figure with panels below one another, whose heights stand in these ratios. `height` is in inches."""
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(ratios), 1, squeeze=False, sharex=sharex, height_ratios=list(ratios))
@@ -89,6 +101,7 @@ def _figure(height: float, ratios: Sequence[float] = (1,), sharex: bool = False)
 
 
 def _note(text: str, theme: Theme) -> Figure:
+    """Makes a picture that holds one sentence, for where there is nothing to draw."""
     figure, (axis,) = _figure(1.0)
     axis.axis("off")
     place = {"ha": "center", "va": "center", "transform": axis.transAxes}
@@ -97,15 +110,22 @@ def _note(text: str, theme: Theme) -> Figure:
 
 
 def draw_scores(models: Sequence[Model], skills: Sequence[str], theme: Theme) -> Figure:
-    """Accuracy of every model per skill (a row each, "mean" among them where given) with its 95 % interval."""
+    """Draws the share of correct answers of every model with its 95 % interval, in a row per skill.
+
+    One of `skills` may be "mean".
+    """
     rows = len(skills)
-    pitch = max(0.32, min(0.14 * len(models) + 0.16, 13 / max(rows, 1)))  # inches a row
+    pitch = max(0.32, min(0.14 * len(models) + 0.16, 13 / max(rows, 1)))  # inches per row
     with matplotlib.rc_context(theme.style):
         if not rows:
             return _note("No scores: the recipe has no held-out prompts.", theme)
+
+        # The figure is as high as its rows and the lines of its legend, which has two names per row.
         names = [_wrap(model.label, 24 if len(model.label) <= 24 else 20) for model in models]
-        legend = sum(max(n.count("\n") for n in pair) + 1 for pair in zip(names[::2], [*names[1::2], ""]))
+        legend = sum(max(name.count("\n") for name in pair) + 1 for pair in zip(names[::2], [*names[1::2], ""]))
         figure, (axis,) = _figure(rows * pitch + 1.05 + 0.19 * legend)
+
+        # The models' points, which lie below one another within a row. The fused model's values are written at the right.
         styles = itertools.cycle(zip(theme.sources, _MARKERS))
         margin = {"transform": axis.get_yaxis_transform(), "color": theme.fused, "weight": "bold"}
         offsets = np.linspace(-0.34, 0.34, len(models)) if len(models) > 1 else [0.0]
@@ -127,6 +147,8 @@ def draw_scores(models: Sequence[Model], skills: Sequence[str], theme: Theme) ->
             if model.role == "fused":
                 for row, percent in zip(y - offset, value):
                     axis.text(1.03, row, f"{percent:.1f}" if percent == percent else "–", va="center", **margin)
+
+        # Bands behind every other row, a line above the mean, the axes and the legend.
         for row in range(0, rows, 2):
             axis.axhspan(row - 0.5, row + 0.5, color=theme.band, lw=0, zorder=0)
         if skills[-1] == "mean" and rows > 1:
@@ -145,7 +167,10 @@ def draw_scores(models: Sequence[Model], skills: Sequence[str], theme: Theme) ->
 def _heat(
     axis: Axes, depth: np.ndarray, texts: Sequence[Sequence[str]], theme: Theme, size: float, top: float = 0
 ) -> None:
-    """Cells of [0, 1] with their texts, each one unit wide and high, from `top` downwards."""
+    """Draws a table of cells, each with a colour for its value in [0, 1] and with a text.
+
+    A cell is one unit wide and high, and the first row begins at the height `top`. `size` is the size of the text in points.
+    """
     rows, columns = depth.shape
     edges = np.arange(columns + 1), top + np.arange(rows + 1)
     axis.pcolormesh(*edges, depth, cmap=theme.heat_map, vmin=0, vmax=1, edgecolors=theme.page, linewidth=1.5)
@@ -158,10 +183,12 @@ def _heat(
 
 
 def draw_wins(wins: Mapping[str, Mapping[str, int]], sources: Sequence[str], by: str, theme: Theme) -> Figure:
-    """Heat map of a win matrix: the share of each skill's examples that a source wins, `by` Min-CE or vote."""
+    """Draws a win matrix: what share of each skill's examples every source wins. `by` is "Min-CE" or "vote"."""
     with matplotlib.rc_context(theme.style):
         if not any(sum(row.values()) for row in wins.values()):
             return _note(f"No wins by {by}: this run did not compare its sources that way.", theme)
+
+        # The shares of every skill and, below them, of all skills together. "none" has a column where nobody won.
         columns = [*sources, *sorted({name for row in wins.values() for name in row} - set(sources))]
         counts = np.array([[row.get(name, 0) for name in columns] for row in wins.values()], dtype=float)
         labels = [_wrap(skill, 15, 2) for skill in wins]
@@ -169,6 +196,9 @@ def draw_wins(wins: Mapping[str, Mapping[str, int]], sources: Sequence[str], by:
             counts, labels = np.vstack([counts, counts.sum(0)]), [*labels, "all skills"]
         totals = counts.sum(1, keepdims=True)
         shares = np.divide(100 * counts, totals, out=np.zeros_like(counts), where=totals > 0)
+
+        # The texts. Every skill says how many examples it has. Where the sources' names do not fit side by side, they are
+        # slanted and the sign of percent moves into the title.
         count = "{}\nn = {:.0f}" if len(labels) < 9 else "{} ({:.0f})"
         labels = [count.format(*pair) for pair in zip(labels, totals[:, 0])]
         slanted = len(columns) > 4 or max(map(len, columns)) > 36 // len(columns)
@@ -176,7 +206,9 @@ def draw_wins(wins: Mapping[str, Mapping[str, int]], sources: Sequence[str], by:
         turn: dict[str, Any] = {"rotation": 50, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
         unit = "" if slanted else " %"
         texts = [[f"{share:.0f}{unit}" if total else "–" for share in row] for row, (total,) in zip(shares, totals)]
-        pitch = 0.1 + 0.17 * max(label.count("\n") + 1 for label in labels)  # inches a row
+
+        # The cells, with a line above the row of all skills.
+        pitch = 0.1 + 0.17 * max(label.count("\n") + 1 for label in labels)  # inches per row
         head = 0.6 + (0.065 * max(map(len, names)) if slanted else 0.2)
         figure, (axis,) = _figure(head + pitch * len(labels))
         _heat(axis, shares / 100, texts, theme, 11)
@@ -193,7 +225,11 @@ def draw_wins(wins: Mapping[str, Mapping[str, int]], sources: Sequence[str], by:
 def draw_alignment(
     alignment: Mapping[str, Mapping[str, Mapping[str, Any]]], sources: Sequence[str], theme: Theme
 ) -> Figure:
-    """Per mode and source: positions by kind with the coverage, and the histogram of reliability as a strip of bins."""
+    """Draws two panels with a row per mode and source: the shares of the kinds of position, and a histogram of the reliability.
+
+    Beside the first stands the coverage. The histogram is a strip of ten cells.
+    """
+    # A group of rows for every mode that has any.
     groups = [
         (f"{mode.key} mode", [(source, of_mode[source]) for source in sources if source in of_mode])
         for mode in Mode
@@ -202,18 +238,23 @@ def draw_alignment(
     with matplotlib.rc_context(theme.style):
         if not groups:
             return _note("No alignment: this run took no distributions from its sources.", theme)
-        heading = 0.75  # rows
+
+        # Both panels have the same rows, with room for a heading above each group.
+        heading = 0.75  # the height of a heading, in rows
         height = sum(heading + len(rows) for _, rows in groups)
         figure, (bars, strip) = _figure(0.7 * height + 2.0, (1, 1))
         ticks: dict[float, str] = {}
         top, bins = 0.0, 0
         for name, rows in groups:
+            # The heading, and the names of the sources.
             place = {"y": top + heading / 2 + 0.08, "s": name, "va": "center", "color": theme.soft, "fontsize": 10}
             bars.text(0, **place)
             strip.text(0, **place)
             top += heading
             center = top + np.arange(len(rows)) + 0.5
             ticks |= {y: _short(source, 13) for y, (source, _) in zip(center, rows)}
+
+            # The kinds of position as a stacked bar that ends at 100 %, and the coverage at its right.
             left = np.zeros(len(rows))
             for kind, (color, hatch) in _KINDS.items():
                 width = 100 * np.array([row.get(kind, 0.0) for _, row in rows])
@@ -223,14 +264,18 @@ def draw_alignment(
                 left += width
             for y, (_, row) in zip(center, rows):
                 bars.text(102, y, f"{100 * row['coverage']:.1f}", va="center", weight="bold")
+
+            # The histogram. The colours are square roots of the shares, so that a bin of 2 % can be seen beside one of 95 %;
+            # the numbers are the shares themselves.
             counts = np.array([row["reliability"] for _, row in rows], dtype=float)
             bins = counts.shape[1]
             totals = counts.sum(1, keepdims=True)
             shares = np.divide(100 * counts, totals, out=np.zeros_like(counts), where=totals > 0)
             texts = [["" if share == 0 else "<1" if share < 1 else f"{share:.0f}" for share in row] for row in shares]
-            # The square root keeps a bin of 2 % visible beside one of 95 %; the numbers are the shares themselves.
             _heat(strip, np.sqrt(shares / 100), texts, theme, 8.5, top)
             top += len(rows)
+
+        # Titles, axes and the legend.
         bars.set(xlim=(0, 100), xlabel="target positions, %", ylim=(height, 0))
         bars.text(102, heading / 2 + 0.08, "coverage", va="center", color=theme.soft, fontsize=10)
         bars.set_title("Kinds of position", loc="left", pad=44)
@@ -246,19 +291,23 @@ def draw_alignment(
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of `key`; null, absent and exactly zero (a mode without tokens adds 0) are left out."""
+    """Returns the steps and values of a quantity. A line without it is left out, and so is 0: that mode had no tokens."""
     pairs = [(line["step"], line[key]) for line in lines if line.get(key)]
     steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
     return steps, values
 
 
 def _window(lines: int) -> int:
-    """Length of the moving mean over a stage's lines; 1 = drawn as logged."""
+    """Returns over how many of a stage's lines the moving mean goes; 1 leaves the values as they were logged."""
     return max(1, lines // 25)
 
 
 def _plot_training(axis: Axes, lines: Sequence[Mapping[str, Any]], key: str, label: str, color: str, dash: str) -> None:
-    for _, stage in itertools.groupby(lines, key=itemgetter("stage")):  # no smoothing over a stage boundary
+    """Plots one quantity of the training lines: the values as logged thinly, and their moving mean.
+
+    Every stage is smoothed for itself, because the loss may jump between two stages. At most about 1000 points are drawn.
+    """
+    for _, stage in itertools.groupby(lines, key=itemgetter("stage")):
         steps, values = _series(list(stage), key)
         if not len(steps):
             continue
@@ -268,12 +317,13 @@ def _plot_training(axis: Axes, lines: Sequence[Mapping[str, Any]], key: str, lab
         keep = slice(None, None, max(1, len(values) // 1000))
         if window > 1:
             axis.plot(steps[keep], values[keep], color=color, lw=0.6, alpha=0.3)
-        dot = "o" if len(middle) == 1 else None  # a line through one point is none
+        dot = "o" if len(middle) == 1 else None  # a line through a single point would not be seen
         axis.plot(middle[keep], smooth[keep], color=color, ls=dash, lw=1.6, marker=dot, ms=5, label=label)
 
 
 def draw_curves(metrics: Metrics, theme: Theme) -> Figure:
-    """Loss, CE and KD over the optimizer steps, the stages' boundaries marked; a panel without a line is left out."""
+    """Draws the loss, CE and KD over the optimizer steps, with the boundaries of the stages. A panel without data is left out."""
+    # The panels that have data: for each its key in the validation lines, and its lines with key, label, colour and dash.
     training = metrics.training
     evals = [{"step": line["step"], **line["eval"]} for line in metrics.validation]
     blue, orange, *_ = theme.sources
@@ -289,11 +339,15 @@ def draw_curves(metrics: Metrics, theme: Theme) -> Figure:
     with matplotlib.rc_context(theme.style):
         if not panels:
             return _note("No curves: metrics.jsonl holds no training step.", theme)
+
+        # Where the stages begin. A line is the mean since the line before it, so that a stage begins where the last line of
+        # the stage before it stands.
         figure, axes = _figure(1.0 + 1.5 * len(panels), (1,) * len(panels), sharex=True)
         stages = itertools.groupby(training, key=itemgetter("stage"))
         spans = [(stage, [line["step"] for line in lines]) for stage, lines in stages]
-        # A line is the mean since the one before it, so a stage begins where the last line of the one before it stands.
         starts = [(stage, spans[i - 1][1][-1] if i else steps[0]) for i, (stage, steps) in enumerate(spans)]
+
+        # The curves of training and validation, with a dashed line at each new stage.
         for axis, (title, (key, lines)) in zip(axes, panels.items()):
             for line in lines:
                 _plot_training(axis, training, *line)
@@ -305,6 +359,8 @@ def draw_curves(metrics: Metrics, theme: Theme) -> Figure:
             for _, start in starts[1:]:
                 axis.axvline(start, color=theme.soft, ls=(0, (4, 3)), lw=1.2)
             axis.margins(x=0.02, y=0.12)
+
+        # The stages' names in the first panel, and one legend for all panels. "loss" needs none: it is alone in its panel.
         if len(starts) > 1:
             first = min((stage for stage, _ in starts if isinstance(stage, int)), default=0)
             place = {"transform": axes[0].get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 10}
@@ -314,7 +370,7 @@ def draw_curves(metrics: Metrics, theme: Theme) -> Figure:
         axes[-1].set_xlabel("optimizer step")
         axes[-1].locator_params(axis="x", integer=True, min_n_ticks=1)
         handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-        handles.pop("loss", None)  # alone in its panel
+        handles.pop("loss", None)
         if handles:
             figure.legend(
                 handles.values(), handles.keys(), loc="outside upper left", ncols=3, handlelength=1.8, borderpad=0.2
@@ -323,7 +379,7 @@ def draw_curves(metrics: Metrics, theme: Theme) -> Figure:
 
 
 def curves_caption(metrics: Metrics) -> str:
-    """What the reader of the curves must know."""
+    """Returns what a reader of the curves must know, as far as it applies to this run."""
     parts, lines_per_stage = [], Counter(line["stage"] for line in metrics.training)
     if len(lines_per_stage) > 1:
         parts.append("Dashed: a new stage begins, with its own weights, so the loss does not compare across.")

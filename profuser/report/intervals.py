@@ -1,7 +1,7 @@
-"""95 % intervals of shares, of their means and of differences.
+"""Computes 95 % intervals of shares, of means of shares, and of differences.
 
-Wilson's for one share; for a mean over skills and for a difference they are combined by MOVER (Zou and Donner 2008: the
-distances to the limits add in quadrature, so for a difference they are Newcombe's).
+A single share has Wilson's interval. For a mean over skills and for a difference the intervals are combined by MOVER (Zou and
+Donner 2008): the distances from the value to the limits are added in quadrature. For a difference this is Newcombe's interval.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-Z = 1.959964  # two-sided 95 %
+Z = 1.959964  # the quantile of the normal distribution for a two-sided interval of 95 %
 
 
 class Score(NamedTuple):
-    """A share of correct answers in [0, 1] with its 95 % interval; low and high are NaN where the count is unknown."""
+    """A share of correct answers in [0, 1] with its 95 % interval. The limits are NaN where the number of answers is unknown."""
 
     value: float
     low: float
@@ -22,7 +22,7 @@ class Score(NamedTuple):
 
 
 def wilson(share: float, count: int | None) -> Score:
-    """A share of `count` trials with its 95 % Wilson interval; without a count the limits are NaN."""
+    """Returns a share of `count` trials with its 95 % Wilson interval. Without a count the limits are NaN."""
     if not count or math.isnan(share):
         return Score(share, math.nan, math.nan)
     center = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
@@ -31,14 +31,17 @@ def wilson(share: float, count: int | None) -> Score:
 
 
 def mean_score(mean: float, parts: Sequence[Score]) -> Score:
-    """`mean` of independent shares with the MOVER interval of their unweighted mean."""
-    below = math.sqrt(sum((p.value - p.low) ** 2 for p in parts)) / max(len(parts), 1)
-    above = math.sqrt(sum((p.high - p.value) ** 2 for p in parts)) / max(len(parts), 1)
+    """Returns `mean`, the unweighted mean of independent shares, with its MOVER interval."""
+    below = math.sqrt(sum((part.value - part.low) ** 2 for part in parts)) / max(len(parts), 1)
+    above = math.sqrt(sum((part.high - part.value) ** 2 for part in parts)) / max(len(parts), 1)
     return Score(mean, mean - below, mean + above)
 
 
 def difference(after: Score, before: Score) -> Score:
-    """after - before with its MOVER interval (both were asked the same prompts, so it is on the wide side)."""
+    """Returns after − before with its MOVER interval.
+
+    The interval is rather wide: it treats the two as independent, although both were asked the same prompts.
+    """
     value = after.value - before.value
     below = math.hypot(after.value - after.low, before.high - before.value)
     above = math.hypot(after.high - after.value, before.value - before.low)

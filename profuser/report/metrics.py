@@ -1,7 +1,7 @@
-"""metrics.jsonl of a finished run, read back: its lines, and what each stage did to the loss.
+"""Reads metrics.jsonl of a finished run, and works out what each stage did to the loss.
 
-A training line is the mean over the optimizer steps since the one before it; a validation line is one pass over the
-validation prompts. Written by profuser.train.
+The file is written by profuser.train. A training line is the mean over the optimizer steps since the training line before it.
+A validation line is the result of one pass over the validation prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from profuser.recipe.schedule import NAMED, Mode
 
 
 class Change(NamedTuple):
-    """A quantity at the beginning and at the end of a stage."""
+    """The values of a quantity at the beginning and at the end of a stage."""
 
     first: float
     last: float
@@ -27,7 +27,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """metrics.jsonl: its training and validation lines in the order of steps, and how many lines are unreadable."""
+    """The content of metrics.jsonl: its training and validation lines by ascending step, and how many lines are unreadable."""
 
     training: list[dict[str, Any]]
     validation: list[dict[str, Any]]
@@ -36,7 +36,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
-    """One quantity of the stages' table; values: one per stage, a number, text, a Change or None."""
+    """A row of the table of stages: one quantity, with a number, a text, a Change or None for every stage."""
 
     group: str
     label: str
@@ -44,7 +44,11 @@ class StageRow:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The lines of a run; of a step that a resumed run repeats, the last."""
+    """Reads the lines of a run. A resumed run repeats some steps: of these the last line counts.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
     training, validation, unreadable = {}, {}, 0
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -56,18 +60,19 @@ def read_metrics(path: Path) -> Metrics:
         try:
             entry = json.loads(line)
             (validation if "eval" in entry else training)[entry["step"], entry["stage"]] = entry
-        except (ValueError, KeyError, TypeError):  # a line torn by a killed process
+        except (ValueError, KeyError, TypeError):  # a line that was cut short when the process was killed
             unreadable += 1
     by_step = itemgetter("step")
     return Metrics(sorted(training.values(), key=by_step), sorted(validation.values(), key=by_step), unreadable)
 
 
 def stage_table(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
-    """What each stage weighed and did; a row without any value is left out.
+    """Returns the table of stages: how each weighed the modes, and how it changed CE and KL. A row without values is left out.
 
-    Training changes are from the mean of the first tenth of a stage's lines to that of its last tenth; validation changes
-    from the last pass before the stage to its last one.
+    In training, a change goes from the mean of the first tenth of a stage's lines to the mean of its last tenth; in validation,
+    from the last pass before the stage to the last pass in it.
     """
+    # The stages as they were logged, each with its first and last step and its entry in the recipe.
     stages = [list(lines) for _, lines in groupby(metrics.training, key=itemgetter("stage"))]
     stops = [lines[-1]["step"] for lines in stages]
     starts = [0, *stops[:-1]]
@@ -75,6 +80,8 @@ def stage_table(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
     configs = [vars(c) for c in NAMED[schedule]] if isinstance(schedule, str) else schedule
     configs = [configs[lines[0]["stage"]] if lines[0]["stage"] < len(configs) else {} for lines in stages]
     beta = recipe.get("optim", {}).get("beta")
+
+    # The rows: what the recipe says, then what was measured.
     rows = [
         StageRow("", "optimizer steps", [f"{start + 1}–{stop}" for start, stop in zip(starts, stops)]),
         StageRow("Weight", "inference", [c.get("inference_weight") for c in configs]),
@@ -90,7 +97,9 @@ def stage_table(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
 
 
 def _tenths(lines: Sequence[Mapping[str, Any]], key: str) -> Change | None:
-    values = [line[key] for line in lines if line.get(key)]  # zero: the mode had no tokens, or there was no KL
+    """Returns a quantity's mean over the first and over the last tenth of some training lines; None where it has no values."""
+    # A value of 0 means that the mode had no tokens, or that there was no KL.
+    values = [line[key] for line in lines if line.get(key)]
     if not values:
         return None
     tenth = max(1, len(values) // 10)
@@ -98,6 +107,7 @@ def _tenths(lines: Sequence[Mapping[str, Any]], key: str) -> Change | None:
 
 
 def _passes(validation: Sequence[Mapping[str, Any]], key: str, start: int, stop: int) -> Change | None:
+    """Returns a quantity in the last validation up to step `start` and in the last one up to step `stop`, if there are both."""
     before = [line["eval"][key] for line in validation if line["step"] <= start and line["eval"].get(key)]
     after = [line["eval"][key] for line in validation if start < line["step"] <= stop and line["eval"].get(key)]
     return Change(before[-1], after[-1]) if before and after else None

@@ -1,9 +1,10 @@
-"""The report of a finished run: one self-contained report.html and its five pictures, from the files the run left.
+"""Writes the report of a finished run: report.html, which needs no other file, and its five pictures.
 
-Reads run.json, metrics.jsonl, scores.json and evaluation.json of the run directory and summary.json of its store;
-computes nothing but intervals and shares. The page carries each picture as two SVGs, for light and for dark screens; the
-run directory gets the light ones as PNG files. Intervals cover the choice of held-out prompts, not the luck of a
-seed. Left out on purpose: comparisons between runs (profuser.experiments.compare).
+The report is made from run.json, metrics.jsonl, scores.json and evaluation.json of the run directory and from summary.json of
+its store. It computes nothing but intervals and shares. The page contains each picture as two SVGs, for light and for dark
+screens; the run directory gets the light ones as PNG files as well. The intervals say how much the choice of the held-out
+prompts matters, not how much the seed does. Comparisons between runs are left out on purpose: profuser.experiments.compare
+makes them.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ from profuser.report.theme import DARK, LIGHT, Theme
 from profuser.store.files import read_json, write_atomic
 from profuser.text.display import visible
 
-MAX_TEXT = 2000  # characters of a prompt or response that the page shows
+MAX_TEXT = 2000  # how many characters of a prompt or response the page shows
 
 
 def _models(scores: Mapping[str, Any], counts: Mapping[str, int], target: str) -> list[Model]:
-    """Fused, target before, sources. A target that is also a source, with the same scores, appears once."""
+    """Returns the models in the order in which the page shows them: fused, target before, sources.
+
+    A target that is also a source, with the same scores, appears only once.
+    """
     before = scores["target_before"]
     rows = [("fused", "fused", scores["fused"])] + ([(target, "target", before)] if before else [])
     for name, values in scores["sources"].items():
@@ -50,10 +54,12 @@ def _models(scores: Mapping[str, Any], counts: Mapping[str, int], target: str) -
 
 
 def _number(value: float | None) -> float:
+    """Returns a value of a JSON file as a number, NaN for null."""
     return math.nan if value is None else float(value)
 
 
 def _title(sources: Sequence[str], target: str, distilled: bool) -> str:
+    """Returns the title of the page. `distilled` says whether the target learnt from its sources at all."""
     if not distilled:
         return f"{target} fine-tuned on the ground truth, without its sources"
     names = f"{', '.join(sources[:-1])} and {sources[-1]}" if len(sources) > 1 else sources[0]
@@ -61,7 +67,11 @@ def _title(sources: Sequence[str], target: str, distilled: bool) -> str:
 
 
 def _answer(models: Sequence[Model], skills: Sequence[str]) -> dict[str, Any] | None:
-    """What the page opens with: the fused model against the best single one, and what the target forgot."""
+    """Returns what the page begins with: how the fused model compares with the best single one, and what the target forgot.
+
+    It is None where nothing was scored.
+    """
+    # The fused model against the best of the others.
     fused, others = models[0], [model for model in models[1:] if "mean" in model.scores]
     if "mean" not in fused.scores or not others:
         return None
@@ -78,6 +88,8 @@ def _answer(models: Sequence[Model], skills: Sequence[str]) -> dict[str, Any] | 
         f"{points:.1f} points {'above' if answer['gain'].value > 0 else 'below'}" if round(points, 1) else "level with"
     )
     answer["certain"] = answer["gain"].low > 0 or answer["gain"].high < 0
+
+    # The target before and after: its change in the skill that was its best, and the others in which it got worse.
     if before:
         pairs = {skill: (before.scores[skill], fused.scores[skill]) for skill in skills if skill in before.scores}
         changes = {skill: (*pair, difference(pair[1], pair[0])) for skill, pair in pairs.items()}
@@ -89,7 +101,10 @@ def _answer(models: Sequence[Model], skills: Sequence[str]) -> dict[str, Any] | 
 
 
 def _demo(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What demo_data.json records: the flaws of the fusion prompts (name, share, about how many) and rows per file."""
+    """Returns what demo_data.json records: the flaws of the fusion prompts, and the number of rows per file.
+
+    A flaw has a name, a share of the prompts, and about how many prompts that is.
+    """
     rows = record.get("rows", {})
     shares = [(name, record[name]) for name in ("terse", "wrong") if name in record]
     flaws = [(name, share, round(share * rows.get("fusion", 0))) for name, share in shares]
@@ -97,7 +112,10 @@ def _demo(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _examples(entries: Sequence[Mapping[str, Any]], sources: Sequence[str], target: str) -> list[dict[str, Any]]:
-    """Per example a card (label, key, text, correct) for each of `sources`, the target before, and the fused model."""
+    """Returns the held-out examples, each with its cards: the answers of `sources`, of the target before, and of the fused model.
+
+    A card has a label, the model's key, the answer's text, and whether it is correct.
+    """
     labels = {"target_before": f"{target} (target before)"}
     shown = []
     for entry in entries:
@@ -108,12 +126,13 @@ def _examples(entries: Sequence[Mapping[str, Any]], sources: Sequence[str], targ
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
+    """Formats a share in percent, without the sign; a dash stands for a missing value."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
 def _points(change: Score) -> str:
-    """`+3.1 points (95 % interval -0.4 to +6.6)`, with a true minus sign."""
-    value, low, high = (round(100 * part, 1) + 0.0 for part in change)  # + 0.0: no "-0.0"
+    """Formats a difference as `+3.1 points (95 % interval -0.4 to +6.6)`, with a true minus sign."""
+    value, low, high = (round(100 * part, 1) + 0.0 for part in change)  # adding 0.0 turns -0.0 into 0.0
     text = f"{value:+.1f} points"
     if not math.isnan(low):
         text += f" (95 % interval {low:+.1f} to {high:+.1f})"
@@ -121,6 +140,7 @@ def _points(change: Score) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """Formats a duration in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -128,23 +148,24 @@ def _duration(seconds: float) -> str:
 
 
 def _shorten(text: str) -> str:
+    """Cuts a text that is too long for the page, and says how much was cut off."""
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"
 
 
 def _change(value: Any) -> str:
-    """A cell of the stages' table."""
+    """Formats a cell of the table of stages."""
     if isinstance(value, Change):
         return f"{value.first:.3f} → {value.last:.3f}"
     return "–" if value is None else value if isinstance(value, str) else f"{value:.3g}"
 
 
 def _breakable(name: str) -> Markup:
-    """A name that may break after an underscore or a slash."""
+    """Returns a name as HTML in which a line may break after an underscore or a slash."""
     return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(visible(name)))))
 
 
 def _draw(draw: Callable[[Theme], Figure], path: Path) -> dict[str, Markup]:
-    """Writes the light picture to `path` and returns those of both themes for the page, SVG in base64."""
+    """Draws a picture in both themes. The light one is written to `path`; both are returned for the page, as SVG in base64."""
     light, dark = draw(LIGHT), draw(DARK)
     figures.save_png(light, path)
     pictures = {"light": figures.to_svg(light), "dark": figures.to_svg(dark)}
@@ -152,11 +173,12 @@ def _draw(draw: Callable[[Theme], Figure], path: Path) -> dict[str, Markup]:
 
 
 def _render(**values: Any) -> str:
+    """Fills the template of the page with these values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        # One place for everything printed: whatever a model wrote, it cannot hide or reorder the page's text.
+        # Everything that the page prints goes through here. Whatever a model wrote, it cannot hide or reorder other text.
         finalize=lambda value: visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -173,21 +195,23 @@ def _render(**values: Any) -> str:
 
 
 def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """Reads one of the files that a run leaves."""
     return read_json(path, *keys, fix="let the run finish, run the same command again, or give its directory")
 
 
 def write_report(run_dir: Path, store_dir: Path) -> Path:
-    """Writes report.html and its five PNGs into `run_dir`.
+    """Writes report.html and its five PNG files into `run_dir`.
 
     Args:
-        run_dir: directory of a finished run: run.json, metrics.jsonl and, unless its recipe has no held-out prompts,
+        run_dir: the directory of a finished run. It holds run.json and metrics.jsonl and, if the recipe has held-out prompts,
             scores.json and evaluation.json.
-        store_dir: its store (summary.json).
+        store_dir: the directory of the run's store, which holds summary.json.
     Returns:
         The path of report.html.
     Raises:
-        DataError: a directory or file is missing, is no JSON, or lacks a key.
+        DataError: a directory or file is missing, or a file is not JSON or lacks a key.
     """
+    # Read what the run and its store have left. Without held-out prompts there are no scores.
     for directory, what in ((run_dir, "run"), (store_dir, "store")):
         if not directory.is_dir():
             raise DataError(
@@ -202,10 +226,11 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
     summary = _read(store_dir / "summary.json", "sources", "target", "examples")
     metrics = read_metrics(run_dir / "metrics.jsonl")
 
+    # What the pictures show.
     sources, target, counts = summary["sources"], summary["target"], evaluation["counts"]
     skills = [skill for skill in scores["fused"] if skill != "mean"]
     models = _models(scores, counts, target)
-    single = {model.name for model in models if model.role == "source"}  # without a target that is shown as "before"
+    single = {model.name for model in models if model.role == "source"}  # all but one that is shown as the target
     min_ce, vote = summary.get("min_ce_wins") or {}, summary.get("vote_wins") or {}
     alignment = {mode: rows for mode, rows in (summary.get("alignment") or {}).items() if rows}
     rows = [*skills, "mean"] if len(skills) > 1 else skills
@@ -217,6 +242,7 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
         "curves": lambda theme: figures.draw_curves(metrics, theme),
     }
 
+    # What the text and the tables show, and the page itself.
     bits = evaluation.get("bits_per_byte") or {}
     keys = {"fused": "fused", "target": "target_before"}
     bits_of = [(m, bits.get(keys[m.role]) if m.role in keys else bits.get("sources", {}).get(m.name)) for m in models]

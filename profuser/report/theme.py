@@ -1,7 +1,7 @@
 """The colours of the report's pictures, for light and for dark pages.
 
-They start from Okabe and Ito's, moved until each has a contrast of 3 to its page and every two differ by 20 in CIELAB, also
-as readers with a colour-vision deficiency see them (Machado et al. 2009; tested).
+They are Okabe and Ito's colours, moved until each has a contrast of at least 3 to its page and any two differ by at least 20 in
+CIELAB. This also holds for readers with a colour-vision deficiency (simulated as in Machado et al. 2009); a test checks it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a picture; `page` is what it lies on, `heat` goes from nothing to all."""
+    """The colours of a picture. `page` is the background that it lies on; `heat` is a scale from nothing to everything."""
 
     page: str
     text: str
@@ -28,15 +28,17 @@ class Theme:
 
     @cached_property
     def heat_map(self) -> Colormap:
+        """The colours of `heat` as a continuous scale."""
         return LinearSegmentedColormap.from_list("heat", self.heat)
 
     def ink(self, depth: float) -> str:
-        """Black or white, whichever reads better on the heat map at `depth` in [0, 1]."""
-        return "black" if luminance(self.heat_map(float(depth))) > 0.179 else "white"  # of equal contrast (WCAG)
+        """Returns black or white, whichever can be read better on the heat map's colour for `depth` in [0, 1]."""
+        # Black and white have the same contrast to a colour with this luminance (WCAG).
+        return "black" if luminance(self.heat_map(float(depth))) > 0.179 else "white"
 
     @property
     def style(self) -> dict[str, Any]:
-        """Matplotlib's settings for this theme."""
+        """The settings of Matplotlib for this theme."""
         paint = dict.fromkeys(
             ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), self.text
         )
@@ -62,6 +64,6 @@ DARK = Theme(
 
 
 def luminance(color: Any) -> float:
-    """Relative luminance of a colour in [0, 1] (WCAG 2)."""
-    parts = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
+    """Returns the relative luminance of a colour, in [0, 1] (WCAG 2)."""
+    parts = (channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in to_rgb(color))
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts))

@@ -1,4 +1,4 @@
-"""`python -m profuser.store info | verify DIR`: what a store holds, and whether its files are what was written."""
+"""`python -m profuser.store info | verify DIR` says what a store holds, or checks that its files are still what was written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
 
 
 def info(store: Store) -> str:
-    """A line on the store, one on what it was made from, and one per kind of shard."""
+    """Describes a store: a line with its state, a line on what it was made from, and a table of its shards by kind and split."""
     settings = store.settings
     state = "complete" if store.complete else "not complete: `python -m profuser.prepare` with its recipe goes on"
     lines = [

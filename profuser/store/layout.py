@@ -1,7 +1,7 @@
-"""What a store holds: the kinds of shard with their places, and the dtype of every column.
+"""The layout of a store: which kinds of shard there are, where their files lie, and the dtype of every column.
 
-A shard holds `capture.shard_size` consecutive examples of one split. Its file is `KIND/SPLIT-OF-NUMBER`, for instance
-`truth/train-scholar-00003.safetensors`, where OF is the source or judge that it is about.
+A shard covers `capture.shard_size` consecutive examples of one split. Its file is called `FOLDER/SPLIT-OF-NUMBER`, where OF
+is the source or judge that the shard is about, for instance `truth/train-scholar-00003.safetensors`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ Folder = Literal["truth", "responses", "scores", "winners", "targets"]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """The shards of one kind; the functions below make them.
+    """A kind of shard. The functions below, from `truth` to `targets`, return the kinds that there are.
 
-    folder: what they hold. split: of which examples. of: which source or judge they are about, "" for all.
+    folder: what the shards hold. split: the split whose examples they cover.
+    of: the source or judge that they are about, or "" where they are about all sources.
     """
 
     folder: Folder
@@ -31,26 +32,27 @@ class Kind:
 
     @property
     def suffix(self) -> str:
+        """The suffix of the shards' files."""
         return ".json" if self.folder == "responses" else ".safetensors"
 
     @property
     def index(self) -> tuple[str, ...]:
-        """The columns that a reader needs of every shard before it reads any of them."""
+        """The columns that are read of every shard at the start, before any shard is read as a whole."""
         return ("example", "mode", "offsets") if self.folder == "targets" else ()
 
     def shard(self, number: int) -> str:
-        """A shard's name, which is its path in the store without the suffix."""
+        """Returns a shard's name, which is its path in the store without the suffix."""
         of = f"-{self.of}" if self.of else ""
         return f"{self.folder}/{self.split}{of}-{number:05d}"
 
 
 def truth(split: Split, source: str) -> Kind:
-    """Captures of the ground truth by one source (training mode)."""
+    """One source's captures of the ground truth, for the training mode."""
     return Kind("truth", split, source)
 
 
 def responses(split: Split, source: str) -> Kind:
-    """One source's own responses, as JSON: for every example a list of (text, finished)."""
+    """One source's own responses, as JSON: a list of (text, finished) for every example."""
     return Kind("responses", split, source)
 
 
@@ -60,20 +62,20 @@ def scores(judge: str) -> Kind:
 
 
 def winners(source: str) -> Kind:
-    """Captures by one source of those of its responses that won the vote (inference mode)."""
+    """One source's captures of its own responses that won the vote, for the inference mode."""
     return Kind("winners", "train", source)
 
 
 def targets(split: Split) -> Kind:
-    """What the trainer reads: sequences in target tokens with the sources' aligned distributions."""
+    """The sequences that the trainer reads, in target tokens and with the sources' aligned distributions."""
     return Kind("targets", split)
 
 
 def kind_of(shard: str) -> tuple[Kind, int]:
-    """The kind and number that a shard's name stands for.
+    """Returns the kind and the number that a shard's name stands for.
 
     Raises:
-        ValueError: it is no such name.
+        ValueError: it is not the name of a shard.
     """
     if not (found := re.fullmatch(r"(truth|responses|scores|winners|targets)/([a-z]+)(?:-(.+))?-(\d{5,})", shard)):
         raise ValueError(f"{shard!r} names no shard")
@@ -81,57 +83,58 @@ def kind_of(shard: str) -> tuple[Kind, int]:
     return Kind(cast("Folder", folder), cast("Split", split), of or ""), int(number)
 
 
-# Columns of the shards. TOKEN stands for the smallest unsigned or signed type that holds the vocabulary's ids, COUNT for
-# the one that holds top_k. Log-probabilities are fp16: near 0, where they are, it is ten times finer than bf16.
+# The columns of the shards, each with its dtype. TOKEN stands for the smaller of uint16 and int32 that can hold every id of
+# the vocabulary, COUNT for the smaller of uint8 and int32 that can hold top_k. Log-probabilities are stored in fp16, which
+# near 0, where most of them are, is finer than bf16 by three bits.
 TOKEN, COUNT = "token", "count"
 Columns = Mapping[str, Any]
 
 CAPTURE_COLUMNS: Columns = {
-    # per example
+    # One value per example.
     "reason": np.uint8,  # profuser.text.fit.Verdict
-    "cut": np.uint8,
-    "nll": np.float64,  # nats over the response and its end of turn; NaN where nothing was captured
+    "cut": np.uint8,  # 1 where the response was too long, and its end was cut off
+    "nll": np.float64,  # nats of the response and its end of turn; NaN where nothing was captured
     "response_bytes": np.int32,
-    "offsets": np.int64,  # (n + 1,) of the tokens
-    # per own token of the source: its byte span, and the distribution that predicts it
+    "offsets": np.int64,  # (n + 1,): where the tokens of each of n examples begin
+    # One value or row per own token of the source: its byte span, and the distribution that predicts it.
     "ids": TOKEN,
     "begin": np.int32,
     "stop": np.int32,
-    "top_ids": TOKEN,  # (m, k)
+    "top_ids": TOKEN,  # (m, k) for m tokens
     "top_logprobs": np.float16,  # (m, k)
-    "own_logprobs": np.float32,
-    "lse": np.float32,
-    # per prefix range (alignment rule 2)
-    "range_offsets": np.int64,  # (n + 1,)
-    "range_rows": np.int32,
-    "range_strip": np.int32,
-    "range_logmass": np.float32,
-    "range_counts": COUNT,  # entries of the row that are real
-    "range_ids": TOKEN,  # (r, k)
+    "own_logprobs": np.float32,  # of the token itself, whether it is among the top k or not
+    "lse": np.float32,  # the log-sum-exp of the logits
+    # One value or row per prefix range (alignment rule 2).
+    "range_offsets": np.int64,  # (n + 1,): where the ranges of each example begin
+    "range_rows": np.int32,  # the token, counted within its example, that the range belongs to
+    "range_strip": np.int32,  # how many bytes of that token are the prefix
+    "range_logmass": np.float32,  # the log-probability of all tokens in the range together
+    "range_counts": COUNT,  # how many of the k entries are real; the others are padding
+    "range_ids": TOKEN,  # (r, k) for r ranges
     "range_logprobs": np.float16,  # (r, k), relative to the range's mass
 }
 
 TARGET_COLUMNS: Columns = {
-    # per sequence
+    # One value or row per sequence.
     "example": np.int32,
     "mode": np.uint8,  # profuser.recipe.schedule.Mode
     "response_bytes": np.int32,
-    "source_ce": np.float32,  # (n, S) nats per unit; +inf where the source does not take part
-    "offsets": np.int64,  # (n + 1,) of the tokens
-    "row_offsets": np.int64,  # (n + 1,) of the rows
-    # per target token
+    "source_ce": np.float32,  # (n, S), nats per byte or token; +inf where the source does not take part
+    "offsets": np.int64,  # (n + 1,): where the tokens of each of n sequences begin
+    "row_offsets": np.int64,  # (n + 1,): where the rows of each sequence begin
+    # One value per target token.
     "input_ids": TOKEN,
     "label_mask": np.uint8,
-    # per row: one source's distribution of one target token
-    "row_position": np.int32,  # index of that token in its sequence
+    # One value per row. A row is one source's distribution of one target token.
+    "row_position": np.int32,  # the index of that token in its sequence
     "row_source": np.uint8,
-    "row_tail": np.float32,  # probability outside the entries
+    "row_tail": np.float32,  # the probability outside the entries
     "row_reliability": np.uint8,  # in 255ths
-    "entry_offsets": np.int64,  # (rows + 1,) of the entries
-    # per entry
+    "entry_offsets": np.int64,  # (rows + 1,): where the entries of each row begin
+    # One value per entry.
     "entry_ids": TOKEN,
     "entry_logprobs": np.float16,
-    # counts of the alignment, by mode and, but for the first, by source
+    # Counts of the alignment by mode, and all but `skipped` by source as well.
     "skipped": np.int64,
     "kinds": np.int64,
     "covered": np.int64,
@@ -141,13 +144,14 @@ TARGET_COLUMNS: Columns = {
 
 
 def id_dtype(vocabulary: int) -> type[np.integer]:
+    """Returns the dtype in which the ids of a vocabulary of this size are stored."""
     return np.uint16 if vocabulary <= 1 << 16 else np.int32
 
 
 def shard_arrays(
     columns: Columns, arrays: Mapping[str, np.ndarray], vocabulary: int, top_k: int = 0
 ) -> dict[str, np.ndarray]:
-    """The arrays of a shard in the columns' order and dtypes; every column must be there and no other."""
+    """Returns a shard's arrays in the order and dtypes of `columns`. There must be an array for every column, and no other."""
     assert columns.keys() == arrays.keys(), columns.keys() ^ arrays.keys()
     special = {TOKEN: id_dtype(vocabulary), COUNT: np.uint8 if top_k < 256 else np.int32}
     return {

@@ -1,13 +1,16 @@
-"""The prepared targets on disk: a manifest, safetensors shards in CSR form, and JSON for texts.
+"""The store: the prepared targets on disk, as a manifest, safetensors shards and JSON files for texts.
 
-A store is made in three layers. Sources: what they said of the ground truth, and their own responses. Votes: the judges'
-scores, and the winners' captures. Targets: all of it aligned to the target's tokens, which is what the trainer reads.
-Each layer carries the settings it was made with, so that another alignment costs no pass of the sources and other
-judges vote again on the same responses; other sources need another store. `layout.py` says which shards there are.
+A store is made in three layers:
+- sources: what the sources say about the ground truth, and their own responses;
+- votes: the judges' scores, and the captures of the responses that won;
+- targets: all captures aligned to the target's tokens, which is what the trainer reads.
+The manifest records the settings that each layer was made with. If only the alignment's settings change, the targets are
+made again from the captures that are there; if only the judges change, they vote again on the same responses. Other sources
+need another store. `layout.py` says which shards there are.
 
-Every file is written to a temporary sibling, synced and renamed, then entered in the manifest with its sha256, so an
-interrupted preparation goes on with the next shard and a damaged shard is never trained on. Reading never changes a
-store: `changes` compares, and only `Store.build`, which profuser.prepare uses, acts on it.
+Every file is written beside its place, synced and renamed, and only then entered in the manifest with its sha256. Therefore
+an interrupted preparation goes on with the next shard, and a damaged shard is never trained on. Reading never changes a
+store: `changes` only compares the settings, and `Store.build`, which profuser.prepare uses, is what acts on a difference.
 """
 
 from __future__ import annotations
@@ -33,10 +36,10 @@ MANIFEST_KEYS = ("schema", "settings", "shards", "complete")
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
-    """What decides the content of each layer of a store.
+    """The settings that decide the content of each layer of a store.
 
-    sources: the models, their templates, the data and how responses are generated and captured.
-    votes: `asked`, the judges in their order, and `judges`, what each of them is.
+    sources: the models, their templates, the data, and how responses are generated and captured.
+    votes: `asked` lists the names of the judges in their order, and `judges` says what each of them is.
     targets: how the captures are aligned.
     """
 
@@ -47,10 +50,13 @@ class StoreSettings:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What of a store does not fit the settings that it is to be used with.
+    """How a store's settings differ from those that it is to be used with.
 
-    foreign, sources, targets: the keys that differ, where `foreign` are those of other models, tokenizers or templates.
-    judges: the judges that have become others. asked: other judges are asked than before.
+    foreign: the differing keys of the sources' layer that stand for a model's files or its chat template.
+    sources: the other differing keys of the sources' layer.
+    judges: the names of the judges that have become others, by their weights or their code.
+    asked: whether the list of judges, or their order, is another one.
+    targets: the differing keys of the targets' layer.
     """
 
     foreign: list[str]
@@ -60,7 +66,7 @@ class Changes:
     targets: list[str]
 
     def check(self, directory: Path) -> None:
-        """Raises DataError or ConfigError where the sources' layer does not fit: it cannot be made again in place."""
+        """Raises DataError or ConfigError if the sources' layer does not fit, which cannot be made again in the same store."""
         if self.foreign:
             raise DataError(
                 f"store {directory} belongs to other models, tokenizers or chat templates ({', '.join(self.foreign)} differ); "
@@ -78,7 +84,7 @@ class Changes:
         return self.asked or bool(self.judges)
 
     def outdates(self, kind: Kind) -> bool:
-        """Whether the shards of a kind have to be made again."""
+        """Whether the shards of this kind have to be made again."""
         if kind.folder == "targets":
             return self.vote or bool(self.targets)
         return (kind.folder == "winners" and self.vote) or (kind.folder == "scores" and kind.of in self.judges)
@@ -86,7 +92,10 @@ class Changes:
 
 @dataclass(slots=True)
 class Total:
-    """The shards of one folder and split. examples: those of one source or judge; bytes: of all files."""
+    """The shards of one folder and split, added up.
+
+    examples: how many one source or judge has, so that an example is counted once. bytes: the size of all files.
+    """
 
     folder: str
     split: str
@@ -96,7 +105,7 @@ class Total:
 
 
 class Store:
-    """One store directory. A shard is present once the manifest lists it."""
+    """One store directory. A shard counts as present when the manifest lists it."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
         self.directory = directory
@@ -105,10 +114,13 @@ class Store:
 
     @classmethod
     def open(cls, directory: Path, *, complete: bool = True) -> Store:
-        """An existing store, to be read. complete: it must be; False takes one that is still being made, too.
+        """Opens an existing store for reading.
+
+        Args:
+            complete: whether the store must be complete; False also opens one that is still being made.
 
         Raises:
-            DataError: there is none, it is not complete, broken or of another schema.
+            DataError: there is no store, or it is broken, of another schema, or not complete although it must be.
         """
         store = cls(directory, read_manifest(directory))
         if complete and not store.complete:
@@ -119,12 +131,14 @@ class Store:
 
     @classmethod
     def build(cls, directory: Path, settings: StoreSettings) -> Store:
-        """Begin a store or go on with one; what these settings outdate is dropped and announced.
+        """Begins a store, or opens one to go on with it. Shards that `settings` make obsolete are dropped, and this is printed.
 
         Raises:
-            ConfigError: what the sources said was captured with other settings.
-            DataError: it is of other models or tokenizers; the manifest is broken or of another schema.
+            ConfigError: the sources' captures or responses were made with other settings.
+            DataError: the store belongs to other models or tokenizers; its manifest is broken or of another schema; the
+                directory holds something else.
         """
+        # Begin a store in an empty directory.
         if not (directory / "manifest.json").exists():
             if directory.exists() and any(p for p in directory.iterdir() if not p.name.startswith(".")):
                 raise DataError(
@@ -136,6 +150,8 @@ class Store:
             )
             store._save()
             return store
+
+        # Go on with the store that is there, if its sources are the same; drop what other judges or settings outdate.
         store = cls(directory, read_manifest(directory))
         changes = store.changes(settings)
         changes.check(directory)
@@ -146,7 +162,7 @@ class Store:
             keys = ", ".join(changes.targets)
             print(f"store: {keys} changed: aligning again from the captures that are there", flush=True)
         if changes.vote or changes.targets:
-            # The scores of a judge that is no longer asked stay, too: he may come back.
+            # A judge that is no longer asked stays in the settings, and its scores in the store: it may be asked again.
             judges = store.settings.votes["judges"] | settings.votes["judges"]
             store._manifest["settings"] = asdict(settings) | {"votes": settings.votes | {"judges": judges}}
             store._drop([name for name in store._manifest["shards"] if changes.outdates(kind_of(name)[0])])
@@ -154,10 +170,11 @@ class Store:
 
     @property
     def settings(self) -> StoreSettings:
+        """The settings that the store was made with."""
         return StoreSettings(**self._manifest["settings"])
 
     def changes(self, settings: StoreSettings) -> Changes:
-        """How the store's settings differ from these; nothing is changed by asking."""
+        """Compares the store's settings with these. It changes nothing."""
         old = self.settings
         keys = differing_keys(old.sources, settings.sources)
         foreign = [key for key in keys if key.endswith((".files", ".template"))]
@@ -172,20 +189,21 @@ class Store:
 
     @property
     def complete(self) -> bool:
+        """Whether the preparation of the store has ended."""
         return bool(self._manifest["complete"])
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the preparation found (profuser.prepare.summary)."""
+        """The content of summary.json, which says what the preparation found (profuser.prepare.summary)."""
         return read_json(self.directory / "summary.json")
 
     def handled(self) -> str:
-        """What was skipped, cut or kept as text, in one line; empty where there was nothing."""
+        """Returns one line that says which texts were skipped, cut or kept as text; it is empty where there were none."""
         counts = self.summary["handled"]
         return "handled: " + "; ".join(f"{n} x {name}" for name, n in counts.items()) if counts else ""
 
     def finish(self) -> None:
-        """Mark complete; the last write of a preparation."""
+        """Marks the store as complete. This is the last thing that a preparation writes."""
         self._manifest["complete"] = True
         self._save()
 
@@ -196,20 +214,21 @@ class Store:
         return len(self._manifest["shards"])
 
     def has(self, kind: Kind, number: int) -> bool:
+        """Whether the manifest lists this shard. Its file is not looked at."""
         return kind.shard(number) in self._manifest["shards"]
 
     def numbers(self, kind: Kind) -> list[int]:
-        """The numbers of the shards of a kind that are there, ascending."""
+        """Returns the numbers of the present shards of a kind, in ascending order."""
         found = (kind_of(name) for name in self._manifest["shards"])
         return sorted(number for other, number in found if other == kind)
 
     def digest(self, kind: Kind) -> str:
-        """Changes when any shard of a kind does."""
+        """Returns a short hash of all shards of a kind. It changes when any of them changes."""
         shards = self._manifest["shards"]
         return sha256("".join(shards[kind.shard(n)]["sha256"] for n in self.numbers(kind)).encode())[:16]
 
     def totals(self) -> list[Total]:
-        """How much there is of what, by folder and split."""
+        """Adds up the shards, examples and bytes by folder and split."""
         totals: dict[tuple[str, str], Total] = {}
         counted: set[tuple[str, str, int]] = set()
         for name, entry in sorted(self._manifest["shards"].items()):
@@ -217,17 +236,18 @@ class Store:
             total = totals.setdefault((kind.folder, kind.split), Total(kind.folder, kind.split))
             total.shards += 1
             total.bytes += entry["bytes"]
+            # The shards of several sources hold the same examples, which are counted for the first source only.
             if (kind.folder, kind.split, number) not in counted:
                 counted.add((kind.folder, kind.split, number))
                 total.examples += entry["examples"]
         return list(totals.values())
 
     def damaged(self) -> list[str]:
-        """The shards whose files are missing or not what was written."""
+        """Returns the names of the shards whose files are missing or no longer what was written."""
         return [name for name in sorted(self._manifest["shards"]) if not self._intact(name)]
 
     def keep_intact(self, kind: Kind, number: int) -> bool:
-        """Whether a shard is there and intact; a damaged one is dropped and announced, so that it is made again."""
+        """Whether a shard is present and its file intact. A damaged shard is dropped, so that it is made again, and printed."""
         name = kind.shard(number)
         if name not in self._manifest["shards"]:
             return False
@@ -238,29 +258,29 @@ class Store:
         return False
 
     def put(self, kind: Kind, number: int, arrays: Mapping[str, np.ndarray], *, examples: int) -> None:
-        """Write a shard of arrays. examples: how many it is about."""
+        """Writes a shard of arrays. `examples` is the number of examples that it covers."""
         data = save_tensors({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         columns = {name: arrays[name] for name in kind.index}
         self._put(kind.shard(number), data, {"index": index_digest(data, columns), "examples": examples})
 
     def put_json(self, kind: Kind, number: int, value: Any, *, examples: int) -> None:
-        """Write a shard of texts."""
+        """Writes a shard of texts as JSON. `examples` is the number of examples that it covers."""
         self._put(kind.shard(number), json.dumps(value, ensure_ascii=False).encode(), {"examples": examples})
 
     def get(self, kind: Kind, number: int) -> dict[str, np.ndarray]:
-        """A shard's arrays, mapped into memory read-only; the file is hashed when it is first read.
+        """Returns a shard's arrays, which are mapped into memory and read-only. The file's hash is checked at the first read.
 
         Raises:
-            DataError: missing, truncated or changed since it was written.
+            DataError: the file is missing, or no longer what was written.
         """
         return tensors_of(self._bytes(kind.shard(number)))
 
     def get_json(self, kind: Kind, number: int) -> Any:
-        """A shard's texts; raises as `get` does."""
+        """Returns a shard's texts. It raises what `get` raises."""
         return json.loads(self._bytes(kind.shard(number))[:])
 
     def index(self, kind: Kind, number: int) -> dict[str, np.ndarray]:
-        """The index columns of a shard, mapped into memory; only they and the header are read and checked.
+        """Returns the index columns of a shard, mapped into memory. Only these columns and the header are read and checked.
 
         Raises:
             DataError: the file is missing, or has another length, header or index than was written.
@@ -280,13 +300,14 @@ class Store:
         return columns
 
     def _put(self, name: str, data: bytes, facts: dict[str, Any]) -> None:
+        """Writes a shard's file, then enters the shard in the manifest with its hash, its size and these facts."""
         write_atomic(self._path(name), data)
         self._verified.discard(name)
         self._manifest["shards"][name] = {"sha256": sha256(data), "bytes": len(data), **facts}
         self._save()
 
     def _bytes(self, name: str) -> mmap:
-        """A shard's file mapped into memory, once it has proved to be what was written."""
+        """Maps a shard's file into memory. Before the first use its hash is checked against the manifest's."""
         entry, path = self._manifest["shards"].get(name), self._path(name)
         try:
             data = mapped(path)
@@ -299,6 +320,7 @@ class Store:
         return data
 
     def _intact(self, name: str) -> bool:
+        """Whether a shard's file can be read and has the hash of the manifest."""
         try:
             intact = sha256(mapped(self._path(name))) == self._manifest["shards"][name]["sha256"]
         except (OSError, ValueError):
@@ -308,13 +330,14 @@ class Store:
         return intact
 
     def _drop(self, names: list[str]) -> None:
-        """Take shards out of the manifest; they are made again."""
+        """Takes shards out of the manifest, so that the store is no longer complete and they are made again."""
         for name in names:
             del self._manifest["shards"][name]
         self._manifest["complete"] = False
         self._save()
 
     def _path(self, name: str) -> Path:
+        """Returns the path of a shard's file. A name from a manifest that was tampered with must not lead out of the store."""
         path = self.directory / f"{name}{kind_of(name)[0].suffix}"
         if not path.resolve().is_relative_to(self.directory.resolve()):
             raise DataError(
@@ -323,14 +346,15 @@ class Store:
         return path
 
     def _save(self) -> None:
+        """Writes the manifest."""
         write_json(self.directory / "manifest.json", self._manifest)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """A store's manifest.
+    """Reads a store's manifest.
 
     Raises:
-        DataError: it is missing, broken or of another schema; or it lists what is no shard.
+        DataError: the manifest is missing, broken or of another schema, or it lists something that is not a shard.
     """
     manifest = read_json(directory / "manifest.json", *MANIFEST_KEYS)
     if manifest["schema"] != SCHEMA_VERSION:
@@ -349,11 +373,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def index_digest(data: bytes | mmap, columns: Mapping[str, np.ndarray]) -> str:
-    """sha256 of a safetensors file's header and of its index columns."""
+    """Returns the sha256 of a safetensors file's header and its index columns together."""
     return sha256(b"".join([data[: header_length(data)], *(columns[name].tobytes() for name in sorted(columns))]))
 
 
 def differs(path: Path) -> DataError:
+    """The error for a shard whose content is not what was written."""
     return DataError(
         f"store shard {path} must have the sha256 of the manifest, its content differs; run "
         "`python -m profuser.prepare` with the recipe to build it again"
@@ -361,6 +386,7 @@ def differs(path: Path) -> DataError:
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
+    """The error for a shard whose file cannot be opened."""
     reason = getattr(error, "strerror", None) or error
     return DataError(
         f"store shard {path} cannot be read ({reason}); run `python -m profuser.prepare` with the recipe again"

@@ -1,4 +1,4 @@
-"""`python -m profuser.train`: prepare what is missing, fuse, score, report. Without arguments: the bundled demo."""
+"""`python -m profuser.train` prepares what is missing, fuses, scores and reports. Without arguments it runs the bundled demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused model as a Hugging Face directory: weights, tokenizer and model card."""
+"""Writes the fused model as a Hugging Face directory: weights, tokenizer and model card."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from profuser.store.files import write_atomic
 def save_fused(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, recipe: Recipe, dtype: torch.dtype
 ) -> None:
-    """Write the fused target so that AutoModelForCausalLM and AutoTokenizer load it from the run directory.
+    """Writes the fused target into the run directory, from which AutoModelForCausalLM and AutoTokenizer can load it.
 
-    Weights are rounded to the dtype that the target came in; what is scored afterwards is this directory.
+    The weights are rounded to `dtype`, in which the target was stored before. The scores are those of the written model.
     """
     model.to(dtype).save_pretrained(directory)  # pyrefly: ignore[bad-argument-type]  # transformers wraps `to`
     tokenizer.save_pretrained(directory)
@@ -26,8 +26,10 @@ def save_fused(
 
 
 def model_card(recipe: Recipe) -> str:
-    models = [s.model for s in recipe.sources]
-    hub = [m for m in models if not m.startswith(BUNDLED_PREFIX) and not Path(m).exists()]
+    """Returns the model card: what was fused into what, and how to load the result."""
+    # The model card's `base_model` may name models on the Hub only.
+    models = [source.model for source in recipe.sources]
+    hub = [model for model in models if not model.startswith(BUNDLED_PREFIX) and not Path(model).exists()]
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -36,7 +38,7 @@ def model_card(recipe: Recipe) -> str:
     if hub:
         front["base_model"] = hub
     schedule = recipe.schedule if isinstance(recipe.schedule, str) else "its own stages (see run.json)"
-    sources = "\n".join(f"- `{s.name}`: {s.model}" for s in recipe.sources)
+    sources = "\n".join(f"- `{source.name}`: {source.model}" for source in recipe.sources)
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
         f"# {recipe.target}, fused with profuser\n\n"

@@ -1,8 +1,9 @@
-"""The training loop: L = w_inference * L_inference + w_training * L_training, stage by stage.
+"""The training loop, which minimises w_inference * L_inference + w_training * L_training, stage by stage.
 
-Each L is a mean over its own mode's label tokens of the whole optimizer step, over all ranks and micro-batches. The fused
-loss is called with reduction="sum" and per-token weights w / N, so accumulation and data parallelism are exact by
-construction. Learning rate and data order are functions of (seed, step).
+Each L is a mean over the label tokens of its own mode in the whole optimizer step, over all ranks and forward passes. The
+fused loss is called with reduction="sum" and the weight w / N for each of a mode's N label tokens. Then the sum over all
+passes and ranks is the loss itself, however the step is divided among them. The learning rate and the order of the data
+follow from the seed and the step.
 """
 
 from __future__ import annotations
@@ -38,10 +39,19 @@ from profuser.train.targets import Targets
 
 
 class Trainer:
-    """One fusion run: the target, its optimizer and the schedule, over a store's training split."""
+    """Trains the target of one run on a store's training split, through all stages of the schedule.
+
+    Args:
+        directory: the run directory, for checkpoints and metrics.
+    Raises:
+        ConfigError: a stage would have no step.
+        DataError: a stage has no training examples; the target cannot be loaded, or does not fit its tokenizer.
+    """
 
     def __init__(self, recipe: Recipe, store: Store, directory: Path, accelerator: Accelerator):
         self.recipe, self.optim, self.directory, self.accelerator = recipe, recipe.optim, directory, accelerator
+
+        # The data, and how the steps of the run divide it.
         self.targets = Targets(store, "train")
         self.validation = Targets(store, "validation") if store.numbers(layout.targets("validation")) else None
         self.stages = plan(recipe, len(self.targets))
@@ -59,6 +69,8 @@ class Trainer:
             accelerator.num_processes,
             accelerator.process_index,
         )
+
+        # The target and its optimizer. The weights are kept in fp32 and are rounded to `saved_dtype` at the end.
         torch.manual_seed(recipe.seed)
         target = load_model(config, torch.float32, accelerator.device)
         check_vocabulary(config.name, self.chat, head_layer(target).weight)
@@ -73,10 +85,10 @@ class Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(self.fusion, optimizer)
         self.metrics = directory / "metrics.jsonl"
-        self._stop: BaseException | None = None
+        self._stop: BaseException | None = None  # what a signal asked for, to be raised at the end of the step
 
     def _check_modes(self, store: Store) -> None:
-        """Every stage must find examples of a mode that it weighs."""
+        """Raises DataError unless there are training examples for at least one mode of every stage."""
         there = set(self.targets.modes.tolist())
         for i, stage in enumerate(self.stages, start=1):
             if not there.intersection(stage.modes):
@@ -88,10 +100,18 @@ class Trainer:
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run (or go on with) all stages; checkpoints and raises on Ctrl-C or SIGTERM at the end of a step."""
+        """Trains through all stages, from the newest checkpoint on if there is one.
+
+        Raises:
+            KeyboardInterrupt, Terminated: after Ctrl-C or SIGTERM, at the end of the step and with a checkpoint of it.
+            NonFiniteError: a loss or gradient is not finite.
+            ConfigError: the checkpoint was trained on other targets.
+            DataError: a shard is damaged.
+            ProfuserError: a process that prepares batches was killed.
+        """
         start, total = self._resume(), self.stages[-1].stop
         if start == 0:
-            self._evaluate(0, 0)
+            self._evaluate(0, 0)  # the target before fusion
         batches = load_steps(
             self.steps,
             start,
@@ -99,12 +119,13 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         with (
-            contextlib.closing(batches),  # its worker processes end with the loop, however that ends
+            contextlib.closing(batches),  # ends the worker processes when the loop ends, for whatever reason
             Progress("fuse", total, "steps", self.accelerator.is_main_process, start) as bar,
             self._catch_signals(),
         ):
-            window: list[dict[str, float]] = []
+            window: list[dict[str, float]] = []  # the metrics of the steps since the last line of metrics.jsonl
             for step in range(start, total):
+                # One optimizer step. The time that it waits for its batch is measured separately.
                 index = stage_at(self.stages, step)
                 stage = self.stages[index]
                 began = time.monotonic()
@@ -112,6 +133,8 @@ class Trainer:
                 waited = time.monotonic() - began
                 metrics = self._step(step, stage, batch)
                 seconds = time.monotonic() - began
+
+                # Log it, validate and save where that is due. A stage always ends with a line and a validation.
                 window.append(
                     metrics
                     | {
@@ -131,32 +154,43 @@ class Trainer:
                 due = self.optim.checkpoint_every and done % self.optim.checkpoint_every == 0
                 if due or self._stop is not None or done == total:
                     self._checkpoint(done)
+
+                # Ctrl-C or SIGTERM came during the step, whose state is saved now.
                 if self._stop is not None:
                     raise self._stop
 
     def _step(self, step: int, stage: Stage, batch: StepBatch) -> dict[str, float]:
-        """One optimizer step; the metrics of all its tokens."""
+        """Does one optimizer step and returns its metrics, which are means over its label tokens.
+
+        Raises:
+            NonFiniteError: a loss or the gradient is not finite. The weights are then left as they were.
+        """
         lr = learning_rate(self.optim, stage, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # What each sequence adds to the losses stays on the device until the step is done: reading it would make the host
-        # wait for every forward pass.
+
+        # The forward and backward passes. Only in the last one does DDP exchange the gradients between the ranks. What each
+        # sequence adds to the losses stays on the device until the end, because to read it is to wait for the pass.
         losses = SequenceLosses([], [], [])
-        for i, micro in enumerate(batch.micro_batches):
-            last = i == len(batch.micro_batches) - 1
+        for number, micro in enumerate(batch.micro_batches, start=1):
+            last = number == len(batch.micro_batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 out = self.model(**micro.tensors(self.accelerator.device), reduction="sum", return_stats=True)
                 self.accelerator.backward(out["loss"])
             losses.add(micro.origins, out["ce"], out["kd"])
+
+        # The losses over all ranks and the norm of the gradient, which must be finite. To read them is the only time that a
+        # step waits for the device.
         norm = clip_grad_norm_(self.fusion.parameters(), self.optim.grad_clip)
         sums = self.accelerator.reduce(losses.by_mode(), reduction="sum")
-        *sums, norm = torch.cat([sums.flatten(), norm.double()[None]]).tolist()  # the one wait for the device
+        *sums, norm = torch.cat([sums.flatten(), norm.double()[None]]).tolist()
         if not all(map(math.isfinite, sums)):
             raise losses.not_finite(step)
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"gradients must be finite, got norm {norm} at step {step + 1}; lower optim.lr or raise optim.warmup_ratio"
             )
+
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**step_losses(sums, batch, stage), "lr": lr, "grad_norm": norm}
@@ -164,6 +198,7 @@ class Trainer:
     # -- around the loop --------------------------------------------------------------------------------------------
 
     def _evaluate(self, step: int, stage: int) -> None:
+        """Logs CE and KD on the validation prompts, if the recipe has any. Only the main process does it."""
         if self.validation is None or not self.accelerator.is_main_process:
             return
         label, size = "score the validation prompts", self.recipe.capture.batch_size
@@ -171,10 +206,12 @@ class Trainer:
         self._log({"step": step, "stage": stage, "eval": {"ce": statistics.ce, "kd": statistics.kd}})
 
     def _log(self, line: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl, on the main process."""
         if self.accelerator.is_main_process:
             append_line(self.metrics, line)
 
     def _checkpoint(self, step: int) -> None:
+        """Saves a checkpoint on the main process, for which the others wait."""
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.directory / "checkpoints",
@@ -187,11 +224,13 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
+        """Restores the newest checkpoint, if there is one, and returns the number of steps that are done."""
         state = load_newest(self.directory / "checkpoints", self.fusion, self.optimizer)
         step = 0 if state is None else state["step"]
         if state is not None and state["targets"] != self.targets_digest:
             raise ConfigError(
-                f"{self.directory} was trained on other targets than the store holds now; start over with --fresh, or restore the store"
+                f"{self.directory} was trained on other targets than the store holds now; start over with --fresh, or restore "
+                "the store"
             )
         if self.accelerator.is_main_process:
             if step:
@@ -201,9 +240,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def _catch_signals(self) -> Generator[None]:
-        """Ctrl-C and SIGTERM wait for the end of the step, where the state can be saved; a second one does not wait."""
+        """Makes a Ctrl-C or SIGTERM wait for the end of the step, where the state can be saved. A second one does not wait."""
 
         def catch(error: BaseException) -> Callable[..., None]:
+            """Returns the handler of a signal that is to end as `error`."""
+
             def handler(*_: object) -> None:
                 if self._stop is not None:
                     raise error
@@ -225,27 +266,30 @@ class Trainer:
 
 @dataclass(frozen=True, slots=True)
 class SequenceLosses:
-    """What each sequence of a step on this rank adds to the losses, left on the device: sums over its tokens, by pass."""
+    """What each sequence of a step adds to the losses on this rank: sums over the sequence's tokens, left on the device.
+
+    origins: where each sequence comes from. ce, kd: one tensor per forward pass with the sums of its sequences, (B,) fp64.
+    """
 
     origins: list[Origin]
     ce: list[Tensor]
     kd: list[Tensor]
 
     def add(self, origins: Sequence[Origin], ce: Tensor, kd: Tensor) -> None:
-        """One forward pass. ce, kd: (B * (T - 1),) by token."""
+        """Adds a forward pass. `ce` and `kd` hold one value per token, (B * (T - 1),)."""
         self.origins.extend(origins)
         for sums, by_token in ((self.ce, ce), (self.kd, kd)):
             sums.append(by_token.view(len(origins), -1).double().sum(1))
 
     def by_mode(self) -> Tensor:
-        """(2, modes) fp64: the sums of ce and of kd."""
+        """Returns the sums of ce and of kd by mode, (2, modes) fp64."""
         ce, kd = torch.cat(self.ce), torch.cat(self.kd)
         modes = torch.tensor([origin.mode for origin in self.origins], device=ce.device)
         sums = torch.zeros(2, len(Mode), dtype=torch.float64, device=ce.device)
         return sums.index_add_(1, modes, torch.stack([ce, kd]))
 
     def not_finite(self, step: int) -> NonFiniteError:
-        """Names the first sequence whose loss is not finite."""
+        """Returns the error that names the first sequence whose loss is not finite."""
         at = f"at step {step + 1}"
         for name, sums in (("ce", self.ce), ("kd", self.kd)):
             for value, origin in zip(torch.cat(sums).tolist(), self.origins):
@@ -258,10 +302,10 @@ class SequenceLosses:
 
 
 def step_losses(sums: Sequence[float], batch: StepBatch, stage: Stage) -> dict[str, float]:
-    """Means over the label tokens of a step by mode, and the loss as it was optimised.
+    """Returns the mean losses of a step's label tokens by mode, and the loss as it was optimised.
 
     Args:
-        sums: of ce by mode, then of kd by mode, over all ranks.
+        sums: the sum of ce for each mode, then the sum of kd for each mode, over all ranks.
     """
     metrics, loss = {}, 0.0
     for mode, count in batch.labels.items():
@@ -273,7 +317,7 @@ def step_losses(sums: Sequence[float], batch: StepBatch, stage: Stage) -> dict[s
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for norms and biases."""
+    """Returns AdamW's parameter groups: matrices with weight decay, and norms and biases without."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},

@@ -1,6 +1,7 @@
-"""A run directory and its record, run.json: what the run is of, whether it is complete, how long each phase took.
+"""The directory of a run and its record, run.json.
 
-Beside it lie checkpoints/, metrics.jsonl and, once complete, the fused model with its scores and report.
+The record says with which recipe and store the run was made, whether it is complete, and how long each phase took. Beside it
+lie checkpoints/, metrics.jsonl and, when the run is complete, the fused model with its scores and its report.
 """
 
 from __future__ import annotations
@@ -24,27 +25,28 @@ SCHEMA_VERSION = 2
 
 
 class RunDirectory:
-    """The directory of one run; opening it changes nothing."""
+    """The directory of one run. Opening it changes nothing on the disk."""
 
     def __init__(self, run: Run):
         self.run, self.path = run, run.output_dir
         self.checkpoints = self.path / "checkpoints"
 
     def read(self) -> dict[str, Any]:
-        """run.json's content; raises as `read_record`."""
+        """Returns the content of run.json. It raises what `read_record` raises."""
         return read_record(self.path)
 
     @property
     def exists(self) -> bool:
+        """Whether the directory holds a run."""
         return (self.path / "run.json").exists()
 
     @property
     def begun(self) -> bool:
-        """Whether training has got as far as a checkpoint, which fixes the recipe."""
+        """Whether there is a checkpoint. From then on the recipe may no longer change."""
         return any(self.checkpoints.glob("step-*"))
 
     def set_aside(self) -> None:
-        """Rename an old run out of the way, for --fresh."""
+        """Renames an old run out of the way, for --fresh."""
         if aside := set_aside(self.path):
             print(f"renamed {self.path} to {aside}", flush=True)
 
@@ -52,15 +54,18 @@ class RunDirectory:
         """Whether the run is complete already.
 
         Raises:
-            ConfigError: the directory holds a run of another recipe.
-            DataError: it holds something else, or a run of another schema.
+            ConfigError: the directory holds a run of another recipe, or of another store.
+            DataError: the directory holds something else, or a run of another schema.
         """
+        # A directory without a run must be empty.
         if not self.exists:
             if self.path.exists() and any(self.path.iterdir()):
                 raise DataError(
                     f"output must be a run directory or empty, got {self.path} without run.json; give another --output"
                 )
             return False
+
+        # A run that has saved anything must be of this recipe, apart from keys that do not change the outcome.
         old = self.read()
         complete = old["status"] == "complete"
         keys = [
@@ -73,23 +78,28 @@ class RunDirectory:
                 f"{self.path} holds a run of another recipe ({', '.join(keys)} differ); give another --output, undo the "
                 "change, or start over with --fresh"
             )
+
+        # The record alone is not enough: the model must be there.
         if complete and not any(self.path.glob("*.safetensors")):
-            print(f"{self.path} was complete, its model is gone: made again", flush=True)
+            print(f"{self.path} was complete, but its model is gone: making it again", flush=True)
             return False
         return complete
 
     def precision(self) -> str:
-        """`optim.precision`, or what a run that goes on was begun with: on another device "auto" would mean another one."""
+        """Returns `optim.precision`. Where that is "auto", a run that goes on keeps the arithmetic that it was begun with.
+
+        On another device "auto" could mean something else.
+        """
         name = self.run.recipe.optim.precision
         return self.read()["precision"] if name == "auto" and self.exists and self.begun else name
 
     def begin(self, precision: str) -> None:
-        """Write the record of a run that begins or goes on; what it took before stays counted."""
+        """Writes the record of a run that begins or goes on. The time that it has taken before stays counted."""
         seconds = (self.read().get("seconds") or {}) if self.exists else {}
         self._write("running", precision=precision, seconds=seconds)
 
     def finish(self) -> None:
-        """Write the record of a complete run."""
+        """Writes the record of a complete run."""
         record = self.read()
         self._write(
             "complete",
@@ -100,11 +110,15 @@ class RunDirectory:
         )
 
     def update(self, **facts: Any) -> None:
+        """Sets some entries of the record."""
         write_json(self.path / "run.json", self.read() | facts)
 
     @contextlib.contextmanager
     def timed(self, phase: str, write: bool = True) -> Generator[None]:
-        """Add what a phase takes to the record's seconds, also when it is interrupted; `write` on one process only."""
+        """Adds the time that a phase takes to the record, even if the phase is interrupted.
+
+        `write` must be true in one process only.
+        """
         start = time.monotonic()
         try:
             yield
@@ -115,6 +129,7 @@ class RunDirectory:
                 self.update(seconds=seconds)
 
     def _write(self, status: str, **facts: Any) -> None:
+        """Writes the whole record anew."""
         record = {
             "schema": SCHEMA_VERSION,
             "status": status,
@@ -127,10 +142,10 @@ class RunDirectory:
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """The run.json of a run directory.
+    """Reads the run.json of a run directory.
 
     Raises:
-        DataError: there is none, it is broken, or of another schema.
+        DataError: the file is missing, broken or of another schema.
     """
     record = read_json(directory / "run.json", "status", "recipe", "store")
     if (schema := record.get("schema", 1)) != SCHEMA_VERSION:
@@ -142,7 +157,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def demo_data(recipe: Recipe) -> dict[str, Any] | None:
-    """How the bundled demo's data were made imperfect; None for other data."""
+    """Returns the record of how the bundled demo's data were made, flaws included; None for other data."""
     if not recipe.data.train.startswith(BUNDLED_PREFIX):
         return None
     return read_json(Path(resolve("demo:demo_data.json")))

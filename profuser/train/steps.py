@@ -1,7 +1,8 @@
-"""The optimizer steps of a run as a Dataset: which instructions a step takes, in which forward passes, with which weights.
+"""The optimizer steps of a run as a Dataset. An item says which instructions a step takes, in which forward passes, with which
+weights.
 
-The order is a function of (seed, step), so a resumed run sees what the uninterrupted one would have seen. A DataLoader
-over it prepares the next steps in worker processes while one is trained on.
+The order follows from the seed and the step, so that a resumed run sees what the uninterrupted one would have seen. A
+DataLoader prepares the next steps in worker processes while the trainer works on one.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from profuser.train.collate import collate
 from profuser.train.targets import Targets, TargetSequence
 
 STEPS_IN_FLIGHT = 2
-"""Steps that each worker prepares ahead."""
+"""How many steps each worker process prepares ahead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a sequence of a batch comes from, for a message about it; source: the winner's name, or "none"."""
+    """Where a sequence of a batch comes from, for error messages. `source` is the name of its winner, or "none"."""
 
     example: int
     mode: Mode
@@ -38,42 +39,45 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward pass of one rank: the arrays of `collate`, and where each sequence comes from.
+    """One forward pass of one rank: the arrays that `collate` returns, and where each sequence comes from.
 
-    They are NumPy's until they are used: a tensor from another process would hold a file descriptor each.
+    The arrays are NumPy's until they are used, because every tensor that comes from another process holds a file descriptor.
     """
 
     arrays: Mapping[str, np.ndarray | Tensor]
     origins: list[Origin]
 
     def pin_memory(self) -> MicroBatch:
-        return replace(self, arrays={name: torch.as_tensor(x).pin_memory() for name, x in self.arrays.items()})
+        """Returns the same in pinned memory, from which the GPU can copy while it computes."""
+        return replace(self, arrays={name: torch.as_tensor(array).pin_memory() for name, array in self.arrays.items()})
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
-        """What FusionModel takes, on its device."""
-        return {name: torch.as_tensor(x).to(device, non_blocking=True) for name, x in self.arrays.items()}
+        """Returns what FusionModel takes, on its device."""
+        return {name: torch.as_tensor(array).to(device, non_blocking=True) for name, array in self.arrays.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One optimizer step on one rank.
+    """One optimizer step, as one rank takes it.
 
-    labels: trained tokens of the whole step by mode, over all ranks; tokens: all of its tokens.
+    micro_batches: the forward passes of this rank. labels: the number of label tokens in the whole step, over all ranks, by
+    mode. tokens: the number of all tokens in the whole step, over all ranks.
     """
 
     micro_batches: list[MicroBatch]
     labels: dict[Mode, int]
     tokens: int
 
-    def pin_memory(self) -> StepBatch:  # a DataLoader asks for it
+    def pin_memory(self) -> StepBatch:
+        """Returns the same in pinned memory. A DataLoader calls this method by its name."""
         return replace(self, micro_batches=[micro.pin_memory() for micro in self.micro_batches])
 
 
 @dataclass(eq=False)
 class Steps(Dataset[StepBatch | ProfuserError]):
-    """Item n: the n-th optimizer step of a run, as one of `world` ranks takes it.
+    """The optimizer steps of a run. Item n is step n, counted from 0, as rank `rank` of `world` takes it.
 
-    A failure is given back instead of raised: a worker process would turn it into a traceback.
+    An error is returned as the item instead of raised, because a worker process would turn it into a traceback.
     """
 
     targets: Targets
@@ -85,9 +89,10 @@ class Steps(Dataset[StepBatch | ProfuserError]):
     rank: int = 0
 
     def __post_init__(self) -> None:
-        self._orders: dict[int, np.ndarray] = {}
+        self._orders: dict[int, np.ndarray] = {}  # the order of the instructions, by epoch
 
     def __len__(self) -> int:
+        """The number of optimizer steps."""
         return self.stages[-1].stop
 
     def __getitem__(self, index: int) -> StepBatch | ProfuserError:
@@ -97,55 +102,73 @@ class Steps(Dataset[StepBatch | ProfuserError]):
             return error
 
     def batch(self, step: int) -> StepBatch:
-        """Weights are w / N of a mode, so that a sum over all forward passes of all ranks is L; times `world`, because DDP
-        averages the ranks' gradients."""
+        """Returns one optimizer step, as this rank takes it."""
+        # The sequences of all ranks whose mode counts in this stage, by instruction.
         stage = self.stages[stage_at(self.stages, step)]
-        instructions = [[s for s in self.targets[i] if stage.weight(s.mode) > 0] for i in self.instructions(step)]
+        instructions = [
+            [sequence for sequence in self.targets[i] if stage.weight(sequence.mode) > 0]
+            for i in self.instructions(step)
+        ]
+
+        # A label token weighs w / N, where w is the weight of its mode and N the number of that mode's label tokens, so that
+        # the sum over all forward passes and ranks is the loss. It is multiplied by `world` because DDP averages the ranks'
+        # gradients.
         labels = dict.fromkeys(Mode, 0)
         for instruction in instructions:
-            for s in instruction:
-                labels[s.mode] += s.labels
-        ce_weight = {mode: stage.weight(mode) * self.world / n if n else 0.0 for mode, n in labels.items()}
+            for sequence in instruction:
+                labels[sequence.mode] += sequence.labels
+        ce_weight = {mode: stage.weight(mode) * self.world / count if count else 0.0 for mode, count in labels.items()}
         kd_weight = {mode: stage.beta * weight for mode, weight in ce_weight.items()}
+
+        # The forward passes of this rank.
         micro_batches = [
             MicroBatch(
                 collate(sequences, ce_weight, kd_weight, self.pad_id, self.targets.top_k),
-                [self._origin(s) for s in sequences],
+                [self._origin(sequence) for sequence in sequences],
             )
             for sequences in self._passes(instructions)
         ]
-        tokens = sum(len(s.input_ids) for instruction in instructions for s in instruction)
+        tokens = sum(len(sequence.input_ids) for instruction in instructions for sequence in instruction)
         return StepBatch(micro_batches, labels, tokens)
 
     def instructions(self, step: int) -> list[int]:
-        """The instructions of a step: epochs are permutations drawn from (seed, epoch)."""
-        n, size = len(self.targets), self.optim.batch_size
+        """Returns the instructions that a step takes. Every epoch has an order of its own, which follows from (seed, epoch)."""
+        total, size = len(self.targets), self.optim.batch_size
         taken = []
         for place in range(step * size, (step + 1) * size):
-            epoch, i = divmod(place, n)
+            epoch, i = divmod(place, total)
             if epoch not in self._orders:
-                # A step may end one epoch and begin the next, so that the one before is still needed.
-                self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-                self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(n)
+                # A step may end one epoch and begin the next, so that the order of the epoch before is still needed.
+                self._orders = {old: order for old, order in self._orders.items() if old >= epoch - 1}
+                self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(total)
             taken.append(int(self._orders[epoch][i]))
         return taken
 
     def _passes(self, instructions: list[list[TargetSequence]]) -> list[list[TargetSequence]]:
-        """This rank's sequences in forward passes, by length, so that little is padded; every rank has as many passes."""
+        """Divides this rank's sequences into forward passes of similar lengths, so that little is padded.
+
+        Every rank must have the same number of passes, or DDP would wait for ever. A pass for which a rank has no sequence left
+        gets one without labels.
+        """
         passes = math.ceil(len(instructions) / (self.world * self.optim.micro_batch_size))
         mine = sorted(
-            (s for instruction in instructions[self.rank :: self.world] for s in instruction),
-            key=lambda s: len(s.input_ids),
+            (sequence for instruction in instructions[self.rank :: self.world] for sequence in instruction),
+            key=lambda sequence: len(sequence.input_ids),
         )
         bounds = [round(len(mine) * i / passes) for i in range(passes + 1)]
         return [mine[first:stop] or [self.targets.sequence(0).unlabelled()] for first, stop in pairwise(bounds)]
 
-    def _origin(self, s: TargetSequence) -> Origin:
-        return Origin(s.example, s.mode, "none" if s.winner is None else self.targets.sources[s.winner])
+    def _origin(self, sequence: TargetSequence) -> Origin:
+        source = "none" if sequence.winner is None else self.targets.sources[sequence.winner]
+        return Origin(sequence.example, sequence.mode, source)
 
 
 def load_steps(steps: Steps, start: int, *, workers: int, pin_memory: bool) -> Generator[StepBatch]:
-    """The batches of a run from step `start` on, in order.
+    """Yields the steps of a run in their order, from step `start` on.
+
+    Args:
+        workers: how many processes prepare steps ahead; with 0 this process prepares each step when it is asked for.
+        pin_memory: whether the arrays are put into pinned memory, for a GPU.
 
     Raises:
         DataError: a shard is damaged.
@@ -159,7 +182,8 @@ def load_steps(steps: Steps, start: int, *, workers: int, pin_memory: bool) -> G
         prefetch_factor=STEPS_IN_FLIGHT if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_the_trainer,
-        generator=torch.Generator(),  # or it would draw its seed from the state that a resumed run must repeat
+        # Without a generator of its own it would draw its seed from torch's, and a resumed run would not repeat torch's state.
+        generator=torch.Generator(),
     )
     batches = iter(loader)
     while True:
@@ -167,7 +191,7 @@ def load_steps(steps: Steps, start: int, *, workers: int, pin_memory: bool) -> G
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:  # what a DataLoader raises for a worker that has gone
+        except RuntimeError as error:  # a DataLoader raises it when a worker process has ended
             raise ProfuserError(
                 f"a process that prepares batches must live as long as the run, it ended ({first_line(error)}); the same "
                 "command resumes, with optim.data_workers: 0 if memory is short"
@@ -178,7 +202,10 @@ def load_steps(steps: Steps, start: int, *, workers: int, pin_memory: bool) -> G
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach all processes of a job. The trainer finishes its step and saves its state, which
-    a worker that ends before would turn into an error; it ends its workers itself, and they end when it is gone."""
+    """Makes a worker process ignore Ctrl-C and SIGTERM, which reach all processes of a job.
+
+    The trainer finishes its step and saves its state before it stops; a worker that ended earlier would turn this into an
+    error. The trainer ends its workers itself, and they end when it is gone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

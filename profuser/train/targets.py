@@ -1,8 +1,8 @@
-"""One split of a store as the trainer reads it: a Dataset over memory-mapped shards, one item per instruction.
+"""Reads one split of a store for the trainer, as a Dataset with one item per instruction.
 
-What is held in memory is an index of a few bytes per sequence; the sequences themselves stay in the files, which are
-mapped read-only, so that they take page cache that other processes share and no memory of their own. At the start only
-the shards' headers and index columns are checked; a shard's sha256 is checked when a sequence of it is first read.
+Only an index of a few bytes per sequence is held in memory. The sequences stay in the files, which are mapped read-only: they
+take up page cache, which all processes share. At the start only the headers and index columns of the shards are checked; the
+sha256 of a shard is checked when one of its sequences is read for the first time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ from profuser.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class TargetSequence:
-    """One training sequence: a conversation in target tokens with the source distributions of its labels.
+    """One training sequence: a conversation in target tokens, with the sources' distributions of its labels.
 
-    input_ids: (T,) int. label_mask: (T,) bool, the response's tokens and the end of turn.
-    source_ce: (S,) float32 nats per unit; +inf = does not take part. response_bytes: of the response.
-    row_position: (R,) int, index in input_ids of the token whose distribution the row is. row_source: (R,) int.
-    row_tail: (R,) float32, linear mass outside the entries.
-    entry_offsets: (R + 1,) int64 into entry_ids and entry_logprobs, natural log at temperature 1.
+    T is the number of its tokens, S the number of sources, and R the number of its rows. A row is one source's distribution of
+    one token.
+
+    example: the number of its example in the split. mode: whether it teaches the ground truth or the response that won.
+    input_ids: (T,) int. label_mask: (T,) bool, true for the response's tokens and the end of turn.
+    source_ce: (S,) float32, each source's cross-entropy in nats per byte or token; +inf where the source does not take part.
+    response_bytes: the length of the response.
+    row_position: (R,) int, the index in input_ids of the token that the row is about. row_source: (R,) int, the row's source.
+    row_tail: (R,) float32, the linear mass outside the row's entries.
+    entry_offsets: (R + 1,) int64, where each row's entries begin in entry_ids and entry_logprobs.
+    entry_ids: target tokens. entry_logprobs: float16, their natural log-probabilities at temperature 1.
     """
 
     example: int
@@ -46,28 +52,30 @@ class TargetSequence:
 
     @property
     def labels(self) -> int:
-        """Number of trained tokens."""
+        """The number of label tokens."""
         return int(self.label_mask.sum())
 
     @property
     def winner(self) -> int | None:
-        """The source of lowest cross-entropy, the first of several; None where no source takes part."""
+        """The source with the lowest cross-entropy, the first of several equal ones; None where no source takes part."""
         ce = np.where(np.isfinite(self.source_ce), self.source_ce, np.inf)
         return int(ce.argmin()) if np.isfinite(ce).any() else None
 
     def unlabelled(self) -> TargetSequence:
-        """The same conversation with nothing to learn: it keeps a rank in step that has no sequence left."""
+        """Returns the same conversation without any label. A rank that has no sequence left passes it, to stay in step."""
         return replace(self, label_mask=np.zeros_like(self.label_mask))
 
 
 class Targets(Dataset[list[TargetSequence]]):
-    """Item i: the sequences of the i-th instruction, one per mode that it has.
+    """The instructions of a split. An item is the list of an instruction's sequences, one for each mode that it has.
 
     Attributes:
-        sources: names, as `row_source` numbers them. top_k: K, the most entries that a row has.
+        sources: the names of the sources, in the order in which `row_source` numbers them.
+        top_k: K, the most entries that a row can have.
+        modes, lengths: the mode and the number of tokens of every sequence.
     Raises:
-        DataError: a shard's file has another length, header or index than was written; when an item is read, another
-            content.
+        DataError: a shard's file does not have the length, the header or the index that was written. When an item is read:
+            its content is not what was written.
     """
 
     def __init__(self, store: Store, split: Split):
@@ -78,7 +86,7 @@ class Targets(Dataset[list[TargetSequence]]):
         self._store, self._kind = store, kind
         self._numbers = store.numbers(kind)
         self._open: dict[int, dict[str, np.ndarray]] = {}
-        # Of every sequence its shard, its place there, its mode and its length.
+        # For every sequence: its shard, its place there, its mode and its length.
         indexes = [store.index(kind, number) for number in self._numbers]
         sizes = [len(index["example"]) for index in indexes]
         nothing = [np.zeros(0, np.int64)]
@@ -87,7 +95,7 @@ class Targets(Dataset[list[TargetSequence]]):
         self.modes = np.concatenate([index["mode"] for index in indexes] or nothing)
         self.lengths = np.concatenate([np.diff(index["offsets"]).astype(np.int32) for index in indexes] or nothing)
         examples = np.concatenate([index["example"] for index in indexes] or nothing)
-        # Instructions by ascending example; the sequences of one stay in the order in which they were written.
+        # The instructions in the order of their examples. The sequences of one stay in the order in which they were written.
         self._by_example = np.argsort(examples, kind="stable")
         self._instructions = offsets_of(np.unique(examples, return_counts=True)[1])
 
@@ -96,13 +104,14 @@ class Targets(Dataset[list[TargetSequence]]):
         return len(self._instructions) - 1
 
     def __getitem__(self, index: int) -> list[TargetSequence]:
+        """The sequences of the instruction with this number."""
         if not 0 <= index < len(self):
             raise IndexError(f"instructions are numbered 0..{len(self) - 1}, got {index}")
         first, stop = self._instructions[index : index + 2]
         return [self.sequence(int(n)) for n in self._by_example[first:stop]]
 
     def sequence(self, n: int) -> TargetSequence:
-        """The n-th sequence of the split, in the order of `modes` and `lengths`."""
+        """Returns the n-th sequence of the split, in the order of `modes` and `lengths`."""
         shard, b = self._shard(int(self._shard_of[n])), int(self._place[n])
         tokens = slice(*shard["offsets"][b : b + 2])
         rows = slice(*shard["row_offsets"][b : b + 2])
@@ -124,9 +133,11 @@ class Targets(Dataset[list[TargetSequence]]):
         )
 
     def _shard(self, n: int) -> dict[str, np.ndarray]:
+        """Returns the arrays of the split's n-th shard, which is opened when it is first asked for."""
         if n not in self._open:
             self._open[n] = self._store.get(self._kind, self._numbers[n])
         return self._open[n]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # another process maps the files anew
+        """What is sent to a worker process: all but the open shards, whose files the process maps anew."""
+        return self.__dict__ | {"_open": {}}
