@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from profuser.evaluate.scores import evaluate
-from profuser.evaluate.tables import closing_examples, score_table
+from profuser.evaluate.terminal import closing_examples, score_table
 from profuser.prepare.announce import announce
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
@@ -18,7 +18,7 @@ from profuser.report.page import write_report
 from profuser.store.files import read_json
 from profuser.store.store import Store
 from profuser.train.checkpoint import newest_step
-from profuser.train.fused_model import save_fused
+from profuser.train.export import save_fused
 from profuser.train.loop import Trainer
 from profuser.train.parallel import launch, settled_precision
 from profuser.train.run_directory import RunDirectory

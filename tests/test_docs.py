@@ -23,7 +23,7 @@ import yaml
 from conftest import ROOT
 
 from profuser.cli import COMMANDS
-from profuser.evaluate.tables import score_table
+from profuser.evaluate.terminal import score_table
 from profuser.recipe import reference
 from profuser.recipe.parse import parse_run
 

@@ -361,7 +361,7 @@ def test_missing_directories_and_broken_json_are_data_errors(tmp_path):
     with pytest.raises(DataError, match=r"scores\.json must hold JSON"):
         write_report(run_dir, store_dir)
     (run_dir / "scores.json").write_text('{"sources": {}}')
-    with pytest.raises(DataError, match="without target_before, fused"):
+    with pytest.raises(DataError, match="it lacks target_before, fused"):
         write_report(run_dir, store_dir)
 
 

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
 
     from profuser.errors import DataError
     from profuser.evaluate.scores import evaluate
-    from profuser.evaluate.tables import score_table
+    from profuser.evaluate.terminal import score_table
     from profuser.recipe.parse import Run, load_recipe
     from profuser.store.store import Store
     from profuser.train.run_directory import read_record
