@@ -216,13 +216,18 @@ def capture_of(
     ids = labels(encoded)
     assert len(rows) == len(ids)
     spans = [*encoded.spans, *([(n, n)] if encoded.end_of_turn is not None else [])]
-    pieces = source.token_bytes.pieces
     needed = target and ranges_needed(target[0].token_bytes, target[1], source.token_bytes, encoded, order_of(source))
     among, masses = [], []
-    for j, strip in zip(needed.rows.tolist(), needed.strip.tolist()) if needed else ():
-        prefix = pieces[ids[j]][:strip]
-        among.append({i: p for i, p in rows[j].items() if i < len(pieces) and (pieces[i] or b"")[:strip] == prefix})
-        masses.append(sum(among[-1].values()))
+    for r, j in enumerate(needed.rows.tolist()) if needed else ():
+        tokens = order_of(source).ids[needed.lo[r] : needed.hi[r]].tolist()
+        merged = needed.maps[r]
+        found: dict[int, float] = {}
+        for place, i in enumerate(tokens):
+            counts_for = i + needed.target_size if merged is None else int(merged[place])
+            if counts_for >= 0 and i in rows[j] and (merged is None or i != ids[j]):
+                found[counts_for] = found.get(counts_for, 0.0) + rows[j][i]
+        among.append(found)
+        masses.append(sum(rows[j].get(i, 0.0) for i in tokens))
     top_ids, top_logprobs = top_of(rows, k)
     range_ids, range_logprobs = top_of(among, k)
     return SourceCapture(

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from profuser.alignment.engine import CppByteAligner, byte_aligner
-from profuser.alignment.ranges import RangeRequest, ranges_needed
+from profuser.alignment.ranges import RangeRequest, flat_maps, ranges_needed
 from profuser.alignment.reference import PythonByteAligner, check_capture
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
@@ -81,13 +81,13 @@ class AlignedText:
     skip_reason: Tensor
 
 
-def prefix_ranges(
-    text: str, target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prefix_ranges(text: str, target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase) -> tuple[Tensor, ...]:
     """The ranges that `source_topk` needs besides its top k: `source_topk(..., ranges=prefix_ranges(...))`.
 
     Where a target token begins inside a source token, the alignment needs the source's mass among the tokens that begin
-    with the same bytes up to that place (rule 2 of profuser/alignment/reference.py). This function needs neither model.
+    with the same bytes up to that place (rule 2 of profuser/alignment/reference.py). Where many of the source's tokens count
+    for one of the target's, their masses must be added before the top k are chosen (rule 7). And where a number may go on,
+    the mass of all digits must be known (rule 8). This function needs neither model.
 
     Args:
         text: the text as `align` takes it.
@@ -96,14 +96,15 @@ def prefix_ranges(
         rows: (R,) int64, a row of the source's tokens of `text` per range.
         lo, hi: (R,) int64, the range [lo, hi) of vocab_order.
         vocab_order: (V',) int64, the source's tokens sorted by their bytes.
+        map_begin: (R,) int64, where the range's map begins in `mapped`, -1 without one.
+        mapped: (L,) int64, what the tokens of the ranges count for.
     Raises:
         TokenBytesMismatch: a tokenizer changes the text.
     """
     ours, theirs = plain_text(target), plain_text(source)
     needed = _needed(text, ours, theirs)
-    arrays = (needed.rows, needed.lo, needed.hi, theirs.byte_order.ids)
-    rows, lo, hi, vocab_order = (torch.from_numpy(x).long() for x in arrays)
-    return rows, lo, hi, vocab_order
+    arrays = (needed.rows, needed.lo, needed.hi, theirs.byte_order.ids, *flat_maps(needed.maps))
+    return tuple(torch.from_numpy(x).long() for x in arrays)
 
 
 def align(
@@ -182,7 +183,7 @@ def align(
             rows=needed.rows,
             strip=needed.strip,
             logmass=_array(range_logmass, np.float32),
-            ids=_array(range_ids, np.int32),
+            ids=needed.spelt(_array(range_ids, np.int32)),
             logprobs=_array(range_logprobs, np.float32),
         )
     # Align them as the capture of one response.

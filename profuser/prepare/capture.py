@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from profuser.alignment.ranges import RangeRequest
+from profuser.alignment.ranges import RangeRequest, flat_maps
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.kernels.head import Head
@@ -110,7 +110,9 @@ def capture_responses(
         range_offsets = offsets_of([len(r.ranges.rows) for r in batch])
         range_rows = np.concatenate([r.ranges.rows + first_row for r, first_row in zip(batch, row_offsets)])
         lo, hi = (np.concatenate([getattr(r.ranges, name) for r in batch]) for name in ("lo", "hi"))
-        rows_on_device, lo_on_device, hi_on_device = (torch.from_numpy(x).to(device) for x in (range_rows, lo, hi))
+        maps = flat_maps([found for r in batch for found in r.ranges.maps])
+        ranges_on_device = [torch.from_numpy(x).to(device) for x in (range_rows, lo, hi)]
+        maps_on_device = [torch.from_numpy(x).to(device) for x in maps]
 
         # The head and the top k of every row and range.
         found = source_topk(
@@ -118,7 +120,7 @@ def capture_responses(
             head.weight,
             labels,
             top_k,
-            ranges=(rows_on_device, lo_on_device, hi_on_device, vocab_order),
+            ranges=(*ranges_on_device, vocab_order, *maps_on_device),
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
@@ -142,7 +144,7 @@ def capture_responses(
                     rows=request.ranges.rows,
                     strip=request.ranges.strip,
                     logmass=range_logmass[ranges],
-                    ids=range_ids[ranges],
+                    ids=request.ranges.spelt(range_ids[ranges]),
                     logprobs=range_logprobs[ranges],
                 ),
             )
