@@ -145,6 +145,7 @@ def launch_source_topk(
         V,
         T,
         N,
+        None,
         asked_for,
         bias and empty(V, dtype=bias),
         softcap,
