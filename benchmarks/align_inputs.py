@@ -23,7 +23,7 @@ from profuser.alignment.align import PlainText
 from profuser.alignment.engine import CppByteAligner
 from profuser.alignment.ranges import RangeRequest, ranges_needed
 from profuser.alignment.reference import PythonByteAligner
-from profuser.alignment.types import PrefixRanges, SourceCapture
+from profuser.alignment.types import WHOLE, PrefixRanges, SourceCapture
 from profuser.recipe.places import resolve
 from profuser.text.encoded import Encoded
 from profuser.text.token_bytes import TokenBytesMismatch
@@ -167,6 +167,18 @@ def make_capture(
     others = np.where(among < needed.hi[:, None], order[np.minimum(among, len(order) - 1)], -1)
     others[others == ids[rows][:, None]] = -1
     first = np.where(longer, ids[rows], -1)
+    spelt = needed.spelt(np.concatenate([first[:, None], others], axis=1))
+    # Merged ranges hold what tokens count for: in whole rows those of the row's top k, elsewhere those of the range.
+    place = np.zeros(max(len(source.token_bytes.pieces), order.max() + 1), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    for r, merged in enumerate(needed.maps):
+        if merged is not None:
+            tokens = np.array(
+                [i for i in (top[rows[r]] if strip[r] == WHOLE else others[r]) if i >= 0 and i != ids[rows[r]]]
+            )
+            tokens = tokens[np.isin(tokens, order[needed.lo[r] : needed.hi[r]])] if len(tokens) else tokens
+            counted = [*dict.fromkeys(merged[place[tokens] - needed.lo[r]].tolist())] if len(tokens) else []
+            spelt[r] = [*(i for i in counted if i >= 0), *K * [-1]][:K]
     return SourceCapture(
         ids=ids,
         begin=np.ascontiguousarray(begin),
@@ -178,7 +190,7 @@ def make_capture(
             rows=rows,
             strip=strip,
             logmass=log(entered_mass + rest),
-            ids=np.concatenate([first[:, None], others], axis=1).astype(np.int32),
+            ids=spelt,
             logprobs=log(np.concatenate([entered_mass[:, None], shares(rest, rng)], axis=1)),
         ),
     )

@@ -1,5 +1,8 @@
 """What a capture says about a response agrees with the model's own full logits."""
 
+import collections
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from profuser.alignment.ranges import ranges_needed
+from profuser.alignment.types import DIGITS, WHOLE
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.models.head import head_of
 from profuser.models.load import chat_format, load_model
@@ -45,6 +49,7 @@ def captured(source) -> tuple[list[CaptureRequest], dict]:
 def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_turn(source):
     model, chat = source
     requests, results = captured(source)
+    order = ByteOrder(chat.token_bytes)
     ranges = 0
     for i, request in enumerate(requests):
         e = request.encoded
@@ -67,14 +72,21 @@ def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_tur
         kept = results[i].capture.ranges
         for r, (row, strip) in enumerate(zip(kept.rows.tolist(), kept.strip.tolist())):
             pieces, t = chat.token_bytes.pieces, places[row]
-            prefix = pieces[e.input_ids[t]][:strip]
-            among = torch.tensor([v for v, p in enumerate(pieces) if p and p.startswith(prefix)])
-            own = logprobs[t - 1, among]
-            assert kept.logmass[r] == pytest.approx(own.logsumexp(0).item(), abs=1e-4)
-            top = own.topk(min(5, len(among)))
-            assert kept.ids[r, : len(top.indices)].tolist() == among[top.indices].tolist()
-            np.testing.assert_allclose(kept.logprobs[r, : len(top.values)], top.values, atol=1e-4)
-            assert (kept.ids[r, len(top.indices) :] == -1).all()
+            prefix = {WHOLE: (b"",), DIGITS: tuple(b"%d" % d for d in range(10))}.get(
+                strip, (pieces[e.input_ids[t]][:strip],)
+            )
+            among = [v for v in order.ids.tolist() if pieces[v].startswith(prefix)]
+            own = dict(zip(among, logprobs[t - 1, among].exp().tolist(), strict=True))
+            assert kept.logmass[r] == pytest.approx(math.log(sum(own.values())), abs=1e-4)
+            # The masses of the tokens that count for the same are added.
+            merged, masses = request.ranges.maps[r], collections.Counter()
+            for place, (v, p) in enumerate(own.items()):
+                masses[v + request.ranges.target_size if merged is None else int(merged[place])] += p * (
+                    merged is None or v != e.input_ids[t]
+                )
+            top = [(i, p) for i, p in masses.most_common() if i >= 0 and p > 0][:5]
+            assert kept.ids[r].tolist() == [i for i, _ in top] + [-1] * (5 - len(top))
+            np.testing.assert_allclose(np.exp(kept.logprobs[r, : len(top)]), [p for _, p in top], atol=1e-4)
             ranges += 1
     assert bool(ranges) == (chat.tokenizer.name_or_path.split("/")[-1] != "guardian")
 

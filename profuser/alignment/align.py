@@ -179,6 +179,11 @@ def align(
                 "last three that it returns"
             )
         range_ids, range_logprobs, range_logmass = ranges
+        if len(range_ids) != len(needed.rows):
+            raise DataError(
+                f"ranges must have one row per range of prefix_ranges ({len(needed.rows)}), got {len(range_ids)}; pass what "
+                "source_topk returned for this text and this pair of tokenizers"
+            )
         captured = PrefixRanges(
             rows=needed.rows,
             strip=needed.strip,

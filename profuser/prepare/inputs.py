@@ -27,7 +27,7 @@ from profuser.store.store import StoreSettings, read_manifest
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Fitted, fit
 
-ALIGNMENT_RULES = 2
+ALIGNMENT_RULES = 3
 """The version of the alignment's rules. It is part of a store's settings, so that another version aligns the captures again."""
 
 

@@ -30,7 +30,7 @@ from profuser.recipe.compare import differing_keys
 from profuser.store.files import header_length, mapped, read_json, sha256, tensors_of, write_atomic, write_json
 from profuser.store.layout import Kind, kind_of
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST_KEYS = ("schema", "settings", "shards", "complete")
 
 
