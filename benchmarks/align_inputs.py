@@ -169,16 +169,14 @@ def make_capture(
     first = np.where(longer, ids[rows], -1)
     spelt = needed.spelt(np.concatenate([first[:, None], others], axis=1))
     # Merged ranges hold what tokens count for: in whole rows those of the row's top k, elsewhere those of the range.
-    place = np.zeros(max(len(source.token_bytes.pieces), order.max() + 1), dtype=np.int64)
+    place = np.full(max(len(source.token_bytes.pieces), order.max() + 1), -1)
     place[order] = np.arange(len(order))
-    for r, merged in enumerate(needed.maps):
-        if merged is not None:
-            tokens = np.array(
-                [i for i in (top[rows[r]] if strip[r] == WHOLE else others[r]) if i >= 0 and i != ids[rows[r]]]
-            )
-            tokens = tokens[np.isin(tokens, order[needed.lo[r] : needed.hi[r]])] if len(tokens) else tokens
-            counted = [*dict.fromkeys(merged[place[tokens] - needed.lo[r]].tolist())] if len(tokens) else []
-            spelt[r] = [*(i for i in counted if i >= 0), *K * [-1]][:K]
+    for r in np.flatnonzero(needed.map_of >= 0).tolist():
+        tokens = np.array(top[rows[r]] if strip[r] == WHOLE else others[r])
+        tokens = tokens[(tokens >= 0) & (tokens != ids[rows[r]])]
+        tokens = tokens[place[tokens] >= 0]
+        counted = dict.fromkeys(needed.maps[needed.map_of[r]][place[tokens] - needed.lo[r]].tolist())
+        spelt[r] = [*(i for i in counted if i >= 0), *K * [-1]][:K]
     return SourceCapture(
         ids=ids,
         begin=np.ascontiguousarray(begin),

@@ -101,6 +101,7 @@ class ByteAligner::Worker {
     const Settings& settings_;
     std::vector<std::int32_t> target_clip_, source_clip_;
     std::string key_;
+    std::vector<std::size_t> first_range_;  // the first range of each row, and the number of ranges
     std::vector<std::int32_t> end_ids_;
     std::vector<float> end_logprobs_;
     std::vector<std::pair<std::int32_t, double>> counted_;
@@ -244,15 +245,11 @@ class ByteAligner::Worker::Lookup {
 };
 
 std::size_t ByteAligner::Worker::range_of(const Sequence& q, std::size_t row, std::int32_t strip) const {
-    std::size_t low = 0, high = q.ranges;
-    while (low < high) {
-        const std::size_t middle = (low + high) / 2;
-        const auto its_row = static_cast<std::size_t>(q.range_rows[middle]);
-        const bool before = its_row < row || (its_row == row && q.range_strip[middle] < strip);
-        before ? low = middle + 1 : high = middle;
+    if (row + 1 >= first_range_.size()) return kNone;
+    for (std::size_t r = first_range_[row]; r < first_range_[row + 1]; ++r) {
+        if (q.range_strip[r] == strip) return r;
     }
-    const bool found = low < q.ranges && static_cast<std::size_t>(q.range_rows[low]) == row && q.range_strip[low] == strip;
-    return found ? low : kNone;
+    return kNone;
 }
 
 ByteAligner::Worker::Row ByteAligner::Worker::ends_of(const Row& row) {
@@ -268,7 +265,7 @@ ByteAligner::Worker::Row ByteAligner::Worker::ends_of(const Row& row) {
 
 double ByteAligner::Worker::goes_on(const Sequence& q, std::size_t j) const {
     const std::int32_t own = q.source_ids[j];
-    if (own < 0 || own >= source_.size() || !aligner_.candidates_[own].ends_in_digit) return 1.0;
+    if (!settings_.merges_digits || own < 0 || own >= source_.size() || !aligner_.candidates_[own].ends_in_digit) return 1.0;
     const std::size_t range = range_of(q, j + 1, kDigits);
     return range == kNone ? 1.0 : std::min(std::exp(static_cast<double>(q.range_logmass[range])), 1.0);
 }
@@ -495,6 +492,9 @@ void ByteAligner::Worker::run(const Sequence& q, Output& out) {
     out.ids.reserve(q.positions() * settings_.top_k);
     out.logprobs.reserve(q.positions() * settings_.top_k);
     check(q);
+    first_range_.assign(q.source.size + 1, 0);
+    for (std::size_t r = 0; r < q.ranges; ++r) ++first_range_[q.range_rows[r] + 1];
+    for (std::size_t row = 0; row < q.source.size; ++row) first_range_[row + 1] += first_range_[row];
     const auto n = static_cast<std::int64_t>(q.response.size());
     // The source's last row is its end of turn, unless the response was cut.
     std::size_t rows = q.source.size;

@@ -105,8 +105,9 @@ def random_capture(
     width = needed.hi - needed.lo
     among = needed.lo[:, None] + np.arange(k) * np.maximum(width[:, None] // k, 1)
     range_ids = needed.spelt(np.where(among < needed.hi[:, None], order[np.minimum(among, len(order) - 1)], -1))
-    for row, merged in enumerate(needed.maps):
-        if merged is not None:
+    for row, map_of in enumerate(needed.map_of.tolist()):
+        if map_of >= 0:
+            merged = needed.maps[map_of]
             within = among[row] < needed.hi[row]
             range_ids[row, within] = merged[among[row, within] - needed.lo[row]]
             range_ids[row, np.setdiff1d(np.arange(k), np.unique(range_ids[row], return_index=True)[1])] = -1

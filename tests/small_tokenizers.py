@@ -220,7 +220,7 @@ def capture_of(
     among, masses = [], []
     for r, j in enumerate(needed.rows.tolist()) if needed else ():
         tokens = order_of(source).ids[needed.lo[r] : needed.hi[r]].tolist()
-        merged = needed.maps[r]
+        merged = None if needed.map_of[r] < 0 else needed.maps[needed.map_of[r]]
         found: dict[int, float] = {}
         for place, i in enumerate(tokens):
             counts_for = i + needed.target_size if merged is None else int(merged[place])

@@ -210,7 +210,7 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
     order = torch.from_numpy(ByteOrder(source.token_bytes).ids).long()
     own_ids = torch.tensor([own.input_ids[t] for t in labels_at])
     rows, lo, hi, begin, mapped = (
-        torch.from_numpy(x).long() for x in (needed.rows, needed.lo, needed.hi, *flat_maps(needed.maps))
+        torch.from_numpy(x).long() for x in (needed.rows, needed.lo, needed.hi, *flat_maps([needed]))
     )
     ids, top, _, ce, range_ids, range_top, logmass = source_topk_from_logits(
         logprobs.float(), own_ids, 10, ranges=(rows, lo, hi, order, begin, mapped)

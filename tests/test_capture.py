@@ -79,7 +79,8 @@ def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_tur
             own = dict(zip(among, logprobs[t - 1, among].exp().tolist(), strict=True))
             assert kept.logmass[r] == pytest.approx(math.log(sum(own.values())), abs=1e-4)
             # The masses of the tokens that count for the same are added.
-            merged, masses = request.ranges.maps[r], collections.Counter()
+            map_of, masses = int(request.ranges.map_of[r]), collections.Counter()
+            merged = None if map_of < 0 else request.ranges.maps[map_of]
             for place, (v, p) in enumerate(own.items()):
                 masses[v + request.ranges.target_size if merged is None else int(merged[place])] += p * (
                     merged is None or v != e.input_ids[t]

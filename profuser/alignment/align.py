@@ -103,7 +103,7 @@ def prefix_ranges(text: str, target: PreTrainedTokenizerBase, source: PreTrained
     """
     ours, theirs = plain_text(target), plain_text(source)
     needed = _needed(text, ours, theirs)
-    arrays = (needed.rows, needed.lo, needed.hi, theirs.byte_order.ids, *flat_maps(needed.maps))
+    arrays = (needed.rows, needed.lo, needed.hi, theirs.byte_order.ids, *flat_maps([needed]))
     return tuple(torch.from_numpy(x).long() for x in arrays)
 
 

@@ -18,7 +18,7 @@ that last character: whether a space, a digit, or something else than a digit be
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,10 @@ OPEN = Boundary(False, False, False)
 """A boundary behind which it depends on the prefix what a token counts for."""
 
 
+UNMERGED, UNKNOWN = -1, -2
+"""In place of a map: what the tokens count for is not known without the prefix."""
+
+
 @dataclass(eq=False)
 class Merging:
     """The maps of one source's tokens to one target's.
@@ -56,6 +60,7 @@ class Merging:
     target, source: the tokens of both sides.
     order: the source's vocabulary in byte order; maps are in this order.
     boundaries, table: of the target, and of the pair.
+    maps: the maps that were asked for so far, each (number of tokens of its range,) int32.
     """
 
     target: TokenBytes
@@ -63,30 +68,52 @@ class Merging:
     order: ByteOrder
     boundaries: Boundaries
     table: CandidateTable
+    maps: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self):
-        self.cut = len(self.target.pieces) + len(self.source.pieces)
         self.same_tokens = same_tokens(self.target, self.source)
+        self.cut = len(self.target.pieces) + len(self.source.pieces)
         self.merges_digits = self.table.merges_digits
-        pieces = self.source.pieces
-        self.ends_in_digit = np.array([bool(piece) and piece[-1:].isdigit() for piece in pieces])
+        self.ends_in_digit = np.array([bool(piece) and piece[-1:].isdigit() for piece in self.source.pieces])
+        self.target_lengths, self.source_lengths = (
+            np.array([len(piece or b"") for piece in side.pieces], dtype=np.int32)
+            for side in (self.target, self.source)
+        )
+        self.target_control = np.array([piece is None for piece in self.target.pieces])
         self.digit_range = (self.order.range_of(b"0")[0], self.order.range_of(b"9")[1])
-        self._maps: dict[tuple, np.ndarray | None] = {}
+        self._made: dict[tuple, int] = {}  # the maps by what they are for, as indices into `maps` or UNMERGED
         self._behind: dict[int, Boundary] = {}
+        # The maps behind each token, UNKNOWN until one is asked for. The last entry is for the beginning of a text.
+        self._start_maps = np.full(len(self.target.pieces) + 1, UNKNOWN, dtype=np.int32)
+        self._path_maps = np.full(len(self.source.pieces), UNKNOWN, dtype=np.int32)
 
-    def behind_target(self, token: int) -> Boundary:
-        """The boundary behind a token of the target."""
-        return self._boundary(int(self.boundaries.last[token]))
+    def start_maps(self, before: np.ndarray) -> np.ndarray:
+        """The maps of rows where a target token begins.
 
-    def behind_source(self, token: int) -> Boundary:
-        """The boundary behind a token of the source."""
-        return self._boundary_of(self.source.pieces[token] or b"")
+        Args:
+            before: (n,) the target's tokens before, or -1 where no text stands before.
+        Returns:
+            (n,) int32, indices into `maps` or UNMERGED
+        """
+        for token in np.unique(before[self._start_maps[before] == UNKNOWN]).tolist():
+            boundary = START if token < 0 else self._boundary(int(self.boundaries.last[token]))
+            self._start_maps[token] = self._start_map(boundary)
+        return self._start_maps[before]
+
+    def path_maps(self, before: np.ndarray) -> np.ndarray:
+        """The maps of rows within a target token: what begins a new pre-token there ends that token.
+
+        Args:
+            before: (n,) the source's tokens before.
+        Returns:
+            (n,) int32, indices into `maps` or UNMERGED
+        """
+        for token in np.unique(before[self._path_maps[before] == UNKNOWN]).tolist():
+            self._path_maps[token] = self._path_map(self.behind(self.source.pieces[token] or b""))
+        return self._path_maps[before]
 
     def behind(self, data: bytes) -> Boundary:
         """The boundary behind some bytes."""
-        return self._boundary_of(data)
-
-    def _boundary_of(self, data: bytes) -> Boundary:
         for size in range(1, 5):  # the last character has 1 to 4 bytes
             try:
                 return self._boundary(ord(data[-size:].decode()))
@@ -106,6 +133,13 @@ class Merging:
             self._behind[code] = known
         return known
 
+    def _add(self, key: tuple, found: np.ndarray | None) -> int:
+        """Keeps a map, and returns its index."""
+        self._made[key] = UNMERGED if found is None else len(self.maps)
+        if found is not None:
+            self.maps.append(found.astype(np.int32))
+        return self._made[key]
+
     def _known(self, boundary: Boundary) -> np.ndarray:
         """(source vocabulary,) bool: the source tokens that certainly begin a new pre-token behind a boundary."""
         table = self.table
@@ -115,54 +149,59 @@ class Merging:
             (table.opens & boundary.space) | (table.digit_led & boundary.digit) | (table.ends_number & boundary.number)
         )
 
-    def start_map(self, boundary: Boundary) -> np.ndarray | None:
-        """The map of rows where a target token begins, or None if no token is known behind this boundary."""
+    def _start_map(self, boundary: Boundary) -> int:
         key = ("start", boundary)
-        if key not in self._maps:
-            known = self._known(boundary)
-            ids = np.arange(len(known), dtype=np.int32) + len(self.target.pieces)
-            # A number that the target would merge with a further digit stays itself (rule 8).
-            found = np.where(known & (self.table.onward == 0), self.table.counts_for, ids)
-            self._maps[key] = found[self.order.ids].astype(np.int32) if known.any() else None
-        return self._maps[key]
+        if key in self._made:
+            return self._made[key]
+        known = self._known(boundary)
+        ids = np.arange(len(known)) + len(self.target.pieces)
+        # A number that the target would merge with a further digit stays itself (rule 8).
+        found = np.where(known & (self.table.onward == 0), self.table.counts_for, ids)
+        return self._add(key, found[self.order.ids] if known.any() else None)
 
-    def path_map(self, boundary: Boundary) -> np.ndarray | None:
-        """The map of rows within a target token: what begins a new pre-token there ends that token."""
+    def _path_map(self, boundary: Boundary) -> int:
         key = ("path", boundary)
-        if key not in self._maps:
-            known = self._known(boundary)
-            ids = np.arange(len(known), dtype=np.int32) + len(self.target.pieces)
-            found = np.where(known, self.cut, ids)
-            self._maps[key] = found[self.order.ids].astype(np.int32) if boundary.space else None
-        return self._maps[key]
+        if key in self._made:
+            return self._made[key]
+        known = self._known(boundary)
+        found = np.where(known, self.cut, np.arange(len(known)) + len(self.target.pieces))
+        return self._add(key, found[self.order.ids] if boundary.space else None)
 
-    def prefix_map(self, entered: bytes, boundary: Boundary) -> np.ndarray | None:
-        """The map of the tokens that begin with `entered`, for what comes behind it, or None if none is known."""
-        key = (entered, boundary)
-        if key not in self._maps:
-            lo, hi = self.order.range_of(entered)
-            ids = self.order.ids[lo:hi]
-            found = ids + len(self.target.pieces)
-            places, texts, sizes = [], [], []
-            for place, i in enumerate(ids.tolist()):
-                rest = (self.source.pieces[i] or b"")[len(entered) :]
-                if not rest or not self._begins(rest, boundary):
-                    continue
-                try:
-                    text = rest.decode()
-                except UnicodeDecodeError:
-                    continue
-                places.append(place)
-                texts.append(text + LOOKAHEADS[self.table.lookahead[i]])
-                sizes.append(len(rest))
-            found[places] = first_tokens(self.target, texts, sizes)
-            # A number that the target would merge with a further digit stays itself.
-            if self.merges_digits and places:
-                at = np.array(places)
-                onward = self.ends_in_digit[ids[at]]
-                found[at[onward]] = ids[at[onward]] + len(self.target.pieces)
-            self._maps[key] = found.astype(np.int32) if places else None
-        return self._maps[key]
+    def prefix_map(self, entered: bytes, *, starts_text: bool) -> int:
+        """The map of the tokens that begin with `entered`, for what comes behind these bytes.
+
+        Args:
+            starts_text: whether no text stands before the place behind `entered`, which is then no part of the text.
+        Returns:
+            an index into `maps`, or UNMERGED
+        """
+        key = ("prefix", entered, starts_text)
+        if key in self._made:
+            return self._made[key]
+        if self.same_tokens:
+            return self._add(key, None)
+        boundary = START if starts_text else self.behind(entered)
+        lo, hi = self.order.range_of(entered)
+        ids = self.order.ids[lo:hi]
+        found = ids + len(self.target.pieces)
+        places, texts, sizes = [], [], []
+        for place, i in enumerate(ids.tolist()):
+            rest = (self.source.pieces[i] or b"")[len(entered) :]
+            if not rest or not self._begins(rest, boundary):
+                continue
+            try:
+                text = rest.decode()
+            except UnicodeDecodeError:
+                continue
+            places.append(place)
+            texts.append(text + LOOKAHEADS[self.table.lookahead[i]])
+            sizes.append(len(rest))
+        found[places] = first_tokens(self.target, texts, sizes)
+        # A number that the target would merge with a further digit stays itself.
+        if self.merges_digits:
+            onward = [place for place in places if self.ends_in_digit[ids[place]]]
+            found[onward] = ids[onward] + len(self.target.pieces)
+        return self._add(key, found if places else None)
 
     def _begins(self, rest: bytes, boundary: Boundary) -> bool:
         """Whether the rest of a token certainly begins a new pre-token behind a boundary."""

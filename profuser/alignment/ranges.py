@@ -14,14 +14,14 @@ reference.py). Three kinds of range are needed:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from profuser.alignment.merging import START, Merging, merging_of
+from profuser.alignment.merging import UNMERGED, Merging, merging_of
 from profuser.alignment.spans import match_spans
-from profuser.alignment.types import DIGITS, INSIDE, SKIPPED, WHOLE
+from profuser.alignment.types import DIGITS, INSIDE, WHOLE
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.text.encoded import Encoded
 from profuser.text.token_bytes import TokenBytes
@@ -35,8 +35,8 @@ class RangeRequest:
     strip: (r,) int32, the number of bytes of the row's own token with which the tokens of the range begin, or WHOLE for the
         whole vocabulary, or DIGITS for the tokens that begin with a digit.
     lo, hi: (r,) int32, the range [lo, hi) of the vocabulary in byte order.
-    maps: r maps (hi - lo,) int32, what each token of the range counts for (`merging`). Without one, tokens count for
-        themselves.
+    map_of: (r,) int32, the range's map, an index into the pair's maps (`merging.Maps`), or UNMERGED.
+    maps: the maps of the pair.
     target_size: the number of tokens of the target, above which maps spell the source's tokens.
     """
 
@@ -44,31 +44,30 @@ class RangeRequest:
     strip: np.ndarray
     lo: np.ndarray
     hi: np.ndarray
-    maps: Sequence[np.ndarray | None]
+    map_of: np.ndarray
+    maps: list[np.ndarray]
     target_size: int
 
     def spelt(self, ids: np.ndarray) -> np.ndarray:
         """What `source_topk` found in these ranges, as the maps spell it: (r, k) int32."""
-        unmerged = np.array([found is None for found in self.maps], dtype=bool)
-        return np.where(unmerged[:, None] & (ids >= 0), ids + self.target_size, ids).astype(np.int32)
+        unmerged = (self.map_of == UNMERGED)[:, None] & (ids >= 0)
+        return np.where(unmerged, ids + self.target_size, ids).astype(np.int32)
 
 
-def flat_maps(maps: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Puts the maps of some ranges end to end, each once, as `source_topk` takes them.
+def flat_maps(requests: Sequence[RangeRequest]) -> tuple[np.ndarray, np.ndarray]:
+    """Puts the maps that some requests of one pair use end to end, each once, as `source_topk` takes them.
 
     Returns:
         begin: (r,) int64, where the map of each range begins, or -1 without one.
         mapped: (l,) int32, the maps.
     """
-    begins: dict[int, int] = {}
-    parts: list[np.ndarray] = []
-    end = 0
-    for found in maps:
-        if found is not None and id(found) not in begins:
-            begins[id(found)] = end
-            parts.append(found)
-            end += len(found)
-    begin = np.array([-1 if found is None else begins[id(found)] for found in maps], dtype=np.int64)
+    assert all(r.maps is requests[0].maps for r in requests), "requests of one pair share their maps"
+    map_of = np.concatenate([r.map_of for r in requests]) if requests else np.zeros(0, np.int32)
+    used = np.unique(map_of[map_of != UNMERGED])
+    parts = [requests[0].maps[i] for i in used.tolist()]
+    begins = np.full(used.max(initial=0) + 1, -1, dtype=np.int64)
+    begins[used] = np.cumsum([0, *map(len, parts)])[:-1]
+    begin = np.where(map_of == UNMERGED, -1, begins[map_of])
     return begin, np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
@@ -81,84 +80,70 @@ def ranges_needed(
     kind, position = match_spans(a, e, b, f)
     source_ids = np.array(source.input_ids[source.start : source.stop], dtype=np.int64)
     target_ids = np.array(target.input_ids[target.start : target.stop], dtype=np.int64)
-    clip, target_clip = _clips(source_tokens, source_ids, b, f), _clips(target_tokens, target_ids, a, e)
-    a, b = np.maximum(a, 0), np.maximum(b, 0)
     merging = merging_of(target_tokens, source_tokens, order)
-    found: dict[tuple[int, int], tuple[int, int, np.ndarray | None]] = {}
+    clip = merging.source_lengths[source_ids] - (f - np.maximum(b, 0))
+    target_clip = merging.target_lengths[target_ids] - (e - np.maximum(a, 0))
+    a, b = np.maximum(a, 0), np.maximum(b, 0)
 
-    # The boundary that each target token begins behind (rule 7).
-    starts = merging.boundaries.prefix_starts(
-        target.input_ids[: target.stop], target.words[: target.stop], target.start
-    )
-    empty = starts[:-1] == np.arange(target.start, target.stop) if len(target_ids) else np.zeros(0, bool)
+    # The target's token before each of its positions, -1 where no text stands there.
+    before = np.array([-1, *target.input_ids][target.start : target.stop], dtype=np.int64)
+    before[merging.target_control[before] & (before >= 0)] = -1
 
-    def prefix(j: int, strip: int, t: int) -> None:
-        entered = source_tokens.piece(int(source_ids[j]))[:strip]
-        boundary = START if empty[t] else merging.behind(entered)
-        merged = None if merging.same_tokens else merging.prefix_map(entered, boundary)
-        found.setdefault((j, strip), (*order.range_of(entered), merged))
-
-    # Target tokens that begin inside a source token (rule 2).
-    for t in np.flatnonzero(kind == INSIDE).tolist():
-        j = int(position[t])
-        prefix(j, int(clip[j] + a[t] - b[j]), t)
-    # Source tokens with bytes in front of the response that the target's token does not have (rule 6).
-    clipped = np.flatnonzero(clip > 0)
-    for t in np.flatnonzero((kind < INSIDE) & np.isin(position, clipped)).tolist():
+    # Target tokens that begin inside a source token (rule 2), and source tokens with bytes in front of the response that the
+    # target's token does not have (rule 6).
+    found: dict[tuple[int, int], tuple[int, int, int]] = {}
+    inside = [(t, int(clip[position[t]] + a[t] - b[position[t]])) for t in np.flatnonzero(kind == INSIDE).tolist()]
+    for t in np.flatnonzero((kind < INSIDE) & np.isin(position, np.flatnonzero(clip > 0))).tolist():
         j = int(position[t])
         ours, theirs = target_tokens.piece(int(target_ids[t])), source_tokens.piece(int(source_ids[j]))
-        if ours[: len(ours) - int(e[t] - a[t])] != theirs[: clip[j]]:
-            prefix(j, int(clip[j]), t)
-    assert all(strip > 0 for _, strip in found), "encodings hold the response's bytes"
-
+        if ours[: target_clip[t]] != theirs[: clip[j]]:
+            inside.append((t, int(clip[j])))
+    for t, strip in inside:
+        assert strip > 0, "encodings hold the response's bytes"
+        j = int(position[t])
+        entered = source_tokens.piece(int(source_ids[j]))[:strip]
+        if (j, strip) not in found:
+            found[j, strip] = (*order.range_of(entered), merging.prefix_map(entered, starts_text=before[t] < 0))
+    prefixes = np.array([(*key, *value) for key, value in sorted(found.items())], dtype=np.int32).reshape(-1, 5)
+    columns = [prefixes]
     if not merging.same_tokens:
-        behind = np.array(
-            target.input_ids[target.start - 1 : target.stop - 1] if target.start else [-1, *target_ids[:-1]]
-        )
-        for j, merged in _whole_rows(merging, kind, position, a, b, source_ids, behind, clip, target_clip, empty):
-            found[j, WHOLE] = (0, len(order.ids), merged)
+        whole = _whole_rows(merging, kind, position, a, b, source_ids, before, clip, target_clip)
+        columns.append(_columns(*whole, WHOLE, 0, len(order.ids)))
         if merging.merges_digits:
-            # Behind an own token that ends in a digit, its end of turn included (rule 8).
+            # Behind an own token that ends in a digit, at its end of turn too (rule 8).
             rows = np.flatnonzero(merging.ends_in_digit[source_ids]) + 1
-            last = len(source_ids) + (source.end_of_turn is not None)
-            for j in rows[rows < last].tolist():
-                found[j, DIGITS] = (*merging.digit_range, None)
-    keys = sorted(found)
-    columns = np.array([(*key, *found[key][:2]) for key in keys], dtype=np.int32).reshape(-1, 4)
-    rows, strip, lo, hi = (np.ascontiguousarray(column) for column in columns.T)
-    return RangeRequest(rows, strip, lo, hi, [found[key][2] for key in keys], len(target_tokens.pieces))
+            rows = rows[rows < len(source_ids) + (source.end_of_turn is not None)]
+            columns.append(_columns(rows, np.full(len(rows), UNMERGED), DIGITS, *merging.digit_range))
+    table = np.concatenate(columns)
+    table = table[np.lexsort((table[:, 1], table[:, 0]))]
+    rows, strip, lo, hi, map_of = (np.ascontiguousarray(column) for column in table.T)
+    return RangeRequest(rows, strip, lo, hi, map_of, merging.maps, len(target_tokens.pieces))
 
 
 def _whole_rows(
-    merging: Merging, kind, position, a, b, source_ids, behind, clip, target_clip, empty
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows that are merged over the whole vocabulary, each with its map (rule 7).
-
-    `behind` has the token before each of the target's, and `empty` says whether nothing of the pre-token stands before it.
-    """
+    merging: Merging, kind, position, a, b, source_ids, before, clip, target_clip
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that are merged over the whole vocabulary (rule 7), and the map of each."""
     # Rows where a target token begins. Where two begin, because one has no bytes, it is not decided what a token counts for.
-    begins = (kind < INSIDE) & (target_clip == 0)
-    rows, counts = np.unique(position[(kind != SKIPPED) & (kind < INSIDE)], return_counts=True)
-    once = np.isin(position, rows[counts == 1])
-    for t in np.flatnonzero(begins & once).tolist():
-        j = int(position[t])
-        if clip[j]:
-            continue
-        merged = merging.start_map(START if empty[t] else merging.behind_target(int(behind[t])))
-        if merged is not None:
-            yield j, merged
-    # Rows within a target token.
-    for j in np.flatnonzero(~np.isin(b, a) & (clip == 0)).tolist():
-        if j and (merged := merging.path_map(merging.behind_source(int(source_ids[j - 1])))) is not None:
-            yield j, merged
+    begins = kind < INSIDE
+    count = np.bincount(position[begins], minlength=len(b))
+    t = np.flatnonzero(begins & (target_clip == 0))
+    t = t[(count[position[t]] == 1) & (clip[position[t]] == 0)]
+    # Rows within a target token. What ends that token is told by the source's token before.
+    within = np.flatnonzero((a[np.minimum(np.searchsorted(a, b), len(a) - 1)] != b) & (clip == 0))
+    within = within[within > 0]
+    rows = np.concatenate([position[t], within])
+    map_of = np.concatenate([merging.start_maps(before[t]), merging.path_maps(source_ids[within - 1])])
+    return rows[map_of != UNMERGED], map_of[map_of != UNMERGED]
+
+
+def _columns(rows: np.ndarray, map_of: np.ndarray, strip: int, lo: int, hi: int) -> np.ndarray:
+    """Ranges that differ in their rows and maps only, as rows of a table."""
+    table = np.empty((len(rows), 5), dtype=np.int32)
+    table[:, 0], table[:, 1:4], table[:, 4] = rows, (strip, lo, hi), map_of
+    return table
 
 
 def _spans(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
     spans = np.asarray(encoded.spans, dtype=np.int32).reshape(-1, 2)
     return np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])
-
-
-def _clips(tokens: TokenBytes, ids: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """The number of bytes that each token has in front of the response or of its section."""
-    lengths = np.array([len(tokens.piece(i)) for i in ids.tolist()], dtype=np.int32)
-    return lengths - (end - np.maximum(begin, 0))

@@ -110,7 +110,7 @@ def capture_responses(
         range_offsets = offsets_of([len(r.ranges.rows) for r in batch])
         range_rows = np.concatenate([r.ranges.rows + first_row for r, first_row in zip(batch, row_offsets)])
         lo, hi = (np.concatenate([getattr(r.ranges, name) for r in batch]) for name in ("lo", "hi"))
-        maps = flat_maps([found for r in batch for found in r.ranges.maps])
+        maps = flat_maps([r.ranges for r in batch])
         ranges_on_device = [torch.from_numpy(x).to(device) for x in (range_rows, lo, hi)]
         maps_on_device = [torch.from_numpy(x).to(device) for x in maps]
 
