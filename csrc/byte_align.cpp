@@ -75,7 +75,7 @@ class ByteAligner::Worker {
     }
     // The ends of turn among a row's candidates.
     Row ends_of(const Row& row);
-    // The probability that a digit follows row j's own token, or 1 if it is not known (rule 8).
+    // The probability with which a digit is taken to follow the candidates of row j, 1 if it is not known (rule 8).
     double goes_on(const Sequence& q, std::size_t j) const;
     // Adds the mass of a row's candidates other than the own token, times `weight`, for what they count for behind the prefix
     // of target position t and `extension`. `strip` is the number of a candidate's bytes that stand before the position.
@@ -267,7 +267,8 @@ double ByteAligner::Worker::goes_on(const Sequence& q, std::size_t j) const {
     const std::int32_t own = q.source_ids[j];
     if (!settings_.merges_digits || own < 0 || own >= source_.size() || !aligner_.candidates_[own].ends_in_digit) return 1.0;
     const std::size_t range = range_of(q, j + 1, kDigits);
-    return range == kNone ? 1.0 : std::min(std::exp(static_cast<double>(q.range_logmass[range])), 1.0);
+    // Halfway between the own token's probability and 1, see the rule.
+    return range == kNone ? 1.0 : (1.0 + std::min(std::exp(static_cast<double>(q.range_logmass[range])), 1.0)) / 2.0;
 }
 
 double ByteAligner::Worker::finished(Lookup& lookup, std::int32_t candidate, std::int32_t token, std::size_t extension,

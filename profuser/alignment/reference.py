@@ -41,10 +41,12 @@ pieces, mostly words, that a tokenizer cuts a text into before it looks for toke
    all of them together mean that the target's token ends there.
 8. Numbers go on. A candidate that ends in a digit may be the beginning of a longer number, which a target with tokens of
    several digits would write with another token. Its mass counts for its token only with the probability that the source
-   then writes something else. This is known where the own token ends in a digit, too: it is 1 minus the mass of all
-   tokens that begin with a digit, in the row behind it. This share stands in for those of the other candidates, and where it
-   is not known, all of their mass goes to the tail. Only those of the ten digits are counted with which the target's token
-   would change. The gold token's own share is exact, and the digits that may follow it are candidates of their own.
+   then writes something else. Of the own token it is known that a digit follows with the mass of all tokens that begin with
+   a digit, in the row behind it. A candidate is taken to go on with a probability halfway between this one and 1, because a
+   number that ends on the path (`at 9`) says little of others (`at 1`, which goes on with `10`), and mass in the tail does
+   less harm than mass on a wrong token. Where the own token ends in no digit, the candidates' mass goes to the tail. Only
+   those of the ten digits are counted with which the target's token would change. For the gold token the probability is
+   exact, and the digits that may follow it are candidates of their own.
 """
 
 from __future__ import annotations
@@ -495,7 +497,7 @@ class _Step:
     context: where its candidates stand. None means that every candidate counts for itself.
     weight: the probability of the own tokens before it.
     gold: the mass of the gold token.
-    goes_on: the probability that a digit follows the own token, None if it is not known.
+    goes_on: the probability with which a digit is taken to follow a candidate, None if it is not known.
     follows_gold: the row stands behind the gold token, and its digits may be merged with it.
     """
 
@@ -590,10 +592,10 @@ class _Rows:
         return _Row(merged.candidates + ends.candidates, merged.masses + ends.masses, merged.tokens, merged.cut)
 
     def goes_on(self, j: int) -> float | None:
-        """The probability that a digit follows row j's own token, if this token ends in a digit."""
+        """The probability with which a digit is taken to follow row j's candidates, if its own token ends in a digit."""
         digits = self.ranges.get((j + 1, DIGITS))
         known = digits is not None and j < self.content and (self._pieces[self.ids[j]] or b"")[-1:].isdigit()
-        return min(digits.exact, 1.0) if known and digits else None
+        return (1.0 + min(digits.exact, 1.0)) / 2 if known and digits else None
 
 
 def _is_text(data: bytes) -> bool:
