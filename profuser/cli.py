@@ -53,6 +53,9 @@ def main() -> None:
             raise ConfigError(f"a command must be one of {', '.join(COMMANDS)}, got {name}; {hint}")
         importlib.import_module(f"profuser.{name}.__main__").main(argv[1:])
 
+    # A recipe may name functions of modules in the working directory, which `python -m` finds by itself.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     main_of(command)
 
 

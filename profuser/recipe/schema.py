@@ -33,7 +33,7 @@ def check_positive(group: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 < value < LARGEST:
-            raise ConfigError(f"{group}.{name} must be > 0 and finite, got {value}; set a positive number")
+            raise ConfigError(f"{group}.{name} must be > 0 and < 2**63, got {value}; set a positive number")
 
 
 def check_not_negative(group: str, config: object, *names: str) -> None:

@@ -356,7 +356,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         DataError: the manifest is missing, broken or of another schema, or it lists something that is not a shard.
     """
-    manifest = read_json(directory / "manifest.json", *MANIFEST_KEYS)
+    manifest = read_json(
+        directory / "manifest.json",
+        *MANIFEST_KEYS,
+        fix="give the directory of a store, restore it, or make it anew with `python -m profuser.prepare --fresh`",
+    )
     if manifest["schema"] != SCHEMA_VERSION:
         raise DataError(
             f"store {directory} has schema {manifest['schema']}, this version reads {SCHEMA_VERSION}; "
