@@ -39,7 +39,9 @@ def merged(hidden, weight, labels, k):
 
 
 @functools.lru_cache(maxsize=1)
-def whole_ranges(N: int, V: int):
+def whole_ranges(
+    N: int, V: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A range of all tokens for every row. By each map a third of the tokens has no counterpart, and an eighth shares 256 ids."""
     g = torch.Generator().manual_seed(0)
     maps = torch.arange(V).repeat(MAPS, 1)
@@ -48,8 +50,11 @@ def whole_ranges(N: int, V: int):
     maps[shared] = torch.randint(256, (int(shared.sum()),), generator=g)
     zeros = torch.zeros(N, dtype=torch.long)
     map_begin = torch.randint(MAPS, (N,), generator=g) * V
-    ranges = torch.arange(N), zeros, zeros + V, torch.randperm(V, generator=g), map_begin, maps.flatten()
-    return tuple(x.to(DEVICE) for x in ranges)
+    order = torch.randperm(V, generator=g)
+    rows, lo, hi, order, map_begin, mapped = (
+        x.to(DEVICE) for x in (torch.arange(N), zeros, zeros + V, order, map_begin, maps.flatten())
+    )
+    return rows, lo, hi, order, map_begin, mapped
 
 
 IMPLEMENTATIONS = {"profuser": source_topk, "profuser-merged": merged, "torch-full": full}

@@ -81,7 +81,9 @@ class AlignedText:
     skip_reason: Tensor
 
 
-def prefix_ranges(text: str, target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase) -> tuple[Tensor, ...]:
+def prefix_ranges(
+    text: str, target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The ranges that `source_topk` needs besides its top k: `source_topk(..., ranges=prefix_ranges(...))`.
 
     Where a target token begins inside a source token, the alignment needs the source's mass among the tokens that begin
@@ -104,7 +106,8 @@ def prefix_ranges(text: str, target: PreTrainedTokenizerBase, source: PreTrained
     ours, theirs = plain_text(target), plain_text(source)
     needed = _needed(text, ours, theirs)
     arrays = (needed.rows, needed.lo, needed.hi, theirs.byte_order.ids, *flat_maps([needed]))
-    return tuple(torch.from_numpy(x).long() for x in arrays)
+    rows, lo, hi, vocab_order, map_begin, mapped = (torch.from_numpy(x).long() for x in arrays)
+    return rows, lo, hi, vocab_order, map_begin, mapped
 
 
 def align(

@@ -148,7 +148,11 @@ def read_record(directory: Path) -> dict[str, Any]:
         DataError: the file is missing, broken or of another schema.
     """
     record = read_json(
-        directory / "run.json", "status", "recipe", "store", fix="give the directory of a run, as `train` names it at its end"
+        directory / "run.json",
+        "status",
+        "recipe",
+        "store",
+        fix="give the directory of a run, as `train` names it at its end",
     )
     if (schema := record.get("schema", 1)) != SCHEMA_VERSION:
         raise DataError(
