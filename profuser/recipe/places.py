@@ -15,15 +15,24 @@ DEFAULT_RECIPE = RECIPES_DIR / "demo.yaml"
 BUNDLED_PREFIX = "demo:"
 """`demo:NAME` in a recipe stands for a file or folder of the bundled demo, wherever profuser is installed."""
 
-FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".gguf"}
+FILE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gguf"}
 """A name with one of these endings is always taken for a file, never for a Hub id."""
+
+COMPRESSIONS = {".gz", ".bz2", ".zst"}
+"""Endings that may follow one of a data file: those of the compressions that pyarrow recognises by them."""
 
 
 def is_path(location: str) -> bool:
     """Whether the place of a model or data set is a local path, which is then never looked up on the Hub."""
     looks_local = location.startswith((BUNDLED_PREFIX, "/", ".", "~")) or location.count("/") > 1 or "\\" in location
     in_folder = "/" in location and Path(location).parent.is_dir()
-    return looks_local or in_folder or Path(location).suffix in FILE_SUFFIXES or Path(location).exists()
+    return looks_local or in_folder or file_suffix(location) in FILE_SUFFIXES or Path(location).exists()
+
+
+def file_suffix(location: str) -> str:
+    """Returns the ending that says what a file holds, in small letters: .jsonl for train.JSONL and for train.jsonl.gz."""
+    path = Path(location.lower())
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
 
 
 def resolve(location: str) -> str:

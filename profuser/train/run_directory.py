@@ -158,6 +158,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 def demo_data(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the record of how the bundled demo's data were made, flaws included; None for other data."""
-    if not recipe.data.train.startswith(BUNDLED_PREFIX):
+    location = recipe.data.location("train")
+    if location is None or not location.path.startswith(BUNDLED_PREFIX):
         return None
     return read_json(Path(resolve("demo:demo_data.json")))
