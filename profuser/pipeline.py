@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from profuser.evaluate.match import try_match
 from profuser.evaluate.scores import evaluate
 from profuser.evaluate.terminal import closing_examples, score_table
 from profuser.prepare.announce import announce
@@ -46,6 +47,8 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
     with directory.timed("prepare", is_main):
         if is_main:
             preparation = Preparation(Inputs.open(run))
+            for example in preparation.inputs.rows.get("heldout", [])[:1]:
+                try_match(recipe.evaluation.match, example)
             announce("train", preparation, accelerator.num_processes, newest_step(directory.checkpoints))
             store = preparation.run()
             del preparation

@@ -3,7 +3,7 @@
 import gzip
 import json
 
-import datasets
+import datasets.config
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
@@ -13,7 +13,7 @@ from profuser.errors import DataError
 from profuser.prepare.data import load_examples, shared_prompts
 from profuser.prepare.tables import READERS
 from profuser.recipe.places import FILE_SUFFIXES, is_path
-from profuser.recipe.schema import DataConfig, DataLocation
+from profuser.recipe.schema import DataConfig, DataLocation, Split
 
 TEXTS = [
     "007",
@@ -32,16 +32,16 @@ TEXTS = [
 ]
 
 
-def examples(place, split="train", **columns) -> list[dict]:
+def examples(place, split: Split = "train", **columns) -> list[dict]:
     location = place if isinstance(place, DataLocation) else DataLocation(path=str(place))
     return load_examples(DataConfig(train="unused", **columns), location, split=split)
 
 
-def responses(place, split="train") -> list[str]:
+def responses(place, split: Split = "train") -> list[str]:
     return [row["response"] for row in examples(place, split)]
 
 
-def refusal(place, split="train", **columns) -> str:
+def refusal(place, split: Split = "train", **columns) -> str:
     with pytest.raises(DataError) as error:
         examples(place, split, **columns)
     assert "\n" not in str(error.value)
@@ -153,8 +153,8 @@ def test_a_compressed_file_is_read_like_the_file_in_it(tmp_path):
 
 
 def test_a_folder_that_the_library_saved_is_read_with_its_splits(tmp_path):
-    splits = {name: datasets.Dataset.from_dict({"prompt": ["NA"], "response": [name]}) for name in ("train", "test")}
-    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
+    saved = {name: datasets.Dataset.from_dict({"prompt": ["NA"], "response": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(**saved).save_to_disk(str(tmp_path / "set"))
     assert responses(tmp_path / "set") == ["train"]
     assert responses(DataLocation(path=str(tmp_path / "set"), split="test"), "heldout") == ["test"]
 

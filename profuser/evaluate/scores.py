@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from profuser.errors import DataError
-from profuser.evaluate.match import load_match
+from profuser.evaluate.match import load_match, try_match
 from profuser.fusion_model import FusionModel
 from profuser.models.load import chat_format, default_device, load_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash
@@ -77,6 +77,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     if recipe.data.heldout is None:
         raise DataError("evaluation needs data.heldout, the recipe names none; add it")
     rows, training = prepared_rows(recipe, store, "heldout"), prepared_rows(recipe, store, "train")
+    try_match(recipe.evaluation.match, rows[0])
     names = [source.name for source in recipe.sources]
     votes = judged_examples(store, recipe, training, first_of_each_skill(training, recipe.evaluation.examples))
     match, targets = load_match(recipe.evaluation.match), Targets(store, "heldout")

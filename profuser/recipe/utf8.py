@@ -32,7 +32,7 @@ def decode(data: bytes) -> str:
         ValueError: the file is UTF-16 or UTF-32.
     """
     if other := next((name for mark, name in OTHER_ENCODINGS.items() if data.startswith(mark)), None):
-        raise ValueError(f"it is {other} and not UTF-8: convert it, with `iconv -f {other} -t utf-8`")
+        raise ValueError(f"it is {other} and not UTF-8; convert it with `iconv -f {other} -t utf-8`")
     return data.decode("utf-8-sig", errors="surrogateescape")
 
 
