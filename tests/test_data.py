@@ -8,6 +8,7 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from profuser.errors import DataError
 from profuser.prepare.data import load_examples, shared_prompts
@@ -135,7 +136,11 @@ def test_parquet_refuses_bytes(tmp_path):
 
 def test_a_column_twice_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,response,response\np,a,b\n")
-    assert "twice" in refusal(tmp_path / "a.csv")
+    assert "'response' stands in the header twice" in refusal(tmp_path / "a.csv")
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "p", "response": "a"}\n{"prompt": "p", "response": "a", "prompt": "q"}\n'
+    )
+    assert "line 2: the key 'prompt' stands in an object twice" in refusal(tmp_path / "a.jsonl")
 
 
 # -- files, folders and data sets --------------------------------------------------------------------------------------
@@ -197,6 +202,17 @@ def test_a_configuration_has_to_be_named_where_there_are_several(tmp_path):
     assert "config: socratic }" in refusal(at(config="socratik"), "heldout")
     # The fix that is printed keeps what was said already.
     assert f"{{ path: {folder}, config: main, split: test }}" in refusal(at(config="main"), "heldout")
+
+
+def test_the_location_that_an_error_prints_can_be_used_as_it_is(tmp_path):
+    """Each error leads to the next until all is said. The words behind `set data.heldout:` are what a recipe takes."""
+    folder = with_configurations(tmp_path / "set")
+    location = DataLocation(path=str(folder))
+    for said in ({"config": "main"}, {"config": "main", "split": "test"}):
+        printed = refusal(location, "heldout").partition("; set data.heldout: ")[2]
+        location = DataLocation(**yaml.safe_load(printed))
+        assert location == DataLocation(path=str(folder), **said)
+    assert responses(location, "heldout") == ["main test"]
 
 
 def test_a_configuration_of_a_folder_without_any_names_the_folder_that_was_meant(tmp_path):

@@ -1,12 +1,15 @@
 """What is wrong with a model's files is said with a fix that helps."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 
 from profuser.errors import DataError
 from profuser.models import load
-from profuser.models.load import chat_format, load_reward_model, load_tokenizer
+from profuser.models.load import chat_format, load_model, load_reward_model, load_tokenizer
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 
@@ -76,6 +79,19 @@ def test_a_tokenizer_of_tiktokens_own_format_is_not_taken_for_sentencepiece(mode
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     assert "sentencepiece" not in refusal(model)
+
+
+def test_a_model_with_code_of_its_own_names_the_key_that_allows_it(model):
+    config = json.loads((model / "config.json").read_text())
+    classes = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": classes, "model_type": "own"}))
+    (model / "own.py").write_text("from transformers import LlamaConfig as Own, LlamaForCausalLM as OwnModel\n")
+    source = SourceConfig(name="m", model=str(model))
+    with pytest.raises(DataError, match="set trust_remote_code: true beside it"):
+        load_model(source, torch.float32)
+    assert (
+        load_model(replace(source, trust_remote_code=True), torch.float32).config.hidden_size == config["hidden_size"]
+    )
 
 
 def test_a_generation_config_may_be_missing_but_not_broken(model):

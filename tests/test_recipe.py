@@ -1,12 +1,14 @@
 """Recipes: what a correct one may say, and how a wrong one is refused."""
 
+import sys
+
 import pytest
 import yaml
 
 from profuser.errors import ConfigError
 from profuser.recipe.compare import differing_keys
 from profuser.recipe.parse import load_recipe, parse_run
-from profuser.recipe.places import RECIPES_DIR, is_path, resolve
+from profuser.recipe.places import RECIPES_DIR, is_path, load_function, resolve
 from profuser.recipe.schema import DataLocation
 
 MINIMAL = {"sources": [{"name": "a", "model": "demo:guardian"}], "target": "a", "data": {"train": "demo:fusion.jsonl"}}
@@ -256,6 +258,38 @@ def test_a_bundled_name_stays_inside_the_demo():
 def test_what_looks_like_a_path_is_never_a_hub_id():
     assert all(map(is_path, ("./m", "/m", "~/m", "../m", "a/b/c", "demo:guardian")))
     assert not is_path("org/model")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("fine:g", "has no attribute 'g'); fix the name"),
+        ("fine.f", "fix the name, or run where the module lies"),
+        ("./fine.py:f", "fix the name"),
+        ("nowhere:f", "fix the name, or run where the module lies"),
+        ("needy:f", "(No module named 'nowhere_at_all'); install nowhere_at_all"),
+        ("broken:f", "(broken.py, line 2)); fix the module"),
+        ("latin:f", "(latin.py, line 2)); fix the module"),
+        ("leaving:f", "fix the module"),
+        ("fine:x", "must be a function"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_says_what_to_fix(tmp_path, monkeypatch, path, said):
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = {
+        "fine": b"x = 1\ndef f(): ...\n",
+        "needy": b"import nowhere_at_all\n",
+        "broken": b"x = 1\ndef f(:\n",
+        "latin": b"x = 1\ny = 'caf\xe9'\n",
+        "leaving": b"import sys\nsys.exit(0)\n",
+    }
+    for name, code in modules.items():
+        (tmp_path / f"{name}.py").write_bytes(code)
+        sys.modules.pop(name, None)
+    with pytest.raises(ConfigError) as error:
+        load_function(path, "evaluation.match")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_differing_keys_are_dotted_and_see_through_tuples():

@@ -75,7 +75,9 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     # The data, and everything that can be wrong before a model is loaded.
     recipe, directory = run.recipe, run.output_dir
     if recipe.data.heldout is None:
-        raise DataError("evaluation needs data.heldout, the recipe names none; add it")
+        raise DataError(
+            "evaluation needs data.heldout, the recipe of the run names none; add it, and train with another --output"
+        )
     rows, training = prepared_rows(recipe, store, "heldout"), prepared_rows(recipe, store, "train")
     try_match(recipe.evaluation.match, rows[0])
     names = [source.name for source in recipe.sources]

@@ -42,7 +42,7 @@ def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(location, **options))
     except Exception as error:  # transformers and tokenizers each raise their own kinds for a broken file
-        fix = "copy or download it again, or give a directory with its tokenizer.json"
+        fix = fix_of(error, "give a directory with a tokenizer.json, or the id of a Hub model that is downloaded")
         reason, fix = tokenizer_trouble(location) or (first_line(error), fix)
         raise DataError(f"{source.name}: no tokenizer could be loaded from {location} ({reason}); {fix}") from error
     if source.chat_template is not None:
@@ -88,6 +88,13 @@ def tokenizer_trouble(location: str) -> tuple[str, str] | None:
     return None
 
 
+def fix_of(error: Exception, usual: str) -> str:
+    """Returns the fix for an error of transformers' loaders: the usual one, unless the model brings code that may not be run."""
+    if "contains custom code" in str(error):
+        return "set trust_remote_code: true beside it in the recipe, if you trust that code"
+    return usual
+
+
 def is_installed(module: str) -> bool:
     """Whether a module can be imported."""
     try:
@@ -117,7 +124,8 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
         else:
             fix = "copy or download it again"
         raise DataError(
-            f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)}); {fix}"
+            f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)}); "
+            f"{fix_of(error, fix)}"
         ) from error
     check_loaded(source.name, location, loaded)
     return model.to(device).eval()
@@ -154,7 +162,8 @@ def load_reward_model(
         loaded_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = cast("PreTrainedTokenizerBase", loaded_tokenizer)
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds, as in load_model
-        reason, fix = tokenizer_trouble(path) or (first_line(error), "copy or download it again, or name another")
+        fix = fix_of(error, "copy or download it again, or name another")
+        reason, fix = tokenizer_trouble(path) or (first_line(error), fix)
         raise DataError(f"judge {name}: no reward model could be loaded from {path} ({reason}); {fix}") from error
     check_loaded(f"judge {name}", path, loaded)
     if model.config.num_labels != 1:

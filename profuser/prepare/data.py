@@ -73,7 +73,8 @@ def load_examples(
         )
     if any(row["skill"] == "mean" for row in rows):
         raise DataError(
-            f'data {location}: a skill must not be called "mean", which stands for the mean over skills; rename it'
+            f'data {location}: a skill must not be called "mean", which stands for the mean over skills; rename it, or set '
+            "data.skill_column: null"
         )
     return rows
 

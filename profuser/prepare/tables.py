@@ -48,8 +48,16 @@ class SpeltNumber(float):
 
 
 def from_json(text: str) -> Any:
-    """Parses JSON, so that every number can be written again as it was spelt."""
-    return json.loads(text, parse_float=SpeltNumber, parse_constant=SpeltNumber)
+    """Parses JSON, so that every number can be written again as it was spelt. A key that stands twice is an error."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands in an object twice")
+        return found
+
+    return json.loads(text, parse_float=SpeltNumber, parse_constant=SpeltNumber, object_pairs_hook=once)
 
 
 def read_jsonl(file: Any) -> Table:
@@ -274,7 +282,7 @@ def _explained(error: Exception, location: DataLocation, split: Split, place: st
             f"data.{split}: {location.path} has no configurations, got {location.config}; take config out{other}"
         )
     if configs:
-        (nearest,) = difflib.get_close_matches(location.config or USUAL_NAMES[split], configs, n=1, cutoff=0)
+        (nearest,) = difflib.get_close_matches(location.config or configs[0], configs, n=1, cutoff=0)
         return DataError(
             f"data.{split} must name one of the configurations of {location.path} ({', '.join(configs)}), got "
             f"{location.config or 'none'}; set data.{split}: {_mapping(replace(location, config=nearest))}"

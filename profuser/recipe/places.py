@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,10 +60,19 @@ def load_function(path: str, key: str) -> Callable:
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # the module may be the user's own, which may raise anything when it is imported
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the module may be the user's own, which may raise anything when it is imported
+        fix = "fix the module"
+        if module in sys.modules or not all(part.isidentifier() for part in module.split(".")):
+            fix = "fix the name"
+        elif isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            fix = "fix the name, or run where the module lies (or set PYTHONPATH)"
+        elif isinstance(error, ModuleNotFoundError):
+            fix = f"install {error.name}, which the module imports, or fix the module"
         raise ConfigError(
-            f"{key} must be an importable module:function, got {path!r} ({first_line(error)}); fix the name, or run where the "
-            "module lies (or set PYTHONPATH)"
+            f"{key} must be an importable module:function, got {path!r} ({first_line(error)}); {fix}"
         ) from None
     if not callable(function):
         raise ConfigError(f"{key} must be a function, got {path!r}, a {type(function).__name__}; fix the name")

@@ -147,7 +147,10 @@ def read_record(directory: Path) -> dict[str, Any]:
     Raises:
         DataError: the file is missing, broken or of another schema.
     """
-    record = read_json(directory / "run.json", "status", "recipe", "store")
+    fix = (
+        "give the directory of a run, restore it, or start over with `python -m profuser.train --fresh` and its recipe"
+    )
+    record = read_json(directory / "run.json", "status", "recipe", "store", fix=fix)
     if (schema := record.get("schema", 1)) != SCHEMA_VERSION:
         raise DataError(
             f"run {directory} has schema {schema}, this version reads {SCHEMA_VERSION}; train it again with "
