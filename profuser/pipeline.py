@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from profuser.evaluate.match import try_match
 from profuser.evaluate.scores import evaluate
 from profuser.evaluate.terminal import closing_examples, score_table
 from profuser.prepare.announce import announce
@@ -46,6 +47,8 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
     with directory.timed("prepare", is_main):
         if is_main:
             preparation = Preparation(Inputs.open(run))
+            for example in preparation.inputs.rows.get("heldout", [])[:1]:
+                try_match(recipe.evaluation.match, example)
             announce("train", preparation, accelerator.num_processes, newest_step(directory.checkpoints))
             store = preparation.run()
             del preparation
@@ -97,8 +100,9 @@ def train_and_report(run: Run) -> None:
     if accelerator.is_main_process:
         report = write_report(directory.path, run.store_dir)
         if run.recipe.data.heldout is not None:
-            print(score_table(read_json(directory.path / "scores.json")))
-            print(closing_examples(read_json(directory.path / "evaluation.json"), 3))
+            fix = "delete it, and the same command scores again"
+            print(score_table(read_json(directory.path / "scores.json", fix=fix)))
+            print(closing_examples(read_json(directory.path / "evaluation.json", fix=fix), 3))
         if (run.store_dir / "manifest.json").exists() and (line := Store.open(run.store_dir, complete=False).handled()):
             print(line)
         seconds = directory.read()["seconds"]

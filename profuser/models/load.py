@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import re
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -26,6 +26,7 @@ from transformers import (
 from profuser.errors import DataError, first_line
 from profuser.recipe.places import is_path, resolve
 from profuser.recipe.schema import SourceConfig
+from profuser.recipe.utf8 import read_utf8
 from profuser.text.chat import ChatFormat
 
 
@@ -41,19 +42,65 @@ def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(location, **options))
     except Exception as error:  # transformers and tokenizers each raise their own kinds for a broken file
-        raise DataError(
-            f"{source.name}: no tokenizer could be loaded from {location} ({first_line(error)}); give a directory with "
-            "a tokenizer.json, or the id of a Hub model that is downloaded"
-        ) from error
+        fix = fix_of(error, "give a directory with a tokenizer.json, or the id of a Hub model that is downloaded")
+        reason, fix = tokenizer_trouble(location) or (first_line(error), fix)
+        raise DataError(f"{source.name}: no tokenizer could be loaded from {location} ({reason}); {fix}") from error
     if source.chat_template is not None:
         template = Path(source.chat_template)
         is_file = source.chat_template.endswith((".jinja", ".jinja2"))
         if is_file and not template.is_file():
             raise DataError(
-                f"{source.name}: chat_template must be a template or an existing .jinja file, got {template}"
+                f"{source.name}: chat_template must be a template or an existing .jinja file, got {template}; fix the path"
             )
-        tokenizer.chat_template = template.read_text() if is_file else source.chat_template
+        try:
+            tokenizer.chat_template = read_utf8(template) if is_file else source.chat_template
+        except ValueError as error:
+            raise DataError(f"{source.name}: chat_template {template} must be UTF-8, {error}") from None
     return tokenizer
+
+
+def tokenizer_trouble(location: str) -> tuple[str, str] | None:
+    """Returns why a tokenizer cannot be loaded, and the fix, where transformers' own message would mislead; else None.
+
+    Args:
+        location: the model's path or Hub id.
+    """
+    # One of the files is not UTF-8. transformers says so, but not which.
+    folder = Path(location)
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]):
+        try:
+            read_utf8(file)
+        except ValueError as error:
+            reason, _, fix = str(error).partition("; ")
+            return f"{file.name}: {reason}", fix
+
+    # Only SentencePiece's file is there, for which transformers names tiktoken where a package is missing. The file is a
+    # protocol buffer, and its first byte the tag of the first field; tiktoken's file is a text.
+    file = folder / "tokenizer.model" if folder.is_dir() else try_to_load_from_cache(location, "tokenizer.model")
+    model = Path(file) if isinstance(file, (str, Path)) else folder / "tokenizer.model"
+    if model.is_file() and not model.with_name("tokenizer.json").exists() and model.read_bytes()[:1] == b"\n":
+        packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+        if absent := [package for module, package in packages.items() if not is_installed(module)]:
+            return (
+                f"a tokenizer.model alone needs {' and '.join(packages.values())}",
+                f"run `pip install {' '.join(absent)}`",
+            )
+    return None
+
+
+def fix_of(error: Exception, usual: str) -> str:
+    """Returns the fix for an error of transformers' loaders: the usual one, unless the model brings code that may not be run."""
+    if "contains custom code" in str(error):
+        return "set trust_remote_code: true beside it in the recipe, if you trust that code"
+    return usual
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would lie in is missing
+        return False
 
 
 def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -77,7 +124,8 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
         else:
             fix = "copy or download it again"
         raise DataError(
-            f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)}); {fix}"
+            f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)}); "
+            f"{fix_of(error, fix)}"
         ) from error
     check_loaded(source.name, location, loaded)
     return model.to(device).eval()
@@ -114,10 +162,9 @@ def load_reward_model(
         loaded_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = cast("PreTrainedTokenizerBase", loaded_tokenizer)
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds, as in load_model
-        raise DataError(
-            f"judge {name}: no reward model could be loaded from {path} ({first_line(error)}); copy or download it again, or "
-            "name another"
-        ) from error
+        fix = fix_of(error, "copy or download it again, or name another")
+        reason, fix = tokenizer_trouble(path) or (first_line(error), fix)
+        raise DataError(f"judge {name}: no reward model could be loaded from {path} ({reason}); {fix}") from error
     check_loaded(f"judge {name}", path, loaded)
     if model.config.num_labels != 1:
         raise DataError(
@@ -130,10 +177,15 @@ def chat_format(source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None 
     """Returns a source's chat format. Its end-of-turn tokens are the tokenizer's and those of the generation config."""
     tokenizer = tokenizer or load_tokenizer(source)
     ends = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError):  # not every model has a generation config
-        revision = source.revision or "main"
-        eos = GenerationConfig.from_pretrained(weights_of(source)[0], revision=revision).eos_token_id
+    location, revision = weights_of(source)[0], source.revision or "main"
+    try:
+        eos = GenerationConfig.from_pretrained(location, revision=revision).eos_token_id
         ends |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
+    except OSError as error:  # not every model has a generation config, but one that it has must be read
+        if (Path(location) / "generation_config.json").exists():
+            raise DataError(
+                f"{source.name}: generation_config.json cannot be read ({first_line(error)}); copy or download it again"
+            ) from error
     return ChatFormat(tokenizer, end_ids=sorted(ends - {None}))
 
 
@@ -172,7 +224,7 @@ def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
     file = gguf_file(Path(location), source.name)
     if file is None:
         return location, options
-    if importlib.util.find_spec("gguf") is None:
+    if not is_installed("gguf"):
         raise DataError(
             f"{source.name}: reading {file} needs the gguf package, it is not installed; run `pip install gguf`"
         )

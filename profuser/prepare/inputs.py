@@ -106,8 +106,8 @@ class Inputs:
         heldout = rows.get("heldout")
         if heldout and recipe.evaluation.match is None and not any(row["response"] for row in heldout):
             raise DataError(
-                f"{recipe.data.heldout} must hold a ground truth to score the answers by, every response is empty; fill them in, "
-                "or give a function as evaluation.match"
+                f"{recipe.data.location('heldout')} must hold a ground truth to score the answers by, every response is empty; "
+                "fill them in, or give a function as evaluation.match"
             )
         return inputs
 
@@ -184,7 +184,7 @@ def load_split(recipe: Recipe, split: Split) -> list[Row]:
     location = recipe.data.location(split)
     if location is None:
         raise ConfigError(f"data.{split} must name a data file or set, the recipe names none; add it")
-    return load_examples(recipe.data, location, recipe.data.limit if split == "train" else None)
+    return load_examples(recipe.data, location, recipe.data.limit if split == "train" else None, split)
 
 
 def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:

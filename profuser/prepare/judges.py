@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from profuser.errors import DataError, first_line
+from profuser.errors import DataError, first_line, in_short
 from profuser.models.fingerprint import fingerprint
 from profuser.models.load import chat_format, load_reward_model
 from profuser.models.padding import padded
@@ -78,23 +78,42 @@ def _function_judge(config: JudgeConfig, path: str) -> Judge:
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         for e, (example, responses) in enumerate(zip(examples, candidates)):
             shown = [c for c, text in enumerate(responses) if text]
-            try:
-                given = [float(x) for x in function(dict(example), [responses[c] for c in shown])] if shown else []
-            except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
-                raise DataError(
-                    f"judge {config.name}: {path} must return one number per response, on the prompt {example['prompt']!r} it "
-                    f"raised {type(error).__name__}: {first_line(error)}; fix the function"
-                ) from error
-            if len(given) != len(shown):
-                raise DataError(
-                    f"judge {config.name}: {path} must return one number per response, got {len(given)} numbers for "
-                    f"{len(shown)} responses; fix the function"
-                )
+            given = _numbers(config.name, path, function, example, [responses[c] for c in shown]) if shown else []
             scores[e, shown] = given
             progress(1)
         return scores
 
     return score
+
+
+def _numbers(judge: str, path: str, function: Callable, example: Row, responses: Sequence[str]) -> list[float]:
+    """Calls a judge's function, and checks that it gives one number per response."""
+    rule = f"judge {judge}: {path} must return one number per response, on the prompt {example['prompt']!r} it"
+    try:
+        given = function(dict(example), list(responses))
+    except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
+        raise DataError(f"{rule} raised {type(error).__name__}: {first_line(error)}; fix the function") from error
+    try:
+        # The numbers of a text would be its digits, and those of a set or mapping are in no order.
+        numbers = None if isinstance(given, (str, bytes, set, frozenset, dict)) else [float(x) for x in given]
+    except Exception:  # a generator of the user's own may raise anything, too
+        numbers = None
+    if numbers is None:
+        raise DataError(f"{rule} returned {in_short(given)}; fix the function")
+    if len(numbers) != len(responses):
+        raise DataError(f"{rule} returned {len(numbers)} numbers for {len(responses)} responses; fix the function")
+    return numbers
+
+
+def try_function_judge(config: JudgeConfig, example: Row, candidates: int) -> None:
+    """Calls a judge that is a function once, on so many responses, so that a wrong one is found before any model has run.
+
+    Raises:
+        DataError: the function fails, or returns something else than one number per response.
+    """
+    if config.function is not None:
+        text = example["response"] or "An answer."
+        load_judge(config)([example], [[text, *(f"{text} {n}" for n in range(1, candidates))]])
 
 
 @dataclass(frozen=True, slots=True)

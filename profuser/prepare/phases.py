@@ -33,7 +33,7 @@ from profuser.models.load import check_vocabulary, load_model
 from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.data import Row
 from profuser.prepare.inputs import Inputs, Part
-from profuser.prepare.judges import load_judge
+from profuser.prepare.judges import load_judge, try_function_judge
 from profuser.prepare.responses import generate
 from profuser.prepare.summary import write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
@@ -82,6 +82,10 @@ class Preparation:
             if not (self.store.directory / "summary.json").exists():
                 self._write_summary()
             return self.store
+        for judge in self.recipe.judges:
+            if self.unmade(layout.scores(judge.name)):
+                candidates = len(self.recipe.sources) * self.recipe.generation.responses_per_source
+                try_function_judge(judge, self.inputs.rows["train"][0], candidates)
         for phase in (self.capture_truth_and_answer, self.judge, self.capture_winners, self.align):
             start = time.monotonic()
             phase()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from profuser.alignment.types import KINDS
-from profuser.prepare.data import Row
+from profuser.prepare.data import Row, shared_prompts
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.votes import NOBODY, Ballots, Candidate
 from profuser.recipe.schedule import Mode
@@ -166,7 +166,7 @@ def alignment_summary(
 
 
 def handled(inputs: Inputs, store: Store) -> dict[str, int]:
-    """Counts the texts of all splits that were skipped, cut or kept as text. One that several sources skip counts once."""
+    """Counts what is odd about the texts of all splits, and what became of them. One that several sources skip counts once."""
     counts: Counter[str] = Counter()
     names = inputs.source_names
     for split, rows in inputs.rows.items():
@@ -184,6 +184,9 @@ def handled(inputs: Inputs, store: Store) -> dict[str, int]:
                 counts["over-long response, cut without an end of turn"] += int(cut.any(0).sum())
 
         # What the data itself shows.
+        if split != "train":
+            name = {"heldout": "held-out"}.get(split, split)
+            counts[f"{name} prompt that is trained on as well, kept"] += shared_prompts(rows, inputs.rows["train"])
         counts["empty prompt, kept"] += sum(not row["prompt"].strip() for row in rows)
         held = [chat.token_bytes.has_control for chat in (inputs.target, *inputs.chats.values())]
         counts["control token spelt out in a text, kept as text"] += sum(

@@ -71,14 +71,40 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """Prompts with their ground truth. Each location is a JSONL, JSON, CSV or Parquet file, or the id of a Hub data set."""
+class DataLocation:
+    """Where the examples of a split are: `train`, and `heldout` and `validation` alike.
 
-    train: str
+    A folder or Hub data set may have several configurations and splits of its own. Where nothing but the path is to be said, it
+    stands alone: `train: data.jsonl`.
+    """
+
+    path: str
+    """The file, the folder, or the id of the Hub data set."""
+    config: str | None = None
+    """The configuration of the folder or data set. It is needed where there are several and none is its default."""
+    split: str | None = None
+    """The split of the folder or data set. null takes its only split, or the one with the recipe's name for the split."""
+
+    def __str__(self) -> str:
+        details = ", ".join(
+            f"{key} {value}" for key in ("config", "split") if (value := getattr(self, key)) is not None
+        )
+        return f"{self.path} ({details})" if details else self.path
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Prompts with their ground truth, in JSONL, JSON, CSV, TSV, Parquet or Arrow files, compressed or not.
+
+    Each split is a file, a folder of such files or the id of a Hub data set, or a mapping that also names a configuration and
+    a split: `heldout: { path: org/set, config: main, split: test }`.
+    """
+
+    train: str | DataLocation
     """The examples that the target is trained on."""
-    heldout: str | None = None
+    heldout: str | DataLocation | None = None
     """Examples that are used for the final scores only. Without them nothing is scored."""
-    validation: str | None = None
+    validation: str | DataLocation | None = None
     """Examples on which CE and KD are measured during training. The held-out examples are not used for that."""
     prompt_column: str = "prompt"
     """The column that holds the prompts."""
@@ -93,10 +119,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_positive("data", self, "max_length", "limit")
+        # A mapping that says nothing but the path is the path, so that two recipes do not differ in how they say it.
+        for split in SPLITS:
+            location = getattr(self, split)
+            if isinstance(location, DataLocation) and location.config is None and location.split is None:
+                setattr(self, split, location.path)
 
-    def location(self, split: Split) -> str | None:
-        """Returns the file or data set of a split; None where the recipe has no such split."""
-        return getattr(self, split)
+    def location(self, split: Split) -> DataLocation | None:
+        """Returns where the examples of a split are; None where the recipe has no such split."""
+        location = getattr(self, split)
+        return DataLocation(path=location) if isinstance(location, str) else location
 
 
 @dataclass(kw_only=True)

@@ -195,7 +195,8 @@ class Store:
     @property
     def summary(self) -> dict[str, Any]:
         """The content of summary.json, which says what the preparation found (profuser.prepare.summary)."""
-        return read_json(self.directory / "summary.json")
+        fix = "delete it, and `python -m profuser.prepare` with the recipe writes it again"
+        return read_json(self.directory / "summary.json", fix=fix)
 
     def handled(self) -> str:
         """Returns one line that says which texts were skipped, cut or kept as text; it is empty where there were none."""
@@ -356,11 +357,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         DataError: the manifest is missing, broken or of another schema, or it lists something that is not a shard.
     """
-    manifest = read_json(
-        directory / "manifest.json",
-        *MANIFEST_KEYS,
-        fix="give the directory of a store, restore it, or make it anew with `python -m profuser.prepare --fresh`",
-    )
+    fix = "give the directory of a store, restore it, or start over with `python -m profuser.prepare --fresh` and the recipe"
+    manifest = read_json(directory / "manifest.json", *MANIFEST_KEYS, fix=fix)
     if manifest["schema"] != SCHEMA_VERSION:
         raise DataError(
             f"store {directory} has schema {manifest['schema']}, this version reads {SCHEMA_VERSION}; "

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 PROMPT = "profuserPROMPTsentinel"
 RESPONSE = "profuserRESPONSEsentinel"
 
+FIX = "set `chat_template` for that source in the recipe, or write chat_template.jinja into the model's folder"
+"""What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
+
 
 class ChatFormat:
     """Prompts and responses in the chat template of one tokenizer.
@@ -52,9 +55,7 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int] | None = None):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.chat_template:
-            raise DataError(
-                f"a model needs a chat template, {name} has none; set `chat_template` for that source in the recipe"
-            )
+            raise DataError(f"a model needs a chat template, {name} has none; {FIX}")
         self.tokenizer = tokenizer
         known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
         known = [i for i in known if i is not None]
@@ -78,7 +79,7 @@ class ChatFormat:
         if closing_id is None:
             raise DataError(
                 f"a chat template must close the assistant's turn with an end token, {name}'s ends in {self._suffix!r}; "
-                "set `chat_template` for that source in the recipe"
+                f"{FIX}"
             )
         self.end_id: int = closing_id
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([*known, closing_id]))
@@ -182,7 +183,7 @@ class ChatFormat:
         if text.count(PROMPT) != 1 or text.count(RESPONSE) != 1 or text.index(PROMPT) > text.index(RESPONSE):
             raise DataError(
                 f"a chat template must show the prompt and then the response once each, {name}'s renders {text!r}; "
-                "set `chat_template` for that source in the recipe"
+                f"{FIX}"
             )
         before, rest = text.split(PROMPT)
         between, after = rest.split(RESPONSE)
@@ -192,9 +193,7 @@ class ChatFormat:
         """The text around the prompt when the response is still to come."""
         text = self._render(("user", PROMPT), generation=True)
         if text.count(PROMPT) != 1:
-            raise DataError(
-                f"a chat template must show the prompt once, {name}'s renders {text!r}; set `chat_template` for that source"
-            )
+            raise DataError(f"a chat template must show the prompt once, {name}'s renders {text!r}; {FIX}")
         before, after = text.split(PROMPT)
         if text == self._render(("user", PROMPT)) and self._between.rstrip() != after.rstrip():
             # The template ignores add_generation_prompt.

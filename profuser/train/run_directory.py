@@ -147,13 +147,10 @@ def read_record(directory: Path) -> dict[str, Any]:
     Raises:
         DataError: the file is missing, broken or of another schema.
     """
-    record = read_json(
-        directory / "run.json",
-        "status",
-        "recipe",
-        "store",
-        fix="give the directory of a run, as `train` names it at its end",
+    fix = (
+        "give the directory of a run, restore it, or start over with `python -m profuser.train --fresh` and its recipe"
     )
+    record = read_json(directory / "run.json", "status", "recipe", "store", fix=fix)
     if (schema := record.get("schema", 1)) != SCHEMA_VERSION:
         raise DataError(
             f"run {directory} has schema {schema}, this version reads {SCHEMA_VERSION}; train it again with "
@@ -164,6 +161,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 def demo_data(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the record of how the bundled demo's data were made, flaws included; None for other data."""
-    if not recipe.data.train.startswith(BUNDLED_PREFIX):
+    location = recipe.data.location("train")
+    if location is None or not location.path.startswith(BUNDLED_PREFIX):
         return None
     return read_json(Path(resolve("demo:demo_data.json")))
