@@ -53,7 +53,7 @@ class Inputs:
 
     name: the recipe's name. store_dir: the directory of the store. rows: the data by split.
     chats: the chat formats of the sources, by name. target: the chat format of the target.
-    device: the device that the models run on. dtype_name: the arithmetic of the sources, which is no longer "auto".
+    device: the device that the models run on.
     """
 
     recipe: Recipe
@@ -63,7 +63,6 @@ class Inputs:
     chats: dict[str, ChatFormat]
     target: ChatFormat
     device: torch.device
-    dtype_name: str
 
     @classmethod
     def open(cls, run: Run) -> Inputs:
@@ -87,7 +86,6 @@ class Inputs:
             load_function(recipe.evaluation.match, "evaluation.match")
 
         # The data and the tokenizers.
-        device = default_device()
         rows = {split: load_split(recipe, split) for split in SPLITS if recipe.data.location(split) is not None}
         chats = {source.name: chat_format(source, load_tokenizer(source)) for source in recipe.sources}
         target = recipe.target_config
@@ -98,8 +96,7 @@ class Inputs:
             rows=rows,
             chats=chats,
             target=chats.get(recipe.target) or chat_format(target, load_tokenizer(target)),
-            device=device,
-            dtype_name=settled_dtype(recipe.capture.dtype, run.store_dir, device),
+            device=default_device(),
         )
 
         # Without a ground truth the default match has nothing to compare an answer with.
@@ -110,6 +107,11 @@ class Inputs:
                 "or give a function as evaluation.match"
             )
         return inputs
+
+    @cached_property
+    def dtype_name(self) -> str:
+        """The arithmetic of the sources, which is no longer "auto"."""
+        return settled_dtype(self.recipe.capture.dtype, self.store_dir, self.device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,11 +11,12 @@ ground truth and with the sources' answers, which are scored beside the fused mo
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import SourceConfig, Split
 from profuser.store import layout
 from profuser.store.layout import Kind
-from profuser.store.store import Store
+from profuser.store.lease import Lease, hold
+from profuser.store.store import Store, check_place, differing_settings
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Fitted, Verdict, fit
 from profuser.text.token_bytes import TokenBytesMismatch
@@ -64,24 +66,58 @@ class LoadedSource:
 
 
 def prepare(run: Run) -> Store:
-    """Makes the store of a recipe, or what is missing of it. It raises what Inputs.open and Store.build raise."""
-    return Preparation(Inputs.open(run)).run()
+    """Makes the store of a recipe, or what is missing of it. It raises what Inputs.open and Preparation.begin raise."""
+    with contextlib.ExitStack() as held:
+        return Preparation.begin(Inputs.open(run), held).run()
 
 
 class Preparation:
-    """The phases of one preparation, which fill one store."""
+    """The phases of one preparation, which fill one store.
 
-    def __init__(self, inputs: Inputs):
-        self.inputs, self.recipe = inputs, inputs.recipe
+    Args:
+        finished: the store, if nothing is to be made in it. Otherwise a store is begun, or the one that is there goes on.
+        lease: this process's hold on the store.
+    """
+
+    def __init__(self, inputs: Inputs, finished: Store | None = None, lease: Lease | None = None):
+        self.inputs, self.recipe, self.lease = inputs, inputs.recipe, lease
         self.seconds: dict[str, float] = {}
-        self.store = Store.build(inputs.store_dir, inputs.settings())
+        self.finished = finished is not None
+        self.store = finished if finished is not None else Store.build(inputs.store_dir, inputs.settings())
+
+    @classmethod
+    def begin(cls, inputs: Inputs, held: contextlib.ExitStack) -> Preparation:
+        """Begins a preparation and holds its store in `held`, so that no other process makes another store of it meanwhile.
+
+        A store in which nothing is to be made is held together with others that use it as it is.
+
+        Raises:
+            ConfigError: another process uses the store with other settings. And what Store.build raises.
+        """
+        directory, settings = inputs.store_dir, inputs.settings()
+        check_place(directory)
+        held_with = partial(hold, directory, "store", asdict(settings), differing_settings)
+        with contextlib.ExitStack() as reading:
+            lease = reading.enter_context(held_with(writes=False))
+            if (store := Store.finished(directory, settings)) is not None:
+                held.enter_context(reading.pop_all())
+                return cls(inputs, store, lease)
+        lease = held.enter_context(held_with(writes=True))
+        return cls(inputs, lease=lease)
 
     def run(self) -> Store:
-        """Makes all shards that are missing or damaged, then the summary, and returns the complete store."""
-        if self.store.complete and not self.store.damaged():
-            if not (self.store.directory / "summary.json").exists():
+        """Makes what is missing or damaged, and returns the complete store. From then on others may use it as well."""
+        if not self.finished:
+            if not self.store.complete or self.store.damaged():
+                self._make()
+            elif not (self.store.directory / "summary.json").exists():
                 self._write_summary()
-            return self.store
+        if self.lease is not None:
+            self.lease.share()
+        return self.store
+
+    def _make(self) -> None:
+        """Makes all shards that are missing or damaged, and the summary."""
         for phase in (self.capture_truth_and_answer, self.judge, self.capture_winners, self.align):
             start = time.monotonic()
             phase()
@@ -89,7 +125,6 @@ class Preparation:
             gc.collect()  # a model in a reference cycle would stay in memory beside those of the next phase
         self._write_summary()
         self.store.finish()
-        return self.store
 
     def missing(self, kind: Kind) -> list[Part]:
         """Returns the parts whose shard of this kind is still to be made. A damaged shard counts as missing, and is dropped."""
