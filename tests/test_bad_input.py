@@ -21,6 +21,8 @@ import pytest
 from command_runs import STORE, folder, make_good, prepared_files, rows, run, write_rows
 from safetensors.torch import load_file, save_file
 
+from profuser.recipe.places import resolve
+
 NEW = ("--store", "new")
 
 
@@ -112,6 +114,12 @@ def no_heldout_truth() -> None:
     replace("recipe.yaml", 'evaluation: { match: "profuser.demo.verify:exact_match" }', "")()
 
 
+def judge_without_template() -> None:
+    shutil.copytree(resolve("demo:judge-a"), "judge-a")
+    Path("judge-a/chat_template.jinja").unlink()
+    replace("recipe.yaml", "judges: [", "judges: [{ name: rm, model: ./judge-a }, ")()
+
+
 def two_gguf_files() -> None:
     Path("guardian/config.json").unlink()
     for name in ("a.gguf", "b.gguf"):
@@ -144,6 +152,8 @@ CASES = [
     Case("other settings than the run's", 2, ("optim.lr", "--output", "--fresh"), arguments=("--optim.lr", "1", "--output", "runs/recipe")),
     Case("a judge that fails", 3, ("verifier", "AttributeError", "fix the function"), replace("recipe.yaml", "demo.verify:score", "demo.verify:exact_match"), NEW),
     Case("a judge that ends the process", 3, ("verifier", "SystemExit", "fix the function"), judge_that_exits, NEW),
+    Case("a judge without a chat template", 3, ("judge rm", "chat_template"), judge_without_template, NEW),
+    Case("a floor that is no number", 2, ("judges: verifier: floor", "nan"), replace("recipe.yaml", 'verify:score" }', 'verify:score", floor: .nan }')),
     Case("a match that fails", 3, ("evaluation.match", "TypeError", "fix the function"), replace("recipe.yaml", "verify:exact_match", "verify:answer_of")),
     Case("a match that gives no truth value", 3, ("evaluation.match", "True or False"), replace("recipe.yaml", "profuser.demo.verify:exact_match", "operator:concat")),
     Case("held-out data without any ground truth", 3, ("heldout.jsonl", "evaluation.match"), no_heldout_truth, NEW),

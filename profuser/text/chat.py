@@ -53,7 +53,7 @@ class ChatFormat:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.chat_template:
             raise DataError(
-                f"a model needs a chat template, {name} has none; set `chat_template` for that source in the recipe"
+                f"a model needs a chat template, {name} has none; set `chat_template` for that source or judge in the recipe"
             )
         self.tokenizer = tokenizer
         known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
@@ -78,7 +78,7 @@ class ChatFormat:
         if closing_id is None:
             raise DataError(
                 f"a chat template must close the assistant's turn with an end token, {name}'s ends in {self._suffix!r}; "
-                "set `chat_template` for that source in the recipe"
+                "set `chat_template` for that source or judge in the recipe"
             )
         self.end_id: int = closing_id
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([*known, closing_id]))
@@ -182,7 +182,7 @@ class ChatFormat:
         if text.count(PROMPT) != 1 or text.count(RESPONSE) != 1 or text.index(PROMPT) > text.index(RESPONSE):
             raise DataError(
                 f"a chat template must show the prompt and then the response once each, {name}'s renders {text!r}; "
-                "set `chat_template` for that source in the recipe"
+                "set `chat_template` for that source or judge in the recipe"
             )
         before, rest = text.split(PROMPT)
         between, after = rest.split(RESPONSE)
@@ -193,7 +193,7 @@ class ChatFormat:
         text = self._render(("user", PROMPT), generation=True)
         if text.count(PROMPT) != 1:
             raise DataError(
-                f"a chat template must show the prompt once, {name}'s renders {text!r}; set `chat_template` for that source"
+                f"a chat template must show the prompt once, {name}'s renders {text!r}; set `chat_template` for that source or judge"
             )
         before, after = text.split(PROMPT)
         if text == self._render(("user", PROMPT)) and self._between.rstrip() != after.rstrip():
