@@ -36,7 +36,7 @@ from profuser.prepare.data import Row
 from profuser.prepare.inputs import Inputs, Part
 from profuser.prepare.judges import load_judge
 from profuser.prepare.responses import generate
-from profuser.prepare.summary import write_summary
+from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.votes import NOBODY, Ballots, candidates_of, count_votes
 from profuser.progress import Progress
@@ -114,6 +114,8 @@ class Preparation:
                 self._write_summary()
         if self.lease is not None:
             self.lease.share()
+        if warning := no_signal_warning(self.store.summary):
+            print(warning, flush=True)
         return self.store
 
     def _make(self) -> None:
@@ -167,7 +169,7 @@ class Preparation:
         """Loads a source's model and checks that it fits its tokenizer."""
         model = load_model(source, self.inputs.dtype, self.inputs.device)
         head, chat = head_of(model), self.inputs.chats[source.name]
-        check_vocabulary(source.name, chat, head.weight)
+        check_vocabulary(source.name, chat, len(head.weight))
         return LoadedSource(source.name, chat, model, head, ByteOrder(chat.token_bytes, head.weight.shape[0]))
 
     def _answer(self, split: Split, part: Part, source: LoadedSource, bar: Progress) -> None:
@@ -320,7 +322,9 @@ class Preparation:
         texts: list[TargetText] = []
         for i, row in enumerate(part.of(self.inputs.rows[split])):
             for mode in kinds:
-                text = self._target_text(split, mode, part.first + i, row, [source[i] for source in scored[mode]])
+                example = part.first + i
+                of_mode = scored[Mode.TRAINING if self._teaches_truth(mode, example) else mode]
+                text = self._target_text(split, mode, example, row, [source[i] for source in of_mode])
                 if isinstance(text, Verdict):
                     writer.skip(mode, text)
                 else:
@@ -333,11 +337,18 @@ class Preparation:
         bar.update(len(part), tokens=sum(len(text.encoded.input_ids) for text in texts))
         return writer.arrays()
 
+    def _teaches_truth(self, mode: Mode, example: int) -> bool:
+        """Whether an example teaches its ground truth in a mode: in inference mode where the vote gave no signal, if so asked."""
+        if mode == Mode.TRAINING:
+            return True
+        assert self.ballots is not None
+        return self.recipe.judging.no_signal == "ground_truth" and self.ballots.winning_source(example) == NOBODY
+
     def _target_text(
         self, split: Split, mode: Mode, example: int, row: Row, scored: list[ScoredResponse | None]
     ) -> TargetText | Verdict:
         """Returns the text that the target learns from an example in one mode, or the reason why there is none."""
-        fitted = self.inputs.fitted[split][example] if mode == Mode.TRAINING else self._winning(example)
+        fitted = self.inputs.fitted[split][example] if self._teaches_truth(mode, example) else self._winning(example)
         if fitted.verdict != Verdict.OK:
             return fitted.verdict
         try:
