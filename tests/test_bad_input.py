@@ -21,6 +21,8 @@ import pytest
 from command_runs import STORE, folder, make_good, prepared_files, rows, run, write_rows
 from safetensors.torch import load_file, save_file
 
+from profuser.recipe.places import resolve
+
 NEW = ("--store", "new")
 
 
@@ -157,6 +159,12 @@ def no_heldout_truth() -> None:
     replace("recipe.yaml", 'evaluation: { match: "profuser.demo.verify:exact_match" }', "")()
 
 
+def judge_without_template() -> None:
+    shutil.copytree(resolve("demo:judge-a"), "judge-a")
+    Path("judge-a/chat_template.jinja").unlink()
+    replace("recipe.yaml", "judges: [", "judges: [{ name: rm, model: ./judge-a }, ")()
+
+
 def two_gguf_files() -> None:
     Path("guardian/config.json").unlink()
     for name in ("a.gguf", "b.gguf"):
@@ -197,6 +205,8 @@ CASES = [
     Case("a judge that ends the process", 3, ("verifier", "SystemExit", "fix the function"), judge_that_exits, NEW),
     Case("a judge that scores too few responses", 3, ("verifier", "1 numbers for 2 responses", "fix the function"), judge_of_half_the_responses, NEW),
     Case("a match in a file that is not UTF-8", 2, ("evaluation.match", "latin", "utf-8"), match_in_latin1),
+    Case("a judge without a chat template", 3, ("judge rm", "chat_template"), judge_without_template, NEW),
+    Case("a floor that is no number", 2, ("judges: verifier: floor", "nan"), replace("recipe.yaml", 'verify:score" }', 'verify:score", floor: .nan }')),
     Case("a match that fails", 3, ("evaluation.match", "TypeError", "fix the function"), replace("recipe.yaml", "verify:exact_match", "verify:answer_of")),
     Case("a match that gives no truth value", 3, ("evaluation.match", "True or False"), replace("recipe.yaml", "profuser.demo.verify:exact_match", "operator:concat")),
     Case("held-out data without any ground truth", 3, ("heldout.jsonl", "evaluation.match"), no_heldout_truth, NEW),

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from command_runs import STORE, folder, rows, run, write_rows
 
+from profuser.store.lease import hold
+
 TRAIN = ("train", "--config", "recipe.yaml")
 RUN = Path("runs/recipe")
 
@@ -110,6 +112,15 @@ def test_looking_at_a_finished_run_leaves_every_byte_of_its_store(command):
     code, _, err = run(*LOOKING[command])
     assert (code, err) == (0, "")
     assert store_files() == before
+
+
+@pytest.mark.parametrize("command", LOOKING)
+def test_looking_needs_no_lease_on_the_store(command):
+    with hold(Path(STORE), "store", {}, lambda *_: ["everything"], writes=True):
+        before = store_files()
+        code, _, err = run(*LOOKING[command])
+        assert (code, err) == (0, "")
+        assert store_files() == before
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "report"])

@@ -17,12 +17,13 @@ import torch
 
 from profuser.errors import DataError, first_line, in_short
 from profuser.models.fingerprint import fingerprint
-from profuser.models.load import chat_format, load_reward_model
+from profuser.models.load import chat_format, load_reward_model, open_reward_model, template_text
 from profuser.models.padding import padded
 from profuser.prepare.data import Row
 from profuser.progress import silent
 from profuser.recipe.places import load_function
 from profuser.recipe.schema import JudgeConfig, SourceConfig
+from profuser.text.chat import ChatFormat
 from profuser.text.token_bytes import TokenBytesMismatch
 
 
@@ -33,7 +34,11 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     the function may call others there.
     """
     if config.model is not None:
-        return fingerprint(config.model)
+        files = fingerprint(config.model)
+        if config.chat_template is None:
+            return files
+        template = template_text(f"judge {config.name}", config.chat_template)
+        return hashlib.sha256(f"{files} {template}".encode()).hexdigest()[:16]
     assert config.function is not None
     code = config.function
     module = inspect.getmodule(load_function(config.function, f"judges: {config.name}: function"))
@@ -41,6 +46,35 @@ def judge_fingerprint(config: JudgeConfig) -> str:
         with contextlib.suppress(OSError, TypeError):  # a built-in or compiled module has no source code
             code = inspect.getsource(module)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def open_judge(config: JudgeConfig) -> None:
+    """Opens what a recipe names as a judge, without loading a model, so that what is wrong with it is found at the start.
+
+    Raises:
+        ConfigError: the function cannot be imported.
+        DataError: the reward model's files are missing or broken, it is of another kind, or it has no usable chat template.
+    """
+    if config.function is not None:
+        load_function(config.function, f"judges: {config.name}: function")
+    if config.model is not None:
+        open_reward_model(config.name, config.model, config.trust_remote_code)
+        reward_chat(config, config.model)
+
+
+def reward_chat(config: JudgeConfig, location: str) -> ChatFormat:
+    """Returns the chat format in which the reward model at `location` reads a conversation."""
+    source = SourceConfig(
+        name=f"judge {config.name}",
+        model=location,
+        chat_template=config.chat_template,
+        trust_remote_code=config.trust_remote_code,
+    )
+    try:
+        return chat_format(source)
+    except DataError as error:
+        prefix = "" if source.name in str(error) else f"{source.name}: "
+        raise DataError(f"{prefix}{error}") from error
 
 
 class Judge(Protocol):
@@ -128,7 +162,7 @@ class _Shown:
 def _reward_model_judge(config: JudgeConfig, location: str, device: torch.device | str) -> Judge:
     """Makes a judge of the reward model at `location`, which scores whole conversations."""
     model, tokenizer = load_reward_model(config.name, location, config.trust_remote_code, device)
-    chat = chat_format(SourceConfig(name=config.name, model=location), tokenizer)
+    chat = reward_chat(config, location)
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     # The model scores at the last token that is not padding, so that it must know the padding's id.
     if model.config.pad_token_id is None:

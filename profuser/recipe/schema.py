@@ -168,10 +168,30 @@ class JudgeConfig:
     """The directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME for a bundled one."""
     function: str | None = None
     """A function as `module:function`. `function(example, responses)` returns one score per response, NaN to abstain."""
+    chat_template: str | None = None
+    """A Jinja chat template, or the path of a .jinja file, for a reward model whose tokenizer has none, or to replace its own."""
+    floor: float | None = None
+    """A response that this judge scores below its floor cannot win, whatever the other judges say; null sets none."""
     batch_size: int = 32
     """How many responses a reward model scores at a time."""
     trust_remote_code: bool = False
     """Whether Python code from the model's repository may be run."""
+
+    def __post_init__(self) -> None:
+        if self.floor is not None and not math.isfinite(self.floor):
+            raise ConfigError(f"judges: {self.name}: floor must be finite, got {self.floor:g}; null sets none")
+        if self.chat_template is not None and self.model is None:
+            raise ConfigError(
+                f"judges: {self.name}: chat_template is for a reward model, a function has none; take it out"
+            )
+
+
+@dataclass(kw_only=True)
+class JudgingConfig:
+    """What the votes of the judges lead to."""
+
+    no_signal: Literal["skip", "ground_truth"] = "skip"
+    """What inference mode teaches on a prompt where no judge prefers any response: nothing, or the ground truth as in training mode."""
 
 
 @dataclass(kw_only=True)
@@ -331,6 +351,7 @@ class Recipe:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     judges: list[JudgeConfig] = field(default_factory=list)
     """The judges that vote in the inference mode. Without any, the schedule must not use that mode."""
+    judging: JudgingConfig = field(default_factory=JudgingConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     schedule: ScheduleName | list[StageConfig] = "progressive"

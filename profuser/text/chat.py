@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 PROMPT = "profuserPROMPTsentinel"
 RESPONSE = "profuserRESPONSEsentinel"
 
-FIX = "set `chat_template` for that source in the recipe, or write chat_template.jinja into the model's folder"
+FIX = "set `chat_template` for that source or judge in the recipe, or write chat_template.jinja into the model's folder"
 """What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
 
 
