@@ -94,7 +94,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     for key, config in (("target_before", recipe.target_config), ("fused", fused)):
         label = key.replace("_", " ")
         model = load_model(config, dtype, device)
-        chat = chat_format(config)
+        chat = chat_format(config, date=store.date)
         if key == "target_before" and recipe.target in answers:  # the target is a source, which has answered already
             answers[key] = answers[recipe.target]
         else:

@@ -195,7 +195,7 @@ class Preparation:
             missing = self.missing(kind)
             if not missing:
                 continue
-            score = load_judge(config, self.inputs.device)
+            score = load_judge(config, self.inputs.device, date=self.inputs.date)
             with Progress(f"{config.name}: score the responses", examples_in(missing), "prompts") as bar:
                 for part in missing:
                     candidates = candidates_of(self.store, self.inputs.source_names, part.number)

@@ -18,6 +18,7 @@ from profuser.store import layout
 from profuser.store.files import write_json
 from profuser.store.store import Store
 from profuser.text.fit import Verdict
+from profuser.text.template import conversation
 
 
 def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]) -> None:
@@ -190,11 +191,6 @@ def handled(inputs: Inputs, store: Store) -> dict[str, int]:
             any(has(row["prompt"]) or has(row["response"]) for has in held) for row in rows
         )
     return {name: n for name, n in counts.items() if n}
-
-
-def conversation(prompt: str, response: str) -> list[dict[str, str]]:
-    """Returns a prompt and a response as the two messages of a conversation."""
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
 def loser(candidates: Sequence[Candidate], votes: np.ndarray, winner: int) -> Candidate | None:

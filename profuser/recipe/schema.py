@@ -7,6 +7,7 @@ a recipe from YAML and the command line; `schedule.py` defines the named schedul
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -52,6 +53,14 @@ def check_names(key: str, names: Sequence[str]) -> None:
             raise ConfigError(f"{key}: a name may hold letters, digits, - _ and . only, got {name!r}; rename it")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{key}: names must differ, got {twice[0]!r} twice; rename one")
+
+
+def check_date(key: str, value: str) -> None:
+    """Raises ConfigError unless the value is a date."""
+    try:
+        datetime.date.fromisoformat(value)
+    except ValueError:
+        raise ConfigError(f"{key} must be a date such as 2026-07-31, got {value!r}; fix it or take it out") from None
 
 
 @dataclass(kw_only=True)
@@ -311,6 +320,8 @@ class Recipe:
     """The run directory; null means runs/NAME with the recipe's name."""
     seed: int = 0
     """The seed of everything random: the order of the data, and the responses that are sampled."""
+    date: str | None = None
+    """The date, as 2026-07-31, that chat templates get which write one; null means the day on which the store is begun."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
@@ -332,6 +343,8 @@ class Recipe:
             if (judge.model is None) == (judge.function is None):
                 raise ConfigError(f"judges: {judge.name} must have either model or function; set exactly one")
         check_not_negative("", self, "seed")
+        if self.date is not None:
+            check_date("date", self.date)
         if isinstance(self.schedule, list):
             if not self.schedule:
                 raise ConfigError(f"schedule must have at least one stage, got []; name one of {', '.join(SCHEDULES)}")

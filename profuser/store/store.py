@@ -15,6 +15,7 @@ store: `changes` only compares the settings, and `Store.build`, which profuser.p
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from profuser.recipe.compare import differing_keys
 from profuser.store.files import header_length, mapped, read_json, sha256, tensors_of, write_atomic, write_json
 from profuser.store.layout import Kind, kind_of
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST_KEYS = ("schema", "settings", "shards", "complete")
 
 
@@ -186,6 +187,11 @@ class Store:
             asked=old.votes["asked"] != settings.votes["asked"],
             targets=differing_keys(old.targets, settings.targets),
         )
+
+    @property
+    def date(self) -> datetime.date:
+        """The date that chat templates got when the store was made, and get wherever it is used."""
+        return datetime.date.fromisoformat(self.settings.sources["date"])
 
     @property
     def complete(self) -> bool:

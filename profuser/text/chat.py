@@ -14,14 +14,14 @@ it is always put in as it is.
 
 from __future__ import annotations
 
+import datetime
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING
 
 from profuser.errors import DataError
 from profuser.text.encoded import Encoded
+from profuser.text.template import ChatTemplate, conversation
 from profuser.text.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class ChatFormat:
         tokenizer: a Hugging Face tokenizer with a `tokenizers` backend and a chat template.
         end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`. None means the tokenizer's eos.
             The first control token that the template puts after a response has the role, too.
+        date: the date that the template gets; None means today.
     Attributes:
         end_ids: the ids with the role end of turn.
         end_id: the one of them with which the template closes the turn.
@@ -49,17 +50,19 @@ class ChatFormat:
             never ends the turn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int] | None = None):
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"a model needs a chat template, {name} has none; set `chat_template` for that source in the recipe"
-            )
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        end_ids: Sequence[int] | None = None,
+        date: datetime.date | None = None,
+    ):
+        self.template = ChatTemplate(tokenizer, date=date)
+        name = self.template.name
         self.tokenizer = tokenizer
         known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
         known = [i for i in known if i is not None]
         self.token_bytes = TokenBytes(tokenizer, control=known)
-        self._system = self._needs_system(name)
 
         # The frame, and whether the template strips the whitespace around a prompt.
         before, after, self._suffix = self._frame(name, PROMPT, RESPONSE)
@@ -150,35 +153,9 @@ class ChatFormat:
         prompt = prompt.lstrip() if self._strip_left else prompt
         return prompt.rstrip() if self._strip_right else prompt
 
-    def _render(self, *turns: tuple[str, str], generation: bool = False, system: bool | None = None) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        if self._system if system is None else system:
-            messages.insert(0, {"role": "system", "content": ""})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        return cast("str", text)
-
-    def _needs_system(self, name: str) -> bool:
-        """Whether the template renders only with a system message. If so, an empty one is given to it."""
-        try:
-            self._render(("user", PROMPT), ("assistant", RESPONSE), system=False)
-            return False
-        except Exception as error:
-            # A template's own refusals are TemplateErrors, but its code may raise anything.
-            if not isinstance(error, TemplateError):
-                raise DataError(
-                    f"{name}'s chat template must render, it raised {type(error).__name__}: {error}; fix it"
-                ) from None
-            try:
-                self._render(("user", PROMPT), ("assistant", RESPONSE), system=True)
-                return True
-            except TemplateError:
-                raise DataError(
-                    f"{name}'s chat template must render a user and an assistant message, got: {error}"
-                ) from error
-
     def _frame(self, name: str, prompt: str, response: str) -> tuple[str, str, str]:
         """The template's text before the prompt, between the prompt and the response, and after the response."""
-        text = self._render(("user", prompt), ("assistant", response))
+        text = self.template.text(conversation(prompt, response))
         if text.count(PROMPT) != 1 or text.count(RESPONSE) != 1 or text.index(PROMPT) > text.index(RESPONSE):
             raise DataError(
                 f"a chat template must show the prompt and then the response once each, {name}'s renders {text!r}; "
@@ -190,13 +167,14 @@ class ChatFormat:
 
     def _generation_frame(self, name: str) -> tuple[str, str]:
         """The text around the prompt when the response is still to come."""
-        text = self._render(("user", PROMPT), generation=True)
+        user = [{"role": "user", "content": PROMPT}]
+        text = self.template.text(user, generation=True)
         if text.count(PROMPT) != 1:
             raise DataError(
                 f"a chat template must show the prompt once, {name}'s renders {text!r}; set `chat_template` for that source"
             )
         before, after = text.split(PROMPT)
-        if text == self._render(("user", PROMPT)) and self._between.rstrip() != after.rstrip():
+        if text == self.template.text(user) and self._between.rstrip() != after.rstrip():
             # The template ignores add_generation_prompt.
             after = self._between.rstrip(" ")
         if before != self._before or not self._between.startswith(after.rstrip()):
