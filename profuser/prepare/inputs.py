@@ -160,6 +160,7 @@ class Inputs:
                     "files": fingerprint(source.model),
                     "revision": source.revision,
                     "template": template_hash(self.chats[source.name]),
+                    "reasoning": recipe.reasoning_of(source),
                 }
                 for source in recipe.sources
             },
@@ -170,7 +171,7 @@ class Inputs:
             },
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
             | {"max_length": recipe.data.max_length},
-            "generation": without(vars(recipe.generation), "batch_size")
+            "generation": without(vars(recipe.generation), "batch_size", "reasoning")
             | ({"seed": recipe.seed} if recipe.generation.temperature > 0 else {}),
             "capture": without(vars(recipe.capture), "batch_size") | {"dtype": self.dtype_name},
             "date": self.date.isoformat(),
@@ -222,6 +223,6 @@ def template_hash(chat: ChatFormat) -> str:
     return hashlib.sha256(str(chat.tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
-def without(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """Returns a copy of some settings without one key, which does not decide the store's content."""
-    return {k: v for k, v in settings.items() if k != key}
+def without(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Returns a copy of some settings without keys that do not decide the store's content, or do so in another place."""
+    return {k: v for k, v in settings.items() if k not in keys}

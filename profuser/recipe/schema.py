@@ -20,6 +20,8 @@ from profuser.recipe.places import is_path
 ScheduleName = Literal["progressive", "simultaneous", "reverse", "fusellm", "sft"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
+Reasoning = Literal["keep", "strip"]
+
 Split = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -77,6 +79,8 @@ class SourceConfig:
     """A Jinja chat template, or the path of a .jinja file. It is needed where the tokenizer has none, and replaces one it has."""
     trust_remote_code: bool = False
     """Whether Python code from the model's repository may be run."""
+    reasoning: Reasoning | None = None
+    """What becomes of the reasoning before this source's answers; null takes generation.reasoning."""
 
 
 @dataclass(kw_only=True)
@@ -122,6 +126,8 @@ class GenerationConfig:
     """Only the most probable tokens are sampled from, until they hold this share of the probability; 1 keeps all tokens."""
     batch_size: int = 16
     """How many prompts are answered at a time."""
+    reasoning: Reasoning = "keep"
+    """Whether the reasoning that a model writes before its answer (a think block, another channel) is a part of its response."""
 
     def __post_init__(self) -> None:
         check_positive("generation", self, "max_new_tokens", "batch_size", "responses_per_source", "top_p")
@@ -356,6 +362,10 @@ class Recipe:
         """The target's model: the source of that name or, where there is none, the model that `target` itself is."""
         by_name = {source.name: source for source in self.sources}
         return by_name.get(self.target) or SourceConfig(name="target", model=self.target)
+
+    def reasoning_of(self, source: SourceConfig) -> Reasoning:
+        """What becomes of the reasoning before a model's answers."""
+        return source.reasoning or self.generation.reasoning
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole recipe as nested plain values, defaults included."""

@@ -1,6 +1,6 @@
 """Conversations through a model's own chat template, with the response located exactly in bytes.
 
-The template is rendered once with sentinels in place of the prompt and the response. The text around the sentinels is the
+The template is rendered with sentinels in place of the prompt and the response. The text around the sentinels is the
 frame. A conversation is the frame with the real texts in it. It is tokenised as a whole, so that its ids are those that the
 model sees, with merges across the seams: in `[/INST] answer` the response begins with one token ` answer`, at byte -1 of
 the response. If a text contains the string of a control token, this string stays plain text, and only the template's own
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from profuser.errors import DataError
 from profuser.text.encoded import Encoded
+from profuser.text.reasoning import opening_of
 from profuser.text.template import ChatTemplate, conversation
 from profuser.text.token_bytes import TokenBytes
 
@@ -45,6 +46,7 @@ class ChatFormat:
         end_ids: the ids with the role end of turn.
         end_id: the one of them with which the template closes the turn.
         closing: the template's bytes between a response and the end of turn (" " for Llama-2, usually none).
+        opening: how the template opens the assistant's turn, and what reasoning may stand there.
     Raises:
         DataError: there is no chat template, or the template does not show the prompt and the response once each, or it
             never ends the turn.
@@ -71,6 +73,13 @@ class ChatFormat:
         self._strip_left = not padded_before.endswith(before + " \n")
         self._strip_right = not padded_after.startswith("\n " + after)
         self._generation = self._generation_frame(name)
+        self.opening = opening_of(
+            self.template,
+            finished=self._between,
+            generation=self._generation[1],
+            sentinels=(PROMPT, RESPONSE),
+            has_control=self.token_bytes.has_control,
+        )
 
         # The end of turn is the first control token after the response.
         ids = self.token_bytes.encode(before + PROMPT + after + RESPONSE + self._suffix)
@@ -109,12 +118,12 @@ class ChatFormat:
         # Put the texts into the frame, and find the bytes of each. The prompt is used in the form that its tokens hold,
         # because only the response must be kept byte by byte.
         prompt = self.token_bytes.seen(self._prompt(prompt))
-        suffix = self._suffix if complete else ""
-        parts = [(self._before, False), (prompt, True), (self._between, False), (response, True), (suffix, False)]
+        between, suffix = self.opening.before(response), self._suffix if complete else ""
+        parts = [(self._before, False), (prompt, True), (between, False), (response, True), (suffix, False)]
         text = "".join(part for part, _ in parts)
         prompt_begin = len(self._before.encode())
         prompt_end = prompt_begin + len(prompt.encode())
-        begin = prompt_end + len(self._between.encode())
+        begin = prompt_end + len(between.encode())
         end = begin + len(response.encode())
 
         # Tokenise the whole. If a control token covers a byte of the prompt or of the response, tokenise again in parts, so
