@@ -115,6 +115,16 @@ def test_other_columns_keep_the_types_of_json(tmp_path):
     assert (row["steps"], row["ok"], row["tags"]) == (2.5, True, ["x"])
 
 
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Json", "a.CSV"])
+def test_a_suffix_may_be_in_capitals(tmp_path, name):
+    rows = [{"prompt": "p", "response": "007"}]
+    (tmp_path / name).write_text("prompt,response\np,007\n" if name == "a.CSV" else json.dumps(rows))
+    if name == "a.JSONL":
+        (tmp_path / name).write_text(json.dumps(rows[0]) + "\n")
+    assert responses(tmp_path / name) == ["007"]
+    assert is_path(name)  # a file of this name that is missing is no data set of the Hub
+
+
 def test_a_csv_cell_may_be_long_and_hold_line_ends(tmp_path):
     text = "word\n" * 40000 + "end"
     (tmp_path / "a.csv").write_text(f'\ufeffprompt,response\np,"{text}"\n')

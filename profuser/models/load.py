@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import json
 import re
@@ -62,7 +63,7 @@ def template_text(name: str, template: str) -> str:
     Raises:
         DataError: the file is missing or not UTF-8.
     """
-    if not template.endswith((".jinja", ".jinja2")):
+    if not template.lower().endswith((".jinja", ".jinja2")):
         return template
     if not Path(template).is_file():
         raise DataError(
@@ -276,9 +277,12 @@ def load_reward_model(
     return model.to(device).eval(), tokenizer
 
 
-def chat_format(source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatFormat:
-    """Returns a source's chat format. Its end-of-turn tokens are the tokenizer's and those of the generation config."""
-    tokenizer = tokenizer or load_tokenizer(source)
+def chat_format(source: SourceConfig, *, date: datetime.date | None = None) -> ChatFormat:
+    """Returns a source's chat format. Its end-of-turn tokens are the tokenizer's and those of the generation config.
+
+    `date` is what its chat template gets; None means today.
+    """
+    tokenizer = load_tokenizer(source)
     ends = {tokenizer.eos_token_id}
     location, revision = weights_of(source)[0], source.revision or "main"
     try:
@@ -289,7 +293,7 @@ def chat_format(source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None 
             raise DataError(
                 f"{source.name}: generation_config.json cannot be read ({first_line(error)}); copy or download it again"
             ) from error
-    return ChatFormat(tokenizer, end_ids=sorted(ends - {None}))
+    return ChatFormat(tokenizer, end_ids=sorted(ends - {None}), date=date)
 
 
 def existing(location: str, name: str) -> str:
@@ -336,10 +340,10 @@ def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
 
 def gguf_file(path: Path, name: str) -> Path | None:
     """Returns the GGUF file of a model at `path`, or None for a model in any other form. `name` is for the error message."""
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         found = [path]
     elif path.is_dir() and not (path / "config.json").exists():
-        found = sorted(path.glob("*.gguf"))
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
     else:
         return None
     if parts := [f for f in found if re.search(r"-\d{5}-of-\d{5}$", f.stem)]:

@@ -6,6 +6,7 @@ disk.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +18,7 @@ import torch
 
 from profuser.errors import ConfigError, DataError
 from profuser.models.fingerprint import fingerprint
-from profuser.models.load import (
-    chat_format,
-    check_vocabulary,
-    default_device,
-    load_tokenizer,
-    open_model,
-    runtime_dtype,
-)
+from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash, load_examples
 from profuser.prepare.judges import judge_fingerprint, open_judge
 from profuser.recipe.parse import Run
@@ -65,6 +59,7 @@ class Inputs:
     name: the recipe's name. store_dir: the directory of the store. rows: the data by split.
     chats: the chat formats of the sources, by name. target: the chat format of the target.
     device: the device that the models run on.
+    date: the date that the chat templates get.
     """
 
     recipe: Recipe
@@ -74,6 +69,7 @@ class Inputs:
     chats: dict[str, ChatFormat]
     target: ChatFormat
     device: torch.device
+    date: datetime.date
 
     @classmethod
     def open(cls, run: Run) -> Inputs:
@@ -101,15 +97,17 @@ class Inputs:
         models = {model.name: model for model in (*recipe.sources, target)}
         configs = {name: open_model(model) for name, model in models.items()}
         rows = {split: load_split(recipe, split) for split in SPLITS if recipe.data.location(split) is not None}
-        chats = {source.name: chat_format(source, load_tokenizer(source)) for source in recipe.sources}
+        date = settled_date(recipe.date, run.store_dir)
+        chats = {source.name: chat_format(source, date=date) for source in recipe.sources}
         inputs = cls(
             recipe=recipe,
             name=run.name,
             store_dir=run.store_dir,
             rows=rows,
             chats=chats,
-            target=chats.get(recipe.target) or chat_format(target, load_tokenizer(target)),
+            target=chats.get(recipe.target) or chat_format(target, date=date),
             device=default_device(),
+            date=date,
         )
 
         # The head of a model has as many rows as its configuration says.
@@ -175,6 +173,7 @@ class Inputs:
                     "files": fingerprint(source.model),
                     "revision": source.revision,
                     "template": template_hash(self.chats[source.name]),
+                    "reasoning": recipe.reasoning_of(source),
                 }
                 for source in recipe.sources
             },
@@ -185,9 +184,10 @@ class Inputs:
             },
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
             | {"max_length": recipe.data.max_length},
-            "generation": without(vars(recipe.generation), "batch_size")
+            "generation": without(vars(recipe.generation), "batch_size", "reasoning")
             | ({"seed": recipe.seed} if recipe.generation.temperature > 0 else {}),
             "capture": without(vars(recipe.capture), "batch_size") | {"dtype": self.dtype_name},
+            "date": self.date.isoformat(),
         }
         votes = {
             "asked": [judge.name for judge in recipe.judges],
@@ -223,11 +223,23 @@ def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
+def settled_date(date: str | None, store_dir: Path) -> datetime.date:
+    """Returns the date that chat templates get: the recipe's `date`, or else the day on which the store was begun.
+
+    A preparation that goes on with a store on another day keeps the store's date, so that one store never holds two.
+    """
+    if date is not None:
+        return datetime.date.fromisoformat(date)
+    if (store_dir / "manifest.json").exists():
+        return datetime.date.fromisoformat(read_manifest(store_dir)["settings"]["sources"]["date"])
+    return datetime.date.today()
+
+
 def template_hash(chat: ChatFormat) -> str:
     """Returns a short hash of a chat template."""
     return hashlib.sha256(str(chat.tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
-def without(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """Returns a copy of some settings without one key, which does not decide the store's content."""
-    return {k: v for k, v in settings.items() if k != key}
+def without(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Returns a copy of some settings without keys that do not decide the store's content, or do so in another place."""
+    return {k: v for k, v in settings.items() if k not in keys}

@@ -17,7 +17,7 @@ BUNDLED_PREFIX = "demo:"
 """`demo:NAME` in a recipe stands for a file or folder of the bundled demo, wherever profuser is installed."""
 
 FILE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gguf"}
-"""A name with one of these endings is always taken for a file, never for a Hub id."""
+"""A name with one of these endings, in small or capital letters, is always taken for a file, never for a Hub id."""
 
 COMPRESSIONS = {".gz", ".bz2", ".zst"}
 """Endings that may follow one of a data file: those of the compressions that pyarrow recognises by them."""
