@@ -49,7 +49,8 @@ def whole_ranges(N: int, V: int):
     zeros = torch.zeros(N, dtype=torch.long)
     map_begin = torch.randint(MAPS, (N,), generator=g) * V
     ranges = torch.arange(N), zeros, zeros + V, torch.randperm(V, generator=g), map_begin, maps.flatten()
-    return tuple(x.to(DEVICE) for x in ranges)
+    rows, lo, hi, order, map_begin, mapped = (x.to(DEVICE) for x in ranges)
+    return rows, lo, hi, order, map_begin, mapped
 
 
 IMPLEMENTATIONS = {"profuser": source_topk, "profuser-merged": merged, "torch-full": full}
