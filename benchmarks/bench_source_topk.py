@@ -50,10 +50,8 @@ def whole_ranges(
     maps[shared] = torch.randint(256, (int(shared.sum()),), generator=g)
     zeros = torch.zeros(N, dtype=torch.long)
     map_begin = torch.randint(MAPS, (N,), generator=g) * V
-    order = torch.randperm(V, generator=g)
-    rows, lo, hi, order, map_begin, mapped = (
-        x.to(DEVICE) for x in (torch.arange(N), zeros, zeros + V, order, map_begin, maps.flatten())
-    )
+    ranges = torch.arange(N), zeros, zeros + V, torch.randperm(V, generator=g), map_begin, maps.flatten()
+    rows, lo, hi, order, map_begin, mapped = (x.to(DEVICE) for x in ranges)
     return rows, lo, hi, order, map_begin, mapped
 
 

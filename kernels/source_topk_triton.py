@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from .source_topk_triton_kernels import GROUP, _range_kernel, _reduce_kernel, _select_kernel
-from .source_topk_triton_merge import Merger, plan_merges
+from .source_topk_triton_merge import Merger, plan_merges, without_mapped
 
 
 def topk_rows(
@@ -42,24 +42,22 @@ def topk_rows(
     row_max, log_sum = (labels.new_empty(chunk, dtype=torch.float32) for _ in range(2))
     maxima = labels.new_empty(chunk, groups, dtype=torch.float32)
     found = [ids, logprobs, lse, ce]
-    R, asked_for, order_size, map_size = 0, [], 0, 0
+    unmapped = []
     if ranges is not None:
         # A range whose row is in no chunk is never written by a kernel, and keeps these values.
         R = len(ranges[0])
         found += [labels.new_full((R, k), -1, dtype=torch.int32)]
         found += [labels.new_full(shape, torch.nan, dtype=torch.float32) for shape in ((R, k), (R,))]
-        rows_of_ranges, lo, hi, vocab_order, *maps = (x.contiguous() for x in ranges)
-        map_begin, mapped = maps or (None, vocab_order[:0])
-        asked_for = [rows_of_ranges, lo, hi, vocab_order, map_begin]
-        order_size, map_size = len(vocab_order), len(mapped)
+        ranges = tuple(x.contiguous() for x in ranges)
+        unmapped = ranges if len(ranges) == 4 else without_mapped(*ranges)
     elementwise = {
         "temperature": temperature,
         "softcap": softcap,
         "logit_scale": None if logit_scale == 1 else logit_scale,
     }
     with torch.cuda.device_of(labels):
-        merges = plan_merges(vocab_map, ranges, N, vocabulary) if vocab_map is not None or map_size else []
-        merger = Merger(merges, asked_for, found, chunk, vocabulary, elementwise) if merges else None
+        merges = plan_merges(vocab_map, ranges, N, vocabulary)
+        merger = Merger(merges, ranges, found, chunk, vocabulary, elementwise) if merges else None
         for begin in range(0, N, chunk):
             rows = slice(begin, min(begin + chunk, N))
             z = logits(rows)
@@ -73,11 +71,11 @@ def topk_rows(
                     *raw, maxima, row_max, log_sum, ids[rows], logprobs[rows], None, None, None, None, 0, len(z),
                     vocabulary, groups, k, **elementwise, K=K, BLOCK_S=max(K, triton.next_power_of_2(supers)), num_warps=4,
                 )  # fmt: skip
-            if R:
+            if len(unmapped) and len(unmapped[0]):
                 # Every chunk launches one program per range, and most return at once. To find a chunk's own ranges, the host
                 # would have to wait for the device.
-                _range_kernel[(R,)](
-                    *raw, row_max, log_sum, *asked_for, *found[4:], begin, len(z), order_size, map_size, k,
+                _range_kernel[(len(unmapped[0]),)](
+                    *raw, row_max, log_sum, *unmapped, *found[4:], begin, len(z), len(unmapped[3]), k,
                     **elementwise, V=vocabulary, K=K, BLOCK=1024, num_warps=4,
                 )  # fmt: skip
             if merger is not None:

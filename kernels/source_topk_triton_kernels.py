@@ -252,7 +252,7 @@ def _select_kernel(
     tl.store(logprobs_ptr + out * k + slot, logprobs, mask=slot < k)
 
 
-@triton.jit(do_not_specialize=["first_row", "chunk_rows", "order_size", "map_size"])
+@triton.jit(do_not_specialize=["first_row", "chunk_rows", "order_size"])
 def _range_kernel(
     logits_ptr,  # (C, W) raw
     width,  # W >= V, columns of a row
@@ -263,14 +263,12 @@ def _range_kernel(
     lo_ptr,  # (R,)
     hi_ptr,  # (R,)
     order_ptr,  # (order_size,)
-    map_begin_ptr,  # (R,) or None
     ids_ptr,  # (R, k) out
     logprobs_ptr,  # (R, k) out
     logmass_ptr,  # (R,) out
     first_row,
     chunk_rows,
     order_size,
-    map_size,
     k,
     temperature,
     softcap,
@@ -281,21 +279,16 @@ def _range_kernel(
 ):
     r = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + r).to(tl.int64) - first_row
+    if (row < 0) | (row >= chunk_rows):
+        return
     lo = tl.load(lo_ptr + r).to(tl.int64)
     hi = tl.load(hi_ptr + r).to(tl.int64)
-    wrong = (lo < 0) | (lo > hi) | (hi > order_size)
-    skipped = (row < 0) | (row >= chunk_rows)
-    if map_begin_ptr is not None:
-        map_begin = tl.load(map_begin_ptr + r).to(tl.int64)
-        wrong = wrong | (map_begin < -1) | ((map_begin >= 0) & (map_begin + hi - lo > map_size))
-        skipped = skipped | ((map_begin >= 0) & (lo < hi) & (wrong == 0))  # the merging kernels write those
-    if skipped:
-        return
     row_ptr = logits_ptr + row * width
     row_max = tl.load(row_max_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
     inverse = 1.0 / temperature
 
+    wrong = (lo < 0) | (lo > hi) | (hi > order_size)
     position = tl.where(wrong, hi, lo)  # a wrong range is an empty one, its mass NaN
     top = tl.full([BLOCK], FLOOR, tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)

@@ -123,6 +123,17 @@ def plan_merges(vocab_map: Tensor | None, ranges: tuple[Tensor, ...] | None, N: 
     return merges
 
 
+def without_mapped(
+    rows: Tensor, lo: Tensor, hi: Tensor, vocab_order: Tensor, map_begin: Tensor, mapped: Tensor
+) -> tuple[Tensor, ...]:
+    """The ranges as `_range_kernel` is to see them: without those that are merged, and those that exceed their map as wrong."""
+    lo, hi, map_begin = lo.long(), hi.long(), map_begin.long()
+    fits = (map_begin == -1) | ((map_begin >= 0) & (map_begin <= len(mapped) - (hi - lo)))
+    merged = fits & (map_begin >= 0) & (lo < hi)
+    # No chunk has row -1. A range that begins at -1 is out of bounds.
+    return torch.where(merged, -1, rows.long()), torch.where(fits, lo, -1), hi, vocab_order
+
+
 def numbers_of(*columns: Tensor) -> list[tuple[int, ...]]:
     """The rows of a table of whole numbers, read from the device."""
     return [tuple(numbers) for numbers in torch.stack([x.long() for x in columns], 1).tolist()]
@@ -139,7 +150,7 @@ class Merger:
     def __init__(
         self,
         merges: list[Merge],
-        ranges: list[Tensor | None],
+        ranges: tuple[Tensor, ...] | None,
         found: list[Tensor],
         chunk: int,
         vocabulary: int,
@@ -183,6 +194,7 @@ class Merger:
             in_chunk = (0, items)
         else:
             which = merge.which[part]
+            assert self.ranges is not None
             of_which, lo, hi, *_ = self.ranges
             out_ids, out_logprobs, logmass = self.found[4:]
         own_labels, own_mass = (labels, logmass) if merge.own_map else (None, None)

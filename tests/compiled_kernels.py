@@ -145,9 +145,8 @@ def source_topk_kernels() -> dict[str, Kernel]:
 
     def of_range(V, k, **changes):
         pointers = {f"{name}_ptr": "*i64" for name in ("rows", "lo", "hi", "order")} | {"logmass_ptr": "*fp32"}
-        numbers = dict.fromkeys(("order_size", "map_size"), "i32")
-        fixed = {"map_begin_ptr": None, "V": V, "K": sizes(V, k)[2], "BLOCK": 1024}
-        arguments = row | kept | pointers | chunk | numbers | fixed | changes
+        fixed = {"order_size": "i32", "V": V, "K": sizes(V, k)[2], "BLOCK": 1024}
+        arguments = row | kept | pointers | chunk | fixed | changes
         return Kernel(function=source._range_kernel, arguments=arguments, multiples_of_16=("width",))
 
     def merge(V, **changes):
@@ -176,15 +175,13 @@ def source_topk_kernels() -> dict[str, Kernel]:
         "select V=262144, k=128, all options": select(262144, 128, **everything),
         "range V=128256, k=10": of_range(128256, 10),
         "range V=128256, k=128, all options": of_range(128256, 128, **everything),
-        "range beside ranges with maps, k=10": of_range(128256, 10, map_begin_ptr="*i64"),
         "merge of rows, V=128256": merge(128256),
         "merge of ranges, V=128256": merge(128256, **own_map),
         "merge of ranges, V=128256, all options": merge(128256, **own_map, **everything),
         "merge of ranges without a map of their own, all options": merge(50257, **positions, **everything),
         "reduce of merged rows": merged_reduce(128256),
         "reduce of merged ranges, all options": merged_reduce(128256, **own_mass, **everything),
-        "select of merged rows, k=10": select(128256, 10, segment_ids_ptr="*i32"),
-        "select of merged ranges, k=128": select(262144, 128, segment_ids_ptr="*i32", logmass_ptr="*fp32", **of_ranges),
+        "select of merged ranges, k=10": select(128256, 10, segment_ids_ptr="*i32", logmass_ptr="*fp32", **of_ranges),
     }
 
 
