@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 PROMPT = "profuserPROMPTsentinel"
 RESPONSE = "profuserRESPONSEsentinel"
 
+FIX = "set `chat_template` for that source or judge in the recipe, or put a chat_template.jinja beside its tokenizer"
+
 
 class ChatFormat:
     """Prompts and responses in the chat template of one tokenizer.
@@ -52,9 +54,7 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int] | None = None):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.chat_template:
-            raise DataError(
-                f"a model needs a chat template, {name} has none; set `chat_template` for that source or judge in the recipe"
-            )
+            raise DataError(f"a model needs a chat template, {name} has none; {FIX}")
         self.tokenizer = tokenizer
         known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
         known = [i for i in known if i is not None]
@@ -77,8 +77,7 @@ class ChatFormat:
         closing_id = next((i for i in following if i in known or i in self.token_bytes.specials), None)
         if closing_id is None:
             raise DataError(
-                f"a chat template must close the assistant's turn with an end token, {name}'s ends in {self._suffix!r}; "
-                "set `chat_template` for that source or judge in the recipe"
+                f"a chat template must close the assistant's turn with an end token, {name}'s ends in {self._suffix!r}; {FIX}"
             )
         self.end_id: int = closing_id
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([*known, closing_id]))
@@ -181,8 +180,7 @@ class ChatFormat:
         text = self._render(("user", prompt), ("assistant", response))
         if text.count(PROMPT) != 1 or text.count(RESPONSE) != 1 or text.index(PROMPT) > text.index(RESPONSE):
             raise DataError(
-                f"a chat template must show the prompt and then the response once each, {name}'s renders {text!r}; "
-                "set `chat_template` for that source or judge in the recipe"
+                f"a chat template must show the prompt and then the response once each, {name}'s renders {text!r}; {FIX}"
             )
         before, rest = text.split(PROMPT)
         between, after = rest.split(RESPONSE)
@@ -192,9 +190,7 @@ class ChatFormat:
         """The text around the prompt when the response is still to come."""
         text = self._render(("user", PROMPT), generation=True)
         if text.count(PROMPT) != 1:
-            raise DataError(
-                f"a chat template must show the prompt once, {name}'s renders {text!r}; set `chat_template` for that source or judge"
-            )
+            raise DataError(f"a chat template must show the prompt once, {name}'s renders {text!r}; {FIX}")
         before, after = text.split(PROMPT)
         if text == self._render(("user", PROMPT)) and self._between.rstrip() != after.rstrip():
             # The template ignores add_generation_prompt.
