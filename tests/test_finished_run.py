@@ -102,6 +102,28 @@ def test_fresh_moves_nothing_before_it_can_start_over():
     assert (RUN / "model.safetensors").exists()
 
 
+def test_a_fresh_preparation_moves_nothing_before_its_recipe_can_be_opened():
+    before = store_files()
+    code, _, err = run("prepare", "--config", "recipe.yaml", "--fresh", "--data.train", "missing.jsonl")
+    assert code == 3, err
+    assert store_files() == before
+
+
+def test_nothing_in_use_is_moved_for_a_fresh_start():
+    before = store_files()
+    with hold(Path(STORE), "store", {}, lambda *_: [], writes=False):
+        code, _, err = run("prepare", "--config", "recipe.yaml", "--fresh")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "in use by process" in err
+    with hold(RUN, "run", {}, lambda *_: [], writes=True):
+        code, _, err = run(*TRAIN, "--fresh")
+    assert code == 2
+    assert "in use by process" in err
+    assert store_files() == before
+    assert (RUN / "model.safetensors").exists()
+
+
 def test_the_time_of_every_session_counts():
     shutil.rmtree(RUN / "checkpoints")
     record = json.loads((RUN / "run.json").read_text())

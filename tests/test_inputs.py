@@ -128,6 +128,15 @@ def test_the_printed_fix_for_a_judge_without_a_template_works(prepared, tmp_path
     assert len(set(prints)) == 3
 
 
+def test_the_printed_fix_for_a_target_that_is_no_source_works_too(prepared, tmp_path):
+    """Such a target has no key for a template in the recipe."""
+    _, run, _ = prepared
+    target = damaged("scholar", without_template, tmp_path)
+    refused(run, tmp_path, "put a chat_template.jinja beside its tokenizer", target=target)
+    shutil.copy(Path(resolve("demo:scholar")) / "chat_template.jinja", target)
+    Inputs.open(replace(run, recipe=replace(run.recipe, target=target)))
+
+
 def test_a_judges_template_that_is_not_there_is_named(prepared, tmp_path):
     _, run, _ = prepared
     judge = JudgeConfig(name="rm", model="demo:judge-a", chat_template="nowhere.jinja")

@@ -19,7 +19,7 @@ from profuser.errors import DataError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIX = "set `chat_template` for that source or judge in the recipe, or write chat_template.jinja into the model's folder"
+FIX = "set `chat_template` for that source or judge in the recipe, or put a chat_template.jinja beside its tokenizer"
 """What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
 
 Message = dict[str, str]
