@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from profuser.alignment.ranges import ranges_needed
@@ -104,6 +104,27 @@ def sentencepiece(size: int, scheme: str) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(config))
 
 
+@functools.cache
+def gemma(size: int) -> Tokenizer:
+    """A BPE as in Gemma: its runs of spaces and of line ends are added tokens, and plain spaces reach those of spaces."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁{2,}|\n+|▁?[^▁\n]+"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bytes_ = [f"<0x{b:02X}>" for b in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<unk>", *CONTROL, *bytes_], limit_alphabet=80, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    config = json.loads(tokenizer.to_str())
+    config["added_tokens"] = [t for t in config["added_tokens"] if not t["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps(config))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    runs = sorted(token for token in tokenizer.get_vocab() if len(token) > 1 and set(token) in ({"▁"}, {"\n"}))
+    tokenizer.add_tokens([AddedToken(run, normalized=False) for run in runs])
+    return tokenizer
+
+
 def chained(*words: str, split: bool = True) -> Tokenizer:
     """A byte-level BPE that builds each word from left to right, earlier words first.
 
@@ -162,6 +183,7 @@ SMALL = {
     "metaspace always": lambda: sentencepiece(640, "always"),
     "metaspace never": lambda: sentencepiece(600, "never"),
     "llama-2 prepend": lambda: sentencepiece(700, "prepend"),
+    "gemma": lambda: gemma(640),
 }
 
 

@@ -134,6 +134,8 @@ SMALL_PAIRS = [
     ("metaspace first", "byte-level"),
     ("metaspace always", "llama-2 prepend"),
     ("llama-2 prepend", "byte-level"),
+    ("gemma", "byte-level"),
+    ("byte-level", "gemma"),
 ]
 REAL_PAIRS = [*PAIRS, ("deepseek_v3", "qwen2"), ("mistral_v1", "gpt2")]
 REAL_TEMPLATE = {"llama2": "llama2", "qwen2": "chatml"}

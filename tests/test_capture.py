@@ -126,7 +126,7 @@ def test_a_batched_greedy_answer_is_the_models_own(source):
     model, chat = source
     prompts = [p for p, _ in PAIRS]
     answers = generate(model, chat, prompts, RecipeGeneration(max_new_tokens=24, batch_size=3), max_length=256)
-    for prompt, ((text, finished),) in zip(prompts, answers):
+    for prompt, ((text, finished, _),) in zip(prompts, answers):
         ids = torch.tensor([chat.prompt_ids(prompt)])
         config = GenerationConfig(
             max_new_tokens=24,
@@ -144,7 +144,7 @@ def test_a_batched_greedy_answer_is_the_models_own(source):
 def test_an_overlong_prompt_gets_an_empty_answer(source):
     model, chat = source
     answers = generate(model, chat, ["word " * 50, "Hi"], RecipeGeneration(max_new_tokens=2), max_length=30)
-    assert answers[0] == [("", True)]
+    assert answers[0] == [("", True, Verdict.OK)]
 
 
 def test_the_room_for_an_answer_does_not_depend_on_the_batch(source):

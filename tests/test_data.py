@@ -6,6 +6,7 @@ import pytest
 
 from profuser.errors import DataError
 from profuser.prepare.data import load_examples
+from profuser.recipe.places import is_path
 from profuser.recipe.schema import DataConfig
 
 TEXTS = ["007", "1.50", "1e5", "NA", "2024-03-01", "true", "a\u2028b"]
@@ -22,6 +23,16 @@ def test_texts_that_look_like_something_else_stay_texts(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,response\n" + "".join(f'p,"{text}"\n' for text in TEXTS))
     for suffix in ("jsonl", "json", "csv"):
         assert responses(tmp_path / f"a.{suffix}") == TEXTS, suffix
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Json", "a.CSV"])
+def test_a_suffix_may_be_in_capitals(tmp_path, name):
+    rows = [{"prompt": "p", "response": "007"}]
+    (tmp_path / name).write_text("prompt,response\np,007\n" if name == "a.CSV" else json.dumps(rows))
+    if name == "a.JSONL":
+        (tmp_path / name).write_text(json.dumps(rows[0]) + "\n")
+    assert responses(tmp_path / name) == ["007"]
+    assert is_path(name)  # a file of this name that is missing is no data set of the Hub
 
 
 def test_a_csv_cell_may_be_long_and_hold_line_ends(tmp_path):

@@ -1,6 +1,7 @@
 """The same command on a complete run: what is still right stays, and the rest is made again or refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,24 @@ def test_a_complete_run_is_left_alone():
     assert "is complete already" in out
     assert "scoring again" not in out
     assert {path: path.stat().st_mtime_ns for path in RUN.glob("*.safetensors")} == before
+
+
+def test_every_file_has_the_mode_that_the_umask_asks_for():
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [path for path in Path("runs").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".html", ".parquet"}
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~mask)}
+
+
+def test_a_stricter_umask_is_respected_too():
+    (RUN / "model.safetensors").unlink()
+    before = os.umask(0o027)
+    try:
+        assert run(*TRAIN)[0] == 0
+    finally:
+        os.umask(before)
+    assert (RUN / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_paths_spelt_out_are_the_same_run():
@@ -172,7 +191,7 @@ def test_a_store_of_an_older_schema_is_named_with_the_command_that_makes_it_anew
         code, _, err = run(*LOOKING[command])
         assert code == 3
         assert err.count("\n") == 1
-        assert "has schema 3, this version reads 4" in err
+        assert "has schema 3, this version reads 5" in err
         assert "python -m profuser.prepare --fresh" in err
 
 

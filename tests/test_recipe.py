@@ -66,6 +66,7 @@ def test_every_bundled_recipe_parses(recipe):
         ({"optim": {"betas": [1.5, 0.9]}}, "optim.betas"),
         ({"optim": {"log_every": 0}}, "optim.log_every"),
         ({"seed": -1}, "seed"),
+        ({"date": "31.7.2026"}, "date must be a date such as"),
     ],
 )
 def test_a_wrong_recipe_names_the_key(tmp_path, change, expected):

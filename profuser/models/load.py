@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib.util
 import re
 from functools import partial
@@ -47,7 +48,7 @@ def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
         ) from error
     if source.chat_template is not None:
         template = Path(source.chat_template)
-        is_file = source.chat_template.endswith((".jinja", ".jinja2"))
+        is_file = source.chat_template.lower().endswith((".jinja", ".jinja2"))
         if is_file and not template.is_file():
             raise DataError(
                 f"{source.name}: chat_template must be a template or an existing .jinja file, got {template}"
@@ -126,15 +127,18 @@ def load_reward_model(
     return model.to(device).eval(), tokenizer
 
 
-def chat_format(source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatFormat:
-    """Returns a source's chat format. Its end-of-turn tokens are the tokenizer's and those of the generation config."""
-    tokenizer = tokenizer or load_tokenizer(source)
+def chat_format(source: SourceConfig, *, date: datetime.date | None = None) -> ChatFormat:
+    """Returns a source's chat format. Its end-of-turn tokens are the tokenizer's and those of the generation config.
+
+    `date` is what its chat template gets; None means today.
+    """
+    tokenizer = load_tokenizer(source)
     ends = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):  # not every model has a generation config
         revision = source.revision or "main"
         eos = GenerationConfig.from_pretrained(weights_of(source)[0], revision=revision).eos_token_id
         ends |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
-    return ChatFormat(tokenizer, end_ids=sorted(ends - {None}))
+    return ChatFormat(tokenizer, end_ids=sorted(ends - {None}), date=date)
 
 
 def existing(location: str, name: str) -> str:
@@ -181,10 +185,10 @@ def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
 
 def gguf_file(path: Path, name: str) -> Path | None:
     """Returns the GGUF file of a model at `path`, or None for a model in any other form. `name` is for the error message."""
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         found = [path]
     elif path.is_dir() and not (path / "config.json").exists():
-        found = sorted(path.glob("*.gguf"))
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
     else:
         return None
     if parts := [f for f in found if re.search(r"-\d{5}-of-\d{5}$", f.stem)]:

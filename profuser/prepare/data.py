@@ -42,10 +42,10 @@ def load_examples(config: DataConfig, location: str, limit: int | None = None) -
         if not path.is_file():
             data_set: Any = datasets.load_dataset(str(path) if path.is_dir() else location, split="train")
             table = list(data_set)
-        elif path.suffix not in DATA_FILES:
+        elif path.suffix.lower() not in DATA_FILES:
             raise DataError(f"data must be {', '.join(DATA_FILES)}, got {location}; convert it")
         else:
-            table = DATA_FILES[path.suffix](path)
+            table = DATA_FILES[path.suffix.lower()](path)
     except DataError:
         raise
     except Exception as error:  # pyarrow, csv, json and datasets each raise their own kinds for a broken file
@@ -139,7 +139,7 @@ def _object(value: object) -> dict:
 
 
 DATA_FILES = {".jsonl": read_jsonl, ".json": read_json_list, ".csv": read_csv, ".parquet": read_parquet}
-"""The reader of a data file by the file's suffix."""
+"""The reader of a data file by the file's suffix, which may also be in capitals."""
 
 
 def _text(value: object, column: str, row: int, location: str) -> str:

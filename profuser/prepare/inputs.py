@@ -5,6 +5,7 @@ Opening these inputs reads the data and the tokenizers. It loads no model and ch
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from profuser.errors import ConfigError, DataError
 from profuser.models.fingerprint import fingerprint
-from profuser.models.load import chat_format, default_device, load_tokenizer, runtime_dtype
+from profuser.models.load import chat_format, default_device, runtime_dtype
 from profuser.prepare.data import Row, data_hash, load_examples
 from profuser.prepare.judges import judge_fingerprint
 from profuser.recipe.parse import Run
@@ -54,6 +55,7 @@ class Inputs:
     name: the recipe's name. store_dir: the directory of the store. rows: the data by split.
     chats: the chat formats of the sources, by name. target: the chat format of the target.
     device: the device that the models run on. dtype_name: the arithmetic of the sources, which is no longer "auto".
+    date: the date that the chat templates get.
     """
 
     recipe: Recipe
@@ -64,6 +66,7 @@ class Inputs:
     target: ChatFormat
     device: torch.device
     dtype_name: str
+    date: datetime.date
 
     @classmethod
     def open(cls, run: Run) -> Inputs:
@@ -89,7 +92,8 @@ class Inputs:
         # The data and the tokenizers.
         device = default_device()
         rows = {split: load_split(recipe, split) for split in SPLITS if recipe.data.location(split) is not None}
-        chats = {source.name: chat_format(source, load_tokenizer(source)) for source in recipe.sources}
+        date = settled_date(recipe.date, run.store_dir)
+        chats = {source.name: chat_format(source, date=date) for source in recipe.sources}
         target = recipe.target_config
         inputs = cls(
             recipe=recipe,
@@ -97,9 +101,10 @@ class Inputs:
             store_dir=run.store_dir,
             rows=rows,
             chats=chats,
-            target=chats.get(recipe.target) or chat_format(target, load_tokenizer(target)),
+            target=chats.get(recipe.target) or chat_format(target, date=date),
             device=device,
             dtype_name=settled_dtype(recipe.capture.dtype, run.store_dir, device),
+            date=date,
         )
 
         # Without a ground truth the default match has nothing to compare an answer with.
@@ -155,6 +160,7 @@ class Inputs:
                     "files": fingerprint(source.model),
                     "revision": source.revision,
                     "template": template_hash(self.chats[source.name]),
+                    "reasoning": recipe.reasoning_of(source),
                 }
                 for source in recipe.sources
             },
@@ -165,9 +171,10 @@ class Inputs:
             },
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
             | {"max_length": recipe.data.max_length},
-            "generation": without(vars(recipe.generation), "batch_size")
+            "generation": without(vars(recipe.generation), "batch_size", "reasoning")
             | ({"seed": recipe.seed} if recipe.generation.temperature > 0 else {}),
             "capture": without(vars(recipe.capture), "batch_size") | {"dtype": self.dtype_name},
+            "date": self.date.isoformat(),
         }
         votes = {
             "asked": [judge.name for judge in recipe.judges],
@@ -199,11 +206,23 @@ def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
+def settled_date(date: str | None, store_dir: Path) -> datetime.date:
+    """Returns the date that chat templates get: the recipe's `date`, or else the day on which the store was begun.
+
+    A preparation that goes on with a store on another day keeps the store's date, so that one store never holds two.
+    """
+    if date is not None:
+        return datetime.date.fromisoformat(date)
+    if (store_dir / "manifest.json").exists():
+        return datetime.date.fromisoformat(read_manifest(store_dir)["settings"]["sources"]["date"])
+    return datetime.date.today()
+
+
 def template_hash(chat: ChatFormat) -> str:
     """Returns a short hash of a chat template."""
     return hashlib.sha256(str(chat.tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
-def without(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """Returns a copy of some settings without one key, which does not decide the store's content."""
-    return {k: v for k, v in settings.items() if k != key}
+def without(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Returns a copy of some settings without keys that do not decide the store's content, or do so in another place."""
+    return {k: v for k, v in settings.items() if k not in keys}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +42,7 @@ from profuser.prepare.votes import NOBODY, Ballots, candidates_of, count_votes
 from profuser.progress import Progress
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import SourceConfig, Split
+from profuser.recipe.schema import Reasoning, SourceConfig, Split
 from profuser.store import layout
 from profuser.store.layout import Kind
 from profuser.store.store import Store
@@ -61,6 +62,7 @@ class LoadedSource:
     model: PreTrainedModel
     head: Head
     byte_order: ByteOrder
+    reasoning: Reasoning
 
 
 def prepare(run: Run) -> Store:
@@ -122,10 +124,13 @@ class Preparation:
                     for part in parts:
                         fitted = part.of(self.inputs.fitted[split])
                         self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
+            left_out: Counter[Verdict] = Counter()
             with Progress(f"{source.name}: answer the prompts", to_answer, "prompts") as bar:
                 for split, parts in answers.items():
                     for part in parts:
-                        self._answer(split, part, loaded, bar)
+                        left_out += self._answer(split, part, loaded, bar)
+            if line := self._left_out(source, left_out):
+                print(line, flush=True)
             del loaded  # frees the memory before the next source is loaded
 
     def _load(self, source: SourceConfig) -> LoadedSource:
@@ -133,10 +138,15 @@ class Preparation:
         model = load_model(source, self.inputs.dtype, self.inputs.device)
         head, chat = head_of(model), self.inputs.chats[source.name]
         check_vocabulary(source.name, chat, head.weight)
-        return LoadedSource(source.name, chat, model, head, ByteOrder(chat.token_bytes, head.weight.shape[0]))
+        order = ByteOrder(chat.token_bytes, head.weight.shape[0])
+        return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source))
 
-    def _answer(self, split: Split, part: Part, source: LoadedSource, bar: Progress) -> None:
-        """Writes one shard of a source's responses to the prompts of a part."""
+    def _answer(self, split: Split, part: Part, source: LoadedSource, bar: Progress) -> Counter[Verdict]:
+        """Writes one shard of a source's responses to the prompts of a part.
+
+        Returns:
+            How many of them the training has to leave out although they are finished, by the reason.
+        """
         generation = self.recipe.generation
         answers = generate(
             source.model,
@@ -146,9 +156,21 @@ class Preparation:
             max_length=self.recipe.data.max_length,
             seed=self.recipe.seed + part.first,
             responses=generation.responses_per_source if split == "train" else 1,
+            reasoning=source.reasoning,
             progress=bar.update,
         )
         self.store.put_json(layout.responses(split, source.name), part.number, answers, examples=len(part))
+        finished = [r for of_prompt in answers for r in of_prompt if r.finished and split == "train"]
+        return Counter(r.verdict for r in finished if r.verdict != Verdict.OK)
+
+    def _left_out(self, source: SourceConfig, verdicts: Counter[Verdict]) -> str:
+        """Returns the line that says which of a source's responses are left out, and what helps; it is empty without any."""
+        if not verdicts:
+            return ""
+        found = "; ".join(f"{n} x {verdict.label}" for verdict, n in sorted(verdicts.items()))
+        keeps = self.recipe.reasoning_of(source) == "keep" and Verdict.CONTROL in verdicts
+        fix = "; `reasoning: strip` for this source drops what stands before an answer" if keeps else ""
+        return f"{source.name}: {found}{fix}"
 
     def _capture(self, kind: Kind, part: Part, source: LoadedSource, fitted: Sequence[Fitted], bar: Progress) -> None:
         """Writes one shard of captures: what a source says about one text per example of a part.
@@ -195,7 +217,7 @@ class Preparation:
             missing = self.missing(kind)
             if not missing:
                 continue
-            score = load_judge(config, self.inputs.device)
+            score = load_judge(config, self.inputs.device, date=self.inputs.date)
             with Progress(f"{config.name}: score the responses", examples_in(missing), "prompts") as bar:
                 for part in missing:
                     candidates = candidates_of(self.store, self.inputs.source_names, part.number)

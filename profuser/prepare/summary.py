@@ -18,6 +18,7 @@ from profuser.store import layout
 from profuser.store.files import write_json
 from profuser.store.store import Store
 from profuser.text.fit import Verdict
+from profuser.text.template import conversation
 
 
 def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]) -> None:
@@ -54,8 +55,13 @@ def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Ma
             summary["judges"][judge.name] = {
                 name: float(shares[ballots.places_of(source)].sum()) for source, name in enumerate(names)
             }
-        if unusable := sum(not c.eligible for of_prompt in ballots.candidates for c in of_prompt):
-            summary["handled"]["empty or unfinished response of a source, kept from the judges"] = unusable
+        unusable = Counter(
+            c.left_out or "empty or unfinished response of a source, kept from the judges"
+            for of_prompt in ballots.candidates
+            for c in of_prompt
+            if not c.eligible
+        )
+        summary["handled"] |= unusable
     return summary
 
 
@@ -192,14 +198,9 @@ def handled(inputs: Inputs, store: Store) -> dict[str, int]:
     return {name: n for name, n in counts.items() if n}
 
 
-def conversation(prompt: str, response: str) -> list[dict[str, str]]:
-    """Returns a prompt and a response as the two messages of a conversation."""
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-
-
 def loser(candidates: Sequence[Candidate], votes: np.ndarray, winner: int) -> Candidate | None:
     """Returns the eligible candidate with the fewest votes whose text is not the winner's; None where there is none."""
     others = [
-        c for c, (text, ok) in enumerate(candidates) if ok and winner != NOBODY and text != candidates[winner].text
+        c for c, (text, ok, _) in enumerate(candidates) if ok and winner != NOBODY and text != candidates[winner].text
     ]
     return candidates[min(others, key=lambda c: (votes[c], c))] if others else None

@@ -28,10 +28,14 @@ NOBODY = -1
 
 
 class Candidate(NamedTuple):
-    """A response in the vote. It is not eligible if it is empty or was not finished, and then no judge sees it."""
+    """A response in the vote. It is not eligible if it is empty, was not finished or cannot be used; then no judge sees it.
+
+    left_out: why it cannot be used, if that is the reason.
+    """
 
     text: str
     eligible: bool
+    left_out: str = ""
 
 
 class Tally(NamedTuple):
@@ -119,7 +123,7 @@ def candidates_of(store: Store, sources: Sequence[str], number: int, split: Spli
         for name in sources
     ]
     return [
-        [Candidate(r.text, bool(r.text) and r.finished) for answers in of_prompt for r in answers]
+        [Candidate(r.text, r.eligible, r.left_out) for answers in of_prompt for r in answers]
         for of_prompt in zip(*by_source)
     ]
 
@@ -164,7 +168,7 @@ def judged_examples(store: Store, recipe: Recipe, rows: Sequence[Row], examples:
         For each of `examples` a mapping with its skill, prompt, ground_truth and sources. `sources` is a list with, for each
         source, its name, ce, wins_min_ce and responses. `ce` is the source's cross-entropy on the ground truth in nats per
         unit of align.min_ce_unit, or None where it has none. `responses` is empty without judges; otherwise each
-        response has its text, eligible, votes and wins_vote.
+        response has its text, eligible, left_out, votes and wins_vote.
     """
     names, size = [source.name for source in recipe.sources], recipe.capture.shard_size
     ballots = count_votes(store, recipe) if recipe.judges else None
@@ -198,6 +202,7 @@ def _judged_responses(ballots: Ballots, example: int, source: int) -> list[dict[
         {
             "text": ballots.candidates[example][c].text,
             "eligible": ballots.candidates[example][c].eligible,
+            "left_out": ballots.candidates[example][c].left_out,
             "votes": float(ballots.votes[example, c]),
             "wins_vote": bool(c == ballots.winner[example]),
         }

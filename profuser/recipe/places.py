@@ -16,14 +16,14 @@ BUNDLED_PREFIX = "demo:"
 """`demo:NAME` in a recipe stands for a file or folder of the bundled demo, wherever profuser is installed."""
 
 FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".gguf"}
-"""A name with one of these endings is always taken for a file, never for a Hub id."""
+"""A name with one of these endings, in small or capital letters, is always taken for a file, never for a Hub id."""
 
 
 def is_path(location: str) -> bool:
     """Whether the place of a model or data set is a local path, which is then never looked up on the Hub."""
     looks_local = location.startswith((BUNDLED_PREFIX, "/", ".", "~")) or location.count("/") > 1 or "\\" in location
     in_folder = "/" in location and Path(location).parent.is_dir()
-    return looks_local or in_folder or Path(location).suffix in FILE_SUFFIXES or Path(location).exists()
+    return looks_local or in_folder or Path(location).suffix.lower() in FILE_SUFFIXES or Path(location).exists()
 
 
 def resolve(location: str) -> str:

@@ -7,6 +7,7 @@ a recipe from YAML and the command line; `schedule.py` defines the named schedul
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ from profuser.recipe.places import is_path
 
 ScheduleName = Literal["progressive", "simultaneous", "reverse", "fusellm", "sft"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+
+Reasoning = Literal["keep", "strip"]
 
 Split = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -54,6 +57,14 @@ def check_names(key: str, names: Sequence[str]) -> None:
         raise ConfigError(f"{key}: names must differ, got {twice[0]!r} twice; rename one")
 
 
+def check_date(key: str, value: str) -> None:
+    """Raises ConfigError unless the value is a date."""
+    try:
+        datetime.date.fromisoformat(value)
+    except ValueError:
+        raise ConfigError(f"{key} must be a date such as 2026-07-31, got {value!r}; fix it or take it out") from None
+
+
 @dataclass(kw_only=True)
 class SourceConfig:
     """One source, a model that is fused."""
@@ -68,6 +79,8 @@ class SourceConfig:
     """A Jinja chat template, or the path of a .jinja file. It is needed where the tokenizer has none, and replaces one it has."""
     trust_remote_code: bool = False
     """Whether Python code from the model's repository may be run."""
+    reasoning: Reasoning | None = None
+    """What becomes of the reasoning before this source's answers; null takes generation.reasoning."""
 
 
 @dataclass(kw_only=True)
@@ -113,6 +126,8 @@ class GenerationConfig:
     """Only the most probable tokens are sampled from, until they hold this share of the probability; 1 keeps all tokens."""
     batch_size: int = 16
     """How many prompts are answered at a time."""
+    reasoning: Reasoning = "keep"
+    """Whether the reasoning that a model writes before its answer (a think block, another channel) is a part of its response."""
 
     def __post_init__(self) -> None:
         check_positive("generation", self, "max_new_tokens", "batch_size", "responses_per_source", "top_p")
@@ -311,6 +326,8 @@ class Recipe:
     """The run directory; null means runs/NAME with the recipe's name."""
     seed: int = 0
     """The seed of everything random: the order of the data, and the responses that are sampled."""
+    date: str | None = None
+    """The date, as 2026-07-31, that chat templates get which write one; null means the day on which the store is begun."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
@@ -332,6 +349,8 @@ class Recipe:
             if (judge.model is None) == (judge.function is None):
                 raise ConfigError(f"judges: {judge.name} must have either model or function; set exactly one")
         check_not_negative("", self, "seed")
+        if self.date is not None:
+            check_date("date", self.date)
         if isinstance(self.schedule, list):
             if not self.schedule:
                 raise ConfigError(f"schedule must have at least one stage, got []; name one of {', '.join(SCHEDULES)}")
@@ -343,6 +362,10 @@ class Recipe:
         """The target's model: the source of that name or, where there is none, the model that `target` itself is."""
         by_name = {source.name: source for source in self.sources}
         return by_name.get(self.target) or SourceConfig(name="target", model=self.target)
+
+    def reasoning_of(self, source: SourceConfig) -> Reasoning:
+        """What becomes of the reasoning before a model's answers."""
+        return source.reasoning or self.generation.reasoning
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole recipe as nested plain values, defaults included."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from datetime import datetime
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -39,6 +40,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def open_to_umask(paths: Iterable[Path]) -> None:
+    """Gives files the mode that the process's umask asks for. safetensors writes files that only their owner can read (0600)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, value: Any) -> None:

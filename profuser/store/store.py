@@ -15,6 +15,7 @@ store: `changes` only compares the settings, and `Store.build`, which profuser.p
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -186,6 +187,11 @@ class Store:
             asked=old.votes["asked"] != settings.votes["asked"],
             targets=differing_keys(old.targets, settings.targets),
         )
+
+    @property
+    def date(self) -> datetime.date:
+        """The date that chat templates got when the store was made, and get wherever it is used."""
+        return datetime.date.fromisoformat(self.settings.sources["date"])
 
     @property
     def complete(self) -> bool:

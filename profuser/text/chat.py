@@ -1,6 +1,6 @@
 """Conversations through a model's own chat template, with the response located exactly in bytes.
 
-The template is rendered once with sentinels in place of the prompt and the response. The text around the sentinels is the
+The template is rendered with sentinels in place of the prompt and the response. The text around the sentinels is the
 frame. A conversation is the frame with the real texts in it. It is tokenised as a whole, so that its ids are those that the
 model sees, with merges across the seams: in `[/INST] answer` the response begins with one token ` answer`, at byte -1 of
 the response. If a text contains the string of a control token, this string stays plain text, and only the template's own
@@ -14,14 +14,15 @@ it is always put in as it is.
 
 from __future__ import annotations
 
+import datetime
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING
 
 from profuser.errors import DataError
 from profuser.text.encoded import Encoded
+from profuser.text.reasoning import opening_of
+from profuser.text.template import ChatTemplate, conversation
 from profuser.text.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -40,26 +41,30 @@ class ChatFormat:
         tokenizer: a Hugging Face tokenizer with a `tokenizers` backend and a chat template.
         end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`. None means the tokenizer's eos.
             The first control token that the template puts after a response has the role, too.
+        date: the date that the template gets; None means today.
     Attributes:
         end_ids: the ids with the role end of turn.
         end_id: the one of them with which the template closes the turn.
         closing: the template's bytes between a response and the end of turn (" " for Llama-2, usually none).
+        opening: how the template opens the assistant's turn, and what reasoning may stand there.
     Raises:
         DataError: there is no chat template, or the template does not show the prompt and the response once each, or it
             never ends the turn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int] | None = None):
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"a model needs a chat template, {name} has none; set `chat_template` for that source in the recipe"
-            )
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        end_ids: Sequence[int] | None = None,
+        date: datetime.date | None = None,
+    ):
+        self.template = ChatTemplate(tokenizer, date=date)
+        name = self.template.name
         self.tokenizer = tokenizer
         known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
         known = [i for i in known if i is not None]
         self.token_bytes = TokenBytes(tokenizer, control=known)
-        self._system = self._needs_system(name)
 
         # The frame, and whether the template strips the whitespace around a prompt.
         before, after, self._suffix = self._frame(name, PROMPT, RESPONSE)
@@ -68,6 +73,13 @@ class ChatFormat:
         self._strip_left = not padded_before.endswith(before + " \n")
         self._strip_right = not padded_after.startswith("\n " + after)
         self._generation = self._generation_frame(name)
+        self.opening = opening_of(
+            self.template,
+            finished=self._between,
+            generation=self._generation[1],
+            sentinels=(PROMPT, RESPONSE),
+            has_control=self.token_bytes.has_control,
+        )
 
         # The end of turn is the first control token after the response.
         ids = self.token_bytes.encode(before + PROMPT + after + RESPONSE + self._suffix)
@@ -106,12 +118,12 @@ class ChatFormat:
         # Put the texts into the frame, and find the bytes of each. The prompt is used in the form that its tokens hold,
         # because only the response must be kept byte by byte.
         prompt = self.token_bytes.seen(self._prompt(prompt))
-        suffix = self._suffix if complete else ""
-        parts = [(self._before, False), (prompt, True), (self._between, False), (response, True), (suffix, False)]
+        between, suffix = self.opening.before(response), self._suffix if complete else ""
+        parts = [(self._before, False), (prompt, True), (between, False), (response, True), (suffix, False)]
         text = "".join(part for part, _ in parts)
         prompt_begin = len(self._before.encode())
         prompt_end = prompt_begin + len(prompt.encode())
-        begin = prompt_end + len(self._between.encode())
+        begin = prompt_end + len(between.encode())
         end = begin + len(response.encode())
 
         # Tokenise the whole. If a control token covers a byte of the prompt or of the response, tokenise again in parts, so
@@ -150,35 +162,9 @@ class ChatFormat:
         prompt = prompt.lstrip() if self._strip_left else prompt
         return prompt.rstrip() if self._strip_right else prompt
 
-    def _render(self, *turns: tuple[str, str], generation: bool = False, system: bool | None = None) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        if self._system if system is None else system:
-            messages.insert(0, {"role": "system", "content": ""})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        return cast("str", text)
-
-    def _needs_system(self, name: str) -> bool:
-        """Whether the template renders only with a system message. If so, an empty one is given to it."""
-        try:
-            self._render(("user", PROMPT), ("assistant", RESPONSE), system=False)
-            return False
-        except Exception as error:
-            # A template's own refusals are TemplateErrors, but its code may raise anything.
-            if not isinstance(error, TemplateError):
-                raise DataError(
-                    f"{name}'s chat template must render, it raised {type(error).__name__}: {error}; fix it"
-                ) from None
-            try:
-                self._render(("user", PROMPT), ("assistant", RESPONSE), system=True)
-                return True
-            except TemplateError:
-                raise DataError(
-                    f"{name}'s chat template must render a user and an assistant message, got: {error}"
-                ) from error
-
     def _frame(self, name: str, prompt: str, response: str) -> tuple[str, str, str]:
         """The template's text before the prompt, between the prompt and the response, and after the response."""
-        text = self._render(("user", prompt), ("assistant", response))
+        text = self.template.text(conversation(prompt, response))
         if text.count(PROMPT) != 1 or text.count(RESPONSE) != 1 or text.index(PROMPT) > text.index(RESPONSE):
             raise DataError(
                 f"a chat template must show the prompt and then the response once each, {name}'s renders {text!r}; "
@@ -190,13 +176,14 @@ class ChatFormat:
 
     def _generation_frame(self, name: str) -> tuple[str, str]:
         """The text around the prompt when the response is still to come."""
-        text = self._render(("user", PROMPT), generation=True)
+        user = [{"role": "user", "content": PROMPT}]
+        text = self.template.text(user, generation=True)
         if text.count(PROMPT) != 1:
             raise DataError(
                 f"a chat template must show the prompt once, {name}'s renders {text!r}; set `chat_template` for that source"
             )
         before, after = text.split(PROMPT)
-        if text == self._render(("user", PROMPT)) and self._between.rstrip() != after.rstrip():
+        if text == self.template.text(user) and self._between.rstrip() != after.rstrip():
             # The template ignores add_generation_prompt.
             after = self._between.rstrip(" ")
         if before != self._before or not self._between.startswith(after.rstrip()):

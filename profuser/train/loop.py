@@ -58,7 +58,7 @@ class Trainer:
         self._check_modes(store)
         self.targets_digest = store.digest(layout.targets("train"))
         config = recipe.target_config
-        self.chat = chat_format(config)
+        self.chat = chat_format(config, date=store.date)
         self.pad_id = self.chat.tokenizer.pad_token_id or 0
         self.steps = Steps(
             self.targets,
