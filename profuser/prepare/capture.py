@@ -128,12 +128,11 @@ def capture_responses(
         )
         ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass = (x.cpu().numpy() for x in found)
 
-        # The rows and ranges are divided among the responses again. The end of turn covers no byte: its span is empty.
+        # The rows and ranges are divided among the responses again.
         for b, (i, request) in enumerate(zip(indices, batch)):
             encoded = request.encoded
             rows, ranges = slice(*row_offsets[b : b + 2]), slice(*range_offsets[b : b + 2])
-            end = [] if encoded.end_of_turn is None else [(request.response_bytes, request.response_bytes)]
-            spans = np.array([*encoded.spans, *end], dtype=np.int32).reshape(-1, 2)
+            spans = np.array(encoded.label_spans(request.response_bytes), dtype=np.int32).reshape(-1, 2)
             capture = SourceCapture(
                 ids=np.array([encoded.input_ids[t] for t in positions[b]], dtype=np.int32),
                 begin=spans[:, 0].copy(),

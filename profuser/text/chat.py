@@ -7,23 +7,24 @@ the response. If a text contains the string of a control token, this string stay
 control tokens are control tokens. The end of turn is found by its role and not by its string. The template's bytes between
 the response and the end of turn are part of no label, and what follows the end of turn is dropped.
 
-Two things are left out on purpose. There is only one turn. And of what a template does to the texts, only the stripping of
-the prompt is repeated (some templates also cut the reasoning out of a response). The response is compared byte by byte, so
-it is always put in as it is.
+Conversations of several turns are in `turns.py`. Left out on purpose is what a template does to a prompt and a response, but
+for the stripping of the prompt (some templates also cut the reasoning out of a response). The response is compared byte by
+byte, so it is always put in as it is.
 """
 
 from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from profuser.errors import DataError
-from profuser.text.encoded import Encoded
+from profuser.text.encoded import Encoded, encode_response
 from profuser.text.reasoning import opening_of
-from profuser.text.template import FIX, ChatTemplate, conversation
+from profuser.text.template import FIX_IN_RECIPE, ChatTemplate, conversation
 from profuser.text.token_bytes import TokenBytes
+from profuser.text.turns import around_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ class ChatFormat:
         end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`. None means the tokenizer's eos.
             The first control token that the template puts after a response has the role, too.
         date: the date that the template gets; None means today.
+        fix: what to do about a template that does not fit, for messages.
     Attributes:
         end_ids: the ids with the role end of turn.
         end_id: the one of them with which the template closes the turn.
@@ -58,8 +60,9 @@ class ChatFormat:
         *,
         end_ids: Sequence[int] | None = None,
         date: datetime.date | None = None,
+        fix: str = FIX_IN_RECIPE,
     ):
-        self.template = ChatTemplate(tokenizer, date=date)
+        self.template = ChatTemplate(tokenizer, date=date, fix=fix)
         name = self.template.name
         self.tokenizer = tokenizer
         known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
@@ -90,7 +93,7 @@ class ChatFormat:
         if closing_id is None:
             raise DataError(
                 f"a chat template must close the assistant's turn with an end token, {name}'s ends in {self._suffix!r}; "
-                f"{FIX}"
+                f"{self.template.fix}"
             )
         self.end_id: int = closing_id
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([*known, closing_id]))
@@ -115,47 +118,25 @@ class ChatFormat:
         Raises:
             TokenBytesMismatch: the tokens do not hold the response's bytes exactly (reason "normaliser" or "decoder").
         """
-        # Put the texts into the frame, and find the bytes of each. The prompt is used in the form that its tokens hold,
-        # because only the response must be kept byte by byte.
+        # The prompt is used in the form that its tokens hold, because only the response must be kept byte by byte.
         prompt = self.token_bytes.seen(self._prompt(prompt))
-        between, suffix = self.opening.before(response), self._suffix if complete else ""
-        parts = [(self._before, False), (prompt, True), (between, False), (response, True), (suffix, False)]
-        text = "".join(part for part, _ in parts)
-        prompt_begin = len(self._before.encode())
-        prompt_end = prompt_begin + len(prompt.encode())
-        begin = prompt_end + len(between.encode())
-        end = begin + len(response.encode())
+        before = [(self._before, False), (prompt, True), (self.opening.before(response), False)]
+        return encode_response(self.token_bytes, before, response, self._suffix if complete else "", self.end_ids)
 
-        # Tokenise the whole. If a control token covers a byte of the prompt or of the response, tokenise again in parts, so
-        # that strings of control tokens in these texts stay plain text.
-        ids, words = self.token_bytes.encode_words(text)
-        spans = self.token_bytes.spans(ids, text)
-        specials = self.token_bytes.specials
-        if any(
-            i in specials and b < f and ((prompt_begin < f and b < prompt_end) or (begin < f and b < end))
-            for i, (b, f) in zip(ids, spans, strict=True)
-        ):
-            ids, words = self.token_bytes.encode_parts(parts)
-            spans = self.token_bytes.spans(ids, text)
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], *, complete: bool = True) -> Encoded:
+        """Tokenises a conversation of any number of turns, the last of which is the response.
 
-        # Find the tokens that hold the response's bytes. An empty response has none.
-        held = [n for n, (b, f) in enumerate(spans) if b < end and f > begin and b < f]
-        if held and begin < end:
-            start, stop = held[0], held[-1] + 1
-        else:
-            start = stop = next((n for n, (b, _) in enumerate(spans) if b >= begin), len(ids))
-        self.token_bytes.check_whole(ids[start:stop], spans[start:stop], text)
-        # Find the end of turn, and drop what follows it.
-        end_of_turn = next((n for n in range(stop, len(ids)) if ids[n] in self.end_ids), None) if complete else None
-        length = stop if end_of_turn is None else end_of_turn + 1
-        return Encoded(
-            input_ids=ids[:length],
-            spans=[(b - begin, f - begin) for b, f in spans[start:stop]],
-            start=start,
-            stop=stop,
-            end_of_turn=end_of_turn,
-            words=words[:length],
+        Args:
+            messages: as `apply_chat_template` takes them. The response must be in the form in which the template shows it.
+            complete: as in `encode`.
+        Raises:
+            DataError: the last message is no response, or the template does not render the messages or alters the response.
+            TokenBytesMismatch: as in `encode`.
+        """
+        before, response, after = around_response(
+            self.template, self.token_bytes, self.opening, messages, complete=complete
         )
+        return encode_response(self.token_bytes, before, response, after, self.end_ids)
 
     def _prompt(self, prompt: str) -> str:
         """The prompt without the whitespace that the template strips."""
@@ -168,7 +149,7 @@ class ChatFormat:
         if text.count(PROMPT) != 1 or text.count(RESPONSE) != 1 or text.index(PROMPT) > text.index(RESPONSE):
             raise DataError(
                 f"a chat template must show the prompt and then the response once each, {name}'s renders {text!r}; "
-                f"{FIX}"
+                f"{self.template.fix}"
             )
         before, rest = text.split(PROMPT)
         between, after = rest.split(RESPONSE)
@@ -179,7 +160,9 @@ class ChatFormat:
         user = [{"role": "user", "content": PROMPT}]
         text = self.template.text(user, generation=True)
         if text.count(PROMPT) != 1:
-            raise DataError(f"a chat template must show the prompt once, {name}'s renders {text!r}; {FIX}")
+            raise DataError(
+                f"a chat template must show the prompt once, {name}'s renders {text!r}; {self.template.fix}"
+            )
         before, after = text.split(PROMPT)
         if text == self.template.text(user) and self._between.rstrip() != after.rstrip():
             # The template ignores add_generation_prompt.

@@ -19,11 +19,13 @@ from profuser.errors import DataError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIX = "set `chat_template` for that source or judge in the recipe, or put a chat_template.jinja beside its tokenizer"
-"""What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
-
-Message = dict[str, str]
+Message = dict[str, Any]
 """One turn of a conversation: its `role`, its `content`, and whatever else a template may know of."""
+
+FIX_IN_RECIPE = (
+    "set `chat_template` for that source or judge in the recipe, or put a chat_template.jinja beside its tokenizer"
+)
+"""What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
 
 
 def conversation(prompt: str, response: str) -> list[Message]:
@@ -37,24 +39,28 @@ class ChatTemplate:
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         date: the date that the template gets, whenever it is rendered. None means today.
+        fix: what to do about a template that does not fit, for messages.
     Attributes:
         name: the tokenizer's name, for messages.
     Raises:
         DataError: there is no chat template, or it does not render a conversation of a user and an assistant.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, date: datetime.date | None = None):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, date: datetime.date | None = None, fix: str = FIX_IN_RECIPE
+    ):
         self.tokenizer = tokenizer
+        self.fix = fix
         self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.chat_template:
-            raise DataError(f"a model needs a chat template, {self.name} has none; {FIX}")
+            raise DataError(f"a model needs a chat template, {self.name} has none; {fix}")
         # The tokenizer may have several templates, of which the default one is for conversations without tools.
         try:
             self._template = tokenizer.get_chat_template()
         except ValueError as error:
             raise DataError(
                 f"one of {self.name}'s chat templates must be the default, got {', '.join(tokenizer.chat_template)} "
-                f"({first_line(error)}); {FIX}"
+                f"({first_line(error)}); {fix}"
             ) from None
         if "strftime_now" in self._template:
             self._template = _clock_at(date or datetime.date.today()) + self._template
@@ -79,8 +85,9 @@ class ChatTemplate:
             ) from error
 
     def _apply(self, messages: list[Message], **options: Any) -> Any:
-        """Calls `apply_chat_template`, with an empty system message where the template needs one."""
-        system = [{"role": "system", "content": ""}] if self._system else []
+        """Calls `apply_chat_template`, with an empty system message where the template needs one and there is none."""
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        system = [{"role": "system", "content": ""}] if self._system and not has_system else []
         return self.tokenizer.apply_chat_template(system + messages, chat_template=self._template, **options)
 
     def _needs_system(self) -> bool:

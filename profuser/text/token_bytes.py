@@ -213,6 +213,12 @@ class TokenBytes:
         text = self.normalised(text)
         return text.replace(SPACE_MARK, " ") if self._marked else text
 
+    def seen_rendered(self, text: str) -> str:
+        """The same for a rendered conversation, in which control strings stand for control tokens and stay as they are."""
+        if self._control is None:
+            return self.seen(text)
+        return "".join(piece if n % 2 else self.seen(piece) for n, piece in enumerate(self._control.split(text)))
+
     def encode(self, text: str) -> list[int]:
         """The ids of a rendered conversation. Control strings in it become control tokens. No bos or eos is added."""
         return self.encode_words(text)[0]
