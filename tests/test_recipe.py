@@ -143,6 +143,7 @@ def test_an_unknown_key_is_blamed_itself_with_what_was_meant(tmp_path, change, g
         (("--sources+", "{name: b, modle: c}"), "got modle; did you mean sources[0].model?"),
         (("--optim", "{lrr: 1}"), "got lrr; did you mean optim.lr?"),
         (("--seed", "-1"), "seed must be >= 0"),
+        (("--seed", "2024-13-01"), "seed must be int, got 2024-13-01"),
     ],
 )
 def test_an_argument_that_no_command_takes_is_blamed_itself(tmp_path, argv, said):
@@ -174,6 +175,8 @@ def test_an_argument_that_no_command_takes_is_blamed_itself(tmp_path, argv, said
         ),
         ({"schedule": [{"training_weight": 1}, {"share": "half"}]}, "schedule[1].share must be float, got half"),
         ({"schedule": {"share": 1}}, "schedule must be one of progressive, "),
+        ({"optim": {"lr": "two\nlines"}}, "optim.lr must be float, got two lines"),
+        ({"two\nlines": 1}, "got two lines"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_blamed_by_its_place(tmp_path, change, said):

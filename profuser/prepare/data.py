@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from profuser.errors import DataError
-from profuser.prepare.tables import Table, read_table
+from profuser.prepare.data_sets import read_table
+from profuser.prepare.tables import Table
 from profuser.recipe.schema import DataConfig, DataLocation, Split
 
 Row = dict[str, Any]

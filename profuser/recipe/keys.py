@@ -33,50 +33,44 @@ class Argument(str):
     """A value from the command line: a text, or the YAML that it spells."""
 
 
-def mistake(value: object, kind: Any, place: str = "") -> str | None:
+def mistake(value: object, kind: Any, place: str = "", whole: bool = False) -> str | None:
     """Returns what is wrong with a value and how to mend it; None where nothing is.
 
     Args:
         kind: the type that the value should have, from the annotations of the recipe's dataclasses.
         place: where the value stands in the recipe; "" is the whole recipe.
+        whole: whether a group of keys must have all that it needs. Elsewhere others may add to it.
     """
     kinds = alternatives(kind)
+    group = next(filter(is_dataclass, kinds), None)
+    entries = next((k for k in kinds if get_origin(k) is list), None)
     if isinstance(value, str) and (wrong := defect(value)):
         return f"{place} must be Unicode, it has {wrong}"
     if isinstance(value, Argument) and not any(fits(str(value), k) for k in kinds):
         value = parsed(value)
 
-    # A mapping or list is looked into, where the key may have one.
-    group = next(filter(is_dataclass, kinds), None)
+    # A mapping or list is looked into, where the key may have one. Elsewhere, the value must be of one of the types.
     if isinstance(value, dict) and group is not None:
-        return _mistake_in_group(value, group, place, whole=len(kinds) > 1)
-    entries = next((k for k in kinds if get_origin(k) is list), None)
+        return _mistake_in_group(value, group, place, whole or len(kinds) > 1)
     if isinstance(value, list) and entries is not None:
-        (kind,) = get_args(entries)
-        for n, entry in enumerate(value):
-            here = f"{place}[{n}]"
-            if (
-                found := _mistake_in_group(entry, kind, here, whole=True)
-                if is_dataclass(kind)
-                else mistake(entry, kind, here)
-            ):
-                return found
+        (entry,) = get_args(entries)
+        found = (mistake(v, entry, f"{place}[{n}]", whole=True) for n, v in enumerate(value))
+        return next(filter(None, found), None)
+    if any(fits(value, k) for k in kinds):
+        return None
+    if isinstance(value, str) and kinds == (group,) and not whole:  # jsonargparse takes it for the path of a file
         return None
 
-    # jsonargparse takes a text in a group's place for the path of a file with that group.
-    if any(fits(value, k) for k in kinds) or (isinstance(value, str) and kinds == (group,)):
-        return None
-    shown = {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else value
+    # How the value can be mended.
     fix = ""
+    choices = [str(choice) for k in kinds if get_origin(k) is Literal for choice in get_args(k)]
     if value is None:
         fix = "; give it a value, or leave it out if it has a default"
     elif str in kinds and not isinstance(value, (dict, list)):
         fix = "; put quotes around it"
-    elif isinstance(value, str) and (
-        near := nearest(value, [str(v) for k in kinds if get_origin(k) is Literal for v in get_args(k)])
-    ):
+    elif isinstance(value, str) and (near := nearest(value, choices)):
         fix = f"; did you mean {near}?"
-    return f"{place} must be {' or '.join(map(in_words, kinds))}, got {shown}{fix}"
+    return f"{place} must be {' or '.join(map(in_words, kinds))}, got {as_yaml(value)}{fix}"
 
 
 def argument_mistake(name: str, value: Argument | None, others: Sequence[str]) -> str | None:
@@ -103,10 +97,8 @@ def argument_mistake(name: str, value: Argument | None, others: Sequence[str]) -
     return mistake(value, kind, ".".join(parts))
 
 
-def _mistake_in_group(value: object, group: Any, place: str, whole: bool) -> str | None:
+def _mistake_in_group(value: dict, group: Any, place: str, whole: bool) -> str | None:
     """Returns what is wrong with a group of keys. `whole` says whether all keys that it needs must be in it."""
-    if not isinstance(value, dict):
-        return f"{place} must be a mapping of its keys ({', '.join(keys_of(group))}), got {value}"
     kinds = get_type_hints(group)
     for name, inner in value.items():
         head, _, rest = str(name).partition(".")  # jsonargparse reads the key `optim.lr` as lr in optim
@@ -147,7 +139,7 @@ def unknown_key(
     if not meant and (synonym := nearest(name, list(SYNONYMS), 0.8)):
         meant = [SYNONYMS[synonym]]
     guess = f"; did you mean {' or '.join(f'{dashes}{key}' for key in dict.fromkeys(meant))}?" if meant else ""
-    return f"a key of {where} must be one of {', '.join(known)}; got {name}{guess}"
+    return f"a key of {where} must be one of {', '.join(known)}; got {as_yaml(name)}{guess}"
 
 
 def every_key(group: Any = Recipe, place: str = "") -> Iterator[str]:
@@ -181,8 +173,15 @@ def parsed(text: str) -> Any:
     """Returns what a text spells as YAML, or the text itself where it is no YAML."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # PyYAML raises a ValueError for a date that there is not
         return text
+
+
+def as_yaml(value: object) -> str:
+    """Returns a value nearly as YAML spells it, in one line and not too long for a message."""
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    return " ".join(str(value).split())[:200]
 
 
 def fits(value: object, kind: Any) -> bool:
