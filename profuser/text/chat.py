@@ -9,7 +9,8 @@ the response and the end of turn are part of no label, and what follows the end 
 
 Two things are left out on purpose. There is only one turn. And of what a template does to the texts, only the stripping of
 the prompt is repeated (some templates also cut the reasoning out of a response). The response is compared byte by byte, so
-it is always put in as it is.
+it is always put in as it is. If it begins with reasoning, an empty block of reasoning does not stand before it
+(`reasoning.py`).
 """
 
 from __future__ import annotations
