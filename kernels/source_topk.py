@@ -104,7 +104,7 @@ def source_topk(
     dtype, vocabulary = compute_dtype(hidden, weight), weight.shape[0]
     _check_shapes(labels, k, vocabulary, vocab_map, ranges)
     with torch.no_grad():
-        if not _use_triton(impl, hidden.device, dtype, k, vocab_map, ranges):
+        if not _use_triton(impl, hidden.device, dtype, k):
             _check_values(labels, vocabulary, vocab_map)
             chunk = chunk_rows(hidden.shape[0], vocabulary, dtype.itemsize, chunk_size)
             chunked = ChunkedHead(head, dtype, chunk)
@@ -157,7 +157,7 @@ def source_topk_from_logits(
     dtype = compute_dtype(logits)
     _check_shapes(labels, k, vocabulary, vocab_map, ranges)
     with torch.no_grad():
-        if not _use_triton(impl, logits.device, dtype, k, vocab_map, ranges):
+        if not _use_triton(impl, logits.device, dtype, k):
             _check_values(labels, vocabulary, vocab_map)
             chunk = chunk_rows(count, vocabulary, dtype.itemsize, chunk_size)
             asked_for = _listed_ranges(ranges, labels, vocabulary)
@@ -179,17 +179,8 @@ def source_topk_from_logits(
         )
 
 
-def _use_triton(
-    impl: str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    k: int,
-    vocab_map: Tensor | None,
-    ranges: Ranges | None,
-) -> bool:
+def _use_triton(impl: str | None, device: torch.device, dtype: torch.dtype, k: int) -> bool:
     unable = None
-    if vocab_map is not None or (ranges is not None and len(ranges) == 6):
-        unable = "cannot merge mapped ids yet; use impl='torch'"
     if dtype != torch.float32 or k > TRITON_MAX_K:
         unable = f"takes k <= {TRITON_MAX_K} and at most fp32, got k={k} and {dtype}; use impl='torch'"
     return choose_impl(impl, device, unable) == "triton"

@@ -7,7 +7,7 @@ Dimension letters: N rows, C rows of a chunk, V vocabulary, V' entries of an ord
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from .common import IGNORE_INDEX, cross_entropy_from_sums
 
+GROUP = 16  # masses whose maximum is looked at first
 ADDED_AT_ONCE = 64  # longer sums in fp32 are made of sums of so many: added one by one, equal terms lose digits
 # Rows that are merged at a time. More do not fit the cache when they are transposed; so few logits cost only Python's time.
 MERGED_ROWS, MERGED_LOGITS = 64, 1 << 17
+COLUMNS_AT_ONCE = 4096
 LEAST_FP32_MASS = 1e-25  # relative to the row's most probable token; below, fp32 would soon underflow
 
 
@@ -82,8 +84,7 @@ def topk_rows(
         gold_below = z.gather(1, at_gold) - row_max
         z.sub_(row_max)
         if whole is not None:
-            every = torch.arange(len(z), device=z.device)
-            ids[rows], logprobs[rows], _ = merge_rows(z, every, whole, k, temperature, None)
+            ids[rows], logprobs[rows], _ = merge_rows(z, range(len(z)), whole, k, temperature, None)
 
         # The ranges of this chunk, for now without the row's log-sum-exp. They come in the order of their rows.
         first_range = ranges_done
@@ -103,7 +104,7 @@ def topk_rows(
             ranges_done += 1
         for (lo, hi, map_begin), members in slices.items():
             at = torch.tensor(members, device=z.device)
-            of_range = torch.tensor([listed[r][0] - begin for r in members], device=z.device)
+            of_range = [listed[r][0] - begin for r in members]
             left_out = gold if map_begin >= 0 else None
             found = merge_rows(z, of_range, plan(lo, hi, map_begin), k, temperature, left_out)
             range_ids[at], range_logprobs[at], range_logmass[at] = found
@@ -232,57 +233,88 @@ def plan_merge(tokens: Tensor, mapped: Tensor, vocabulary: int) -> Merge:
 
 
 def merge_rows(
-    z: Tensor, rows: Tensor, merge: Merge, k: int, temperature: float, left_out: Tensor | None
+    z: Tensor, rows: Sequence[int], merge: Merge, k: int, temperature: float, left_out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best ids of some rows, the logarithms of their masses, and those of the mass of all tokens of the slice.
 
     Args:
         z: (C, V), logits relative to the row's maximum, as all these masses are.
-        rows: the rows that are asked for. They may repeat.
+        rows: r rows that are asked for. They may repeat.
         left_out: (C,) a token for each row of z, or IGNORE_INDEX: it counts for no id, but in the mass of the slice.
     Returns:
         ids (r, k) int32, -1 for padding; logarithms (r, k) fp32, -inf for padding; and (r,) fp32.
     """
-    ids = rows.new_full((len(rows), k), -1, dtype=torch.int32)
+    ids = z.new_full((len(rows), k), -1, dtype=torch.int32)
     log_masses = z.new_full((len(rows), k), -torch.inf, dtype=torch.float32)
     log_totals = z.new_empty(len(rows), dtype=torch.float32)
     width = z.shape[1] if merge.tokens is None else len(merge.tokens)
     kept = min(k, len(merge.ids))
-    done = 0
-    for part in rows.split(min(len(z), max(MERGED_ROWS, MERGED_LOGITS // width))):
-        below = z[part] if merge.tokens is None else z[part[:, None], merge.tokens]
-        apart = below.new_full((len(part),), -torch.inf)  # the token that is left out, once for each time it is counted
-        if left_out is not None:
-            token = left_out[part]
-            valid = token != IGNORE_INDEX
-            if merge.tokens is None:
-                assert merge.occurs is not None
-                times = merge.occurs[token.clamp_min(0)] * valid
-                below[valid, token[valid]] = -torch.inf
-            else:
-                same = merge.tokens == token[:, None]
-                times = same.sum(1)
-                below.masked_fill_(same, -torch.inf)
-            apart = z[part, token.clamp_min(0)] / temperature
-            apart = torch.where(times > 0, apart + times.log(), -torch.inf)
-        best, at, total = _merged(below, merge, kept, temperature, apart)
+    step = min(len(z), max(MERGED_ROWS, MERGED_LOGITS // width))
+    for begin in range(0, len(rows), step):
+        some = rows[begin : begin + step]
+        done = slice(begin, begin + len(some))
+        part = torch.tensor(some, device=z.device)
+        token = part.new_full(part.shape, IGNORE_INDEX) if left_out is None else left_out[part]
+        best, at, total = _merged(z, part, merge, kept, temperature, token, z.dtype)
         if z.dtype == torch.float32:
             deep = (total < LEAST_FP32_MASS) | (best[:, -1:] < LEAST_FP32_MASS).any(1)
-            if deep.any():  # a row whose masses fp32 cannot tell apart, which is very rare
-                again = _merged(below[deep].double(), merge, kept, temperature, apart[deep].double())
+            if deep.any():  # rows whose masses fp32 cannot tell from 0, which are very rare
+                again = _merged(z, part[deep], merge, kept, temperature, token[deep], torch.float64)
                 best, total = best.double(), total.double()
                 best[deep], at[deep], total[deep] = again
-        stop = done + len(part)
-        ids[done:stop, :kept] = merge.ids[at].int()
-        log_masses[done:stop, :kept] = best.log()
-        log_totals[done:stop] = total.log()
-        done = stop
+        ids[done, :kept] = merge.ids[at].int()
+        log_masses[done, :kept] = best.log()
+        log_totals[done] = total.log()
     return ids, log_masses, log_totals
 
 
-def _merged(below: Tensor, merge: Merge, kept: int, temperature: float, apart: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The `kept` largest masses of ids, which ids those are, and the mass of all."""
-    # Transposed, so that all rows add a token at a time. A clone, because a single row's transpose is contiguous as it is.
-    masses = below.t().clone(memory_format=torch.contiguous_format).div_(temperature).exp_()
+def _merged(
+    z: Tensor, rows: Tensor, merge: Merge, kept: int, temperature: float, token: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `kept` largest masses of ids (r, kept), which ids those are, and the mass of all (r,), of `rows` (r,) of z.
+
+    token: (r,) what is left out, or IGNORE_INDEX.
+    """
+    # Transposed, so that all rows add a token at a time, and in blocks that stay in the cache.
+    width = z.shape[1] if merge.tokens is None else len(merge.tokens)
+    masses = z.new_empty(width, len(rows), dtype=dtype)
+    for begin in range(0, width, COLUMNS_AT_ONCE):
+        block = masses[begin : begin + COLUMNS_AT_ONCE]
+        if merge.tokens is None:
+            below = z[:, begin : begin + len(block)].index_select(0, rows)
+        else:
+            below = z[rows[:, None], merge.tokens[begin : begin + len(block)]]
+        block.copy_(below.t())
+        if temperature != 1:
+            block.div_(temperature)
+        block.exp_()
+    # The token that is left out counts in the sum of all, once for each time it is in the slice.
+    if merge.tokens is None:
+        assert merge.occurs is not None
+        valid = token != IGNORE_INDEX
+        masses[token[valid], valid.nonzero()[:, 0]] = 0
+        times = merge.occurs[token.clamp_min(0)] * valid
+    else:
+        same = merge.tokens[:, None] == token
+        masses.masked_fill_(same, 0)
+        times = same.sum(0)
+    of_token = z[rows, token.clamp_min(0)].to(dtype).div_(temperature).exp_()
     sums = merge.sums.of(masses)
-    return *stable_topk(sums[merge.named :].t().contiguous(), kept), sums.sum(0) + apart.exp()
+    return *_best_of_columns(sums[merge.named :], kept), sums.sum(0) + torch.where(times > 0, of_token * times, 0)
+
+
+def _best_of_columns(masses: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`stable_topk` of each column of masses (G, r), as (r, k). G is large: k groups of GROUP hold the k best (README.md)."""
+    count = len(masses)
+    if count <= 2 * GROUP * k:
+        return stable_topk(masses.t().contiguous(), k)
+    whole = count // GROUP * GROUP
+    maxima = masses[:whole].view(-1, GROUP, masses.shape[1]).amax(1)
+    if whole < count:
+        maxima = torch.cat([maxima, masses[whole:].amax(0, keepdim=True)])
+    _, groups = stable_topk(maxima.t().contiguous(), k)
+    candidates = groups.sort(1).values[:, :, None] * GROUP + torch.arange(GROUP, device=masses.device)
+    candidates = candidates.flatten(1)  # ascending, so that equal masses stay in the order of their ids
+    of_groups = masses.t().gather(1, candidates.clamp_max(count - 1)).masked_fill_(candidates >= count, -1)
+    best, at = stable_topk(of_groups, k)
+    return best, candidates.gather(1, at)

@@ -238,9 +238,12 @@ def capture_of(
     ids = labels(encoded)
     assert len(rows) == len(ids)
     spans = [*encoded.spans, *([(n, n)] if encoded.end_of_turn is not None else [])]
-    needed = target and ranges_needed(target[0].token_bytes, target[1], source.token_bytes, encoded, order_of(source))
+    needed = None
+    if target is not None:
+        needed = ranges_needed(target[0].token_bytes, target[1], source.token_bytes, encoded, order_of(source))
     among, masses = [], []
     for r, j in enumerate(needed.rows.tolist()) if needed else ():
+        assert needed is not None
         tokens = order_of(source).ids[needed.lo[r] : needed.hi[r]].tolist()
         merged = None if needed.map_of[r] < 0 else needed.maps[needed.map_of[r]]
         found: dict[int, float] = {}
@@ -250,6 +253,8 @@ def capture_of(
                 found[counts_for] = found.get(counts_for, 0.0) + rows[j][i]
         among.append(found)
         masses.append(sum(rows[j].get(i, 0.0) for i in tokens))
+    with np.errstate(divide="ignore"):  # a range may have no mass at all
+        logmass = np.log(np.array(masses)).astype(np.float32)
     top_ids, top_logprobs = top_of(rows, k)
     range_ids, range_logprobs = top_of(among, k)
     return SourceCapture(
@@ -262,7 +267,7 @@ def capture_of(
         ranges=PrefixRanges(
             rows=needed.rows if needed else np.zeros(0, np.int32),
             strip=needed.strip if needed else np.zeros(0, np.int32),
-            logmass=np.log(np.array(masses)).astype(np.float32),
+            logmass=logmass,
             ids=range_ids,
             logprobs=range_logprobs,
         ),

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from command_runs import STORE, folder, rows, run, write_rows
 
+from profuser.store.lease import hold
+
 TRAIN = ("train", "--config", "recipe.yaml")
 RUN = Path("runs/recipe")
 
@@ -100,6 +102,28 @@ def test_fresh_moves_nothing_before_it_can_start_over():
     assert (RUN / "model.safetensors").exists()
 
 
+def test_a_fresh_preparation_moves_nothing_before_its_recipe_can_be_opened():
+    before = store_files()
+    code, _, err = run("prepare", "--config", "recipe.yaml", "--fresh", "--data.train", "missing.jsonl")
+    assert code == 3, err
+    assert store_files() == before
+
+
+def test_nothing_in_use_is_moved_for_a_fresh_start():
+    before = store_files()
+    with hold(Path(STORE), "store", {}, lambda *_: [], writes=False):
+        code, _, err = run("prepare", "--config", "recipe.yaml", "--fresh")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "in use by process" in err
+    with hold(RUN, "run", {}, lambda *_: [], writes=True):
+        code, _, err = run(*TRAIN, "--fresh")
+    assert code == 2
+    assert "in use by process" in err
+    assert store_files() == before
+    assert (RUN / "model.safetensors").exists()
+
+
 def test_the_time_of_every_session_counts():
     shutil.rmtree(RUN / "checkpoints")
     record = json.loads((RUN / "run.json").read_text())
@@ -129,6 +153,15 @@ def test_looking_at_a_finished_run_leaves_every_byte_of_its_store(command):
     code, _, err = run(*LOOKING[command])
     assert (code, err) == (0, "")
     assert store_files() == before
+
+
+@pytest.mark.parametrize("command", LOOKING)
+def test_looking_needs_no_lease_on_the_store(command):
+    with hold(Path(STORE), "store", {}, lambda *_: ["everything"], writes=True):
+        before = store_files()
+        code, _, err = run(*LOOKING[command])
+        assert (code, err) == (0, "")
+        assert store_files() == before
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "report"])

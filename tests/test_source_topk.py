@@ -125,41 +125,6 @@ def test_whole_vocabulary_maps_of_every_row_give_the_reference(chunk_size, sprea
         torch.testing.assert_close(ours, true.to(ours.dtype))
 
 
-@pytest.mark.parametrize("impl", ["torch"])
-def test_a_thousand_tokens_that_count_for_ten_ids_keep_all_of_their_mass(impl):
-    """Numbers of three digits for a target of single digits: the ten most probable tokens alone hold a hundredth of the mass."""
-    g = torch.Generator().manual_seed(0)
-    logits = torch.full((2, 1100), -20.0)
-    logits[:, 100:] = torch.randn(2, 1000, generator=g) * 0.01
-    first_digit = torch.cat([torch.full((100,), -1), torch.arange(1000) // 100])
-    whole = torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([1100, 1100]), torch.arange(1100)
-    labels = torch.tensor([100 + 456, IGNORE_INDEX])
-    ids, logprobs, _, ce, range_ids, range_logprobs, logmass = source_topk_from_logits(
-        logits, labels, 10, vocab_map=first_digit, ranges=(*whole, torch.tensor([0, 0]), first_digit), impl=impl
-    )
-    assert ids.sort(1).values.tolist() == [list(range(10))] * 2
-    torch.testing.assert_close(logprobs.exp().sum(1), torch.ones(2), rtol=0, atol=1e-6)
-    assert range_ids.sort(1).values.tolist() == [list(range(10))] * 2
-    own = torch.tensor(
-        [math.exp(-ce[0]), 0.0]
-    )  # the label's mass is left out of the merged entries, an ignored one is none
-    torch.testing.assert_close(range_logprobs.exp().sum(1), 1 - own, rtol=0, atol=1e-6)
-    torch.testing.assert_close(logmass, torch.zeros(2), rtol=0, atol=1e-6)
-    fours = range_logprobs[0][range_ids[0] == 4].exp()
-    torch.testing.assert_close(fours, logprobs[0][ids[0] == 4].exp() - own[0])
-
-
-def test_a_label_that_is_not_in_the_range_takes_nothing_from_it():
-    logits = torch.tensor([[0.1, 0.2, 0.4, 0.3]]).log()
-    ranges = torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([3, 4]), torch.tensor([0, 1, 2, 3])
-    ranges += torch.tensor([0, 0]), torch.tensor([5, 5, 6])
-    *_, ids, logprobs, logmass = source_topk_from_logits(logits, torch.tensor([3]), 3, ranges=ranges)
-    # The second range holds tokens 1 to 3, of which the label 3 is the only one that counts for 6.
-    assert ids.tolist() == [[6, 5, -1], [5, -1, -1]]
-    torch.testing.assert_close(logprobs.exp(), torch.tensor([[0.4, 0.3, 0.0], [0.6, 0.0, 0.0]]))
-    torch.testing.assert_close(logmass.exp(), torch.tensor([0.7, 0.9]))
-
-
 @pytest.mark.parametrize("sizes", [[1, 63, 64, 65], [127, 128, 129], [4096, 4097], [1, 9000]], ids=str)
 def test_sums_of_every_length_are_exact(sizes):
     """Sums are made of blocks of 64, of blocks of blocks, and so on. Each token is added once."""
@@ -175,29 +140,6 @@ def test_sums_of_every_length_are_exact(sizes):
     )
     assert torch.equal(ids.long(), true_ids)
     torch.testing.assert_close(logprobs.double(), true, rtol=0, atol=1e-6)
-
-
-def test_masses_far_below_the_most_probable_token_are_not_lost():
-    """e^-200 is 0 in fp32."""
-    logits = torch.tensor([[0.0, -200.0, -201.0, -202.0, -math.inf]])
-    order = torch.arange(5)
-    ranges = (
-        torch.tensor([0]),
-        torch.tensor([1]),
-        torch.tensor([5]),
-        order,
-        torch.tensor([0]),
-        torch.tensor([7, 8, 7, 9]),
-    )
-    ids, logprobs, _, _, range_ids, range_logprobs, logmass = source_topk_from_logits(
-        logits, torch.tensor([0]), 4, vocab_map=torch.tensor([3, 8, 7, 8, 9]), ranges=ranges
-    )
-    assert ids.tolist() == [[3, 8, 7, -1]]
-    assert range_ids.tolist() == [[7, 8, -1, -1]]
-    expected = [0.0, -200 + math.log1p(math.exp(-2)), -201.0]
-    assert logprobs[0, :3].tolist() == pytest.approx(expected)
-    assert range_logprobs[0, :2].tolist() == pytest.approx([-200 + math.log1p(math.exp(-2)), -201.0])
-    assert logmass.item() == pytest.approx(-200 + math.log(1 + math.exp(-1) + math.exp(-2)))
 
 
 def test_results_do_not_depend_on_the_chunk_or_the_other_rows():

@@ -335,7 +335,7 @@ class PythonByteAligner:
             if candidate in context.onward:
                 continue
             token = context.counts_for[candidate]
-            text = context.data + pieces[candidate][context.strip :]
+            text = context.data + (pieces[candidate] or b"")[context.strip :]
             # Only a token that reaches the candidate's end can be merged with what follows it.
             before = len(context.data) - len(context.extension)
             context.onward[candidate] = 0
@@ -520,13 +520,11 @@ class _Step:
 
     def numbers(self, pieces: Sequence[bytes | None]) -> Iterator[tuple[_Context, int]]:
         """The step's candidates that end in a digit."""
-        for c in self.row.candidates if self.context is not None else ():
-            if (
-                0 <= c < len(pieces)
-                and (pieces[c] or b"")[-1:].isdigit()
-                and len(pieces[c] or b"") > self.context.strip
-            ):
-                yield self.context, c
+        context = self.context
+        for c in self.row.candidates if context is not None else ():
+            piece = (pieces[c] or b"") if 0 <= c < len(pieces) else b""
+            if context is not None and piece[-1:].isdigit() and len(piece) > context.strip:
+                yield context, c
 
 
 @dataclass(slots=True)

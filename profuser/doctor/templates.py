@@ -27,7 +27,9 @@ def show_templates(run: Run, example: int, as_json: bool) -> None:
     recipe = run.recipe
     rows = load_split(recipe, "train")
     if not 0 <= example < len(rows):
-        raise ConfigError(f"--example must be in 0..{len(rows) - 1} ({recipe.data.train}), got {example}; give another")
+        raise ConfigError(
+            f"--example must be in 0..{len(rows) - 1} ({recipe.data.location('train')}), got {example}; give another"
+        )
     row = rows[example]
     target = recipe.target_config
     models = {model.name: model for model in [*recipe.sources, target]}
@@ -41,7 +43,7 @@ def show_templates(run: Run, example: int, as_json: bool) -> None:
     described: dict[str, Any] = {}
     if not as_json:
         at = f", cut to data.max_length {recipe.data.max_length}" if fitted.cut else ""
-        print(f"example {example} of {recipe.data.train}{at}; {MASK_LEGEND}\n")
+        print(f"example {example} of {recipe.data.location('train')}{at}; {MASK_LEGEND}\n")
 
     # One model after the other. A single tokenizer may not be able to hold the response.
     for name, chat in chats.items():

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from profuser.errors import DataError
-from profuser.evaluate.match import load_match
+from profuser.evaluate.match import load_match, try_match
 from profuser.fusion_model import FusionModel
 from profuser.models.load import chat_format, default_device, load_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash
@@ -75,8 +75,11 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     # The data, and everything that can be wrong before a model is loaded.
     recipe, directory = run.recipe, run.output_dir
     if recipe.data.heldout is None:
-        raise DataError("evaluation needs data.heldout, the recipe names none; add it")
+        raise DataError(
+            "evaluation needs data.heldout, the recipe of the run names none; add it, and train with another --output"
+        )
     rows, training = prepared_rows(recipe, store, "heldout"), prepared_rows(recipe, store, "train")
+    try_match(recipe.evaluation.match, rows[0])
     names = [source.name for source in recipe.sources]
     votes = judged_examples(store, recipe, training, first_of_each_skill(training, recipe.evaluation.examples))
     match, targets = load_match(recipe.evaluation.match), Targets(store, "heldout")

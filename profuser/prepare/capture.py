@@ -110,9 +110,10 @@ def capture_responses(
         range_offsets = offsets_of([len(r.ranges.rows) for r in batch])
         range_rows = np.concatenate([r.ranges.rows + first_row for r, first_row in zip(batch, row_offsets)])
         lo, hi = (np.concatenate([getattr(r.ranges, name) for r in batch]) for name in ("lo", "hi"))
-        maps = flat_maps([r.ranges for r in batch])
-        ranges_on_device = [torch.from_numpy(x).to(device) for x in (range_rows, lo, hi)]
-        maps_on_device = [torch.from_numpy(x).to(device) for x in maps]
+        arrays = (range_rows, lo, hi, *flat_maps([r.ranges for r in batch]))
+        rows_on_device, lo_on_device, hi_on_device, begin_on_device, mapped_on_device = (
+            torch.from_numpy(x).to(device) for x in arrays
+        )
 
         # The head and the top k of every row and range.
         found = source_topk(
@@ -120,7 +121,7 @@ def capture_responses(
             head.weight,
             labels,
             top_k,
-            ranges=(*ranges_on_device, vocab_order, *maps_on_device),
+            ranges=(rows_on_device, lo_on_device, hi_on_device, vocab_order, begin_on_device, mapped_on_device),
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,

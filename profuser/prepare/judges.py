@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from profuser.errors import DataError, first_line
+from profuser.errors import DataError, first_line, in_short
 from profuser.models.fingerprint import fingerprint
-from profuser.models.load import load_reward_model
+from profuser.models.load import load_reward_model, load_tokenizer, open_reward_model, template_text
 from profuser.models.padding import padded
 from profuser.prepare.data import Row
 from profuser.progress import silent
 from profuser.recipe.places import load_function
-from profuser.recipe.schema import JudgeConfig
+from profuser.recipe.schema import JudgeConfig, SourceConfig
 from profuser.text.template import ChatTemplate, conversation
 
 
@@ -35,7 +35,11 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     the function may call others there.
     """
     if config.model is not None:
-        return fingerprint(config.model)
+        files = fingerprint(config.model)
+        if config.chat_template is None:
+            return files
+        template = template_text(f"judge {config.name}", config.chat_template)
+        return hashlib.sha256(f"{files} {template}".encode()).hexdigest()[:16]
     assert config.function is not None
     code = config.function
     module = inspect.getmodule(load_function(config.function, f"judges: {config.name}: function"))
@@ -43,6 +47,35 @@ def judge_fingerprint(config: JudgeConfig) -> str:
         with contextlib.suppress(OSError, TypeError):  # a built-in or compiled module has no source code
             code = inspect.getsource(module)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def open_judge(config: JudgeConfig) -> None:
+    """Opens what a recipe names as a judge, without loading a model, so that what is wrong with it is found at the start.
+
+    Raises:
+        ConfigError: the function cannot be imported.
+        DataError: the reward model's files are missing or broken, it is of another kind, or it has no usable chat template.
+    """
+    if config.function is not None:
+        load_function(config.function, f"judges: {config.name}: function")
+    if config.model is not None:
+        open_reward_model(config.name, config.model, config.trust_remote_code)
+        reward_template(config, config.model)
+
+
+def reward_template(config: JudgeConfig, location: str, *, date: datetime.date | None = None) -> ChatTemplate:
+    """Returns the chat template in which the reward model at `location` reads a conversation."""
+    source = SourceConfig(
+        name=f"judge {config.name}",
+        model=location,
+        chat_template=config.chat_template,
+        trust_remote_code=config.trust_remote_code,
+    )
+    try:
+        return ChatTemplate(load_tokenizer(source), date=date)
+    except DataError as error:
+        prefix = "" if source.name in str(error) else f"{source.name}: "
+        raise DataError(f"{prefix}{error}") from error
 
 
 class Judge(Protocol):
@@ -80,23 +113,42 @@ def _function_judge(config: JudgeConfig, path: str) -> Judge:
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         for e, (example, responses) in enumerate(zip(examples, candidates)):
             shown = [c for c, text in enumerate(responses) if text]
-            try:
-                given = [float(x) for x in function(dict(example), [responses[c] for c in shown])] if shown else []
-            except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
-                raise DataError(
-                    f"judge {config.name}: {path} must return one number per response, on the prompt {example['prompt']!r} it "
-                    f"raised {type(error).__name__}: {first_line(error)}; fix the function"
-                ) from error
-            if len(given) != len(shown):
-                raise DataError(
-                    f"judge {config.name}: {path} must return one number per response, got {len(given)} numbers for "
-                    f"{len(shown)} responses; fix the function"
-                )
+            given = _numbers(config.name, path, function, example, [responses[c] for c in shown]) if shown else []
             scores[e, shown] = given
             progress(1)
         return scores
 
     return score
+
+
+def _numbers(judge: str, path: str, function: Callable, example: Row, responses: Sequence[str]) -> list[float]:
+    """Calls a judge's function, and checks that it gives one number per response."""
+    rule = f"judge {judge}: {path} must return one number per response, on the prompt {example['prompt']!r} it"
+    try:
+        given = function(dict(example), list(responses))
+    except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
+        raise DataError(f"{rule} raised {type(error).__name__}: {first_line(error)}; fix the function") from error
+    try:
+        # The numbers of a text would be its digits, and those of a set or mapping are in no order.
+        numbers = None if isinstance(given, (str, bytes, set, frozenset, dict)) else [float(x) for x in given]
+    except Exception:  # a generator of the user's own may raise anything, too
+        numbers = None
+    if numbers is None:
+        raise DataError(f"{rule} returned {in_short(given)}; fix the function")
+    if len(numbers) != len(responses):
+        raise DataError(f"{rule} returned {len(numbers)} numbers for {len(responses)} responses; fix the function")
+    return numbers
+
+
+def try_function_judge(config: JudgeConfig, example: Row, candidates: int) -> None:
+    """Calls a judge that is a function once, on so many responses, so that a wrong one is found before any model has run.
+
+    Raises:
+        DataError: the function fails, or returns something else than one number per response.
+    """
+    if config.function is not None:
+        text = example["response"] or "An answer."
+        load_judge(config)([example], [[text, *(f"{text} {n}" for n in range(1, candidates))]])
 
 
 def _reward_model_judge(
@@ -107,8 +159,8 @@ def _reward_model_judge(
     It gives a response the score that transformers' AutoModelForSequenceClassification gives to the whole conversation in the
     model's own chat template, alone and without padding.
     """
-    model, tokenizer = load_reward_model(config.name, location, config.trust_remote_code, device)
-    template = ChatTemplate(tokenizer, date=date)
+    model, _ = load_reward_model(config.name, location, config.trust_remote_code, device)
+    template = reward_template(config, location, date=date)
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     pad = _pad_id(model)
 

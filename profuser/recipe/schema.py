@@ -36,7 +36,7 @@ def check_positive(group: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 < value < LARGEST:
-            raise ConfigError(f"{group}.{name} must be > 0 and finite, got {value}; set a positive number")
+            raise ConfigError(f"{group}.{name} must be > 0 and < 2**63, got {value}; set a positive number")
 
 
 def check_not_negative(group: str, config: object, *names: str) -> None:
@@ -84,14 +84,40 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """Prompts with their ground truth. Each location is a JSONL, JSON, CSV or Parquet file, or the id of a Hub data set."""
+class DataLocation:
+    """Where the examples of a split are: `train`, and `heldout` and `validation` alike.
 
-    train: str
+    A folder or Hub data set may have several configurations and splits of its own. Where nothing but the path is to be said, it
+    stands alone: `train: data.jsonl`.
+    """
+
+    path: str
+    """The file, the folder, or the id of the Hub data set."""
+    config: str | None = None
+    """The configuration of the folder or data set. It is needed where there are several and none is its default."""
+    split: str | None = None
+    """The split of the folder or data set. null takes its only split, or the one with the recipe's name for the split."""
+
+    def __str__(self) -> str:
+        details = ", ".join(
+            f"{key} {value}" for key in ("config", "split") if (value := getattr(self, key)) is not None
+        )
+        return f"{self.path} ({details})" if details else self.path
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Prompts with their ground truth, in JSONL, JSON, CSV, TSV, Parquet or Arrow files, compressed or not.
+
+    Each split is a file, a folder of such files or the id of a Hub data set, or a mapping that also names a configuration and
+    a split: `heldout: { path: org/set, config: main, split: test }`.
+    """
+
+    train: str | DataLocation
     """The examples that the target is trained on."""
-    heldout: str | None = None
+    heldout: str | DataLocation | None = None
     """Examples that are used for the final scores only. Without them nothing is scored."""
-    validation: str | None = None
+    validation: str | DataLocation | None = None
     """Examples on which CE and KD are measured during training. The held-out examples are not used for that."""
     prompt_column: str = "prompt"
     """The column that holds the prompts."""
@@ -106,10 +132,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_positive("data", self, "max_length", "limit")
+        # A mapping that says nothing but the path is the path, so that two recipes do not differ in how they say it.
+        for split in SPLITS:
+            location = getattr(self, split)
+            if isinstance(location, DataLocation) and location.config is None and location.split is None:
+                setattr(self, split, location.path)
 
-    def location(self, split: Split) -> str | None:
-        """Returns the file or data set of a split; None where the recipe has no such split."""
-        return getattr(self, split)
+    def location(self, split: Split) -> DataLocation | None:
+        """Returns where the examples of a split are; None where the recipe has no such split."""
+        location = getattr(self, split)
+        return DataLocation(path=location) if isinstance(location, str) else location
 
 
 @dataclass(kw_only=True)
@@ -151,10 +183,30 @@ class JudgeConfig:
     """The directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME for a bundled one."""
     function: str | None = None
     """A function as `module:function`. `function(example, responses)` returns one score per response, NaN to abstain."""
+    chat_template: str | None = None
+    """A Jinja chat template, or the path of a .jinja file, for a reward model whose tokenizer has none, or to replace its own."""
+    floor: float | None = None
+    """A response that this judge scores below its floor cannot win, whatever the other judges say; null sets none."""
     batch_size: int = 32
     """How many responses a reward model scores at a time."""
     trust_remote_code: bool = False
     """Whether Python code from the model's repository may be run."""
+
+    def __post_init__(self) -> None:
+        if self.floor is not None and not math.isfinite(self.floor):
+            raise ConfigError(f"judges: {self.name}: floor must be finite, got {self.floor:g}; null sets none")
+        if self.chat_template is not None and self.model is None:
+            raise ConfigError(
+                f"judges: {self.name}: chat_template is for a reward model, a function has none; take it out"
+            )
+
+
+@dataclass(kw_only=True)
+class JudgingConfig:
+    """What the votes of the judges lead to."""
+
+    no_signal: Literal["skip", "ground_truth"] = "skip"
+    """What inference mode teaches on a prompt where no judge prefers any response: nothing, or the ground truth as in training mode."""
 
 
 @dataclass(kw_only=True)
@@ -314,6 +366,7 @@ class Recipe:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     judges: list[JudgeConfig] = field(default_factory=list)
     """The judges that vote in the inference mode. Without any, the schedule must not use that mode."""
+    judging: JudgingConfig = field(default_factory=JudgingConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     schedule: ScheduleName | list[StageConfig] = "progressive"

@@ -55,7 +55,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path, *keys: str, fix: str = "restore it or start over with --fresh") -> Any:
+def read_json(path: Path, *keys: str, fix: str = "restore it") -> Any:
     """Reads a JSON file. If `keys` are given, the file must hold an object in which each of them has a value.
 
     Raises:

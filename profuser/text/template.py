@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 """One turn of a conversation: its `role`, its `content`, and whatever else a template may know of."""
 
-FIX_IN_RECIPE = "set `chat_template` for that source in the recipe"
+FIX_IN_RECIPE = (
+    "set `chat_template` for that source or judge in the recipe, or put a chat_template.jinja beside its tokenizer"
+)
+"""What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
 
 
 def conversation(prompt: str, response: str) -> list[Message]:
