@@ -85,7 +85,12 @@ def test_a_model_with_code_of_its_own_names_the_key_that_allows_it(model):
     config = json.loads((model / "config.json").read_text())
     classes = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
     (model / "config.json").write_text(json.dumps(config | {"auto_map": classes, "model_type": "own"}))
-    (model / "own.py").write_text("from transformers import LlamaConfig as Own, LlamaForCausalLM as OwnModel\n")
+    # Classes of its own: transformers marks what it loads so, and marked classes of its own would be saved with their code.
+    (model / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = Own\n"
+    )
     source = SourceConfig(name="m", model=str(model))
     with pytest.raises(DataError, match="set trust_remote_code: true beside it"):
         load_model(source, torch.float32)

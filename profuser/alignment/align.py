@@ -212,7 +212,7 @@ def align(
         >>> tuple(aligned.source_ids.shape) == (len(aligned.target_ids), 10)
         True
         >>> target.decode(aligned.target_ids)
-        'A stone.</s>'
+        'A stone.<|im_end|>'
 
     Source: the rules are this project's own, and profuser/alignment/reference.py states them.
     """
