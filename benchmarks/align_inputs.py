@@ -23,7 +23,7 @@ from profuser.alignment.align import PlainText
 from profuser.alignment.engine import CppByteAligner
 from profuser.alignment.ranges import RangeRequest, ranges_needed
 from profuser.alignment.reference import PythonByteAligner
-from profuser.alignment.types import PrefixRanges, SourceCapture
+from profuser.alignment.types import WHOLE, PrefixRanges, SourceCapture
 from profuser.recipe.places import resolve
 from profuser.text.encoded import Encoded
 from profuser.text.token_bytes import TokenBytesMismatch
@@ -167,6 +167,16 @@ def make_capture(
     others = np.where(among < needed.hi[:, None], order[np.minimum(among, len(order) - 1)], -1)
     others[others == ids[rows][:, None]] = -1
     first = np.where(longer, ids[rows], -1)
+    spelt = needed.spelt(np.concatenate([first[:, None], others], axis=1))
+    # Merged ranges hold what tokens count for: in whole rows those of the row's top k, elsewhere those of the range.
+    place = np.full(max(len(source.token_bytes.pieces), order.max() + 1), -1)
+    place[order] = np.arange(len(order))
+    for r in np.flatnonzero(needed.map_of >= 0).tolist():
+        tokens = np.array(top[rows[r]] if strip[r] == WHOLE else others[r])
+        tokens = tokens[(tokens >= 0) & (tokens != ids[rows[r]])]
+        tokens = tokens[place[tokens] >= 0]
+        counted = dict.fromkeys(needed.maps[needed.map_of[r]][place[tokens] - needed.lo[r]].tolist())
+        spelt[r] = [*(i for i in counted if i >= 0), *K * [-1]][:K]
     return SourceCapture(
         ids=ids,
         begin=np.ascontiguousarray(begin),
@@ -178,7 +188,7 @@ def make_capture(
             rows=rows,
             strip=strip,
             logmass=log(entered_mass + rest),
-            ids=np.concatenate([first[:, None], others], axis=1).astype(np.int32),
+            ids=spelt,
             logprobs=log(np.concatenate([entered_mass[:, None], shares(rest, rng)], axis=1)),
         ),
     )

@@ -4,7 +4,8 @@
 
 Both implementations return ids, log-probabilities, log-sum-exp and the labels' cross-entropy. Before one is timed, it is
 checked against the dense reference on the first rows. `times_floor` is its median time divided by that of hidden Wᵀ alone,
-which is timed between the rounds.
+which is timed between the rounds. "profuser-merged" has, beside that, what alignment asks for: a range over the whole vocabulary
+for every row, with one of six maps to another vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from profuser.kernels.reference import head_logits, source_topk_reference
 from profuser.kernels.source_topk import source_topk
 
 CHECKED_ROWS = {"cpu": 160, "cuda": 2304}[DEVICE]
+MAPS = 6
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}[DTYPE]  # in nats; bf16 rounds logits of size 16 by 0.03
 
 
@@ -31,7 +33,29 @@ def full(hidden, weight, labels, k):
     return ids, values - lse[:, None], lse, lse - logits.gather(1, labels[:, None])[:, 0]
 
 
-IMPLEMENTATIONS = {"profuser": source_topk, "torch-full": full}
+def merged(hidden, weight, labels, k):
+    """What `source_topk` gives, without the results of the ranges, which its tests check."""
+    return source_topk(hidden, weight, labels, k, ranges=whole_ranges(len(labels), len(weight)))[:4]
+
+
+@functools.lru_cache(maxsize=1)
+def whole_ranges(
+    N: int, V: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A range of all tokens for every row. By each map a third of the tokens has no counterpart, and an eighth shares 256 ids."""
+    g = torch.Generator().manual_seed(0)
+    maps = torch.arange(V).repeat(MAPS, 1)
+    maps[torch.rand(MAPS, V, generator=g) < 1 / 3] = -1
+    shared = torch.rand(MAPS, V, generator=g) < 1 / 8
+    maps[shared] = torch.randint(256, (int(shared.sum()),), generator=g)
+    zeros = torch.zeros(N, dtype=torch.long)
+    map_begin = torch.randint(MAPS, (N,), generator=g) * V
+    ranges = torch.arange(N), zeros, zeros + V, torch.randperm(V, generator=g), map_begin, maps.flatten()
+    rows, lo, hi, order, map_begin, mapped = (x.to(DEVICE) for x in ranges)
+    return rows, lo, hi, order, map_begin, mapped
+
+
+IMPLEMENTATIONS = {"profuser": source_topk, "profuser-merged": merged, "torch-full": full}
 
 
 def pytest_generate_tests(metafunc):

@@ -32,6 +32,7 @@ SETTINGS = StoreSettings(
         "source_names": ["a", "b", "c"],
         "target": {"name": "guardian"},
         "capture": {"top_k": TOP_K, "dtype": "float32"},
+        "date": "2026-01-01",
     },
     votes={"asked": [], "judges": {}},
     targets={"mode": "bytes"},

@@ -44,12 +44,18 @@ class ByteAligner::Worker {
     std::vector<Missing> missing;
 
   private:
-    // The candidates of a source's position and their log-probabilities. At most one of them is the own token.
+    // The candidates of a source's position and their log-probabilities. At most one of them is the own token. In a range, ids
+    // are spelt as in the maps of merging.py.
     struct Row {
         const std::int32_t* ids;
         const float* logprobs;
         std::size_t k;
+        bool is_range = false;
     };
+    // Looks up what candidates count for behind one prefix. The context is found once for all candidates, and what is missing
+    // is collected in one place.
+    class Lookup;
+    static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
 
     // Refuses a sequence whose arrays contradict each other.
     void check(const Sequence& q);
@@ -62,10 +68,25 @@ class ByteAligner::Worker {
     std::uint8_t add_path(const Sequence& q, std::size_t t, std::size_t j, bool inside, double& exact);
     // Adds the mass of the candidates at the source's end of turn, which is its row `rows`.
     void add_end(const Sequence& q, std::size_t rows);
+    // The range of a row that has this strip, or kNone.
+    std::size_t range_of(const Sequence& q, std::size_t row, std::int32_t strip) const;
+    Row row_of_range(const Sequence& q, std::size_t range) const {
+        return {q.range_ids + range * q.range_k, q.range_logprobs + range * q.range_k, q.range_k, true};
+    }
+    // The ends of turn among a row's candidates.
+    Row ends_of(const Row& row);
+    // The probability with which a digit is taken to follow the candidates of row j, 1 if it is not known (rule 8).
+    double goes_on(const Sequence& q, std::size_t j) const;
     // Adds the mass of a row's candidates other than the own token, times `weight`, for what they count for behind the prefix
     // of target position t and `extension`. `strip` is the number of a candidate's bytes that stand before the position.
     void add_row(const Sequence& q, std::size_t t, const Row& row, std::int32_t own, double weight, std::string_view extension,
-                 std::size_t strip, bool turn_may_end);
+                 std::size_t strip, bool turn_may_end, double share);
+    // Adds the mass of the gold token, whose own tokens have the probability `weight`, and of the digits that the target would
+    // merge with it, which are in a range of the row behind them.
+    void add_digits_behind(const Sequence& q, std::size_t t, std::size_t range, double weight, double share);
+    // The share of a candidate's mass that counts for `token`, because no digit follows with which it would change.
+    double finished(Lookup& lookup, std::int32_t candidate, std::int32_t token, std::size_t extension, std::size_t strip,
+                    double share);
     // The same where both models have the same token of the same tokenizer. Every candidate counts for itself there.
     void add_unchanged(const Row& row, std::int32_t own);
     // Adds mass to a target token.
@@ -80,6 +101,10 @@ class ByteAligner::Worker {
     const Settings& settings_;
     std::vector<std::int32_t> target_clip_, source_clip_;
     std::string key_;
+    std::vector<std::size_t> first_range_;  // the first range of each row, and the number of ranges
+    std::vector<std::int32_t> end_ids_;
+    std::vector<float> end_logprobs_;
+    std::vector<std::pair<std::int32_t, double>> counted_;
     // The current position: the mass of each target token, the dropped mass, and the target's end of turn.
     std::vector<std::pair<std::int32_t, double>> mass_;
     double dropped_ = 0.0;
@@ -132,7 +157,7 @@ void ByteAligner::Worker::check(const Sequence& q) {
     // Prefix ranges must be sorted, because they are searched.
     for (std::size_t r = 0; r < q.ranges; ++r) {
         const std::int32_t row = q.range_rows[r], strip = q.range_strip[r];
-        const bool there = row >= 0 && static_cast<std::size_t>(row) < q.source.size && strip > 0;
+        const bool there = row >= 0 && static_cast<std::size_t>(row) < q.source.size && strip >= kDigits;
         const bool ascends = r == 0 || row > q.range_rows[r - 1] || (row == q.range_rows[r - 1] && strip > q.range_strip[r - 1]);
         if (!there || !ascends) {
             refuse("a prefix range must belong to one of " + std::to_string(q.source.size) +
@@ -186,62 +211,157 @@ void ByteAligner::Worker::count(std::int32_t counts_for, double mass) {
     }
 }
 
+class ByteAligner::Worker::Lookup {
+  public:
+    Lookup(Worker& worker, const Sequence& q, std::size_t t, std::string_view extension, std::size_t strip)
+        : size(q.start + t - q.prefix_start[t]),
+          prefix(q.target_ids + q.prefix_start[t]),
+          worker_(worker),
+          parts_{size, extension, strip} {}
+
+    // What a candidate counts for, or nothing if that is not known yet.
+    const std::int32_t* find(std::int32_t wanted) {
+        if (!looked_up_) {
+            write_key(worker_.key_, prefix, parts_);
+            const auto found = worker_.aligner_.contexts_.find(worker_.key_);
+            if (found != worker_.aligner_.contexts_.end()) context_ = &found->second;
+            looked_up_ = true;
+        }
+        if (const std::int32_t* known = context_ ? context_->find(wanted) : nullptr) return known;
+        if (!asked_) asked_ = &worker_.missing.emplace_back(Missing{worker_.key_, {}});
+        asked_->candidates.push_back(wanted);
+        return nullptr;
+    }
+
+    const std::size_t size;  // the number of the prefix's tokens
+    const std::int32_t* const prefix;
+
+  private:
+    Worker& worker_;
+    Key parts_;
+    const Context* context_ = nullptr;
+    bool looked_up_ = false;
+    Missing* asked_ = nullptr;
+};
+
+std::size_t ByteAligner::Worker::range_of(const Sequence& q, std::size_t row, std::int32_t strip) const {
+    if (row + 1 >= first_range_.size()) return kNone;
+    for (std::size_t r = first_range_[row]; r < first_range_[row + 1]; ++r) {
+        if (q.range_strip[r] == strip) return r;
+    }
+    return kNone;
+}
+
+ByteAligner::Worker::Row ByteAligner::Worker::ends_of(const Row& row) {
+    end_ids_.clear();
+    end_logprobs_.clear();
+    for (std::size_t i = 0; i < row.k; ++i) {
+        if (row.ids[i] < 0 || row.ids[i] >= source_.size() || !settings_.source_ends[row.ids[i]]) continue;
+        end_ids_.push_back(row.ids[i]);
+        end_logprobs_.push_back(row.logprobs[i]);
+    }
+    return {end_ids_.data(), end_logprobs_.data(), end_ids_.size()};
+}
+
+double ByteAligner::Worker::goes_on(const Sequence& q, std::size_t j) const {
+    const std::int32_t own = q.source_ids[j];
+    if (!settings_.merges_digits || own < 0 || own >= source_.size() || !aligner_.candidates_[own].ends_in_digit) return 1.0;
+    const std::size_t range = range_of(q, j + 1, kDigits);
+    // Halfway between the own token's probability and 1, see the rule.
+    return range == kNone ? 1.0 : (1.0 + std::min(std::exp(static_cast<double>(q.range_logmass[range])), 1.0)) / 2.0;
+}
+
+double ByteAligner::Worker::finished(Lookup& lookup, std::int32_t candidate, std::int32_t token, std::size_t extension,
+                                     std::size_t strip, double share) {
+    if (!settings_.merges_digits || token < 0 || !aligner_.candidates_[candidate].ends_in_digit ||
+        target_.piece(token).size() != extension + source_.piece(candidate).size() - strip) {
+        return 1.0;
+    }
+    const std::int32_t* onward = lookup.find(candidate + source_.size());
+    return onward ? 1.0 - share * *onward / 10.0 : 1.0;
+}
+
 void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& row, std::int32_t own, double weight,
-                                  std::string_view extension, std::size_t strip, bool turn_may_end) {
-    const std::size_t first = q.prefix_start[t], size = q.start + t - first;
-    const std::int32_t* prefix = q.target_ids + first;
+                                  std::string_view extension, std::size_t strip, bool turn_may_end, double share) {
+    Lookup lookup(*this, q, t, extension, strip);
     // A plain candidate begins exactly at the target's position. Behind a token that closes, a plain candidate that opens
     // begins a new pre-token.
     const bool plain = strip == 0 && extension.empty();
-    const bool may_close = plain && size > 0 && settings_.closes[prefix[size - 1]];
-    // Looks a candidate up behind this prefix. The context is found once for all candidates, and what is missing is collected
-    // in one place.
-    const Context* context = nullptr;
-    bool looked_up = false;
-    Missing* asked = nullptr;
-    const auto find = [&](std::int32_t wanted) -> const std::int32_t* {
-        if (!looked_up) {
-            write_key(key_, prefix, {size, extension, strip});
-            const auto found = aligner_.contexts_.find(key_);
-            if (found != aligner_.contexts_.end()) context = &found->second;
-            looked_up = true;
-        }
-        if (const std::int32_t* known = context ? context->find(wanted) : nullptr) return known;
-        if (!asked) asked = &missing.emplace_back(Missing{key_, {}});
-        asked->candidates.push_back(wanted);
-        return nullptr;
-    };
+    const bool may_close = plain && lookup.size > 0 && settings_.closes[lookup.prefix[lookup.size - 1]];
     for (std::size_t i = 0; i < row.k; ++i) {
-        const std::int32_t candidate = row.ids[i];
-        if (candidate == own || candidate < 0 || candidate >= source_.size()) continue;
-        const auto [table, role] = aligner_.candidates_[candidate];
+        std::int32_t candidate = row.ids[i];
+        if (candidate < 0) continue;
+        const double mass = weight * std::exp(static_cast<double>(row.logprobs[i]));
+        if (row.is_range && candidate < target_.size()) {
+            // A target token whose mass was merged before the cut (rule 7).
+            const std::string_view piece = target_.piece(candidate);
+            const bool digit = !piece.empty() && piece[0] >= '0' && piece[0] <= '9';
+            const std::int32_t* stays = lookup.size ? lookup.find(digit ? kClosedByDigit : kClosed) : nullptr;
+            if (lookup.size == 0 || (stays && *stays)) {
+                count(candidate, mass);
+            } else if (stays) {
+                count(kDropped, mass);
+            }
+            continue;
+        }
+        if (row.is_range) candidate -= target_.size();
+        if (row.is_range && candidate == source_.size()) {
+            if (const std::int32_t* known = lookup.find(kCut)) count(*known, mass);
+            continue;
+        }
+        if (candidate == own || candidate >= source_.size()) continue;
+        const auto [table, role, ends_in_digit] = aligner_.candidates_[candidate];
         // Control tokens, and the ids with which models pad their logits, stay in the tail. So does a token that ends where
         // the position begins (rule 2).
         if (role == Role::kNone) continue;
         if (strip > 0 && source_.piece(candidate).size() == strip) continue;
-        const double mass = weight * std::exp(static_cast<double>(row.logprobs[i]));
         // Some candidates can be counted without their own entry in the cache: an end of turn by role, and text that begins a
         // new pre-token by the table.
-        std::int32_t lookup = candidate;
+        std::int32_t wanted = candidate;
         if (role == Role::kEnd) {
             if (turn_may_end) {
                 count(kEnd, mass);
                 continue;
             }
-            lookup = kAnyEnd;
-        } else if (plain && size == 0) {
-            count(table, mass);
+            wanted = kAnyEnd;
+        } else if (plain && lookup.size == 0) {
+            count(table, mass * (1.0 - share * settings_.onward[candidate] / 10.0));
             continue;
         } else if (may_close && role == Role::kOpens) {
-            const std::int32_t* closed = find(kClosed);
+            const std::int32_t* closed = lookup.find(kClosed);
             if (!closed) continue;
             if (*closed) {
-                count(table, mass);
+                count(table, mass * (1.0 - share * settings_.onward[candidate] / 10.0));
                 continue;
             }
         }
-        if (const std::int32_t* known = find(lookup)) count(*known, mass);
+        if (const std::int32_t* known = lookup.find(wanted)) {
+            const std::int32_t token = *known;
+            count(token, mass * (wanted < 0 ? 1.0 : finished(lookup, candidate, token, extension.size(), strip, share)));
+        }
     }
+}
+
+void ByteAligner::Worker::add_digits_behind(const Sequence& q, std::size_t t, std::size_t range, double weight, double share) {
+    const std::int32_t gold = q.target_ids[q.start + t];
+    const std::string_view extension = target_.piece(gold);
+    const Row row = row_of_range(q, range);
+    Lookup lookup(*this, q, t, extension, 0);
+    // The tokens that the candidates count for. If none changes the gold token, the number may go on behind it.
+    bool changes = false;
+    counted_.clear();
+    for (std::size_t i = 0; i < row.k; ++i) {
+        const std::int32_t candidate = row.ids[i] - target_.size();
+        if (row.ids[i] < target_.size() || candidate >= source_.size()) continue;
+        const std::int32_t* known = lookup.find(candidate);
+        const std::int32_t token = known ? *known : kTail;
+        changes |= known && token != gold;
+        const double mass = weight * std::exp(static_cast<double>(row.logprobs[i]));
+        counted_.emplace_back(token, mass * finished(lookup, candidate, token, extension.size(), 0, share));
+    }
+    const double exact = std::exp(static_cast<double>(q.range_logmass[range]));
+    add(gold, changes ? weight * std::max(0.0, 1.0 - exact) : weight);
+    for (std::size_t i = 0; changes && i < counted_.size(); ++i) count(counted_[i].first, counted_[i].second);
 }
 
 void ByteAligner::Worker::add_unchanged(const Row& row, std::int32_t own) {
@@ -277,40 +397,35 @@ std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std
         return kAligned;
     }
     if (strip > 0) {
-        // Find the prefix range by a binary search for (row, strip), and take the candidates from it instead of the row.
-        std::size_t low = 0, high = q.ranges;
-        while (low < high) {
-            const std::size_t middle = (low + high) / 2;
-            const std::int32_t its_row = q.range_rows[middle];
-            const bool before = its_row < static_cast<std::int32_t>(j) ||
-                                (its_row == static_cast<std::int32_t>(j) && q.range_strip[middle] < static_cast<std::int32_t>(strip));
-            before ? low = middle + 1 : high = middle;
-        }
-        if (low == q.ranges || q.range_rows[low] != static_cast<std::int32_t>(j) ||
-            q.range_strip[low] != static_cast<std::int32_t>(strip)) {
-            return kNoPrefixRange;
-        }
-        for (std::size_t i = 0; i < q.range_k; ++i) {
-            const std::int32_t candidate = q.range_ids[low * q.range_k + i];
-            if (candidate >= 0 && (!source_.is_text(candidate) || source_.piece(candidate).substr(0, strip) != own_piece.substr(0, strip))) {
+        // Take the candidates from the prefix range instead of the row.
+        const std::size_t range = range_of(q, j, static_cast<std::int32_t>(strip));
+        if (range == kNone) return kNoPrefixRange;
+        row = row_of_range(q, range);
+        for (std::size_t i = 0; i < row.k; ++i) {
+            const std::int32_t candidate = row.ids[i] - target_.size();
+            if (row.ids[i] < target_.size() || candidate == source_.size()) continue;
+            if (!source_.is_text(candidate) || source_.piece(candidate).substr(0, strip) != own_piece.substr(0, strip)) {
                 refuse("a prefix range's tokens must begin with " + shown(own_piece.substr(0, strip)) + ", got token " +
                        std::to_string(candidate) + "; capture it again");
             }
         }
-        row = {q.range_ids + low * q.range_k, q.range_logprobs + low * q.range_k, q.range_k};
-        exact = std::exp(static_cast<double>(q.range_logmass[low]));
+        exact = std::exp(static_cast<double>(q.range_logmass[range]));
     }
     // Bytes that both tokens have in front are already part of every candidate.
     std::string_view extension = source_clip_[j] > 0 && strip == 0 ? std::string_view() : clip;
     // Follow the gold path (rule 4). `weight` is the probability of the own tokens so far.
     double weight = 1.0;
     while (true) {
-        add_row(q, t, row, q.source_ids[j], weight, extension, strip, q.source.begin[j] <= begin);
-        weight *= std::exp(static_cast<double>(q.own_logprobs[j]));
-        if (q.source.end[j] >= end) {
-            add(gold, weight);
-            return kAligned;
+        const bool turn_may_end = q.source.begin[j] <= begin;
+        const std::size_t whole = strip == 0 ? range_of(q, j, kWhole) : kNone;
+        if (whole != kNone) {
+            // The row was merged over the whole vocabulary. Ends of turn have no bytes, so they are not among the merged.
+            add_row(q, t, row_of_range(q, whole), q.source_ids[j], weight, extension, strip, turn_may_end, goes_on(q, j));
+            row = ends_of(row);
         }
+        add_row(q, t, row, q.source_ids[j], weight, extension, strip, turn_may_end, goes_on(q, j));
+        weight *= std::exp(static_cast<double>(q.own_logprobs[j]));
+        if (q.source.end[j] >= end) break;
         // There is a next source token, because the last one ends where the response ends. It must not have a dummy space.
         ++j;
         if (source_clip_[j] > 0) return kNoPrefixRange;
@@ -318,6 +433,15 @@ std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std
         strip = 0;
         extension = piece.substr(0, target_clip_[t] + q.source.begin[j] - begin);
     }
+    // Behind a gold token that ends in a digit, the digits that the target would merge with it are candidates (rule 8).
+    const bool ends_together = settings_.merges_digits && q.source.end[j] == q.target.end[t];
+    const std::size_t digits = ends_together ? range_of(q, j + 1, kDigits) : kNone;
+    if (digits == kNone) {
+        add(gold, weight);
+    } else {
+        add_digits_behind(q, t, digits, weight, goes_on(q, j + 1));
+    }
+    return kAligned;
 }
 
 void ByteAligner::Worker::add_end(const Sequence& q, std::size_t rows) {
@@ -336,7 +460,7 @@ void ByteAligner::Worker::add_end(const Sequence& q, std::size_t rows) {
             }
         }
     } else {
-        add_row(q, q.target.size, row, own, 1.0, settings_.source_closing, 0, true);
+        add_row(q, q.target.size, row, own, 1.0, settings_.source_closing, 0, true, 1.0);
     }
 }
 
@@ -369,6 +493,9 @@ void ByteAligner::Worker::run(const Sequence& q, Output& out) {
     out.ids.reserve(q.positions() * settings_.top_k);
     out.logprobs.reserve(q.positions() * settings_.top_k);
     check(q);
+    first_range_.assign(q.source.size + 1, 0);
+    for (std::size_t r = 0; r < q.ranges; ++r) ++first_range_[q.range_rows[r] + 1];
+    for (std::size_t row = 0; row < q.source.size; ++row) first_range_[row + 1] += first_range_[row];
     const auto n = static_cast<std::int64_t>(q.response.size());
     // The source's last row is its end of turn, unless the response was cut.
     std::size_t rows = q.source.size;

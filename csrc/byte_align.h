@@ -1,4 +1,4 @@
-// Rules 1 to 6 of the alignment for a batch of responses: which target token each of a source's candidates counts for, and
+// Rules 1 to 8 of the alignment for a batch of responses: which target token each of a source's candidates counts for, and
 // how much mass each target token gets. The oracle is profuser/alignment/reference.py, which also states the rules.
 //
 // What a candidate counts for in its context is found out by the target's tokenizer, outside of C++. `align` looks it up in
@@ -22,6 +22,9 @@ constexpr std::int32_t kTail = -1, kDropped = -2, kEnd = -3;
 
 // Throws std::invalid_argument, which Python gets as a ValueError.
 [[noreturn]] void refuse(const std::string& message);
+
+// These stand in place of a range's number of bytes. The numbers must be those in profuser/alignment/types.py.
+constexpr std::int32_t kWhole = 0, kDigits = -1;
 
 // The order must be that of SKIP_REASONS in profuser/alignment/types.py.
 enum SkipReason : std::uint8_t { kAligned = 0, kNoPrefixRange = 1, kLowReliability = 2, kEmpty = 3, kNoSourcePosition = 4 };
@@ -54,6 +57,8 @@ struct Settings {
     std::vector<std::int32_t> table;             // per source id, what it counts for at the beginning of a pre-token
     std::vector<std::uint8_t> opens, closes;     // per source id and per target id, as in CandidateTable of vocab_map.py
     std::vector<std::uint8_t> lookahead;         // per source id, an index into kLookaheads
+    bool merges_digits;                          // whether the target has tokens of several digits
+    std::vector<std::uint8_t> onward;            // per source id, as in CandidateTable of vocab_map.py
     std::vector<std::int32_t> exact;             // the target ids that a candidate of exactly their bytes counts for
 };
 
@@ -73,11 +78,11 @@ struct Sequence {
     const float* top_logprobs;
     std::size_t k;
     const float* own_logprobs;
-    // Prefix ranges, sorted by (row, strip).
+    // Ranges of the vocabulary, sorted by (row, strip). In place of a number of bytes, strip may be kWhole or kDigits.
     std::size_t ranges;
     const std::int32_t *range_rows, *range_strip;
     const float* range_logmass;
-    const std::int32_t* range_ids;  // (ranges, range_k), -1 = padding
+    const std::int32_t* range_ids;  // (ranges, range_k) as the maps of merging.py spell what tokens count for, -1 = padding
     const float* range_logprobs;
     std::size_t range_k;
 
@@ -113,14 +118,17 @@ class ByteAligner {
 
   private:
     // These stand in place of a candidate in a context. kFree marks a slot without a candidate. kAnyEnd stands for all of the
-    // source's end tokens, which have no bytes. kClosed stands for all candidates that open; its value is 1 if the tokens of
-    // the prefix stay as they are before such a candidate, else 0.
-    static constexpr std::int32_t kFree = -1, kAnyEnd = -2, kClosed = -3;
+    // source's end tokens, which have no bytes. kCut stands for all candidates that end the target's token. kClosed and
+    // kClosedByDigit stand for all that begin a new pre-token, with a space or with a digit; the value is 1 if the tokens of the
+    // prefix stay as they are before such a candidate, else 0. The size of the source's vocabulary plus a candidate stands for
+    // the number of digits with which the candidate counts for another token (rule 8).
+    static constexpr std::int32_t kFree = -1, kAnyEnd = -2, kClosed = -3, kClosedByDigit = -4, kCut = -5;
     // What a source's token is, apart from any context. kOpens is text that begins a new pre-token.
     enum class Role : std::uint8_t { kNone, kText, kOpens, kEnd };
     struct Candidate {
         std::int32_t table = kTail;  // what the token counts for at the beginning of a pre-token
         Role role = Role::kNone;
+        bool ends_in_digit = false;
     };
     // What candidates count for in one context, which is given by its key (see Key). It is a hash table.
     class Context {

@@ -12,6 +12,7 @@ namespace profuser {
 namespace {
 
 constexpr std::int64_t kMostBytes = 65535;  // the largest number of bytes in a token; a key holds such numbers in 16 bits
+constexpr std::string_view kDigitsOfTen = "0123456789";
 constexpr std::string_view kLookaheads[] = {"", "x", " x"};  // must be LOOKAHEADS in profuser/alignment/vocab_map.py
 
 // Whether Python's strict decoder accepts the bytes: it refuses overlong forms, surrogates, and anything beyond U+10FFFF.
@@ -96,7 +97,7 @@ ByteAligner::ByteAligner(Vocabulary target, Vocabulary source, Settings settings
     const auto source_size = static_cast<std::size_t>(source_.size()), target_size = static_cast<std::size_t>(target_.size());
     const Settings& s = settings_;
     if (s.source_ends.size() != source_size || s.table.size() != source_size || s.opens.size() != source_size ||
-        s.lookahead.size() != source_size || s.closes.size() != target_size) {
+        s.lookahead.size() != source_size || s.onward.size() != source_size || s.closes.size() != target_size) {
         refuse("a candidate table must have one row per token of its vocabulary (" + std::to_string(source_size) + ", " +
                std::to_string(target_size) + "); build it again from these tokenizers");
     }
@@ -117,7 +118,8 @@ ByteAligner::ByteAligner(Vocabulary target, Vocabulary source, Settings settings
         if (s.source_ends[id]) {
             candidates_[id].role = Role::kEnd;
         } else if (source_.is_text(id) && !source_.piece(id).empty()) {
-            candidates_[id] = {s.table[id], s.opens[id] ? Role::kOpens : Role::kText};
+            const char last = source_.piece(id).back();
+            candidates_[id] = {s.table[id], s.opens[id] ? Role::kOpens : Role::kText, last >= '0' && last <= '9'};
         }
     }
 }
@@ -130,19 +132,30 @@ void ByteAligner::intern(const Missing& missing) {
     std::string prefix;
     for (const std::int32_t id : prefix_) prefix += target_.piece(id);
     // The text of a candidate is the prefix, the extension, and the candidate's bytes. An end of turn has no bytes, and
-    // kClosed is tried with one example.
+    // candidates that begin a new pre-token are tried with one example.
     for (const std::int32_t candidate : missing.candidates) {
         if (context.find(candidate)) continue;
         ++cached_;
+        const bool onward = candidate >= source_.size();
         std::string added(parts.extension);
-        if (candidate == kClosed) {
-            added = " x";
-        } else if (candidate != kAnyEnd) {
-            added += source_.piece(candidate).substr(parts.strip);
-        }
+        if (onward || candidate >= 0) added += source_.piece(onward ? candidate - source_.size() : candidate).substr(parts.strip);
         std::string text = prefix + added;
-        if (!is_utf8(text) && candidate == kClosed) {
-            context.insert(kClosed, 0);
+        if (onward) {
+            // The candidate is tokenised once more with each digit behind it.
+            context.insert(candidate, 0);
+            if (!is_utf8(text)) continue;
+            for (const char digit : kDigitsOfTen) {
+                pending_.push_back({&key, &context, candidate, prefix.size(), text.size()});
+                texts_.push_back(text + digit);
+            }
+            continue;
+        }
+        if (candidate == kClosed || candidate == kClosedByDigit) {
+            const std::string example = text + (candidate == kClosed ? " x" : "1");
+            context.insert(candidate, 0);
+            if (!is_utf8(text)) continue;
+            pending_.push_back({&key, &context, candidate, prefix.size(), text.size()});
+            texts_.push_back(example);
             continue;
         }
         if (!is_utf8(text)) {
@@ -155,6 +168,7 @@ void ByteAligner::intern(const Missing& missing) {
         // Until the text's tokens are learnt, the candidate goes to the tail.
         pending_.push_back({&key, &context, candidate, prefix.size(), text.size()});
         if (candidate >= 0) text += kLookaheads[settings_.lookahead[candidate]];
+        if (candidate == kCut) text += " x";
         texts_.push_back(std::move(text));
         context.insert(candidate, kTail);
     }
@@ -168,8 +182,18 @@ void ByteAligner::learn(const std::int32_t* ids, const std::int64_t* offsets) {
         const std::size_t size = offsets[i + 1] - offsets[i], before = prefix_.size();
         // A candidate that changes the tokens of its prefix is dropped (rule 3).
         const bool stays = size >= before && std::equal(prefix_.begin(), prefix_.end(), found);
-        if (pending.candidate == kClosed || !stays) {
-            pending.context->insert(pending.candidate, pending.candidate == kClosed ? stays : kDropped);
+        if (pending.candidate == kClosed || pending.candidate == kClosedByDigit) {
+            pending.context->insert(pending.candidate, stays);
+            continue;
+        }
+        if (pending.candidate >= source_.size()) {
+            const std::int32_t token = *pending.context->find(pending.candidate - source_.size());
+            const bool changes = !stays || size == before || found[before] != token;
+            pending.context->insert(pending.candidate, *pending.context->find(pending.candidate) + changes);
+            continue;
+        }
+        if (!stays) {
+            pending.context->insert(pending.candidate, kDropped);
             continue;
         }
         if (size == before || !target_.is_text(found[before])) continue;  // without a token of its own it stays in the tail

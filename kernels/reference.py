@@ -167,7 +167,7 @@ def logits_topk_reference(
     k: int,
     *,
     vocab_map: Tensor | None = None,
-    ranges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    ranges: tuple[Tensor, ...] | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """`source_topk_from_logits`, dense."""
@@ -176,36 +176,42 @@ def logits_topk_reference(
     lse = (logits / temperature).logsumexp(1)
     ce = logits.logsumexp(1) - logits.gather(1, labels.long().clamp_min(0)[:, None])[:, 0]
     ce = torch.where(labels == IGNORE_INDEX, 0, ce)
+    all_logprobs = logits / temperature - lse[:, None]
     ids, logprobs = ids[:, :k], values[:, :k] / temperature - lse[:, None]
     if vocab_map is not None:
-        ids, logprobs = merge_mapped(ids, logprobs, vocab_map)
+        for row in range(len(ids)):
+            ids[row], logprobs[row] = merged_topk(all_logprobs[row], vocab_map, k)
     if ranges is None:
         return ids, logprobs, lse, ce
-    rows, lo, hi, vocab_order = ranges
+    rows, lo, hi, vocab_order, *maps = ranges
+    map_begin, mapped = maps or (torch.full_like(rows, -1), rows[:0])
     range_ids = torch.full((len(rows), k), -1)
     range_logprobs = torch.full((len(rows), k), -torch.inf, dtype=logits.dtype)
     range_logmass = torch.full((len(rows),), -torch.inf, dtype=logits.dtype)
     for r in range(len(rows)):
         among = vocab_order[lo[r] : hi[r]].long()
-        within = logits[rows[r], among] / temperature - lse[rows[r]]
-        best, at = within.sort(descending=True, stable=True)
-        best = best[:k][best[:k] > -torch.inf]
-        range_ids[r, : len(best)], range_logprobs[r, : len(best)] = among[at[: len(best)]], best
+        within = all_logprobs[rows[r], among]
         range_logmass[r] = within.logsumexp(0)
-    if vocab_map is not None:
-        range_ids, range_logprobs = merge_mapped(range_ids, range_logprobs, vocab_map)
+        if map_begin[r] >= 0:
+            others = among != labels[rows[r]]
+            counts_for = mapped[map_begin[r] : map_begin[r] + len(among)]
+            range_ids[r], range_logprobs[r] = merged_topk(within[others], counts_for[others], k)
+        elif vocab_map is not None:
+            range_ids[r], range_logprobs[r] = merged_topk(within, vocab_map[among], k)
+        else:
+            best, at = within.sort(descending=True, stable=True)
+            best = best[:k][best[:k] > -torch.inf]
+            range_ids[r, : len(best)], range_logprobs[r, : len(best)] = among[at[: len(best)]], best
     return ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass
 
 
-def merge_mapped(ids: Tensor, logprobs: Tensor, vocab_map: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's ids as vocab_map translates them, the masses of equal ones added, most probable first, then -1 and -inf."""
-    merged_ids, merged = torch.full_like(ids, -1), torch.full_like(logprobs, -torch.inf)
-    for row in range(len(ids)):
-        mass: dict[int, list[Tensor]] = {}
-        for token, logprob in zip(ids[row].tolist(), logprobs[row]):
-            if token >= 0 and vocab_map[token] >= 0 and logprob > -torch.inf:
-                mass.setdefault(int(vocab_map[token]), []).append(logprob)
-        summed = [(-torch.stack(parts).logsumexp(0).item(), token) for token, parts in mass.items()]
-        for slot, (negative, token) in enumerate(sorted(summed)):
-            merged_ids[row, slot], merged[row, slot] = token, -negative
-    return merged_ids, merged
+def merged_topk(logprobs: Tensor, mapped: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k ids of greatest mass, that of all tokens that count for the id, most probable first, then -1 and -inf."""
+    mass: dict[int, list[Tensor]] = {}
+    for logprob, i in zip(logprobs, mapped.tolist()):
+        if i >= 0 and logprob > -torch.inf:
+            mass.setdefault(i, []).append(logprob)
+    best = sorted((-torch.stack(parts).logsumexp(0).item(), i) for i, parts in mass.items())[:k]
+    padding = k - len(best)
+    ids = torch.tensor([i for _, i in best] + [-1] * padding, dtype=torch.int64)
+    return ids, torch.tensor([-negative for negative, _ in best] + [-torch.inf] * padding, dtype=logprobs.dtype)

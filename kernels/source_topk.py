@@ -1,9 +1,10 @@
 """A source's top-k log-probabilities and the label's cross-entropy, without [N, V] logits: what capture stores of a source.
 
 Logits exist for a chunk of rows at a time, and there are no gradients. On CUDA Triton kernels do the work
-(source_topk_triton.py), on any other device plain torch does, in this file. Equal logits rank by ascending token id on every
-platform, so that a store can be rebuilt byte for byte.
-Dimension letters: N rows, C rows of a chunk, D hidden, V vocabulary, V' entries of an ordered vocabulary, R ranges.
+(source_topk_triton.py), on any other device plain torch does (source_topk_torch.py). Equal logits rank by ascending token id on
+every platform, so that a store can be rebuilt byte for byte.
+Dimension letters: N rows, C rows of a chunk, D hidden, V vocabulary, V' entries of an ordered vocabulary, R ranges, L entries of
+the ranges' maps.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import source_topk_torch
 from .common import (
-    IGNORE_INDEX,
     check_device,
     check_head,
     check_label_values,
@@ -22,15 +23,13 @@ from .common import (
     choose_impl,
     chunk_rows,
     compute_dtype,
-    cross_entropy_from_sums,
 )
 from .head import ChunkedHead, Head
 
-Ranges = tuple[Tensor, Tensor, Tensor, Tensor]
-"""rows (R,), lo (R,), hi (R,) and vocab_order (V',), as `source_topk` takes them."""
-ListedRanges = tuple[list[tuple[int, int, int]], Tensor]
-"""The same as a list of (row, lo, hi), and the order."""
+Ranges = tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""rows (R,), lo (R,), hi (R,), vocab_order (V',), and perhaps map_begin (R,) and mapped (L,), as `source_topk` takes them."""
 
+MAX_ID = 2**31 - 1
 TRITON_MAX_K = 128  # more candidates do not fit the registers of a program
 TRITON_CHUNK_ROWS = 2048  # with fewer rows each matrix product leaves part of a large GPU idle
 
@@ -57,12 +56,16 @@ def source_topk(
         weight: (V, D) language-model head. Logits and sums are computed in fp32, or in fp64 if either is fp64.
         labels: (N,) int64 or int32. IGNORE_INDEX rows have ce 0, and a top-k as all rows have.
         k: number of entries to keep, 1..V.
-        vocab_map: (V,) integers, the id of each token in another vocabulary, -1 for none. The top k are chosen among the
-            source's own tokens and mapped afterwards: the masses of equal ids are added, and a token without an id is left
-            out, so that its mass belongs to the tail. lse, ce and range_logmass do not change.
+        vocab_map: (V,) integers, the id of each token in another vocabulary, -1 for none. The masses of all tokens of an id
+            are added over the whole vocabulary, and the k most probable ids are kept. A token without an id is left out, so
+            that its mass belongs to the tail. lse, ce and range_logmass do not change.
         ranges: four tensors of integers: rows (R,) ascending, lo (R,), hi (R,) and vocab_order (V',). For row rows[r] they ask
             for the exact mass of the tokens vocab_order[lo[r]:hi[r]], and for the k most probable of those. Equal ones rank
-            in that order.
+            in that order. With vocab_map it is the k most probable ids, whose masses are added over the range.
+            Two more tensors give ranges maps of their own: map_begin (R,) and mapped (L,). In range r, unless map_begin[r] is
+            -1, the token vocab_order[lo[r] + i] counts for the id mapped[map_begin[r] + i], or for none if that is -1. The
+            range's k most probable ids are asked for then, without the mass of the row's own label; that remains in the
+            exact mass of the range. It costs little if many ranges have the same lo, hi and map_begin.
         temperature: T > 0 of logprobs and lse. ce is always at 1.
         bias, softcap, logit_scale: as in `fused_linear_fusion_loss`.
         chunk_size: number of rows whose logits exist at a time. None chooses it.
@@ -79,9 +82,10 @@ def source_topk(
         but are in bounds. Logits of -inf are allowed.
     Raises:
         ValueError: shapes, dtypes or devices contradict each other; k is outside 1..V; impl cannot do it. In plain torch also:
-            a label is outside the vocabulary; ranges are outside the rows or the order, or their rows do not ascend; an
-            entry of vocab_map is below -1. Triton never reads a value back to the host. There, such a label gives a ce of
-            NaN, such a range NaN and ids of -1, and any mapped id below 0 counts as -1.
+            a label is outside the vocabulary; ranges are outside the rows, the order or their maps, or their rows do not
+            ascend; an entry of vocab_map or mapped is below -1. Triton reads no value back to the host but which ranges have
+            maps. There, such a label gives a ce of NaN, such a range NaN and ids of -1, and any mapped id below 0 counts as
+            -1.
 
     Example:
         >>> import torch
@@ -110,24 +114,24 @@ def source_topk(
                 of_chunk = hidden[rows].to(dtype)
                 return chunked.logits_into(scratch[: of_chunk.shape[0]], of_chunk)
 
-            found = _topk(logits, labels, k, temperature, chunk, _listed_ranges(ranges, labels, vocabulary))
-        else:
-            from .source_topk_triton import topk_rows
+            asked_for = _listed_ranges(ranges, labels, vocabulary)
+            return source_topk_torch.topk_rows(logits, labels, k, vocabulary, temperature, chunk, vocab_map, asked_for)
+        from .source_topk_triton import topk_rows
 
-            chunk = chunk_rows(hidden.shape[0], vocabulary, dtype.itemsize, chunk_size or TRITON_CHUNK_ROWS)
-            found = topk_rows(
-                _fp32_products(hidden, weight, chunk),
-                labels,
-                k,
-                vocabulary,
-                temperature,
-                chunk,
-                ranges,
-                bias=head.bias,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
-            )
-        return found if vocab_map is None else _mapped(found, vocab_map)
+        chunk = chunk_rows(hidden.shape[0], vocabulary, dtype.itemsize, chunk_size or TRITON_CHUNK_ROWS)
+        return topk_rows(
+            _fp32_products(hidden, weight, chunk),
+            labels,
+            k,
+            vocabulary,
+            temperature,
+            chunk,
+            vocab_map,
+            ranges,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        )
 
 
 def source_topk_from_logits(
@@ -156,14 +160,23 @@ def source_topk_from_logits(
         if not _use_triton(impl, logits.device, dtype, k):
             _check_values(labels, vocabulary, vocab_map)
             chunk = chunk_rows(count, vocabulary, dtype.itemsize, chunk_size)
-            listed = _listed_ranges(ranges, labels, vocabulary)
-            found = _topk(lambda rows: logits[rows].to(dtype, copy=True), labels, k, temperature, chunk, listed)
-        else:
-            from .source_topk_triton import topk_rows
+            asked_for = _listed_ranges(ranges, labels, vocabulary)
+            return source_topk_torch.topk_rows(
+                lambda rows: logits[rows].to(dtype, copy=True),
+                labels,
+                k,
+                vocabulary,
+                temperature,
+                chunk,
+                vocab_map,
+                asked_for,
+            )
+        from .source_topk_triton import topk_rows
 
-            chunk = chunk_rows(count, vocabulary, dtype.itemsize, chunk_size or TRITON_CHUNK_ROWS)
-            found = topk_rows(lambda rows: logits[rows].contiguous(), labels, k, vocabulary, temperature, chunk, ranges)
-        return found if vocab_map is None else _mapped(found, vocab_map)
+        chunk = chunk_rows(count, vocabulary, dtype.itemsize, chunk_size or TRITON_CHUNK_ROWS)
+        return topk_rows(
+            lambda rows: logits[rows].contiguous(), labels, k, vocabulary, temperature, chunk, vocab_map, ranges
+        )
 
 
 def _use_triton(impl: str | None, device: torch.device, dtype: torch.dtype, k: int) -> bool:
@@ -207,18 +220,19 @@ def _check_shapes(labels: Tensor, k: int, vocabulary: int, vocab_map: Tensor | N
             )
     if ranges is None:
         return
-    if len(ranges) != 4:
+    if len(ranges) not in (4, 6):
         raise ValueError(
-            f"ranges must be rows (R,), lo (R,), hi (R,) and vocab_order (V',), got {len(ranges)} values; profuser.prefix_ranges "
-            "gives all four"
+            "ranges must be rows (R,), lo (R,), hi (R,) and vocab_order (V',), and for ranges with maps also map_begin (R,) and "
+            f"mapped (L,), got {len(ranges)} values; profuser.prefix_ranges gives the first four"
         )
-    rows, lo, hi, vocab_order = ranges
-    check_tensors(rows=rows, lo=lo, hi=hi, vocab_order=vocab_order, vocab_map=vocab_map)
-    check_device(labels, rows=rows, lo=lo, hi=hi, vocab_order=vocab_order)
-    if vocab_order.dim() != 1 or any(x.dim() != 1 or len(x) != len(rows) for x in (rows, lo, hi)):
+    named = dict(zip(("rows", "lo", "hi", "vocab_order", "map_begin", "mapped"), ranges))
+    check_tensors(**named)
+    check_device(labels, **named)
+    of_ranges = [x for name, x in named.items() if name not in ("vocab_order", "mapped")]
+    if any(x.dim() != 1 for x in ranges) or any(len(x) != len(ranges[0]) for x in of_ranges):
         raise ValueError(
-            "ranges must be rows (R,), lo (R,), hi (R,) and vocab_order (V',), got "
-            f"{tuple(rows.shape)}, {tuple(lo.shape)}, {tuple(hi.shape)}, {tuple(vocab_order.shape)}"
+            "ranges must be rows (R,), lo (R,), hi (R,) and vocab_order (V',), and perhaps map_begin (R,) and mapped (L,), got "
+            + ", ".join(str(tuple(x.shape)) for x in ranges)
         )
     if not all(_is_integer(x) for x in ranges):
         raise ValueError(f"ranges must be integers, got {', '.join(str(x.dtype) for x in ranges)}")
@@ -230,140 +244,46 @@ def _is_integer(x: Tensor) -> bool:
 
 def _check_values(labels: Tensor, vocabulary: int, vocab_map: Tensor | None) -> None:
     check_label_values(labels, vocabulary)
-    if vocab_map is not None and (least := int(vocab_map.min())) < -1:
-        raise ValueError(f"vocab_map must be >= -1, got {least}; -1 stands for a token that has no counterpart")
+    if vocab_map is not None:
+        _check_mapped_ids("vocab_map", vocab_map)
 
 
-def _listed_ranges(ranges: Ranges | None, labels: Tensor, vocabulary: int) -> ListedRanges | None:
-    """The ranges as a list of (row, lo, hi), and the vocabulary's order; ValueError for a value out of bounds."""
+def _check_mapped_ids(name: str, mapped: Tensor) -> None:
+    """Raises ValueError for what is neither an id nor -1."""
+    if not len(mapped):
+        return
+    least, most = int(mapped.min()), int(mapped.max())
+    if least < -1:
+        raise ValueError(f"{name} must be >= -1, got {least}; -1 stands for a token that has no counterpart")
+    if most > MAX_ID:
+        raise ValueError(f"{name} must be <= {MAX_ID}, got {most}; ids are returned as int32")
+
+
+def _listed_ranges(ranges: Ranges | None, labels: Tensor, vocabulary: int) -> source_topk_torch.ListedRanges | None:
+    """The ranges as numbers; ValueError for a value out of bounds."""
     if ranges is None:
         return None
-    rows, lo, hi, vocab_order = ranges
+    rows, lo, hi, vocab_order, *maps = ranges
+    map_begin, mapped = maps or (torch.full_like(rows, -1, dtype=torch.int64), vocab_order[:0])
     if len(vocab_order) and not 0 <= int(vocab_order.min()) <= int(vocab_order.max()) < vocabulary:
         raise ValueError(
             f"vocab_order must be < {vocabulary} (the vocabulary), got {int(vocab_order.min())}..{int(vocab_order.max())}; "
             "build it from this model's tokenizer"
         )
-    listed = list(zip(rows.tolist(), lo.tolist(), hi.tolist()))
+    _check_mapped_ids("mapped", mapped)
+    listed = list(zip(rows.tolist(), lo.tolist(), hi.tolist(), map_begin.tolist()))
     previous = 0
-    for row, first, last in listed:
+    for row, first, last, begin in listed:
         if not (previous <= row < labels.shape[0] and 0 <= first <= last <= len(vocab_order)):
             raise ValueError(
                 f"a range must have its row in [{previous}, {labels.shape[0]}) (ascending) and 0 <= lo <= hi <= "
                 f"{len(vocab_order)}, got row {row}, [{first}, {last}); sort the ranges by row"
             )
+        most = max(-1, len(mapped) - (last - first))
+        if not -1 <= begin <= most:
+            raise ValueError(
+                f"map_begin must be in -1..{most} (mapped has {len(mapped)} entries, the range [{first}, {last}) takes "
+                f"{last - first}), got {begin}; -1 stands for a range without a map"
+            )
         previous = row
-    return listed, vocab_order.long()
-
-
-def _topk(
-    logits: Callable[[slice], Tensor],
-    labels: Tensor,
-    k: int,
-    temperature: float,
-    chunk: int,
-    ranges: ListedRanges | None,
-) -> tuple[Tensor, ...]:
-    """What `source_topk` returns, in plain torch. `logits(rows)` gives the logits of a chunk, which may be overwritten."""
-    N = labels.shape[0]
-    ids = labels.new_empty(N, k, dtype=torch.int32)
-    logprobs = labels.new_empty(N, k, dtype=torch.float32)
-    lse = labels.new_empty(N, dtype=torch.float32)
-    ce = labels.new_empty(N, dtype=torch.float32)
-    listed, vocab_order = ranges or ([], labels.new_empty(0))
-    range_ids = labels.new_full((len(listed), k), -1, dtype=torch.int32)
-    range_logprobs = labels.new_full((len(listed), k), -torch.inf, dtype=torch.float32)
-    range_logmass = labels.new_full((len(listed),), -torch.inf, dtype=torch.float32)
-    ranges_done = 0
-    for begin in range(0, N, chunk):
-        rows = slice(begin, min(begin + chunk, N))
-        z = logits(rows)
-        values, kept = _stable_topk(z, k)
-        gold = labels[rows].long()
-        valid = gold != IGNORE_INDEX
-        gold = gold.clamp_min(0)[:, None]
-
-        # All that follows is relative to the row's maximum. It is finite also in a row of -inf, where -inf - -inf is NaN.
-        row_max = values[:, :1].clamp_min(torch.finfo(z.dtype).min)
-        gold_below = z.gather(1, gold) - row_max
-        z.sub_(row_max)
-
-        # The ranges of this chunk, for now without the row's log-sum-exp. They come in the order of their rows.
-        first_range = ranges_done
-        while ranges_done < len(listed) and listed[ranges_done][0] < rows.stop:
-            row, lo, hi = listed[ranges_done]
-            if lo < hi:
-                among = vocab_order[lo:hi]
-                within = z[row - begin, among] / temperature
-                range_logmass[ranges_done] = within.logsumexp(0)
-                best, at = _stable_topk(within[None], min(k, hi - lo))
-                range_logprobs[ranges_done, : len(at[0])] = best[0]
-                range_ids[ranges_done, : len(at[0])] = among[at[0]].int()
-            ranges_done += 1
-
-        # Sums over the row: at T for the log-probabilities, and at 1 without the gold id for the cross-entropy. Thus a
-        # small cross-entropy is no difference of nearly equal sums, and no log-probability depends on a label.
-        sum_T = None if temperature == 1 else (z / temperature).exp_().sum(1, keepdim=True)
-        z.exp_()
-        if sum_T is None:
-            sum_T = z.sum(1, keepdim=True)
-        others = z.scatter_(1, gold, 0).sum(1, keepdim=True)
-        ce[rows] = torch.where(valid, cross_entropy_from_sums(others, gold_below.exp(), gold_below)[:, 0], 0)
-        ids[rows] = kept
-        logprobs[rows] = (values - row_max) / temperature - sum_T.log()
-        lse[rows] = (row_max / temperature + sum_T.log())[:, 0]
-
-        if ranges_done > first_range:
-            row_of_range = [row - begin for row, _, _ in listed[first_range:ranges_done]]
-            log_sum = sum_T.log()[torch.tensor(row_of_range, device=lse.device), 0]
-            range_logmass[first_range:ranges_done] -= log_sum
-            range_logprobs[first_range:ranges_done] -= log_sum[:, None]
-    if ranges is None:
-        return ids, logprobs, lse, ce
-    range_ids.masked_fill_(~range_logprobs.isfinite(), -1)
-    return ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass
-
-
-def _stable_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, largest first, equal ones by ascending index: torch.topk promises no order of those."""
-    wide = min(k + 1, z.shape[1])
-    values, ids = z.topk(wide, dim=1)
-    # Which of several equal values torch.topk keeps is arbitrary. That matters only where the first value that is left out
-    # equals the last one that is kept: those rows are sorted.
-    if wide > k and (tied := values[:, k - 1] == values[:, k]).any():
-        best, by_value = z[tied].sort(dim=1, descending=True, stable=True)
-        values[tied, :k], ids[tied, :k] = best[:, :k], by_value[:, :k]
-    values, ids = values[:, :k], ids[:, :k]
-    # Sorted by id first, a stable sort by value leaves equal values in the order of their ids.
-    ids, by_id = ids.sort(1)
-    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, by_value)
-
-
-def _mapped(found: tuple[Tensor, ...], vocab_map: Tensor) -> tuple[Tensor, ...]:
-    """What was found, with its ids translated by `vocab_map` and the masses of equal ids added."""
-    ids, logprobs, lse, ce, *of_ranges = found
-    if of_ranges:
-        range_ids, range_logprobs, _ = of_ranges
-        of_ranges[:2] = _merged(range_ids, range_logprobs, vocab_map)
-    return *_merged(ids, logprobs, vocab_map), lse, ce, *of_ranges
-
-
-def _merged(ids: Tensor, logprobs: Tensor, vocab_map: Tensor) -> tuple[Tensor, Tensor]:
-    """The mapped ids of each row, most probable first, -1 and -inf behind them, and their log-probabilities."""
-    mapped = torch.where(ids < 0, -1, vocab_map[ids.long().clamp_min(0)].int())
-    mapped, by_id = mapped.sort(dim=1, stable=True)
-    merged = logprobs.gather(1, by_id)
-    # Equal ids are neighbours now, a run. Each entry adds the one `step` before it if that is of its run, and `step` doubles:
-    # in the end the last entry of a run holds the sum of it all. Unlike with atomics, the order of the additions is fixed.
-    step = 1
-    while step < ids.shape[1]:
-        equal = mapped[:, step:] == mapped[:, :-step]
-        grown = torch.where(equal, torch.logaddexp(merged[:, step:], merged[:, :-step]), merged[:, step:])
-        merged = torch.cat([merged[:, :step], grown], 1)
-        step *= 2
-    # All others of a run are dropped, as are tokens without an id and entries without mass.
-    dropped = (mapped < 0) | (merged == -torch.inf)
-    dropped[:, :-1] |= mapped[:, 1:] == mapped[:, :-1]
-    merged, by_mass = merged.masked_fill(dropped, -torch.inf).sort(dim=1, descending=True, stable=True)
-    return mapped.masked_fill(dropped, -1).gather(1, by_mass), merged
+    return source_topk_torch.ListedRanges(listed, vocab_order.long(), mapped.long())

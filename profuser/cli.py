@@ -53,6 +53,9 @@ def main() -> None:
             raise ConfigError(f"a command must be one of {', '.join(COMMANDS)}, got {name}; {hint}")
         importlib.import_module(f"profuser.{name}.__main__").main(argv[1:])
 
+    # A recipe may name functions of modules in the working directory, which `python -m` finds by itself.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     main_of(command)
 
 
@@ -108,8 +111,8 @@ def explained(error: Exception) -> ProfuserError:
     kind = f"{type(error).__module__}.{type(error).__name__}"
     if kind.startswith("torch") and "OutOfMemoryError" in kind:
         return OutOfMemoryError(
-            f"out of memory ({str(error).splitlines()[0]}); lower optim.micro_batch_size, capture.batch_size or "
-            "data.max_length, or set optim.gradient_checkpointing: true"
+            f"out of memory ({str(error).splitlines()[0]}); lower generation.batch_size, capture.batch_size, "
+            "optim.micro_batch_size or data.max_length, or set optim.gradient_checkpointing: true"
         )
     if "SafetensorError" in kind:
         return ProfuserError(f"a file could not be written or read ({error}); check the disk")

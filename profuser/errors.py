@@ -46,3 +46,8 @@ class Terminated(BaseException):
 def first_line(error: BaseException) -> str:
     """Returns the first line of another library's error message, or the error's type where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def in_short(value: object) -> str:
+    """Returns a value as Python spells it, in one line and not too long for a message."""
+    return " ".join(repr(value).split())[:200]

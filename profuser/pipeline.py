@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from profuser.evaluate.match import try_match
 from profuser.evaluate.scores import evaluate
 from profuser.evaluate.terminal import closing_examples, score_table
 from profuser.prepare.announce import announce
@@ -27,25 +29,35 @@ from profuser.train.run_directory import RunDirectory
 def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
     """Prepares, fuses, saves and scores one recipe.
 
-    Under DDP every process calls it. The main process alone prepares the store, writes files and scores.
+    Under DDP every process calls it. The main process alone holds and prepares the store, writes files and scores.
 
     Returns:
         The content of scores.json. It is empty without held-out data, and on all processes but the main one.
     """
+    directory = RunDirectory(run)
+    accelerator = accelerator or launch(settled_precision(directory.precision()))
+    with contextlib.ExitStack() as held:
+        if accelerator.is_main_process:
+            held.enter_context(directory.held())
+        return fuse(run, accelerator, held)
+
+
+def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict[str, Any]:
+    """Does the work of `train` in a run directory that the main process holds. It adds the hold on the store to `held`."""
     # Begin the run, or go on with one.
-    recipe, directory = run.recipe, RunDirectory(run)
-    precision = settled_precision(directory.precision())
-    accelerator = accelerator or launch(precision)
-    is_main = accelerator.is_main_process
+    recipe, directory, is_main = run.recipe, RunDirectory(run), accelerator.is_main_process
     if is_main:
-        directory.begin(precision)
+        directory.begin(settled_precision(directory.precision()))
     accelerator.wait_for_everyone()
 
-    # Prepare the store, which the other processes open when it is complete.
+    # Prepare the store, which the other processes open when it is complete. It stays held, so that no other recipe makes
+    # another store of it while the target learns from it.
     store: Store | None = None
     with directory.timed("prepare", is_main):
         if is_main:
-            preparation = Preparation(Inputs.open(run))
+            preparation = Preparation.begin(Inputs.open(run), held)
+            for example in preparation.inputs.rows.get("heldout", [])[:1]:
+                try_match(recipe.evaluation.match, example)
             announce("train", preparation, accelerator.num_processes, newest_step(directory.checkpoints))
             store = preparation.run()
             del preparation
@@ -72,42 +84,51 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
 
 
 def train_and_report(run: Run) -> None:
-    """Does what the command `train` does: calls `train` unless the run is complete, writes the report and prints the scores."""
-    # Find out whether there is anything to do. The main process decides it for all.
+    """Does what the command `train` does: fuses unless the run is complete, writes the report and prints the scores."""
     directory = RunDirectory(run)
     fresh = bool(run.options.get("fresh"))
     accelerator = launch(settled_precision(run.recipe.optim.precision if fresh else directory.precision()))
-    complete = False
-    if accelerator.is_main_process:
-        if fresh:
-            check_unchanged(run)  # whatever is wrong with the recipe is found before anything is moved
-            directory.set_aside()
-        complete = directory.complete()
-
-    # Train. A run that is complete is not trained again; it is scored again if its evaluation has changed.
-    if broadcast_object_list([complete])[0]:
-        accelerator.print(f"{directory.path} is complete already; --fresh starts over")
+    with contextlib.ExitStack() as held:
+        # Find out whether there is anything to do. The main process decides it for all.
+        complete = False
         if accelerator.is_main_process:
-            check_unchanged(run)  # raises an error if the models or data are no longer those of the run
-            score_again(run)
-    else:
-        train(run, accelerator)
+            if fresh:
+                check_unchanged(run)  # whatever is wrong with the recipe is found before anything is moved
+                directory.set_aside()
+            held.enter_context(directory.held())
+            complete = directory.complete()
 
-    # The report, and what a person wants to know in the terminal.
-    if accelerator.is_main_process:
-        report = write_report(directory.path, run.store_dir)
-        if run.recipe.data.heldout is not None:
-            print(score_table(read_json(directory.path / "scores.json")))
-            print(closing_examples(read_json(directory.path / "evaluation.json"), 3))
-        if (run.store_dir / "manifest.json").exists() and (line := Store.open(run.store_dir, complete=False).handled()):
-            print(line)
-        seconds = directory.read()["seconds"]
-        print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in seconds.items())}")
-        print(f"fused model: {directory.path}\nreport: {report}")
+        # Train. A run that is complete is not trained again; it is scored again if its evaluation has changed.
+        if broadcast_object_list([complete])[0]:
+            accelerator.print(f"{directory.path} is complete already; --fresh starts over")
+            if accelerator.is_main_process:
+                check_unchanged(run)  # raises an error if the models or data are no longer those of the run
+                score_again(run)
+        else:
+            fuse(run, accelerator, held)
+
+        # The report, and what a person wants to know in the terminal.
+        if accelerator.is_main_process:
+            print_report(run)
 
     # DDP is freed before its process group. If it were the last to hold the group, it could wait for gloo's thread for ever.
     accelerator.free_memory()
     accelerator.end_training()
+
+
+def print_report(run: Run) -> None:
+    """Writes the report of a complete run, and prints its scores and where everything is."""
+    directory = RunDirectory(run)
+    page = write_report(directory.path, run.store_dir)
+    if run.recipe.data.heldout is not None:
+        fix = "delete it, and the same command scores again"
+        print(score_table(read_json(directory.path / "scores.json", fix=fix)))
+        print(closing_examples(read_json(directory.path / "evaluation.json", fix=fix), 3))
+    if (run.store_dir / "manifest.json").exists() and (line := Store.open(run.store_dir, complete=False).handled()):
+        print(line)
+    seconds = directory.read()["seconds"]
+    print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in seconds.items())}")
+    print(f"fused model: {directory.path}\nreport: {page}")
 
 
 def check_unchanged(run: Run) -> None:

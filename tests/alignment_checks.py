@@ -104,7 +104,13 @@ def random_capture(
     order = order_of(source).ids
     width = needed.hi - needed.lo
     among = needed.lo[:, None] + np.arange(k) * np.maximum(width[:, None] // k, 1)
-    range_ids = np.where(among < needed.hi[:, None], order[np.minimum(among, len(order) - 1)], -1)
+    range_ids = needed.spelt(np.where(among < needed.hi[:, None], order[np.minimum(among, len(order) - 1)], -1))
+    for row, map_of in enumerate(needed.map_of.tolist()):
+        if map_of >= 0:
+            merged = needed.maps[map_of]
+            within = among[row] < needed.hi[row]
+            range_ids[row, within] = merged[among[row, within] - needed.lo[row]]
+            range_ids[row, np.setdiff1d(np.arange(k), np.unique(range_ids[row], return_index=True)[1])] = -1
     logmass = np.log(rng.uniform(0.01, 1, r))
 
     def logprobs(rows: int) -> np.ndarray:

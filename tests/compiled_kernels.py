@@ -112,12 +112,16 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
 def source_topk_kernels() -> dict[str, Kernel]:
     import triton
 
-    from profuser.kernels import source_topk_triton as source
+    from profuser.kernels import source_topk_triton_kernels as source
+    from profuser.kernels import source_topk_triton_merge as merging
 
     everything = {"bias_ptr": "*bf16", "softcap": "fp32", "logit_scale": "fp32"}
     row = {"logits_ptr": "*fp32", "width": "i32", "bias_ptr": None, "row_max_ptr": "*fp32", "log_sum_ptr": "*fp32"}
     row |= {"temperature": "fp32", "softcap": None, "logit_scale": None}
     kept = {"ids_ptr": "*i32", "logprobs_ptr": "*fp32", "k": "i32"}
+    no_ranges = dict.fromkeys(("which_ptr", "rows_ptr"))
+    of_ranges = {"which_ptr": "*i32", "rows_ptr": "*i64"}
+    chunk = {"first_row": "i32", "chunk_rows": "i32"}
 
     def sizes(V, k=10):
         supers = triton.cdiv(V, source.GROUP.value**2)
@@ -130,18 +134,39 @@ def source_topk_kernels() -> dict[str, Kernel]:
         return Kernel(function=source._reduce_kernel, arguments=arguments, multiples_of_16=("width",) if padded else ())
 
     def select(V, k, **changes):
-        supers, groups, K = sizes(V, k)
-        fixed = {"V": V, "G": groups, "K": K, "BLOCK_S": max(K, triton.next_power_of_2(supers))}
-        arguments = row | kept | {"maxima_ptr": "*fp32"} | fixed | changes
-        return Kernel(function=source._select_kernel, arguments=arguments, multiples_of_16=("width",))
+        supers, _, K = sizes(V, k)
+        fixed = {"V": "i32", "G": "i32", "K": K, "BLOCK_S": max(K, triton.next_power_of_2(supers))}
+        arguments = (
+            row | kept | no_ranges | chunk | {"maxima_ptr": "*fp32", "segment_ids_ptr": None, "logmass_ptr": None}
+        )
+        return Kernel(
+            function=source._select_kernel, arguments=arguments | fixed | changes, multiples_of_16=("width", "G")
+        )
 
     def of_range(V, k, **changes):
         pointers = {f"{name}_ptr": "*i64" for name in ("rows", "lo", "hi", "order")} | {"logmass_ptr": "*fp32"}
-        numbers = dict.fromkeys(("first_row", "chunk_rows", "order_size"), "i32")
-        fixed = {"V": V, "K": sizes(V, k)[2], "BLOCK": 1024}
-        arguments = row | kept | pointers | numbers | fixed | changes
+        fixed = {"order_size": "i32", "V": V, "K": sizes(V, k)[2], "BLOCK": 1024}
+        arguments = row | kept | pointers | chunk | fixed | changes
         return Kernel(function=source._range_kernel, arguments=arguments, multiples_of_16=("width",))
 
+    def merge(V, **changes):
+        pointers = {f"{name}_ptr": "*i32" for name in ("members", "begin", "count", "column")} | {"merged_ptr": "*fp32"}
+        absent = dict.fromkeys(("labels_ptr", "lo_ptr", "hi_ptr", "positions_ptr"))
+        fixed = {"n": "i32", "blocks": "i32", "S": "i32", "V": V, "LONG": merging.LONG, "BLOCK": merging.BLOCK}
+        arguments = {name: value for name, value in row.items() if name != "log_sum_ptr"}
+        arguments |= pointers | absent | no_ranges | chunk | fixed | changes
+        return Kernel(function=source._merge_kernel, arguments=arguments, multiples_of_16=("width", "S"))
+
+    def merged_reduce(V, **changes):
+        pointers = {"merged_ptr": "*fp32", "segment_ids_ptr": "*i32", "maxima_ptr": "*fp32"}
+        absent = dict.fromkeys(("labels_ptr", "occurs_ptr", "logmass_ptr"))
+        fixed = {"n": "i32", "S": "i32", "G": "i32", "V": V, "BLOCK": 2048}
+        arguments = row | pointers | absent | no_ranges | chunk | fixed | changes
+        return Kernel(function=source._merged_reduce_kernel, arguments=arguments, multiples_of_16=("width", "S", "G"))
+
+    own_map = of_ranges | {"labels_ptr": "*i64"}
+    positions = of_ranges | {"lo_ptr": "*i64", "hi_ptr": "*i64", "positions_ptr": "*i32"}
+    own_mass = own_map | {"occurs_ptr": "*i32", "logmass_ptr": "*fp32"}
     return {
         "reduce V=128256": reduce(128256),
         "reduce V=50257, T, all options": reduce(50257, AT_ONE=False, **everything),
@@ -150,6 +175,13 @@ def source_topk_kernels() -> dict[str, Kernel]:
         "select V=262144, k=128, all options": select(262144, 128, **everything),
         "range V=128256, k=10": of_range(128256, 10),
         "range V=128256, k=128, all options": of_range(128256, 128, **everything),
+        "merge of rows, V=128256": merge(128256),
+        "merge of ranges, V=128256": merge(128256, **own_map),
+        "merge of ranges, V=128256, all options": merge(128256, **own_map, **everything),
+        "merge of ranges without a map of their own, all options": merge(50257, **positions, **everything),
+        "reduce of merged rows": merged_reduce(128256),
+        "reduce of merged ranges, all options": merged_reduce(128256, **own_mass, **everything),
+        "select of merged ranges, k=10": select(128256, 10, segment_ids_ptr="*i32", logmass_ptr="*fp32", **of_ranges),
     }
 
 

@@ -124,10 +124,13 @@ def launch_fused_loss(
 
 
 def launch_source_topk(
-    V, k, T=1.0, labels="int64", logits="float32", ranges=None, padded=True, bias=None, softcap=None, scale=1.0
+    V, k, T=1.0, labels="int64", logits="float32", ranges=None, padded=True, bias=None, softcap=None, scale=1.0,
+    vocab_map=None, maps=None,
 ):  # fmt: skip
+    """`ranges`, `vocab_map` and `maps` are dtypes: of ranges, of a map of the vocabulary, and of maps of the ranges."""
     import torch
 
+    from profuser.kernels import source_topk_triton_merge
     from profuser.kernels.source_topk_triton import topk_rows
 
     def empty(*shape, dtype="float32"):
@@ -138,24 +141,30 @@ def launch_source_topk(
     if ranges:
         rows, lo, hi, order = (empty(size, dtype=ranges) for size in (R, R, R, V))
         asked_for = rows, lo, hi, order
-    topk_rows(
-        lambda rows: z[rows],
-        empty(N, dtype=labels),
-        k,
-        V,
-        T,
-        N,
-        asked_for,
-        bias and empty(V, dtype=bias),
-        softcap,
-        scale,
-    )
+        if maps:
+            asked_for += empty(R, dtype=maps), empty(V, dtype=maps)
+    # Meta tensors have no values to read. Both ranges are of the whole vocabulary, and the last one has a map.
+    numbers = [(0, 0, V, -1), (1, 0, V, 0)]
+    with patch.object(source_topk_triton_merge, "numbers_of", lambda *columns: numbers):
+        topk_rows(
+            lambda rows: z[rows],
+            empty(N, dtype=labels),
+            k,
+            V,
+            T,
+            N,
+            vocab_map and empty(V, dtype=vocab_map),
+            asked_for,
+            bias and empty(V, dtype=bias),
+            softcap,
+            scale,
+        )
 
 
 def launch_everything(launches: Launches) -> None:
-    from profuser.kernels import fused_loss_triton, source_topk_triton
+    from profuser.kernels import fused_loss_triton, source_topk_triton, source_topk_triton_merge
 
-    for driver in (fused_loss_triton, source_topk_triton):
+    for driver in (fused_loss_triton, source_topk_triton, source_topk_triton_merge):
         launches.variants.update(dict.fromkeys((name for name in vars(driver) if name.endswith("_kernel")), 0))
 
     def launch(function, **options):
@@ -197,8 +206,17 @@ def launch_everything(launches: Launches) -> None:
         launch(launch_source_topk, V=V, k=1)
         launch(launch_source_topk, V=V, k=min(V, 10), padded=False, logits="bfloat16", labels="int32", T=0.7)
         launch(launch_source_topk, V=V, k=min(V, 128), **everything)
+        launch(launch_source_topk, V=V, k=min(V, 10), ranges="int32", vocab_map="int64", maps="int32")
     for k in (1, 2, 3, 10, 64, 128):
         launch(launch_source_topk, V=2500, k=k, ranges="int64")
+        launch(launch_source_topk, V=2500, k=k, vocab_map="int32")
+        launch(launch_source_topk, V=2500, k=k, ranges="int64", vocab_map="int64")
+        launch(launch_source_topk, V=2500, k=k, ranges="int64", maps="int64")
+    for maps in ({"vocab_map": "int64"}, {"maps": "int64"}, {"vocab_map": "uint8", "maps": "uint8"}):
+        for name, value in everything.items():
+            launch(launch_source_topk, V=83, k=2, ranges="int32", **maps, **{name: value})
+        launch(launch_source_topk, V=1, k=1, ranges="int64", padded=False, labels="int32", **maps, **everything)
+        launch(launch_source_topk, V=83, k=2, ranges="uint8", logits="float16", bias="float32", **maps)
     launch(launch_source_topk, V=1, k=1, padded=False, ranges="int32", **everything)
     for name, value in everything.items():
         launch(launch_source_topk, V=83, k=2, ranges="int32", **{name: value})
@@ -206,6 +224,8 @@ def launch_everything(launches: Launches) -> None:
     # Whole numbers are special: 1 becomes a constant, and the compiler is told of a multiple of 16.
     for value in (1, 2, 16):
         launch(launch_source_topk, V=83, k=1, T=value, softcap=value, scale=value, ranges="int64")
+        merged = {"ranges": "int64", "maps": "int64", "vocab_map": "int64"}
+        launch(launch_source_topk, V=83, k=1, T=value, softcap=value, scale=value, **merged)
 
 
 def main() -> None:

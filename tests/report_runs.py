@@ -132,6 +132,14 @@ def make_run(
         "min_ce_wins": wins(False) if distils else {},
         "vote_wins": wins(True) if votes else {},
         "judges": {"judge-a": even, "verifier": even} if votes else {},
+        "abstentions": {"judge-a": 0.0, "verifier": 0.25} if votes else {},
+        "no_signal": {
+            "prompts": 101,
+            "rule": "skip",
+            "reasons": {"all responses are the same text": 99, "every response is below a judge's floor": 2},
+        }
+        if votes
+        else None,
         "alignment": {mode: {name: aligned(name) for name in sources} for mode in modes},
         "handled": {"normaliser": 3, "truncated_response": 41, "empty_response": 0},
         "seconds": {"generate": 22.0, "judge": 6.4, "capture": 9.1, "align": 3.2},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from profuser.alignment.ranges import ranges_needed
@@ -104,6 +104,27 @@ def sentencepiece(size: int, scheme: str) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(config))
 
 
+@functools.cache
+def gemma(size: int) -> Tokenizer:
+    """A BPE as in Gemma: its runs of spaces and of line ends are added tokens, and plain spaces reach those of spaces."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁{2,}|\n+|▁?[^▁\n]+"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bytes_ = [f"<0x{b:02X}>" for b in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<unk>", *CONTROL, *bytes_], limit_alphabet=80, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    config = json.loads(tokenizer.to_str())
+    config["added_tokens"] = [t for t in config["added_tokens"] if not t["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps(config))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    runs = sorted(token for token in tokenizer.get_vocab() if len(token) > 1 and set(token) in ({"▁"}, {"\n"}))
+    tokenizer.add_tokens([AddedToken(run, normalized=False) for run in runs])
+    return tokenizer
+
+
 def chained(*words: str, split: bool = True) -> Tokenizer:
     """A byte-level BPE that builds each word from left to right, earlier words first.
 
@@ -162,6 +183,7 @@ SMALL = {
     "metaspace always": lambda: sentencepiece(640, "always"),
     "metaspace never": lambda: sentencepiece(600, "never"),
     "llama-2 prepend": lambda: sentencepiece(700, "prepend"),
+    "gemma": lambda: gemma(640),
 }
 
 
@@ -216,13 +238,23 @@ def capture_of(
     ids = labels(encoded)
     assert len(rows) == len(ids)
     spans = [*encoded.spans, *([(n, n)] if encoded.end_of_turn is not None else [])]
-    pieces = source.token_bytes.pieces
-    needed = target and ranges_needed(target[0].token_bytes, target[1], source.token_bytes, encoded, order_of(source))
+    needed = None
+    if target is not None:
+        needed = ranges_needed(target[0].token_bytes, target[1], source.token_bytes, encoded, order_of(source))
     among, masses = [], []
-    for j, strip in zip(needed.rows.tolist(), needed.strip.tolist()) if needed else ():
-        prefix = pieces[ids[j]][:strip]
-        among.append({i: p for i, p in rows[j].items() if i < len(pieces) and (pieces[i] or b"")[:strip] == prefix})
-        masses.append(sum(among[-1].values()))
+    for r, j in enumerate(needed.rows.tolist()) if needed else ():
+        assert needed is not None
+        tokens = order_of(source).ids[needed.lo[r] : needed.hi[r]].tolist()
+        merged = None if needed.map_of[r] < 0 else needed.maps[needed.map_of[r]]
+        found: dict[int, float] = {}
+        for place, i in enumerate(tokens):
+            counts_for = i + needed.target_size if merged is None else int(merged[place])
+            if counts_for >= 0 and i in rows[j] and (merged is None or i != ids[j]):
+                found[counts_for] = found.get(counts_for, 0.0) + rows[j][i]
+        among.append(found)
+        masses.append(sum(rows[j].get(i, 0.0) for i in tokens))
+    with np.errstate(divide="ignore"):  # a range may have no mass at all
+        logmass = np.log(np.array(masses)).astype(np.float32)
     top_ids, top_logprobs = top_of(rows, k)
     range_ids, range_logprobs = top_of(among, k)
     return SourceCapture(
@@ -235,7 +267,7 @@ def capture_of(
         ranges=PrefixRanges(
             rows=needed.rows if needed else np.zeros(0, np.int32),
             strip=needed.strip if needed else np.zeros(0, np.int32),
-            logmass=np.log(np.array(masses)).astype(np.float32),
+            logmass=logmass,
             ids=range_ids,
             logprobs=range_logprobs,
         ),

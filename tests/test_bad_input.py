@@ -21,6 +21,8 @@ import pytest
 from command_runs import STORE, folder, make_good, prepared_files, rows, run, write_rows
 from safetensors.torch import load_file, save_file
 
+from profuser.recipe.places import resolve
+
 NEW = ("--store", "new")
 
 
@@ -107,9 +109,60 @@ def judge_that_exits() -> None:
     replace("recipe.yaml", "profuser.demo.verify:score", "leaving:score")()
 
 
+def judge_of_half_the_responses() -> None:
+    Path("halving.py").write_text("def score(example, responses):\n    return [1.0] * (len(responses) // 2)\n")
+    replace("recipe.yaml", "profuser.demo.verify:score", "halving:score")()
+
+
+def match_in_latin1() -> None:
+    Path("latin.py").write_bytes("def right(example, response):\n    return 'caf\xe9' in response\n".encode("latin-1"))
+    replace("recipe.yaml", "profuser.demo.verify:exact_match", "latin:right")()
+
+
+def template_in_latin1() -> None:
+    Path("chat.jinja").write_bytes("{# caf\xe9 #}".encode("latin-1"))
+    replace("recipe.yaml", "./guardian }", "./guardian, chat_template: chat.jinja }")()
+
+
+def recipe_in_latin1() -> None:
+    Path("recipe.yaml").write_bytes(Path("recipe.yaml").read_bytes() + "# caf\xe9\n".encode("latin-1"))
+
+
+def half_a_character_as_skill() -> None:
+    content = rows("fusion", 6)
+    write_rows("train.jsonl", [*content[:5], {**content[5], "skill": "\ud83d"}])
+
+
+def alpaca() -> None:
+    content = [{"instruction": "Add.", "input": "1 2", "output": "3"}]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+def conversations() -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    Path("train.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
+
+
+def folder_of_two_splits() -> None:
+    Path("set").mkdir()
+    for name, split in (("fusion", "train"), ("heldout", "test")):
+        write_rows(f"set/{split}.jsonl", rows(name, 3))
+
+
+def sentencepiece_alone() -> None:
+    Path("guardian/tokenizer.json").unlink()
+    Path("guardian/tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+
+
 def no_heldout_truth() -> None:
     write_rows("heldout.jsonl", [{**row, "response": ""} for row in rows("heldout", 3)])
     replace("recipe.yaml", 'evaluation: { match: "profuser.demo.verify:exact_match" }', "")()
+
+
+def judge_without_template() -> None:
+    shutil.copytree(resolve("demo:judge-a"), "judge-a")
+    Path("judge-a/chat_template.jinja").unlink()
+    replace("recipe.yaml", "judges: [", "judges: [{ name: rm, model: ./judge-a }, ")()
 
 
 def two_gguf_files() -> None:
@@ -126,6 +179,12 @@ def part_of_a_gguf() -> None:
 CASES = [
     Case("an unknown key on the command line", 2, ("optim", "lr, ", "got speed", "--help"), arguments=("--optim.speed", "9")),
     Case("an unknown key in the recipe", 2, ("optim", "lr, ", "got lerning_rate"), replace("recipe.yaml", "lr:", "lerning_rate:")),
+    Case("a misspelt group", 2, ("a key of the recipe", "got dta", "did you mean data?"), replace("recipe.yaml", "data:", "dta:")),
+    Case("a key without its group", 2, ("got lr", "did you mean --optim.lr?"), arguments=("--lr", "1")),
+    Case("a key of a list's entry", 2, ("sources[1]", "got modle", "did you mean sources[1].model?"), replace("recipe.yaml", "scholar, model:", "scholar, modle:")),
+    Case("a key that stands twice", 2, ("optim a second time", "line"), lambda: Path("recipe.yaml").write_text(Path("recipe.yaml").read_text() + "optim: { steps: 3 }\n")),
+    Case("a name that YAML reads as a number", 2, ("sources[1].name must be str, got 7", "quotes"), replace("recipe.yaml", "name: scholar", "name: 7")),
+    Case("a recipe that is not UTF-8", 2, ("recipe.yaml", "line 12", "0xe9"), recipe_in_latin1),
     Case("a wrong type", 2, ("optim.steps must be int or null, got many",), arguments=("--optim.steps", "many")),
     Case("an unknown schedule", 2, ("schedule", "progressive", "slow"), arguments=("--schedule", "slow")),
     Case("a recipe that does not exist", 2, ("--config", "other.yaml"), arguments=("--config", "other.yaml")),
@@ -144,6 +203,10 @@ CASES = [
     Case("other settings than the run's", 2, ("optim.lr", "--output", "--fresh"), arguments=("--optim.lr", "1", "--output", "runs/recipe")),
     Case("a judge that fails", 3, ("verifier", "AttributeError", "fix the function"), replace("recipe.yaml", "demo.verify:score", "demo.verify:exact_match"), NEW),
     Case("a judge that ends the process", 3, ("verifier", "SystemExit", "fix the function"), judge_that_exits, NEW),
+    Case("a judge that scores too few responses", 3, ("verifier", "1 numbers for 2 responses", "fix the function"), judge_of_half_the_responses, NEW),
+    Case("a match in a file that is not UTF-8", 2, ("evaluation.match", "latin", "utf-8"), match_in_latin1),
+    Case("a judge without a chat template", 3, ("judge rm", "chat_template"), judge_without_template, NEW),
+    Case("a floor that is no number", 2, ("judges: verifier: floor", "nan"), replace("recipe.yaml", 'verify:score" }', 'verify:score", floor: .nan }')),
     Case("a match that fails", 3, ("evaluation.match", "TypeError", "fix the function"), replace("recipe.yaml", "verify:exact_match", "verify:answer_of")),
     Case("a match that gives no truth value", 3, ("evaluation.match", "True or False"), replace("recipe.yaml", "profuser.demo.verify:exact_match", "operator:concat")),
     Case("held-out data without any ground truth", 3, ("heldout.jsonl", "evaluation.match"), no_heldout_truth, NEW),
@@ -154,6 +217,12 @@ CASES = [
     Case("a column that is missing", 3, ("'response'", "prompt, output, skill", "data.response_column"), rename_column("response", "output")),
     Case("a column that is misnamed", 3, ("'question'", "prompt, response, skill"), arguments=("--data.prompt_column", "question")),
     Case("a skill column that is misnamed", 3, ("'topic'", "data.skill_column", "prompt, response, skill"), arguments=("--data.skill_column", "topic")),
+    Case("conversations", 3, ("train.jsonl", "'conversations'", "not read yet"), conversations),
+    Case("Alpaca's columns", 3, ("train.jsonl", "data.prompt_column: instruction", "data.response_column: output"), alpaca),
+    Case("Alpaca's columns, named without the input", 3, ("train.jsonl", "'input'", "row 0"), alpaca, ("--data.prompt_column", "instruction", "--data.response_column", "output")),
+    Case("held-out data in a folder of two splits", 3, ("data.heldout", "train, test", "{ path: set, split: test }"), folder_of_two_splits, ("--data.heldout", "set")),
+    Case("a split that is not there", 3, ("data.heldout", "train, test", "got tset"), folder_of_two_splits, ("--data.heldout", "{ path: set, split: tset }")),
+    Case("half a character in the skill column", 3, ("train.jsonl", "row 5", "'skill'", "ud83d"), half_a_character_as_skill),
     Case("a column that holds no text", 3, ("'prompt'", "row 0", "list"), replace("train.jsonl", '"prompt": "', '"prompt": ["x"], "was": "')),
     Case("a data file that is cut off", 3, ("train.jsonl",), truncate("train.jsonl")),
     Case("a data file without a row", 3, ("train.jsonl", "row"), lambda: Path("train.jsonl").write_text("")),
@@ -167,6 +236,8 @@ CASES = [
     Case("a model without weights", 3, ("guardian", "download"), lambda: Path("guardian/model.safetensors").unlink(), NEW),
     Case("a broken tokenizer", 3, ("guardian", "tokenizer"), truncate("guardian/tokenizer.json"), NEW),
     Case("a tokenizer without a chat template", 3, ("guardian", "chat_template"), without_template, NEW),
+    Case("a chat template that is not UTF-8", 3, ("guardian", "chat.jinja", "line 1", "0xe9"), template_in_latin1, NEW),
+    Case("a tokenizer.model without sentencepiece", 3, ("guardian", "pip install sentencepiece protobuf"), sentencepiece_alone, NEW),
     Case("a directory with two GGUF files", 3, ("a.gguf, ", "b.gguf"), two_gguf_files, NEW),
     Case("a part of a GGUF file", 3, ("llama-gguf-split --merge",), part_of_a_gguf, NEW),
     Case("a tokenizer that the store does not belong to", 3, ("sources.guardian.files", "--fresh"), replace("guardian/tokenizer_config.json", "{", '{"a": 1,')),
@@ -186,6 +257,12 @@ def run_case(case: Case) -> tuple[int, str, str]:
     # The run gets a directory of its own unless the case is about that: in the finished run's, the command would end at once.
     given = (("--config", "recipe.yaml"), ("--store", STORE), ("--output", "other"))
     return run(case.command, *(a for pair in given if pair[0] not in case.arguments for a in pair), *case.arguments)
+
+
+@pytest.fixture(autouse=True)
+def without_sentencepiece(monkeypatch):
+    """The advice about a tokenizer.model is given where the packages are missing, which they are after a plain installation."""
+    monkeypatch.setattr("profuser.models.load.is_installed", lambda module: module == "gguf")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what.replace(" ", "-"))

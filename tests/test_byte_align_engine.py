@@ -134,6 +134,8 @@ SMALL_PAIRS = [
     ("metaspace first", "byte-level"),
     ("metaspace always", "llama-2 prepend"),
     ("llama-2 prepend", "byte-level"),
+    ("gemma", "byte-level"),
+    ("byte-level", "gemma"),
 ]
 REAL_PAIRS = [*PAIRS, ("deepseek_v3", "qwen2"), ("mistral_v1", "gpt2")]
 REAL_TEMPLATE = {"llama2": "llama2", "qwen2": "chatml"}
@@ -308,6 +310,7 @@ def case():
     return target, source, encoded, capture_of(source, own, 3, rows, 2, (target, encoded))
 
 
+TARGET_SIZE = len(chain_chat("ab").token_bytes.pieces)
 BAD = {
     "target id of no token": (
         lambda e, c: (replaced(e, input_ids=[*e.input_ids[:-2], 99999, e.input_ids[-1]]), c),
@@ -329,11 +332,11 @@ BAD = {
     "probabilities": (lambda e, c: (e, replaced(c, own_logprobs=np.exp(c.own_logprobs))), "log-probabilities"),
     "range of no row": (lambda e, c: (e, replaced(c, ranges=replaced(c.ranges, rows=c.ranges.rows + 50))), "range"),
     "range without bytes": (
-        lambda e, c: (e, replaced(c, ranges=replaced(c.ranges, strip=c.ranges.strip * 0))),
+        lambda e, c: (e, replaced(c, ranges=replaced(c.ranges, strip=c.ranges.strip * 0 - 2))),
         "range",
     ),
     "range of other bytes": (
-        lambda e, c: (e, replaced(c, ranges=replaced(c.ranges, ids=np.full_like(c.ranges.ids, 7)))),
+        lambda e, c: (e, replaced(c, ranges=replaced(c.ranges, ids=np.full_like(c.ranges.ids, 7 + TARGET_SIZE)))),
         "range",
     ),
 }

@@ -15,7 +15,7 @@ from small_tokenizers import VICUNA, distribution, ids_of, labels, real_tokenize
 
 from profuser.alignment.align import PlainText
 from profuser.alignment.engine import byte_aligner
-from profuser.alignment.ranges import ranges_needed
+from profuser.alignment.ranges import flat_maps, ranges_needed
 from profuser.alignment.types import (
     ALIGNED,
     INSIDE,
@@ -209,14 +209,16 @@ def check_path(model, target, source, response: bytes, encoded, own) -> None:
     needed = ranges_needed(target.token_bytes, encoded, source.token_bytes, own, ByteOrder(source.token_bytes))
     order = torch.from_numpy(ByteOrder(source.token_bytes).ids).long()
     own_ids = torch.tensor([own.input_ids[t] for t in labels_at])
-    rows, lo, hi = (torch.from_numpy(x).long() for x in (needed.rows, needed.lo, needed.hi))
+    rows, lo, hi, begin, mapped = (
+        torch.from_numpy(x).long() for x in (needed.rows, needed.lo, needed.hi, *flat_maps([needed]))
+    )
     ids, top, _, ce, range_ids, range_top, logmass = source_topk_from_logits(
-        logprobs.float(), own_ids, 10, ranges=(rows, lo, hi, order)
+        logprobs.float(), own_ids, 10, ranges=(rows, lo, hi, order, begin, mapped)
     )
     spans = np.array([*own.spans, *([] if own.end_of_turn is None else [(len(response),) * 2])], np.int32)
     capture = SourceCapture(
         own_ids.int().numpy(), spans[:, 0].copy(), spans[:, 1].copy(), ids.numpy(), top.numpy(), -ce.numpy(),
-        PrefixRanges(needed.rows, needed.strip, logmass.numpy(), range_ids.numpy(), range_top.numpy()),
+        PrefixRanges(needed.rows, needed.strip, logmass.numpy(), needed.spelt(range_ids.numpy()), range_top.numpy()),
     )  # fmt: skip
     aligned = byte_aligner(target, source, min_reliability=0).align(response, encoded, capture)
     check_mass(aligned)

@@ -1,5 +1,8 @@
 """What a capture says about a response agrees with the model's own full logits."""
 
+import collections
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from profuser.alignment.ranges import ranges_needed
+from profuser.alignment.types import DIGITS, WHOLE
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.models.head import head_of
 from profuser.models.load import chat_format, load_model
@@ -45,6 +49,7 @@ def captured(source) -> tuple[list[CaptureRequest], dict]:
 def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_turn(source):
     model, chat = source
     requests, results = captured(source)
+    order = ByteOrder(chat.token_bytes)
     ranges = 0
     for i, request in enumerate(requests):
         e = request.encoded
@@ -67,14 +72,22 @@ def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_tur
         kept = results[i].capture.ranges
         for r, (row, strip) in enumerate(zip(kept.rows.tolist(), kept.strip.tolist())):
             pieces, t = chat.token_bytes.pieces, places[row]
-            prefix = pieces[e.input_ids[t]][:strip]
-            among = torch.tensor([v for v, p in enumerate(pieces) if p and p.startswith(prefix)])
-            own = logprobs[t - 1, among]
-            assert kept.logmass[r] == pytest.approx(own.logsumexp(0).item(), abs=1e-4)
-            top = own.topk(min(5, len(among)))
-            assert kept.ids[r, : len(top.indices)].tolist() == among[top.indices].tolist()
-            np.testing.assert_allclose(kept.logprobs[r, : len(top.values)], top.values, atol=1e-4)
-            assert (kept.ids[r, len(top.indices) :] == -1).all()
+            prefix = {WHOLE: (b"",), DIGITS: tuple(b"%d" % d for d in range(10))}.get(
+                strip, (pieces[e.input_ids[t]][:strip],)
+            )
+            among = [v for v in order.ids.tolist() if pieces[v].startswith(prefix)]
+            own = dict(zip(among, logprobs[t - 1, among].exp().tolist(), strict=True))
+            assert kept.logmass[r] == pytest.approx(math.log(sum(own.values())), abs=1e-4)
+            # The masses of the tokens that count for the same are added.
+            map_of, masses = int(request.ranges.map_of[r]), collections.Counter()
+            merged = None if map_of < 0 else request.ranges.maps[map_of]
+            for place, (v, p) in enumerate(own.items()):
+                masses[v + request.ranges.target_size if merged is None else int(merged[place])] += p * (
+                    merged is None or v != e.input_ids[t]
+                )
+            top = [(i, p) for i, p in masses.most_common() if i >= 0 and p > 0][:5]
+            assert kept.ids[r].tolist() == [i for i, _ in top] + [-1] * (5 - len(top))
+            np.testing.assert_allclose(np.exp(kept.logprobs[r, : len(top)]), [p for _, p in top], atol=1e-4)
             ranges += 1
     assert bool(ranges) == (chat.tokenizer.name_or_path.split("/")[-1] != "guardian")
 
@@ -113,7 +126,7 @@ def test_a_batched_greedy_answer_is_the_models_own(source):
     model, chat = source
     prompts = [p for p, _ in PAIRS]
     answers = generate(model, chat, prompts, RecipeGeneration(max_new_tokens=24, batch_size=3), max_length=256)
-    for prompt, ((text, finished),) in zip(prompts, answers):
+    for prompt, ((text, finished, _),) in zip(prompts, answers):
         ids = torch.tensor([chat.prompt_ids(prompt)])
         config = GenerationConfig(
             max_new_tokens=24,
@@ -131,7 +144,7 @@ def test_a_batched_greedy_answer_is_the_models_own(source):
 def test_an_overlong_prompt_gets_an_empty_answer(source):
     model, chat = source
     answers = generate(model, chat, ["word " * 50, "Hi"], RecipeGeneration(max_new_tokens=2), max_length=30)
-    assert answers[0] == [("", True)]
+    assert answers[0] == [("", True, Verdict.OK)]
 
 
 def test_the_room_for_an_answer_does_not_depend_on_the_batch(source):

@@ -137,3 +137,21 @@ def test_a_signal_that_comes_before_the_heavy_imports_ends_as_documented():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (75, 1)
     assert os.name == "posix"
+
+
+def test_the_console_script_finds_functions_where_it_runs(tmp_path):
+    """`python -m` puts the working directory on the path, and a console script alone would not."""
+    (tmp_path / "mine.py").write_text("def score(example, responses):\n    return [1.0] * len(responses)\n")
+    program = (
+        "import sys; sys.path = [p for p in sys.path if p]; sys.argv[1:] = ['store', 'info', 'nowhere']\n"
+        "from profuser.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "from profuser.recipe.places import load_function\n"
+        "assert load_function('mine:score', 'judges')({}, ['a']) == [1.0]"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

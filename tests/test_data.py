@@ -1,18 +1,76 @@
-"""Data files: every value is read as it stands in the file, whatever the other values of its column are."""
+"""Data: every value is read as it stands in the file, from a file, a folder or a data set on the Hub."""
 
+import gzip
 import json
 
+import datasets.config
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
+import yaml
 
 from profuser.errors import DataError
-from profuser.prepare.data import load_examples
-from profuser.recipe.schema import DataConfig
+from profuser.prepare.data import load_examples, shared_prompts
+from profuser.prepare.tables import READERS
+from profuser.recipe.places import FILE_SUFFIXES, is_path
+from profuser.recipe.schema import DataConfig, DataLocation, Split
 
-TEXTS = ["007", "1.50", "1e5", "NA", "2024-03-01", "true", "a\u2028b"]
+TEXTS = [
+    "007",
+    "1.50",
+    "1e5",
+    "NA",
+    "null",
+    "NaN",
+    "nan",
+    "2024-03-01",
+    "2024-03-01T10:00:00Z",
+    "true",
+    "True",
+    "",
+    "a\u2028b",
+]
 
 
-def responses(path) -> list[str]:
-    return [row["response"] for row in load_examples(DataConfig(train=str(path)), str(path))]
+def examples(place, split: Split = "train", **columns) -> list[dict]:
+    location = place if isinstance(place, DataLocation) else DataLocation(path=str(place))
+    return load_examples(DataConfig(train="unused", **columns), location, split=split)
+
+
+def responses(place, split: Split = "train") -> list[str]:
+    return [row["response"] for row in examples(place, split)]
+
+
+def refusal(place, split: Split = "train", **columns) -> str:
+    with pytest.raises(DataError) as error:
+        examples(place, split, **columns)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def write(path, *texts: str):
+    """Writes a JSONL file with a row per response, which is named after the file where none is given; returns its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": f"{path.stem} {n}", "response": text} for n, text in enumerate(texts or [path.stem])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path.parent
+
+
+def with_configurations(folder):
+    """Makes a folder as data sets on the Hub are: with two configurations, of which one has two splits."""
+    write(folder / "main" / "train.jsonl", "main train")
+    write(folder / "main" / "test.jsonl", "main test")
+    write(folder / "socratic" / "train.jsonl", "socratic train")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: main\n  data_files:\n  - { split: train, path: main/train* }\n  - { split: test, path: main/test* }\n"
+        "- config_name: socratic\n  data_files:\n  - { split: train, path: socratic/train* }\n---\n"
+    )
+    return folder
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
 
 
 def test_texts_that_look_like_something_else_stay_texts(tmp_path):
@@ -20,8 +78,51 @@ def test_texts_that_look_like_something_else_stay_texts(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows))
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.csv").write_text("prompt,response\n" + "".join(f'p,"{text}"\n' for text in TEXTS))
-    for suffix in ("jsonl", "json", "csv"):
+    (tmp_path / "a.tsv").write_text("prompt\tresponse\n" + "".join(f"p\t{text}\n" for text in TEXTS))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for suffix in ("jsonl", "json", "csv", "tsv", "parquet"):
         assert responses(tmp_path / f"a.{suffix}") == TEXTS, suffix
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("one.csv", "prompt,response,skill\nNA,null,007\n2024-03-01,true,1e5\n,x,NaN\n"),
+        ("one.tsv", "prompt\tresponse\tskill\nNA\tnull\t007\n2024-03-01\t1,5\tFalse\n"),
+        ("one.jsonl", '{"prompt": NaN, "response": true, "skill": 2.50}\n{"prompt": "2024-03-01", "response": null}\n'),
+        ("train.json", '[{"prompt": 1e5, "response": "007"}, {"prompt": 12345678901234567890, "response": -Infinity}]'),
+        ("one.jsonl", '{"prompt": "mixed", "response": "1"}\n{"prompt": "types", "response": 1}\n'),
+    ],
+)
+def test_a_folder_is_read_like_the_file_in_it(tmp_path, name, content):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / name).write_text(content)
+    (tmp_path / "set" / "README.md").write_text("About it.")
+    assert examples(tmp_path / "set") == examples(tmp_path / "set" / name)
+
+
+def test_values_of_json_are_spelt_as_in_the_file(tmp_path):
+    spelt = ["NaN", "-Infinity", "true", "false", "2.50", "1e5", "10000000000000000000000", "1.0", "-1.50"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"prompt": {value}, "response": {value}, "skill": {value}}}\n' for value in spelt))
+    rows = examples(path)
+    assert [[row[key] for row in rows] for key in ("prompt", "response", "skill")] == [spelt] * 3
+
+
+def test_other_columns_keep_the_types_of_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "response": "r", "steps": 2.50, "ok": true, "tags": ["x"]}\n')
+    (row,) = examples(tmp_path / "a.jsonl")
+    assert (row["steps"], row["ok"], row["tags"]) == (2.5, True, ["x"])
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Json", "a.CSV"])
+def test_a_suffix_may_be_in_capitals(tmp_path, name):
+    rows = [{"prompt": "p", "response": "007"}]
+    (tmp_path / name).write_text("prompt,response\np,007\n" if name == "a.CSV" else json.dumps(rows))
+    if name == "a.JSONL":
+        (tmp_path / name).write_text(json.dumps(rows[0]) + "\n")
+    assert responses(tmp_path / name) == ["007"]
+    assert is_path(name)  # a file of this name that is missing is no data set of the Hub
 
 
 def test_a_csv_cell_may_be_long_and_hold_line_ends(tmp_path):
@@ -38,19 +139,242 @@ def test_a_number_is_written_as_in_the_file_and_a_missing_value_is_empty(tmp_pat
     assert [(row["prompt"], row["response"]) for row in found] == [("1", "2"), ("1.0", ""), ("x", "")]
 
 
-def test_parquet_keeps_texts_and_refuses_bytes(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    for name, values in (("texts", TEXTS), ("bytes", [b"a", b"\xff"])):
-        table = pyarrow.table({"prompt": ["p"] * len(values), "response": values})
-        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    assert responses(tmp_path / "texts.parquet") == TEXTS
-    with pytest.raises(DataError, match="holds a bytes"):
-        responses(tmp_path / "bytes.parquet")
+def test_parquet_refuses_bytes(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["p"], "response": [b"\xff"]}), tmp_path / "a.parquet")
+    assert "holds a bytes" in refusal(tmp_path / "a.parquet")
 
 
 def test_a_column_twice_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,response,response\np,a,b\n")
-    with pytest.raises(DataError, match="twice"):
-        responses(tmp_path / "a.csv")
+    assert "'response' stands in the header twice" in refusal(tmp_path / "a.csv")
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "p", "response": "a"}\n{"prompt": "p", "response": "a", "prompt": "q"}\n'
+    )
+    assert "line 2: the key 'prompt' stands in an object twice" in refusal(tmp_path / "a.jsonl")
+
+
+# -- files, folders and data sets --------------------------------------------------------------------------------------
+
+
+def test_a_compressed_file_is_read_like_the_file_in_it(tmp_path):
+    write(tmp_path / "a.jsonl", *TEXTS)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.JSONL.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    assert examples(tmp_path / "set" / "a.JSONL.gz") == examples(tmp_path / "a.jsonl")
+    write(tmp_path / "set" / "a.jsonl", "changed since")
+    (tmp_path / "set" / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "set" / "a.jsonl").read_bytes()))
+    (tmp_path / "set" / "a.jsonl").unlink()
+    assert responses(tmp_path / "set") == ["changed since"]
+
+
+def test_a_folder_that_the_library_saved_is_read_with_its_splits(tmp_path):
+    saved = {name: datasets.Dataset.from_dict({"prompt": ["NA"], "response": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(**saved).save_to_disk(str(tmp_path / "set"))
+    assert responses(tmp_path / "set") == ["train"]
+    assert responses(DataLocation(path=str(tmp_path / "set"), split="test"), "heldout") == ["test"]
+
+
+def test_every_ending_that_is_read_is_known_as_that_of_a_file():
+    assert set(READERS) <= FILE_SUFFIXES
+    assert all(map(is_path, ("missing.JSONL", "missing.csv.gz", "missing.tsv")))
+
+
+def test_a_split_has_to_be_named_where_a_score_could_be_one_on_training_rows(tmp_path):
+    folder = write(tmp_path / "set" / "train.jsonl")
+    write(folder / "test.jsonl")
+    assert responses(folder) == ["train"]
+    assert responses(DataLocation(path=str(folder), split="test"), "heldout") == ["test"]
+    message = refusal(folder, "heldout")
+    assert "(train, test)" in message
+    assert f"set data.heldout: {{ path: {folder}, split: test }}" in message
+    assert "got tset; " in refusal(DataLocation(path=str(folder), split="tset"), "heldout")
+
+
+def test_a_split_is_found_without_a_name_where_there_is_one_only_or_one_of_the_same_name(tmp_path):
+    only = write(tmp_path / "only" / "test.jsonl")
+    assert responses(only) == responses(only, "heldout") == ["test"]
+    for name in ("train", "validation", "test"):
+        folder = write(tmp_path / "all" / f"{name}.jsonl")
+    assert (responses(folder), responses(folder, "validation")) == (["train"], ["validation"])
+
+
+def test_a_configuration_has_to_be_named_where_there_are_several(tmp_path):
+    folder = with_configurations(tmp_path / "set")
+
+    def at(**names) -> DataLocation:
+        return DataLocation(path=str(folder), **names)
+
+    assert responses(at(config="main")) == ["main train"]
+    assert responses(at(config="main", split="test"), "heldout") == ["main test"]
+    assert responses(at(config="socratic"), "heldout") == ["socratic train"]
+    assert "(main, socratic), got none; set data.train: { path: " in refusal(at())
+    assert "got socratik; set data.heldout" in refusal(at(config="socratik"), "heldout")
+    assert "config: socratic }" in refusal(at(config="socratik"), "heldout")
+    # The fix that is printed keeps what was said already.
+    assert f"{{ path: {folder}, config: main, split: test }}" in refusal(at(config="main"), "heldout")
+
+
+def test_the_location_that_an_error_prints_can_be_used_as_it_is(tmp_path):
+    """Each error leads to the next until all is said. The words behind `set data.heldout:` are what a recipe takes."""
+    folder = with_configurations(tmp_path / "set")
+    location = DataLocation(path=str(folder))
+    for said in ({"config": "main"}, {"config": "main", "split": "test"}):
+        printed = refusal(location, "heldout").partition("; set data.heldout: ")[2]
+        location = DataLocation(**yaml.safe_load(printed))
+        assert location == DataLocation(path=str(folder), **said)
+    assert responses(location, "heldout") == ["main test"]
+
+
+def test_a_configuration_of_a_folder_without_any_names_the_folder_that_was_meant(tmp_path):
+    write(tmp_path / "set" / "main" / "train.jsonl")
+    message = refusal(DataLocation(path=str(tmp_path / "set"), config="main"))
+    assert f"set path: {tmp_path}/set/main" in message
+    assert "set path" not in refusal(DataLocation(path=str(tmp_path / "set"), config="other"))
+
+
+def test_a_file_has_no_splits_and_no_configurations(tmp_path):
+    write(tmp_path / "a.jsonl")
+    assert "a file has no split, got test" in refusal(DataLocation(path=str(tmp_path / "a.jsonl"), split="test"))
+    assert "a file has no config, got main" in refusal(DataLocation(path=str(tmp_path / "a.jsonl"), config="main"))
+
+
+def test_a_data_set_of_the_hub_is_read_from_its_files_without_a_network(tmp_path, monkeypatch):
+    """The library's own tables of an earlier run are there as well. In them "007" has become 7."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "tables"))
+    folder = tmp_path / "hub" / "datasets--org--sums"
+    write(folder / "snapshots" / "0" / "train.jsonl", "007", "NA")
+    write(folder / "snapshots" / "0" / "test.jsonl")
+    write(folder / "refs" / "main").joinpath("main").write_text("0")
+    table = tmp_path / "tables" / "org___sums" / "default" / "0.0.0" / "0"
+    table.mkdir(parents=True)
+    builder = datasets.load_dataset_builder("json", data_files=str(folder / "snapshots" / "0" / "train.jsonl"))
+    builder.info.write_to_directory(str(table))
+    assert responses("org/sums") == ["007", "NA"]
+    assert responses(DataLocation(path="org/sums", split="test"), "heldout") == ["test"]
+    assert "(train, test), got none" in refusal("org/sums", "heldout")
+    assert "run once where the Hub can be reached" in refusal("org/others")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"sep": ";"}, ["NA"]), ({"encoding": "latin-1"}, "encoding"), ({"names": ["a"]}, "names")],
+)
+def test_how_a_data_set_wants_its_files_read_is_obeyed_or_refused(tmp_path, options, expected):
+    config = {"config_name": "main", "data_files": "*.csv"} | options
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps([config])}\n---\n")
+    (tmp_path / "a.csv").write_text("prompt;response\np;NA\n")
+    if isinstance(expected, list):
+        assert responses(tmp_path) == expected
+    else:
+        assert f"its README sets {expected}; " in refusal(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_says_why(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "contain any data files" in refusal(tmp_path / "empty")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("x")
+    assert f"got {tmp_path}/text/a.txt; convert it" in refusal(tmp_path / "text")
+    write(tmp_path / "card" / "a.jsonl")
+    (tmp_path / "card" / "README.md").write_bytes(b"caf\xe9")
+    assert "its README.md is not UTF-8" in refusal(tmp_path / "card")
+
+
+# -- Unicode -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", b'{"prompt": "8-4=?", "response": "Answer: 4. \\ud83d"}\n', ("row 0", "'response'", r"\ud83d")),
+        ("a.jsonl", b'{"prompt": "p", "response": "r"}\n\n{"prompt": "p", "skill": "\\udc00"}', ("row 1", "'skill'", r"\udc00")),
+        ("a.json", b'[{"prompt": "p", "response": "r", "meta": {"tags": ["\\uDFFF"]}}]', ("row 0", "'meta'", r"\udfff")),
+        ("a.jsonl", b'{"prompt": "p", "response": "r"}\n{"prompt": "caf\xe9", "response": "r"}\n', ("row 1", "'prompt'", "0xe9")),
+        ("a.csv", b'prompt,response\n"two\nlines",r\ncaf\xe9,r\n', ("row 1", "'prompt'", "0xe9")),
+        ("a.csv", b"prompt,response,caf\xe9\np,r,x\n", ("row 0", "0xe9")),
+        ("a.csv", "prompt,response\np,é\n".encode("utf-16"), ("UTF-16", "iconv -f UTF-16")),
+    ],
+)  # fmt: skip
+def test_a_text_that_is_not_unicode_is_named_by_file_and_row(tmp_path, name, content, expected):
+    """The same holds for a file in a folder. Every column counts, because judges may read all of them."""
+    for place in (tmp_path / name, tmp_path / "set" / name):
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(content)
+    for place in (tmp_path / name, tmp_path / "set"):
+        message = refusal(place)
+        assert str(place / name if place.is_dir() else place) in message
+        for part in expected:
+            assert part in message
+
+
+def test_a_parquet_text_that_is_not_utf8_is_named_by_its_row(tmp_path):
+    offsets, content = (pyarrow.py_buffer(bytes) for bytes in (b"\0\0\0\0\1\0\0\0\2\0\0\0", b"a\xe9"))
+    prompts = pyarrow.StringArray.from_buffers(2, offsets, content)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": prompts, "response": ["r", "r"]}), tmp_path / "a.parquet")
+    message = refusal(tmp_path / "a.parquet")
+    assert "a.parquet" in message
+    assert "row 1" in message
+
+
+def test_whole_characters_beyond_the_first_plane_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "\\ud83d\\ude00", "response": "😀"}\n')
+    (row,) = examples(tmp_path / "a.jsonl")
+    assert row["prompt"] == row["response"] == "😀"
+
+
+# -- columns -----------------------------------------------------------------------------------------------------------
+
+ALPACA = {"prompt_column": "instruction", "response_column": "output"}
+
+
+def with_row(path, *rows: dict):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_conversations_are_refused_with_what_is_understood(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    for column in ("messages", "conversations", "conversation"):
+        message = refusal(with_row(tmp_path / "a.jsonl", {column: turns}))
+        assert f"conversations (here in {column!r}) are not read yet: give the prompt and the response" in message
+    prompts = with_row(tmp_path / "b.jsonl", {"prompt": turns[:1], "response": "Ho"})
+    assert "conversations are not read yet" in refusal(prompts)
+
+
+def test_alpaca_columns_are_recognised(tmp_path):
+    path = with_row(tmp_path / "a.jsonl", {"instruction": "i", "output": "o"})
+    assert "set data.prompt_column: instruction and data.response_column: output" in refusal(path)
+    assert [row["prompt"] for row in examples(path, **ALPACA)] == ["i"]
+
+
+def test_a_part_of_the_prompt_is_not_dropped(tmp_path):
+    whole, empty = (
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Hi", "input": " ", "output": "Ho"},
+    )
+    message = refusal(with_row(tmp_path / "a.jsonl", empty, whole), **ALPACA)
+    assert "'input'" in message
+    assert "row 1" in message
+    assert len(examples(with_row(tmp_path / "b.jsonl", empty, empty), **ALPACA)) == 2
+    assert (
+        len(
+            examples(
+                with_row(tmp_path / "c.jsonl", {"input": "1 2", "output": "3"}),
+                prompt_column="input",
+                response_column="output",
+            )
+        )
+        == 1
+    )
+    context = with_row(tmp_path / "d.jsonl", {"instruction": "Sum up.", "context": "A long text.", "output": "Text."})
+    assert "'context'" in refusal(context, **ALPACA)
+    renamed = with_row(tmp_path / "e.jsonl", {"instruction": "Add 1 2.", "was_input": "1 2", "output": "3"})
+    assert len(examples(renamed, **ALPACA)) == 1
+
+
+def test_prompts_that_are_in_both_splits_are_counted():
+    training = [{"prompt": "What is 1+1?"}, {"prompt": "Who\nis it?"}]
+    asked = [{"prompt": " What is  1+1?"}, {"prompt": "Who is it?"}, {"prompt": "what is 1+1?"}]
+    assert shared_prompts(asked, training) == 2
+    assert shared_prompts([], training) == shared_prompts(asked, []) == 0

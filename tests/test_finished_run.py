@@ -1,11 +1,14 @@
 """The same command on a complete run: what is still right stays, and the rest is made again or refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from command_runs import STORE, folder, rows, run, write_rows
+
+from profuser.store.lease import hold
 
 TRAIN = ("train", "--config", "recipe.yaml")
 RUN = Path("runs/recipe")
@@ -24,6 +27,24 @@ def test_a_complete_run_is_left_alone():
     assert "is complete already" in out
     assert "scoring again" not in out
     assert {path: path.stat().st_mtime_ns for path in RUN.glob("*.safetensors")} == before
+
+
+def test_every_file_has_the_mode_that_the_umask_asks_for():
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [path for path in Path("runs").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".html", ".parquet"}
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~mask)}
+
+
+def test_a_stricter_umask_is_respected_too():
+    (RUN / "model.safetensors").unlink()
+    before = os.umask(0o027)
+    try:
+        assert run(*TRAIN)[0] == 0
+    finally:
+        os.umask(before)
+    assert (RUN / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_paths_spelt_out_are_the_same_run():
@@ -81,6 +102,28 @@ def test_fresh_moves_nothing_before_it_can_start_over():
     assert (RUN / "model.safetensors").exists()
 
 
+def test_a_fresh_preparation_moves_nothing_before_its_recipe_can_be_opened():
+    before = store_files()
+    code, _, err = run("prepare", "--config", "recipe.yaml", "--fresh", "--data.train", "missing.jsonl")
+    assert code == 3, err
+    assert store_files() == before
+
+
+def test_nothing_in_use_is_moved_for_a_fresh_start():
+    before = store_files()
+    with hold(Path(STORE), "store", {}, lambda *_: [], writes=False):
+        code, _, err = run("prepare", "--config", "recipe.yaml", "--fresh")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "in use by process" in err
+    with hold(RUN, "run", {}, lambda *_: [], writes=True):
+        code, _, err = run(*TRAIN, "--fresh")
+    assert code == 2
+    assert "in use by process" in err
+    assert store_files() == before
+    assert (RUN / "model.safetensors").exists()
+
+
 def test_the_time_of_every_session_counts():
     shutil.rmtree(RUN / "checkpoints")
     record = json.loads((RUN / "run.json").read_text())
@@ -110,6 +153,15 @@ def test_looking_at_a_finished_run_leaves_every_byte_of_its_store(command):
     code, _, err = run(*LOOKING[command])
     assert (code, err) == (0, "")
     assert store_files() == before
+
+
+@pytest.mark.parametrize("command", LOOKING)
+def test_looking_needs_no_lease_on_the_store(command):
+    with hold(Path(STORE), "store", {}, lambda *_: ["everything"], writes=True):
+        before = store_files()
+        code, _, err = run(*LOOKING[command])
+        assert (code, err) == (0, "")
+        assert store_files() == before
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "report"])
@@ -172,7 +224,7 @@ def test_a_store_of_an_older_schema_is_named_with_the_command_that_makes_it_anew
         code, _, err = run(*LOOKING[command])
         assert code == 3
         assert err.count("\n") == 1
-        assert "has schema 3, this version reads 4" in err
+        assert "has schema 3, this version reads 5" in err
         assert "python -m profuser.prepare --fresh" in err
 
 

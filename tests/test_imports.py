@@ -125,7 +125,7 @@ def test_the_drop_ins_know_nothing_of_recipes_and_stores(module):
 
 
 TRAIN_EXTRA = ("accelerate", "datasets", "jsonargparse", "matplotlib", "pandas", "psutil", "pyarrow", "rapidfuzz")
-"""The packages that `profuser[train]` brings, except those that torch and transformers need as well: jinja2, PyYAML, tqdm."""
+"""The packages that `profuser[train]` brings, except those that torch and transformers need as well: PyYAML, tqdm."""
 
 
 def run_without_the_train_extra(code: str) -> subprocess.CompletedProcess:

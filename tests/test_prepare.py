@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import small_run
 
 from profuser.errors import ConfigError, DataError
 from profuser.models.load import chat_format
+from profuser.prepare.announce import announce
 from profuser.prepare.data import load_examples
-from profuser.prepare.phases import prepare
+from profuser.prepare.inputs import Inputs
+from profuser.prepare.phases import Preparation, prepare
+from profuser.prepare.summary import handled
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import DataConfig, JudgeConfig, SourceConfig
+from profuser.recipe.schema import DataConfig, DataLocation, JudgeConfig, SourceConfig
 from profuser.store import layout
 from profuser.store.store import Store
 from profuser.text.fit import Fitted, Verdict, fit
@@ -232,3 +236,102 @@ def test_a_judge_that_never_scores_is_an_error(prepared, tmp_path):
 
 def always_nan(example, responses):
     return [float("nan")] * len(responses)
+
+
+def test_prompts_that_are_trained_on_are_counted_before_the_run_and_after_it(tmp_path, capsys):
+    """The training split and the held-out one are two splits of one folder here."""
+    run = small_run(tmp_path)
+    training, asked = (
+        Path(str(path)).read_text().splitlines() for path in (run.recipe.data.train, run.recipe.data.heldout)
+    )
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(training))
+    (tmp_path / "set" / "test.jsonl").write_text("\n".join([*asked, *training[:3]]))
+    test = DataLocation(path=str(tmp_path / "set"), split="test")
+    data = replace(run.recipe.data, train=str(tmp_path / "set"), heldout=test)
+    preparation = Preparation(Inputs.open(replace(run, recipe=replace(run.recipe, data=data))))
+    assert [row["prompt"] for row in preparation.inputs.rows["heldout"]] == [
+        json.loads(row)["prompt"] for row in [*asked, *training[:3]]
+    ]
+    announce("prepare", preparation)
+    said = f"data.heldout shares prompts with data.train: 3 of its {len(asked) + 3} prompts are trained on"
+    assert said in capsys.readouterr().out
+    assert handled(preparation.inputs, preparation.store) == {"held-out prompt that is trained on as well, kept": 3}
+
+
+def test_a_judge_that_is_wrong_is_found_before_any_model_runs(prepared, tmp_path, monkeypatch):
+    _, run, _ = prepared
+    monkeypatch.setattr("profuser.prepare.phases.load_model", lambda *_: pytest.fail("a model was loaded"))
+    for n, (name, said) in enumerate(WRONG_JUDGES.items()):
+        judges = [JudgeConfig(name="wrong", function=f"test_prepare:{name}")]
+        with pytest.raises(DataError, match=f"judge wrong: test_prepare:{name} must return one number per .*{said}"):
+            prepare(replace(run, recipe=replace(run.recipe, judges=judges, store=str(tmp_path / str(n)))))
+
+
+def test_a_judge_is_tried_on_the_first_example_with_as_many_responses_as_it_will_get(prepared, tmp_path, monkeypatch):
+    _, run, store = prepared
+    monkeypatch.setattr("profuser.prepare.phases.load_model", lambda *_: pytest.fail("a model was loaded"))
+    generation = replace(run.recipe.generation, responses_per_source=2, temperature=1.0)
+    judges = [JudgeConfig(name="curious", function="test_prepare:remember")]
+    recipe = replace(run.recipe, judges=judges, generation=generation, store=str(tmp_path / "s"))
+    seen.clear()
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        prepare(replace(run, recipe=recipe))
+    ((example, responses),) = seen
+    assert example["prompt"] == json.loads(Path(run.recipe.data.train).read_text().splitlines()[0])["prompt"]
+    assert len(set(responses)) == 2 * len(run.recipe.sources)
+    # A store that has the scores does not call its judges again.
+    monkeypatch.setattr("profuser.prepare.phases.try_function_judge", lambda *_: pytest.fail("a judge was called"))
+    assert prepare(run).directory == store.directory
+
+
+seen: list = []
+
+
+def remember(example, responses):
+    seen.append((example, responses))
+    return [0.0] * len(responses)
+
+
+def no_return(example, responses): ...
+
+
+def one_number(example, responses):
+    return 1.0
+
+
+def too_few(example, responses):
+    return [1.0] * (len(responses) - 1)
+
+
+def digits(example, responses):
+    return "1" * len(responses)
+
+
+def unordered(example, responses):
+    return {float(n) for n in range(len(responses))}
+
+
+def words(example, responses):
+    return ["good"] * len(responses)
+
+
+def late(example, responses):
+    yield 1.0
+    raise KeyError("late")
+
+
+def leaving(example, responses):
+    raise SystemExit(0)
+
+
+WRONG_JUDGES = {
+    "no_return": "returned None",
+    "one_number": r"returned 1\.0",
+    "too_few": "returned 2 numbers for 3 responses",
+    "digits": "returned '111'",
+    "unordered": "returned {",
+    "words": "returned .'good'",
+    "late": "returned <generator",
+    "leaving": "raised SystemExit",
+}

@@ -1,12 +1,15 @@
 """Recipes: what a correct one may say, and how a wrong one is refused."""
 
+import sys
+
 import pytest
 import yaml
 
 from profuser.errors import ConfigError
 from profuser.recipe.compare import differing_keys
-from profuser.recipe.parse import parse_run
-from profuser.recipe.places import RECIPES_DIR, is_path, resolve
+from profuser.recipe.parse import load_recipe, parse_run
+from profuser.recipe.places import RECIPES_DIR, is_path, load_function, resolve
+from profuser.recipe.schema import DataLocation
 
 MINIMAL = {"sources": [{"name": "a", "model": "demo:guardian"}], "target": "a", "data": {"train": "demo:fusion.jsonl"}}
 
@@ -66,6 +69,7 @@ def test_every_bundled_recipe_parses(recipe):
         ({"optim": {"betas": [1.5, 0.9]}}, "optim.betas"),
         ({"optim": {"log_every": 0}}, "optim.log_every"),
         ({"seed": -1}, "seed"),
+        ({"date": "31.7.2026"}, "date must be a date such as"),
     ],
 )
 def test_a_wrong_recipe_names_the_key(tmp_path, change, expected):
@@ -84,6 +88,165 @@ def test_an_old_spelling_names_the_new_one(tmp_path, stage, new):
         parse(tmp_path, MINIMAL | {"schedule": [stage]})
 
 
+def refusal(tmp_path, recipe, *argv) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse(tmp_path, recipe, *argv)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "got", "meant"),
+    [
+        ({"dta": {"train": "x"}}, "a key of the recipe must be one of sources, ", "got dta; did you mean data?"),
+        ({"lr": 1e-3}, "a key of the recipe", "got lr; did you mean optim.lr?"),
+        (
+            {"optim": {"lerning_rate": 1}},
+            "a key of optim must be one of lr, ",
+            "got lerning_rate; did you mean optim.lr?",
+        ),
+        ({"optim": {"warmup": 1}}, "a key of optim", "did you mean optim.warmup_ratio?"),
+        ({"generation": {"top_k": 5}}, "a key of generation", "did you mean generation.top_p or capture.top_k?"),
+        ({"data": {"train": "x", "batch_size": 1}}, "a key of data", "capture.batch_size or optim.batch_size?"),
+        (
+            {"data": {"train": "x", "heldout": {"path": "y", "spilt": "test"}}},
+            "a key of data.heldout",
+            "data.heldout.split?",
+        ),
+        ({"judges": [{"name": "j", "functoin": "f"}]}, "a key of judges[0]", "did you mean judges[0].function?"),
+        ({"optm.lr": 1}, "a key of the recipe", "got optm; did you mean optim.lr?"),
+        ({7: 1}, "a key of the recipe", "got 7"),
+    ],
+)
+def test_an_unknown_key_is_blamed_itself_with_what_was_meant(tmp_path, change, got, meant):
+    message = refusal(tmp_path, MINIMAL | change)
+    assert got in message
+    assert meant in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--lr", "1"), "got lr; did you mean --optim.lr?"),
+        (("--optm.lr=1",), "got optm; did you mean --optim.lr?"),
+        (("--optim.lrr", "1"), "a key of optim must be one of lr, "),
+        (("--learning-rate", "1"), "did you mean --optim.lr?"),
+        (("--batch_size", "1"), "did you mean --generation.batch_size or --capture.batch_size or --optim.batch_size?"),
+        (("--optim.warmup", "1"), "got warmup; did you mean --optim.warmup_ratio?"),  # no key is shortened silently
+        (("--fres",), "got fres; did you mean --fresh?"),
+        (("--fresh=1",), "--fresh must stand alone"),
+        (("--optim.lr",), "--optim.lr must have a value behind it"),
+        (("--optim.lr", "--seed", "1"), "--optim.lr must have a value behind it"),
+        (("--optim.lr.x", "1"), "optim.lr must be a value"),
+        (("--sources.name", "x"), "sources must be a value without keys of its own"),
+        (("--optim.betas", "0.8", "0.9"), "got 0.9; "),
+        (("--sources+", "{name: b, modle: c}"), "got modle; did you mean sources[0].model?"),
+        (("--optim", "{lrr: 1}"), "got lrr; did you mean optim.lr?"),
+        (("--seed", "-1"), "seed must be >= 0"),
+        (("--seed", "2024-13-01"), "seed must be int, got 2024-13-01"),
+    ],
+)
+def test_an_argument_that_no_command_takes_is_blamed_itself(tmp_path, argv, said):
+    assert said in refusal(tmp_path, MINIMAL, *argv)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sources": [{"name": 7, "model": "m"}]}, "sources[0].name must be str, got 7; put quotes around it"),
+        (
+            {"sources": [{"name": "a", "model": "m"}, {"name": False, "model": "m"}]},
+            "sources[1].name must be str, got false",
+        ),
+        ({"sources": [{"name": "a"}]}, "sources[0] must have the key model"),
+        ({"sources": ["a"]}, "sources[0] must be a mapping of its keys (name, model"),
+        ({"sources": {"name": "a", "model": "m"}}, "sources must be a list of mappings, got {"),
+        ({"target": 7}, "target must be str, got 7; put quotes around it"),
+        ({"data": {"train": 7}}, "data.train must be str or a mapping of its keys (path, config, split), got 7"),
+        ({"data": {"train": {"split": "test"}}}, "data.train must have the key path"),
+        ({"optim": {"lr": None}}, "optim.lr must be float, got null"),
+        ({"optim": None}, "optim must be a mapping of its keys"),
+        ({"optim": {"steps": True}}, "optim.steps must be int or null, got true"),
+        ({"optim": {"steps": 1.5}}, "optim.steps must be int or null, got 1.5"),
+        ({"optim": {"betas": [0.9]}}, "optim.betas must be a list of 2 numbers, got [0.9]"),
+        (
+            {"optim": {"precision": "bf61"}},
+            "optim.precision must be one of auto, fp32, bf16, got bf61; did you mean bf16?",
+        ),
+        ({"schedule": [{"training_weight": 1}, {"share": "half"}]}, "schedule[1].share must be float, got half"),
+        ({"schedule": {"share": 1}}, "schedule must be one of progressive, "),
+        ({"optim": {"lr": "two\nlines"}}, "optim.lr must be float, got two lines"),
+        ({"two\nlines": 1}, "got two lines"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_blamed_by_its_place(tmp_path, change, said):
+    assert said in refusal(tmp_path, MINIMAL | change)
+
+
+def test_what_jsonargparse_takes_is_taken(tmp_path):
+    spelt = {"steps": "3", "lr": "1e-4", "betas": ["0.8", 0.9], "gradient_checkpointing": "true"}
+    optim = parse(tmp_path, MINIMAL | {"optim": spelt}, "--optim.epochs=2").recipe.optim
+    assert (optim.steps, optim.lr, optim.betas, optim.gradient_checkpointing, optim.epochs) == (
+        3,
+        1e-4,
+        (0.8, 0.9),
+        True,
+        2,
+    )
+    recipe = parse(tmp_path, MINIMAL | {"optim.lr": 2}, "--target", "7", "--sources+", "{name: '7', model: m}").recipe
+    assert (recipe.optim.lr, recipe.target, len(recipe.sources)) == (2, "7", 2)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    """PyYAML would keep the last of the two and drop the first silently."""
+    path = tmp_path / "mine.yaml"
+    for twice in ("optim: { lr: 1, lr: 2 }\n", "seed: 1\nseed: 1\n", "data: { train: y }\n"):
+        path.write_text(yaml.safe_dump(MINIMAL) + twice)
+        with pytest.raises(ConfigError, match=r"the key (lr|seed|data) a second time in one mapping in line \d+"):
+            parse_run("train", ["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"# caf\xe9\n", "line 9 has the byte 0xe9, which is not UTF-8"),
+        (b'store: "x\\ud83d"\n', r"store must be Unicode, it has \ud83d"),
+        (b"seed: 2024-13-01\n", "must be YAML, got: month must be in 1..12"),
+        (b"seed: [1\n", "in line 10"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named_with_the_line(tmp_path, content, said):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(yaml.safe_dump(MINIMAL).encode() + b"\n# \xc3\xa9\n" + content)
+    with pytest.raises(ConfigError) as error:
+        parse_run("train", ["--config", str(path)])
+    assert said in str(error.value)
+
+
+def test_a_recipe_may_be_utf8_with_a_mark_but_not_utf16(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + yaml.safe_dump(MINIMAL).encode())
+    assert parse_run("train", ["--config", str(path)]).recipe.target == "a"
+    path.write_bytes(yaml.safe_dump(MINIMAL).encode("utf-16"))
+    with pytest.raises(ConfigError, match="iconv -f UTF-16"):
+        parse_run("train", ["--config", str(path)])
+
+
+def test_a_split_may_name_a_place_in_a_data_set(tmp_path):
+    heldout = {"path": "org/set", "config": "main", "split": "test"}
+    run = parse(tmp_path, MINIMAL | {"data": {"train": "org/set", "heldout": heldout}}, "--data.validation.path=v")
+    data = run.recipe.data
+    assert (str(data.location("train")), str(data.location("heldout"))) == (
+        "org/set",
+        "org/set (config main, split test)",
+    )
+    assert data.validation == "v"  # a mapping that says nothing but the path is the path
+    assert load_recipe(run.recipe.to_dict()) == run.recipe
+    assert parse(tmp_path, MINIMAL, "--data.heldout", "{path: x, split: y}").recipe.data.heldout == DataLocation(
+        path="x", split="y"
+    )
+
+
 @pytest.mark.parametrize("missing", ["sources", "target", "data"])
 def test_a_recipe_without_a_needed_key_says_which(tmp_path, missing):
     recipe = {k: v for k, v in MINIMAL.items() if k != missing}
@@ -99,6 +262,38 @@ def test_a_bundled_name_stays_inside_the_demo():
 def test_what_looks_like_a_path_is_never_a_hub_id():
     assert all(map(is_path, ("./m", "/m", "~/m", "../m", "a/b/c", "demo:guardian")))
     assert not is_path("org/model")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("fine:g", "has no attribute 'g'); fix the name"),
+        ("fine.f", "fix the name, or run where the module lies"),
+        ("./fine.py:f", "fix the name"),
+        ("nowhere:f", "fix the name, or run where the module lies"),
+        ("needy:f", "(No module named 'nowhere_at_all'); install nowhere_at_all"),
+        ("broken:f", "(broken.py, line 2)); fix the module"),
+        ("latin:f", "(latin.py, line 2)); fix the module"),
+        ("leaving:f", "fix the module"),
+        ("fine:x", "must be a function"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_says_what_to_fix(tmp_path, monkeypatch, path, said):
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = {
+        "fine": b"x = 1\ndef f(): ...\n",
+        "needy": b"import nowhere_at_all\n",
+        "broken": b"x = 1\ndef f(:\n",
+        "latin": b"x = 1\ny = 'caf\xe9'\n",
+        "leaving": b"import sys\nsys.exit(0)\n",
+    }
+    for name, code in modules.items():
+        (tmp_path / f"{name}.py").write_bytes(code)
+        sys.modules.pop(name, None)
+    with pytest.raises(ConfigError) as error:
+        load_function(path, "evaluation.match")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_differing_keys_are_dotted_and_see_through_tuples():

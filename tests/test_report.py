@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import SKILLS, edit, make_run
+from report_runs import SKILLS, SOURCES, edit, make_run
 
 from profuser.cli import main_of
 from profuser.errors import DataError
@@ -165,6 +165,7 @@ def test_several_responses_of_a_source_each_show_their_votes(tmp_path):
             {"text": "the second", "eligible": True, "votes": 0.5, "wins_vote": False},
             {"text": "cut off", "eligible": False, "votes": 0.0, "wins_vote": False},
             {"text": "", "eligible": False, "votes": 0.0, "wins_vote": False},
+            {"text": "4<s>2", "eligible": False, "left_out": "it is odd", "votes": 0.0, "wins_vote": False},
         ]
 
     edit(run_dir / "evaluation.json", sample_more)
@@ -172,6 +173,46 @@ def test_several_responses_of_a_source_each_show_their_votes(tmp_path):
     first = page.text[page.text.index("T0:") : page.text.index("T1:")]
     assert re.search(r"wins the vote 1 of 2 votes ★ .* 0\.5 of 2 votes the second", first)
     assert re.search(r"kept from the judges: unfinished cut off kept from the judges: empty empty response", first)
+    assert "kept from the judges: it is odd 4<s>2" in first
+
+
+def test_a_judges_abstentions_stand_beside_its_choices(reported):
+    head, *rows = Page(reported / "report.html").tables["First choices per judge"]
+    assert head == ["judge", *SOURCES, "abstained"]
+    assert [(row[0], row[-1]) for row in rows] == [("judge-a", "0.0"), ("verifier", "25.0")]
+
+
+@pytest.mark.parametrize(("prompts", "noted"), [(101, False), (157, False), (158, True)])
+@pytest.mark.parametrize("rule", ["skip", "ground_truth"])
+def test_prompts_without_a_signal_are_counted_and_stand_out_above_a_fifth(tmp_path, prompts, noted, rule):
+    run_dir, store_dir = make_run(tmp_path)
+    edit(store_dir / "summary.json", lambda summary: summary["no_signal"].update(prompts=prompts, rule=rule))
+    path = write_report(run_dir, store_dir)
+    text = Page(path).text
+    assert f"On {prompts} of 788 prompts no judge preferred a response" in text
+    assert "99 × all responses are the same text, 2 × every response is below a judge's floor" in text
+    assert ("They are left out of inference mode." in text) == (rule == "skip")
+    assert (f'<p class="note">On <b>{prompts}' in path.read_text()) == noted
+
+
+def test_a_response_that_stood_alone_did_not_win_a_vote(tmp_path):
+    run_dir, store_dir = make_run(tmp_path)
+
+    def alone(content):
+        content["votes"][0]["sources"][0]["responses"][0]["votes"] = 0.0
+
+    edit(run_dir / "evaluation.json", alone)
+    text = Page(write_report(run_dir, store_dir)).text
+    assert text.count("★ the only finished response") == 1
+    assert text.count("★ wins the vote") == 5
+
+
+def test_a_summary_from_before_the_abstentions_still_gives_a_report(tmp_path):
+    run_dir, store_dir = make_run(tmp_path)
+    edit(store_dir / "summary.json", lambda summary: [summary.pop(key) for key in ("abstentions", "no_signal")])
+    page = Page(write_report(run_dir, store_dir))
+    assert {row[-1] for row in page.tables["First choices per judge"][1:]} == {"–"}
+    assert "no judge preferred a response (" not in page.text
 
 
 def test_a_run_directory_from_before_the_votes_still_gives_a_report(tmp_path):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from new_tensors import NewTensors
 
 from profuser.kernels.common import IGNORE_INDEX
-from profuser.kernels.reference import source_topk_reference
+from profuser.kernels.reference import logits_topk_reference, source_topk_reference
 from profuser.kernels.source_topk import Ranges, source_topk, source_topk_from_logits
 
 NAMES = ("ids", "logprobs", "lse", "ce", "range_ids", "range_logprobs", "range_logmass")
@@ -78,6 +78,86 @@ def test_ranges_are_as_accurate_as_the_dense_reference(dtype, temperature, k):
     assert_as_accurate_as_reference(make_case(dtype, spread=4.0), k, temperature=temperature, ranges=make_ranges())
 
 
+def make_maps(ranges, V=83, top=12, seed=0) -> Ranges:
+    """Two thirds of the ranges get maps of their own; the maps overlap, and hold -1 and ids far beyond the vocabulary."""
+    g = torch.Generator().manual_seed(seed)
+    rows, lo, hi, order = ranges
+    mapped = torch.randint(-1, top, (2 * V,), generator=g)
+    mapped[::7] += 100_000
+    map_begin = (torch.rand(len(rows), generator=g) * (len(mapped) - (hi - lo) + 1)).long()
+    map_begin[2::3] = -1
+    return rows, lo, hi, order, map_begin, mapped
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 10, 83])
+def test_merged_masses_are_as_accurate_as_the_dense_reference(dtype, temperature, k):
+    """With a map of the vocabulary, with maps of ranges, and with both."""
+    case = make_case(dtype, spread=2.0)
+    vocab_map = torch.randint(-1, 30, (83,), generator=torch.Generator().manual_seed(1))
+    for options in (
+        {"vocab_map": vocab_map},
+        {"vocab_map": vocab_map, "ranges": make_ranges()},
+        {"ranges": make_maps(make_ranges())},
+        {"ranges": make_maps(make_ranges()), "vocab_map": vocab_map},
+    ):
+        assert_as_accurate_as_reference(case, k, temperature=temperature, **options)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 7, 37])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_whole_vocabulary_maps_of_every_row_give_the_reference(chunk_size, spread):
+    """As alignment uses them: one range of every row over the whole order, with one of three maps, beside small ranges."""
+    case = make_case(spread=spread)
+    g = torch.Generator().manual_seed(2)
+    order = torch.randperm(83, generator=g)
+    rows = torch.arange(37).repeat_interleave(2)
+    small = torch.arange(74) % 2 == 1
+    lo = torch.where(small, torch.randint(70, (74,), generator=g), 0)
+    hi = torch.where(small, lo + 5, 83)
+    map_begin = torch.where(small, -1, 83 * torch.randint(3, (74,), generator=g))
+    ranges = rows, lo, hi, order, map_begin, torch.randint(-1, 20, (3 * 83,), generator=g)
+    assert_as_accurate_as_reference(case, 10, chunk_size, ranges=ranges)
+    logits = (case["hidden"] @ case["weight"].T + case["bias"]).double()
+    found = source_topk_from_logits(logits, case["labels"], 10, ranges=ranges, chunk_size=chunk_size)
+    for ours, true in zip(found, logits_topk_reference(logits, case["labels"], 10, ranges=ranges), strict=True):
+        torch.testing.assert_close(ours, true.to(ours.dtype))
+
+
+@pytest.mark.parametrize("sizes", [[1, 63, 64, 65], [127, 128, 129], [4096, 4097], [1, 9000]], ids=str)
+def test_sums_of_every_length_are_exact(sizes):
+    """Sums are made of blocks of 64, of blocks of blocks, and so on. Each token is added once."""
+    V = sum(sizes)
+    g = torch.Generator().manual_seed(V)
+    vocab_map = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[torch.randperm(V, generator=g)]
+    logits = torch.randn(3, V, generator=g)
+    ids, logprobs, *_ = source_topk_from_logits(
+        logits, torch.zeros(3, dtype=torch.long), len(sizes), vocab_map=vocab_map
+    )
+    true_ids, true, *_ = logits_topk_reference(
+        logits.double(), torch.zeros(3, dtype=torch.long), len(sizes), vocab_map=vocab_map
+    )
+    assert torch.equal(ids.long(), true_ids)
+    torch.testing.assert_close(logprobs.double(), true, rtol=0, atol=1e-6)
+
+
+def test_results_do_not_depend_on_the_chunk_or_the_other_rows():
+    case = make_case()
+    options: dict[str, Any] = {"vocab_map": torch.arange(83) // 3, "ranges": make_maps(make_ranges())}
+    first = source_topk(**case, k=7, chunk_size=37, **options)
+    logits = case["hidden"] @ case["weight"].T + case["bias"]
+    once = source_topk_from_logits(logits, case["labels"], 7, chunk_size=37, **options)
+    for chunk_size in (1, 5, 36):
+        for found, same in zip(
+            source_topk_from_logits(logits, case["labels"], 7, chunk_size=chunk_size, **options), once, strict=True
+        ):
+            assert torch.equal(found, same)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, source_topk(**case, k=7, chunk_size=37, **options), strict=True)
+    )
+
+
 def test_equal_logits_in_a_range_rank_by_its_order():
     order = torch.tensor([6, 2, 5, 0])
     *_, ids, _, logmass = source_topk_from_logits(
@@ -95,6 +175,11 @@ def test_without_ranges_their_results_are_empty():
 
 def ranges_with(**changes):
     return tuple((dict(zip(("rows", "lo", "hi", "order"), make_ranges())) | changes).values())
+
+
+def maps_with(**changes):
+    names = ("rows", "lo", "hi", "order", "map_begin", "mapped")
+    return tuple((dict(zip(names, make_maps(make_ranges()))) | changes).values())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (123, 17, 251), (64, 8, 128)])
@@ -199,9 +284,14 @@ def test_no_graph_is_recorded():
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits():
     case = make_case(N=500, D=4, V=300)
-    for k in (3, 10):
+    everywhere = torch.arange(500), torch.zeros(500, dtype=torch.long), torch.full((500,), 300), torch.arange(300)
+    maps: dict[str, Any] = {
+        "ranges": (*everywhere, torch.arange(500) % 3, torch.arange(302) // 3),
+        "vocab_map": torch.arange(300) // 2,
+    }
+    for k, options in ((3, {}), (10, {}), (10, maps)):
         with NewTensors() as new:
-            source_topk(**case, k=k, chunk_size=20, temperature=2.0)
+            source_topk(**case, k=k, chunk_size=20, temperature=2.0, **options)
         assert max(new.sizes) <= max(20 * 300, 500 * k)
 
 
@@ -228,6 +318,18 @@ def test_without_rows_the_results_are_empty():
         ({"ranges": ranges_with(lo=torch.full((60,), -1))}, "0 <= lo"),
         ({"ranges": ranges_with(order=torch.arange(84))}, "vocab_order must be < 83"),
         ({"ranges": ranges_with(lo=torch.zeros(60))}, "ranges must be integers"),
+        ({"ranges": make_maps(make_ranges())[:5]}, "got 5 values"),
+        ({"ranges": maps_with(map_begin=torch.zeros(59, dtype=torch.long))}, r"map_begin \(R,\) .*got .*\(59,\)"),
+        ({"ranges": maps_with(map_begin=torch.zeros(60))}, "ranges must be integers"),
+        ({"ranges": maps_with(map_begin=torch.full((60,), -2))}, "map_begin must be in -1..*got -2"),
+        ({"ranges": maps_with(map_begin=torch.full((60,), 166))}, "map_begin must be in -1..* got 166"),
+        (
+            {"ranges": maps_with(map_begin=torch.zeros(60, dtype=torch.long), mapped=torch.arange(3))},
+            "got 0; -1 stands",
+        ),
+        ({"ranges": maps_with(mapped=torch.full((166,), -2))}, "mapped must be >= -1, got -2"),
+        ({"ranges": maps_with(mapped=torch.full((166,), 2**31))}, "mapped must be <= 2147483647"),
+        ({"vocab_map": torch.full((83,), -2)}, "vocab_map must be >= -1, got -2"),
     ],
 )
 def test_wrong_arguments_name_the_rule_the_value_and_the_fix(changes, message):

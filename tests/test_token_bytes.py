@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import CONTROL, REAL, SMALL, byte_level, real_tokenizer, sentencepiece, wrap
-from tokenizers import AddedToken, Tokenizer, models, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from profuser.errors import DataError
@@ -18,6 +18,7 @@ from profuser.text.token_bytes import TokenBytes, TokenBytesMismatch
 SNIPPETS = [
     " ",
     "  ",
+    "    ",
     "\n",
     "\t",
     "hello",
@@ -71,7 +72,7 @@ def test_pieces_concatenate_or_the_text_is_refused(name, text):
     tokens = tokens_of(name)
     if "NFC" in name and unicodedata.normalize("NFC", text) != text:
         reason = "normaliser"
-    elif ("metaspace" in name or "llama" in name) and "▁" in text:
+    elif ("metaspace" in name or name in ("llama-2 prepend", "gemma")) and "▁" in text:
         reason = "decoder"  # a mark in the text cannot be told from a space
     else:
         check_spans(tokens, tokens.encode(text), text)
@@ -171,6 +172,89 @@ def test_tokens_of_another_text_are_refused(ids):
     text = "hello world 42"
     with pytest.raises(TokenBytesMismatch):
         tokens.spans(ids(tokens.encode(text)), text)
+
+
+def with_runs(*, normalized: bool, special: bool = False, dummy: str | None = None) -> TokenBytes:
+    """The smallest tokenizer whose runs of two are added tokens. Its BPE makes the same runs of plain spaces and line ends."""
+    vocab = {token: i for i, token in enumerate(["<s>", "a", "b", "▁", "▁▁", "\n", "\n\n"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "▁"), ("\n", "\n")]))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    if dummy == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), tokenizer.normalizer])
+    elif dummy == "metaspace":
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
+    spaces, ends = (AddedToken(run, normalized=normalized) for run in ("▁▁", "\n\n"))
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([spaces])
+    tokenizer.add_tokens([ends])
+    return TokenBytes(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>"))
+
+
+RUNS = pytest.mark.parametrize(
+    "runs",
+    [
+        {"normalized": False},
+        {"normalized": True},
+        {"normalized": False, "special": True},
+        {"normalized": False, "dummy": "prepend"},
+        {"normalized": False, "dummy": "metaspace"},
+    ],
+    ids=str,
+)
+
+
+@RUNS
+@pytest.mark.parametrize("text", ["a  b", "a   b", "    a\n\n    b", "a  ", "  ", "\n\n  a", " a  b"])
+def test_an_added_token_that_plain_spaces_reach_stands_for_the_spaces(runs, text):
+    tokens = with_runs(**runs)
+    ids = tokens.encode(text)
+    check_spans(tokens, ids, text)
+    assert "  " not in text or b"  " in [tokens.pieces[i] for i in ids]
+    check_spans(tokens, tokens.encode_parts([("<s>", False), (text, True)])[0], "<s>" + text)
+
+
+@RUNS
+@pytest.mark.parametrize("text", ["▁▁", "a▁▁b", "a▁b"])
+def test_the_spelling_of_an_added_token_that_spaces_reach_is_refused(runs, text):
+    tokens = with_runs(**runs)
+    with pytest.raises(TokenBytesMismatch) as error:
+        tokens.spans(tokens.encode(text), text)
+    assert error.value.reason == "decoder"
+
+
+def test_an_added_token_that_only_its_spelling_reaches_keeps_it():
+    tokenizer = Tokenizer.from_str(sentencepiece(620, "never").to_str())
+    tokenizer.add_tokens([AddedToken("<|a▁b|>", normalized=False)])
+    tokens = TokenBytes(wrap(tokenizer))
+    text = "hello<|a▁b|>world"
+    ids = tokens.encode(text)
+    check_spans(tokens, ids, text)
+    assert "<|a▁b|>".encode() in tokens.added
+    spaces = "hello<|a b|>world"
+    check_spans(tokens, tokens.encode(spaces), spaces)
+
+
+def test_an_added_token_in_the_byte_level_alphabet_stands_for_the_bytes_that_reach_it():
+    """Someone has added the string of a token of the vocabulary, in which Ġ is a space, as if it were text."""
+    tokenizer = Tokenizer.from_str(byte_level(500).to_str())
+    assert tokenizer.token_to_id("Ġthe") is not None
+    tokenizer.add_tokens([AddedToken("Ġthe", normalized=False), AddedToken("café", normalized=False)])
+    tokens = TokenBytes(wrap(tokenizer))
+    for text in ("said the cat", "a café"):
+        check_spans(tokens, tokens.encode(text), text)
+    assert tokens.pieces[tokenizer.get_vocab()["Ġthe"]] == b" the"
+    with pytest.raises(TokenBytesMismatch):
+        tokens.spans(tokens.encode("saidĠthe cat"), "saidĠthe cat")
+
+
+def test_an_end_of_turn_that_text_reaches_stays_a_control_token():
+    tokenizer = Tokenizer.from_str(byte_level(500).to_str())
+    newline = tokenizer.get_vocab()["Ċ"]
+    tokens = TokenBytes(wrap(tokenizer), control=[newline])
+    assert tokens.pieces[newline] is None
+    assert newline in tokens.specials
 
 
 def test_added_token_that_takes_whitespace_covers_it():

@@ -417,3 +417,26 @@ def test_two_ranks_take_the_same_steps_as_one(prepared, tmp_path):
                 assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (key, one["step"])
         if "eval" in one:
             assert two["eval"]["ce"] == pytest.approx(one["eval"]["ce"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("nothing", "None"), ("a_score", "0.5"), ("a_failure", "KeyError: 'answr'")]
+)
+def test_a_match_that_is_wrong_is_found_before_any_model_runs(tmp_path, monkeypatch, name, said):
+    monkeypatch.setattr("profuser.pipeline.Preparation.run", lambda _: pytest.fail("the preparation began"))
+    run = small_run(tmp_path, f"--evaluation.match=test_train:{name}")
+    with pytest.raises(
+        DataError, match=f"evaluation.match: test_train:{name} must return True or False, .* it gave .*{said}"
+    ):
+        train(run)
+
+
+def nothing(example, response): ...
+
+
+def a_score(example, response):
+    return 0.5
+
+
+def a_failure(example, response):
+    return example["answr"] == response

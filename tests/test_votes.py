@@ -9,17 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from profuser.prepare.data import load_examples
-from profuser.prepare.votes import judged_examples, vote
+from profuser.prepare.votes import NOBODY, judged_examples, vote
 from profuser.recipe.schedule import Mode
 from profuser.store import layout
 
 NAN = float("nan")
 
 
-def winner(scores, eligible=None):
-    scores = np.array(scores, dtype=float)[None]
+def winner(scores, eligible=None, floors=None):
+    scores = np.array(scores, dtype=np.float32)[None]
     eligible = np.ones(scores.shape[2], bool) if eligible is None else np.array(eligible)
-    w, votes = vote(scores, eligible[None])
+    w, votes = vote(scores, eligible[None], None if floors is None else np.array(floors, float))
     return int(w[0]), votes[0].tolist()
 
 
@@ -44,7 +44,61 @@ def test_a_tie_in_votes_goes_to_the_higher_mean_z_score():
 
 
 def test_a_complete_tie_goes_to_the_lowest_index():
-    assert winner([[1, 1, 1]]) == (0, [0, 0, 0])
+    assert winner([[1, 1, 0]]) == (0, [0.5, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("scores", "eligible"),
+    [
+        ([[0, 0, 0]], [True, True, True]),
+        ([[1, 1, 1], [2, 2, 2]], [True, True, True]),
+        ([[NAN, NAN, NAN], [5, 5, 5]], [True, True, True]),
+        ([[NAN, 9, 0], [5, 5, 5]], [True, True, True]),
+        ([[9, 1, 1]], [False, True, True]),
+    ],
+)
+def test_without_a_judge_that_prefers_a_response_nobody_wins(scores, eligible):
+    assert winner(scores, eligible) == (NOBODY, [0, 0, 0])
+
+
+def test_one_judge_with_a_preference_is_a_signal():
+    assert winner([[0, 0, 0], [NAN, 1, 2], [0, 0, 0.5]]) == (2, [0, 0, 1])
+
+
+def test_the_only_eligible_response_needs_no_vote_but_must_reach_the_floors():
+    assert winner([[3]]) == (0, [0])
+    assert winner([[9, 1, 9], [NAN, NAN, NAN]], [False, True, False]) == (1, [0, 0, 0])
+    assert winner([[3]], [False]) == (NOBODY, [0])
+    assert winner([[3, 5]], [True, False], floors=[4]) == (NOBODY, [0, 0])
+
+
+NONE = -np.inf
+
+
+@pytest.mark.parametrize(
+    ("scores", "floors", "expected"),
+    [
+        # Nothing reaches the floor, whatever this judge or another one prefers.
+        ([[0.4, 0.2, 0.1]], [0.5], (NOBODY, [0, 0, 0])),
+        ([[0, 0, 0], [1, 2, 3]], [0.5, NONE], (NOBODY, [0, 0, 0])),
+        # The response that most judges prefer is below another judge's floor.
+        ([[9, 1, 2], [9, 1, 2], [0, 1, 1]], [NONE, NONE, 0.5], (2, [0, 0.5, 2.5])),
+        # A judge votes only for what it prefers to some other response: the first judge's favourite cannot win.
+        ([[9, 1, 1], [0, 1, 2]], [NONE, 0.5], (2, [0, 0, 1])),
+        ([[9, 1, 1], [0, 1, 1]], [NONE, 0.5], (1, [0, 0.5, 0.5])),
+        # One response is left, and the judge with the floor prefers it to the others.
+        ([[0, 1, 0]], [1], (1, [0, 1, 0])),
+        # A floor is no vote.
+        ([[1, 1, 1]], [0.5], (NOBODY, [0, 0, 0])),
+        # A score that is equal to the floor reaches it, although 0.7 is stored as 0.69999999.
+        ([[0.7, 0.1, 0.2]], [0.7], (0, [1, 0, 0])),
+        # A judge that abstains by one NaN still keeps out what it scores below its floor.
+        ([[NAN, 0.1, 1], [1, 3, 2]], [0.5, NONE], (2, [0, 0, 1])),
+        ([[0.1, 0.2, 0.3]], [NONE], (2, [0, 0, 1])),
+    ],
+)
+def test_what_a_judge_scores_below_its_floor_cannot_win(scores, floors, expected):
+    assert winner(scores, floors=floors) == expected
 
 
 def test_ineligible_responses_take_no_part_whatever_their_score():
@@ -52,7 +106,7 @@ def test_ineligible_responses_take_no_part_whatever_their_score():
 
 
 def test_nothing_eligible_has_no_winner():
-    assert winner([[1, 2]], [False, False])[0] == -1
+    assert winner([[1, 2]], [False, False])[0] == NOBODY
 
 
 def test_z_scores_are_standardised_over_the_whole_data_set_not_per_example():

@@ -1,14 +1,16 @@
-"""`align` puts a source's distributions of a plain text on a target's tokens, for use in a trainer of your own.
+"""`align` puts a source's distributions of a response on a target's tokens, for use in a trainer of your own.
 
-There is no chat template, no begin token and no end of turn: the text is one response that stands alone. This package's
-own trainer uses the same alignment (`engine.py`) for conversations, with a template around the response.
+The response is the last message of a conversation, which either model reads in its own chat template. It may also follow a text
+that the caller gives for either side, or be a text that stands alone. This package's own trainer uses the same alignment
+(`engine.py`) and the same conversations (`ChatFormat`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,13 +19,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from profuser.alignment.engine import CppByteAligner, byte_aligner
-from profuser.alignment.ranges import RangeRequest, ranges_needed
+from profuser.alignment.ranges import RangeRequest, flat_maps, ranges_needed
 from profuser.alignment.reference import PythonByteAligner, check_capture
 from profuser.alignment.types import PrefixRanges, SourceCapture
-from profuser.alignment.vocab_map import ByteOrder
+from profuser.alignment.vocab_map import ByteOrder, TextFormat
 from profuser.errors import DataError
-from profuser.text.encoded import Encoded
+from profuser.text.chat import ChatFormat
+from profuser.text.encoded import Encoded, encode_response
 from profuser.text.token_bytes import TokenBytes
+
+FIX_IN_CODE = "set tokenizer.chat_template, or pass the response alone with before=(target_text, source_text)"
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation, as `apply_chat_template` takes it. Its last message is the response, of role "assistant"."""
 
 
 class PlainText:
@@ -38,17 +46,25 @@ class PlainText:
 
     @functools.cached_property
     def byte_order(self) -> ByteOrder:
-        return ByteOrder(self.token_bytes)
+        return _byte_order(self.token_bytes)
 
-    def encode(self, text: str) -> Encoded:
-        """Encodes the text as a response that stands alone. Strings of control tokens in it are plain text.
+    def encode(self, text: str, before: str | None = None) -> Encoded:
+        """Encodes the text as a response. Strings of control tokens in it are plain text.
 
+        Args:
+            before: the text before the response, in which strings of control tokens are control tokens. None means that the
+                response stands alone.
         Raises:
             TypeError: the text is not a string.
             TokenBytesMismatch: the tokens do not hold the text's bytes exactly (reason "normaliser" or "decoder").
         """
         if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}; align one text at a time")
+            raise TypeError(
+                f"text must be a string, got {type(text).__name__}; align one text at a time, or a conversation as a list of messages "
+                "with `role` and `content`"
+            )
+        if before is not None:
+            return encode_response(self.token_bytes, [(self.token_bytes.seen_rendered(before), False)], text)
         ids, words = self.token_bytes.encode_parts([(text, True)])
         spans = self.token_bytes.spans(ids, text)
         self.token_bytes.check_whole(ids, spans, text)
@@ -57,13 +73,18 @@ class PlainText:
 
 @dataclass(frozen=True, slots=True)
 class AlignedText:
-    """The N target tokens of a text, with a source's distribution for each of them.
+    """The N target tokens of a response, with a source's distribution for each of them.
 
-    Row n is the distribution of token n itself, which a model gives at the position before that token. A skipped token has
-    no entries. The source's three arrays are in the form that `fused_linear_fusion_loss` takes.
+    Row n is the distribution of token n itself, which a model gives at the position before that token. The last row of a
+    conversation is the end of turn, unless the response was cut. A skipped token has no entries. The source's three arrays are
+    in the form that `fused_linear_fusion_loss` takes.
 
+    input_ids: (T,) int64, all that the target reads, the end of turn included.
+    positions: (N,) int64, where the N tokens stand in it: target_ids is input_ids[positions]. The target's hidden states of
+        these rows are those at positions - 1. A text that stands alone begins at 0, so that a token must be put before it.
     target_ids: (N,) int64.
-    target_spans: (N, 2) int32, the bytes of the text that each token covers.
+    target_spans: (N, 2) int32, the bytes of the response that each token covers. The first may begin below 0, because it also
+        holds bytes of the template. The end of turn covers none.
     source_ids: (N, K) int32, target tokens, -1 = padding.
     source_logprobs: (N, K) fp32, natural log.
     source_tail: (N,) fp32, the probability outside the K entries.
@@ -71,6 +92,8 @@ class AlignedText:
     kind, skip_reason: (N,) uint8, indices into profuser.alignment.types.KINDS and SKIP_REASONS.
     """
 
+    input_ids: Tensor
+    positions: Tensor
     target_ids: Tensor
     target_spans: Tensor
     source_ids: Tensor
@@ -81,33 +104,60 @@ class AlignedText:
     skip_reason: Tensor
 
 
-def prefix_ranges(
-    text: str, target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The ranges that `source_topk` needs besides its top k: `source_topk(..., ranges=prefix_ranges(...))`.
+class SourceRanges(tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]):
+    """What `prefix_ranges` returns: the six tensors that `source_topk` takes as `ranges`, and the source's side of the response.
 
-    Where a target token begins inside a source token, the alignment needs the source's mass among the tokens that begin
-    with the same bytes up to that place (rule 2 of profuser/alignment/reference.py). This function needs neither model.
+    input_ids: (T,) int64, all that the source reads, the end of turn included.
+    positions: (M,) int64, where the response's M tokens stand in it, the end of turn included. The labels of `source_topk` are
+        input_ids[positions], and its hidden states those at positions - 1.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+
+    def __new__(cls, ranges: Sequence[Tensor], input_ids: Tensor, positions: Tensor) -> SourceRanges:
+        new = super().__new__(cls, ranges)
+        new.input_ids, new.positions = input_ids, positions
+        return new
+
+
+def prefix_ranges(
+    text: str | Messages,
+    target: PreTrainedTokenizerBase,
+    source: PreTrainedTokenizerBase,
+    *,
+    before: tuple[str, str] | None = None,
+    complete: bool = True,
+) -> SourceRanges:
+    """What must be asked of a source before `align`: the tokens that it reads, their rows, and ranges beside its top k.
+
+    `source_topk(..., ranges=prefix_ranges(...))` takes the ranges. Where a target token begins inside a source token, the
+    alignment needs the source's mass among the tokens that begin with the same bytes up to that place (rule 2 of
+    profuser/alignment/reference.py). Where many of the source's tokens count for one of the target's, their masses must be added
+    before the top k are chosen (rule 7). And where a number may go on, the mass of all digits must be known (rule 8). This
+    function needs neither model.
 
     Args:
-        text: the text as `align` takes it.
-        target, source: Hugging Face tokenizers with a `tokenizers` backend.
+        text, target, source, before, complete: as `align` takes them.
     Returns:
-        rows: (R,) int64, a row of the source's tokens of `text` per range.
+        A tuple with the attributes `input_ids` and `positions` of `SourceRanges`, of
+        rows: (R,) int64, a row of the response's tokens, which are input_ids[positions], per range.
         lo, hi: (R,) int64, the range [lo, hi) of vocab_order.
         vocab_order: (V',) int64, the source's tokens sorted by their bytes.
+        map_begin: (R,) int64, where the range's map begins in `mapped`, -1 without one.
+        mapped: (L,) int64, what the tokens of the ranges count for.
     Raises:
         TokenBytesMismatch: a tokenizer changes the text.
+        DataError: as in `align`, about the conversation.
     """
-    ours, theirs = plain_text(target), plain_text(source)
-    needed = _needed(text, ours, theirs)
-    arrays = (needed.rows, needed.lo, needed.hi, theirs.byte_order.ids)
-    rows, lo, hi, vocab_order = (torch.from_numpy(x).long() for x in arrays)
-    return rows, lo, hi, vocab_order
+    pair = _pair(text, target, source, before, complete)
+    needed = pair.needed()
+    arrays = (needed.rows, needed.lo, needed.hi, _byte_order(pair.source.token_bytes).ids, *flat_maps([needed]))
+    return SourceRanges([torch.from_numpy(x).long() for x in arrays], *_input(pair.own))
 
 
 def align(
-    text: str,
+    text: str | Messages,
     target: PreTrainedTokenizerBase,
     source: PreTrainedTokenizerBase,
     top_ids: Tensor,
@@ -115,29 +165,36 @@ def align(
     own_logprobs: Tensor,
     ranges: Sequence[Tensor] | None = None,
     *,
+    before: tuple[str, str] | None = None,
+    complete: bool = True,
     top_k: int = 10,
     min_reliability: float = 0.1,
 ) -> AlignedText:
-    """Turns a source's top-k distributions of its own tokens of `text` into distributions of the target's tokens.
+    """Turns a source's top-k distributions of its own tokens of a response into distributions of the target's tokens.
 
     Args:
-        text: it is tokenised on both sides as it stands, without begin or end tokens. The name of a control token in it is
-            plain text. What the source says of its own control tokens, for example of its end of turn, goes to the tail;
-            conversations are aligned by profuser.prepare.
-        target, source: Hugging Face tokenizers with a `tokenizers` backend.
+        text: a conversation, whose last message is the response: a list of messages, which either model reads in its own chat
+            template. Or the text of the response. The name of a control token in a message or response is plain text.
+        target, source: Hugging Face tokenizers with a `tokenizers` backend, for conversations with a chat template.
         top_ids, top_logprobs: (M, k), the source's top-k ids and natural log-probabilities. Row m is the distribution of
             the source's own token m itself, so it comes from the position before that token. -1 = padding; a row that is
-            all padding says nothing.
+            all padding says nothing. The own tokens are input_ids[positions] of `prefix_ranges`.
         own_logprobs: (M,), the log-probability of the source's own token m (`-ce` of `source_topk`).
         ranges: (range_ids (R, k), range_logprobs (R, k), range_logmass (R,)), which `source_topk` returns for
-            `prefix_ranges(text, target, source)`. Without them, target tokens that begin inside a source token are skipped.
+            `prefix_ranges` of the same arguments. Without them, target tokens that begin inside a source token are skipped, and
+            masses are added within the top k only.
+        before: (target_text, source_text), the text that stands before a response in a prompt of your own, with the control
+            tokens of each model spelt out and a begin token where the model wants one. Such a response has no end of turn.
+            Without it, a text stands alone: it is tokenised on both sides without begin or end tokens.
+        complete: False for the response of a conversation that was cut. It has no end of turn.
         top_k: K, the number of entries that are kept per target token.
         min_reliability: a target token is skipped if less than this share of the source's mass can follow its prefix.
     Raises:
         TokenBytesMismatch: a tokenizer changes the text (reason "normaliser" or "decoder"); skip this text.
-        DataError: the arrays do not belong to these tokens, are not log-probabilities, or contradict each other.
+        DataError: the arrays do not belong to these tokens, are not log-probabilities, or contradict each other; there is no
+            chat template; or the template does not render the conversation or alters the response.
         ValueError: ids are not integers, log-probabilities are not floats, or a setting is out of range.
-        TypeError: the text is not a string, or a tokenizer is not one of Hugging Face's.
+        TypeError: the text is neither a string nor messages, or a tokenizer is not one of Hugging Face's.
 
     Example:
         >>> import torch
@@ -145,49 +202,53 @@ def align(
         >>> from profuser.recipe.places import resolve
         >>> from transformers import AutoTokenizer
         >>> target, source = (AutoTokenizer.from_pretrained(resolve(f"demo:{name}")) for name in ("guardian", "scholar"))
-        >>> text = "A bozun is a stone."
-        >>> labels = torch.tensor(source(text, add_special_tokens=False).input_ids)
-        >>> hidden = torch.randn(len(labels), 8)  # the source's hidden states, each from the position before its token
+        >>> chat = [{"role": "user", "content": "What is a bozun?"}, {"role": "assistant", "content": "A stone."}]
+        >>> needed = prefix_ranges(chat, target, source)
+        >>> states = torch.randn(len(needed.input_ids), 8)  # what the source's last layer gives for needed.input_ids
         >>> head = torch.randn(len(source), 8)
-        >>> ranges = prefix_ranges(text, target, source)
-        >>> ids, logprobs, _, ce, *of_ranges = source_topk(hidden, head, labels, 10, ranges=ranges)
-        >>> aligned = align(text, target, source, ids, logprobs, -ce, of_ranges)
+        >>> hidden, labels = states[needed.positions - 1], needed.input_ids[needed.positions]
+        >>> ids, logprobs, _, ce, *of_ranges = source_topk(hidden, head, labels, 10, ranges=needed)
+        >>> aligned = align(chat, target, source, ids, logprobs, -ce, of_ranges)
         >>> tuple(aligned.source_ids.shape) == (len(aligned.target_ids), 10)
         True
+        >>> target.decode(aligned.target_ids)
+        'A stone.<|im_end|>'
 
     Source: the rules are this project's own, and profuser/alignment/reference.py states them.
     """
     # Tokenise the text on both sides, and check the arrays against the source's tokens.
-    ours, theirs = plain_text(target), plain_text(source)
-    encoded, own = ours.encode(text), theirs.encode(text)
-    spans = np.array(own.spans, dtype=np.int32).reshape(-1, 2)
+    pair = _pair(text, target, source, before, complete)
+    data, own = pair.response.encode(), pair.own
+    spans = np.array(own.label_spans(len(data)), dtype=np.int32).reshape(-1, 2)
     ids, logprobs = _array(top_ids, np.int32), _array(top_logprobs, np.float32)
     for name, rows in (("top_ids", ids), ("top_logprobs", logprobs), ("own_logprobs", own_logprobs)):
         if len(rows) != len(spans):
-            raise DataError(
-                f"{name} must have a row for each of the source's {len(spans)} tokens of the text, got {len(rows)}; tokenize it "
-                "with add_special_tokens=False, control tokens in it as plain text (split_special_tokens=True)"
-            )
+            raise DataError(f"{name} must have a row for each of the source's {len(spans)} {_rows_of(pair, len(rows))}")
     if ranges is None:
         captured = PrefixRanges.none()
     else:
-        needed = _needed(text, ours, theirs)
+        needed = pair.needed()
         if len(ranges) != 3:
             raise ValueError(
                 f"ranges must be (range_ids, range_logprobs, range_logmass) of source_topk, got {len(ranges)} values; pass the "
                 "last three that it returns"
             )
         range_ids, range_logprobs, range_logmass = ranges
+        if len(range_ids) != len(needed.rows):
+            raise DataError(
+                f"ranges must have one row per range of prefix_ranges ({len(needed.rows)}), got {len(range_ids)}; pass what "
+                "source_topk returned for this text and this pair of tokenizers"
+            )
         captured = PrefixRanges(
             rows=needed.rows,
             strip=needed.strip,
             logmass=_array(range_logmass, np.float32),
-            ids=_array(range_ids, np.int32),
+            ids=needed.spelt(_array(range_ids, np.int32)),
             logprobs=_array(range_logprobs, np.float32),
         )
     # Align them as the capture of one response.
     capture = SourceCapture(
-        ids=np.array(own.input_ids, dtype=np.int32),
+        ids=np.array(own.input_ids, dtype=np.int32)[own.label_positions],
         begin=np.ascontiguousarray(spans[:, 0]),
         stop=np.ascontiguousarray(spans[:, 1]),
         top_ids=ids,
@@ -197,19 +258,22 @@ def align(
     )
     check_capture(capture)
     check_consistent(capture)
-    check_vocabulary(capture, len(theirs.token_bytes.pieces))
-    aligned = _aligner(ours, theirs, top_k, min_reliability).align(text.encode(), encoded, capture)
+    check_vocabulary(capture, len(pair.source.token_bytes.pieces))
+    aligned = _aligner(pair.target, pair.source, top_k, min_reliability).align(data, pair.encoded, capture)
     # Spread the entries, which lie end to end, over rows of equal width.
     counts = np.diff(aligned.offsets)
     row = np.repeat(np.arange(len(counts)), counts)
     slot = np.arange(len(row)) - np.repeat(aligned.offsets[:-1], counts)
-    width = min(top_k, len(ours.token_bytes.pieces))
+    width = min(top_k, len(pair.target.token_bytes.pieces))
     source_ids = np.full((len(counts), width), -1, dtype=np.int32)
     source_logprobs = np.zeros((len(counts), width), dtype=np.float32)
     source_ids[row, slot], source_logprobs[row, slot] = aligned.ids, aligned.logprobs
+    input_ids, positions = _input(pair.encoded)
     return AlignedText(
-        target_ids=torch.tensor(encoded.input_ids, dtype=torch.long),
-        target_spans=torch.tensor(encoded.spans, dtype=torch.int32).reshape(-1, 2),
+        input_ids=input_ids,
+        positions=positions,
+        target_ids=input_ids[positions],
+        target_spans=torch.tensor(pair.encoded.label_spans(len(data)), dtype=torch.int32).reshape(-1, 2),
         source_ids=torch.from_numpy(source_ids),
         source_logprobs=torch.from_numpy(source_logprobs),
         source_tail=torch.from_numpy(np.where(counts > 0, aligned.tail, 0).astype(np.float32)),
@@ -275,11 +339,15 @@ def plain_text(tokenizer: PreTrainedTokenizerBase) -> PlainText:
     Raises:
         TypeError: the tokenizer is not one of Hugging Face's.
     """
+    _check_tokenizer(tokenizer)
+    return _plain_text(tokenizer, len(tokenizer))
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
             f"a tokenizer must be one of Hugging Face's, got {type(tokenizer).__name__}; AutoTokenizer.from_pretrained loads it"
         )
-    return _plain_text(tokenizer, len(tokenizer))
 
 
 @functools.lru_cache(maxsize=16)
@@ -288,17 +356,103 @@ def _plain_text(tokenizer: PreTrainedTokenizerBase, size: int) -> PlainText:
     return PlainText(tokenizer)
 
 
+def chat_of(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    """The ChatFormat of a tokenizer; one per tokenizer, as in `plain_text`.
+
+    Raises:
+        TypeError: the tokenizer is not one of Hugging Face's.
+        DataError: it has no chat template, or one that cannot be used.
+    """
+    _check_tokenizer(tokenizer)
+    return _chat(tokenizer, len(tokenizer), repr(tokenizer.chat_template), repr(tokenizer.special_tokens_map))
+
+
+@functools.lru_cache(maxsize=16)
+def _chat(tokenizer: PreTrainedTokenizerBase, size: int, template: str, special: str) -> ChatFormat:
+    # All that may be changed about a tokenizer is a part of the cache's key.
+    return ChatFormat(tokenizer, fix=FIX_IN_CODE)
+
+
+@functools.lru_cache(maxsize=16)
+def _byte_order(tokens: TokenBytes) -> ByteOrder:
+    return ByteOrder(tokens)
+
+
 @functools.lru_cache(maxsize=8)
 def _aligner(
-    target: PlainText, source: PlainText, top_k: int, min_reliability: float
+    target: TextFormat, source: TextFormat, top_k: int, min_reliability: float
 ) -> CppByteAligner | PythonByteAligner:
     return byte_aligner(target, source, top_k=top_k, min_reliability=min_reliability)
 
 
-def _needed(text: str, target: PlainText, source: PlainText) -> RangeRequest:
-    return ranges_needed(
-        target.token_bytes, target.encode(text), source.token_bytes, source.encode(text), source.byte_order
+class _Pair(NamedTuple):
+    """One response in the tokens of both sides, each with the text before it."""
+
+    response: str
+    target: TextFormat
+    source: TextFormat
+    encoded: Encoded
+    own: Encoded
+
+    def needed(self) -> RangeRequest:
+        tokens = self.source.token_bytes
+        return ranges_needed(self.target.token_bytes, self.encoded, tokens, self.own, _byte_order(tokens))
+
+
+def _pair(
+    text: str | Messages,
+    target: PreTrainedTokenizerBase,
+    source: PreTrainedTokenizerBase,
+    before: tuple[str, str] | None,
+    complete: bool,
+) -> _Pair:
+    """Tokenises a text or conversation on both sides, as `align` takes it."""
+    if isinstance(text, list | tuple) and all(isinstance(message, Mapping) for message in text):
+        if before is not None:
+            raise ValueError(
+                "before must go with the text of a response alone, got it with messages; leave it out, or pass the last message's text"
+            )
+        chats = chat_of(target), chat_of(source)
+        encoded, own = (chat.encode_messages(text, complete=complete) for chat in chats)
+        pair = _Pair(text[-1]["content"], *chats, encoded, own)
+    else:
+        if before is not None and (isinstance(before, str) or [type(x) for x in before] != [str, str]):
+            raise TypeError(
+                f"before must be two strings, (target_text, source_text), got {before!r}; give one for either side"
+            )
+        text, sides = cast("str", text), (plain_text(target), plain_text(source))
+        encoded, own = (side.encode(text, x) for side, x in zip(sides, before or (None, None)))
+        pair = _Pair(text, *sides, encoded, own)
+        if before is None:
+            return pair
+    for role, side in (("target", pair.encoded), ("source", pair.own)):
+        if not side.label_positions:
+            raise DataError("a response must not be empty, got no text; skip it")
+        if side.start == 0:
+            raise DataError(
+                f"a response must have a token before it, which predicts its first one, the {role} has none; begin with a user's "
+                "message or, in `before`, with a begin token"
+            )
+    return pair
+
+
+def _rows_of(pair: _Pair, got: int) -> str:
+    """What rows are expected of the source, and how to get them; the end of a message."""
+    if pair.own.start:
+        end = "without an" if pair.own.end_of_turn is None else "and its"
+        return (
+            f"tokens of the response {end} end of turn, got {got}; take what the model says at prefix_ranges(...).positions - 1 of "
+            "its input_ids"
+        )
+    return (
+        f"tokens of the text, got {got}; tokenize it with add_special_tokens=False, control tokens in it as plain text "
+        "(split_special_tokens=True)"
     )
+
+
+def _input(encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """All that a model reads, and the positions of the labels in it."""
+    return torch.tensor(encoded.input_ids, dtype=torch.long), torch.tensor(encoded.label_positions, dtype=torch.long)
 
 
 def _array(values: ArrayLike | Tensor, dtype: type[np.number]) -> np.ndarray:

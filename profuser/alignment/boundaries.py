@@ -39,6 +39,9 @@ KINDS_OF_CHARACTERS = (
     "«",
 )
 
+# What may stand around two characters when the cut between them is probed.
+PROBED_AROUND = (("", ""), ("a", "b"), (" ", "7"), ("1", " x"), ("a.", "."), ("x 12", "3x"))
+
 REPLACED = "\ufffd"
 # These stand in place of a character where a token has none, or only a part of one: its beginning, or another part.
 NO_TEXT, LEAD_BYTE, CONTINUATION = -1, -2, -3
@@ -61,6 +64,7 @@ class Boundaries:
         size = len(tokens.pieces)
         # Added tokens of spaces alone are left out, because no cut lies between spaces anyway.
         self._added = [content for content in tokens.added if len(content) > 1 and not content.isspace()]
+        self._added_texts = [content.decode(errors="replace") for content in self._added]
         self._control = np.array([piece is None for piece in tokens.pieces])
         self._empty = np.array([not piece for piece in tokens.pieces])
         # Read the first and last character of every token. Without a pre-tokenizer, also collect the pairs of characters
@@ -143,23 +147,52 @@ class Boundaries:
         begins = itertools.accumulate(map(len, pieces[:-1]), initial=0)
         return np.array([begin in within for begin in begins])
 
-    def closes_before_space(self) -> np.ndarray:
-        """(vocabulary,) bool: whether a space that follows the token always begins a new pre-token."""
-        solid = (self.last >= 0) & ~_may_be_space(self.last)
+    def closes_before_space(self, codes: np.ndarray | None = None) -> np.ndarray:
+        """Whether a space that follows always begins a new pre-token.
+
+        Args:
+            codes: (n,) the code points that a text ends in; the last ones of all tokens by default.
+        Returns:
+            (n,) bool
+        """
+        codes = self.last if codes is None else codes
+        solid = (codes >= 0) & ~_may_be_space(codes)
         if self.splits:
             return solid & self._cuts_words_at_spaces
         if self._neighbours is None:
             return np.zeros_like(solid)
-        return solid & ~np.isin(_pair_key(self.last, ord(" ")), self._neighbours)
+        return solid & ~np.isin(_pair_key(codes, ord(" ")), self._neighbours)
+
+    def cut_between(self, left: str, right: str) -> bool:
+        """Whether the text is always cut between two characters, whatever stands before and behind them.
+
+        With a pre-tokenizer this is probed; `right` may be longer than one character then.
+        """
+        if any(left + right[0] in content for content in self._added_texts):
+            return False  # an added token may reach across
+        if self._neighbours is not None:
+            key = _pair_key(ord(left), ord(right[0]))
+            at = np.searchsorted(self._neighbours, key)
+            return at == len(self._neighbours) or self._neighbours[at] != key
+        if not self.splits:
+            return False
+        return all(self._cuts_at(before + left, right + behind) for before, behind in PROBED_AROUND)
+
+    def _cuts_at(self, left: str, right: str) -> bool:
+        """Whether the pre-tokenizer begins a new pre-token between the two halves of one text."""
+        text = left + right
+        normalised = text if self._normalizer is None else self._normalizer.normalize_str(text)
+        begins = [begin for _, (begin, _) in self._pre_tokenizer.pre_tokenize_str(normalised)]
+        return len(normalised) == len(text) and len(left) in begins
 
     @functools.cached_property
     def _cuts_words_at_spaces(self) -> bool:
         """Whether the pre-tokenizer begins a new pre-token at a space between any two characters that are not spaces."""
         for left, right in itertools.product(KINDS_OF_CHARACTERS, repeat=2):
-            text = f"a{left} {right}b"
-            normalised = text if self._normalizer is None else self._normalizer.normalize_str(text)
-            begins = [begin for _, (begin, _) in self._pre_tokenizer.pre_tokenize_str(normalised)]
-            if len(normalised) == len(text) and 1 + len(left) not in begins:
+            normalised = self._normalizer and self._normalizer.normalize_str(f"a{left} {right}b")
+            if (normalised is None or len(normalised) == len(left) + len(right) + 3) and not self._cuts_at(
+                f"a{left}", f" {right}b"
+            ):
                 return False
         return True
 

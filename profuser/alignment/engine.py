@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from profuser.alignment.boundaries import Boundaries
+from profuser.alignment.merging import boundaries_of, candidate_table
 from profuser.alignment.reference import MAX_CACHED_CANDIDATES, PythonByteAligner, check_encoded, check_settings
 from profuser.alignment.spans import _align
 from profuser.alignment.types import Aligned, SourceCapture
-from profuser.alignment.vocab_map import CandidateTable, TextFormat, same_tokens
+from profuser.alignment.vocab_map import TextFormat, same_tokens
 from profuser.errors import DataError
 from profuser.ragged import ragged
 from profuser.text.encoded import Encoded
@@ -46,8 +46,8 @@ class CppByteAligner:
         self.target, self.source = target, source
         self.threads = threads
         self._lock = threading.Lock()  # the engine has state, and releases the GIL while it works
-        self._boundaries = Boundaries(target.token_bytes)
-        table = CandidateTable(target.token_bytes, source.token_bytes, self._boundaries)
+        self._boundaries = boundaries_of(target.token_bytes)
+        table = candidate_table(target.token_bytes, source.token_bytes)
         ends = np.zeros(len(source.token_bytes.pieces), dtype=np.uint8)
         ends[[i for i in source.end_ids if i < len(ends)]] = 1
         self._engine = _align.ByteAligner(
@@ -65,6 +65,8 @@ class CppByteAligner:
                 "opens": table.opens.astype(np.uint8),
                 "closes": table.closes.astype(np.uint8),
                 "lookahead": table.lookahead,
+                "merges_digits": table.merges_digits,
+                "onward": table.onward,
                 "exact": np.fromiter(table.exact.values(), np.int32),
             },
         )

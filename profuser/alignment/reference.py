@@ -33,11 +33,26 @@ pieces, mostly words, that a tokenizer cuts a text into before it looks for toke
    prefix as in rule 2. If the target's token has them, they are put before every candidate. The source's template tokens
    between the response and the end of turn are taken as given. A target position is skipped if its gold path goes on to
    a source token that has a dummy space of its own in the middle of the response.
+7. Merging before the cut. A top k loses the mass of many improbable candidates that count for one token together. Therefore
+   the capture also holds what whole rows and prefix ranges say after the masses of candidates that count for the same token
+   were added, over the whole vocabulary and without the own token. This takes the candidates of which rule 3 is known
+   without the prefix: a new pre-token certainly begins with them (`merging.py`). They count as if they stood alone,
+   provided that the prefix's own tokens stay as they are before a new pre-token; if not, they are dropped. Within a gold path,
+   all of them together mean that the target's token ends there.
+8. Numbers go on. A candidate that ends in a digit may be the beginning of a longer number, which a target with tokens of
+   several digits would write with another token. Its mass counts for its token only with the probability that the source
+   then writes something else. Of the own token it is known that a digit follows with the mass of all tokens that begin with
+   a digit, in the row behind it. A candidate is taken to go on with a probability halfway between this one and 1, because a
+   number that ends on the path (`at 9`) says little of others (`at 1`, which goes on with `10`), and mass in the tail does
+   less harm than mass on a wrong token. Where the own token ends in no digit, the candidates' mass goes to the tail. Only
+   those of the ten digits are counted with which the target's token would change. For the gold token the probability is
+   exact, and the digits that may follow it are candidates of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -45,6 +60,7 @@ from profuser.alignment.boundaries import Boundaries
 from profuser.alignment.spans import match_spans_python
 from profuser.alignment.types import (
     ALIGNED,
+    DIGITS,
     INSIDE,
     SAME_SPAN,
     SKIP_EMPTY,
@@ -52,13 +68,16 @@ from profuser.alignment.types import (
     SKIP_NO_PREFIX_RANGE,
     SKIP_NO_SOURCE_POSITION,
     SKIPPED,
+    WHOLE,
     Aligned,
     SourceCapture,
 )
+from profuser.alignment.vocab_map import DIGITS as DIGITS_OF_TEN
 from profuser.alignment.vocab_map import (
     DROPPED,
     END,
     LOOKAHEADS,
+    MERGED_DIGITS,
     TAIL,
     TextFormat,
     exact_tokens,
@@ -70,12 +89,18 @@ from profuser.text.encoded import Encoded
 from profuser.text.token_bytes import TokenBytes
 
 MAX_CACHED_CANDIDATES = 4_000_000  # a candidate takes about 100 bytes
+# These stand in place of a candidate in a context: all candidates that end the target's token, and an example of those that
+# begin a new pre-token with a space or with a digit, for which it is found out whether the prefix stays as it is.
+CUT, BEHIND_SPACE, BEHIND_DIGIT = -1, -2, -3
+EXAMPLES = {CUT: " x", BEHIND_SPACE: " x", BEHIND_DIGIT: "1"}
+STAYS = 0
+ONWARD = 10  # the number of digits that may follow a candidate
 
 
 class _Context:
     """A place behind one of the target's prefixes, and the token that each candidate counts for there (rule 3)."""
 
-    __slots__ = ("counts_for", "data", "extension", "prefix", "strip", "turn_may_end")
+    __slots__ = ("counts_for", "data", "extension", "onward", "prefix", "strip", "turn_may_end")
 
     def __init__(self, prefix: tuple[int, ...], data: bytes, extension: bytes, strip: int, turn_may_end: bool):
         self.prefix = prefix  # the target's tokens from the start of the current pre-token
@@ -85,6 +110,8 @@ class _Context:
         # An end of turn counts by its role only where no byte of the response lies between the position and the candidate.
         self.turn_may_end = turn_may_end
         self.counts_for: dict[int, int] = {}
+        # With how many of the ten digits behind it a candidate counts for another token than without (rule 8).
+        self.onward: dict[int, int] = {}
 
 
 class PythonByteAligner:
@@ -106,6 +133,7 @@ class PythonByteAligner:
         self._contexts: dict[tuple, _Context] = {}
         self._cached = 0
         self._exact = exact_tokens(target.token_bytes)
+        self._merges_digits = any(piece and MERGED_DIGITS.search(piece) for piece in target.token_bytes.pieces)
 
     def align(self, response: bytes, encoded: Encoded, capture: SourceCapture) -> Aligned:
         """Aligns the distributions of one response.
@@ -130,7 +158,7 @@ class PythonByteAligner:
         e = [end for _, end in encoded.spans]
         target_clip = _clips(self.target.token_bytes, target_ids[:content], a, e, response, "target")
 
-        rows = _Rows(capture, self._source_ends, n)
+        rows = _Rows(capture, self._source_ends, n, len(self.target.token_bytes.pieces), self.source.token_bytes.pieces)
         source_clip = _clips(
             self.source.token_bytes,
             rows.ids[: rows.content],
@@ -156,6 +184,7 @@ class PythonByteAligner:
         # Collect the candidates of each position, and look up those that were not met behind this prefix before.
         paths: list[_Path | None] = []
         wanted: list[tuple[_Context, int]] = []
+        number: list[tuple[_Context, int]] = []
         for t in range(len(target_ids)):
             path = None
             if not skip[t] and t == content:
@@ -168,12 +197,12 @@ class PythonByteAligner:
                 if path is None:
                     skip[t] = SKIP_NO_PREFIX_RANGE
             paths.append(path)
-            for context, candidates, _, _ in path.steps if path else ():
-                if context is not None:
-                    known = context.counts_for
-                    wanted.extend((context, c) for c in candidates if c not in known)
+            for step in path.steps if path else ():
+                wanted.extend(step.wanted())
+                number.extend(step.numbers(self.source.token_bytes.pieces) if self._merges_digits else ())
         if wanted:
             self._resolve(wanted)
+        self._resolve_onward(number)
         return self._collect(paths, target_ids, content, kind, position, skip)
 
     def align_batch(
@@ -200,16 +229,16 @@ class PythonByteAligner:
             strip = source_clip[j]
         elif self._same_tokens and rows.stop[j] == e[t] and rows.ids[j] == target_ids[t]:
             # The same token of the same tokenizer: every candidate counts for itself.
-            return _Path(1.0, [(None, rows.candidates[j], rows.masses[j], rows.own[j])])
-        candidates, masses, exact = rows.candidates[j], rows.masses[j], 1.0
+            return _Path(1.0, [_Step(None, rows.top(j), gold=rows.own[j])])
+        row = rows.whole(j)
         if strip:
             # Take the candidates from the prefix range instead of the whole row.
             if (j, strip) not in rows.ranges:
                 return None
-            candidates, masses, exact = rows.ranges[j, strip]
+            row = rows.ranges[j, strip]
             pieces = self.source.token_bytes.pieces
             entered = pieces[rows.ids[j]][:strip]
-            for c in candidates:
+            for c in row.candidates:
                 if not (0 <= c < len(pieces) and (pieces[c] or b"").startswith(entered)):
                     raise DataError(
                         f"a prefix range's tokens must begin with {entered!r}, got token {c}; capture it again"
@@ -217,37 +246,40 @@ class PythonByteAligner:
         # Bytes that both tokens have in front are already part of every candidate.
         extension = b"" if source_clip[j] and not strip else clip
         # Follow the gold path (rule 4). `weight` is the probability of the own tokens so far.
-        path = _Path(exact, [])
+        path = _Path(row.exact, [])
         weight = 1.0
         while True:
             context = self._context(prefix, extension, strip, rows.begin[j] <= begin)
-            if weight != 1.0:
-                masses = [weight * p for p in masses]
+            path.steps.append(_Step(context, row, weight, goes_on=rows.goes_on(j)))
             weight *= rows.own[j]
-            last = rows.stop[j] >= end
-            path.steps.append((context, candidates, masses, weight if last else 0.0))
-            if last:
-                return path
+            if rows.stop[j] >= end:
+                break
             j += 1
             assert j < rows.content, "the last source token of a response ends at its end"
             if source_clip[j]:
                 return None
-            candidates, masses, strip = rows.candidates[j], rows.masses[j], 0
+            row, strip = rows.whole(j), 0
             extension = piece[: target_clip[t] + rows.begin[j] - begin]
+        # Behind a gold token that ends in a digit, the digits that the target would merge with it are candidates (rule 8).
+        digits = rows.ranges.get((j + 1, DIGITS)) if self._merges_digits and rows.stop[j] == e[t] else None
+        if digits is None:
+            path.steps[-1].gold = weight
+        else:
+            context = self._context(prefix, piece, 0, False)
+            path.steps.append(_Step(context, digits, weight, goes_on=rows.goes_on(j + 1), follows_gold=True))
+        return path
 
     def _end_path(self, prefix: tuple[int, ...], rows: _Rows) -> _Path:
         """Collects the candidates that speak of the target's end of turn: those at the source's end of turn."""
-        j = rows.content
-        candidates, masses, own = rows.candidates[j], rows.masses[j], rows.own[j]
+        row, own = rows.top(rows.content), rows.own[rows.content]
         if self._same_tokens and self.target.closing == self.source.closing:
-            return _Path(1.0, [(None, candidates, masses, own)])
+            return _Path(1.0, [_Step(None, row, gold=own)])
         extension = self.source.closing
         if self.target.closing:
             # Text of the target's template stands before its end of turn. The source's other candidates would have to
             # stand before that text, so they say nothing about this position and stay in the tail.
-            ends = [(c, p) for c, p in zip(candidates, masses, strict=True) if c in self._source_ends]
-            candidates, masses, extension = [c for c, _ in ends], [p for _, p in ends], b""
-        return _Path(1.0, [(self._context(prefix, extension, 0, True), candidates, masses, own)])
+            row, extension = rows.ends(rows.content), b""
+        return _Path(1.0, [_Step(self._context(prefix, extension, 0, True), row, gold=own)])
 
     def _context(self, prefix: tuple[int, ...], extension: bytes, strip: int, turn_may_end: bool) -> _Context:
         key = (prefix, extension, strip, turn_may_end)
@@ -284,6 +316,9 @@ class PythonByteAligner:
             if tuple(ids[:before]) != context.prefix:
                 context.counts_for[candidate] = DROPPED
                 continue
+            if candidate in (BEHIND_SPACE, BEHIND_DIGIT):
+                context.counts_for[candidate] = STAYS
+                continue
             if len(ids) == before or pieces[ids[before]] is None:
                 continue  # the candidate has no token of its own and stays in the tail
             through = self.target.token_bytes.of(ids[: before + 1])
@@ -291,6 +326,27 @@ class PythonByteAligner:
             # the normaliser. In both cases the candidate stays in the tail.
             if len(through) <= size and text.encode().startswith(through):
                 context.counts_for[candidate] = ids[before]
+
+    def _resolve_onward(self, numbers: list[tuple[_Context, int]]) -> None:
+        """Finds out with how many of the ten digits behind it each candidate counts for another token (rule 8)."""
+        asked = {}
+        pieces, ours = self.source.token_bytes.pieces, self.target.token_bytes.pieces
+        for context, candidate in numbers:
+            if candidate in context.onward:
+                continue
+            token = context.counts_for[candidate]
+            text = context.data + (pieces[candidate] or b"")[context.strip :]
+            # Only a token that reaches the candidate's end can be merged with what follows it.
+            before = len(context.data) - len(context.extension)
+            context.onward[candidate] = 0
+            if token >= 0 and before + len(ours[token] or b"") == len(text) and _is_text(text):
+                asked[id(context), candidate] = context, candidate, token, text.decode()
+        texts = [text + digit for *_, text in asked.values() for digit in DIGITS_OF_TEN]
+        encodings = self.target.token_bytes.fragment.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+        for n, (context, candidate, token, _) in enumerate(asked.values()):
+            before = len(context.prefix)
+            found = [encoding.ids[: before + 1] for encoding in encodings[ONWARD * n : ONWARD * (n + 1)]]
+            context.onward[candidate] = sum(tuple(ids) != (*context.prefix, token) for ids in found)
 
     def _without_encoding(self, context: _Context, candidate: int) -> tuple[int, str | None, int]:
         """Finds out what can be told of a candidate without the tokenizer.
@@ -300,6 +356,8 @@ class PythonByteAligner:
             that text's bytes without the look-ahead.
         """
         pieces = self.source.token_bytes.pieces
+        if candidate < 0:
+            return TAIL, context.data.decode() + EXAMPLES[candidate], len(context.data)
         if candidate in self._source_ends:
             if context.turn_may_end:
                 return END, None, 0
@@ -341,11 +399,8 @@ class PythonByteAligner:
             end_id = gold if t == content else self.target.end_id
             mass: dict[int, float] = {}
             dropped = 0.0
-            for context, candidates, masses, own in path.steps:
-                if own:
-                    mass[gold] = mass.get(gold, 0.0) + own
-                counts_for = self._unchanged if context is None else context.counts_for.__getitem__
-                for token, p in zip(map(counts_for, candidates), masses, strict=True):
+            for step in path.steps:
+                for token, p in self._counted(step, gold):
                     if token == END:
                         token = TAIL if end_id is None else end_id
                     if token == DROPPED:
@@ -383,6 +438,33 @@ class PythonByteAligner:
             skip_reason=skip,
         )
 
+    def _counted(self, step: _Step, gold: int) -> Iterator[tuple[int, float]]:
+        """The tokens that a step's candidates count for, each with its mass."""
+        context, row = step.context, step.row
+        if step.gold:
+            yield gold, step.gold
+        if context is None:
+            yield from zip(map(self._unchanged, row.candidates), row.masses, strict=True)
+            return
+        # What was merged before the cut, if the prefix stays as it is (rule 7).
+        for token, p in row.tokens:
+            piece = self.target.token_bytes.pieces[token] or b""
+            example = BEHIND_DIGIT if piece[:1].isdigit() else BEHIND_SPACE
+            stays = not context.prefix or context.counts_for[example] == STAYS
+            yield token if stays else DROPPED, step.weight * p
+        if row.cut:
+            yield context.counts_for[CUT], step.weight * row.cut
+        # The candidates. One that the target would merge with a further digit counts only if none follows (rule 8).
+        counts = [context.counts_for[c] for c in row.candidates]
+        if step.follows_gold:
+            goes_on = any(token != gold for token in counts)
+            yield gold, step.weight * (max(0.0, 1.0 - row.exact) if goes_on else 1.0)
+            if not goes_on:
+                return
+        share = 1.0 if step.goes_on is None else step.goes_on
+        for c, token, p in zip(row.candidates, counts, row.masses, strict=True):
+            yield token, step.weight * p * (1.0 - share * context.onward.get(c, 0) / ONWARD)
+
     def _unchanged(self, candidate: int) -> int:
         """What a candidate counts for where both models have the same tokenizer and the same token: for itself."""
         if candidate in self._source_ends:
@@ -391,26 +473,74 @@ class PythonByteAligner:
         return candidate if 0 <= candidate < len(pieces) and pieces[candidate] else TAIL
 
 
-class _Path:
-    """A target position's exact mass, and one step per source position that speaks of it.
+@dataclass(slots=True)
+class _Row:
+    """What a row or range says, without the own token.
 
-    A step is (context, candidates, their masses, mass of the gold token). A context of None means that every candidate
-    counts for itself.
+    candidates, masses: the candidates that rule 3 is for, and their masses.
+    tokens: target tokens with masses that were merged before the cut.
+    cut: the mass of all candidates that end the target's token.
+    exact: the mass of the whole row or range.
     """
 
-    __slots__ = ("exact", "steps")
+    candidates: list[int]
+    masses: list[float]
+    tokens: list[tuple[int, float]] = field(default_factory=list)
+    cut: float = 0.0
+    exact: float = 1.0
 
-    def __init__(self, exact: float, steps: list[tuple]):
-        self.exact, self.steps = exact, steps
+
+@dataclass(slots=True)
+class _Step:
+    """A row or range that speaks of a target position.
+
+    context: where its candidates stand. None means that every candidate counts for itself.
+    weight: the probability of the own tokens before it.
+    gold: the mass of the gold token.
+    goes_on: the probability with which a digit is taken to follow a candidate, None if it is not known.
+    follows_gold: the row stands behind the gold token, and its digits may be merged with it.
+    """
+
+    context: _Context | None
+    row: _Row
+    weight: float = 1.0
+    gold: float = 0.0
+    goes_on: float | None = None
+    follows_gold: bool = False
+
+    def wanted(self) -> Iterator[tuple[_Context, int]]:
+        """What must be known of the step's context."""
+        context, row = self.context, self.row
+        if context is None:
+            return
+        asked = [*row.candidates, *([CUT] if row.cut else [])]
+        if row.tokens and context.prefix:
+            asked += [BEHIND_SPACE, BEHIND_DIGIT]
+        yield from ((context, c) for c in asked if c not in context.counts_for)
+
+    def numbers(self, pieces: Sequence[bytes | None]) -> Iterator[tuple[_Context, int]]:
+        """The step's candidates that end in a digit."""
+        context = self.context
+        for c in self.row.candidates if context is not None else ():
+            piece = (pieces[c] or b"") if 0 <= c < len(pieces) else b""
+            if context is not None and piece[-1:].isdigit() and len(piece) > context.strip:
+                yield context, c
+
+
+@dataclass(slots=True)
+class _Path:
+    """A target position's exact mass, and the steps that speak of it."""
+
+    exact: float
+    steps: list[_Step]
 
 
 class _Rows:
-    """A capture as lists.
+    """A capture as lists: its rows, the mass of each row's own token, and its ranges."""
 
-    Each row has its candidates other than the own token, the masses of these candidates, and the own token's mass.
-    """
-
-    def __init__(self, capture: SourceCapture, end_ids: frozenset[int], n: int):
+    def __init__(
+        self, capture: SourceCapture, end_ids: frozenset[int], n: int, targets: int, pieces: Sequence[bytes | None]
+    ):
         check_capture(capture)
         m = len(capture.ids)
         self.ids: list[int] = capture.ids.tolist()
@@ -419,23 +549,60 @@ class _Rows:
         self.has_end = m > 0 and self.ids[-1] in end_ids and self.begin[-1] == self.stop[-1] == n
         self.content = m - self.has_end
         self.own: list[float] = np.exp(capture.own_logprobs.astype(np.float64)).tolist()
-        self.candidates: list[list[int]] = []
-        self.masses: list[list[float]] = []
+        self._end_ids, self._pieces = end_ids, pieces
         masses = np.exp(capture.top_logprobs.astype(np.float64)).tolist()
-        for own, ids, row in zip(self.ids, capture.top_ids.tolist(), masses, strict=True):
-            candidates, kept = _others(ids, row, own)
-            self.candidates.append(candidates)
-            self.masses.append(kept)
+        self._top = [
+            _Row(*_others(ids, row, own))
+            for own, ids, row in zip(self.ids, capture.top_ids.tolist(), masses, strict=True)
+        ]
         ranges = capture.ranges
         exact = np.exp(ranges.logmass.astype(np.float64)).tolist()
         masses = np.exp(ranges.logprobs.astype(np.float64)).tolist()
-        # For each (row, strip): the candidates other than the own token, their masses, and the exact mass.
-        self.ranges = {
-            (j, strip): (*_others(ids, row, self.ids[j]), mass)
-            for j, strip, ids, row, mass in zip(
-                ranges.rows.tolist(), ranges.strip.tolist(), ranges.ids.tolist(), masses, exact, strict=True
-            )
-        }
+        cut = targets + len(pieces)
+        self.ranges: dict[tuple[int, int], _Row] = {}  # by (row, strip)
+        for j, strip, ids, row, mass in zip(
+            ranges.rows.tolist(), ranges.strip.tolist(), ranges.ids.tolist(), masses, exact, strict=True
+        ):
+            found = self.ranges[j, strip] = _Row([], [], exact=mass)
+            for i, p in zip(ids, row, strict=True):
+                if i == cut:
+                    found.cut += p
+                elif i >= targets and (i - targets != self.ids[j] or strip == DIGITS):
+                    found.candidates.append(i - targets)
+                    found.masses.append(p)
+                elif 0 <= i < targets:
+                    found.tokens.append((i, p))
+
+    def top(self, j: int) -> _Row:
+        """A row's top k."""
+        return self._top[j]
+
+    def ends(self, j: int) -> _Row:
+        """The ends of turn in a row's top k."""
+        ends = [(c, p) for c, p in zip(self._top[j].candidates, self._top[j].masses, strict=True) if c in self._end_ids]
+        return _Row([c for c, _ in ends], [p for _, p in ends])
+
+    def whole(self, j: int) -> _Row:
+        """The whole row: merged, if the capture has it so. Ends of turn have no bytes, so they are not among the merged."""
+        merged, ends = self.ranges.get((j, WHOLE)), self.ends(j)
+        if merged is None:
+            return self._top[j]
+        return _Row(merged.candidates + ends.candidates, merged.masses + ends.masses, merged.tokens, merged.cut)
+
+    def goes_on(self, j: int) -> float | None:
+        """The probability with which a digit is taken to follow row j's candidates, if its own token ends in a digit."""
+        digits = self.ranges.get((j + 1, DIGITS))
+        known = digits is not None and j < self.content and (self._pieces[self.ids[j]] or b"")[-1:].isdigit()
+        return (1.0 + min(digits.exact, 1.0)) / 2 if known and digits else None
+
+
+def _is_text(data: bytes) -> bool:
+    """Whether the bytes are UTF-8."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _others(ids: list[int], masses: list[float], own: int) -> tuple[list[int], list[float]]:
@@ -487,7 +654,7 @@ def check_capture(capture: SourceCapture) -> None:
             f"the arrays of a capture's prefix ranges must have one row per range ({r}), got rows {sorted(lengths)}; "
             "capture it again"
         )
-    if r and not (ranges.rows.min() >= 0 and ranges.rows.max() < m and ranges.strip.min() > 0):
+    if r and not (ranges.rows.min() >= 0 and ranges.rows.max() < m and ranges.strip.min() >= DIGITS):
         raise DataError(
             f"a prefix range must belong to one of {m} rows and have bytes, got rows [{ranges.rows.min()}, "
             f"{ranges.rows.max()}] and {ranges.strip.min()} bytes; capture it again"

@@ -19,6 +19,10 @@ SKIP_REASONS = ("", "no_prefix_range", "low_reliability", "empty", "no_source_po
 ) = range(len(SKIP_REASONS))
 
 
+WHOLE, DIGITS = 0, -1
+"""In place of the number of bytes: the range is the whole vocabulary, or the tokens that begin with a digit."""
+
+
 @dataclass(slots=True)
 class SourceCapture:
     """What one source says about one response of n bytes.
@@ -48,9 +52,11 @@ class SourceCapture:
 class PrefixRanges:
     """A source's distribution among its tokens that begin with the first `strip` bytes of a row's own token.
 
-    rows, strip: (r,) int32, sorted by (rows, strip). No pair comes twice.
+    rows, strip: (r,) int32, sorted by (rows, strip). No pair comes twice. In place of a number of bytes, WHOLE stands for all
+        tokens and DIGITS for those that begin with a digit.
     logmass: (r,) float32, natural log of the exact probability of all these tokens together.
-    ids: (r, k) int32, the most probable of these tokens, -1 = padding.
+    ids: (r, k) int32, the most probable of what these tokens count for, as the maps of `merging` spell it; -1 = padding. The
+        row's own token is not among them, unless the range was not merged.
     logprobs: (r, k) float32, natural log, not renormalised to the range.
     """
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import bisect
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -20,6 +22,9 @@ from profuser.text.token_bytes import TokenBytes
 # These stand in place of the target id that a candidate counts for: its mass goes to the tail, is dropped, or goes to the
 # target's end of turn.
 TAIL, DROPPED, END = -1, -2, -3
+
+DIGITS = "0123456789"
+MERGED_DIGITS = re.compile(rb"[0-9]{2}")
 
 LOOKAHEADS = ("", "x", " x")
 """The texts that may be put behind a candidate that ends in spaces, so that the spaces are not the end of the text."""
@@ -146,6 +151,12 @@ class CandidateTable:
         closes: (target vocabulary,) bool, whether a space behind the token begins a new pre-token.
         lookahead: (source vocabulary,) uint8, indices into LOOKAHEADS.
         exact: the target token of exactly given bytes (`exact_tokens`).
+        digit_led: (source vocabulary,) bool, whether the candidate begins with one of the digits 0 to 9.
+        ends_number: (source vocabulary,) bool, whether the candidate begins with something else, and the target's text is
+            always cut between a digit and that.
+        merges_digits: whether the target has tokens of several digits.
+        onward: (source vocabulary,) uint8, with how many of the ten digits behind it the candidate counts for another token
+            than without, because the target merges them. It is 0 unless the token that it counts for reaches its end.
     """
 
     def __init__(self, target: TokenBytes, source: TokenBytes, boundaries: Boundaries):
@@ -154,6 +165,11 @@ class CandidateTable:
         self.exact = exact_tokens(target)
         self.counts_for = np.full(len(pieces), TAIL, dtype=np.int32)
         self.opens = np.zeros(len(pieces), dtype=bool)
+        self.digit_led = np.zeros(len(pieces), dtype=bool)
+        self.ends_number = np.zeros(len(pieces), dtype=bool)
+        self.onward = np.zeros(len(pieces), dtype=np.uint8)
+        self.merges_digits = any(piece and MERGED_DIGITS.search(piece) for piece in target.pieces)
+        self._boundaries, self._cuts_behind_digit = boundaries, {}
         places, texts, sizes = [], [], []
         for i, piece in enumerate(pieces):
             if not piece:
@@ -164,11 +180,47 @@ class CandidateTable:
                 self.counts_for[i] = self.exact.get(piece, TAIL)
                 continue
             self.opens[i] = text[0] == " " and len(text) > 1 and not text[1].isspace()
+            self.digit_led[i] = text[0] in DIGITS
+            self.ends_number[i] = not self.digit_led[i] and self.cut_behind_digit(text)
             places.append(i)
             texts.append(text + LOOKAHEADS[self.lookahead[i]])
             sizes.append(len(piece))
         self.counts_for[places] = first_tokens(target, texts, sizes)
         self.closes = boundaries.closes_before_space()
+        if self.merges_digits:
+            self._find_onward(target, pieces)
+
+    def cut_behind_digit(self, text: str) -> bool:
+        """Whether the target's text is always cut between a digit and this text, which begins with no digit."""
+        # What a pre-tokenizer does depends on a character's category and script, so one character stands for its likes.
+        alike = text[0]
+        if self._boundaries.splits and text[0] != "'":  # pre-tokenizers know 's, 't and their like
+            alike = tuple(map(_likes, text[: 1 + text[0].isascii()]))
+        elif self._boundaries.splits:
+            alike = text[:2]
+        known = self._cuts_behind_digit.get(alike)
+        if known is None:
+            digits = "19" if self._boundaries.splits else DIGITS
+            known = self._cuts_behind_digit[alike] = all(self._boundaries.cut_between(d, text[:2]) for d in digits)
+        return known
+
+    def _find_onward(self, target: TokenBytes, pieces: Sequence[bytes | None]) -> None:
+        """Tokenises every candidate that ends in a digit once more with each of the ten digits behind it."""
+        ids = [
+            i
+            for i, token in enumerate(self.counts_for.tolist())
+            if token >= 0 and (piece := pieces[i]) and piece[-1:].isdigit() and len(target.piece(token)) == len(piece)
+        ]
+        texts = [(pieces[i] or b"").decode() + digit for i in ids for digit in DIGITS]
+        encodings = target.fragment.encode_batch_fast(texts, add_special_tokens=False)
+        first = np.array([encoding.ids[0] for encoding in encodings], dtype=np.int64).reshape(-1, len(DIGITS))
+        self.onward[ids] = (first != self.counts_for[ids, None]).sum(1)
+
+
+def _likes(character: str) -> str | tuple[str, int]:
+    """What characters are alike to a pre-tokenizer: letters of one category and script, other characters only themselves."""
+    category = unicodedata.category(character)
+    return (category, ord(character) >> 8) if category[0] in "LM" or not character.isascii() else character
 
 
 def same_tokens(left: TokenBytes, right: TokenBytes) -> bool:

@@ -32,7 +32,7 @@ from profuser.demo.skills import SKILLS, DataSettings, World, row_of
 from profuser.demo.tokenizers import position_kinds, tokenizer_texts, train_narrow, train_wide, with_template
 from profuser.demo.verify import exact_match
 from profuser.prepare.judges import load_judge
-from profuser.prepare.votes import vote
+from profuser.prepare.votes import NOBODY, vote
 from profuser.recipe.schema import JudgeConfig
 from profuser.text.chat import ChatFormat
 
@@ -151,8 +151,9 @@ def measure(out: Path) -> dict:
     eligible = np.array([[bool(text) for text in texts] for texts in candidates])
     winners = {name: vote(values, eligible).winner.tolist() for name, values in scores.items()}
     right = [[exact_match(row, text) for text in texts] for row, texts in zip(clean, candidates)]
-    for name, chosen in winners.items():
-        figures["vote"][name] = _shares(clean, [right[i][s] for i, s in enumerate(chosen)])
+    for name, chosen in winners.items():  # of the prompts that somebody won
+        won = [i for i, source in enumerate(chosen) if source != NOBODY]
+        figures["vote"][name] = _shares([clean[i] for i in won], [right[i][chosen[i]] for i in won])
     figures["vote"]["random"] = _shares(clean, [sum(hits) / len(hits) for hits in right])
     figures["vote"]["oracle"] = _shares(clean, [any(hits) for hits in right])
     figures["wins"] = {

@@ -25,14 +25,17 @@ from transformers import (
 from profuser.demo.pretrain import SourceSpec, config_of, optimise
 from profuser.demo.pretrain import batch_of as labelled_batch
 from profuser.demo.skills import GAINS, ITEMS, LOSSES, MAX_TOTAL, PEOPLE, SKILLS
-from profuser.demo.tokenizers import CHATML, VICUNA
+from profuser.demo.tokenizers import CHATML_END, VICUNA
 from profuser.demo.verify import STEP, answer_of
 from profuser.models.padding import padded
 from profuser.prepare.judges import Judge
 from profuser.text.chat import ChatFormat
+from profuser.text.template import conversation
 
 JUDGES = (
-    SourceSpec(name="judge-a", skill="", architecture="llama", tokenizer="wide", template=CHATML, hidden=96, layers=3, intermediate=192),
+    SourceSpec(
+        name="judge-a", skill="", architecture="llama", tokenizer="wide", template=CHATML_END, hidden=96, layers=3, intermediate=192
+    ),
     SourceSpec(
         name="judge-b", skill="", architecture="gpt_neox", tokenizer="narrow", template=VICUNA, hidden=96, layers=3, intermediate=384
     ),
@@ -258,8 +261,8 @@ def _fitted(text: str, row: dict) -> str:
 
 
 def batch_of(chat: ChatFormat, pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
-    """Pads (prompt, response) conversations on the right. Each of them includes its end of turn."""
-    rows = [chat.encode(prompt, response).input_ids for prompt, response in pairs]
+    """Pads whole (prompt, response) conversations on the right, as a judge will score them."""
+    rows = [chat.template.ids(conversation(prompt, response)) for prompt, response in pairs]
     input_ids, attention_mask = padded(rows, chat.tokenizer.pad_token_id)
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 

@@ -35,6 +35,7 @@ from profuser.models.padding import padded
 from profuser.prepare.responses import generate
 from profuser.recipe.schema import GenerationConfig
 from profuser.text.chat import ChatFormat
+from profuser.train.export import save_weights
 
 MAX_NEW_TOKENS = 64
 
@@ -183,9 +184,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
             bos_token_id=tokenizer.bos_token_id,
             do_sample=False,
         )
-    model.to(torch.bfloat16).save_pretrained(folder)  # pyrefly: ignore[bad-argument-type]  # transformers wraps `to`
-    # safetensors writes files that only their owner can read (0600), and a wheel would keep that mode.
-    (folder / "model.safetensors").chmod(0o644)
+    save_weights(model, folder, torch.bfloat16)
     tokenizer.save_pretrained(folder)
 
 

@@ -24,6 +24,10 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """The ChatML template, used with `wide`."""
+CHATML_END = CHATML.replace(
+    "\n{% endfor %}", "{{ '' if loop.last and not add_generation_prompt else '\\n' }}{% endfor %}"
+)
+"""The same without the line end behind a last turn, used with `wide` by judge-a, which reads its score at the end of turn."""
 VICUNA = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: {{ message['content'] }} ASSISTANT:"
     "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         from profuser.recipe.parse import parse_run
 
         run = parse_run("doctor", ["--config", args.config, *overrides], {}, DESCRIPTION)
-        return show_templates(run.recipe, args.example, args.json)
+        return show_templates(run, args.example, args.json)
     if overrides or not (args.tokenizers and args.text):
         parser.error(
             f"give --tokenizers and --text, or --config{'; unknown: ' + ' '.join(overrides) if overrides else ''}"

@@ -201,7 +201,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"--text must be UTF-8, {path} has the byte 0x{error.object[error.start]:02x} at {error.start}; convert "
-            "it, for instance with `iconv -t UTF-8`"
+            "it, for instance with `iconv -f cp1252 -t utf-8`"
         ) from None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from profuser.errors import DataError, first_line
+from profuser.errors import DataError, first_line, in_short
 from profuser.prepare.data import Row
 from profuser.recipe.places import load_function
 
@@ -18,8 +18,15 @@ def contains_truth(example: Row, response: str) -> bool:
     return example["response"].casefold() in response.casefold()
 
 
-def load_match(path: str | None) -> Match:
+AGAIN = "fix the function and run the same command again: only the scores are missing"
+
+
+def load_match(path: str | None, fix: str = AGAIN) -> Match:
     """Loads the match that `evaluation.match` names. Whatever goes wrong in it becomes a DataError of one line.
+
+    Args:
+        path: `module:function`; None loads the default match.
+        fix: what the line says is to be done.
 
     Raises:
         ConfigError: the function cannot be imported.
@@ -37,8 +44,18 @@ def load_match(path: str | None) -> Match:
         if isinstance(right, (bool, np.bool_)):
             return bool(right)
         raise DataError(
-            f"evaluation.match: {path} must return True or False, on the prompt {example['prompt']!r} it gave {right!r}; fix the "
-            "function and run the same command again: only the scores are missing"
+            f"evaluation.match: {path} must return True or False, on the prompt {example['prompt']!r} it gave {in_short(right)}; "
+            f"{fix}"
         )
 
     return match
+
+
+def try_match(path: str | None, example: Row) -> None:
+    """Calls the match once, on the ground truth, so that a wrong function is found before any model has run.
+
+    Raises:
+        ConfigError: the function cannot be imported.
+        DataError: it fails, or returns something else than True or False.
+    """
+    load_match(path, fix="fix the function")(example, example["response"] or "An answer.")

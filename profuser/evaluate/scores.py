@@ -16,12 +16,12 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from profuser.errors import DataError
-from profuser.evaluate.match import load_match
+from profuser.evaluate.match import load_match, try_match
 from profuser.fusion_model import FusionModel
 from profuser.models.load import chat_format, default_device, load_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash
 from profuser.prepare.inputs import load_split, settled_dtype
-from profuser.prepare.responses import generate
+from profuser.prepare.responses import Response, generate
 from profuser.prepare.votes import judged_examples
 from profuser.progress import Progress, silent
 from profuser.recipe.parse import Run
@@ -75,8 +75,11 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     # The data, and everything that can be wrong before a model is loaded.
     recipe, directory = run.recipe, run.output_dir
     if recipe.data.heldout is None:
-        raise DataError("evaluation needs data.heldout, the recipe names none; add it")
+        raise DataError(
+            "evaluation needs data.heldout, the recipe of the run names none; add it, and train with another --output"
+        )
     rows, training = prepared_rows(recipe, store, "heldout"), prepared_rows(recipe, store, "train")
+    try_match(recipe.evaluation.match, rows[0])
     names = [source.name for source in recipe.sources]
     votes = judged_examples(store, recipe, training, first_of_each_skill(training, recipe.evaluation.examples))
     match, targets = load_match(recipe.evaluation.match), Targets(store, "heldout")
@@ -94,7 +97,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     for key, config in (("target_before", recipe.target_config), ("fused", fused)):
         label = key.replace("_", " ")
         model = load_model(config, dtype, device)
-        chat = chat_format(config)
+        chat = chat_format(config, date=store.date)
         if key == "target_before" and recipe.target in answers:  # the target is a source, which has answered already
             answers[key] = answers[recipe.target]
         else:
@@ -159,7 +162,7 @@ def prepared_rows(recipe: Recipe, store: Store, split: Split) -> list[Row]:
 def answer(
     model: PreTrainedModel, chat: ChatFormat, prompts: Sequence[str], recipe: Recipe, bar: Progress | None = None
 ) -> list[str]:
-    """Lets a model answer prompts, one response each, with the settings with which the sources answered them."""
+    """Lets the target answer prompts, one response each, with the settings with which the sources answered them."""
     answers = generate(
         model,
         chat,
@@ -167,6 +170,7 @@ def answer(
         recipe.generation,
         max_length=recipe.data.max_length,
         seed=recipe.seed,
+        reasoning=recipe.reasoning_of(recipe.target_config),
         progress=silent if bar is None else bar.update,
     )
     return [responses[0].text for responses in answers]
@@ -175,7 +179,7 @@ def answer(
 def source_answers(store: Store, source: str) -> list[str]:
     """Reads what a source answered to the held-out prompts, in the order of the rows."""
     kind = layout.responses("heldout", source)
-    return [text for n in store.numbers(kind) for ((text, _finished),) in store.get_json(kind, n)]
+    return [Response(*answer).text for n in store.numbers(kind) for (answer,) in store.get_json(kind, n)]
 
 
 def source_likelihood(store: Store, source: str) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ from profuser.pipeline import train
 from profuser.prepare.phases import prepare
 from profuser.recipe.parse import Run, parse_run
 from profuser.recipe.places import DEFAULT_RECIPE, resolve
-from profuser.recipe.schema import ScheduleName
+from profuser.recipe.schema import DataLocation, ScheduleName
 from profuser.store import layout
 from profuser.store.files import read_json, write_atomic, write_json
 from profuser.store.store import Store
@@ -107,7 +107,9 @@ def shifted(shard: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def run_of(base: Run, arm: Arm, seed: int, directory: Path, stores: dict[str, tuple[str, str]]) -> Run:
+def run_of(
+    base: Run, arm: Arm, seed: int, directory: Path, stores: Mapping[str, tuple[str | DataLocation, str]]
+) -> Run:
     train_data, store = stores[arm.data]
     optim = base.recipe.optim if arm.beta is None else replace(base.recipe.optim, beta=arm.beta)
     recipe = replace(
@@ -207,7 +209,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--write", type=Path, help="replace the demo section of this Markdown file by the table")
     args = parser.parse_args(argv)
     base = parse_run("train", ["--config", args.config])
-    stores = {
+    stores: dict[str, tuple[str | DataLocation, str]] = {
         "fusion": (base.recipe.data.train, str(base.store_dir)),
         "wellformed": (wellformed_data(args.output), str(args.output / "store-wellformed")),
         "clean": ("demo:fusion_clean.jsonl", str(args.output / "store-clean")),

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
+import datetime
 import importlib.util
+import json
 import re
+from collections.abc import Container, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
@@ -26,6 +33,7 @@ from transformers import (
 from profuser.errors import DataError, first_line
 from profuser.recipe.places import is_path, resolve
 from profuser.recipe.schema import SourceConfig
+from profuser.recipe.utf8 import read_utf8
 from profuser.text.chat import ChatFormat
 
 
@@ -41,19 +49,145 @@ def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(location, **options))
     except Exception as error:  # transformers and tokenizers each raise their own kinds for a broken file
-        raise DataError(
-            f"{source.name}: no tokenizer could be loaded from {location} ({first_line(error)}); give a directory with "
-            "a tokenizer.json, or the id of a Hub model that is downloaded"
-        ) from error
+        fix = fix_of(error, "give a directory with a tokenizer.json, or the id of a Hub model that is downloaded")
+        reason, fix = tokenizer_trouble(location) or (first_line(error), fix)
+        raise DataError(f"{source.name}: no tokenizer could be loaded from {location} ({reason}); {fix}") from error
     if source.chat_template is not None:
-        template = Path(source.chat_template)
-        is_file = source.chat_template.endswith((".jinja", ".jinja2"))
-        if is_file and not template.is_file():
-            raise DataError(
-                f"{source.name}: chat_template must be a template or an existing .jinja file, got {template}"
-            )
-        tokenizer.chat_template = template.read_text() if is_file else source.chat_template
+        tokenizer.chat_template = template_text(source.name, source.chat_template)
     return tokenizer
+
+
+def template_text(name: str, template: str) -> str:
+    """Returns the chat template that a recipe gives for the model `name`, be it spelt out or in a file.
+
+    Raises:
+        DataError: the file is missing or not UTF-8.
+    """
+    if not template.lower().endswith((".jinja", ".jinja2")):
+        return template
+    if not Path(template).is_file():
+        raise DataError(
+            f"{name}: chat_template must be a template or an existing .jinja file, got {template}; fix the path"
+        )
+    try:
+        return read_utf8(Path(template))
+    except ValueError as error:
+        raise DataError(f"{name}: chat_template {template} must be UTF-8, {error}") from None
+
+
+def tokenizer_trouble(location: str) -> tuple[str, str] | None:
+    """Returns why a tokenizer cannot be loaded, and the fix, where transformers' own message would mislead; else None.
+
+    Args:
+        location: the model's path or Hub id.
+    """
+    # One of the files is not UTF-8. transformers says so, but not which.
+    folder = Path(location)
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]):
+        try:
+            read_utf8(file)
+        except ValueError as error:
+            reason, _, fix = str(error).partition("; ")
+            return f"{file.name}: {reason}", fix
+
+    # Only SentencePiece's file is there, for which transformers names tiktoken where a package is missing. The file is a
+    # protocol buffer, and its first byte the tag of the first field; tiktoken's file is a text.
+    file = folder / "tokenizer.model" if folder.is_dir() else try_to_load_from_cache(location, "tokenizer.model")
+    model = Path(file) if isinstance(file, (str, Path)) else folder / "tokenizer.model"
+    if model.is_file() and not model.with_name("tokenizer.json").exists() and model.read_bytes()[:1] == b"\n":
+        packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+        if absent := [package for module, package in packages.items() if not is_installed(module)]:
+            return (
+                f"a tokenizer.model alone needs {' and '.join(packages.values())}",
+                f"run `pip install {' '.join(absent)}`",
+            )
+    return None
+
+
+def fix_of(error: Exception, usual: str) -> str:
+    """Returns the fix for an error of transformers' loaders: the usual one, unless the model brings code that may not be run."""
+    if "contains custom code" in str(error):
+        return "set trust_remote_code: true beside it in the recipe, if you trust that code"
+    return usual
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would lie in is missing
+        return False
+
+
+def open_model(source: SourceConfig) -> PreTrainedConfig:
+    """Opens a source or the target without loading it, which may take place hours later, and returns its configuration.
+
+    Raises:
+        DataError: the configuration cannot be read, or is of no causal language model; a local model has no weights, or
+            damaged ones.
+    """
+    location, options = weights_of(source)
+    config = read_config(source.name, location, options)
+    check_kind(source.name, location, config, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING)
+    if "gguf_file" not in options:
+        check_weights(source.name, Path(location))
+    return config
+
+
+def read_config(name: str, location: str, options: Mapping[str, Any]) -> PreTrainedConfig:
+    """Reads a model's configuration. It raises DataError where it is missing or broken."""
+    try:
+        return AutoConfig.from_pretrained(location, **options)
+    except (
+        Exception
+    ) as error:  # transformers raises its own kinds for a broken file, and the model's own code may raise any
+        raise DataError(
+            f"{name}: no model's configuration could be read from {location} ({first_line(error)}); fix the name, or copy or "
+            "download it again"
+        ) from error
+
+
+def check_kind(name: str, location: str, config: PreTrainedConfig, kind: str, known: Container[type]) -> None:
+    """Raises DataError unless transformers, or the model's own code, has a class of this kind for a configuration."""
+    if type(config) not in known and kind not in (getattr(config, "auto_map", None) or {}):
+        raise DataError(
+            f"{name}: a model must be loadable as {kind}, {location} is of type {config.model_type!r}, which is not; name another"
+        )
+
+
+def check_weights(name: str, folder: Path) -> None:
+    """Raises DataError where a local model's weights are missing or damaged. Only headers are read."""
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{name}: {index} must list the files of the weights; copy or download it again") from None
+        if absent := [part for part in parts if not (folder / part).exists()]:
+            raise DataError(
+                f"{name}: a model must have all its weights, {folder} lacks {absent[0]} ({len(absent)} of {len(parts)} files); "
+                "copy or download it again"
+            )
+    if folder.is_dir() and not any(folder.glob("*.bin")) and not list(opened_weights(name, folder)):
+        raise DataError(
+            f"{name}: a model must have weights, {folder} holds neither safetensors nor a pytorch_model.bin; copy or download "
+            "it again"
+        )
+
+
+def opened_weights(name: str, folder: Path) -> Iterator[Any]:
+    """Yields the safetensors files of a model, opened to read their headers.
+
+    Raises:
+        DataError: a file is truncated or damaged.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy") as weights:
+                yield weights
+        except SafetensorError as error:  # better to fail now than after the models before this one have been run
+            raise DataError(
+                f"{name}: the weights {file} cannot be read ({error}); copy or download them again"
+            ) from None
 
 
 def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -77,7 +211,8 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
         else:
             fix = "copy or download it again"
         raise DataError(
-            f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)}); {fix}"
+            f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)}); "
+            f"{fix_of(error, fix)}"
         ) from error
     check_loaded(source.name, location, loaded)
     return model.to(device).eval()
@@ -98,6 +233,26 @@ def stored_dtype(source: SourceConfig) -> torch.dtype:
     return getattr(AutoConfig.from_pretrained(location, **options), "dtype", None) or torch.float32
 
 
+def open_reward_model(name: str, location: str, trust_remote_code: bool) -> None:
+    """Opens a judge's model without loading it.
+
+    Raises:
+        DataError: the configuration cannot be read, is of no reward model, or has another number of outputs than one; a local
+            model has no weights, or damaged ones.
+    """
+    model, path = f"judge {name}", existing(location, name)
+    config = read_config(model, path, {"trust_remote_code": trust_remote_code})
+    check_kind(model, path, config, "AutoModelForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+    check_outputs(name, config)
+    check_weights(model, Path(path))
+
+
+def check_outputs(name: str, config: PreTrainedConfig) -> None:
+    """Raises DataError unless a judge's model has one output, the score."""
+    if config.num_labels != 1:
+        raise DataError(f"judge {name}: a reward model must have 1 output, got {config.num_labels}; use another model")
+
+
 def load_reward_model(
     name: str, location: str, trust_remote_code: bool, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -114,27 +269,31 @@ def load_reward_model(
         loaded_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = cast("PreTrainedTokenizerBase", loaded_tokenizer)
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds, as in load_model
-        raise DataError(
-            f"judge {name}: no reward model could be loaded from {path} ({first_line(error)}); copy or download it again, or "
-            "name another"
-        ) from error
+        fix = fix_of(error, "copy or download it again, or name another")
+        reason, fix = tokenizer_trouble(path) or (first_line(error), fix)
+        raise DataError(f"judge {name}: no reward model could be loaded from {path} ({reason}); {fix}") from error
     check_loaded(f"judge {name}", path, loaded)
-    if model.config.num_labels != 1:
-        raise DataError(
-            f"judge {name}: a reward model must have 1 output, got {model.config.num_labels}; use another model"
-        )
+    check_outputs(name, model.config)
     return model.to(device).eval(), tokenizer
 
 
-def chat_format(source: SourceConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatFormat:
-    """Returns a source's chat format. Its end-of-turn tokens are the tokenizer's and those of the generation config."""
-    tokenizer = tokenizer or load_tokenizer(source)
+def chat_format(source: SourceConfig, *, date: datetime.date | None = None) -> ChatFormat:
+    """Returns a source's chat format. Its end-of-turn tokens are the tokenizer's and those of the generation config.
+
+    `date` is what its chat template gets; None means today.
+    """
+    tokenizer = load_tokenizer(source)
     ends = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError):  # not every model has a generation config
-        revision = source.revision or "main"
-        eos = GenerationConfig.from_pretrained(weights_of(source)[0], revision=revision).eos_token_id
+    location, revision = weights_of(source)[0], source.revision or "main"
+    try:
+        eos = GenerationConfig.from_pretrained(location, revision=revision).eos_token_id
         ends |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
-    return ChatFormat(tokenizer, end_ids=sorted(ends - {None}))
+    except OSError as error:  # not every model has a generation config, but one that it has must be read
+        if (Path(location) / "generation_config.json").exists():
+            raise DataError(
+                f"{source.name}: generation_config.json cannot be read ({first_line(error)}); copy or download it again"
+            ) from error
+    return ChatFormat(tokenizer, end_ids=sorted(ends - {None}), date=date)
 
 
 def existing(location: str, name: str) -> str:
@@ -172,7 +331,7 @@ def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
     file = gguf_file(Path(location), source.name)
     if file is None:
         return location, options
-    if importlib.util.find_spec("gguf") is None:
+    if not is_installed("gguf"):
         raise DataError(
             f"{source.name}: reading {file} needs the gguf package, it is not installed; run `pip install gguf`"
         )
@@ -181,10 +340,10 @@ def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
 
 def gguf_file(path: Path, name: str) -> Path | None:
     """Returns the GGUF file of a model at `path`, or None for a model in any other form. `name` is for the error message."""
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         found = [path]
     elif path.is_dir() and not (path / "config.json").exists():
-        found = sorted(path.glob("*.gguf"))
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
     else:
         return None
     if parts := [f for f in found if re.search(r"-\d{5}-of-\d{5}$", f.stem)]:
@@ -213,14 +372,14 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_vocabulary(name: str, chat: ChatFormat, head: torch.Tensor) -> None:
-    """Raises DataError if a token of text or an end of turn has an id that the head (V, D) has no row for.
+def check_vocabulary(name: str, chat: ChatFormat, rows: int) -> None:
+    """Raises DataError if a token of text or an end of turn has an id for which the head has no row.
 
     A control token that is never used may have such an id.
     """
     last = max([i for i, piece in enumerate(chat.token_bytes.pieces) if piece is not None] + list(chat.end_ids))
-    if last >= len(head):
+    if last >= rows:
         raise DataError(
             f"{name}: a model must have an embedding for every token, its tokenizer has the id {last} and its head only "
-            f"{len(head)} rows; use the tokenizer that came with it"
+            f"{rows} rows; use the tokenizer that came with it"
         )

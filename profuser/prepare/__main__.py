@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from profuser.cli import main_of
 
 
@@ -14,13 +16,15 @@ def main(argv: list[str]) -> None:
     from profuser.prepare.announce import announce
     from profuser.prepare.inputs import Inputs
     from profuser.prepare.phases import Preparation
-    from profuser.store.files import set_aside
+    from profuser.store.lease import set_aside
 
-    if run.options["fresh"] and (aside := set_aside(run.store_dir)):
+    inputs = Inputs.open(run)  # whatever is wrong with the recipe is found before anything is moved
+    if run.options["fresh"] and (aside := set_aside(run.store_dir, "store")):
         print(f"renamed the old store to {aside}")
-    preparation = Preparation(Inputs.open(run))
-    announce("prepare", preparation)
-    store = preparation.run()
+    with contextlib.ExitStack() as held:
+        preparation = Preparation.begin(inputs, held)
+        announce("prepare", preparation)
+        store = preparation.run()
     if line := store.handled():
         print(line)
     print(f"store complete: {store.directory} ({len(store)} shards); summary in {store.directory / 'summary.json'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from profuser.alignment.spans import ENGINE
+from profuser.prepare.data import shared_prompts
 from profuser.prepare.estimate import expected, sentence
 from profuser.prepare.phases import Preparation
 from profuser.recipe.schedule import plan
@@ -29,6 +30,14 @@ def announce(command: str, preparation: Preparation, processes: int = 1, first_s
         f"{torch.get_num_threads()} threads{ranks}; alignment: {ENGINE}; {time}",
         flush=True,
     )
+    # What is computed on prompts that are trained on says nothing about new ones.
+    for split in [split for split in inputs.rows if split != "train"]:
+        if shared := shared_prompts(inputs.rows[split], rows):
+            print(
+                f"data.{split} shares prompts with data.train: {shared} of its {len(inputs.rows[split])} prompts are trained on, "
+                "and say nothing about new ones",
+                flush=True,
+            )
     # The schedule of this name does not switch the rest of FuseLLM's method on.
     align = recipe.align
     if recipe.schedule == "fusellm" and (align.mode, align.min_ce_unit) != ("fusellm", "token"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from profuser.alignment.ranges import RangeRequest
+from profuser.alignment.ranges import RangeRequest, flat_maps
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.kernels.head import Head
@@ -110,7 +110,10 @@ def capture_responses(
         range_offsets = offsets_of([len(r.ranges.rows) for r in batch])
         range_rows = np.concatenate([r.ranges.rows + first_row for r, first_row in zip(batch, row_offsets)])
         lo, hi = (np.concatenate([getattr(r.ranges, name) for r in batch]) for name in ("lo", "hi"))
-        rows_on_device, lo_on_device, hi_on_device = (torch.from_numpy(x).to(device) for x in (range_rows, lo, hi))
+        arrays = (range_rows, lo, hi, *flat_maps([r.ranges for r in batch]))
+        rows_on_device, lo_on_device, hi_on_device, begin_on_device, mapped_on_device = (
+            torch.from_numpy(x).to(device) for x in arrays
+        )
 
         # The head and the top k of every row and range.
         found = source_topk(
@@ -118,19 +121,18 @@ def capture_responses(
             head.weight,
             labels,
             top_k,
-            ranges=(rows_on_device, lo_on_device, hi_on_device, vocab_order),
+            ranges=(rows_on_device, lo_on_device, hi_on_device, vocab_order, begin_on_device, mapped_on_device),
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
         )
         ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass = (x.cpu().numpy() for x in found)
 
-        # The rows and ranges are divided among the responses again. The end of turn covers no byte: its span is empty.
+        # The rows and ranges are divided among the responses again.
         for b, (i, request) in enumerate(zip(indices, batch)):
             encoded = request.encoded
             rows, ranges = slice(*row_offsets[b : b + 2]), slice(*range_offsets[b : b + 2])
-            end = [] if encoded.end_of_turn is None else [(request.response_bytes, request.response_bytes)]
-            spans = np.array([*encoded.spans, *end], dtype=np.int32).reshape(-1, 2)
+            spans = np.array(encoded.label_spans(request.response_bytes), dtype=np.int32).reshape(-1, 2)
             capture = SourceCapture(
                 ids=np.array([encoded.input_ids[t] for t in positions[b]], dtype=np.int32),
                 begin=spans[:, 0].copy(),
@@ -142,7 +144,7 @@ def capture_responses(
                     rows=request.ranges.rows,
                     strip=request.ranges.strip,
                     logmass=range_logmass[ranges],
-                    ids=range_ids[ranges],
+                    ids=request.ranges.spelt(range_ids[ranges]),
                     logprobs=range_logprobs[ranges],
                 ),
             )

@@ -1,62 +1,52 @@
-"""Reads a data file or data set: prompts with their ground truth, one row per example."""
+"""Reads the examples of a split: prompts with their ground truth, one row per example."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError
-from profuser.recipe.places import is_path, resolve
-from profuser.recipe.schema import DataConfig
+from profuser.prepare.data_sets import read_table
+from profuser.prepare.tables import Table
+from profuser.recipe.schema import DataConfig, DataLocation, Split
 
 Row = dict[str, Any]
 """One example: its `prompt`, its `response` (the ground truth, stripped), its `skill`, and all other columns of the data."""
 
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""What data sets call a column of conversations, which we do not read."""
 
-def load_examples(config: DataConfig, location: str, limit: int | None = None) -> list[Row]:
-    """Reads the rows of a data file or data set.
+TWO_TEXTS = "give the prompt and the response of a row as texts, in a column each"
+"""What is understood today."""
+
+PARTS_OF_PROMPTS = ("instruction", "input", "context", "system", "history")
+"""What data sets call a column with a part of the prompt, beside the column that holds the rest of it."""
+
+
+def load_examples(
+    config: DataConfig, location: str | DataLocation, limit: int | None = None, split: Split = "train"
+) -> list[Row]:
+    """Reads the rows of a split.
 
     Args:
-        config: the recipe's group `data`, which names the columns. location: the file or data set.
+        config: the recipe's group `data`, which names the columns.
+        location: the file, folder or data set, or a place in one.
         limit: how many rows are read, counted from the first; None reads all.
+        split: the recipe's split that the rows are for.
 
     Raises:
-        DataError: the data is missing, broken or empty, or a column is missing or holds something other than text.
+        DataError: the data is missing, broken or empty; a column is missing or holds something other than text; a part of the
+            prompts would be left out.
     """
-    import datasets
-
-    # Read the table. A file is read by our own readers, a folder or a data set on the Hub by `datasets`.
-    path = Path(resolve(location))
-    if not path.exists() and is_path(location):
-        raise DataError(f"data must be an existing file or a Hub data set, got {location} (no such file); fix the path")
-    if not location or path == Path():
-        raise DataError(f"data must be a file or a Hub data set, got {location!r}; name one")
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says in one line what is wrong
-    table: list[dict[str, Any]]
-    try:
-        if not path.is_file():
-            data_set: Any = datasets.load_dataset(str(path) if path.is_dir() else location, split="train")
-            table = list(data_set)
-        elif path.suffix not in DATA_FILES:
-            raise DataError(f"data must be {', '.join(DATA_FILES)}, got {location}; convert it")
-        else:
-            table = DATA_FILES[path.suffix](path)
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow, csv, json and datasets each raise their own kinds for a broken file
-        cause = error.__cause__ or error
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise DataError(f"data {location} cannot be read ({reason}); fix the file or its path") from None
-
-    # Check that the columns which the recipe names are there.
+    location = DataLocation(path=location) if isinstance(location, str) else location
+    table = read_table(location, split)
     columns = list(dict.fromkeys(column for row in table for column in row))
     if not table:
         raise DataError(f"data {location} must have at least one row, got none; fix the file")
+
+    # Check that the columns which the recipe names are there, and that no other holds a part of the prompts.
     wanted = {"prompt": config.prompt_column, "response": config.response_column}
     # A skill column that the recipe names must be there; the default one may be missing.
     if config.skill_column is not None and config.skill_column != DataConfig.skill_column:
@@ -65,8 +55,9 @@ def load_examples(config: DataConfig, location: str, limit: int | None = None) -
         if column not in columns:
             raise DataError(
                 f"data {location} must have the column {column!r} (data.{key}_column), found: {', '.join(columns)}; "
-                "name the right one"
+                f"{_advice(key, columns)}"
             )
+    _check_parts_of_prompts(location, table, columns, config)
 
     # Name the three columns as everything else expects them, and keep the others beside them.
     has_skill = config.skill_column is not None and config.skill_column in columns
@@ -76,80 +67,23 @@ def load_examples(config: DataConfig, location: str, limit: int | None = None) -
         rows.append(
             {
                 **row,
-                "prompt": _text(row[config.prompt_column], config.prompt_column, len(rows), location),
-                "response": _text(row[config.response_column], config.response_column, len(rows), location).strip(),
-                "skill": str(row[config.skill_column]) if has_skill and row[config.skill_column] is not None else "all",
+                "prompt": _text(row, config.prompt_column, len(rows), location),
+                "response": _text(row, config.response_column, len(rows), location).strip(),
+                "skill": (_text(row, str(config.skill_column), len(rows), location) if has_skill else "") or "all",
             }
         )
     if any(row["skill"] == "mean" for row in rows):
         raise DataError(
-            f'data {location}: a skill must not be called "mean", which stands for the mean over skills; rename it'
+            f'data {location}: a skill must not be called "mean", which stands for the mean over skills; rename it, or set '
+            "data.skill_column: null"
         )
     return rows
 
 
-# These readers leave every value as it stands in the file. A table with one type per column, as pandas or pyarrow would make
-# it, would turn "007" into 7.0 and dates into timestamps.
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Reads a file with one JSON object per line. Empty lines are skipped."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(_object(json.loads(line)))
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-    return rows
-
-
-def read_json_list(path: Path) -> list[dict]:
-    """Reads a JSON file that holds a list of objects, or one object per line."""
-    text = path.read_text(encoding="utf-8-sig")
-    return [_object(row) for row in json.loads(text)] if text.lstrip().startswith("[") else read_jsonl(path)
-
-
-def read_csv(path: Path) -> list[dict]:
-    """Reads a CSV file whose first row is the header. Every value stays a text."""
-    csv.field_size_limit(2**31 - 1)  # a response may be longer than the default limit of 128 KiB
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        header = next(reader, [])
-        if twice := [name for name in header if header.count(name) > 1]:
-            raise ValueError(f"the column {twice[0]!r} stands in the header twice")
-        rows = [row for row in reader if row]
-    if wrong := next((n for n, row in enumerate(rows, start=2) if len(row) != len(header)), None):
-        raise ValueError(f"row {wrong} has {len(rows[wrong - 2])} cells, the header {len(header)}")
-    return [dict(zip(header, row)) for row in rows]
-
-
-def read_parquet(path: Path) -> list[dict]:
-    """Reads a Parquet file, whose columns have the types that the file gives them."""
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pylist()
-
-
-def _object(value: object) -> dict:
-    """Returns a row that was read from JSON, after checking that it is an object."""
-    if not isinstance(value, dict):
-        raise ValueError(f"a row must be an object, got a {type(value).__name__}")
-    return value
-
-
-DATA_FILES = {".jsonl": read_jsonl, ".json": read_json_list, ".csv": read_csv, ".parquet": read_parquet}
-"""The reader of a data file by the file's suffix."""
-
-
-def _text(value: object, column: str, row: int, location: str) -> str:
-    """Returns a cell as text; null becomes an empty text."""
-    if isinstance(value, (list, dict, bytes)):
-        raise DataError(
-            f"data {location}: the column {column!r} must hold text, row {row} holds a {type(value).__name__}; take the text "
-            "out of it"
-        )
-    return "" if value is None else str(value)
+def shared_prompts(rows: Sequence[Row], training: Sequence[Row]) -> int:
+    """Counts the rows whose prompt is a training prompt as well. Differences in whitespace alone do not count."""
+    known = {" ".join(row["prompt"].split()) for row in training}
+    return sum(" ".join(row["prompt"].split()) in known for row in rows)
 
 
 def data_hash(rows: Sequence[Row]) -> str:
@@ -158,3 +92,44 @@ def data_hash(rows: Sequence[Row]) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _advice(key: str, columns: Sequence[str]) -> str:
+    """Says what to do about a column that is missing. `key` says what it holds: the prompt, the response or the skill."""
+    if conversations := next((column for column in CONVERSATIONS if column in columns), None):
+        return f"conversations (here in {conversations!r}) are not read yet: {TWO_TEXTS}"
+    if key != "skill" and {"instruction", "output"} <= set(columns):
+        join = ", once every input is joined with its instruction and dropped" if "input" in columns else ""
+        return f"set data.prompt_column: instruction and data.response_column: output{join}"
+    return f"set data.{key}_column to the right one" + (", or to null" if key == "skill" else ", or add it to the data")
+
+
+def _check_parts_of_prompts(location: DataLocation, table: Table, columns: Sequence[str], config: DataConfig) -> None:
+    """Raises DataError where a column that belongs to the prompts holds text and no key of the recipe names it."""
+    unused = set(columns) - {config.prompt_column, config.response_column, config.skill_column}
+    for column in PARTS_OF_PROMPTS:
+        number = next((n for n, row in enumerate(table) if _is_filled(row.get(column))), None)
+        if column in unused and number is not None:
+            raise DataError(
+                f"data {location}: the column {column!r} must be a part of the prompts, row {number} (from 0) has one that would be left "
+                f"out; join it with {config.prompt_column!r} in one column and drop it, or rename it if it is no part of them"
+            )
+
+
+def _is_filled(value: object) -> bool:
+    """Whether a cell holds anything but whitespace."""
+    return bool(value.strip() if isinstance(value, str) else value)
+
+
+def _text(row: Row, column: str, number: int, location: DataLocation) -> str:
+    """Returns a cell as the text that stands in the file; null becomes an empty text. `number` is the row's, for the message."""
+    value = row[column]
+    if isinstance(value, (list, dict, bytes)):
+        is_conversation = isinstance(value, list) and value and isinstance(value[0], dict)
+        fix = f"conversations are not read yet: {TWO_TEXTS}" if is_conversation else "take the text out of it"
+        raise DataError(
+            f"data {location}: the column {column!r} must hold text, row {number} (from 0) holds a {type(value).__name__}; {fix}"
+        )
+    if isinstance(value, bool):
+        return json.dumps(value)
+    return "" if value is None else str(value)

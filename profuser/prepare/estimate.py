@@ -19,11 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from profuser.errors import DataError
-from profuser.models.load import weights_of
+from profuser.models.load import opened_weights, weights_of
 from profuser.prepare.data import Row
 from profuser.prepare.inputs import Inputs
 from profuser.progress import in_words
@@ -109,15 +107,9 @@ def size_of(source: SourceConfig) -> Size | None:
     if "gguf_file" in options:
         return gguf_size(path / options["gguf_file"])
     parameters = 0
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy") as weights:
-                names = weights.keys()
-                parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-        except SafetensorError as error:  # better to fail now than after the models before this one have been run
-            raise DataError(
-                f"{source.name}: the weights {file} cannot be read ({error}); copy or download them again"
-            ) from None
+    for weights in opened_weights(source.name, path):
+        names = weights.keys()
+        parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     if not parameters:
         return None
     try:

@@ -1,10 +1,12 @@
 """What all phases of a preparation use: the recipe, the data's rows, every model's chat format, and the store's settings.
 
-Opening these inputs reads the data and the tokenizers. It loads no model and changes nothing on the disk.
+Opening these inputs reads the data, the tokenizers and the models' configurations. It loads no model and changes nothing on the
+disk.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +18,9 @@ import torch
 
 from profuser.errors import ConfigError, DataError
 from profuser.models.fingerprint import fingerprint
-from profuser.models.load import chat_format, default_device, load_tokenizer, runtime_dtype
+from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash, load_examples
-from profuser.prepare.judges import judge_fingerprint
+from profuser.prepare.judges import judge_fingerprint, open_judge
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
@@ -27,8 +29,11 @@ from profuser.store.store import StoreSettings, read_manifest
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Fitted, fit
 
-ALIGNMENT_RULES = 2
+ALIGNMENT_RULES = 3
 """The version of the alignment's rules. It is part of a store's settings, so that another version aligns the captures again."""
+
+VOTE_RULES = 2
+"""The version of the vote's rules. Another version votes again on the scores that are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,8 @@ class Inputs:
 
     name: the recipe's name. store_dir: the directory of the store. rows: the data by split.
     chats: the chat formats of the sources, by name. target: the chat format of the target.
-    device: the device that the models run on. dtype_name: the arithmetic of the sources, which is no longer "auto".
+    device: the device that the models run on.
+    date: the date that the chat templates get.
     """
 
     recipe: Recipe
@@ -63,7 +69,7 @@ class Inputs:
     chats: dict[str, ChatFormat]
     target: ChatFormat
     device: torch.device
-    dtype_name: str
+    date: datetime.date
 
     @classmethod
     def open(cls, run: Run) -> Inputs:
@@ -71,9 +77,10 @@ class Inputs:
 
         Raises:
             ConfigError: the schedule needs judges and there are none; a function that the recipe names cannot be imported.
-            DataError: a data file or tokenizer is missing or broken; there is no ground truth to score the held-out answers by.
+            DataError: a model, a data file or a tokenizer is missing or broken, as far as that is seen without loading a model;
+                there is no ground truth to score the held-out answers by.
         """
-        # What can be wrong with the recipe itself is found before anything is read.
+        # Whatever a recipe names is opened here, so that nothing of it is found missing after the first models have run.
         recipe = run.recipe
         if needs_inference(recipe) and not recipe.judges:
             schedule = recipe.schedule if isinstance(recipe.schedule, str) else "with an inference_weight"
@@ -81,35 +88,46 @@ class Inputs:
                 f"a schedule {schedule} needs judges for its inference mode, got none; add judges or set schedule: fusellm"
             )
         for judge in recipe.judges:
-            if judge.function is not None:
-                load_function(judge.function, f"judges: {judge.name}: function")
+            open_judge(judge)
         if recipe.evaluation.match is not None:
             load_function(recipe.evaluation.match, "evaluation.match")
 
-        # The data and the tokenizers.
-        device = default_device()
-        rows = {split: load_split(recipe, split) for split in SPLITS if recipe.data.location(split) is not None}
-        chats = {source.name: chat_format(source, load_tokenizer(source)) for source in recipe.sources}
+        # The models' configurations, the data and the tokenizers.
         target = recipe.target_config
+        models = {model.name: model for model in (*recipe.sources, target)}
+        configs = {name: open_model(model) for name, model in models.items()}
+        rows = {split: load_split(recipe, split) for split in SPLITS if recipe.data.location(split) is not None}
+        date = settled_date(recipe.date, run.store_dir)
+        chats = {source.name: chat_format(source, date=date) for source in recipe.sources}
         inputs = cls(
             recipe=recipe,
             name=run.name,
             store_dir=run.store_dir,
             rows=rows,
             chats=chats,
-            target=chats.get(recipe.target) or chat_format(target, load_tokenizer(target)),
-            device=device,
-            dtype_name=settled_dtype(recipe.capture.dtype, run.store_dir, device),
+            target=chats.get(recipe.target) or chat_format(target, date=date),
+            device=default_device(),
+            date=date,
         )
+
+        # The head of a model has as many rows as its configuration says.
+        for name, config in configs.items():
+            if (rows_of_head := getattr(config.get_text_config(), "vocab_size", None)) is not None:
+                check_vocabulary(name, chats.get(name) or inputs.target, rows_of_head)
 
         # Without a ground truth the default match has nothing to compare an answer with.
         heldout = rows.get("heldout")
         if heldout and recipe.evaluation.match is None and not any(row["response"] for row in heldout):
             raise DataError(
-                f"{recipe.data.heldout} must hold a ground truth to score the answers by, every response is empty; fill them in, "
-                "or give a function as evaluation.match"
+                f"{recipe.data.location('heldout')} must hold a ground truth to score the answers by, every response is empty; "
+                "fill them in, or give a function as evaluation.match"
             )
         return inputs
+
+    @cached_property
+    def dtype_name(self) -> str:
+        """The arithmetic of the sources, which is no longer "auto"."""
+        return settled_dtype(self.recipe.capture.dtype, self.store_dir, self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,6 +173,7 @@ class Inputs:
                     "files": fingerprint(source.model),
                     "revision": source.revision,
                     "template": template_hash(self.chats[source.name]),
+                    "reasoning": recipe.reasoning_of(source),
                 }
                 for source in recipe.sources
             },
@@ -165,9 +184,10 @@ class Inputs:
             },
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
             | {"max_length": recipe.data.max_length},
-            "generation": without(vars(recipe.generation), "batch_size")
+            "generation": without(vars(recipe.generation), "batch_size", "reasoning")
             | ({"seed": recipe.seed} if recipe.generation.temperature > 0 else {}),
             "capture": without(vars(recipe.capture), "batch_size") | {"dtype": self.dtype_name},
+            "date": self.date.isoformat(),
         }
         votes = {
             "asked": [judge.name for judge in recipe.judges],
@@ -176,7 +196,11 @@ class Inputs:
                 for judge in recipe.judges
             },
         }
-        return StoreSettings(sources=sources, votes=votes, targets=vars(recipe.align) | {"rules": ALIGNMENT_RULES})
+        targets = vars(recipe.align) | {"rules": ALIGNMENT_RULES}
+        if recipe.judges:
+            votes |= {"rules": VOTE_RULES, "floors": {j.name: j.floor for j in recipe.judges if j.floor is not None}}
+            targets |= {"judging.no_signal": recipe.judging.no_signal}
+        return StoreSettings(sources=sources, votes=votes, targets=targets)
 
 
 def load_split(recipe: Recipe, split: Split) -> list[Row]:
@@ -184,7 +208,7 @@ def load_split(recipe: Recipe, split: Split) -> list[Row]:
     location = recipe.data.location(split)
     if location is None:
         raise ConfigError(f"data.{split} must name a data file or set, the recipe names none; add it")
-    return load_examples(recipe.data, location, recipe.data.limit if split == "train" else None)
+    return load_examples(recipe.data, location, recipe.data.limit if split == "train" else None, split)
 
 
 def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:
@@ -199,11 +223,23 @@ def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
+def settled_date(date: str | None, store_dir: Path) -> datetime.date:
+    """Returns the date that chat templates get: the recipe's `date`, or else the day on which the store was begun.
+
+    A preparation that goes on with a store on another day keeps the store's date, so that one store never holds two.
+    """
+    if date is not None:
+        return datetime.date.fromisoformat(date)
+    if (store_dir / "manifest.json").exists():
+        return datetime.date.fromisoformat(read_manifest(store_dir)["settings"]["sources"]["date"])
+    return datetime.date.today()
+
+
 def template_hash(chat: ChatFormat) -> str:
     """Returns a short hash of a chat template."""
     return hashlib.sha256(str(chat.tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
-def without(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """Returns a copy of some settings without one key, which does not decide the store's content."""
-    return {k: v for k, v in settings.items() if k != key}
+def without(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Returns a copy of some settings without keys that do not decide the store's content, or do so in another place."""
+    return {k: v for k, v in settings.items() if k not in keys}

@@ -6,24 +6,26 @@ Letters: E examples, C candidate responses per example.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from profuser.errors import DataError, first_line
+from profuser.errors import DataError, first_line, in_short
 from profuser.models.fingerprint import fingerprint
-from profuser.models.load import chat_format, load_reward_model
+from profuser.models.load import load_reward_model, load_tokenizer, open_reward_model, template_text
 from profuser.models.padding import padded
 from profuser.prepare.data import Row
 from profuser.progress import silent
 from profuser.recipe.places import load_function
 from profuser.recipe.schema import JudgeConfig, SourceConfig
-from profuser.text.token_bytes import TokenBytesMismatch
+from profuser.text.template import ChatTemplate, conversation
 
 
 def judge_fingerprint(config: JudgeConfig) -> str:
@@ -33,7 +35,11 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     the function may call others there.
     """
     if config.model is not None:
-        return fingerprint(config.model)
+        files = fingerprint(config.model)
+        if config.chat_template is None:
+            return files
+        template = template_text(f"judge {config.name}", config.chat_template)
+        return hashlib.sha256(f"{files} {template}".encode()).hexdigest()[:16]
     assert config.function is not None
     code = config.function
     module = inspect.getmodule(load_function(config.function, f"judges: {config.name}: function"))
@@ -41,6 +47,35 @@ def judge_fingerprint(config: JudgeConfig) -> str:
         with contextlib.suppress(OSError, TypeError):  # a built-in or compiled module has no source code
             code = inspect.getsource(module)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def open_judge(config: JudgeConfig) -> None:
+    """Opens what a recipe names as a judge, without loading a model, so that what is wrong with it is found at the start.
+
+    Raises:
+        ConfigError: the function cannot be imported.
+        DataError: the reward model's files are missing or broken, it is of another kind, or it has no usable chat template.
+    """
+    if config.function is not None:
+        load_function(config.function, f"judges: {config.name}: function")
+    if config.model is not None:
+        open_reward_model(config.name, config.model, config.trust_remote_code)
+        reward_template(config, config.model)
+
+
+def reward_template(config: JudgeConfig, location: str, *, date: datetime.date | None = None) -> ChatTemplate:
+    """Returns the chat template in which the reward model at `location` reads a conversation."""
+    source = SourceConfig(
+        name=f"judge {config.name}",
+        model=location,
+        chat_template=config.chat_template,
+        trust_remote_code=config.trust_remote_code,
+    )
+    try:
+        return ChatTemplate(load_tokenizer(source), date=date)
+    except DataError as error:
+        prefix = "" if source.name in str(error) else f"{source.name}: "
+        raise DataError(f"{prefix}{error}") from error
 
 
 class Judge(Protocol):
@@ -60,12 +95,12 @@ class Judge(Protocol):
         ...
 
 
-def load_judge(config: JudgeConfig, device: torch.device | str = "cpu") -> Judge:
-    """Loads the judge that a recipe names."""
+def load_judge(config: JudgeConfig, device: torch.device | str = "cpu", *, date: datetime.date | None = None) -> Judge:
+    """Loads the judge that a recipe names. `date` is what its chat template gets; None means today."""
     if config.function is not None:
         return _function_judge(config, config.function)
     assert config.model is not None
-    return _reward_model_judge(config, config.model, device)
+    return _reward_model_judge(config, config.model, device, date)
 
 
 def _function_judge(config: JudgeConfig, path: str) -> Judge:
@@ -78,18 +113,7 @@ def _function_judge(config: JudgeConfig, path: str) -> Judge:
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         for e, (example, responses) in enumerate(zip(examples, candidates)):
             shown = [c for c, text in enumerate(responses) if text]
-            try:
-                given = [float(x) for x in function(dict(example), [responses[c] for c in shown])] if shown else []
-            except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
-                raise DataError(
-                    f"judge {config.name}: {path} must return one number per response, on the prompt {example['prompt']!r} it "
-                    f"raised {type(error).__name__}: {first_line(error)}; fix the function"
-                ) from error
-            if len(given) != len(shown):
-                raise DataError(
-                    f"judge {config.name}: {path} must return one number per response, got {len(given)} numbers for "
-                    f"{len(shown)} responses; fix the function"
-                )
+            given = _numbers(config.name, path, function, example, [responses[c] for c in shown]) if shown else []
             scores[e, shown] = given
             progress(1)
         return scores
@@ -97,52 +121,96 @@ def _function_judge(config: JudgeConfig, path: str) -> Judge:
     return score
 
 
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """A response as a reward model sees it: its example, its place among the candidates, and the conversation's tokens."""
+def _numbers(judge: str, path: str, function: Callable, example: Row, responses: Sequence[str]) -> list[float]:
+    """Calls a judge's function, and checks that it gives one number per response."""
+    rule = f"judge {judge}: {path} must return one number per response, on the prompt {example['prompt']!r} it"
+    try:
+        given = function(dict(example), list(responses))
+    except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
+        raise DataError(f"{rule} raised {type(error).__name__}: {first_line(error)}; fix the function") from error
+    try:
+        # The numbers of a text would be its digits, and those of a set or mapping are in no order.
+        numbers = None if isinstance(given, (str, bytes, set, frozenset, dict)) else [float(x) for x in given]
+    except Exception:  # a generator of the user's own may raise anything, too
+        numbers = None
+    if numbers is None:
+        raise DataError(f"{rule} returned {in_short(given)}; fix the function")
+    if len(numbers) != len(responses):
+        raise DataError(f"{rule} returned {len(numbers)} numbers for {len(responses)} responses; fix the function")
+    return numbers
 
-    example: int
-    place: int
-    input_ids: list[int]
+
+def try_function_judge(config: JudgeConfig, example: Row, candidates: int) -> None:
+    """Calls a judge that is a function once, on so many responses, so that a wrong one is found before any model has run.
+
+    Raises:
+        DataError: the function fails, or returns something else than one number per response.
+    """
+    if config.function is not None:
+        text = example["response"] or "An answer."
+        load_judge(config)([example], [[text, *(f"{text} {n}" for n in range(1, candidates))]])
 
 
-def _reward_model_judge(config: JudgeConfig, location: str, device: torch.device | str) -> Judge:
-    """Makes a judge of the reward model at `location`, which scores whole conversations."""
-    model, tokenizer = load_reward_model(config.name, location, config.trust_remote_code, device)
-    chat = chat_format(SourceConfig(name=config.name, model=location), tokenizer)
+def _reward_model_judge(
+    config: JudgeConfig, location: str, device: torch.device | str, date: datetime.date | None
+) -> Judge:
+    """Makes a judge of the reward model at `location`.
+
+    It gives a response the score that transformers' AutoModelForSequenceClassification gives to the whole conversation in the
+    model's own chat template, alone and without padding.
+    """
+    model, _ = load_reward_model(config.name, location, config.trust_remote_code, device)
+    template = reward_template(config, location, date=date)
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    # The model scores at the last token that is not padding, so that it must know the padding's id.
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
-    pad = model.config.pad_token_id
+    pad = _pad_id(model)
 
     @torch.no_grad()
     def score(
         examples: Sequence[Row], candidates: Sequence[Sequence[str]], progress: Callable[..., None] = silent
     ) -> np.ndarray:
-        # Encode the candidates. Of a conversation that is too long for the model, the beginning is left out.
+        # Render and tokenise the conversations. Of one that is too long for the model, the beginning is left out. Equal ones
+        # are scored once, so that equal responses get equal scores whatever they are padded to.
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
-        shown: list[_Shown] = []
+        places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for e, responses in enumerate(candidates):
             for c, text in enumerate(responses):
-                # A response whose bytes the judge's tokenizer changes gets no score.
-                with contextlib.suppress(TokenBytesMismatch):
-                    if text:
-                        ids = chat.encode(examples[e]["prompt"], text).input_ids[-limit:]
-                        shown.append(_Shown(example=e, place=c, input_ids=ids))
+                if text:
+                    ids = template.ids(conversation(examples[e]["prompt"], text))[-limit:]
+                    places.setdefault(tuple(ids), []).append((e, c))
 
         # Score them in batches of similar length.
-        shown.sort(key=lambda candidate: len(candidate.input_ids))
-        for first in range(0, len(shown), config.batch_size):
-            batch = shown[first : first + config.batch_size]
-            input_ids, mask = padded([candidate.input_ids for candidate in batch], pad)
-            logits = model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits[:, 0].float().cpu()
-            for candidate, value in zip(batch, logits.tolist()):
-                scores[candidate.example, candidate.place] = value
-            progress(0, tokens=sum(len(candidate.input_ids) for candidate in batch))
+        by_length = sorted(places, key=len)
+        for first in range(0, len(by_length), config.batch_size):
+            batch = by_length[first : first + config.batch_size]
+            for ids, value in zip(batch, _rewards(model, batch, pad)):
+                for place in places[ids]:
+                    scores[place] = value
+            progress(0, tokens=sum(map(len, batch)))
         progress(len(examples))
         return scores
 
     return score
+
+
+def _pad_id(model: PreTrainedModel) -> int | None:
+    """Returns the id that the model's configuration names as its padding, or None if it names none that the model has."""
+    pad = model.config.get_text_config().pad_token_id
+    embeddings = model.get_input_embeddings()
+    size = getattr(embeddings, "num_embeddings", 1 << 62)
+    return pad if pad is not None and 0 <= pad < size else None
+
+
+def _rewards(model: PreTrainedModel, batch: Sequence[Sequence[int]], pad: int | None) -> list[float]:
+    """Returns the score that a reward model gives to each conversation alone, from one forward pass over the padded batch.
+
+    transformers reads the score at the last token that is not the padding's, or at the very last one where the model has no
+    padding. More padding does not move the first of these places. For the second, the batch is padded with a token in which
+    no conversation ends.
+    """
+    if pad is None:
+        ends = {ids[-1] for ids in batch}
+        pad = next(i for i in itertools.count() if i not in ends)
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad
+    input_ids, mask = padded(batch, pad)
+    logits = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)).logits
+    return logits[:, 0].float().tolist()

@@ -11,11 +11,13 @@ ground truth and with the sources' answers, which are scored beside the fused mo
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -33,18 +35,19 @@ from profuser.models.load import check_vocabulary, load_model
 from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.data import Row
 from profuser.prepare.inputs import Inputs, Part
-from profuser.prepare.judges import load_judge
+from profuser.prepare.judges import load_judge, try_function_judge
 from profuser.prepare.responses import generate
-from profuser.prepare.summary import write_summary
+from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.votes import NOBODY, Ballots, candidates_of, count_votes
 from profuser.progress import Progress
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import SourceConfig, Split
+from profuser.recipe.schema import Reasoning, SourceConfig, Split
 from profuser.store import layout
 from profuser.store.layout import Kind
-from profuser.store.store import Store
+from profuser.store.lease import Lease, hold
+from profuser.store.store import Store, check_place, differing_settings
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Fitted, Verdict, fit
 from profuser.text.token_bytes import TokenBytesMismatch
@@ -61,27 +64,68 @@ class LoadedSource:
     model: PreTrainedModel
     head: Head
     byte_order: ByteOrder
+    reasoning: Reasoning
 
 
 def prepare(run: Run) -> Store:
-    """Makes the store of a recipe, or what is missing of it. It raises what Inputs.open and Store.build raise."""
-    return Preparation(Inputs.open(run)).run()
+    """Makes the store of a recipe, or what is missing of it. It raises what Inputs.open and Preparation.begin raise."""
+    with contextlib.ExitStack() as held:
+        return Preparation.begin(Inputs.open(run), held).run()
 
 
 class Preparation:
-    """The phases of one preparation, which fill one store."""
+    """The phases of one preparation, which fill one store.
 
-    def __init__(self, inputs: Inputs):
-        self.inputs, self.recipe = inputs, inputs.recipe
+    Args:
+        finished: the store, if nothing is to be made in it. Otherwise a store is begun, or the one that is there goes on.
+        lease: this process's hold on the store.
+    """
+
+    def __init__(self, inputs: Inputs, finished: Store | None = None, lease: Lease | None = None):
+        self.inputs, self.recipe, self.lease = inputs, inputs.recipe, lease
         self.seconds: dict[str, float] = {}
-        self.store = Store.build(inputs.store_dir, inputs.settings())
+        self.finished = finished is not None
+        self.store = finished if finished is not None else Store.build(inputs.store_dir, inputs.settings())
+
+    @classmethod
+    def begin(cls, inputs: Inputs, held: contextlib.ExitStack) -> Preparation:
+        """Begins a preparation and holds its store in `held`, so that no other process makes another store of it meanwhile.
+
+        A store in which nothing is to be made is held together with others that use it as it is.
+
+        Raises:
+            ConfigError: another process uses the store with other settings. And what Store.build raises.
+        """
+        directory, settings = inputs.store_dir, inputs.settings()
+        check_place(directory)
+        held_with = partial(hold, directory, "store", asdict(settings), differing_settings)
+        with contextlib.ExitStack() as reading:
+            lease = reading.enter_context(held_with(writes=False))
+            if (store := Store.finished(directory, settings)) is not None:
+                held.enter_context(reading.pop_all())
+                return cls(inputs, store, lease)
+        lease = held.enter_context(held_with(writes=True))
+        return cls(inputs, lease=lease)
 
     def run(self) -> Store:
-        """Makes all shards that are missing or damaged, then the summary, and returns the complete store."""
-        if self.store.complete and not self.store.damaged():
-            if not (self.store.directory / "summary.json").exists():
+        """Makes what is missing or damaged, and returns the complete store. From then on others may use it as well."""
+        if not self.finished:
+            if not self.store.complete or self.store.damaged():
+                self._make()
+            elif not (self.store.directory / "summary.json").exists():
                 self._write_summary()
-            return self.store
+        if self.lease is not None:
+            self.lease.share()
+        if warning := no_signal_warning(self.store.summary):
+            print(warning, flush=True)
+        return self.store
+
+    def _make(self) -> None:
+        """Makes all shards that are missing or damaged, and the summary."""
+        for judge in self.recipe.judges:
+            if self.unmade(layout.scores(judge.name)):
+                candidates = len(self.recipe.sources) * self.recipe.generation.responses_per_source
+                try_function_judge(judge, self.inputs.rows["train"][0], candidates)
         for phase in (self.capture_truth_and_answer, self.judge, self.capture_winners, self.align):
             start = time.monotonic()
             phase()
@@ -89,7 +133,6 @@ class Preparation:
             gc.collect()  # a model in a reference cycle would stay in memory beside those of the next phase
         self._write_summary()
         self.store.finish()
-        return self.store
 
     def missing(self, kind: Kind) -> list[Part]:
         """Returns the parts whose shard of this kind is still to be made. A damaged shard counts as missing, and is dropped."""
@@ -122,21 +165,29 @@ class Preparation:
                     for part in parts:
                         fitted = part.of(self.inputs.fitted[split])
                         self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
+            left_out: Counter[Verdict] = Counter()
             with Progress(f"{source.name}: answer the prompts", to_answer, "prompts") as bar:
                 for split, parts in answers.items():
                     for part in parts:
-                        self._answer(split, part, loaded, bar)
+                        left_out += self._answer(split, part, loaded, bar)
+            if line := self._left_out(source, left_out):
+                print(line, flush=True)
             del loaded  # frees the memory before the next source is loaded
 
     def _load(self, source: SourceConfig) -> LoadedSource:
         """Loads a source's model and checks that it fits its tokenizer."""
         model = load_model(source, self.inputs.dtype, self.inputs.device)
         head, chat = head_of(model), self.inputs.chats[source.name]
-        check_vocabulary(source.name, chat, head.weight)
-        return LoadedSource(source.name, chat, model, head, ByteOrder(chat.token_bytes, head.weight.shape[0]))
+        check_vocabulary(source.name, chat, len(head.weight))
+        order = ByteOrder(chat.token_bytes, head.weight.shape[0])
+        return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source))
 
-    def _answer(self, split: Split, part: Part, source: LoadedSource, bar: Progress) -> None:
-        """Writes one shard of a source's responses to the prompts of a part."""
+    def _answer(self, split: Split, part: Part, source: LoadedSource, bar: Progress) -> Counter[Verdict]:
+        """Writes one shard of a source's responses to the prompts of a part.
+
+        Returns:
+            How many of them the training has to leave out although they are finished, by the reason.
+        """
         generation = self.recipe.generation
         answers = generate(
             source.model,
@@ -146,9 +197,21 @@ class Preparation:
             max_length=self.recipe.data.max_length,
             seed=self.recipe.seed + part.first,
             responses=generation.responses_per_source if split == "train" else 1,
+            reasoning=source.reasoning,
             progress=bar.update,
         )
         self.store.put_json(layout.responses(split, source.name), part.number, answers, examples=len(part))
+        finished = [r for of_prompt in answers for r in of_prompt if r.finished and split == "train"]
+        return Counter(r.verdict for r in finished if r.verdict != Verdict.OK)
+
+    def _left_out(self, source: SourceConfig, verdicts: Counter[Verdict]) -> str:
+        """Returns the line that says which of a source's responses are left out, and what helps; it is empty without any."""
+        if not verdicts:
+            return ""
+        found = "; ".join(f"{n} x {verdict.label}" for verdict, n in sorted(verdicts.items()))
+        keeps = self.recipe.reasoning_of(source) == "keep" and Verdict.CONTROL in verdicts
+        fix = "; `reasoning: strip` for this source drops what stands before an answer" if keeps else ""
+        return f"{source.name}: {found}{fix}"
 
     def _capture(self, kind: Kind, part: Part, source: LoadedSource, fitted: Sequence[Fitted], bar: Progress) -> None:
         """Writes one shard of captures: what a source says about one text per example of a part.
@@ -195,7 +258,7 @@ class Preparation:
             missing = self.missing(kind)
             if not missing:
                 continue
-            score = load_judge(config, self.inputs.device)
+            score = load_judge(config, self.inputs.device, date=self.inputs.date)
             with Progress(f"{config.name}: score the responses", examples_in(missing), "prompts") as bar:
                 for part in missing:
                     candidates = candidates_of(self.store, self.inputs.source_names, part.number)
@@ -285,7 +348,9 @@ class Preparation:
         texts: list[TargetText] = []
         for i, row in enumerate(part.of(self.inputs.rows[split])):
             for mode in kinds:
-                text = self._target_text(split, mode, part.first + i, row, [source[i] for source in scored[mode]])
+                example = part.first + i
+                of_mode = scored[Mode.TRAINING if self._teaches_truth(mode, example) else mode]
+                text = self._target_text(split, mode, example, row, [source[i] for source in of_mode])
                 if isinstance(text, Verdict):
                     writer.skip(mode, text)
                 else:
@@ -298,11 +363,18 @@ class Preparation:
         bar.update(len(part), tokens=sum(len(text.encoded.input_ids) for text in texts))
         return writer.arrays()
 
+    def _teaches_truth(self, mode: Mode, example: int) -> bool:
+        """Whether an example teaches its ground truth in a mode: in inference mode where the vote gave no signal, if so asked."""
+        if mode == Mode.TRAINING:
+            return True
+        assert self.ballots is not None
+        return self.recipe.judging.no_signal == "ground_truth" and self.ballots.winning_source(example) == NOBODY
+
     def _target_text(
         self, split: Split, mode: Mode, example: int, row: Row, scored: list[ScoredResponse | None]
     ) -> TargetText | Verdict:
         """Returns the text that the target learns from an example in one mode, or the reason why there is none."""
-        fitted = self.inputs.fitted[split][example] if mode == Mode.TRAINING else self._winning(example)
+        fitted = self.inputs.fitted[split][example] if self._teaches_truth(mode, example) else self._winning(example)
         if fitted.verdict != Verdict.OK:
             return fitted.verdict
         try:

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from profuser.models.padding import padded
 from profuser.progress import silent
-from profuser.recipe.schema import GenerationConfig
+from profuser.recipe.schema import GenerationConfig, Reasoning
 from profuser.text.chat import ChatFormat
+from profuser.text.fit import Verdict
+from profuser.text.said import said
 
 
 class Response(NamedTuple):
-    """What a model answered: the text, stripped, and whether the model ended its turn."""
+    """What a model answered: the text, stripped, whether the model ended its turn, and whether the text can be used."""
 
     text: str
     finished: bool
+    verdict: Verdict
+
+    @property
+    def left_out(self) -> str:
+        """Why the text cannot be used, in words; empty if it can."""
+        return "" if self.verdict == Verdict.OK else Verdict(self.verdict).label
+
+    @property
+    def eligible(self) -> bool:
+        """Whether the response takes part in the vote."""
+        return bool(self.text) and self.finished and not self.left_out
 
 
 @torch.no_grad()
@@ -31,6 +44,7 @@ def generate(
     max_length: int,
     seed: int = 0,
     responses: int = 1,
+    reasoning: Reasoning | None = None,
     progress: Callable[..., None] = silent,
 ) -> list[list[Response]]:
     """Lets a model answer every prompt, through its own chat template.
@@ -40,6 +54,7 @@ def generate(
             responses.
         seed: the seed of sampling; it is not used by greedy decoding.
         responses: how many responses each prompt gets; more than one needs a temperature above 0.
+        reasoning: what becomes of the reasoning before an answer; None takes the config's.
         progress: called as `Progress.update` is, with the number of prompts answered and of tokens generated for them.
 
     Returns:
@@ -49,7 +64,7 @@ def generate(
     tokenizer = chat.tokenizer
     encoded = [chat.prompt_ids(prompt) for prompt in prompts]
     by_length = sorted((i for i in range(len(prompts)) if len(encoded[i]) < max_length), key=lambda i: len(encoded[i]))
-    answers = [[Response("", True)] * responses for _ in prompts]
+    answers = [[Response("", True, Verdict.OK)] * responses for _ in prompts]
     progress(len(prompts) - len(by_length))
 
     # These override the model's own generation config, in which a repetition penalty or a top_k would change the answers.
@@ -81,7 +96,7 @@ def generate(
             ids = ids[: max_length - len(encoded[index])]
             end = next((t for t, token in enumerate(ids) if token in ends), None)
             generated += len(ids) if end is None else end + 1
-            text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answers[index][row % responses] = Response(cast("str", text).strip(), end is not None)
+            text, verdict = said(chat, ids[:end], strip_reasoning=(reasoning or config.reasoning) == "strip")
+            answers[index][row % responses] = Response(text, end is not None, verdict)
         progress(len(batch), tokens=generated)
     return answers

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from profuser.alignment.types import KINDS
-from profuser.prepare.data import Row
+from profuser.prepare.data import Row, shared_prompts
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.votes import NOBODY, Ballots, Candidate
 from profuser.recipe.schedule import Mode
@@ -18,6 +18,12 @@ from profuser.store import layout
 from profuser.store.files import write_json
 from profuser.store.store import Store
 from profuser.text.fit import Verdict
+from profuser.text.template import conversation
+
+NO_SIGNAL = {"skip": "left out of inference mode", "ground_truth": "taught its ground truth in inference mode"}
+"""What becomes of a prompt without a signal, for every value of judging.no_signal."""
+MUCH_WITHOUT_SIGNAL = 0.2
+"""The share of prompts without a signal above which a warning is printed."""
 
 
 def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]) -> None:
@@ -42,28 +48,65 @@ def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Ma
         "min_ce_wins": count_wins(rows, min_ce_winners(shards, len(rows)), names),
         "vote_wins": {},
         "judges": {},
+        "abstentions": {},
+        "no_signal": None,
         "alignment": alignment_summary(shards, names),
         "handled": handled(inputs, store),
         "seconds": dict(seconds),
     }
-    # The vote, where there was one: each source's wins, and its share of every judge's first places.
+    # The vote, where there was one: each source's wins and its share of every judge's first places, and how often each judge
+    # abstained and nobody won.
     if ballots is not None:
         summary["vote_wins"] = count_wins(rows, [ballots.winning_source(e) for e in range(len(rows))], names)
+        judged = np.flatnonzero(ballots.eligible.sum(1) > 1)  # where there is something to prefer
         for r, judge in enumerate(inputs.recipe.judges):
-            shares = first_choices(ballots.scores[:, r])
+            of_judge = ballots.choices[:, r]
+            voted = np.asarray(of_judge.any(1))
+            shares = of_judge.sum(0) / max(1, voted.sum())
             summary["judges"][judge.name] = {
                 name: float(shares[ballots.places_of(source)].sum()) for source, name in enumerate(names)
             }
-        if unusable := sum(not c.eligible for of_prompt in ballots.candidates for c in of_prompt):
-            summary["handled"]["empty or unfinished response of a source, kept from the judges"] = unusable
+            summary["abstentions"][judge.name] = 1 - float(voted[judged].mean()) if len(judged) else 0.0
+        rule, reasons = inputs.recipe.judging.no_signal, ballots.no_signal()
+        summary["no_signal"] = {"prompts": sum(reasons.values()), "rule": rule, "reasons": reasons}
+        if reasons:
+            summary["handled"][f"prompt on which no judge preferred a response, {NO_SIGNAL[rule]}"] = sum(
+                reasons.values()
+            )
+        won = [e for e in range(len(rows)) if ballots.winning_source(e) != NOBODY]
+        if alone := sum(not ballots.preferred(e) for e in won):
+            summary["handled"]["prompt with one finished response, which won without a vote"] = alone
+        unusable = Counter(
+            c.left_out or "empty or unfinished response of a source, kept from the judges"
+            for of_prompt in ballots.candidates
+            for c in of_prompt
+            if not c.eligible
+        )
+        summary["handled"] |= unusable
     return summary
+
+
+def no_signal_warning(summary: Mapping[str, Any]) -> str:
+    """Returns the line that warns of a vote without votes; it is empty where the judges preferred a response often enough."""
+    found, examples = summary.get("no_signal"), summary["examples"]
+    if not found or found["prompts"] <= MUCH_WITHOUT_SIGNAL * examples:
+        return ""
+    reasons = ", ".join(f"{n} x {reason}" for reason, n in found["reasons"].items())
+    other = "use judges that tell responses apart" + (
+        ", or set judging.no_signal: ground_truth" if found["rule"] == "skip" else ""
+    )
+    return (
+        f"warning: on {found['prompts']} of {examples} training prompts no judge preferred a response ({reasons}); they are "
+        f"{NO_SIGNAL[found['rule']]}; {other}"
+    )
 
 
 def audit_table(inputs: Inputs, store: Store, ballots: Ballots | None) -> dict[str, list]:
     """Returns the columns of the audit table, which has one row per training prompt.
 
     They hold the texts, the winners, the votes and the scores. The last two, `chosen` and `rejected`, hold the vote as a
-    preference between two conversations, in the form that preference training uses.
+    preference between two conversations, in the form that preference training uses. Where no judge preferred the winner, both
+    are null.
     """
     # The ground truth and who won by Min-CE.
     rows, names = inputs.rows["train"], inputs.source_names
@@ -90,8 +133,8 @@ def audit_table(inputs: Inputs, store: Store, ballots: Ballots | None) -> dict[s
     winning = [ballots.winning_source(e) for e in range(len(rows))]
     table["vote_winner"] = [None if winner == NOBODY else names[winner] for winner in winning]
     table["chosen"] = [
-        None if winner == NOBODY else conversation(row["prompt"], ballots.winning_text(e))
-        for e, (row, winner) in enumerate(zip(rows, winning))
+        conversation(row["prompt"], ballots.winning_text(e)) if ballots.preferred(e) else None
+        for e, row in enumerate(rows)
     ]
     losers = [loser(*of_prompt) for of_prompt in zip(ballots.candidates, ballots.votes, ballots.winner)]
     table["rejected"] = [
@@ -128,18 +171,6 @@ def count_wins(rows: Sequence[Row], winners: Sequence[int], names: Sequence[str]
     return {skill: dict(counter) for skill, counter in wins.items()}
 
 
-def first_choices(scores: np.ndarray) -> np.ndarray:
-    """Returns the share of one judge's first places that each candidate got, (C,), from the judge's scores, (E, C).
-
-    A first place is divided among equal candidates. An example in which all scores are equal does not count.
-    """
-    shown = np.where(np.isnan(scores), -np.inf, scores)
-    best = shown == shown.max(1, keepdims=True)
-    best &= np.isfinite(shown)
-    counted = best.any(1) & (best != np.isfinite(shown)).any(1)
-    return (best[counted] / best[counted].sum(1, keepdims=True)).sum(0) / max(1, counted.sum())
-
-
 def alignment_summary(
     shards: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -166,7 +197,7 @@ def alignment_summary(
 
 
 def handled(inputs: Inputs, store: Store) -> dict[str, int]:
-    """Counts the texts of all splits that were skipped, cut or kept as text. One that several sources skip counts once."""
+    """Counts what is odd about the texts of all splits, and what became of them. One that several sources skip counts once."""
     counts: Counter[str] = Counter()
     names = inputs.source_names
     for split, rows in inputs.rows.items():
@@ -184,6 +215,9 @@ def handled(inputs: Inputs, store: Store) -> dict[str, int]:
                 counts["over-long response, cut without an end of turn"] += int(cut.any(0).sum())
 
         # What the data itself shows.
+        if split != "train":
+            name = {"heldout": "held-out"}.get(split, split)
+            counts[f"{name} prompt that is trained on as well, kept"] += shared_prompts(rows, inputs.rows["train"])
         counts["empty prompt, kept"] += sum(not row["prompt"].strip() for row in rows)
         held = [chat.token_bytes.has_control for chat in (inputs.target, *inputs.chats.values())]
         counts["control token spelt out in a text, kept as text"] += sum(
@@ -192,14 +226,9 @@ def handled(inputs: Inputs, store: Store) -> dict[str, int]:
     return {name: n for name, n in counts.items() if n}
 
 
-def conversation(prompt: str, response: str) -> list[dict[str, str]]:
-    """Returns a prompt and a response as the two messages of a conversation."""
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-
-
 def loser(candidates: Sequence[Candidate], votes: np.ndarray, winner: int) -> Candidate | None:
     """Returns the eligible candidate with the fewest votes whose text is not the winner's; None where there is none."""
     others = [
-        c for c, (text, ok) in enumerate(candidates) if ok and winner != NOBODY and text != candidates[winner].text
+        c for c, (text, ok, _) in enumerate(candidates) if ok and winner != NOBODY and text != candidates[winner].text
     ]
     return candidates[min(others, key=lambda c: (votes[c], c))] if others else None

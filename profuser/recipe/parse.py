@@ -1,30 +1,32 @@
 """Reads a recipe from a YAML file, with single keys set on the command line. jsonargparse does the parsing.
 
-Whatever jsonargparse finds wrong is reported in one line. An unknown key is an error, and its message lists the known keys.
+Whatever is wrong is reported in one line. `keys.py` looks for unknown keys and wrong types first, because its messages name the
+key that is meant.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import jsonargparse
 import yaml
 
-from profuser.errors import ConfigError
-from profuser.recipe import schema
+from profuser.errors import ConfigError, first_line
+from profuser.recipe.keys import Argument, argument_mistake, mistake
 from profuser.recipe.places import DEFAULT_RECIPE
-from profuser.recipe.schema import SCHEDULES, Recipe
+from profuser.recipe.schema import Recipe
+from profuser.recipe.utf8 import read_utf8
 
 # `--help` prints the texts under the fields of the recipe's dataclasses.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-RENAMED_KEYS = {"infer_weight": "inference_weight", "train_weight": "training_weight"}
-"""Keys by their old names, each with its present name."""
+PRINT = "print_config"
+"""jsonargparse's own switch, which prints the recipe with all its defaults."""
 
 
 @dataclass(kw_only=True)
@@ -68,32 +70,35 @@ def parse_run(
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     parser.add_class_arguments(Recipe, None, as_group=False)
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
 
-    # Find the recipe's path, given as `--config PATH` or `--config=PATH`. The run is named after it.
-    argv = list(argv)
-    config = next(
-        (
-            argument.split("=", 1)[1] if "=" in argument else following
-            for argument, following in zip(argv, [*argv[1:], ""])
-            if argument.split("=")[0] == "--config"
-        ),
-        None,
-    )
-    if argv and not argv[0].startswith("-"):
-        raise ConfigError(f"a recipe is given as --config {argv[0]}, got {argv[0]} alone; add --config")
-    if config is None:
-        config, argv = str(DEFAULT_RECIPE), ["--config", str(DEFAULT_RECIPE), *argv]
+    # Look for what no recipe may say, in the recipe and behind it. The run is named after the first recipe.
+    given = list(_arguments(argv, flags))
+    configs = [value for name, value in given if name == "config"]
+    if not configs:
+        configs, given = [str(DEFAULT_RECIPE)], [("config", Argument(DEFAULT_RECIPE)), *given]
+    hint = f" (recipe: {configs[0]}; `--help` lists every key)"
+    words = []
+    for name, value in given:
+        if name == "config":
+            value = _checked_recipe(value or "", hint)  # jsonargparse gets the text, so that the file is read only once
+        elif name in flags and value is not None:
+            raise ConfigError(f"--{name} must stand alone, got the value {value}; leave it out")
+        elif name not in (*flags, PRINT) and (wrong := argument_mistake(name, value, ["config", *flags])):
+            raise ConfigError(wrong + hint)
+        words.append(f"--{name}" if value is None else f"--{name}={value}")
 
-    # Parse and check. jsonargparse raises AttributeError for a group of keys that is not a mapping.
+    # Parse and check. What jsonargparse finds wrong now has not been looked for above.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            namespace = parser.instantiate(parser.parse_args(argv))
+            namespace = parser.instantiate(parser.parse_args(words))
     except (jsonargparse.ArgumentError, TypeError, AttributeError) as error:
-        raise ConfigError(_one_line(str(error), config)) from None
+        raise ConfigError(_one_line(error) + hint) from None
     return Run(
         recipe=_recipe(namespace),
-        name=Path(config).stem,
+        name=Path(configs[0] or "").stem,
         options={flag: getattr(namespace, flag.replace("-", "_")) for flag in flags},
     )
 
@@ -104,13 +109,68 @@ def load_recipe(record: dict[str, Any]) -> Recipe:
     Raises:
         ConfigError: for the same reasons as in `parse_run`.
     """
+    if wrong := mistake(record, Recipe):
+        raise ConfigError(f"{wrong} (recipe: run.json)")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, None, as_group=False)
     try:
         namespace = parser.instantiate(parser.parse_object(record))
-    except jsonargparse.ArgumentError as error:
-        raise ConfigError(_one_line(str(error), "run.json")) from None
+    except (jsonargparse.ArgumentError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{_one_line(error)} (recipe: run.json)") from None
     return _recipe(namespace)
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Loads YAML and refuses a key that stands twice in one mapping, of which PyYAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for n, key in enumerate(keys):
+            if any(key.value == other.value for other in keys[:n]):
+                problem = f"the key {key.value} a second time in one mapping"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _arguments(argv: Sequence[str], flags: Collection[str]) -> Iterator[tuple[str, Argument | None]]:
+    """Yields the arguments of a command line, written `--name value` or `--name=value`. A switch has no value."""
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(
+                f"an argument must be --config RECIPE or --KEY VALUE, got {word}; write --config {word} if it is a recipe, "
+                "and a list as '[a, b]'"
+            )
+        name, equals, value = word[2:].partition("=")
+        if equals:
+            yield name, Argument(value)
+        else:
+            alone = name in (*flags, PRINT) or not waiting or waiting[0].startswith("--")
+            yield name, None if alone else Argument(waiting.pop(0))
+
+
+def _checked_recipe(config: str, hint: str) -> Argument:
+    """Reads the file of a recipe and returns its text, in which every key is known and every value has its type."""
+    try:
+        text = read_utf8(Path(config))
+    except OSError:
+        raise ConfigError(f"--config must be an existing recipe, got {config}; fix the path") from None
+    except ValueError as error:
+        raise ConfigError(f"the recipe {config} must be UTF-8, {error}") from None
+    try:
+        content = yaml.load(text, _OnceLoader)
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML raises a ValueError for a date that there is not
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise ConfigError(f"the recipe {config} must be YAML, got: {reason}{where}; fix it there") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ConfigError(f"a recipe must be a mapping of keys such as sources and target, got {kind}{hint}")
+    if wrong := mistake(content, Recipe):
+        raise ConfigError(wrong + hint)
+    return Argument(text)
 
 
 def _recipe(namespace: Any) -> Recipe:
@@ -118,66 +178,11 @@ def _recipe(namespace: Any) -> Recipe:
     return Recipe(**{f.name: getattr(namespace, f.name) for f in fields(Recipe)})
 
 
-def _one_line(message: str, config: str) -> str:
-    """Turns jsonargparse's message into one line that gives the rule, the value and the fix."""
-    hint = f" (recipe: {config}; `--help` lists every key)"
-    # Where the file or a group is not a mapping at all, jsonargparse's message would not say so.
-    if wrong := _no_mapping(config):
-        return wrong + hint
-
-    # The parts of the message: the key that it is about, the value that was given, and the types that would be right.
-    key = found[1] if (found := re.match(r'Parser key "([^"]+)"', message)) else None
-    value = re.split(r"(?:Given|Got) value: ", message)[-1].strip()
-    types = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
-    message = "; ".join(line.strip() for line in message.splitlines() if line.strip())
-
-    # One branch for each kind of mistake. A message of any other kind stays as it is.
-    in_list = re.search(r"class_path 'profuser\.recipe\.schema\.(\w+)'.*Option '(\w+)' is not accepted", message)
-    if in_list:
-        message = _unknown_key(in_list[2], f"an entry of {key}", getattr(schema, in_list[1]))
-    elif key == "schedule":
-        message = f"schedule must be one of {', '.join(SCHEDULES)} or a list of stages, got {value}"
-    elif key == "config":
-        return f"--config must be an existing recipe, got {config}; fix the path"
-    elif key and types:
-        message = f"{key} must be {' or '.join(t.replace('NoneType', 'null') for t in types)}, got {value}"
-    elif found := re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
-        message = _unknown_dotted_key(found[1])
-    elif found := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
-        message = _unknown_dotted_key(f"{found[1]}.{found[2]}")
-    elif found := re.match(r"Option '([^']+)' is not accepted", message):
-        message = _unknown_dotted_key(found[1])
-    elif found := re.match(r"Problems parsing config: (.*)", message):
-        reason = re.sub(r" in \"<unicode string>\",", "", found[1])
-        message = f"the recipe must be YAML, got: {reason}"
-    return message + hint
-
-
-def _no_mapping(config: str) -> str | None:
-    """Says what is wrong with a recipe, or a group of its keys, that is not a mapping; None where all of them are."""
-    try:
-        content = yaml.safe_load(Path(config).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    if not isinstance(content, dict):
-        return f"a recipe must be a mapping of keys such as sources and target, got {type(content).__name__}"
-    groups = [name for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind) and name in content]
-    wrong = [name for name in groups if not isinstance(content[name], dict)]
-    return f"{wrong[0]} must be a mapping of its keys, got {content[wrong[0]]!r}" if wrong else None
-
-
-def _unknown_dotted_key(key: str) -> str:
-    """The message for an unknown dotted key. It finds the dataclass of the key's group, whose fields are the known keys."""
-    group, _, name = key.rpartition(".")
-    config: Any = Recipe
-    for part in group.split(".") if group else ():
-        config = get_type_hints(config).get(part, Recipe)
-    return _unknown_key(name, group or "the recipe", config, () if group else ("config",))
-
-
-def _unknown_key(name: str, where: str, config: Any, others: Sequence[str] = ()) -> str:
-    """The message for a key that the dataclass `config` does not have; `others` are known keys beside its fields."""
-    if name in RENAMED_KEYS:
-        return f"{name} is now called {RENAMED_KEYS[name]}; rename it in {where}"
-    known = ", ".join([*others, *(f.name for f in fields(config))]) if is_dataclass(config) else ""
-    return f"a key of {where} must be one of {known}; got {name}"
+def _one_line(error: Exception) -> str:
+    """Turns jsonargparse's message into one line."""
+    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if found := re.match(r"the following arguments are required: (.*)", message):
+        return f"a recipe must have the keys {found[1]}, it lacks them; add them"
+    if found := re.match(r"Parser key \"(\w+)\":; Unable to load config '(.*?)'", message):
+        return f"{found[1]} must be a mapping of its keys, or a file that holds one, got {found[2]}; fix it"
+    return message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +16,24 @@ DEFAULT_RECIPE = RECIPES_DIR / "demo.yaml"
 BUNDLED_PREFIX = "demo:"
 """`demo:NAME` in a recipe stands for a file or folder of the bundled demo, wherever profuser is installed."""
 
-FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".gguf"}
-"""A name with one of these endings is always taken for a file, never for a Hub id."""
+FILE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gguf"}
+"""A name with one of these endings, in small or capital letters, is always taken for a file, never for a Hub id."""
+
+COMPRESSIONS = {".gz", ".bz2", ".zst"}
+"""Endings that may follow one of a data file: those of the compressions that pyarrow recognises by them."""
 
 
 def is_path(location: str) -> bool:
     """Whether the place of a model or data set is a local path, which is then never looked up on the Hub."""
     looks_local = location.startswith((BUNDLED_PREFIX, "/", ".", "~")) or location.count("/") > 1 or "\\" in location
     in_folder = "/" in location and Path(location).parent.is_dir()
-    return looks_local or in_folder or Path(location).suffix in FILE_SUFFIXES or Path(location).exists()
+    return looks_local or in_folder or file_suffix(location) in FILE_SUFFIXES or Path(location).exists()
+
+
+def file_suffix(location: str) -> str:
+    """Returns the ending that says what a file holds, in small letters: .jsonl for train.JSONL and for train.jsonl.gz."""
+    path = Path(location.lower())
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
 
 
 def resolve(location: str) -> str:
@@ -50,10 +60,19 @@ def load_function(path: str, key: str) -> Callable:
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # the module may be the user's own, which may raise anything when it is imported
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the module may be the user's own, which may raise anything when it is imported
+        fix = "fix the module"
+        if module in sys.modules or not all(part.isidentifier() for part in module.split(".")):
+            fix = "fix the name"
+        elif isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            fix = "fix the name, or run where the module lies (or set PYTHONPATH)"
+        elif isinstance(error, ModuleNotFoundError):
+            fix = f"install {error.name}, which the module imports, or fix the module"
         raise ConfigError(
-            f"{key} must be an importable module:function, got {path!r} ({first_line(error)}); fix the name, or run where the "
-            "module lies (or set PYTHONPATH)"
+            f"{key} must be an importable module:function, got {path!r} ({first_line(error)}); {fix}"
         ) from None
     if not callable(function):
         raise ConfigError(f"{key} must be a function, got {path!r}, a {type(function).__name__}; fix the name")

@@ -57,15 +57,21 @@ class Group:
         ]
 
 
-def groups() -> Iterator[Group]:
-    """Yields the top level of a recipe, then the groups in it. A group that is an entry of a list has `[]` in its place."""
-    yield Group("", Recipe)
-    for name, kind in get_type_hints(Recipe).items():
+def groups(place: str = "", config: type = Recipe) -> Iterator[Group]:
+    """Yields a group, by default the top level of a recipe, then the groups in it.
+
+    A group that is an entry of a list has `[]` in its place. One that stands in several places, as the location of a split
+    does, is described in the first of them.
+    """
+    yield Group(place, config)
+    described = set()
+    for name, kind in get_type_hints(config).items():
         for part in get_args(kind) if get_origin(kind) in UNIONS else (kind,):
-            if get_origin(part) is list and is_dataclass(element := get_args(part)[0]):
-                yield Group(f"{name}[]", element)
-            elif is_dataclass(part):
-                yield Group(name, part)
+            in_list = get_origin(part) is list
+            inner = get_args(part)[0] if in_list else part
+            if is_dataclass(inner) and inner not in described:
+                described.add(inner)
+                yield from groups(f"{place}.{name}".lstrip(".") + "[]" * in_list, inner)
 
 
 def texts_of(config: type) -> dict[str, str]:

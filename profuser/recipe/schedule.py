@@ -86,7 +86,8 @@ def plan(recipe: Recipe, instructions: int) -> list[Stage]:
     bounds = [round(total * sum(c.share for c in configs[:i]) / whole) for i in range(len(configs) + 1)]
     if empty := [i for i, (first, stop) in enumerate(pairwise(bounds), start=1) if first == stop]:
         raise ConfigError(
-            f"every stage needs at least one step, stage {empty[0]} of {len(configs)} has none of {total}; raise optim.steps"
+            f"every stage needs at least one step, stage {empty[0]} of {len(configs)} has none of {total}; raise "
+            f"optim.{'steps' if optim.steps else 'epochs'}, or the stage's share"
         )
     return [
         Stage(

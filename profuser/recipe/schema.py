@@ -7,6 +7,7 @@ a recipe from YAML and the command line; `schedule.py` defines the named schedul
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ from profuser.recipe.places import is_path
 
 ScheduleName = Literal["progressive", "simultaneous", "reverse", "fusellm", "sft"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+
+Reasoning = Literal["keep", "strip"]
 
 Split = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -33,7 +36,7 @@ def check_positive(group: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 < value < LARGEST:
-            raise ConfigError(f"{group}.{name} must be > 0 and finite, got {value}; set a positive number")
+            raise ConfigError(f"{group}.{name} must be > 0 and < 2**63, got {value}; set a positive number")
 
 
 def check_not_negative(group: str, config: object, *names: str) -> None:
@@ -54,6 +57,14 @@ def check_names(key: str, names: Sequence[str]) -> None:
         raise ConfigError(f"{key}: names must differ, got {twice[0]!r} twice; rename one")
 
 
+def check_date(key: str, value: str) -> None:
+    """Raises ConfigError unless the value is a date."""
+    try:
+        datetime.date.fromisoformat(value)
+    except ValueError:
+        raise ConfigError(f"{key} must be a date such as 2026-07-31, got {value!r}; fix it or take it out") from None
+
+
 @dataclass(kw_only=True)
 class SourceConfig:
     """One source, a model that is fused."""
@@ -68,17 +79,45 @@ class SourceConfig:
     """A Jinja chat template, or the path of a .jinja file. It is needed where the tokenizer has none, and replaces one it has."""
     trust_remote_code: bool = False
     """Whether Python code from the model's repository may be run."""
+    reasoning: Reasoning | None = None
+    """What becomes of the reasoning before this source's answers; null takes generation.reasoning."""
+
+
+@dataclass(kw_only=True)
+class DataLocation:
+    """Where the examples of a split are: `train`, and `heldout` and `validation` alike.
+
+    A folder or Hub data set may have several configurations and splits of its own. Where nothing but the path is to be said, it
+    stands alone: `train: data.jsonl`.
+    """
+
+    path: str
+    """The file, the folder, or the id of the Hub data set."""
+    config: str | None = None
+    """The configuration of the folder or data set. It is needed where there are several and none is its default."""
+    split: str | None = None
+    """The split of the folder or data set. null takes its only split, or the one with the recipe's name for the split."""
+
+    def __str__(self) -> str:
+        details = ", ".join(
+            f"{key} {value}" for key in ("config", "split") if (value := getattr(self, key)) is not None
+        )
+        return f"{self.path} ({details})" if details else self.path
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Prompts with their ground truth. Each location is a JSONL, JSON, CSV or Parquet file, or the id of a Hub data set."""
+    """Prompts with their ground truth, in JSONL, JSON, CSV, TSV, Parquet or Arrow files, compressed or not.
 
-    train: str
+    Each split is a file, a folder of such files or the id of a Hub data set, or a mapping that also names a configuration and
+    a split: `heldout: { path: org/set, config: main, split: test }`.
+    """
+
+    train: str | DataLocation
     """The examples that the target is trained on."""
-    heldout: str | None = None
+    heldout: str | DataLocation | None = None
     """Examples that are used for the final scores only. Without them nothing is scored."""
-    validation: str | None = None
+    validation: str | DataLocation | None = None
     """Examples on which CE and KD are measured during training. The held-out examples are not used for that."""
     prompt_column: str = "prompt"
     """The column that holds the prompts."""
@@ -93,10 +132,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_positive("data", self, "max_length", "limit")
+        # A mapping that says nothing but the path is the path, so that two recipes do not differ in how they say it.
+        for split in SPLITS:
+            location = getattr(self, split)
+            if isinstance(location, DataLocation) and location.config is None and location.split is None:
+                setattr(self, split, location.path)
 
-    def location(self, split: Split) -> str | None:
-        """Returns the file or data set of a split; None where the recipe has no such split."""
-        return getattr(self, split)
+    def location(self, split: Split) -> DataLocation | None:
+        """Returns where the examples of a split are; None where the recipe has no such split."""
+        location = getattr(self, split)
+        return DataLocation(path=location) if isinstance(location, str) else location
 
 
 @dataclass(kw_only=True)
@@ -113,6 +158,8 @@ class GenerationConfig:
     """Only the most probable tokens are sampled from, until they hold this share of the probability; 1 keeps all tokens."""
     batch_size: int = 16
     """How many prompts are answered at a time."""
+    reasoning: Reasoning = "keep"
+    """Whether the reasoning that a model writes before its answer (a think block, another channel) is a part of its response."""
 
     def __post_init__(self) -> None:
         check_positive("generation", self, "max_new_tokens", "batch_size", "responses_per_source", "top_p")
@@ -136,10 +183,30 @@ class JudgeConfig:
     """The directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME for a bundled one."""
     function: str | None = None
     """A function as `module:function`. `function(example, responses)` returns one score per response, NaN to abstain."""
+    chat_template: str | None = None
+    """A Jinja chat template, or the path of a .jinja file, for a reward model whose tokenizer has none, or to replace its own."""
+    floor: float | None = None
+    """A response that this judge scores below its floor cannot win, whatever the other judges say; null sets none."""
     batch_size: int = 32
     """How many responses a reward model scores at a time."""
     trust_remote_code: bool = False
     """Whether Python code from the model's repository may be run."""
+
+    def __post_init__(self) -> None:
+        if self.floor is not None and not math.isfinite(self.floor):
+            raise ConfigError(f"judges: {self.name}: floor must be finite, got {self.floor:g}; null sets none")
+        if self.chat_template is not None and self.model is None:
+            raise ConfigError(
+                f"judges: {self.name}: chat_template is for a reward model, a function has none; take it out"
+            )
+
+
+@dataclass(kw_only=True)
+class JudgingConfig:
+    """What the votes of the judges lead to."""
+
+    no_signal: Literal["skip", "ground_truth"] = "skip"
+    """What inference mode teaches on a prompt where no judge prefers any response: nothing, or the ground truth as in training mode."""
 
 
 @dataclass(kw_only=True)
@@ -299,6 +366,7 @@ class Recipe:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     judges: list[JudgeConfig] = field(default_factory=list)
     """The judges that vote in the inference mode. Without any, the schedule must not use that mode."""
+    judging: JudgingConfig = field(default_factory=JudgingConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     schedule: ScheduleName | list[StageConfig] = "progressive"
@@ -311,6 +379,8 @@ class Recipe:
     """The run directory; null means runs/NAME with the recipe's name."""
     seed: int = 0
     """The seed of everything random: the order of the data, and the responses that are sampled."""
+    date: str | None = None
+    """The date, as 2026-07-31, that chat templates get which write one; null means the day on which the store is begun."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
@@ -332,6 +402,8 @@ class Recipe:
             if (judge.model is None) == (judge.function is None):
                 raise ConfigError(f"judges: {judge.name} must have either model or function; set exactly one")
         check_not_negative("", self, "seed")
+        if self.date is not None:
+            check_date("date", self.date)
         if isinstance(self.schedule, list):
             if not self.schedule:
                 raise ConfigError(f"schedule must have at least one stage, got []; name one of {', '.join(SCHEDULES)}")
@@ -343,6 +415,10 @@ class Recipe:
         """The target's model: the source of that name or, where there is none, the model that `target` itself is."""
         by_name = {source.name: source for source in self.sources}
         return by_name.get(self.target) or SourceConfig(name="target", model=self.target)
+
+    def reasoning_of(self, source: SourceConfig) -> Reasoning:
+        """What becomes of the reasoning before a model's answers."""
+        return source.reasoning or self.generation.reasoning
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole recipe as nested plain values, defaults included."""

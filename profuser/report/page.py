@@ -262,6 +262,8 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
         bits=[(model, values) for model, values in bits_of if values],
         wins={"min_ce": min_ce, "vote": vote},
         judges=summary.get("judges") or {},
+        abstentions=summary.get("abstentions") or {},
+        no_signal=summary.get("no_signal") or {"prompts": 0},
         alignment=alignment,
         heldout={key: evaluation.get(key) for key in ("ce", "kd")},
         curves=figures.curves_caption(metrics) if metrics.training or metrics.validation else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from datetime import datetime
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -41,12 +42,20 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
+def open_to_umask(paths: Iterable[Path]) -> None:
+    """Gives files the mode that the process's umask asks for. safetensors writes files that only their owner can read (0600)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path, *keys: str, fix: str = "restore it or start over with --fresh") -> Any:
+def read_json(path: Path, *keys: str, fix: str = "restore it") -> Any:
     """Reads a JSON file. If `keys` are given, the file must hold an object in which each of them has a value.
 
     Raises:

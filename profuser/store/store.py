@@ -15,6 +15,7 @@ store: `changes` only compares the settings, and `Store.build`, which profuser.p
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from profuser.recipe.compare import differing_keys
 from profuser.store.files import header_length, mapped, read_json, sha256, tensors_of, write_atomic, write_json
 from profuser.store.layout import Kind, kind_of
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST_KEYS = ("schema", "settings", "shards", "complete")
 
 
@@ -39,7 +40,8 @@ class StoreSettings:
     """The settings that decide the content of each layer of a store.
 
     sources: the models, their templates, the data, and how responses are generated and captured.
-    votes: `asked` lists the names of the judges in their order, and `judges` says what each of them is.
+    votes: `asked` lists the names of the judges in their order, and `judges` says what each of them is. Whatever else is there
+        belongs to the rule of the vote, which may change without any judge being asked again.
     targets: how the captures are aligned.
     """
 
@@ -55,7 +57,7 @@ class Changes:
     foreign: the differing keys of the sources' layer that stand for a model's files or its chat template.
     sources: the other differing keys of the sources' layer.
     judges: the names of the judges that have become others, by their weights or their code.
-    asked: whether the list of judges, or their order, is another one.
+    asked: whether the list of judges, their order or the rule of the vote is another one.
     targets: the differing keys of the targets' layer.
     """
 
@@ -77,6 +79,10 @@ class Changes:
                 f"store {directory} was captured with other settings ({', '.join(self.sources)} differ); give another "
                 "--store, undo the change, or start over with `python -m profuser.prepare --fresh` and this recipe"
             )
+
+    def __bool__(self) -> bool:
+        """Whether there is any change."""
+        return bool(self.foreign or self.sources or self.vote or self.targets)
 
     @property
     def vote(self) -> bool:
@@ -130,8 +136,26 @@ class Store:
         return store
 
     @classmethod
+    def finished(cls, directory: Path, settings: StoreSettings) -> Store | None:
+        """Opens a store in which nothing is to be made for these settings: it is complete, and every file is what was written.
+
+        Otherwise this returns None. It changes nothing.
+
+        Raises:
+            DataError: the directory holds something else than a store, or a broken one.
+        """
+        check_place(directory)
+        if not (directory / "manifest.json").exists():
+            return None
+        store = cls(directory, read_manifest(directory))
+        made = store.complete and (directory / "summary.json").exists() and not store.changes(settings)
+        return store if made and not store.damaged() else None
+
+    @classmethod
     def build(cls, directory: Path, settings: StoreSettings) -> Store:
         """Begins a store, or opens one to go on with it. Shards that `settings` make obsolete are dropped, and this is printed.
+
+        The caller must hold the directory (profuser.store.lease), because this and what follows changes it.
 
         Raises:
             ConfigError: the sources' captures or responses were made with other settings.
@@ -139,12 +163,8 @@ class Store:
                 directory holds something else.
         """
         # Begin a store in an empty directory.
+        check_place(directory)
         if not (directory / "manifest.json").exists():
-            if directory.exists() and any(p for p in directory.iterdir() if not p.name.startswith(".")):
-                raise DataError(
-                    f"store must be a profuser store or an empty directory, got {directory} without manifest.json; "
-                    "give another --store"
-                )
             store = cls(
                 directory, {"schema": SCHEMA_VERSION, "settings": asdict(settings), "shards": {}, "complete": False}
             )
@@ -156,8 +176,9 @@ class Store:
         changes = store.changes(settings)
         changes.check(directory)
         if changes.vote:
+            same = not changes.judges and store.settings.votes["asked"] == settings.votes["asked"]
             names = ", ".join(changes.judges or settings.votes["asked"] or ["none"])
-            print(f"store: judges changed ({names}): voting again", flush=True)
+            print(f"store: {'the vote' if same else 'judges'} changed ({names}): voting again", flush=True)
         elif changes.targets:
             keys = ", ".join(changes.targets)
             print(f"store: {keys} changed: aligning again from the captures that are there", flush=True)
@@ -183,9 +204,14 @@ class Store:
             foreign=foreign,
             sources=[key for key in keys if key not in foreign],
             judges=[name for name, judge in settings.votes["judges"].items() if known.get(name, judge) != judge],
-            asked=old.votes["asked"] != settings.votes["asked"],
+            asked=any(key.partition(".")[0] != "judges" for key in differing_keys(old.votes, settings.votes)),
             targets=differing_keys(old.targets, settings.targets),
         )
+
+    @property
+    def date(self) -> datetime.date:
+        """The date that chat templates got when the store was made, and get wherever it is used."""
+        return datetime.date.fromisoformat(self.settings.sources["date"])
 
     @property
     def complete(self) -> bool:
@@ -195,7 +221,8 @@ class Store:
     @property
     def summary(self) -> dict[str, Any]:
         """The content of summary.json, which says what the preparation found (profuser.prepare.summary)."""
-        return read_json(self.directory / "summary.json")
+        fix = "delete it, and `python -m profuser.prepare` with the recipe writes it again"
+        return read_json(self.directory / "summary.json", fix=fix)
 
     def handled(self) -> str:
         """Returns one line that says which texts were skipped, cut or kept as text; it is empty where there were none."""
@@ -350,13 +377,34 @@ class Store:
         write_json(self.directory / "manifest.json", self._manifest)
 
 
+def differing_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns the names of the settings in which two StoreSettings differ, in the words of the recipe. Both come as dicts."""
+    targets = differing_keys(old["targets"], new["targets"])
+    return [
+        *differing_keys(old["sources"], new["sources"]),
+        *(key.replace("asked", "judges") for key in differing_keys(old["votes"], new["votes"])),
+        *(key if "." in key else f"align.{key}" for key in targets),
+    ]
+
+
+def check_place(directory: Path) -> None:
+    """Raises DataError if a directory holds something else than a store. Hidden files may be there."""
+    if (directory / "manifest.json").exists() or not directory.exists():
+        return
+    if any(path for path in directory.iterdir() if not path.name.startswith(".")):
+        raise DataError(
+            f"store must be a profuser store or an empty directory, got {directory} without manifest.json; give another --store"
+        )
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Reads a store's manifest.
 
     Raises:
         DataError: the manifest is missing, broken or of another schema, or it lists something that is not a shard.
     """
-    manifest = read_json(directory / "manifest.json", *MANIFEST_KEYS)
+    fix = "give the directory of a store, restore it, or start over with `python -m profuser.prepare --fresh` and the recipe"
+    manifest = read_json(directory / "manifest.json", *MANIFEST_KEYS, fix=fix)
     if manifest["schema"] != SCHEMA_VERSION:
         raise DataError(
             f"store {directory} has schema {manifest['schema']}, this version reads {SCHEMA_VERSION}; "

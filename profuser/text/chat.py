@@ -1,28 +1,31 @@
 """Conversations through a model's own chat template, with the response located exactly in bytes.
 
-The template is rendered once with sentinels in place of the prompt and the response. The text around the sentinels is the
+The template is rendered with sentinels in place of the prompt and the response. The text around the sentinels is the
 frame. A conversation is the frame with the real texts in it. It is tokenised as a whole, so that its ids are those that the
 model sees, with merges across the seams: in `[/INST] answer` the response begins with one token ` answer`, at byte -1 of
 the response. If a text contains the string of a control token, this string stays plain text, and only the template's own
 control tokens are control tokens. The end of turn is found by its role and not by its string. The template's bytes between
 the response and the end of turn are part of no label, and what follows the end of turn is dropped.
 
-Two things are left out on purpose. There is only one turn. And of what a template does to the texts, only the stripping of
-the prompt is repeated (some templates also cut the reasoning out of a response). The response is compared byte by byte, so
-it is always put in as it is.
+Conversations of several turns are in `turns.py`. Left out on purpose is what a template does to a prompt and a response, but
+for the stripping of the prompt (some templates also cut the reasoning out of a response). The response is compared byte by
+byte, so it is always put in as it is. If it begins with reasoning, an empty block of reasoning does not stand before it
+(`reasoning.py`).
 """
 
 from __future__ import annotations
 
+import datetime
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
-
-from jinja2 import TemplateError
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from profuser.errors import DataError
-from profuser.text.encoded import Encoded
+from profuser.text.encoded import Encoded, encode_response
+from profuser.text.reasoning import opening_of
+from profuser.text.template import FIX_IN_RECIPE, ChatTemplate, conversation
 from profuser.text.token_bytes import TokenBytes
+from profuser.text.turns import around_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,26 +43,32 @@ class ChatFormat:
         tokenizer: a Hugging Face tokenizer with a `tokenizers` backend and a chat template.
         end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`. None means the tokenizer's eos.
             The first control token that the template puts after a response has the role, too.
+        date: the date that the template gets; None means today.
+        fix: what to do about a template that does not fit, for messages.
     Attributes:
         end_ids: the ids with the role end of turn.
         end_id: the one of them with which the template closes the turn.
         closing: the template's bytes between a response and the end of turn (" " for Llama-2, usually none).
+        opening: how the template opens the assistant's turn, and what reasoning may stand there.
     Raises:
         DataError: there is no chat template, or the template does not show the prompt and the response once each, or it
             never ends the turn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int] | None = None):
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"a model needs a chat template, {name} has none; set `chat_template` for that source in the recipe"
-            )
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        end_ids: Sequence[int] | None = None,
+        date: datetime.date | None = None,
+        fix: str = FIX_IN_RECIPE,
+    ):
+        self.template = ChatTemplate(tokenizer, date=date, fix=fix)
+        name = self.template.name
         self.tokenizer = tokenizer
         known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)
         known = [i for i in known if i is not None]
         self.token_bytes = TokenBytes(tokenizer, control=known)
-        self._system = self._needs_system(name)
 
         # The frame, and whether the template strips the whitespace around a prompt.
         before, after, self._suffix = self._frame(name, PROMPT, RESPONSE)
@@ -68,6 +77,13 @@ class ChatFormat:
         self._strip_left = not padded_before.endswith(before + " \n")
         self._strip_right = not padded_after.startswith("\n " + after)
         self._generation = self._generation_frame(name)
+        self.opening = opening_of(
+            self.template,
+            finished=self._between,
+            generation=self._generation[1],
+            sentinels=(PROMPT, RESPONSE),
+            has_control=self.token_bytes.has_control,
+        )
 
         # The end of turn is the first control token after the response.
         ids = self.token_bytes.encode(before + PROMPT + after + RESPONSE + self._suffix)
@@ -78,7 +94,7 @@ class ChatFormat:
         if closing_id is None:
             raise DataError(
                 f"a chat template must close the assistant's turn with an end token, {name}'s ends in {self._suffix!r}; "
-                "set `chat_template` for that source in the recipe"
+                f"{self.template.fix}"
             )
         self.end_id: int = closing_id
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([*known, closing_id]))
@@ -103,86 +119,38 @@ class ChatFormat:
         Raises:
             TokenBytesMismatch: the tokens do not hold the response's bytes exactly (reason "normaliser" or "decoder").
         """
-        # Put the texts into the frame, and find the bytes of each. The prompt is used in the form that its tokens hold,
-        # because only the response must be kept byte by byte.
+        # The prompt is used in the form that its tokens hold, because only the response must be kept byte by byte.
         prompt = self.token_bytes.seen(self._prompt(prompt))
-        suffix = self._suffix if complete else ""
-        parts = [(self._before, False), (prompt, True), (self._between, False), (response, True), (suffix, False)]
-        text = "".join(part for part, _ in parts)
-        prompt_begin = len(self._before.encode())
-        prompt_end = prompt_begin + len(prompt.encode())
-        begin = prompt_end + len(self._between.encode())
-        end = begin + len(response.encode())
+        before = [(self._before, False), (prompt, True), (self.opening.before(response), False)]
+        return encode_response(self.token_bytes, before, response, self._suffix if complete else "", self.end_ids)
 
-        # Tokenise the whole. If a control token covers a byte of the prompt or of the response, tokenise again in parts, so
-        # that strings of control tokens in these texts stay plain text.
-        ids, words = self.token_bytes.encode_words(text)
-        spans = self.token_bytes.spans(ids, text)
-        specials = self.token_bytes.specials
-        if any(
-            i in specials and b < f and ((prompt_begin < f and b < prompt_end) or (begin < f and b < end))
-            for i, (b, f) in zip(ids, spans, strict=True)
-        ):
-            ids, words = self.token_bytes.encode_parts(parts)
-            spans = self.token_bytes.spans(ids, text)
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], *, complete: bool = True) -> Encoded:
+        """Tokenises a conversation of any number of turns, the last of which is the response.
 
-        # Find the tokens that hold the response's bytes. An empty response has none.
-        held = [n for n, (b, f) in enumerate(spans) if b < end and f > begin and b < f]
-        if held and begin < end:
-            start, stop = held[0], held[-1] + 1
-        else:
-            start = stop = next((n for n, (b, _) in enumerate(spans) if b >= begin), len(ids))
-        self.token_bytes.check_whole(ids[start:stop], spans[start:stop], text)
-        # Find the end of turn, and drop what follows it.
-        end_of_turn = next((n for n in range(stop, len(ids)) if ids[n] in self.end_ids), None) if complete else None
-        length = stop if end_of_turn is None else end_of_turn + 1
-        return Encoded(
-            input_ids=ids[:length],
-            spans=[(b - begin, f - begin) for b, f in spans[start:stop]],
-            start=start,
-            stop=stop,
-            end_of_turn=end_of_turn,
-            words=words[:length],
+        Args:
+            messages: as `apply_chat_template` takes them. The response must be in the form in which the template shows it.
+            complete: as in `encode`.
+        Raises:
+            DataError: the last message is no response, or the template does not render the messages or alters the response.
+            TokenBytesMismatch: as in `encode`.
+        """
+        before, response, after = around_response(
+            self.template, self.token_bytes, self.opening, messages, complete=complete
         )
+        return encode_response(self.token_bytes, before, response, after, self.end_ids)
 
     def _prompt(self, prompt: str) -> str:
         """The prompt without the whitespace that the template strips."""
         prompt = prompt.lstrip() if self._strip_left else prompt
         return prompt.rstrip() if self._strip_right else prompt
 
-    def _render(self, *turns: tuple[str, str], generation: bool = False, system: bool | None = None) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        if self._system if system is None else system:
-            messages.insert(0, {"role": "system", "content": ""})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        return cast("str", text)
-
-    def _needs_system(self, name: str) -> bool:
-        """Whether the template renders only with a system message. If so, an empty one is given to it."""
-        try:
-            self._render(("user", PROMPT), ("assistant", RESPONSE), system=False)
-            return False
-        except Exception as error:
-            # A template's own refusals are TemplateErrors, but its code may raise anything.
-            if not isinstance(error, TemplateError):
-                raise DataError(
-                    f"{name}'s chat template must render, it raised {type(error).__name__}: {error}; fix it"
-                ) from None
-            try:
-                self._render(("user", PROMPT), ("assistant", RESPONSE), system=True)
-                return True
-            except TemplateError:
-                raise DataError(
-                    f"{name}'s chat template must render a user and an assistant message, got: {error}"
-                ) from error
-
     def _frame(self, name: str, prompt: str, response: str) -> tuple[str, str, str]:
         """The template's text before the prompt, between the prompt and the response, and after the response."""
-        text = self._render(("user", prompt), ("assistant", response))
+        text = self.template.text(conversation(prompt, response))
         if text.count(PROMPT) != 1 or text.count(RESPONSE) != 1 or text.index(PROMPT) > text.index(RESPONSE):
             raise DataError(
                 f"a chat template must show the prompt and then the response once each, {name}'s renders {text!r}; "
-                "set `chat_template` for that source in the recipe"
+                f"{self.template.fix}"
             )
         before, rest = text.split(PROMPT)
         between, after = rest.split(RESPONSE)
@@ -190,13 +158,14 @@ class ChatFormat:
 
     def _generation_frame(self, name: str) -> tuple[str, str]:
         """The text around the prompt when the response is still to come."""
-        text = self._render(("user", PROMPT), generation=True)
+        user = [{"role": "user", "content": PROMPT}]
+        text = self.template.text(user, generation=True)
         if text.count(PROMPT) != 1:
             raise DataError(
-                f"a chat template must show the prompt once, {name}'s renders {text!r}; set `chat_template` for that source"
+                f"a chat template must show the prompt once, {name}'s renders {text!r}; {self.template.fix}"
             )
         before, after = text.split(PROMPT)
-        if text == self._render(("user", PROMPT)) and self._between.rstrip() != after.rstrip():
+        if text == self.template.text(user) and self._between.rstrip() != after.rstrip():
             # The template ignores add_generation_prompt.
             after = self._between.rstrip(" ")
         if before != self._before or not self._between.startswith(after.rstrip()):

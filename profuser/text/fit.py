@@ -24,6 +24,9 @@ class Verdict(IntEnum):
     NORMALISER = 3
     DECODER = 4
     NOT_WINNER = 5
+    CONTROL = 6
+    REASONING = 7
+    BROKEN = 8
 
     @property
     def label(self) -> str:
@@ -43,6 +46,9 @@ _LABELS = {
     Verdict.NORMALISER: "text that a normaliser changes, skipped",
     Verdict.DECODER: "text that a decoder cannot give back, skipped",
     Verdict.NOT_WINNER: "not the winner",
+    Verdict.CONTROL: "response with control tokens, skipped",
+    Verdict.REASONING: "response whose answer cannot be told from its reasoning, skipped",
+    Verdict.BROKEN: "response whose bytes are not UTF-8, skipped",
 }
 
 

@@ -2,8 +2,9 @@
 
 The alignment compares tokenizers on bytes. If a piece (the bytes of a token) were one byte off, every later distribution
 would be shifted, and nothing would raise an error. The pieces are therefore made by the rules of the tokenizer's own
-decoder: the byte-level alphabet, or SentencePiece's U+2581 and `<0xNN>`, with added tokens literal. On every text, `spans`
-checks that the pieces concatenate to it.
+decoder: the byte-level alphabet, or SentencePiece's U+2581 and `<0xNN>`. An added token stands for its own spelling, unless
+other text reaches it, as two spaces reach Gemma's added token `▁▁`. On every text, `spans` checks that the pieces
+concatenate to it.
 
 A section is the text between two added tokens. A tokenizer may put a space in front of a section (Prepend normaliser,
 Metaspace, `add_prefix_space`). This dummy leading space is a part of the first token's piece, but not of the text.
@@ -55,7 +56,7 @@ class TokenBytes:
             for an id without a token. Ids at or beyond `len(pieces)` have no token either; models have such ids because
             they pad their logits.
         specials: the string that each control token id stands for.
-        added: the bytes of the added tokens that are text.
+        added: the bytes of the added tokens that are text. Text may be cut into tokens differently where they stand in it.
         byte_tokens: the ids of `<0xNN>`, which text uses only for characters that are in no other token.
         fragment: a private `tokenizers.Tokenizer` for text from the middle of a section. It puts no dummy space in front,
             and the strings of control tokens are plain text to it.
@@ -77,9 +78,22 @@ class TokenBytes:
         pre_tokenizers = list(_flat(self._rules["pre_tokenizer"], "pretokenizers"))
         decoders = list(_flat(self._rules["decoder"], "decoders"))
 
+        # Find out how token strings spell bytes: in the byte-level alphabet, with marks for spaces, or with byte tokens.
+        self._byte_level = any(part["type"] == "ByteLevel" for part in decoders + pre_tokenizers)
+        self._marked = not self._byte_level and any(
+            part["type"] == "Metaspace" or (part["type"] == "Replace" and part["pattern"] == {"String": SPACE_MARK})
+            for part in decoders
+        )
+        fallback = getattr(backend.model, "byte_fallback", False) or any(
+            part["type"] == "ByteFallback" for part in decoders
+        )
+        vocab = tokenizer.get_vocab()
+        self.byte_tokens = frozenset(i for token, i in vocab.items() if fallback and _is_byte_token(token))
+
         # Collect the control tokens, and all added tokens as (bytes, whether the token takes the whitespace before it,
         # whether it takes the whitespace behind it).
-        special_ids = dict.fromkeys([*tokenizer.all_special_ids, *control])
+        roles = set(control)
+        special_ids = dict.fromkeys([*tokenizer.all_special_ids, *roles])
         self.specials: dict[int, str] = {
             i: token for i in special_ids if isinstance(token := tokenizer.convert_ids_to_tokens(i), str)
         }
@@ -91,40 +105,28 @@ class TokenBytes:
             if token.special:
                 self.specials[i] = token.content
 
-        # Find out how token strings spell bytes: in the byte-level alphabet, with marks for spaces, or with byte tokens.
-        byte_level = any(part["type"] == "ByteLevel" for part in decoders + pre_tokenizers)
-        self._marked = not byte_level and any(
-            part["type"] == "Metaspace" or (part["type"] == "Replace" and part["pattern"] == {"String": SPACE_MARK})
-            for part in decoders
-        )
-        fallback = getattr(backend.model, "byte_fallback", False) or any(
-            part["type"] == "ByteFallback" for part in decoders
-        )
-        if fallback:
-            # Some tokenizers were trained with their byte tokens declared special. They stand for bytes all the same.
-            for i in [i for i, (content, *_) in self._added.items() if _is_byte_token(content.decode())]:
-                del self._added[i]
-                self.specials.pop(i, None)
+        # Some added tokens are ordinary tokens all the same: byte tokens that were declared special in training, and tokens
+        # without a role that other text than their spelling reaches. To the decoder their spelling means that text, so that a
+        # text in which the spelling itself stands is refused.
+        reached = [
+            i for i in self._added if i in self.byte_tokens or (i not in roles and self._is_reached_by_other_text(i))
+        ]
+        for i in reached:
+            del self._added[i]
+            self.specials.pop(i, None)
         # Decode every token.
-        vocab = tokenizer.get_vocab()
-        self.byte_tokens = frozenset(i for token, i in vocab.items() if fallback and _is_byte_token(token))
         self.pieces: list[bytes | None] = [None] * (max(vocab.values(), default=-1) + 1)
         for token, i in vocab.items():
-            if i in self.specials:
-                continue
-            if i in self._added:
-                self.pieces[i] = self._added[i][0]
-            elif byte_level:
-                self.pieces[i] = _byte_level_piece(token)
-            elif i in self.byte_tokens:
-                self.pieces[i] = bytes([int(token[3:5], 16)])
-            else:
-                self.pieces[i] = (token.replace(SPACE_MARK, " ") if self._marked else token).encode()
+            if i not in self.specials:
+                self.pieces[i] = self._added[i][0] if i in self._added else self._spelt(i, token)
+        for i in reached:
+            self.pieces[i] = self._spelt(i, backend.id_to_token(i))
 
         # The added tokens of text, and those of them that may take the whitespace beside them. A regular expression finds
         # the strings of control tokens, the longest first, as the tokenizer does.
         self._greedy = {i for i, (_, left, right) in self._added.items() if (left or right) and i not in self.specials}
         self.added = [content for i, (content, *_) in self._added.items() if i not in self.specials]
+        self.added += [piece for i in reached if i not in self.byte_tokens and (piece := self.pieces[i])]
         self._control_id = {content: i for i, content in self.specials.items()}
         longest_first = sorted(self._control_id, key=len, reverse=True)
         self._control = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
@@ -139,6 +141,29 @@ class TokenBytes:
                 self._dummy = {"always": "missing", "first": "first"}[part.get("prepend_scheme", "always")]
             elif part["type"] == "ByteLevel" and part["add_prefix_space"]:
                 self._dummy = "missing"
+
+    def _spelt(self, i: int, token: str) -> bytes:
+        """The bytes that the decoder makes of the token with this id and string."""
+        if self._byte_level:
+            return _byte_level_piece(token)
+        if i in self.byte_tokens:
+            return bytes([int(token[3:5], 16)])
+        return (token.replace(SPACE_MARK, " ") if self._marked else token).encode()
+
+    def _is_reached_by_other_text(self, i: int) -> bool:
+        """Whether text other than its own spelling is tokenised to an added token, namely what the decoder makes of it."""
+        token = self._backend.id_to_token(i)
+        spelt = self._spelt(i, token) if token is not None else self._added[i][0]
+        if spelt == self._added[i][0]:
+            return False
+        try:
+            text = spelt.decode()
+        except (
+            UnicodeDecodeError
+        ):  # only byte-level tokens that are parts of characters, which no text reaches as they stand
+            return False
+        # Some tokenizers cut a run of spaces at its end, so that the token is found only where a word follows.
+        return any(i in self._backend.encode(t, add_special_tokens=False).ids for t in (text, f"a{text}a"))
 
     @functools.cached_property
     def _whole(self) -> Tokenizer:
@@ -187,6 +212,12 @@ class TokenBytes:
         """`text` in the form that its tokens hold: normalised and without literal SentencePiece marks. Its ids are the same."""
         text = self.normalised(text)
         return text.replace(SPACE_MARK, " ") if self._marked else text
+
+    def seen_rendered(self, text: str) -> str:
+        """The same for a rendered conversation, in which control strings stand for control tokens and stay as they are."""
+        if self._control is None:
+            return self.seen(text)
+        return "".join(piece if n % 2 else self.seen(piece) for n, piece in enumerate(self._control.split(text)))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a rendered conversation. Control strings in it become control tokens. No bos or eos is added."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from profuser.recipe.places import BUNDLED_PREFIX
 from profuser.recipe.schema import Recipe
-from profuser.store.files import write_atomic
+from profuser.store.files import open_to_umask, write_atomic
 
 
 def save_fused(
@@ -20,9 +20,15 @@ def save_fused(
 
     The weights are rounded to `dtype`, in which the target was stored before. The scores are those of the written model.
     """
-    model.to(dtype).save_pretrained(directory)  # pyrefly: ignore[bad-argument-type]  # transformers wraps `to`
+    save_weights(model, directory, dtype)
     tokenizer.save_pretrained(directory)
     write_atomic(directory / "README.md", model_card(recipe).encode())
+
+
+def save_weights(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
+    """Writes a model's weights, rounded to `dtype`, and its configuration."""
+    model.to(dtype).save_pretrained(directory)  # pyrefly: ignore[bad-argument-type]  # transformers wraps `to`
+    open_to_umask(directory.glob("*.safetensors"))
 
 
 def model_card(recipe: Recipe) -> str:

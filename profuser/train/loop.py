@@ -58,7 +58,7 @@ class Trainer:
         self._check_modes(store)
         self.targets_digest = store.digest(layout.targets("train"))
         config = recipe.target_config
-        self.chat = chat_format(config)
+        self.chat = chat_format(config, date=store.date)
         self.pad_id = self.chat.tokenizer.pad_token_id or 0
         self.steps = Steps(
             self.targets,
@@ -73,7 +73,7 @@ class Trainer:
         # The target and its optimizer. The weights are kept in fp32 and are rounded to `saved_dtype` at the end.
         torch.manual_seed(recipe.seed)
         target = load_model(config, torch.float32, accelerator.device)
-        check_vocabulary(config.name, self.chat, head_layer(target).weight)
+        check_vocabulary(config.name, self.chat, len(head_layer(target).weight))
         self.saved_dtype = stored_dtype(config)
         if self.optim.gradient_checkpointing:
             target.gradient_checkpointing_enable()
@@ -92,9 +92,13 @@ class Trainer:
         there = set(self.targets.modes.tolist())
         for i, stage in enumerate(self.stages, start=1):
             if not there.intersection(stage.modes):
+                fix = "raise data.max_length or check the data"
+                if Mode.INFERENCE in stage.modes and self.recipe.judging.no_signal == "skip":
+                    fix += ", use judges that tell responses apart, or set judging.no_signal: ground_truth"
+                modes = " or ".join(mode.key for mode in stage.modes)
                 raise DataError(
-                    f"stage {i} needs training examples of its mode, none is left ({store.handled() or 'nothing was skipped'}); "
-                    "raise data.max_length or check the data"
+                    f"stage {i} needs training examples of its mode, {modes}, none is left "
+                    f"({store.handled() or 'nothing was skipped'}); {fix}"
                 )
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -144,7 +148,9 @@ class Trainer:
                     }
                 )
                 done = step + 1
-                note = f"stage {index + 1}/{len(self.stages)}, loss {metrics['loss']:.3f}"
+                note = f"stage {index + 1}/{len(self.stages)}"
+                if "loss" in metrics:
+                    note += f", loss {metrics['loss']:.3f}"
                 bar.update(1, tokens=batch.tokens, note=note)
                 if done % self.optim.log_every == 0 or done == stage.stop:
                     self._log({"step": done, "stage": index, **means(window)})
@@ -162,10 +168,14 @@ class Trainer:
     def _step(self, step: int, stage: Stage, batch: StepBatch) -> dict[str, float]:
         """Does one optimizer step and returns its metrics, which are means over its label tokens.
 
+        A step without any label token changes nothing, and has no losses.
+
         Raises:
             NonFiniteError: a loss or the gradient is not finite. The weights are then left as they were.
         """
         lr = learning_rate(self.optim, stage, step)
+        if not any(batch.labels.values()):  # none of the step's instructions has a sequence of this stage's modes
+            return {"lr": lr}
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 

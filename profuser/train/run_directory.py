@@ -19,7 +19,8 @@ from profuser.recipe.compare import deciding_keys
 from profuser.recipe.parse import Run
 from profuser.recipe.places import BUNDLED_PREFIX, resolve
 from profuser.recipe.schema import Recipe
-from profuser.store.files import read_json, set_aside, write_json
+from profuser.store.files import read_json, write_json
+from profuser.store.lease import FOLDER, hold, set_aside
 
 SCHEMA_VERSION = 2
 
@@ -46,9 +47,29 @@ class RunDirectory:
         return any(self.checkpoints.glob("step-*"))
 
     def set_aside(self) -> None:
-        """Renames an old run out of the way, for --fresh."""
-        if aside := set_aside(self.path):
+        """Renames an old run out of the way, for --fresh. It raises ConfigError while a process uses the directory."""
+        if aside := set_aside(self.path, "run"):
             print(f"renamed {self.path} to {aside}", flush=True)
+
+    @contextlib.contextmanager
+    def held(self) -> Generator[None]:
+        """Holds the directory until the end of a `with` block, so that no two processes train the same run.
+
+        Raises:
+            ConfigError: another process trains another recipe there.
+            DataError: the directory holds something else than a run.
+        """
+        self._check_place()
+        own = {"recipe": self.run.recipe.to_dict(), "store": str(self.run.store_dir.resolve())}
+        with hold(self.path, "run", own, differing_runs, writes=True):
+            yield
+
+    def _check_place(self) -> None:
+        """Raises DataError if the directory holds something else than a run or leases."""
+        if not self.exists and self.path.exists() and any(path.name != FOLDER for path in self.path.iterdir()):
+            raise DataError(
+                f"output must be a run directory or empty, got {self.path} without run.json; give another --output"
+            )
 
     def complete(self) -> bool:
         """Whether the run is complete already.
@@ -57,22 +78,14 @@ class RunDirectory:
             ConfigError: the directory holds a run of another recipe, or of another store.
             DataError: the directory holds something else, or a run of another schema.
         """
-        # A directory without a run must be empty.
+        self._check_place()
         if not self.exists:
-            if self.path.exists() and any(self.path.iterdir()):
-                raise DataError(
-                    f"output must be a run directory or empty, got {self.path} without run.json; give another --output"
-                )
             return False
 
         # A run that has saved anything must be of this recipe, apart from keys that do not change the outcome.
         old = self.read()
         complete = old["status"] == "complete"
-        keys = [
-            key for key in deciding_keys(old["recipe"], self.run.recipe.to_dict()) if key not in ("output", "store")
-        ]
-        if Path(old["store"]).resolve() != self.run.store_dir.resolve():
-            keys.append("store")
+        keys = differing_runs(old, {"recipe": self.run.recipe.to_dict(), "store": str(self.run.store_dir)})
         if keys and (complete or self.begun):
             raise ConfigError(
                 f"{self.path} holds a run of another recipe ({', '.join(keys)} differ); give another --output, undo the "
@@ -141,13 +154,22 @@ class RunDirectory:
         write_json(self.path / "run.json", record)
 
 
+def differing_runs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns the keys of the recipe that make two runs different ones. Both come as dicts with `recipe` and `store`."""
+    keys = [key for key in deciding_keys(old["recipe"], new["recipe"]) if key not in ("output", "store")]
+    return keys if Path(old["store"]).resolve() == Path(new["store"]).resolve() else [*keys, "store"]
+
+
 def read_record(directory: Path) -> dict[str, Any]:
     """Reads the run.json of a run directory.
 
     Raises:
         DataError: the file is missing, broken or of another schema.
     """
-    record = read_json(directory / "run.json", "status", "recipe", "store")
+    fix = (
+        "give the directory of a run, restore it, or start over with `python -m profuser.train --fresh` and its recipe"
+    )
+    record = read_json(directory / "run.json", "status", "recipe", "store", fix=fix)
     if (schema := record.get("schema", 1)) != SCHEMA_VERSION:
         raise DataError(
             f"run {directory} has schema {schema}, this version reads {SCHEMA_VERSION}; train it again with "
@@ -158,6 +180,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 def demo_data(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the record of how the bundled demo's data were made, flaws included; None for other data."""
-    if not recipe.data.train.startswith(BUNDLED_PREFIX):
+    location = recipe.data.location("train")
+    if location is None or not location.path.startswith(BUNDLED_PREFIX):
         return None
     return read_json(Path(resolve("demo:demo_data.json")))

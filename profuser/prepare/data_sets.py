@@ -1,0 +1,148 @@
+"""Reads the table of a split: a file, or one split of a folder or of a data set on the Hub.
+
+The library `datasets` only finds the files of a split and fetches them; the readers of tables.py read them. A folder is then
+read exactly like the files in it.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from profuser.errors import DataError, first_line
+from profuser.prepare.tables import Table, read_file
+from profuser.recipe.places import is_path, resolve
+from profuser.recipe.schema import DataLocation, Split
+
+USUAL_NAMES: dict[Split, str] = {"train": "train", "validation": "validation", "heldout": "test"}
+"""What data sets call our splits."""
+
+NOT_ABOUT_READING = {
+    "name", "version", "data_dir", "data_files", "description", "features", "delimiter", "chunksize", "batch_size",
+}  # fmt: skip
+"""Settings of a data set's files that change none of its values, with `features`: declared types change no value here."""
+
+
+def read_table(location: DataLocation, split: Split) -> Table:
+    """Reads all rows of a location that the recipe names for a split.
+
+    A folder or data set may have several splits of its own. Where the location names none of them, it is the only one, or the
+    one that is called as in the recipe. Any other has to be named, so that no score is computed on training rows unnoticed.
+
+    Raises:
+        DataError: the location is missing or broken, or holds no data that we read; its configuration or split is unknown, or
+            one has to be named.
+    """
+    path = Path(resolve(location.path))
+    if not path.exists() and is_path(location.path):
+        raise DataError(
+            f"data must be an existing file or folder, or a Hub data set, got {location.path} (no such file); fix the path"
+        )
+    if not location.path or path == Path():
+        raise DataError(f"data must be a file, a folder or a Hub data set, got {location.path!r}; name one")
+    if not path.is_file():
+        return [row for file in _files(location, split, path) for row in read_file(*file)]
+    for key in ("config", "split"):
+        if (value := getattr(location, key)) is not None:
+            raise DataError(f"data.{split}: a file has no {key}, got {value} of {location.path}; take {key} out")
+    return read_file(path, location.path)
+
+
+def _files(location: DataLocation, split: Split, path: Path) -> Iterator[tuple[Path, str, str | None]]:
+    """Yields the files of a split, which are then on this machine, each with its name and what separates its cells."""
+    import datasets
+
+    # Find out which files the splits have.
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our own errors say in one line what is wrong
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every README without settings
+    place = str(path.resolve()) if path.is_dir() else location.path
+    try:
+        builder = _builder(place, location.config)
+        files: dict[str, list[str]] = {str(name): list(found) for name, found in builder.config.data_files.items()}
+    except Exception as error:  # a Hub out of reach, a broken README and unknown names each raise their own kinds
+        raise _explained(error, location, split, place) from None
+
+    # Choose the split.
+    name = location.split or next((name for name in files if len(files) == 1 or name == split), "")
+    if name not in files:
+        (nearest,) = difflib.get_close_matches(name or USUAL_NAMES[split], files, n=1, cutoff=0)
+        raise DataError(
+            f"data.{split} must name one of the splits of {location.path} ({', '.join(files)}), got {name or 'none'}; set "
+            f"data.{split}: {_mapping(replace(location, split=nearest))}"
+        )
+
+    # A data set's README may say how its files are to be read. What separates the cells is all that we can obey.
+    usual = type(builder.config)()
+    options = {field.name: getattr(builder.config, field.name) for field in fields(usual)}
+    options = {name: value for name, value in options.items() if value != getattr(usual, name)}
+    delimiter = options.pop("sep", None)
+    if unknown := sorted(set(options) - NOT_ABOUT_READING):
+        raise DataError(
+            f"data {location.path} must be readable as it is, its README sets {', '.join(unknown)}; download its files, "
+            "convert them and name them"
+        )
+
+    # Fetch the files of all splits, so that they are found again without a network. Those of a folder are here already.
+    fetched: Any = datasets.DownloadManager(record_checksums=False).download(files)
+    for file, here in zip(files[name], fetched[name]):
+        yield Path(here), f"{location.path}/{file.removeprefix(builder.base_path).lstrip('/')}", delimiter
+
+
+def _builder(place: str, config: str | None) -> Any:
+    """Returns what the library `datasets` knows of a folder or a data set on the Hub: above all, the files of every split.
+
+    Without a network this is read from what was downloaded earlier.
+    """
+    import datasets
+    from huggingface_hub import snapshot_download
+
+    try:
+        builder = datasets.load_dataset_builder(place, config)
+        # Without a network the library may offer its own tables of an earlier run, whose values have changed their types.
+        if builder.config.data_files:
+            return builder
+        raise ConnectionError(f"Couldn't reach {place!r} on the Hub")
+    except Exception as error:
+        if Path(place).is_dir() or type(error) is ValueError:  # the library's own ValueErrors are about names
+            raise
+        try:
+            downloaded = snapshot_download(place, repo_type="dataset", local_files_only=True)
+        except Exception:  # nothing was downloaded, so that the first error is the one to be told
+            raise error from None
+        return datasets.load_dataset_builder(downloaded, config)
+
+
+def _explained(error: Exception, location: DataLocation, split: Split, place: str) -> DataError:
+    """Returns the error of one line for a folder or data set that could not be opened."""
+    # The library's message lists the configurations where one is unknown or missing.
+    listed = re.search(r"available\b[^:]*: (\[.*\])", str(error), re.IGNORECASE)
+    configs: list[str] = ast.literal_eval(listed[1]) if listed else []
+    if configs == ["default"]:  # what the library calls the whole, where there are none
+        inside = Path(place) / str(location.config)
+        other = f", or set path: {location.path}/{location.config}" if inside.is_dir() else ""
+        return DataError(
+            f"data.{split}: {location.path} has no configurations, got {location.config}; take config out{other}"
+        )
+    if configs:
+        (nearest,) = difflib.get_close_matches(location.config or configs[0], configs, n=1, cutoff=0)
+        return DataError(
+            f"data.{split} must name one of the configurations of {location.path} ({', '.join(configs)}), got "
+            f"{location.config or 'none'}; set data.{split}: {_mapping(replace(location, config=nearest))}"
+        )
+    reason = "its README.md is not UTF-8" if isinstance(error, UnicodeDecodeError) else first_line(error)
+    fix = "fix the folder, or name a file in it"
+    if not Path(place).is_dir():
+        fix = "fix the id, or run once where the Hub can be reached"
+    return DataError(f"data {location.path} cannot be read ({reason}); {fix}")
+
+
+def _mapping(location: DataLocation) -> str:
+    """Spells a location as a recipe does."""
+    return "{ " + ", ".join(f"{key}: {value}" for key, value in asdict(location).items() if value is not None) + " }"

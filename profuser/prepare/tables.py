@@ -1,0 +1,161 @@
+"""Reads data files. Every value stays as it stands in the file, and all texts are Unicode.
+
+A table with one type per column, as pandas or pyarrow would make it of a text file, would turn "007" into 7.0, "NA" into a
+missing value and a date into a timestamp.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from profuser.errors import DataError, first_line
+from profuser.recipe.places import file_suffix
+from profuser.recipe.utf8 import decode, defect, texts_in
+
+Table = list[dict[str, Any]]
+
+Reader = Callable[[Any], Table]
+"""Reads an open binary file."""
+
+
+class SpeltNumber(float):
+    """A number from JSON that is no whole number. As a text it is what stands in the file: 2.50, 1e5 or NaN."""
+
+    spelling: str
+
+    def __new__(cls, spelling: str) -> SpeltNumber:
+        number = super().__new__(cls, spelling)
+        number.spelling = spelling
+        return number
+
+    def __str__(self) -> str:
+        return self.spelling
+
+
+def from_json(text: str) -> Any:
+    """Parses JSON, so that every number can be written again as it was spelt. A key that stands twice is an error."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands in an object twice")
+        return found
+
+    return json.loads(text, parse_float=SpeltNumber, parse_constant=SpeltNumber, object_pairs_hook=once)
+
+
+def read_jsonl(file: Any) -> Table:
+    """Reads a file with one JSON object per line. Empty lines are skipped."""
+    return _json_lines(decode(file.read()))
+
+
+def read_json(file: Any) -> Table:
+    """Reads a JSON file that holds a list of objects, or one object per line."""
+    text = decode(file.read())
+    return [_object(row) for row in from_json(text)] if text.lstrip().startswith("[") else _json_lines(text)
+
+
+def read_csv(file: Any, delimiter: str = ",") -> Table:
+    """Reads a CSV file whose first row is the header. Every value stays a text."""
+    csv.field_size_limit(2**31 - 1)  # a response may be longer than the default limit of 128 KiB
+    reader = csv.reader(io.StringIO(decode(file.read()), newline=""), delimiter=delimiter, strict=True)
+    header = next(reader, [])
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"the column {twice[0]!r} stands in the header twice")
+    rows = [row for row in reader if row]
+    if wrong := next((n for n, row in enumerate(rows, start=2) if len(row) != len(header)), None):
+        raise ValueError(f"row {wrong} has {len(rows[wrong - 2])} cells, the header {len(header)}")
+    return [dict(zip(header, row)) for row in rows]
+
+
+def read_parquet(file: Any) -> Table:
+    """Reads a Parquet file, whose columns have the types that the file gives them."""
+    import pyarrow.parquet
+
+    return _arrow_rows(pyarrow.parquet.read_table(file))
+
+
+def read_arrow(file: Any) -> Table:
+    """Reads an Arrow file, such as `save_to_disk` of the library `datasets` writes."""
+    import pyarrow
+
+    return _arrow_rows(pyarrow.ipc.open_stream(file).read_all())
+
+
+READERS: dict[str, Reader] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
+"""The reader of a data file by the file's ending. A compressed file has another ending behind it."""
+
+
+def read_file(path: Path, name: str, delimiter: str | None = None) -> Table:
+    """Reads a data file. `name` is what messages call it, and `delimiter` what separates the cells of a CSV file.
+
+    Raises:
+        DataError: the file is of no kind that we read, is broken, or holds a text that is not Unicode.
+    """
+    import pyarrow
+
+    reader = READERS.get(file_suffix(path.name))
+    if reader is None:
+        raise DataError(f"data must be {', '.join(READERS)}, got {name}; convert it")
+    if delimiter is not None:
+        reader = partial(read_csv, delimiter=delimiter)
+    try:
+        with pyarrow.input_stream(str(path), compression="detect") as file:
+            rows = reader(file)
+    except Exception as error:  # pyarrow, csv and json each raise their own kinds for a broken file
+        raise DataError(f"data {name} cannot be read ({first_line(error)}); fix the file or its path") from None
+    for number, row in enumerate(rows):
+        for column, value in row.items():
+            if wrong := next(filter(None, map(defect, texts_in((column, value)))), None):
+                raise DataError(
+                    f"data {name} must hold Unicode, row {number} (from 0) has in the column {column!r} {wrong}"
+                )
+    return rows
+
+
+def _json_lines(text: str) -> Table:
+    """Reads one JSON object per line."""
+    rows = []
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
+        if line.strip():
+            try:
+                rows.append(_object(from_json(line)))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return rows
+
+
+def _object(value: object) -> dict:
+    """Returns a row that was read from JSON, after checking that it is an object."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a row must be an object, got a {type(value).__name__}")
+    return value
+
+
+def _arrow_rows(table: Any) -> Table:
+    """Returns the rows of an Arrow table. Where a text in it is not UTF-8, the error names the row."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(len(table)):
+            try:
+                table.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"row {number}: {error}") from None
+        raise

@@ -1,0 +1,273 @@
+"""Says who uses a store or a run directory, so that two processes never change one at the same time.
+
+Everyone who uses a directory keeps a lease in its hidden folder `.leases`: `NAME.json` says on which host and in which process
+it is used, since when, with which settings, and whether the directory is being changed. Leases with the same settings may be
+there together, as long as none of them changes the directory. A process with the same settings that finds no place waits; one
+with other settings is refused, because it would take away what the others read.
+
+The lock on `NAME.lock` beside the lease ends with its process, however that ends. A lease is therefore left over where its
+lock is free and it was made on this kernel: neither a reboot, nor a process id that was given to another process, nor another
+container matters. From another kernel, as on a shared file system whose locks may not reach so far, a lease counts until it has
+not been renewed for EXPIRES_SECONDS. Whoever finds a lease that is left over takes it away.
+
+Commands that only look at a directory need no lease.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from profuser.errors import ConfigError, DataError
+from profuser.store import files
+from profuser.store.files import read_json, write_json
+
+FOLDER = ".leases"
+"""The name of the folder with the leases."""
+RENEWED_SECONDS = 20
+"""How often a process renews its lease."""
+EXPIRES_SECONDS = 90
+"""A lease from another kernel is left over when it has not been renewed for so long."""
+POLL_SECONDS = 0.5
+"""How often a process that waits looks again."""
+
+Directory = Literal["store", "run"]
+OPTIONS: Mapping[Directory, str] = {"store": "--store", "run": "--output"}
+"""The option of a command that gives another directory."""
+
+Settings = dict[str, Any]
+Differing = Callable[[Settings, Settings], list[str]]
+"""Returns the names of the settings in which two leases on a directory differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that uses a directory, as its lease describes it.
+
+    boot: the kernel that it runs on, by the id of its boot. since: when it took the lease, in ISO format.
+    writes: whether it changes the directory. settings: with what it uses the directory.
+    """
+
+    host: str
+    boot: str
+    pid: int
+    since: str
+    writes: bool
+    settings: Settings
+
+    def __str__(self) -> str:
+        there = "" if self.boot == _boot() else f"; if it has ended, this is noticed after {EXPIRES_SECONDS} s"
+        return f"process {self.pid} on {self.host} (since {self.since.replace('T', ' ')}{there})"
+
+
+class Lease:
+    """This process's lease on a directory. `hold` makes one; without a path it stands for a directory that is only readable."""
+
+    def __init__(self, holder: Holder, path: Path | None):
+        self._holder, self._path = holder, path
+        self._lock = FileLock(_lock_of(path)) if path is not None else None
+        self._ended = threading.Event()
+
+    def share(self) -> None:
+        """Says that the directory is no longer changed, so that others with the same settings may use it as well."""
+        if self._path is not None and self._holder.writes:
+            self._holder = replace(self._holder, writes=False)
+            write_json(self._path, asdict(self._holder))
+
+    def _begin(self) -> None:
+        """Writes the lease and renews it from then on. The caller is alone at the leases."""
+        assert self._path is not None
+        assert self._lock is not None
+        self._lock.acquire(timeout=0)
+        write_json(self._path, asdict(self._holder))
+        threading.Thread(target=self._renew, daemon=True).start()
+
+    def _renew(self) -> None:
+        assert self._path is not None
+        while not self._ended.wait(RENEWED_SECONDS):
+            with contextlib.suppress(OSError):  # a directory that cannot be reached for a moment
+                os.utime(self._path)
+
+    def _end(self) -> None:
+        """Takes the lease away. The caller is alone at the leases."""
+        assert self._path is not None
+        assert self._lock is not None
+        self._ended.set()
+        _remove(self._path)
+        self._lock.release()
+
+
+@contextlib.contextmanager
+def hold(
+    directory: Path, what: Directory, settings: Mapping[str, Any], differing: Differing, *, writes: bool
+) -> Generator[Lease]:
+    """Holds a directory, which is made if it is not there, until the end of a `with` block.
+
+    While others with the same settings use the directory in a way that does not allow it, this waits, and prints that it does.
+
+    Args:
+        what: what the directory is.
+        settings: what must be the same for all who use the directory at a time, as it would be read back from JSON.
+        differing: compares these settings with another process's.
+        writes: whether the directory will be changed, which only one may do, while nobody reads it.
+
+    Raises:
+        ConfigError: the directory is in use with other settings.
+    """
+    own = Holder(
+        host=socket.gethostname(),
+        boot=_boot(),
+        pid=os.getpid(),
+        since=datetime.now().isoformat(timespec="seconds"),
+        writes=writes,
+        settings=dict(settings),
+    )
+    is_new = not directory.exists()
+    try:
+        lease = _enter(directory, what, own, differing)
+    except OSError as error:
+        # What cannot be written to can still be read.
+        if writes or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        yield Lease(own, None)
+        return
+    try:
+        yield lease
+    finally:
+        with contextlib.suppress(FileNotFoundError), _alone(directory):
+            lease._end()
+        if is_new:
+            with contextlib.suppress(OSError):  # unless something was put into it
+                directory.rmdir()
+
+
+def set_aside(directory: Path, what: Directory) -> Path | None:
+    """Renames an old directory out of the way, for --fresh, and returns its new path.
+
+    Raises:
+        ConfigError: the directory is in use.
+    """
+    if not directory.exists():
+        return None
+    with _alone(directory):
+        if holders := _holders(directory):
+            raise ConfigError(
+                f"--fresh needs a {what} that is not in use, {directory} is in use by {holders[0]}; wait for its end, stop it, "
+                f"or give another {OPTIONS[what]}"
+            )
+        aside = files.set_aside(directory)
+        assert aside is not None
+        shutil.rmtree(_folder(aside), ignore_errors=True)
+    return aside
+
+
+def _enter(directory: Path, what: Directory, own: Holder, differing: Differing) -> Lease:
+    """Takes a lease as soon as there is a place for it."""
+    waits = False
+    while True:
+        with _alone(directory):
+            others = _holders(directory)
+            for other in others:
+                if keys := differing(other.settings, own.settings):
+                    raise ConfigError(
+                        f"{what} {directory} is in use with other settings ({', '.join(keys)} differ) by {other}; wait for its "
+                        f"end, stop it, or give another {OPTIONS[what]}"
+                    )
+            in_the_way = [other for other in others if own.writes or other.writes]
+            if not in_the_way:
+                lease = Lease(own, _folder(directory) / f"{own.host}-{own.pid}-{uuid.uuid4().hex[:8]}.json")
+                lease._begin()
+                return lease
+        if not waits:
+            print(f"{what} {directory} is in use with the same settings by {in_the_way[0]}: waiting for it", flush=True)
+            waits = True
+        time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Generator[None]:
+    """Keeps other processes away from the leases of a directory. The folder of the leases goes when the last of them has gone."""
+    folder = _folder(directory)
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        door = FileLock(folder / "door")
+        with contextlib.suppress(FileNotFoundError):  # whoever was here before has just removed the folder
+            door.acquire(poll_interval=0.02)
+            break
+    try:
+        yield
+    finally:
+        # A process that waits for a lock on a file that is no longer there notices it, and opens the new one (filelock 4).
+        if not list(folder.glob("*.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+        door.release()
+
+
+def _holders(directory: Path) -> list[Holder]:
+    """Returns who uses a directory. Leases that are left over are removed. The caller is alone at the leases."""
+    door = _folder(directory) / "door"
+    os.utime(door)
+    now = door.stat().st_mtime  # by the clock of the file system, which also dates the leases
+    holders = []
+    for path in sorted(_folder(directory).glob("*.json")):
+        lock = FileLock(_lock_of(path))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            holders.append(_read(path))
+            continue
+        try:
+            holder = _read(path)
+            if holder.boot == _boot() or now - path.stat().st_mtime > EXPIRES_SECONDS:
+                _remove(path)
+            else:
+                holders.append(holder)
+        except DataError:  # what nobody holds and nobody can read is of no use
+            _remove(path)
+        finally:
+            lock.release()
+    return holders
+
+
+def _read(path: Path) -> Holder:
+    """Reads a lease. It raises DataError for a file that is none."""
+    names = Holder.__slots__
+    record = read_json(path, *names, fix="delete it if no process uses the directory")
+    return Holder(**{name: record[name] for name in names})
+
+
+def _remove(path: Path) -> None:
+    """Deletes the two files of a lease."""
+    path.unlink(missing_ok=True)
+    _lock_of(path).unlink(missing_ok=True)
+
+
+def _folder(directory: Path) -> Path:
+    """Returns the folder that holds the leases on a directory."""
+    return directory / FOLDER
+
+
+def _lock_of(lease: Path) -> Path:
+    """Returns the file whose lock lives as long as the process of a lease."""
+    return lease.with_suffix(".lock")
+
+
+def _boot() -> str:
+    """Returns the id of this boot of the kernel, which all its containers have in common; elsewhere than on Linux the host."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()

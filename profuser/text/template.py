@@ -1,0 +1,132 @@
+"""A model's own chat template, rendered for one date.
+
+Some templates write the current date into every conversation, with the function `strftime_now`. A conversation that is
+rendered again on another day would then have other tokens than before, and no error would be raised. A `ChatTemplate`
+therefore has a date of its own. A macro is put in front of such a template, which hides the function of the same name and
+knows this date alone, at midnight.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import TYPE_CHECKING, Any, cast
+
+from jinja2 import TemplateError
+
+from profuser.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+"""One turn of a conversation: its `role`, its `content`, and whatever else a template may know of."""
+
+FIX_IN_RECIPE = (
+    "set `chat_template` for that source or judge in the recipe, or put a chat_template.jinja beside its tokenizer"
+)
+"""What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
+
+
+def conversation(prompt: str, response: str) -> list[Message]:
+    """Returns a prompt and a response as the two messages of a conversation."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+class ChatTemplate:
+    """The chat template of one tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        date: the date that the template gets, whenever it is rendered. None means today.
+        fix: what to do about a template that does not fit, for messages.
+    Attributes:
+        name: the tokenizer's name, for messages.
+    Raises:
+        DataError: there is no chat template, or it does not render a conversation of a user and an assistant.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, date: datetime.date | None = None, fix: str = FIX_IN_RECIPE
+    ):
+        self.tokenizer = tokenizer
+        self.fix = fix
+        self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not tokenizer.chat_template:
+            raise DataError(f"a model needs a chat template, {self.name} has none; {fix}")
+        # The tokenizer may have several templates, of which the default one is for conversations without tools.
+        try:
+            self._template = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise DataError(
+                f"one of {self.name}'s chat templates must be the default, got {', '.join(tokenizer.chat_template)} "
+                f"({first_line(error)}); {fix}"
+            ) from None
+        if "strftime_now" in self._template:
+            self._template = _clock_at(date or datetime.date.today()) + self._template
+        self._system = self._needs_system()
+
+    def text(self, messages: list[Message], *, generation: bool = False) -> str:
+        """Renders messages. `generation` adds what opens the assistant's turn."""
+        return cast("str", self._apply(messages, tokenize=False, add_generation_prompt=generation))
+
+    def ids(self, messages: list[Message]) -> list[int]:
+        """Returns the tokens that `apply_chat_template` gives for messages.
+
+        Raises:
+            DataError: the template does not render these messages.
+        """
+        try:
+            return cast("list[int]", self._apply(messages, tokenize=True, return_dict=False))
+        except Exception as error:  # a template's code may raise anything
+            raise DataError(
+                f"{self.name}'s chat template must render every conversation, on the prompt {messages[0]['content']!r} it "
+                f"raised {type(error).__name__}: {first_line(error)}; fix the template"
+            ) from error
+
+    def _apply(self, messages: list[Message], **options: Any) -> Any:
+        """Calls `apply_chat_template`, with an empty system message where the template needs one and there is none."""
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        system = [{"role": "system", "content": ""}] if self._system and not has_system else []
+        return self.tokenizer.apply_chat_template(system + messages, chat_template=self._template, **options)
+
+    def _needs_system(self) -> bool:
+        """Whether the template renders only with a system message. If so, an empty one is given to it."""
+        self._system = False
+        try:
+            self.text(conversation("x", "y"))
+            return False
+        except Exception as error:
+            # A template's own refusals are TemplateErrors, but its code may raise anything.
+            if not isinstance(error, TemplateError):
+                raise DataError(
+                    f"{self.name}'s chat template must render, it raised {type(error).__name__}: {error}; fix it"
+                ) from None
+        self._system = True
+        try:
+            self.text(conversation("x", "y"))
+            return True
+        except TemplateError as error:
+            raise DataError(
+                f"{self.name}'s chat template must render a user and an assistant message, got: {error}"
+            ) from error
+
+
+def _clock_at(date: datetime.date) -> str:
+    """Returns the macro `strftime_now(format)`, which writes a date in any format of Python's `strftime`.
+
+    A macro can call no function of ours, so that it holds what each directive of a format gives (`Y` for `%Y`, `-d` for the
+    `%-d` of some systems). The line end behind it is not rendered, and lets the template begin at the beginning of a line.
+    """
+    midnight = datetime.datetime.combine(date, datetime.time())
+    directives = [flag + letter for flag in ("", "-") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"]
+    given = json.dumps({directive: midnight.strftime(f"%{directive}") for directive in directives})
+    return (
+        "{%- macro strftime_now(format) -%}"
+        "{%- set given, parts = " + given + r", format.replace('%%', '\x00').split('%') -%}"
+        r"{{- parts[0].replace('\x00', '%') -}}"
+        "{%- for part in parts[1:] -%}"
+        "{%- set size = 2 if part[:1] == '-' else 1 -%}"
+        r"{{- (given.get(part[:size], '%' ~ part[:size]) ~ part[size:]).replace('\x00', '%') -}}"
+        "{%- endfor -%}{%- endmacro %}\n"
+    )

@@ -1,0 +1,131 @@
+"""Conversations of any number of turns, of which the last is the response: the template's text before and behind it.
+
+The messages are rendered with a sentinel in place of the response, and once more with sentinels in place of the other texts,
+because strings of control tokens in these are plain text. The whitespace around a text stays where it is, for the template to
+strip or keep. A template may also look into a text (some drop the reasoning of earlier turns). Then what it makes of the whole
+conversation counts, and the texts cannot be told from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from profuser.errors import DataError, first_line
+from profuser.text.encoded import Part
+from profuser.text.reasoning import Opening
+from profuser.text.template import ChatTemplate, Message
+from profuser.text.token_bytes import TokenBytes
+
+TURN = "profuserTURN{}sentinel"
+
+
+def around_response(
+    template: ChatTemplate,
+    tokens: TokenBytes,
+    opening: Opening,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    complete: bool,
+) -> tuple[list[Part], str, str]:
+    """Returns the text before the last message in parts, this message's content, and the template's text behind it.
+
+    Args:
+        opening: how the template opens the assistant's turn.
+        complete: False for a response that was cut. Nothing stands behind it.
+    Raises:
+        DataError: the last message is no response, or the template does not render the messages or alters the response.
+    """
+    *earlier, last = checked(messages)
+    response, sentinel = last["content"], TURN.format(len(earlier))
+
+    def before_and_behind(turns: list[Message]) -> tuple[str, str]:
+        """Renders the turns before the response and a sentinel for it. The text around the sentinel is returned."""
+        text = _rendered(template, [*turns, last | {"content": sentinel}])
+        if text.count(sentinel) != 1:
+            raise DataError(
+                f"a chat template must show the response once, {template.name}'s renders {text!r}; {template.fix}"
+            )
+        before, behind = text.split(sentinel)
+        return before, behind
+
+    # A response that brings a block of reasoning of its own gets no empty one beside it.
+    before, behind = before_and_behind(earlier)
+    bare = _bare(before, opening, response)
+    # Nothing was written behind a response that was cut, so that the template may strip the whitespace with which it ends.
+    shown = response if complete else response.rstrip()
+    expected = bare + shown + behind
+    found = _rendered(template, [*earlier, last | {"content": shown}])
+    if found not in (expected, before + shown + behind):
+        n = next((n for n, (a, b) in enumerate(zip(found, expected)) if a != b), len(expected))
+        raise DataError(
+            f"a chat template must show the response as it is, {template.name}'s renders {found[max(n - 20, 0) : n + 20]!r} in place "
+            f"of {expected[max(n - 20, 0) : n + 20]!r}; give the response as the template shows it, without whitespace around it"
+        )
+
+    # Put sentinels in place of the other texts as well.
+    contents = [m["content"] if isinstance(m["content"], str) else "" for m in earlier]
+    texts = {TURN.format(n): text.strip() for n, text in enumerate(contents) if text.strip()}
+    framed = [
+        m | {"content": text.replace(text.strip(), TURN.format(n))} if text.strip() else m
+        for n, (m, text) in enumerate(zip(earlier, contents))
+    ]
+    pieces = (
+        re.split(f"({'|'.join(texts)})", _bare(before_and_behind(framed)[0], opening, response)) if texts else [bare]
+    )
+    parts = [(texts.get(piece, piece), piece in texts) for piece in pieces]
+    if "".join(text for text, _ in parts) == bare:
+        parts = [(tokens.seen(text) if literal else text, literal) for text, literal in parts]
+    elif any(map(tokens.has_control, texts.values())):
+        raise DataError(
+            f"a chat template must show messages as they are where they hold strings of control tokens, {template.name}'s alters one; "
+            "skip this conversation"
+        )
+    else:
+        parts = [(tokens.seen_rendered(bare), False)]
+    return parts, response, behind if complete else ""
+
+
+def checked(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Returns the messages of a conversation as dicts.
+
+    Raises:
+        DataError: there are none, they lack a role or content, or the last of them is no response.
+    """
+    turns = [dict(message) for message in messages]
+    if not turns:
+        raise DataError("a conversation must have messages, got none; skip it")
+    for n, turn in enumerate(turns):
+        # An assistant that calls tools may say nothing.
+        silent = turn.get("role") == "assistant" and turn.setdefault("content", None) is None
+        if not isinstance(turn.get("role"), str) or not (silent or isinstance(turn.get("content"), str)):
+            raise DataError(
+                f"a message must have a `role` and a `content` that are strings, got {turn!r} as number {n + 1}; "
+                "join the parts of a content to one string"
+            )
+    if turns[-1]["role"] != "assistant":
+        raise DataError(
+            f"the last message must be the response, of role 'assistant', got role {turns[-1]['role']!r}; append the response"
+        )
+    if not turns[-1]["content"]:
+        raise DataError("the last message must be a response that is not empty, got no text; skip this conversation")
+    return turns
+
+
+def _bare(before: str, opening: Opening, response: str) -> str:
+    """The text before a response without an empty block of reasoning, if the response brings one of its own."""
+    if not before.endswith(opening.finished):
+        return before
+    return before.removesuffix(opening.finished) + opening.before(response)
+
+
+def _rendered(template: ChatTemplate, messages: list[Message]) -> str:
+    try:
+        return template.text(messages)
+    except Exception as error:  # a template's code may raise anything
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"{template.name}'s chat template must render the roles {roles}, it raised {type(error).__name__}: {first_line(error)}; "
+            "put the text into messages that it renders, for instance a system message's into the first user message"
+        ) from error

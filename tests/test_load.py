@@ -1,0 +1,109 @@
+"""What is wrong with a model's files is said with a fix that helps."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from profuser.errors import DataError
+from profuser.models import load
+from profuser.models.load import chat_format, load_model, load_reward_model, load_tokenizer
+from profuser.recipe.places import resolve
+from profuser.recipe.schema import SourceConfig
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of a bundled model, in a folder of its own."""
+    shutil.copytree(resolve("demo:guardian"), tmp_path / "m")
+    return tmp_path / "m"
+
+
+def refusal(model, **keys) -> str:
+    with pytest.raises(DataError) as error:
+        load_tokenizer(SourceConfig(name="m", model=str(model), **keys))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_file_of_a_tokenizer_that_is_not_utf8_is_named(model, name):
+    (model / name).write_bytes((model / name).read_bytes() + b"\n\xe9")
+    message = refusal(model)
+    assert f"({name}: line " in message
+    assert "0xe9" in message
+
+
+def test_a_chat_template_is_read_as_utf8_whatever_the_locale(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("locale.getencoding", lambda: "ascii")
+    template = tmp_path / "chat.jinja"
+    template.write_bytes("\ufeff{# café #}\r\nx".encode())
+    tokenizer = load_tokenizer(SourceConfig(name="m", model=str(model), chat_template=str(template)))
+    assert tokenizer.chat_template == "{# café #}\nx"
+    template.write_bytes(b"one\ncaf\xe9")
+    message = refusal(model, chat_template=str(template))
+    assert str(template) in message
+    assert "line 2 has the byte 0xe9" in message
+
+
+@pytest.mark.parametrize(
+    ("installed", "fix"),
+    [
+        ((), "`pip install sentencepiece protobuf`"),
+        (("sentencepiece",), "`pip install protobuf`"),
+        (("google.protobuf",), "`pip install sentencepiece`"),
+    ],
+)
+def test_a_tokenizer_model_alone_names_the_packages_that_are_missing(model, monkeypatch, installed, fix):
+    monkeypatch.setattr(load, "is_installed", lambda module: module in installed)
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    message = refusal(model)
+    assert fix in message
+    assert "tiktoken" not in message
+
+
+def test_a_judge_with_a_tokenizer_model_alone_names_the_packages_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "is_installed", lambda module: False)
+    shutil.copytree(resolve("demo:judge-a"), tmp_path / "rm")
+    (tmp_path / "rm" / "tokenizer.json").unlink()
+    (tmp_path / "rm" / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    with pytest.raises(DataError, match="pip install sentencepiece protobuf"):
+        load_reward_model("rm", str(tmp_path / "rm"), trust_remote_code=False)
+
+
+def test_a_tokenizer_of_tiktokens_own_format_is_not_taken_for_sentencepiece(model, monkeypatch):
+    monkeypatch.setattr(load, "is_installed", lambda module: False)
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert "sentencepiece" not in refusal(model)
+
+
+def test_a_model_with_code_of_its_own_names_the_key_that_allows_it(model):
+    config = json.loads((model / "config.json").read_text())
+    classes = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": classes, "model_type": "own"}))
+    # Classes of its own: transformers marks what it loads so, and marked classes of its own would be saved with their code.
+    (model / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    source = SourceConfig(name="m", model=str(model))
+    with pytest.raises(DataError, match="set trust_remote_code: true beside it"):
+        load_model(source, torch.float32)
+    assert (
+        load_model(replace(source, trust_remote_code=True), torch.float32).config.hidden_size == config["hidden_size"]
+    )
+
+
+def test_a_generation_config_may_be_missing_but_not_broken(model):
+    source = SourceConfig(name="m", model=str(model))
+    ends = chat_format(source).end_ids
+    (model / "generation_config.json").unlink()
+    assert chat_format(source).end_ids == ends
+    (model / "generation_config.json").write_text('{"eos_token_id": [3,')
+    with pytest.raises(DataError, match=r"generation_config\.json cannot be read"):
+        chat_format(source)
