@@ -165,6 +165,7 @@ def test_several_responses_of_a_source_each_show_their_votes(tmp_path):
             {"text": "the second", "eligible": True, "votes": 0.5, "wins_vote": False},
             {"text": "cut off", "eligible": False, "votes": 0.0, "wins_vote": False},
             {"text": "", "eligible": False, "votes": 0.0, "wins_vote": False},
+            {"text": "4<s>2", "eligible": False, "left_out": "it is odd", "votes": 0.0, "wins_vote": False},
         ]
 
     edit(run_dir / "evaluation.json", sample_more)
@@ -172,6 +173,7 @@ def test_several_responses_of_a_source_each_show_their_votes(tmp_path):
     first = page.text[page.text.index("T0:") : page.text.index("T1:")]
     assert re.search(r"wins the vote 1 of 2 votes ★ .* 0\.5 of 2 votes the second", first)
     assert re.search(r"kept from the judges: unfinished cut off kept from the judges: empty empty response", first)
+    assert "kept from the judges: it is odd 4<s>2" in first
 
 
 def test_a_judges_abstentions_stand_beside_its_choices(reported):

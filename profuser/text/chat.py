@@ -9,7 +9,8 @@ the response and the end of turn are part of no label, and what follows the end 
 
 Conversations of several turns are in `turns.py`. Left out on purpose is what a template does to a prompt and a response, but
 for the stripping of the prompt (some templates also cut the reasoning out of a response). The response is compared byte by
-byte, so it is always put in as it is.
+byte, so it is always put in as it is. If it begins with reasoning, an empty block of reasoning does not stand before it
+(`reasoning.py`).
 """
 
 from __future__ import annotations
