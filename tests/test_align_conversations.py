@@ -19,6 +19,7 @@ from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.types import INSIDE
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.errors import DataError
+from profuser.experiments import topk_alone
 from profuser.kernels.source_topk import source_topk_from_logits
 from profuser.models.head import head_of
 from profuser.models.load import chat_format, load_model, load_tokenizer
@@ -235,6 +236,14 @@ def test_the_top_k_alone_covers_what_does_not_begin_inside_a_source_token():
     assert (whole.skip_reason == 0).all()
     assert (alone.kind == INSIDE).any()
     assert ((alone.skip_reason == 0) == (alone.kind != INSIDE)).all()
+
+
+def test_the_experiment_finds_less_covered_and_longer_tails_with_the_top_k_alone():
+    rows = [{"prompt": "How does a bozun taste?", "response": "A bozun is a stone. Answer: bitter."}]
+    found = topk_alone.measure("guardian", "scholar", rows)
+    assert found["coverage"][0] == 1 > found["coverage"][1] > 0.5
+    assert found["mean tail"][0] < found["mean tail"][1]
+    assert topk_alone.measure("scholar", "scholar", rows)["coverage"] == (1, 1)  # nothing begins inside a token
 
 
 def test_what_a_template_drops_of_earlier_turns_is_not_in_the_conversation():
