@@ -22,7 +22,7 @@ FLOORS = (
     ("models", "store"),
     ("alignment", "fusion_model"),
     ("prepare", "train"),
-    ("evaluate", "report", "doctor"),
+    ("evaluate", "report", "doctor", "merge"),
     ("pipeline", "cli"),
     ("demo", "experiments"),
     ("front doors",),
