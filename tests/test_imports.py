@@ -22,7 +22,7 @@ FLOORS = (
     ("models", "store"),
     ("alignment", "fusion_model"),
     ("prepare", "train"),
-    ("evaluate", "report", "doctor", "merge"),
+    ("evaluate", "report", "doctor", "merge", "generate"),
     ("pipeline", "cli"),
     ("demo", "experiments"),
     ("front doors",),

@@ -28,18 +28,42 @@ class Branches:
         ids: the text's T tokens.
     Attributes:
         hidden: (T, D), state t is the one behind the text's first t + 1 tokens.
+
+    The text may be changed by `become`, which keeps the cache of what both have in common.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[int]):
         self._model = model
-        self._ids = tuple(ids)
-        with self._refusing(), torch.no_grad():
-            self._cache = DynamicCache(config=model.config)
-            input_ids = torch.tensor([self._ids], device=model.device)
-            out = model.base_model(input_ids, past_key_values=self._cache, use_cache=True)
-        self.hidden: torch.Tensor = out.last_hidden_state[0]
+        self._ids: tuple[int, ...] = ()
         self._states: dict[Branch, torch.Tensor] = {}
         self._seen: dict[Branch, torch.Tensor] = {}  # where a branch's tokens stand in the cache
+        with self._refusing():
+            self._cache = DynamicCache(config=model.config)
+            self.hidden = torch.empty(0, 0)
+            self.become(ids)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The text's tokens."""
+        return self._ids
+
+    @torch.no_grad()
+    def become(self, ids: Sequence[int]) -> None:
+        """Reads another text instead, and forgets all branches. What it has in common with this one is not read again."""
+        self.forget()
+        kept = next((n for n, (a, b) in enumerate(zip(self._ids, ids)) if a != b), min(len(self._ids), len(ids)))
+        if kept < len(self._ids):
+            self._cache.crop(kept - len(self._ids))
+            self.hidden = self.hidden[:kept]
+        self._ids = tuple(ids)
+        if kept < len(ids):
+            out = self._model.base_model(
+                torch.tensor([self._ids[kept:]], device=self._model.device),
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+            new = out.last_hidden_state[0]
+            self.hidden = torch.cat([self.hidden, new]) if kept else new
 
     def states(self, branches: Sequence[Branch]) -> torch.Tensor:
         """The states behind some branches, (n, D). No branch begins before the text's first token."""

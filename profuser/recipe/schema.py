@@ -348,6 +348,29 @@ class OptimConfig:
 
 
 @dataclass(kw_only=True)
+class DecodeConfig:
+    """How `profuser.generate` lets the sources answer together, without training."""
+
+    segment: Literal["shortest", "aligned"] = "shortest"
+    """The segments of Cool-Fusion: shortest ends with a word; aligned ends where the tokens of all sources can end as well."""
+    criterion: Literal["mean_ppl", "mean_nll"] = "mean_ppl"
+    """What is lowest for the segment that wins: the mean of the sources' perplexities (as in the paper), or of their NLLs."""
+    weights: list[float] | None = None
+    """How much each source's judgement counts, in the order of the sources; null means all alike."""
+    max_segment_tokens: int = 16
+    """The most tokens that a source writes for a segment in which no word ends."""
+    rerank: bool = False
+    """Whether the joint answer is compared with each source's own, and the best of all is taken."""
+
+    def __post_init__(self) -> None:
+        check_positive("decode", self, "max_segment_tokens")
+        if self.weights is not None and (not self.weights or min(self.weights) < 0 or sum(self.weights) <= 0):
+            raise ConfigError(
+                f"decode.weights must be >= 0 and not all 0, got {self.weights}; leave them out to let all count alike"
+            )
+
+
+@dataclass(kw_only=True)
 class EvaluationConfig:
     """How the held-out answers are scored."""
 
@@ -379,6 +402,7 @@ class Recipe:
     """The name of a schedule, or a list of its stages."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     store: str | None = None
     """The directory of the store, which holds the prepared targets; null means runs/NAME-store with the recipe's name."""
     output: str | None = None

@@ -1,0 +1,94 @@
+"""`python -m profuser.generate` lets the sources of a recipe answer prompts together, without any training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from profuser.cli import main_of
+from profuser.errors import ConfigError
+
+DESCRIPTION = "Let the sources of a recipe answer prompts together, without training (Cool-Fusion)."
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m profuser.generate",
+        description=DESCRIPTION,
+        usage="%(prog)s [--config RECIPE] [--prompt TEXT | --input FILE --output FILE] [--trace FILE] [recipe overrides]",
+        epilog="Without a prompt or a file it asks for prompts in the terminal. The options of decoding are the recipe's `decode`.",
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="the recipe whose sources answer; default: the bundled demo")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this")
+    parser.add_argument(
+        "--input", type=Path, metavar="FILE", help="answer the `prompt` of every row of this JSONL file"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the answers to --input into this JSONL file")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write an HTML page that shows who wrote what")
+    args, overrides = parser.parse_known_args(argv)
+    if args.prompt is not None and args.input is not None:
+        raise ConfigError("give either --prompt or --input, got both")
+    if (args.input is None) != (args.output is None):
+        raise ConfigError(
+            "--input and --output must be given together, got one of them; --output is the file of the answers"
+        )
+    if args.prompt is not None and not args.prompt.strip():
+        raise ConfigError("--prompt must be a text, got an empty one")
+
+    from profuser.generate.answers import answer_file, prompts_of
+    from profuser.generate.cool_fusion import Answer, CoolFusion
+    from profuser.generate.trace import page
+    from profuser.generate.voices import load_voices
+    from profuser.recipe.parse import parse_run
+    from profuser.store.files import write_atomic
+
+    run = parse_run("generate", [*(["--config", args.config] if args.config else []), *overrides], {}, DESCRIPTION)
+    prompts = prompts_of(args.input) if args.input is not None else []
+    fusion = CoolFusion(load_voices(run.recipe), run.recipe.decode, run.recipe.generation.max_new_tokens)
+    sources = [voice.name for voice in fusion.voices]
+    answered: list[tuple[str, Answer]] = []
+    try:
+        if args.input is not None:
+            answered += answer_file(fusion, prompts, args.output)
+        elif args.prompt is not None:
+            answered.append((args.prompt, streamed(fusion, args.prompt)))
+        else:
+            for line in sys.stdin if not sys.stdin.isatty() else terminal():
+                if line.strip():
+                    answered.append((line.rstrip("\n"), streamed(fusion, line.rstrip("\n"))))
+    finally:
+        if args.trace is not None and answered:
+            write_atomic(args.trace, page(sources, answered).encode())
+    if args.output is not None:
+        print(f"{len(prompts)} answers: {args.output}")
+
+
+def terminal():
+    """The lines that a user types."""
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def streamed(fusion, prompt: str):
+    """Answers a prompt and prints its segments as they come. With `rerank` the answer is printed when it is settled."""
+    from profuser.generate.cool_fusion import Answer
+
+    if fusion.config.rerank:
+        answer = fusion.answer(prompt)
+        print(answer.text, flush=True)
+        return answer
+    steps = []
+    for step in fusion.steps(prompt):
+        print(step.winner.text, end="", flush=True)
+        steps.append(step)
+    print(flush=True)
+    finished = bool(steps) and not steps[-1].winner.text
+    return Answer("".join(step.winner.text for step in steps).strip(), finished, tuple(steps))
+
+
+if __name__ == "__main__":
+    main_of(main)
