@@ -17,6 +17,7 @@ from profuser.generate.__main__ import main
 from profuser.generate.answers import answer_file, finished_rows, prompts_of
 from profuser.generate.boundaries import word_ends
 from profuser.generate.cool_fusion import CoolFusion
+from profuser.generate.gated import Gated
 from profuser.generate.speaker import Speaker, Voice
 from profuser.generate.trace import page
 from profuser.generate.voices import load_voices
@@ -237,6 +238,38 @@ def test_the_whole_answer_of_one_source_wins_if_it_is_better(demo):
 )
 def test_where_words_end(text, ends):
     assert list(word_ends(text)) == ends
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+def test_a_gate_that_never_opens_leaves_the_first_sources_own_answer(demo):
+    for prompt in PROMPTS:
+        gated = Gated(demo, DecodeConfig(method="gated", gate=1e9), 40)
+        steps = list(gated.steps(prompt))
+        alone = Speaker(demo[0], prompt)
+        written = alone.writes(60)
+        text = "".join(step.winner.text for step in steps)
+        assert text
+        assert written.text.strip().startswith(text.strip())
+        assert all(step.winner.sources == (0,) for step in steps)
+        if written.ended and not steps[-1].winner.text:
+            assert text.strip() == written.text.strip()
+
+
+def test_a_gate_that_is_always_open_asks_for_every_segment(demo, monkeypatch):
+    """It then is Cool-Fusion."""
+    monkeypatch.setattr(Gated, "_threshold", lambda *_: -1.0)
+    for prompt in PROMPTS:
+        gated = [step.winner.text for step in Gated(demo, DecodeConfig(method="gated"), 24).steps(prompt)]
+        assert gated == [step.winner.text for step in CoolFusion(demo, DecodeConfig(), 24).steps(prompt)]
+
+
+def test_the_others_are_asked_where_the_entropy_is_above_the_threshold(demo):
+    fusion = Gated(demo, DecodeConfig(method="gated", gate=0.5), 60)
+    steps = [step for prompt in PROMPTS[:3] for step in fusion.steps(prompt)]
+    asked = [step for step in steps if len(step.winner.perplexities) == len(demo)]
+    assert 0 < len(asked) < len(steps)
 
 
 # --- files and the command -------------------------------------------------------------------------------------------

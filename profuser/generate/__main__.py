@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
 
     from profuser.generate.answers import answer_file, prompts_of
     from profuser.generate.cool_fusion import Answer, CoolFusion
+    from profuser.generate.gated import Gated
     from profuser.generate.trace import page
     from profuser.generate.voices import load_voices
     from profuser.recipe.parse import parse_run
@@ -45,7 +46,8 @@ def main(argv: list[str]) -> None:
 
     run = parse_run("generate", [*(["--config", args.config] if args.config else []), *overrides], {}, DESCRIPTION)
     prompts = prompts_of(args.input) if args.input is not None else []
-    fusion = CoolFusion(load_voices(run.recipe), run.recipe.decode, run.recipe.generation.max_new_tokens)
+    method = {"cool": CoolFusion, "gated": Gated}[run.recipe.decode.method]
+    fusion = method(load_voices(run.recipe), run.recipe.decode, run.recipe.generation.max_new_tokens)
     sources = [voice.name for voice in fusion.voices]
     answered: list[tuple[str, Answer]] = []
     try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError, in_short
-from profuser.generate.cool_fusion import Answer, CoolFusion
+from profuser.generate.cool_fusion import Answer, CoolFusion, Step
 from profuser.progress import Progress
 from profuser.recipe.utf8 import read_utf8
 
@@ -60,11 +61,17 @@ def row_of(prompt: str, answer: Answer, sources: list[str]) -> dict[str, Any]:
             {
                 "text": step.winner.text,
                 "source": sources[step.winner.sources[0]],
-                "mean_ppl": round(sum(step.winner.perplexities) / len(step.winner.perplexities), 6),
+                "mean_ppl": mean_perplexity(step),
             }
             for step in answer.steps
         ],
     }
+
+
+def mean_perplexity(step: Step) -> float | None:
+    """The mean of the sources' perplexities of a segment, or None if nobody was asked."""
+    mean = sum(step.winner.perplexities) / len(step.winner.perplexities)
+    return round(mean, 6) if math.isfinite(mean) else None
 
 
 def answer_file(fusion: CoolFusion, prompts: list[str], output: Path) -> Iterator[tuple[str, Answer]]:

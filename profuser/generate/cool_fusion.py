@@ -87,7 +87,7 @@ class CoolFusion:
 
     def steps(self, prompt: str) -> Iterator[Step]:
         """The segments of the answer to one prompt, as they are chosen. The last one is empty if the turn ended."""
-        speakers = [Speaker(voice, prompt) for voice in self.voices]
+        speakers = self._new(prompt)
         while max(speaker.tokens for speaker in speakers) < self.max_new_tokens:
             step = self._step(speakers)
             if step is None:
@@ -97,6 +97,9 @@ class CoolFusion:
                 return
             for speaker in speakers:
                 speaker.goes_on(step.winner.text)
+
+    def _new(self, prompt: str) -> list[Speaker]:
+        return [Speaker(voice, prompt) for voice in self.voices]
 
     def _step(self, speakers: Sequence[Speaker]) -> Step | None:
         """Chooses the next segment; None if there is none that all sources can hold."""
@@ -146,7 +149,7 @@ class CoolFusion:
             alone = Speaker(voice, prompt)
             writing = alone.writes(self.max_new_tokens)
             answers.append(Answer(writing.text.strip(), writing.ended, (), voice.name))
-        judges = [Speaker(voice, prompt) for voice in self.voices]
+        judges = self._new(prompt)
         texts = [answer.text for answer in answers]
         of_judge = [judge.likelihoods([text or None for text in texts]) for judge in judges]
         scores = [self._score(nlls) for nlls in zip(*of_judge, strict=True)]

@@ -60,6 +60,7 @@ class Speaker:
         self._opening = voice.chat.prompt_ids(prompt)  # behind which the source writes
         self._base = self._opening
         self._said: list[int] = []  # the source's own tokens behind the base
+        self._entropies: list[float] = []  # of the distributions from which they were taken, in nats
         self._read = Branches(voice.model, self._base)
         self._logits = ChunkedHead(voice.head, torch.float32, 64)
 
@@ -71,7 +72,9 @@ class Speaker:
             if ended or len(self._said) >= at_least:
                 break
             self._read.become([*self._base, *self._said])
-            self._said.append(int(self._log_probabilities(self._read.hidden[-1:])[0].argmax()))
+            row = self._log_probabilities(self._read.hidden[-1:])[0]
+            self._said.append(int(row.argmax()))
+            self._entropies.append(float(-(row.exp() * row).nan_to_num().sum()))
         data = self.voice.chat.token_bytes
         said = b"".join(data.pieces[i] or b"" for i in self._said if i < len(data.pieces))
         text = said.decode(errors="ignore") if ended else _whole_characters(said)
@@ -125,6 +128,33 @@ class Speaker:
             begin += count
         return means
 
+    @property
+    def entropy(self) -> float:
+        """The entropy of the distribution behind the response in nats. `writes` must have been asked before."""
+        return self._entropies[0]
+
+    def goes_on_alone(self, segment: str) -> list[float]:
+        """Appends the source's own segment to the response, in the tokens that it wrote, if these are the segment.
+
+        Returns:
+            The entropies behind which the segment's tokens were taken.
+        """
+        pieces, wanted = self.voice.chat.token_bytes.pieces, segment.encode()
+        data, count = b"", 0
+        while count < len(self._said) and len(data) < len(wanted):
+            i, count = self._said[count], count + 1
+            data += (pieces[i] or b"") if i < len(pieces) else b""
+            data = data if self.response else data.lstrip()
+        entropies = self._entropies[:count]
+        if data != wanted:
+            self.goes_on(segment)
+            return entropies
+        self._base, self._said = [*self._base, *self._said[:count]], self._said[count:]
+        self._entropies = self._entropies[count:]
+        self.response += segment
+        self.tokens += count
+        return entropies
+
     def goes_on(self, segment: str) -> None:
         """Appends a segment to the response."""
         self.response += segment
@@ -134,6 +164,7 @@ class Speaker:
         self._base, self.tokens = ids, encoded.stop - encoded.start
         # What the source has written beyond the segment stays, if its own tokens are those of the segment.
         self._said = known[len(ids) :] if known[: len(ids)] == ids else []
+        self._entropies = self._entropies[len(self._entropies) - len(self._said) :]
 
     @torch.no_grad()
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:

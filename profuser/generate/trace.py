@@ -54,5 +54,6 @@ def page(sources: Sequence[str], answers: Iterable[tuple[str, Answer]]) -> str:
 
 def _line(candidate: Candidate, sources: Sequence[str]) -> str:
     names = ", ".join(sources[n] for n in candidate.sources)
-    judged = ", ".join(f"{name} {ppl:.3g}" for name, ppl in zip(sources, candidate.perplexities))
+    judged = ", ".join(f"{name} {ppl:.3g}" for name, ppl in zip(sources, candidate.perplexities) if ppl == ppl)
+    judged = judged or "nobody else was asked"
     return f"{candidate.text.strip() or 'end'} ({names}): {judged}"

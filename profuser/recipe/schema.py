@@ -351,6 +351,8 @@ class OptimConfig:
 class DecodeConfig:
     """How `profuser.generate` lets the sources answer together, without training."""
 
+    method: Literal["cool", "gated"] = "cool"
+    """cool asks all sources for every segment; with gated the first source writes, and the others are asked where it is not sure."""
     segment: Literal["shortest", "aligned"] = "shortest"
     """The segments of Cool-Fusion: shortest ends with a word; aligned ends where the tokens of all sources can end as well."""
     criterion: Literal["mean_ppl", "mean_nll"] = "mean_ppl"
@@ -359,6 +361,8 @@ class DecodeConfig:
     """How much each source's judgement counts, in the order of the sources; null means all alike."""
     max_segment_tokens: int = 16
     """The most tokens that a source writes for a segment in which no word ends."""
+    gate: float = 1.0
+    """With gated, by how many standard deviations the entropy must be above its running mean for the others to be asked."""
     rerank: bool = False
     """Whether the joint answer is compared with each source's own, and the best of all is taken."""
 
