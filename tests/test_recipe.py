@@ -304,7 +304,8 @@ def test_what_looks_like_a_path_is_never_a_hub_id():
     [
         ("fine:g", "has no attribute 'g'); fix the name"),
         ("fine.f", "fix the name, or run where the module lies"),
-        ("./fine.py:f", "fix the name"),
+        ("./fine.py:f", "write fine:f and run where the file lies"),
+        ("fine.py:f", "write fine:f and run where the file lies"),
         ("nowhere:f", "fix the name, or run where the module lies"),
         ("needy:f", "(No module named 'nowhere_at_all'); install nowhere_at_all"),
         ("broken:f", "(broken.py, line 2)); fix the module"),
