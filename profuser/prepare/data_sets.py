@@ -18,8 +18,8 @@ from typing import Any
 from profuser.errors import DataError, first_line
 from profuser.prepare.tables import READERS, Table, read_file
 from profuser.recipe.places import file_suffix, is_path, resolve
-from profuser.recipe.utf8 import decode
 from profuser.recipe.schema import DataLocation, Split
+from profuser.recipe.utf8 import decode
 
 USUAL_NAMES: dict[Split, str] = {"train": "train", "validation": "validation", "heldout": "test"}
 """What data sets call our splits."""
