@@ -9,7 +9,15 @@ import pytest
 import torch
 from alignment_checks import TOLERANCE, assert_same, certain, chain_chat, check_mass, token
 from small_tokenizers import capture_of, distribution, real_chat
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+)
 
 from profuser import align, follow_numbers, prefix_ranges, source_topk
 from profuser.alignment.engine import byte_aligner
@@ -189,7 +197,21 @@ def models():
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    return {"llama": LlamaConfig(**small), "gpt_neox": GPTNeoXConfig(**small)}
+    heads = {"num_key_value_heads": 2, "head_dim": 8}
+    # The text has 20 tokens. A window is shorter than it, is filled by it, is filled by its branches, or is never filled.
+    windows = {
+        f"{name} with a window of {window}": config(**small, **heads, sliding_window=window)
+        for name, config, window in (
+            ("mistral", MistralConfig, 8),
+            ("mistral", MistralConfig, 20),
+            ("mistral", MistralConfig, 24),
+            ("mistral", MistralConfig, 4096),
+            ("gemma2", Gemma2Config, 8),  # every other layer has a window
+            ("gemma2", Gemma2Config, 4096),
+            ("gemma3", Gemma3TextConfig, 22),
+        )
+    }
+    return {"llama": LlamaConfig(**small), "gpt_neox": GPTNeoXConfig(**small)} | windows
 
 
 @pytest.mark.parametrize("name", list(models()))
