@@ -9,7 +9,15 @@ import pytest
 import torch
 from alignment_checks import TOLERANCE, assert_same, certain, chain_chat, check_mass, token
 from small_tokenizers import capture_of, distribution, real_chat
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+)
 
 from profuser import align, follow_numbers, prefix_ranges, source_topk
 from profuser.alignment.engine import byte_aligner
@@ -189,7 +197,21 @@ def models():
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    return {"llama": LlamaConfig(**small), "gpt_neox": GPTNeoXConfig(**small)}
+    heads = {"num_key_value_heads": 2, "head_dim": 8}
+    # The text has 20 tokens. A window is shorter than it, is filled by it, is filled by its branches, or is never filled.
+    windows = {
+        f"{name} with a window of {window}": config(**small, **heads, sliding_window=window)
+        for name, config, window in (
+            ("mistral", MistralConfig, 8),
+            ("mistral", MistralConfig, 20),
+            ("mistral", MistralConfig, 24),
+            ("mistral", MistralConfig, 4096),
+            ("gemma2", Gemma2Config, 8),  # every other layer has a window
+            ("gemma2", Gemma2Config, 4096),
+            ("gemma3", Gemma3TextConfig, 22),
+        )
+    }
+    return {"llama": LlamaConfig(**small), "gpt_neox": GPTNeoXConfig(**small)} | windows
 
 
 @pytest.mark.parametrize("name", list(models()))
@@ -206,6 +228,20 @@ def test_a_branch_has_the_state_of_the_whole_sequence(name):
                 whole = model.base_model(torch.tensor([[*ids[:cut], *tokens]])).last_hidden_state[0, -1]
             torch.testing.assert_close(state, whole, rtol=1e-4, atol=1e-5)
         read.forget()
+
+
+@pytest.mark.parametrize("name", list(models()))
+def test_another_text_is_read_from_where_it_differs(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(models()[name]).eval()
+    first, read = torch.randint(90, (20,)).tolist(), Branches(model, [5])
+    for ids in (first, first[:12], [*first[:12], 7, 8, 9], [*first[:3], 1], first):
+        read.become(ids)
+        with torch.no_grad():
+            whole = model.base_model(torch.tensor([ids])).last_hidden_state[0]
+            branch = model.base_model(torch.tensor([[*ids[:3], 4, 6]])).last_hidden_state[0, -1]
+        torch.testing.assert_close(read.hidden, whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(read.states([(3, (4, 6))])[0], branch, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_branches_is_refused_in_one_line():

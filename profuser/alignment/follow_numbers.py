@@ -81,7 +81,6 @@ class NumberFollower:
     def __init__(self, target: TokenBytes, source: TokenBytes, model: PreTrainedModel, head: Head, top_k: int):
         self.target, self.source, self.model, self.head, self.top_k = target, source, model, head, top_k
         pieces = source.pieces[: head.weight.shape[0]]
-        self._checked = False
         # The tokens with which a number may begin or go on.
         ids = [i for i, piece in enumerate(pieces) if piece and (is_number(piece) or piece[:1].isdigit())]
         self._pieces = [pieces[i] or b"" for i in ids]
@@ -105,9 +104,8 @@ class NumberFollower:
             return PrefixRanges.none(self.top_k)
         positions = own.label_positions
         read = Branches(self.model, own.input_ids[: positions[rows[-1].row]])
-        if not self._checked and len(read.hidden) > 1:
-            read.check()
-            self._checked = True
+        if len(read.hidden) > 1:
+            read.check()  # of every text, because a long one may fill a window that a short one does not
         branches: list[Branch] = [(positions[of.row], ()) for of in rows]
         numbers: list[dict[bytes, float]] = [{} for _ in rows]
         # Every number that begins at a row, except through the row's own token, whose numbers the gold path tells.

@@ -12,6 +12,9 @@ directions are measured on the numbers of `texts/numbers.txt`:
   its tokenizer is SmolLM2's, but cuts numbers into groups of three as DeepSeek-V3's does. The targets Llama-2 and Qwen-2 have
   single digits, so the truth is what the model itself says of its next token.
 
+With --follow-numbers only the first direction is measured, with a source that is asked how its numbers go on (rule 9), and what
+asking costs is printed.
+
 All figures of a position are taken over the tokens that the library names and the NAMED most probable ones of the truth.
 *False mass* is the sum of max(0, said - true), *missing mass* the sum of max(0, true - said), in which a mass that was moved
 to the tail is missing. The total variation is that of `alignment_truth`, with one bucket for the tail.
@@ -284,7 +287,9 @@ def measure(
     for number, (sort, text) in enumerate(paragraphs((TEXTS / "numbers.txt").read_text("utf-8"))):
         reading = Reading(source, sort, number, text)
         own = Side(source.tokenizer, reading.window.ids, reading.rows)
-        sides = {ONE_TO_SEVERAL: own, SEVERAL_TO_ONE: composed.side(reading)}
+        sides = {ONE_TO_SEVERAL: own}
+        if not follow:  # only a source of shorter tokens is asked
+            sides[SEVERAL_TO_ONE] = composed.side(reading)
         for direction, side in sides.items():
             for name in TARGETS[direction]:
                 rows += measure_text(source, trees, reading, side, direction, targets[name], follow)
@@ -481,7 +486,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--before", type=Path, help="show the figures of this file, an earlier --json, beside the new ones"
     )
-    parser.add_argument("--write", type=Path, help=f"replace the {SECTION} section of this Markdown file by the tables")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        help=f"replace the {SECTION} section of this Markdown file by the tables, or {SECTION}_followed with --follow-numbers",
+    )
     args = parser.parse_args(argv)
     for name in (name for names in TARGETS.values() for name in names):
         if not (args.tokenizers / name).is_dir():
@@ -506,17 +515,19 @@ def main(argv: list[str]) -> None:
     results["figures"] = summary(results["positions"])
     if args.follow_numbers:
         results["cost"] = cost(source, targets["deepseek_v3"])
-    text = section(results, before, f"python -m profuser.experiments.{SECTION} --model DIR --tokenizers DIR")
-    print(text)
+    option = " --follow-numbers" if args.follow_numbers else ""
+    text = section(results, before, f"python -m profuser.experiments.{SECTION} --model DIR --tokenizers DIR{option}")
     if "cost" in results:
-        print(
-            f"\nA capture of these texts for deepseek_v3 takes {results['cost']:.2f} times as long with the numbers asked for."
+        text += (
+            f"\n\nA capture of these texts for deepseek_v3 takes {results['cost']:.2f} times as long if the source is asked how its "
+            "numbers go on."
         )
+    print(text)
     print(f"\n{time.monotonic() - start:.0f} s")
     if args.json:
         write_json(args.json, results)
     if args.write:
-        write_section(args.write, SECTION, text)
+        write_section(args.write, f"{SECTION}_followed" if args.follow_numbers else SECTION, text)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ class Branches:
     """All branches share one sequence of the key-value cache with the text.
 
     By a mask, every token of a branch attends to the text before the branch and to its own ancestors only. So nothing is
-    copied, and every distinct branch is computed once.
+    copied, and every distinct branch is computed once. The cache keeps all tokens in every layer: one that forgets what lies
+    outside of a layer's window would count the tokens of other branches as well. The mask knows the windows instead.
 
     Args:
         model: any causal Hugging Face model whose attention takes a 4-D mask; `check` finds out.
@@ -38,7 +39,7 @@ class Branches:
         self._states: dict[Branch, torch.Tensor] = {}
         self._seen: dict[Branch, torch.Tensor] = {}  # where a branch's tokens stand in the cache
         with self._refusing():
-            self._cache = DynamicCache(config=model.config)
+            self._cache = DynamicCache()
             self.hidden = torch.empty(0, 0)
             self.become(ids)
 
@@ -74,8 +75,9 @@ class Branches:
                 if (cut, tokens[:n]) not in self._states:
                     new[cut, tokens[:n]] = None
         waiting = list(new)  # every branch stands behind its ancestors
-        for first in range(0, len(waiting), MAX_TOKENS):
-            self._compute(waiting[first : first + MAX_TOKENS])
+        with self._refusing():
+            for first in range(0, len(waiting), MAX_TOKENS):
+                self._compute(waiting[first : first + MAX_TOKENS])
         return torch.stack([self._states[of] if of[1] else self.hidden[of[0] - 1] for of in own])
 
     def forget(self) -> None:
@@ -130,15 +132,33 @@ class Branches:
         """Computes branches, each of which is one token longer than the text, a known branch, or one before it in `new`."""
         device, size = self._model.device, self._cache.get_seq_length()
         mask = torch.zeros(1, 1, len(new), size + len(new), dtype=torch.bool)
+        near = mask.clone()  # without what is outside of the window
+        window = getattr(self._model.config.get_text_config(), "sliding_window", None) or size + len(new)
         for n, (cut, tokens) in enumerate(new):
             before = self._seen[cut, tokens[:-1]] if tokens[1:] else torch.arange(cut)
             self._seen[cut, tokens] = torch.cat([before, torch.tensor([size + n])])
             mask[0, 0, n, self._seen[cut, tokens]] = True
+            near[0, 0, n, self._seen[cut, tokens][-window:]] = True
         out = self._model.base_model(
             torch.tensor([[tokens[-1] for _, tokens in new]], device=device),
-            attention_mask=mask.to(device),
+            attention_mask=self._by_layer(self._added(mask), self._added(near)),
             position_ids=torch.tensor([[cut + len(tokens) - 1 for cut, tokens in new]], device=device),
             past_key_values=self._cache,
             use_cache=True,
         )
         self._states.update(zip(new, out.last_hidden_state[0]))
+
+    def _added(self, mask: torch.Tensor) -> torch.Tensor:
+        """The mask as every implementation of attention takes it: numbers that are added to the scores."""
+        dtype = self.hidden.dtype
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min).to(self._model.device)
+
+    def _by_layer(self, mask: torch.Tensor, near: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The mask that the model's layers need: that of their window, the one without, or one for either kind of layer."""
+        config = self._model.config.get_text_config()
+        if getattr(config, "sliding_window", None) is None:
+            return mask
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+        if len(kinds) > 1:
+            return {"full_attention": mask, "sliding_attention": near}
+        return near if "sliding_attention" in kinds else mask

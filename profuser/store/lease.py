@@ -204,8 +204,8 @@ def _enter(directory: Path, what: Directory, own: Holder, differing: Differing) 
 def _alone(directory: Path) -> Generator[None]:
     """Keeps other processes away from the leases of a directory. The folder of the leases goes when the last of them has gone."""
     folder = _folder(directory)
+    door = FileLock(folder / "door")
     for attempt in itertools.count(1):
-        door = FileLock(folder / "door")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             door.acquire(poll_interval=0.02)
