@@ -31,9 +31,10 @@ from profuser.recipe.parse import Run, parse_run
 from profuser.recipe.places import DEFAULT_RECIPE, resolve
 from profuser.recipe.schema import DataLocation, ScheduleName
 from profuser.store import layout
-from profuser.store.files import read_json, write_atomic, write_json
+from profuser.store.files import write_atomic, write_json
 from profuser.store.store import Store
 from profuser.train.run_directory import RunDirectory
+from profuser.typed import read_json
 
 
 @dataclass(frozen=True, slots=True)

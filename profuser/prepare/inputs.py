@@ -25,7 +25,8 @@ from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
 from profuser.recipe.schema import SPLITS, Recipe, Split
-from profuser.store.store import StoreSettings, read_manifest
+from profuser.store.manifest import read_manifest
+from profuser.store.store import StoreSettings
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Fitted, fit
 
