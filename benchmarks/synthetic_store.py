@@ -30,6 +30,8 @@ SHARD_SIZE = 4096
 SETTINGS = StoreSettings(
     sources={
         "source_names": ["a", "b", "c"],
+        "sources": {},
+        "data": {},
         "target": {"name": "guardian"},
         "capture": {"top_k": TOP_K, "dtype": "float32"},
         "date": "2026-01-01",
