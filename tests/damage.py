@@ -14,11 +14,12 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from command_runs import STORE, make_good, rows, run, write_rows
 
@@ -79,7 +80,9 @@ def make_places(root: Path) -> Places:
         with inside(place):
             shutil.rmtree(RUN)
             recipe = Path("recipe.yaml")
-            recipe.write_text(recipe.read_text().replace("optim: {", f"seed: {seed}\noptim: {{ checkpoint_every: 1, log_every: 1,"))
+            recipe.write_text(
+                recipe.read_text().replace("optim: {", f"seed: {seed}\noptim: {{ checkpoint_every: 1, log_every: 1,")
+            )
             if seed:
                 shutil.rmtree(STORE)
                 write_rows("train.jsonl", rows("fusion", 13)[6:])
@@ -96,7 +99,7 @@ def make_places(root: Path) -> Places:
 
 
 @contextmanager
-def inside(place: Path) -> Iterator[None]:
+def inside(place: Path) -> Generator[None]:
     """Makes a folder the working directory."""
     before = Path.cwd()
     os.chdir(place)
@@ -107,13 +110,10 @@ def inside(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def without_pictures() -> Iterator[None]:
+def without_pictures() -> Generator[None]:
     """Leaves the pictures out of reports, which take most of a command's time and do not depend on what was damaged."""
-    draw, page._draw = page._draw, lambda draw, path: {"light": "", "dark": ""}
-    try:
+    with mock.patch.object(page, "_draw", lambda draw, path: {"light": "", "dark": ""}):
         yield
-    finally:
-        page._draw = draw
 
 
 def files_of(place: Path) -> list[str]:
@@ -164,18 +164,20 @@ def result_of(command: str, out: str) -> Any:
         summary = {k: v for k, v in json.loads((store / "summary.json").read_text()).items() if k != "seconds"}
         shards = {path.name: path.read_bytes() for path in store.glob("*/*") if path.parent.name != ".leases"}
         return summary, shards, (store / "samples.parquet").read_bytes()
+    if command == "doctor":
+        return out
+    if command == "report":
+        return (directory / "report.html").read_bytes()
     scores = [json.loads((directory / name).read_text()) for name in ("scores.json", "evaluation.json")]
     if command == "train":
         lines = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
         timing = ("tokens_per_second", "data_wait", "sha256")
         metrics = [{k: v for k, v in line.items() if k not in timing} for line in lines]
         return scores, metrics, {name: (directory / name).read_bytes() for name in model_files(read_run(directory))}
-    if command == "evaluate":
-        return scores
-    return (directory / "report.html").read_bytes() if command == "report" else out
+    return scores
 
 
-SAID = re.compile("damaged|missing|gone|again|restored|is not what")
+SAID = re.compile("damaged|missing|gone|again|restored|renamed|is not what")
 
 
 def attempt(trial: Trial, places: Places, expected: Callable[[str], Any]) -> str:
@@ -206,9 +208,6 @@ def follow(command: str, line: str) -> tuple[int, str, str]:
     """Follows the advice of an error, and runs the command again."""
     advice = line.split("; ", 1)[1]
     arguments = list(COMMANDS[command])
-    if found := re.search(r"error: (\S+) must be a file, a directory is in its place; move it away", line):
-        Path(found[1]).rename(f"{found[1]}.away")
-        return run(*arguments)
     if found := re.search(r"wrote, (.*) differs? \(.*; remove it", line):
         for name in found[1].split(", "):
             shutil.rmtree(path) if (path := Path(RUN) / name).is_dir() else path.unlink(missing_ok=True)
@@ -250,7 +249,7 @@ def walk(places: Places, chosen: Iterable[Trial]) -> Tally:
 
 
 @contextmanager
-def copy_of(origin: Path) -> Iterator[None]:
+def copy_of(origin: Path) -> Generator[None]:
     """Makes a copy of a folder the working directory. Its files are links, so that this takes no time."""
     with tempfile.TemporaryDirectory() as place:
         shutil.copytree(origin, place, dirs_exist_ok=True, copy_function=os.link)

@@ -64,7 +64,7 @@ ARMS = (
 
 def wellformed_data(directory: Path) -> str:
     """Writes the demo's training rows whose ground truth is a worked one to a file of their own, and returns its path."""
-    lines = Path(resolve("demo:fusion.jsonl")).read_text().splitlines()
+    lines = Path(resolve("demo:fusion.jsonl")).read_text(encoding="utf-8").splitlines()
     path = directory / "fusion_wellformed.jsonl"
     write_atomic(path, "".join(f"{line}\n" for line in lines if json.loads(line)["form"] == "worked").encode())
     return str(path)

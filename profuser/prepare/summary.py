@@ -31,6 +31,7 @@ def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds
     """Writes summary.json and samples.parquet, the audit table, beside the shards. `seconds` says how long each phase took."""
     import datasets
 
+    datasets.disable_progress_bars()
     table = io.BytesIO()
     datasets.Dataset.from_dict(audit_table(inputs, store, ballots)).to_parquet(table)
     store.put_finding("summary.json", as_json(summarise(inputs, store, ballots, seconds)))

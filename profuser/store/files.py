@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from profuser.errors import DataError, ProfuserError
+from profuser.errors import ProfuserError
 
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """The names of what is being written: a dot, the final name, the process and `.tmp`."""
@@ -39,14 +39,9 @@ def writing(path: Path, size: int) -> Generator[None]:
 
     Raises:
         DiskFull: there is no room. The message names the path and what is missing.
-        DataError: a directory stands where a file must be.
     """
     try:
         yield
-    except IsADirectoryError:
-        raise DataError(
-            f"{path} must be a file, a directory is in its place; move it away and run the same command again"
-        ) from None
     except Exception as error:
         # safetensors has no error of its own for a full disk.
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
@@ -88,10 +83,17 @@ def write_atomic(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            give_name(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def give_name(path: Path, final: Path) -> None:
+    """Gives a file its final name, at once. A directory that has this name is renamed, and this is printed."""
+    if final.is_dir() and not final.is_symlink():
+        print(f"{final} was a directory: renamed to {set_aside(final)}", flush=True)
+    os.replace(path, final)
 
 
 def move_into_place(path: Path, final: Path) -> None:
@@ -99,8 +101,7 @@ def move_into_place(path: Path, final: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     final.parent.mkdir(parents=True, exist_ok=True)
-    with writing(final, 0):
-        os.replace(path, final)
+    give_name(path, final)
     sync_directory(final.parent)
 
 
