@@ -26,7 +26,7 @@ from test_store import SETTINGS, TEXTS, TRUTH
 from profuser.errors import DataError, ProfuserError
 from profuser.evaluate.terminal import closing_examples, score_table
 from profuser.models.load import chat_format, check_vocabulary, open_model
-from profuser.prepare.responses import Response
+from profuser.prepare.responses import read_responses
 from profuser.prepare.summary import no_signal_warning
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
@@ -242,9 +242,9 @@ def responses(root: Path):
     store = small_store(root)
 
     def use(value):
-        store.put_json(TEXTS, 0, value, examples=5)
-        for answers in store.get_json(TEXTS, 0):
-            [Response(*answer).left_out for answer in answers]  # pyrefly: ignore
+        store._put(TEXTS.shard(0), json.dumps(value).encode(), {"examples": 5})
+        for answers in read_responses(store, "train", "a", 0):
+            [answer.left_out for answer in answers]
 
     return [[["hé", True, 0], ["", False, 0]], [["x", True, 1]]], use
 

@@ -24,7 +24,7 @@ from profuser.fusion_model import FusionModel
 from profuser.models.load import chat_format, default_device, load_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash
 from profuser.prepare.inputs import load_split, settled_dtype
-from profuser.prepare.responses import Response, generate
+from profuser.prepare.responses import generate, read_responses
 from profuser.prepare.votes import judged_examples
 from profuser.progress import Progress, silent
 from profuser.recipe.parse import Run
@@ -209,7 +209,7 @@ def answer(
 def source_answers(store: Store, source: str) -> list[str]:
     """Reads what a source answered to the held-out prompts, in the order of the rows."""
     kind = layout.responses("heldout", source)
-    return [Response(*answer).text for n in store.numbers(kind) for (answer,) in store.get_json(kind, n)]
+    return [answer.text for n in store.numbers(kind) for (answer,) in read_responses(store, "heldout", source, n)]
 
 
 def source_likelihood(store: Store, source: str) -> tuple[np.ndarray, np.ndarray]:

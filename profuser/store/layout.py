@@ -14,20 +14,9 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from profuser.recipe.schema import Split
-from profuser.typed import Rule
 
 Folder = Literal["truth", "responses", "scores", "winners", "targets"]
 FOLDERS: tuple[Folder, ...] = get_args(Folder)
-
-RESPONSES = [
-    [
-        Rule(
-            "a text, whether it is finished, and a verdict",
-            lambda x: isinstance(x, list) and [*map(type, x)] == [str, bool, int],
-        )
-    ]
-]
-"""The shape of a shard of responses: for every example a list with the fields of each Response (profuser.prepare.responses)."""
 
 
 @dataclass(frozen=True, slots=True)

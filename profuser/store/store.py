@@ -30,7 +30,7 @@ from safetensors.numpy import save as save_tensors
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.compare import differing_keys
 from profuser.store.files import header_length, mapped, remove_temporary, sha256, tensors_of, write_atomic
-from profuser.store.layout import FOLDERS, RESPONSES, Kind, kind_of
+from profuser.store.layout import FOLDERS, Kind, kind_of
 from profuser.store.manifest import SUMMARY, new_manifest, read_manifest, write_manifest
 from profuser.store.sealed import digest_of, is_intact
 from profuser.typed import checked, parsed
@@ -352,11 +352,11 @@ class Store:
         except (ValueError, KeyError, TypeError):
             raise differs(self._path(name)) from None
 
-    def get_json(self, kind: Kind, number: int) -> Any:
-        """Returns a shard's texts. It raises what `get` raises."""
+    def get_json(self, kind: Kind, number: int, shape: Any = Any) -> Any:
+        """Returns a shard's texts, which must have a shape (profuser.typed). It raises what `get` raises."""
         name = kind.shard(number)
         try:
-            return checked(parsed(self._bytes(name)[:]), RESPONSES)
+            return checked(parsed(self._bytes(name)[:]), shape)
         except ValueError:
             raise differs(self._path(name)) from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from profuser.errors import DataError
+from profuser.errors import DataError, in_short
 from profuser.recipe.schedule import NAMED
 from profuser.store.files import write_atomic
 from profuser.store.sealed import (
@@ -32,7 +32,7 @@ MEASURED = (METRICS, SCORES, EVALUATION)
 
 STAGE = {"inference_weight?": NUMBER, "training_weight?": NUMBER, "beta?": (NUMBER, None)}
 RECIPE = {
-    "schedule?": (Rule("a schedule", lambda x: isinstance(x, str) and x in NAMED), [STAGE]),
+    "schedule": (Rule("a schedule", lambda x: isinstance(x, str) and x in NAMED), [STAGE]),
     "data?": {},
     "align?": {"mode?": str},
     "optim?": {"beta?": (NUMBER, None)},
@@ -46,15 +46,15 @@ RUN = {
     "seconds": {str: SECONDS},
     "precision?": str,
     "files?": FILES,
-    "versions?": {str: str},
-    "hardware?": str,
-    "commit?": (str, None),
+    "versions": {str: str},
+    "hardware": str,
+    "commit": (str, None),
     "peak_rss_bytes?": COUNT,
     "demo_data?": ({"terse?": SHARE, "wrong?": SHARE, "rows?": {str: COUNT}}, None),
 }
 """The shape of run.json."""
 
-BY_SKILL = {str: (SHARE, None)}
+BY_SKILL = {str: SHARE}
 BITS = {str: (NUMBER, None)}
 RESPONSE = {"text": str, "eligible": bool, "left_out?": str, "votes": NUMBER, "wins_vote": bool}
 JUDGED = {
@@ -171,7 +171,7 @@ def _uneven(scores: dict[str, Any]) -> str:
     skills = set(scores["fused"])
     for name, values in {**scores["sources"], "target_before": scores["target_before"]}.items():
         if set(values) != skills:
-            return f"a score of every model for each of {', '.join(sorted(skills))}, {name} has {', '.join(sorted(values))}"
+            return f"a score of every model for each of {in_short(sorted(skills))}, {in_short(name)} has {in_short(sorted(values))}"
     return ""
 
 
