@@ -7,14 +7,16 @@ followed, after which the same command must succeed.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,21 +182,21 @@ def result_of(command: str, out: str) -> Any:
 SAID = re.compile("damaged|missing|gone|again|restored|renamed|is not what")
 
 
-def attempt(trial: Trial, places: Places, expected: Callable[[str], Any]) -> str:
+def attempt(trial: Trial, places: Places) -> str:
     """Damages a file and runs a command. It returns the outcome, or raises AssertionError."""
     path = Path(trial.file)
     damage(path, trial, places.other / trial.file)
     code, out, err = run(*COMMANDS[trial.command])
     assert "Traceback" not in err, err
     if code == 0:
-        if result_of(trial.command, out) == expected(trial.command):
+        if result_of(trial.command, out) == expected(places.good, trial.command):
             return "made again" if SAID.search(out) else "undamaged"
         assert f"{path.name} in {RUN} is not what training wrote" in out, f"a silent difference: {out[-500:]}"
         if trial.command == "train":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             code, out, err = run(*COMMANDS["train"])
             assert code == 0, err
-            assert result_of("train", out) == expected("train"), "after following the advice"
+            assert result_of("train", out) == expected(places.good, "train"), "after following the advice"
         return "said to differ"
     assert code == 3, (code, err)
     assert err.startswith("error: "), err
@@ -224,27 +226,26 @@ def follow(command: str, line: str) -> tuple[int, str, str]:
     return run(*arguments)
 
 
+@functools.cache
+def expected(good: Path, command: str) -> Any:
+    """The result of a command in a folder in which nothing is damaged."""
+    with copy_of(good):
+        code, out, err = run(*COMMANDS[command])
+        assert code == 0, err
+        return result_of(command, out)
+
+
 def walk(places: Places, chosen: Iterable[Trial]) -> Tally:
-    """Makes trials, each in a folder of its own."""
-    tally, known = Tally(), {}
+    """Makes trials, each in a folder of its own. What goes wrong is printed to stderr at once."""
+    tally = Tally()
     with without_pictures():
-
-        def expected(command: str) -> Any:
-            if command not in known:
-                with copy_of(places.good):
-                    code, out, err = run(*COMMANDS[command])
-                    assert code == 0, err
-                    known[command] = result_of(command, out)
-            return known[command]
-
-        for command in COMMANDS:
-            expected(command)
         for trial in chosen:
             with copy_of(getattr(places, trial.place)):
                 try:
-                    tally.counts[trial.damage, trial.command, attempt(trial, places, expected)] += 1
+                    tally.counts[trial.damage, trial.command, attempt(trial, places)] += 1
                 except (Exception, SystemExit) as error:
                     tally.wrong.append(f"{trial}: {type(error).__name__}: {error}"[:700])
+                    print(tally.wrong[-1], file=sys.stderr, flush=True)
     return tally
 
 
