@@ -187,6 +187,8 @@ def attempt(trial: Trial, places: Places) -> str:
     path = Path(trial.file)
     damage(path, trial, places.other / trial.file)
     code, out, err = run(*COMMANDS[trial.command])
+    if code in (75, 130):  # this process, and not the trial, is to end
+        raise KeyboardInterrupt
     assert "Traceback" not in err, err
     if code == 0:
         if result_of(trial.command, out) == expected(places.good, trial.command):
@@ -243,7 +245,7 @@ def walk(places: Places, chosen: Iterable[Trial]) -> Tally:
             with copy_of(getattr(places, trial.place)):
                 try:
                     tally.counts[trial.damage, trial.command, attempt(trial, places)] += 1
-                except (Exception, SystemExit) as error:
+                except Exception as error:
                     tally.wrong.append(f"{trial}: {type(error).__name__}: {error}"[:700])
                     print(tally.wrong[-1], file=sys.stderr, flush=True)
     return tally

@@ -255,3 +255,105 @@ def test_a_store_goes_on_in_the_arithmetic_that_it_was_begun_with(monkeypatch):
     code, _, err = run("prepare", "--config", "recipe.yaml", "--capture.dtype", "float32")
     assert code == 2
     assert "capture.dtype" in err
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "chat_template.jinja"])
+def test_a_model_that_was_edited_is_said_to_differ_and_stays(name):
+    whole = (RUN / name).read_bytes()
+    flip(RUN / name, 0.9)
+    edited = (RUN / name).read_bytes()
+    for command in ("train", "evaluate"):
+        code, out, err = run(*LOOKING[command])
+        assert (code, err) == (0, "")
+        assert f"{name} in runs/recipe is not what training wrote" in out
+        assert (RUN / name).read_bytes() == edited
+    (RUN / name).unlink()
+    assert run(*TRAIN)[0] == 0
+    assert (RUN / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_that_cannot_be_read_is_made_again(name):
+    whole = (RUN / name).read_bytes()
+    (RUN / name).write_bytes(whole[:-9])
+    code, _, err = run(*LOOKING["evaluate"])
+    assert code == 3
+    assert f"{name} differs" in err
+    assert "remove it, and `python -m profuser.train`" in err
+    code, out, err = run(*TRAIN)
+    assert code == 0, err
+    assert f"{name} is gone or damaged: making the model again" in out
+    assert (RUN / name).read_bytes() == whole
+
+
+def test_damaged_scores_are_made_again():
+    whole = (RUN / "scores.json").read_bytes()
+    flip(RUN / "scores.json")
+    code, _, err = run(*LOOKING["report"])
+    assert code == 3
+    assert "scores.json must be what was written" in err
+    assert "`python -m profuser.evaluate runs/recipe`" in err
+    assert run(*LOOKING["evaluate"])[0] == 0
+    assert (RUN / "scores.json").read_bytes() == whole
+    assert run(*LOOKING["report"])[0] == 0
+
+
+def test_damaged_metrics_come_back_from_a_checkpoint():
+    whole = (RUN / "metrics.jsonl").read_bytes()
+    flip(RUN / "metrics.jsonl")
+    code, _, err = run(*LOOKING["report"])
+    assert code == 3
+    assert "`python -m profuser.train`" in err
+    assert "restored from" in run(*TRAIN)[1]
+    assert (RUN / "metrics.jsonl").read_bytes() == whole
+
+
+def test_metrics_that_no_checkpoint_holds_are_shown_as_far_as_they_are_intact():
+    shutil.rmtree(RUN / "checkpoints")
+    flip(RUN / "metrics.jsonl", 0.1)
+    code, out, err = run(*TRAIN)
+    assert code == 0, err
+    assert "no checkpoint holds it" in out
+    assert "damaged lines of metrics.jsonl" in (RUN / "report.html").read_text(encoding="utf-8")
+    assert "no checkpoint holds it" not in run(*TRAIN)[1]
+
+
+def test_another_runs_record_is_noticed():
+    record = read_run(RUN)
+    record["recipe"]["seed"] = 5
+    for name in ("metrics.jsonl", "model.safetensors"):
+        record["files"][name] = {"sha256": "0" * 64, "bytes": 5}
+    write_run(RUN, record)
+    for command in ("train", "evaluate"):
+        code, _, err = run(*LOOKING[command])
+        assert code == 3
+        assert "must describe the files beside it" in err
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "a directory"])
+def test_a_fresh_start_needs_nothing_of_a_damaged_manifest(damage):
+    path = Path(STORE) / "manifest.json"
+    flip(path) if damage == "flipped" else path.unlink()
+    if damage == "a directory":
+        path.mkdir()
+    code, _, err = run("prepare", "--config", "recipe.yaml", "--fresh")
+    assert code == 0, err
+    assert run(*LOOKING["evaluate"])[0] == 0
+
+
+@pytest.mark.parametrize("name", ["summary.json", "samples.parquet"])
+def test_a_damaged_finding_is_written_again_as_it_was(name):
+    path = Path(STORE) / name
+    whole = path.read_bytes()
+    flip(path)
+    code, out, err = run("prepare", "--config", "recipe.yaml")
+    assert code == 0, err
+    assert f"store: {name} is damaged or missing: writing it again" in out
+    assert path.read_bytes() == whole
+    assert run(*LOOKING["store verify"])[0] == 0

@@ -40,13 +40,16 @@ def main(argv: list[str]) -> None:
     except ConfigError as error:
         raise DataError(str(error)) from None
     run = Run(recipe=recipe, name=directory.name)
-    check_unchanged(run)
     store = Store.open(run.store_dir)
 
     # A model that was edited on purpose is scored as it is.
     if differing := damaged_files(directory, model_files(record)):
         print(f"{', '.join(differing)} in {directory} is not what training wrote; what is there is scored", flush=True)
-    scores = evaluate(run, store)
+    try:
+        scores = evaluate(run, store)
+    except DataError:
+        check_unchanged(run)  # if the store is not the run's, this says so
+        raise
     record_files(directory, SCORES, EVALUATION)
     print(score_table(scores))
 

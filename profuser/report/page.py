@@ -214,7 +214,8 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
             raise DataError(
                 f"the {what} must be an existing directory, got {directory}; give the one that training wrote"
             )
-    run = {"peak_rss_bytes": None} | read_run(run_dir)
+    run = read_run(run_dir)
+    run.setdefault("peak_rss_bytes", None)
     scores: dict[str, Any] = {"sources": {}, "target_before": {}, "fused": {}}
     evaluation: dict[str, Any] = {"counts": {}}
     if run["recipe"].get("data", {}).get("heldout", "") is not None:

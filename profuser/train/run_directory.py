@@ -192,7 +192,8 @@ def _is_readable(path: Path) -> bool:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy"):
                 return True
-        return path.suffix != ".json" or isinstance(parsed(path.read_bytes()), dict)
+        content = path.read_bytes()
+        return path.suffix != ".json" or isinstance(parsed(content), dict)
     except (OSError, ValueError, SafetensorError):
         return False
 
