@@ -252,7 +252,7 @@ def put_peaks(pair, folder, batch, queue):
         ("peak_pass_mib", lambda: case.align_all(aligner, batch)),
     ):
         before = trimmed_rss_mib()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
         run()
         peaks[name] = resident_mib("VmHWM") - before
     queue.put({name: round(peak, 1) for name, peak in peaks.items()} | {"sequences": len(case.raw)})

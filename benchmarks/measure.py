@@ -63,7 +63,11 @@ def surroundings() -> dict:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    found = (
+        re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
+        if info.is_file()
+        else None
+    )
     return found[1] if found else platform.processor()
 
 
@@ -112,7 +116,7 @@ def gemms(N: int, D: int, V: int, count: int, dtype: torch.dtype, device: str) -
 
 def resident_mib(field: str) -> float:
     """The memory of this process in MiB: `field` is VmRSS for the resident set, or VmHWM for its high-water mark."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) / 1024
 
@@ -154,7 +158,7 @@ def _put_peaks(queue, make_step, arguments):
     for each in arguments:
         step = make_step(*each)
         step()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
         before = resident_mib("VmRSS")
         step()
         peaks.append(round(resident_mib("VmHWM") - before, 1))

@@ -32,7 +32,7 @@ def read(path: Path) -> tuple[dict[str, list[dict]], list[str]]:
         DataError: the file is not a result of these benchmarks.
     """
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         timed = [b for b in result["benchmarks"] if "times_floor" in b["extra_info"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(

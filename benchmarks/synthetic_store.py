@@ -30,6 +30,8 @@ SHARD_SIZE = 4096
 SETTINGS = StoreSettings(
     sources={
         "source_names": ["a", "b", "c"],
+        "sources": {},
+        "data": {},
         "target": {"name": "guardian"},
         "capture": {"top_k": TOP_K, "dtype": "float32"},
         "date": "2026-01-01",
@@ -89,10 +91,10 @@ def demo_recipe(steps: int) -> Recipe:
 
 def private_bytes() -> int:
     """The memory that this process and its children have for themselves: no mapped file, and no page of the parent's."""
-    pids = [os.getpid(), *map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())]
+    pids = [os.getpid(), *map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split())]
     total = 0
     for pid in pids:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
         fields = {name: int(rest[0]) for name, *rest in map(str.split, lines[1:])}
         total += 1024 * (fields["Private_Dirty:"] if pid != os.getpid() else fields["Anonymous:"])
     return total
@@ -123,7 +125,7 @@ def measure(directory: Path, instructions: int, steps: int) -> dict[str, float]:
 
     trainer._step = watched
     trainer.train()
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     waits = sorted(line["data_wait"] for line in lines[1:])
     return {
         "instructions": instructions,

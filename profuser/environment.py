@@ -47,7 +47,12 @@ def hardware() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next(
-            (line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu
+            (
+                line.split(":")[1].strip()
+                for line in info.read_text(encoding="utf-8").splitlines()
+                if line.startswith("model name")
+            ),
+            cpu,
         )
     return f"{cpu}, {torch.get_num_threads()} threads"
 

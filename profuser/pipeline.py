@@ -17,13 +17,14 @@ from profuser.prepare.phases import Preparation
 from profuser.progress import in_words
 from profuser.recipe.parse import Run
 from profuser.report.page import write_report
-from profuser.store.files import read_json
+from profuser.store.sealed import is_intact
 from profuser.store.store import Store
 from profuser.train.checkpoint import newest_step
 from profuser.train.export import save_fused
 from profuser.train.loop import Trainer
 from profuser.train.parallel import launch, settled_precision
 from profuser.train.run_directory import RunDirectory
+from profuser.train.run_record import EVALUATION, SCORES, read_measured, record_files
 
 
 def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
@@ -74,11 +75,13 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     scores: dict[str, Any] = {}
     if is_main:
         with directory.timed("evaluate"):
-            save_fused(trainer.fusion.model, trainer.chat.tokenizer, directory.path, recipe, trainer.saved_dtype)
+            model = save_fused(
+                trainer.fusion.model, trainer.chat.tokenizer, directory.path, recipe, trainer.saved_dtype
+            )
             del trainer
             if recipe.data.heldout is not None:
                 scores = evaluate(run, store)
-        directory.finish()
+        directory.finish(model)
     accelerator.wait_for_everyone()
     return scores
 
@@ -121,9 +124,9 @@ def print_report(run: Run) -> None:
     directory = RunDirectory(run)
     page = write_report(directory.path, run.store_dir)
     if run.recipe.data.heldout is not None:
-        fix = "delete it, and the same command scores again"
-        print(score_table(read_json(directory.path / "scores.json", fix=fix)))
-        print(closing_examples(read_json(directory.path / "evaluation.json", fix=fix), 3))
+        record = directory.read()
+        print(score_table(read_measured(directory.path, record, SCORES)))
+        print(closing_examples(read_measured(directory.path, record, EVALUATION), 3))
     if (run.store_dir / "manifest.json").exists() and (line := Store.open(run.store_dir, complete=False).handled()):
         print(line)
     seconds = directory.read()["seconds"]
@@ -137,22 +140,23 @@ def check_unchanged(run: Run) -> None:
     The store is only compared with them, and stays as it is.
 
     Raises:
-        ConfigError, DataError: what Inputs.open and Changes.check raise.
+        ConfigError, DataError: what Inputs.open and Store.checked_changes raise.
     """
     inputs = Inputs.open(run)
     if (run.store_dir / "manifest.json").exists():
-        Store.open(run.store_dir, complete=False).changes(inputs.settings()).check(run.store_dir)
+        Store.open(run.store_dir, complete=False).checked_changes(inputs.settings())
 
 
 def score_again(run: Run) -> None:
-    """Scores a complete run again if its scores are missing, or were made with other settings of `evaluation`."""
+    """Scores a complete run again if its scores are missing or damaged, or were made with other settings of `evaluation`."""
     directory, now = RunDirectory(run), run.recipe.to_dict()
     record = directory.read()
-    names = ("scores.json", "evaluation.json") if run.recipe.data.heldout is not None else ()
+    names = (SCORES, EVALUATION) if run.recipe.data.heldout is not None else ()
     scored = record["recipe"].get("evaluation") == now["evaluation"]
-    if scored and all((directory.path / name).exists() for name in names):
+    if scored and all(is_intact(directory.path / name, record.get("files", {}).get(name)) for name in names):
         return
     if names:
-        print("evaluation changed or scores missing: scoring again", flush=True)
+        print("evaluation changed, or scores missing or damaged: scoring again", flush=True)
         evaluate(run, Store.open(run.store_dir))
+        record_files(directory.path, *names)
     directory.update(recipe=now)

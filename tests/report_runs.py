@@ -7,7 +7,9 @@ import math
 import random
 from pathlib import Path
 
-from profuser.train.run_directory import SCHEMA_VERSION as RUN_SCHEMA
+from profuser.store.manifest import new_manifest, read_manifest, write_manifest
+from profuser.store.sealed import digest_of_file, sealed
+from profuser.train.run_record import read_run, record_files, write_run
 
 SOURCES = ("guardian", "scholar", "reckoner")
 SKILLS = ("knowledge", "safety", "reasoning")
@@ -87,7 +89,6 @@ def make_run(
     }
     demo_data = {"seed": 0, "terse": 0.4, "wrong": 0.1, "rows": {"fusion": 788, "validation": 450, "heldout": 600}}
     run = {
-        "schema": RUN_SCHEMA,
         "status": "complete",
         "recipe": {
             "sources": [{"name": n, "model": f"demo:{n}"} for n in sources],
@@ -167,17 +168,51 @@ def make_run(
     for step in range(0, steps + 1, 50):
         kd = 0.4 + 1.5 * math.exp(-step / 90) if distils else None
         lines.append({"step": step, "stage": 0, "eval": {"ce": 0.6 + 2 * math.exp(-step / 90), "kd": kd}})
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, content in ({"run": run} | ({"scores": scores, "evaluation": evaluation} if scored else {})).items():
+    write_lines(run_dir / "metrics.jsonl", lines)
+    write_run(run_dir, run)
+    for name, content in ({"scores": scores, "evaluation": evaluation} if scored else {}).items():
         (run_dir / f"{name}.json").write_text(json.dumps(content))
+    record_files(run_dir, *(path.name for path in run_dir.iterdir() if path.name != "run.json"))
     (store_dir / "summary.json").write_text(json.dumps(summary))
+    settings = {
+        "sources": {
+            "source_names": list(sources),
+            "sources": {},
+            "target": {"name": target},
+            "capture": {"top_k": 10, "dtype": "float32"},
+            "data": {},
+            "date": "2026-01-31",
+        },
+        "votes": {"asked": [], "judges": {}},
+        "targets": {"mode": "bytes"},
+    }
+    write_manifest(store_dir, new_manifest(settings))
+    record_summary(store_dir)
     return run_dir, store_dir
 
 
+def write_lines(path: Path, lines) -> None:
+    path.write_text("".join(json.dumps(sealed(line)) + "\n" for line in lines))
+
+
+def record_summary(store_dir: Path) -> None:
+    manifest = read_manifest(store_dir)
+    manifest["files"]["summary.json"] = digest_of_file(store_dir / "summary.json")
+    write_manifest(store_dir, manifest)
+
+
 def edit(path: Path, change) -> None:
-    content = json.loads(path.read_text())
+    """Changes a file of a run or store as if it had been written like this."""
+    content = read_run(path.parent) if path.name == "run.json" else json.loads(path.read_text())
     change(content)
+    if path.name == "run.json":
+        write_run(path.parent, content)
+        return
     path.write_text(json.dumps(content))
+    if path.name == "summary.json":
+        record_summary(path.parent)
+    else:
+        record_files(path.parent, path.name)
 
 
 def rich_run(root: Path) -> tuple[Path, Path]:
@@ -226,5 +261,6 @@ def rich_run(root: Path) -> tuple[Path, Path]:
     edit(store_dir / "summary.json", lambda summary: summary["handled"].update({"unusually " * 12: 1234567}))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     late = ({**line, "stage": 2} if line["step"] > 300 else line for line in lines)
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in late))
+    write_lines(run_dir / "metrics.jsonl", late)
+    record_files(run_dir, "metrics.jsonl")
     return run_dir, store_dir

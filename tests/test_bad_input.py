@@ -244,7 +244,7 @@ CASES = [
     Case("a chat template that the store does not belong to", 3, ("sources.guardian.template", "--fresh"), replace("recipe.yaml", "./guardian }", './guardian, chat_template: "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}" }')),
     Case("another directory as the store", 3, ("guardian", "manifest.json", "--store"), arguments=("--store", "guardian")),
     Case("a broken manifest", 3, ("manifest.json", "--fresh"), truncate(f"{STORE}/manifest.json")),
-    Case("a manifest of something else", 3, ("manifest.json", "schema", "--fresh"), lambda: Path(f"{STORE}/manifest.json").write_text("[]")),
+    Case("a manifest of something else", 3, ("manifest.json", "a mapping, got []", "--fresh"), lambda: Path(f"{STORE}/manifest.json").write_text("[]")),
     Case("a truncated shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), truncate(f"{STORE}/targets/heldout-*"), ("runs/recipe",), "evaluate"),
     Case("a corrupt shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), corrupt(f"{STORE}/truth/heldout-scholar-*"), ("runs/recipe",), "evaluate"),
     Case("a run directory of something else", 3, ("run.json", "--output"), arguments=("--output", "guardian")),

@@ -1,13 +1,17 @@
-"""Checkpoints: training goes on from them bit for bit, and a damaged or unfinished one is passed over."""
+"""Checkpoints: training goes on from them bit for bit, and one that is not what was written is passed over, with the reason."""
 
 import errno
+import json
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
+from profuser.errors import DataError
+from profuser.store.sealed import write_sealed
 from profuser.train import checkpoint
-from profuser.train.checkpoint import load_newest, save_checkpoint
+from profuser.train.checkpoint import FILES, Checkpoint, load_newest, save_checkpoint
 
 
 def trained(steps=3, seed=0):
@@ -25,20 +29,22 @@ def train(model, optimizer, steps):
         optimizer.zero_grad()
 
 
+def saved(directory, step, model, optimizer, keep=2):
+    return save_checkpoint(directory, Checkpoint(step, "targets", b"metrics"), model, optimizer, keep)
+
+
 def loaded_step(directory, model, optimizer) -> int:
-    state = load_newest(directory, model, optimizer)
-    assert state is not None
-    return state["step"]
+    found = load_newest(directory, model, optimizer)
+    assert found is not None
+    return found.step
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     model, optimizer = trained()
-    save_checkpoint(tmp_path, 3, model, optimizer, {"note": "x"}, keep=2)
+    saved(tmp_path, 3, model, optimizer)
     train(model, optimizer, 4)
     resumed, its_optimizer = trained(steps=0, seed=1)
-    state = load_newest(tmp_path, resumed, its_optimizer)
-    assert state is not None
-    assert (state["step"], state["note"]) == (3, "x")
+    assert load_newest(tmp_path, resumed, its_optimizer) == Checkpoint(3, "targets", b"metrics")
     train(resumed, its_optimizer, 4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
 
@@ -49,36 +55,124 @@ def test_without_a_checkpoint_nothing_is_loaded(tmp_path):
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     model, optimizer = trained()
-    save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=5)
+    saved(tmp_path, 1, model, optimizer, keep=9)
     for step, name in (
         (2, "model.safetensors"),
         (3, "optimizer.safetensors"),
         (4, "state.json"),
         (5, "random.safetensors"),
+        (6, "metrics.jsonl"),
     ):
-        path = save_checkpoint(tmp_path, step, model, optimizer, {}, keep=5) / name
+        path = saved(tmp_path, step, model, optimizer, keep=9) / name
         path.write_bytes(path.read_bytes()[:-3])
     assert loaded_step(tmp_path, model, optimizer) == 1
-    assert capsys.readouterr().out.count("trying the one before") == 4
+    assert capsys.readouterr().out.count("trying the one before") == 5
 
 
 def test_only_the_newest_are_kept(tmp_path):
     model, optimizer = trained()
     for step in range(1, 6):
-        save_checkpoint(tmp_path, step, model, optimizer, {}, keep=2)
+        saved(tmp_path, step, model, optimizer, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_the_newest_is_the_one_with_the_highest_step(tmp_path):
+    model, optimizer = trained()
+    for step in (999_999, 1_000_000, 1_000_001):
+        saved(tmp_path, step, model, optimizer)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1000000", "step-1000001"]
+    assert loaded_step(tmp_path, model, optimizer) == 1_000_001
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_that_is_saved_after_it(tmp_path):
+    model, optimizer = trained()
+    (saved(tmp_path, 4, model, optimizer, keep=1) / "state.json").unlink()
+    assert load_newest(tmp_path, model, optimizer) is None
+    saved(tmp_path, 2, model, optimizer, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_checkpoint_under_another_steps_name_is_passed_over(tmp_path, capsys):
+    model, optimizer = trained()
+    for step in (3, 5):
+        saved(tmp_path, step, model, optimizer)
+    shutil.move(tmp_path / "step-000005", tmp_path / "step-000007")
+    assert loaded_step(tmp_path, model, optimizer) == 3
+    assert "its name must say its step, state.json says 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["state.json", *FILES])
+def test_a_file_of_another_run_is_noticed(tmp_path, name):
+    model, optimizer = trained()
+    saved(tmp_path / "one", 1, model, optimizer)
+    own = saved(tmp_path / "one", 2, model, optimizer)
+    other_model, other_optimizer = trained(seed=5)
+    theirs = save_checkpoint(tmp_path / "two", Checkpoint(2, "targets", b"other"), other_model, other_optimizer, 2)
+    shutil.copy(theirs / name, own / name)
+    assert loaded_step(tmp_path / "one", model, optimizer) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "2"}, {"step": 2.0}, {"step": True}, {"step": -2}, {"targets": None}, {"files": []}, {"files": {}}],
+)
+def test_wrong_types_are_passed_over_even_under_a_right_seal(tmp_path, capsys, change):
+    model, optimizer = trained()
+    saved(tmp_path, 1, model, optimizer)
+    path = saved(tmp_path, 2, model, optimizer) / "state.json"
+    write_sealed(path, json.loads(path.read_text()) | change)
+    assert loaded_step(tmp_path, model, optimizer) == 1
+    assert "state.json must hold" in capsys.readouterr().out
+
+
+def test_a_state_of_an_earlier_version_is_passed_over(tmp_path, capsys):
+    model, optimizer = trained()
+    path = saved(tmp_path, 1, model, optimizer) / "state.json"
+    path.write_text(json.dumps({"step": 1, "sha256": {"model.safetensors": "0" * 64}, "targets": "targets"}))
+    assert load_newest(tmp_path, model, optimizer) is None
+    assert "beginning at step 0" in capsys.readouterr().out
+
+
+def bits_of(data: bytes):
+    for at in range(len(data)):
+        for bit in range(8):
+            yield data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.long)])
+def test_no_flipped_bit_of_the_state_changes_what_is_resumed(tmp_path, capsys, stride):
+    model, optimizer = trained()
+    saved(tmp_path, 1, model, optimizer)
+    path = saved(tmp_path, 2, model, optimizer) / "state.json"
+    expected = load_newest(tmp_path, model, optimizer)
+    passed_over = 0
+    for data in list(bits_of(path.read_bytes()))[::stride]:
+        path.write_bytes(data)
+        found = load_newest(tmp_path, model, optimizer)
+        assert found == expected or found == Checkpoint(1, "targets", b"metrics")
+        out = capsys.readouterr().out
+        assert out.count("\n") == out.count("state.json must hold") == (found != expected)
+        passed_over += found != expected
+    assert passed_over > 0
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    model, optimizer = trained()
+    saved(tmp_path, 1, model, optimizer)
+    with pytest.raises(DataError, match=r"must hold the weights of the target, .* differs"):
+        load_newest(tmp_path, nn.Linear(4, 8), optimizer)
 
 
 def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
     model, optimizer = trained()
     (tmp_path / ".step-000009.123.tmp").mkdir()
-    save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=2)
+    saved(tmp_path, 1, model, optimizer, keep=2)
     assert loaded_step(tmp_path, model, optimizer) == 1
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     model, optimizer = trained()
-    save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=2)
+    saved(tmp_path, 1, model, optimizer, keep=2)
 
     def full(path, data):
         path.write_bytes(data[:10])
@@ -86,6 +180,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint, "write_atomic", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=2)
+        saved(tmp_path, 2, model, optimizer, keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
     assert loaded_step(tmp_path, model, optimizer) == 1

@@ -9,6 +9,8 @@ import pytest
 from command_runs import STORE, folder, rows, run, write_rows
 
 from profuser.store.lease import hold
+from profuser.store.sealed import write_sealed
+from profuser.train.run_record import read_run, write_run
 
 TRAIN = ("train", "--config", "recipe.yaml")
 RUN = Path("runs/recipe")
@@ -126,8 +128,7 @@ def test_nothing_in_use_is_moved_for_a_fresh_start():
 
 def test_the_time_of_every_session_counts():
     shutil.rmtree(RUN / "checkpoints")
-    record = json.loads((RUN / "run.json").read_text())
-    (RUN / "run.json").write_text(json.dumps(record | {"status": "running", "seconds": {"prepare": 1000.0}}))
+    write_run(RUN, read_run(RUN) | {"status": "running", "seconds": {"prepare": 1000.0}})
     code, _, err = run(*TRAIN)
     assert code == 0, err
     assert json.loads((RUN / "run.json").read_text())["seconds"]["prepare"] > 1000
@@ -183,6 +184,7 @@ def test_looking_does_not_drop_what_newer_rules_or_another_judge_would_make_anew
         ("evaluate", "targets/heldout-00000.safetensors"),
         ("evaluate", "responses/heldout-scholar-00000.json"),
         ("report", "manifest.json"),
+        ("report", "summary.json"),
         ("store verify", "winners/train-scholar-00000.safetensors"),
     ],
 )
@@ -191,40 +193,42 @@ def test_only_prepare_and_train_build_a_damaged_part_again(command, shard):
     path.write_bytes(path.read_bytes()[:-9])
     before = store_files()
     code, _, err = run(*LOOKING[command])
-    if command == "report":  # the report reads only the summary
-        assert code == 0
-    else:
-        assert code == 3
-        assert "profuser.prepare" in err
-        assert err.count("\n") == 1
+    assert code == 3
+    assert "profuser.prepare" in err
+    assert err.count("\n") == 1
     assert store_files() == before
     if shard != "manifest.json":
         code, out, err = run("prepare", "--config", "recipe.yaml")
         assert code == 0, err
-        assert "building it again" in out
+        assert "building it again" in out or "writing it again" in out
         assert run(*LOOKING[command])[0] == 0
 
 
-def test_a_run_of_an_older_schema_is_named_with_the_command_that_makes_it_anew():
-    record = json.loads((RUN / "run.json").read_text())
-    del record["schema"]
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_run_of_an_older_schema_is_named_with_the_command_that_makes_it_anew(schema):
+    record = json.loads((RUN / "run.json").read_text()) | {"schema": schema}
+    del record["sha256"]
+    if schema == 1:
+        del record["schema"]
     (RUN / "run.json").write_text(json.dumps(record))
     for command in ("train", "evaluate", "report"):
         code, _, err = run(*LOOKING[command])
         assert code == 3
         assert err.count("\n") == 1
-        assert "has schema 1, this version reads 2" in err
+        assert f"has schema {schema}, this version reads 3" in err
         assert "python -m profuser.train --fresh" in err
 
 
 def test_a_store_of_an_older_schema_is_named_with_the_command_that_makes_it_anew():
     path = Path(STORE) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 3}))
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps(content | {"schema": 3}))
     for command in ("train", "evaluate", "store info"):
         code, _, err = run(*LOOKING[command])
         assert code == 3
         assert err.count("\n") == 1
-        assert "has schema 3, this version reads 5" in err
+        assert "has schema 3, this version reads 6" in err
         assert "python -m profuser.prepare --fresh" in err
 
 
@@ -241,7 +245,7 @@ def test_a_store_goes_on_in_the_arithmetic_that_it_was_begun_with(monkeypatch):
     content = json.loads(manifest.read_text())
     assert content["settings"]["sources"]["capture"]["dtype"] == "float32"
     content["settings"]["sources"]["capture"]["dtype"] = "bfloat16"  # as if it had been begun on a GPU
-    manifest.write_text(json.dumps(content))
+    write_sealed(manifest, content)
     victim = Path(STORE) / "truth/train-scholar-00000.safetensors"
     before = victim.read_bytes()
     victim.unlink()
@@ -251,3 +255,105 @@ def test_a_store_goes_on_in_the_arithmetic_that_it_was_begun_with(monkeypatch):
     code, _, err = run("prepare", "--config", "recipe.yaml", "--capture.dtype", "float32")
     assert code == 2
     assert "capture.dtype" in err
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "chat_template.jinja"])
+def test_a_model_that_was_edited_is_said_to_differ_and_stays(name):
+    whole = (RUN / name).read_bytes()
+    flip(RUN / name, 0.9)
+    edited = (RUN / name).read_bytes()
+    for command in ("train", "evaluate"):
+        code, out, err = run(*LOOKING[command])
+        assert (code, err) == (0, "")
+        assert f"{name} in runs/recipe is not what training wrote" in out
+        assert (RUN / name).read_bytes() == edited
+    (RUN / name).unlink()
+    assert run(*TRAIN)[0] == 0
+    assert (RUN / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_that_cannot_be_read_is_made_again(name):
+    whole = (RUN / name).read_bytes()
+    (RUN / name).write_bytes(whole[:-9])
+    code, _, err = run(*LOOKING["evaluate"])
+    assert code == 3
+    assert f"{name} differs" in err
+    assert "remove it, and `python -m profuser.train`" in err
+    code, out, err = run(*TRAIN)
+    assert code == 0, err
+    assert f"{name} is gone or damaged: making the model again" in out
+    assert (RUN / name).read_bytes() == whole
+
+
+def test_damaged_scores_are_made_again():
+    whole = (RUN / "scores.json").read_bytes()
+    flip(RUN / "scores.json")
+    code, _, err = run(*LOOKING["report"])
+    assert code == 3
+    assert "scores.json must be what was written" in err
+    assert "`python -m profuser.evaluate runs/recipe`" in err
+    assert run(*LOOKING["evaluate"])[0] == 0
+    assert (RUN / "scores.json").read_bytes() == whole
+    assert run(*LOOKING["report"])[0] == 0
+
+
+def test_damaged_metrics_come_back_from_a_checkpoint():
+    whole = (RUN / "metrics.jsonl").read_bytes()
+    flip(RUN / "metrics.jsonl")
+    code, _, err = run(*LOOKING["report"])
+    assert code == 3
+    assert "`python -m profuser.train`" in err
+    assert "restored from" in run(*TRAIN)[1]
+    assert (RUN / "metrics.jsonl").read_bytes() == whole
+
+
+def test_metrics_that_no_checkpoint_holds_are_shown_as_far_as_they_are_intact():
+    shutil.rmtree(RUN / "checkpoints")
+    flip(RUN / "metrics.jsonl", 0.1)
+    code, out, err = run(*TRAIN)
+    assert code == 0, err
+    assert "no checkpoint holds it" in out
+    assert "damaged lines of metrics.jsonl" in (RUN / "report.html").read_text(encoding="utf-8")
+    assert "no checkpoint holds it" not in run(*TRAIN)[1]
+
+
+def test_another_runs_record_is_noticed():
+    record = read_run(RUN)
+    record["recipe"]["seed"] = 5
+    for name in ("metrics.jsonl", "model.safetensors"):
+        record["files"][name] = {"sha256": "0" * 64, "bytes": 5}
+    write_run(RUN, record)
+    for command in ("train", "evaluate"):
+        code, _, err = run(*LOOKING[command])
+        assert code == 3
+        assert "must describe the files beside it" in err
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "a directory"])
+def test_a_fresh_start_needs_nothing_of_a_damaged_manifest(damage):
+    path = Path(STORE) / "manifest.json"
+    flip(path) if damage == "flipped" else path.unlink()
+    if damage == "a directory":
+        path.mkdir()
+    code, _, err = run("prepare", "--config", "recipe.yaml", "--fresh")
+    assert code == 0, err
+    assert run(*LOOKING["evaluate"])[0] == 0
+
+
+@pytest.mark.parametrize("name", ["summary.json", "samples.parquet"])
+def test_a_damaged_finding_is_written_again_as_it_was(name):
+    path = Path(STORE) / name
+    whole = path.read_bytes()
+    flip(path)
+    code, out, err = run("prepare", "--config", "recipe.yaml")
+    assert code == 0, err
+    assert f"store: {name} is damaged or missing: writing it again" in out
+    assert path.read_bytes() == whole
+    assert run(*LOOKING["store verify"])[0] == 0

@@ -18,7 +18,8 @@ from conftest import ROOT
 
 FLOORS = (
     ("errors", "kernels", "environment", "ragged", "progress"),
-    ("loss", "recipe", "text"),
+    ("loss", "typed"),
+    ("recipe", "text"),
     ("models", "store"),
     ("alignment", "fusion_model"),
     ("prepare", "train"),

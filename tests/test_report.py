@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import SKILLS, SOURCES, edit, make_run
+from report_runs import SKILLS, SOURCES, edit, make_run, write_lines
 
 from profuser.cli import main_of
 from profuser.errors import DataError
@@ -24,6 +24,7 @@ from profuser.report.metrics import Change, Metrics, StageRow, read_metrics, sta
 from profuser.report.page import write_report
 from profuser.report.theme import DARK, LIGHT, luminance
 from profuser.text.display import visible
+from profuser.train.run_record import record_files
 
 PICTURES = ("win_min_ce.png", "win_vote.png", "alignment.png", "curves.png", "scores.png")
 
@@ -399,22 +400,28 @@ def test_missing_directories_and_broken_json_are_data_errors(tmp_path):
     with pytest.raises(DataError, match="store must be an existing directory"):
         write_report(run_dir, tmp_path / "nowhere")
     (run_dir / "scores.json").write_text('{"sources": {}')
+    with pytest.raises(DataError, match=r"scores\.json must be what was written .*profuser\.evaluate"):
+        write_report(run_dir, store_dir)
+    record_files(run_dir, "scores.json")
     with pytest.raises(DataError, match=r"scores\.json must hold JSON"):
         write_report(run_dir, store_dir)
     (run_dir / "scores.json").write_text('{"sources": {}}')
-    with pytest.raises(DataError, match="it lacks target_before, fused"):
+    record_files(run_dir, "scores.json")
+    with pytest.raises(DataError, match="must hold target_before, which is missing"):
         write_report(run_dir, store_dir)
 
 
-def test_a_torn_metrics_line_is_counted_and_repeated_steps_are_read_once(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_a_damaged_metrics_line_is_counted_and_repeated_steps_are_read_once(tmp_path):
     lines = ({"step": s, "stage": 0, "loss": loss} for s, loss in ((10, 3.0), (20, 2.0), (10, 2.5), (20, 1.5)))
     evals = ({"step": s, "stage": 0, "eval": {"ce": 1.0, "kd": None}} for s in (0, 20, 20))
-    path.write_text("".join(json.dumps(line) + "\n" for line in (*lines, *evals)) + '{"step": 30, "sta')
-    metrics = read_metrics(path)
+    write_lines(tmp_path / "metrics.jsonl", (*lines, *evals))
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    metrics = read_metrics(whole + b'{"step": 30, "sta')
     assert [(line["step"], line["loss"]) for line in metrics.training] == [(10, 2.5), (20, 1.5)]
     assert [line["step"] for line in metrics.validation] == [0, 20]
     assert metrics.unreadable == 1
+    assert read_metrics(whole.replace(b"2.5", b"2.4")).unreadable == 1
+    assert read_metrics(whole).unreadable == 0
 
 
 def test_the_command_reads_the_store_from_run_json(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from profuser.store import layout
 from profuser.store.__main__ import main as store_command
 from profuser.store.files import set_aside
 from profuser.store.layout import CAPTURE_COLUMNS, Kind, kind_of, shard_arrays
+from profuser.store.sealed import write_sealed
 from profuser.store.store import Store, StoreSettings
 
+SUMMARY = {"sources": ["a"], "target": "a", "examples": 5, "handled": {}}
 VOTES = {"asked": ["rm", "check"], "judges": {"rm": {"files": "1"}, "check": {"files": "2"}}}
 SETTINGS = StoreSettings(
     sources={
@@ -22,11 +25,16 @@ SETTINGS = StoreSettings(
         "sources": {"a": 1},
         "target": {"name": "a"},
         "capture": {"top_k": 10, "dtype": "float32"},
+        "data": {"train": "1"},
+        "date": "2026-01-31",
     },
     votes=VOTES,
     targets={"mode": "bytes", "rule": 1},
 )
 TRUTH, TARGETS, TEXTS = layout.truth("train", "a"), layout.targets("train"), layout.responses("train", "a")
+
+
+SHARD = {"sha256": "0" * 64, "bytes": 0, "examples": 0}
 
 
 def changed(**layers) -> StoreSettings:
@@ -35,7 +43,7 @@ def changed(**layers) -> StoreSettings:
 
 def rewrite_manifest(store: Store, **changes) -> None:
     path = store.directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_sealed(path, json.loads(path.read_text()) | changes)
 
 
 @pytest.fixture
@@ -44,8 +52,10 @@ def store(tmp_path):
     store.put(TRUTH, 0, {"x": np.arange(5, dtype=np.float16)}, examples=5)
     index = {"example": np.arange(5), "mode": np.zeros(5, np.uint8), "offsets": np.arange(6)}
     store.put(TARGETS, 0, index | {"y": np.ones((2, 3), np.int32), "none": np.zeros((0, 4), np.uint8)}, examples=5)
-    store.put_json(TEXTS, 0, [["hé", True]], examples=5)
-    store.finish()
+    store.put_json(TEXTS, 0, [[["hé", True, 0]]], examples=5)
+    store.put_finding("summary.json", json.dumps(SUMMARY).encode())
+    store.put_finding("samples.parquet", b"a table")
+    store.finish({"judge": 1.5})
     return store
 
 
@@ -55,7 +65,7 @@ def test_what_was_put_comes_back(store):
     assert again.get(TRUTH, 0)["x"].dtype == np.float16
     arrays = again.get(TARGETS, 0)
     assert (arrays["y"].shape, arrays["none"].shape) == ((2, 3), (0, 4))
-    assert again.get_json(TEXTS, 0) == [["hé", True]]
+    assert again.get_json(TEXTS, 0) == [[["hé", True, 0]]]
     assert [again.numbers(kind) for kind in (TRUTH, TARGETS, TEXTS)] == [[0], [0], [0]]
     assert again.index(TARGETS, 0)["example"].tolist() == [0, 1, 2, 3, 4]
     assert again.index(TRUTH, 0) == {}
@@ -142,7 +152,7 @@ def test_other_capture_settings_need_another_store(store):
 
 
 def test_other_model_files_are_not_the_stores(tmp_path):
-    with_files = [changed(sources={"sources": {"a": {"files": x}}}) for x in "12"]
+    with_files = [changed(sources=SETTINGS.sources | {"sources": {"a": {"files": x}}}) for x in "12"]
     Store.build(tmp_path / "s", with_files[0])
     with pytest.raises(DataError, match=r"sources\.a\.files"):
         Store.build(tmp_path / "s", with_files[1])
@@ -195,7 +205,7 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
         Store.build(tmp_path, SETTINGS)
 
 
-@pytest.mark.parametrize("schema", [3, 99])
+@pytest.mark.parametrize("schema", [4, 99])
 def test_another_schema_is_refused_with_the_command(store, schema):
     rewrite_manifest(store, schema=schema)
     for use in (lambda: Store.build(store.directory, SETTINGS), lambda: Store.open(store.directory)):
@@ -209,11 +219,72 @@ def test_a_broken_manifest_is_refused(store):
         Store.build(store.directory, SETTINGS)
 
 
+def flip(path, at, bit):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_no_flipped_bit_of_the_manifest_is_believed(store):
+    path = store.directory / "manifest.json"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        flip(path, at, at % 8)
+        with pytest.raises(DataError, match=r"profuser\.prepare --fresh"):
+            Store.open(store.directory)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "samples.parquet"])
+@pytest.mark.parametrize("cut", [0, 5, None])
+def test_a_damaged_finding_is_noticed(store, name, cut):
+    path = store.directory / name
+    path.write_bytes(path.read_bytes()[:cut]) if cut is not None else path.unlink()
+    again = Store.open(store.directory)
+    assert again.damaged_findings() == [name]
+    assert Store.finished(store.directory, SETTINGS) is None
+    if name == "summary.json":
+        with pytest.raises(DataError, match=r"profuser\.prepare` with the recipe, which writes it again"):
+            again.handled()
+
+
+def test_a_store_of_the_schema_before_the_seals_goes_on_and_records_the_rest(store):
+    path = store.directory / "manifest.json"
+    content = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("sha256", "files", "seconds")}
+    path.write_text(json.dumps(content | {"schema": 5}))
+    again = Store.open(store.directory)
+    assert again.get(TRUTH, 0)["x"].tolist() == [0, 1, 2, 3, 4]
+    assert again.damaged_findings() == ["summary.json", "samples.parquet"]
+    assert Store.finished(store.directory, SETTINGS) is None
+    Store.build(store.directory, SETTINGS).finish()
+    assert json.loads(path.read_text())["schema"] == 6
+
+
+def test_another_stores_manifest_is_noticed(store, tmp_path):
+    other = changed(sources=SETTINGS.sources | {"capture": {"top_k": 5, "dtype": "float32"}})
+    foreign = Store.build(tmp_path / "other", other)
+    foreign.put(TRUTH, 0, {"x": np.arange(6, dtype=np.float16)}, examples=5)
+    shutil.copy(foreign.directory / "manifest.json", store.directory / "manifest.json")
+    with pytest.raises(DataError, match=r"must describe the shards beside it, .*capture\.top_k.*--fresh"):
+        Store.build(store.directory, SETTINGS)
+
+
+def test_what_a_killed_preparation_has_left_is_removed_by_the_next(store):
+    left = [store.directory / ".manifest.json.123.tmp", store.directory / "truth/.train-a-00001.safetensors.123.tmp"]
+    others = [store.directory / ".notes.tmp", store.directory / "truth/mine.tmp"]
+    for path in (*left, *others):
+        path.write_bytes(b"x")
+    Store.open(store.directory)
+    assert all(path.exists() for path in left)
+    Store.build(store.directory, SETTINGS)
+    assert [path.exists() for path in (*left, *others)] == [False, False, True, True]
+
+
 def test_no_shard_name_leaves_the_store(store):
-    rewrite_manifest(store, shards={"../../evil": {"sha256": ""}})
+    rewrite_manifest(store, shards={"../../evil": SHARD})
     with pytest.raises(DataError, match="not to be trusted"):
         Store.open(store.directory)
-    rewrite_manifest(store, shards={"truth/train-../../../../../evil-00000": {"sha256": ""}})
+    rewrite_manifest(store, shards={"truth/train-../../../../../evil-00000": SHARD})
     with pytest.raises(DataError, match="inside"):
         Store.open(store.directory).get(Kind("truth", "train", "../../../../../evil"), 0)
 
@@ -248,9 +319,9 @@ def test_the_command_says_what_a_store_holds_and_finds_damage(store, capsys):
     assert "complete" in out
     assert [line.split()[:4] for line in out.splitlines() if line.startswith("truth")] == [["truth", "train", "1", "5"]]
     store_command(["verify", str(store.directory)])
-    assert "all 3 files are what was written" in capsys.readouterr().out
+    assert "all 5 files are what was written" in capsys.readouterr().out
     (store.directory / f"{TEXTS.shard(0)}.json").write_text("[]")
-    with pytest.raises(DataError, match=r"1 of 3 files .*responses/train-a-00000"):
+    with pytest.raises(DataError, match=r"1 of 5 files .*responses/train-a-00000"):
         store_command(["verify", str(store.directory)])
 
 

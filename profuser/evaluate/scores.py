@@ -7,30 +7,35 @@ training prompts with their votes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
-from profuser.errors import DataError
+from profuser.errors import DataError, first_line
 from profuser.evaluate.match import load_match, try_match
 from profuser.fusion_model import FusionModel
 from profuser.models.load import chat_format, default_device, load_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash
 from profuser.prepare.inputs import load_split, settled_dtype
-from profuser.prepare.responses import Response, generate
+from profuser.prepare.responses import generate, read_responses
 from profuser.prepare.votes import judged_examples
 from profuser.progress import Progress, silent
 from profuser.recipe.parse import Run
 from profuser.recipe.schema import Recipe, SourceConfig, Split
 from profuser.store import layout
 from profuser.store.files import write_json
+from profuser.store.sealed import damaged_files
 from profuser.store.store import Store
 from profuser.text.chat import ChatFormat
 from profuser.train.likelihood import Likelihood, likelihood
+from profuser.train.run_record import EVALUATION, SCORES, model_files, read_run
 from profuser.train.targets import Targets
 
 
@@ -95,23 +100,28 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     statistics: dict[str, Likelihood] = {}
     fused = SourceConfig(name="fused", model=str(directory.resolve()))
     for key, config in (("target_before", recipe.target_config), ("fused", fused)):
-        label = key.replace("_", " ")
-        model = load_model(config, dtype, device)
-        chat = chat_format(config, date=store.date)
-        if key == "target_before" and recipe.target in answers:  # the target is a source, which has answered already
-            answers[key] = answers[recipe.target]
-        else:
-            with Progress(f"{label}: answer the held-out prompts", len(rows), "prompts") as bar:
-                answers[key] = answer(model, chat, prompts, recipe, bar)
-        statistics[key] = target_likelihood(model, chat, targets, recipe, label)
-        # A ground truth that the target could not be scored on has no bits.
-        examples = range(len(rows))
-        nll, size = statistics[key].nll, statistics[key].response_bytes
-        bits[key] = bits_per_byte(rows, [nll.get(i, math.inf) for i in examples], [size.get(i, 0) for i in examples])
-        if key == "fused":
-            now = answer(model, chat, [example["prompt"] for example in votes], recipe)
-            votes = [example | {"fused": text} for example, text in zip(votes, now)]
-        del model
+        with said_to_differ(directory) if key == "fused" else contextlib.nullcontext():
+            label = key.replace("_", " ")
+            model = load_model(config, dtype, device)
+            chat = chat_format(config, date=store.date)
+            if (
+                key == "target_before" and recipe.target in answers
+            ):  # the target is a source, which has answered already
+                answers[key] = answers[recipe.target]
+            else:
+                with Progress(f"{label}: answer the held-out prompts", len(rows), "prompts") as bar:
+                    answers[key] = answer(model, chat, prompts, recipe, bar)
+            statistics[key] = target_likelihood(model, chat, targets, recipe, label)
+            # A ground truth that the target could not be scored on has no bits.
+            examples = range(len(rows))
+            nll, size = statistics[key].nll, statistics[key].response_bytes
+            bits[key] = bits_per_byte(
+                rows, [nll.get(i, math.inf) for i in examples], [size.get(i, 0) for i in examples]
+            )
+            if key == "fused":
+                now = answer(model, chat, [example["prompt"] for example in votes], recipe)
+                votes = [example | {"fused": text} for example, text in zip(votes, now)]
+            del model
 
     # Which answers are right. A prompt without a ground truth can only be scored by a match of the user's own.
     asked = [i for i, row in enumerate(rows) if row["response"] or recipe.evaluation.match is not None]
@@ -138,9 +148,29 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
         ],
         "votes": votes,
     }
-    write_json(directory / "scores.json", scores)
-    write_json(directory / "evaluation.json", evaluation)
+    write_json(directory / SCORES, scores)
+    write_json(directory / EVALUATION, evaluation)
     return scores
+
+
+@contextlib.contextmanager
+def said_to_differ(directory: Path) -> Generator[None]:
+    """Says of a fused model that cannot be scored whether its files are still those that training wrote.
+
+    Raises:
+        DataError: something failed, and they are not. Whatever fails with a model that is as it was written is raised as it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged configuration may fail in any way, and anywhere
+        if not (differing := damaged_files(directory, model_files(read_run(directory)))):
+            raise
+        raise DataError(
+            f"{directory} must hold the model that training wrote, {', '.join(differing)} differs ({first_line(error)}); remove "
+            "it, and `python -m profuser.train` with the recipe makes it again"
+        ) from error
 
 
 def prepared_rows(recipe: Recipe, store: Store, split: Split) -> list[Row]:
@@ -179,7 +209,7 @@ def answer(
 def source_answers(store: Store, source: str) -> list[str]:
     """Reads what a source answered to the held-out prompts, in the order of the rows."""
     kind = layout.responses("heldout", source)
-    return [Response(*answer).text for n in store.numbers(kind) for (answer,) in store.get_json(kind, n)]
+    return [answer.text for n in store.numbers(kind) for (answer,) in read_responses(store, "heldout", source, n)]
 
 
 def source_likelihood(store: Store, source: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from profuser.text.display import visible
+
 
 def score_table(scores: Mapping[str, Any]) -> str:
     """Formats the content of scores.json as a table in percent, one line per model."""
@@ -15,16 +17,16 @@ def score_table(scores: Mapping[str, Any]) -> str:
     lines = (
         f"{name:<{width}}" + "".join(f"{100 * values[skill]:{column}.1f}" for skill in skills) for name, values in rows
     )
-    return "\n".join([head, *lines])
+    return visible("\n".join([head, *lines]))
 
 
 def closing_examples(evaluation: dict[str, Any], n: int) -> str:
     """Formats the first n examples of evaluation.json: what the target answered before, and what the fused model answers."""
     parts = []
-    for example in evaluation["examples"][:n]:
+    for example in evaluation.get("examples", [])[:n]:
         lines = [f"[{example['skill']}] {example['prompt']}"]
         for key, label in (("target_before", "before"), ("fused", "now   ")):
-            mark = "right" if example["correct"][key] else "wrong"
+            mark = {None: "not scored", True: "right"}.get(example["correct"].get(key), "wrong")
             lines.append(f"  {label}: {example['responses'][key]}  ({mark})")
         parts.append("\n".join(lines))
-    return "\n".join(["", *parts, ""])
+    return visible("\n".join(["", *parts, ""]))

@@ -67,8 +67,9 @@ from profuser.kernels.source_topk import source_topk_from_logits
 from profuser.models.fingerprint import fingerprint
 from profuser.models.head import head_layer, head_of
 from profuser.prepare.capture import CaptureRequest, capture_responses
-from profuser.store.files import read_json, write_json
+from profuser.store.files import write_json
 from profuser.text.token_bytes import TokenBytes
+from profuser.typed import read_json
 
 SECTION = "alignment_numbers"
 ONE_TO_SEVERAL, SEVERAL_TO_ONE = "one → several", "several → one"
@@ -495,7 +496,9 @@ def main(argv: list[str]) -> None:
     for name in (name for names in TARGETS.values() for name in names):
         if not (args.tokenizers / name).is_dir():
             raise ConfigError(f"--tokenizers must be a directory with the folder {name}, got {args.tokenizers}; add it")
-    before = read_json(args.before, "figures", "commit", fix="write it with --json") if args.before else None
+    before = (
+        read_json(args.before, {"figures": Any, "commit": Any}, fix="write it with --json") if args.before else None
+    )
     source = Source(args.model)
     made_by = f"{fingerprint(str(args.model))} {FLOOR}"
     known = load_trees(args.trees, made_by) if args.trees and args.trees.exists() else {}

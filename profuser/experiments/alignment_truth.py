@@ -55,7 +55,8 @@ from profuser.experiments.windows import (
     Window,
     pretrained_tokenizer,
 )
-from profuser.store.files import read_json, write_json
+from profuser.store.files import write_json
+from profuser.typed import read_json
 
 ESTIMATES = ("ours", "exact bytes", "one-hot")
 SECTION = "alignment_truth"

@@ -31,9 +31,10 @@ from profuser.recipe.parse import Run, parse_run
 from profuser.recipe.places import DEFAULT_RECIPE, resolve
 from profuser.recipe.schema import DataLocation, ScheduleName
 from profuser.store import layout
-from profuser.store.files import read_json, write_atomic, write_json
+from profuser.store.files import write_atomic, write_json
 from profuser.store.store import Store
 from profuser.train.run_directory import RunDirectory
+from profuser.typed import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ ARMS = (
 
 def wellformed_data(directory: Path) -> str:
     """Writes the demo's training rows whose ground truth is a worked one to a file of their own, and returns its path."""
-    lines = Path(resolve("demo:fusion.jsonl")).read_text().splitlines()
+    lines = Path(resolve("demo:fusion.jsonl")).read_text(encoding="utf-8").splitlines()
     path = directory / "fusion_wellformed.jsonl"
     write_atomic(path, "".join(f"{line}\n" for line in lines if json.loads(line)["form"] == "worked").encode())
     return str(path)

@@ -15,7 +15,7 @@ def write_section(page: Path, name: str, text: str) -> None:
         DataError: the page is missing, or does not hold these comments once each, in this order.
     """
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    content = page.read_text() if page.is_file() else ""
+    content = page.read_text(encoding="utf-8") if page.is_file() else ""
     if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
         raise DataError(
             f"--write must name a page with `{begin}` and then `{end}` in it once each, got {page}; add them"

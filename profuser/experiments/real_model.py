@@ -14,7 +14,7 @@ from profuser.cli import main_of
 from profuser.experiments.page import write_section
 from profuser.progress import in_words
 from profuser.recipe.schedule import Mode
-from profuser.store.files import read_json
+from profuser.typed import read_json
 
 SECTION = "real_model"
 

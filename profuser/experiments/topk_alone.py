@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--source", default="scholar", help="a bundled model (default: %(default)s)")
     parser.add_argument("--rows", type=int, help="how many of the held-out conversations (default: all)")
     args = parser.parse_args(argv)
-    lines = Path(resolve("demo:heldout.jsonl")).read_text().splitlines()[: args.rows]
+    lines = Path(resolve("demo:heldout.jsonl")).read_text(encoding="utf-8").splitlines()[: args.rows]
     found = measure(args.target, args.source, [json.loads(line) for line in lines])
     for name, (whole, alone) in found.items():
         print(f"{name}: {whole:.2%} with ranges, {alone:.2%} with the top k alone ({len(lines)} conversations)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-import json
 import re
 from collections.abc import Container, Iterator, Mapping
 from functools import partial
@@ -30,11 +29,13 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
-from profuser.errors import DataError, first_line
+from profuser.errors import DataError, first_line, in_short
 from profuser.recipe.places import is_path, resolve
 from profuser.recipe.schema import SourceConfig
 from profuser.recipe.utf8 import read_utf8
 from profuser.text.chat import ChatFormat
+from profuser.text.token_bytes import MAX_ID
+from profuser.typed import FILE_NAME, read_json
 
 
 def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
@@ -158,10 +159,8 @@ def check_kind(name: str, location: str, config: PreTrainedConfig, kind: str, kn
 def check_weights(name: str, folder: Path) -> None:
     """Raises DataError where a local model's weights are missing or damaged. Only headers are read."""
     for index in folder.glob("*.safetensors.index.json"):
-        try:
-            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{name}: {index} must list the files of the weights; copy or download it again") from None
+        listed = read_json(index, {"weight_map": {str: FILE_NAME}}, fix="copy or download it again")
+        parts = sorted(set(listed["weight_map"].values()))
         if absent := [part for part in parts if not (folder / part).exists()]:
             raise DataError(
                 f"{name}: a model must have all its weights, {folder} lacks {absent[0]} ({len(absent)} of {len(parts)} files); "
@@ -287,13 +286,29 @@ def chat_format(source: SourceConfig, *, date: datetime.date | None = None) -> C
     location, revision = weights_of(source)[0], source.revision or "main"
     try:
         eos = GenerationConfig.from_pretrained(location, revision=revision).eos_token_id
-        ends |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
-    except OSError as error:  # not every model has a generation config, but one that it has must be read
+        ends |= checked_ends(source.name, eos)
+    except (OSError, TypeError) as error:  # not every model has a generation config, but one that it has must be read
         if (Path(location) / "generation_config.json").exists():
             raise DataError(
                 f"{source.name}: generation_config.json cannot be read ({first_line(error)}); copy or download it again"
             ) from error
     return ChatFormat(tokenizer, end_ids=sorted(ends - {None}), date=date)
+
+
+def checked_ends(name: str, eos: Any) -> set[int]:
+    """Returns the ids of a generation config's `eos_token_id`, which may be one, a list or null.
+
+    Raises:
+        DataError: one of them is no token's id. `name` is the model's name in the recipe.
+    """
+    ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    for i in ends:
+        if type(i) is not int or not 0 <= i < MAX_ID:
+            raise DataError(
+                f"{name}: eos_token_id must hold ids of tokens, 0 or more, generation_config.json gives {in_short(i)}; fix it there, "
+                "or copy or download the model again"
+            )
+    return set(ends)
 
 
 def existing(location: str, name: str) -> str:

@@ -18,7 +18,9 @@ def main(argv: list[str]) -> None:
     from profuser.prepare.phases import Preparation
     from profuser.store.lease import set_aside
 
-    inputs = Inputs.open(run)  # whatever is wrong with the recipe is found before anything is moved
+    inputs = Inputs.open(
+        run, fresh=run.options["fresh"]
+    )  # whatever is wrong with the recipe is found before anything is moved
     if run.options["fresh"] and (aside := set_aside(run.store_dir, "store")):
         print(f"renamed the old store to {aside}")
     with contextlib.ExitStack() as held:

@@ -25,7 +25,8 @@ from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
 from profuser.recipe.schema import SPLITS, Recipe, Split
-from profuser.store.store import StoreSettings, read_manifest
+from profuser.store.manifest import read_manifest
+from profuser.store.store import StoreSettings
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Fitted, fit
 
@@ -72,9 +73,11 @@ class Inputs:
     date: datetime.date
 
     @classmethod
-    def open(cls, run: Run) -> Inputs:
+    def open(cls, run: Run, *, fresh: bool = False) -> Inputs:
         """Opens and checks the inputs of a recipe.
 
+        Args:
+            fresh: whether the store that is there will be set aside, so that nothing of it counts.
         Raises:
             ConfigError: the schedule needs judges and there are none; a function that the recipe names cannot be imported.
             DataError: a model, a data file or a tokenizer is missing or broken, as far as that is seen without loading a model;
@@ -97,7 +100,7 @@ class Inputs:
         models = {model.name: model for model in (*recipe.sources, target)}
         configs = {name: open_model(model) for name, model in models.items()}
         rows = {split: load_split(recipe, split) for split in SPLITS if recipe.data.location(split) is not None}
-        date = settled_date(recipe.date, run.store_dir)
+        date = settled_date(recipe.date, None if fresh else run.store_dir)
         chats = {source.name: chat_format(source, date=date) for source in recipe.sources}
         inputs = cls(
             recipe=recipe,
@@ -223,14 +226,14 @@ def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def settled_date(date: str | None, store_dir: Path) -> datetime.date:
+def settled_date(date: str | None, store_dir: Path | None) -> datetime.date:
     """Returns the date that chat templates get: the recipe's `date`, or else the day on which the store was begun.
 
     A preparation that goes on with a store on another day keeps the store's date, so that one store never holds two.
     """
     if date is not None:
         return datetime.date.fromisoformat(date)
-    if (store_dir / "manifest.json").exists():
+    if store_dir is not None and (store_dir / "manifest.json").exists():
         return datetime.date.fromisoformat(read_manifest(store_dir)["settings"]["sources"]["date"])
     return datetime.date.today()
 

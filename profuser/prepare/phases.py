@@ -15,7 +15,7 @@ import contextlib
 import gc
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
@@ -114,8 +114,9 @@ class Preparation:
         if not self.finished:
             if not self.store.complete or self.store.damaged():
                 self._make()
-            elif not (self.store.directory / "summary.json").exists():
-                self._write_summary()
+            elif damaged := self.store.damaged_findings():
+                print(f"store: {', '.join(damaged)} is damaged or missing: writing it again", flush=True)
+                self._write_summary(self.store.seconds)
         if self.lease is not None:
             self.lease.share()
         if warning := no_signal_warning(self.store.summary):
@@ -133,8 +134,8 @@ class Preparation:
             phase()
             self.seconds[phase.__name__] = round(time.monotonic() - start, 1)
             gc.collect()  # a model in a reference cycle would stay in memory beside those of the next phase
-        self._write_summary()
-        self.store.finish()
+        self._write_summary(self.seconds)
+        self.store.finish(self.seconds)
 
     def missing(self, kind: Kind) -> list[Part]:
         """Returns the parts whose shard of this kind is still to be made. A damaged shard counts as missing, and is dropped."""
@@ -397,8 +398,8 @@ class Preparation:
             return Verdict.of(error)
         return TargetText(example, mode, fitted.text, encoded, scored)
 
-    def _write_summary(self) -> None:
-        write_summary(self.inputs, self.store, self.ballots, self.seconds)
+    def _write_summary(self, seconds: Mapping[str, float]) -> None:
+        write_summary(self.inputs, self.store, self.ballots, seconds)
 
 
 def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> dict[int, Aligned]:

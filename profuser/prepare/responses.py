@@ -10,10 +10,13 @@ from transformers import PreTrainedModel
 
 from profuser.models.padding import padded
 from profuser.progress import silent
-from profuser.recipe.schema import GenerationConfig, Reasoning
+from profuser.recipe.schema import GenerationConfig, Reasoning, Split
+from profuser.store import layout
+from profuser.store.store import Store
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Verdict
 from profuser.text.said import said
+from profuser.typed import Rule
 
 
 class Response(NamedTuple):
@@ -32,6 +35,24 @@ class Response(NamedTuple):
     def eligible(self) -> bool:
         """Whether the response takes part in the vote."""
         return bool(self.text) and self.finished and not self.left_out
+
+
+def _is_answer(value: Any) -> bool:
+    kinds = [*map(type, value)] if isinstance(value, list) else []
+    return kinds == [str, bool, int] and value[2] in Verdict.__members__.values()
+
+
+ANSWERS = [[Rule("a text, whether it is finished, and a verdict", _is_answer)]]
+"""The shape of a shard of responses: for every example a list of answers with the fields of Response."""
+
+
+def read_responses(store: Store, split: Split, source: str, number: int) -> list[list[Response]]:
+    """Reads one shard of a source's responses. It raises what Store.get raises."""
+    kind = layout.responses(split, source)
+    return [
+        [Response(text, finished, Verdict(verdict)) for text, finished, verdict in answers]
+        for answers in store.get_json(kind, number, ANSWERS)
+    ]
 
 
 @torch.no_grad()

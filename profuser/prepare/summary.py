@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from profuser.prepare.inputs import Inputs
 from profuser.prepare.votes import NOBODY, Ballots, Candidate
 from profuser.recipe.schedule import Mode
 from profuser.store import layout
-from profuser.store.files import write_json
+from profuser.store.files import as_json
 from profuser.store.store import Store
 from profuser.text.fit import Verdict
 from profuser.text.template import conversation
@@ -30,10 +31,11 @@ def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds
     """Writes summary.json and samples.parquet, the audit table, beside the shards. `seconds` says how long each phase took."""
     import datasets
 
-    datasets.disable_progress_bars()  # the table is written in a moment
-    write_json(store.directory / "summary.json", summarise(inputs, store, ballots, seconds))
-    table = audit_table(inputs, store, ballots)
-    datasets.Dataset.from_dict(table).to_parquet(str(store.directory / "samples.parquet"))
+    datasets.disable_progress_bars()
+    table = io.BytesIO()
+    datasets.Dataset.from_dict(audit_table(inputs, store, ballots)).to_parquet(table)
+    store.put_finding("summary.json", as_json(summarise(inputs, store, ballots, seconds)))
+    store.put_finding("samples.parquet", table.getvalue())
 
 
 def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]) -> dict[str, Any]:

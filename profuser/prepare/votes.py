@@ -23,7 +23,7 @@ import numpy as np
 
 from profuser.errors import DataError
 from profuser.prepare.data import Row
-from profuser.prepare.responses import Response
+from profuser.prepare.responses import read_responses
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import Recipe, Split
 from profuser.store import layout
@@ -167,10 +167,7 @@ class Ballots:
 
 def candidates_of(store: Store, sources: Sequence[str], number: int, split: Split = "train") -> list[list[Candidate]]:
     """Reads the candidates of the examples of one shard: all responses to each prompt, source by source."""
-    by_source = [
-        [[Response(*answer) for answer in answers] for answers in store.get_json(layout.responses(split, name), number)]
-        for name in sources
-    ]
+    by_source = [read_responses(store, split, name, number) for name in sources]
     return [
         [Candidate(r.text, r.eligible, r.left_out) for answers in of_prompt for r in answers]
         for of_prompt in zip(*by_source)

@@ -20,13 +20,13 @@ def main(argv: list[str]) -> None:
 
     from profuser.errors import DataError
     from profuser.report.page import write_report
-    from profuser.train.run_directory import read_record
+    from profuser.train.run_record import read_run
 
     if not arguments.run_dir.is_dir():
         raise DataError(
             f"RUN_DIR must be an existing directory, got {arguments.run_dir}; give the one that training wrote"
         )
-    record = read_record(arguments.run_dir)
+    record = read_run(arguments.run_dir)
     print(write_report(arguments.run_dir, arguments.store or Path(record["store"])))
 
 

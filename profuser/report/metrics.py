@@ -6,16 +6,18 @@ A validation line is the result of one pass over the validation prompts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from profuser.errors import DataError
 from profuser.recipe.schedule import NAMED, Mode
+from profuser.store.sealed import unsealed
+from profuser.typed import COUNT, NUMBER, parsed
+
+LINE = {"step": COUNT, "stage": COUNT, "eval?": {str: (NUMBER, None)}, str: (NUMBER, None)}
+"""The shape of a line of metrics.jsonl."""
 
 
 class Change(NamedTuple):
@@ -27,7 +29,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """The content of metrics.jsonl: its training and validation lines by ascending step, and how many lines are unreadable."""
+    """The content of metrics.jsonl: its training and validation lines by ascending step, and how many lines are damaged."""
 
     training: list[dict[str, Any]]
     validation: list[dict[str, Any]]
@@ -43,24 +45,14 @@ class StageRow:
     values: list[Any]
 
 
-def read_metrics(path: Path) -> Metrics:
-    """Reads the lines of a run. A resumed run repeats some steps: of these the last line counts.
-
-    Raises:
-        DataError: the file is missing or cannot be read.
-    """
+def read_metrics(content: bytes) -> Metrics:
+    """Reads the lines of metrics.jsonl. Those that are not what was written, by their seals, are left out and counted."""
     training, validation, unreadable = {}, {}, 0
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"a report needs metrics.jsonl, {path}: {error.strerror}; let the run finish or give its directory"
-        ) from None
-    for line in filter(str.strip, lines):
+    for line in filter(bytes.strip, content.splitlines()):
         try:
-            entry = json.loads(line)
+            entry = unsealed(parsed(line), LINE)
             (validation if "eval" in entry else training)[entry["step"], entry["stage"]] = entry
-        except (ValueError, KeyError, TypeError):  # a line that was cut short when the process was killed
+        except ValueError:
             unreadable += 1
     by_step = itemgetter("step")
     return Metrics(sorted(training.values(), key=by_step), sorted(validation.values(), key=by_step), unreadable)

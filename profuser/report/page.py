@@ -27,8 +27,10 @@ from profuser.report.figures import Model
 from profuser.report.intervals import Score, difference, mean_score, wilson
 from profuser.report.metrics import Change, read_metrics, stage_table
 from profuser.report.theme import DARK, LIGHT, Theme
-from profuser.store.files import read_json, write_atomic
+from profuser.store.files import write_atomic
+from profuser.store.store import Store
 from profuser.text.display import visible
+from profuser.train.run_record import EVALUATION, METRICS, SCORES, read_measured, read_proven, read_run
 
 MAX_TEXT = 2000  # how many characters of a prompt or response the page shows
 
@@ -194,22 +196,17 @@ def _render(**values: Any) -> str:
     return environment.get_template("report.html.j2").render(values)
 
 
-def _read(path: Path, *keys: str) -> dict[str, Any]:
-    """Reads one of the files that a run leaves."""
-    return read_json(path, *keys, fix="let the run finish, run the same command again, or give its directory")
-
-
 def write_report(run_dir: Path, store_dir: Path) -> Path:
     """Writes report.html and its five PNG files into `run_dir`.
 
     Args:
         run_dir: the directory of a finished run. It holds run.json and metrics.jsonl and, if the recipe has held-out prompts,
             scores.json and evaluation.json.
-        store_dir: the directory of the run's store, which holds summary.json.
+        store_dir: the directory of the run's store, which holds manifest.json and summary.json.
     Returns:
         The path of report.html.
     Raises:
-        DataError: a directory or file is missing, or a file is not JSON or lacks a key.
+        DataError: a directory or file is missing, or a file is not what was written.
     """
     # Read what the run and its store have left. Without held-out prompts there are no scores.
     for directory, what in ((run_dir, "run"), (store_dir, "store")):
@@ -217,14 +214,15 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
             raise DataError(
                 f"the {what} must be an existing directory, got {directory}; give the one that training wrote"
             )
-    run = _read(run_dir / "run.json", "recipe", "seconds")
+    run = read_run(run_dir)
+    run.setdefault("peak_rss_bytes", None)
     scores: dict[str, Any] = {"sources": {}, "target_before": {}, "fused": {}}
     evaluation: dict[str, Any] = {"counts": {}}
     if run["recipe"].get("data", {}).get("heldout", "") is not None:
-        scores = _read(run_dir / "scores.json", *scores)
-        evaluation = _read(run_dir / "evaluation.json", *evaluation)
-    summary = _read(store_dir / "summary.json", "sources", "target", "examples")
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+        scores = read_measured(run_dir, run, SCORES)
+        evaluation = read_measured(run_dir, run, EVALUATION)
+    metrics = read_metrics(read_proven(run_dir, run, METRICS))
+    summary = Store.open(store_dir, complete=False).summary
 
     # What the pictures show.
     sources, target, counts = summary["sources"], summary["target"], evaluation["counts"]
@@ -248,7 +246,7 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
     bits_of = [(m, bits.get(keys[m.role]) if m.role in keys else bits.get("sources", {}).get(m.name)) for m in models]
     handled = {reason.replace("_", " "): count for reason, count in (summary.get("handled") or {}).items()}
     if metrics.unreadable:
-        handled["unreadable lines of metrics.jsonl"] = metrics.unreadable
+        handled["damaged lines of metrics.jsonl, left out"] = metrics.unreadable
     html = _render(
         title=_title(sources, target, distilled=run["recipe"].get("schedule") != "sft"),
         answer=_answer(models, skills),

@@ -32,13 +32,13 @@ def main(argv: list[str]) -> None:
     store = Store.open(args.directory, complete=False)
     if args.action == "info":
         print(info(store))
-    elif damaged := store.damaged():
+    elif damaged := [*store.damaged(), *store.damaged_findings()]:
         raise DataError(
-            f"store {store.directory} must hold what was written, {len(damaged)} of {len(store)} files are damaged or missing "
+            f"store {store.directory} must hold what was written, {len(damaged)} of {len(store) + 2} files are damaged or missing "
             f"({damaged[0]}); run `python -m profuser.prepare` with its recipe to build them again"
         )
     else:
-        print(f"{store.directory}: all {len(store)} files are what was written")
+        print(f"{store.directory}: all {len(store) + 2} files are what was written")
 
 
 def info(store: Store) -> str:

@@ -1,11 +1,15 @@
-"""Reads and writes files: atomic writes, JSON with clear errors, and safetensors files that are mapped into memory."""
+"""Reads and writes files: atomic writes, what is left of a killed one, and safetensors files that are mapped into memory."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+import shutil
+from collections.abc import Generator, Iterable
 from datetime import datetime
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -13,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from profuser.errors import DataError
+from profuser.errors import ProfuserError
+
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""The names of what is being written: a dot, the final name, the process and `.tmp`."""
 
 # The dtypes of the safetensors format, by the names that its headers use.
 DTYPES = {
@@ -22,20 +29,85 @@ DTYPES = {
 }  # fmt: skip
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file so that afterwards, even after a power cut, either the old or the whole new content is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+class DiskFull(ProfuserError, OSError):
+    """There is no room for a file."""
+
+
+@contextlib.contextmanager
+def writing(path: Path, size: int) -> Generator[None]:
+    """Says clearly why a file, or a directory of files, cannot be written. `size` is how many bytes it needs.
+
+    Raises:
+        DiskFull: there is no room. The message names the path and what is missing.
+    """
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # The new name is on the disk for certain only when the directory has been synced as well.
-    directory = os.open(path.parent, os.O_RDONLY)
+        yield
+    except Exception as error:
+        # safetensors has no error of its own for a full disk.
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if isinstance(error, DiskFull) or not is_full:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise DiskFull(
+            f"{path} needs {size:,} bytes, {free:,} are free on its disk ({getattr(error, 'strerror', None) or 'it is full'}); "
+            "make room, and the same command goes on"
+        ) from error
+
+
+def temporary_beside(path: Path) -> Path:
+    """Returns the path under which a file or directory is written before it gets its name. `remove_temporary` knows it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_temporary(folders: Iterable[Path]) -> None:
+    """Removes what killed processes have left in folders while they were writing. Only who holds the folders may do this."""
+    for folder in folders:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if TEMPORARY.fullmatch(path.name):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file so that afterwards, even after a power cut, either the old or the whole new content is there.
+
+    It raises what `writing` raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
+    with writing(path, len(data)):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            give_name(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def give_name(path: Path, final: Path) -> None:
+    """Gives a file its final name, at once. A directory that has this name is renamed, and this is printed."""
+    if final.is_dir() and not final.is_symlink():
+        print(f"{final} was a directory: renamed to {set_aside(final)}", flush=True)
+    os.replace(path, final)
+
+
+def move_into_place(path: Path, final: Path) -> None:
+    """Gives a file that was written elsewhere on the same disk its name, when all of it is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    final.parent.mkdir(parents=True, exist_ok=True)
+    give_name(path, final)
+    sync_directory(final.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes sure that the names in a directory are on the disk, which they are only when the directory has been synced as well."""
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
@@ -50,26 +122,14 @@ def open_to_umask(paths: Iterable[Path]) -> None:
         path.chmod(0o666 & ~mask)
 
 
+def as_json(value: Any) -> bytes:
+    """Returns a value as JSON for a person to read, in UTF-8."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path, *keys: str, fix: str = "restore it") -> Any:
-    """Reads a JSON file. If `keys` are given, the file must hold an object in which each of them has a value.
-
-    Raises:
-        DataError: the file is missing, is not JSON, or lacks a key. The message ends with `fix`.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; {fix}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} must hold JSON, got {error}; {fix}") from None
-    if absent := [key for key in keys if not isinstance(value, dict) or value.get(key) is None]:
-        raise DataError(f"{path} must hold {', '.join(keys)}, it lacks {', '.join(absent)}; {fix}")
-    return value
+    write_atomic(path, as_json(value))
 
 
 def set_aside(path: Path) -> Path | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
 from profuser.recipe.schema import Split
 
 Folder = Literal["truth", "responses", "scores", "winners", "targets"]
+FOLDERS: tuple[Folder, ...] = get_args(Folder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,8 @@ from filelock import FileLock, Timeout
 
 from profuser.errors import ConfigError, DataError
 from profuser.store import files
-from profuser.store.files import read_json, write_json
+from profuser.store.files import write_json
+from profuser.typed import COUNT, read_json
 
 FOLDER = ".leases"
 """The name of the folder with the leases."""
@@ -54,6 +55,10 @@ OPTIONS: Mapping[Directory, str] = {"store": "--store", "run": "--output"}
 Settings = dict[str, Any]
 Differing = Callable[[Settings, Settings], list[str]]
 """Returns the names of the settings in which two leases on a directory differ."""
+
+
+LEASE = {"host": str, "boot": str, "pid": COUNT, "since": str, "writes": bool, "settings": {}}
+"""The shape of a lease's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,9 +256,8 @@ def _holders(directory: Path) -> list[Holder]:
 
 def _read(path: Path) -> Holder:
     """Reads a lease. It raises DataError for a file that is none."""
-    names = Holder.__slots__
-    record = read_json(path, *names, fix="delete it if no process uses the directory")
-    return Holder(**{name: record[name] for name in names})
+    record = read_json(path, LEASE, fix="delete it if no process uses the directory")
+    return Holder(**{name: record[name] for name in Holder.__slots__})
 
 
 def _remove(path: Path) -> None:

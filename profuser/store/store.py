@@ -8,9 +8,10 @@ The manifest records the settings that each layer was made with. If only the ali
 made again from the captures that are there, or from new ones where the alignment wants to know something else of the sources; if
 only the judges change, they vote again on the same responses. Other sources need another store. `layout.py` says which shards there are.
 
-Every file is written beside its place, synced and renamed, and only then entered in the manifest with its sha256. Therefore
-an interrupted preparation goes on with the next shard, and a damaged shard is never trained on. Reading never changes a
-store: `changes` only compares the settings, and `Store.build`, which profuser.prepare uses, is what acts on a difference.
+Every file is written beside its place, synced and renamed, and only then entered in the manifest with its sha256; the manifest
+itself is sealed (manifest.py). Therefore an interrupted preparation goes on with the next shard, and a damaged shard is never
+trained on. Reading never changes a store: `changes` only compares the settings, and `Store.build`, which profuser.prepare uses,
+is what acts on a difference.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from safetensors.numpy import save as save_tensors
 
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.compare import differing_keys
-from profuser.store.files import header_length, mapped, read_json, sha256, tensors_of, write_atomic, write_json
-from profuser.store.layout import Kind, kind_of
-
-SCHEMA_VERSION = 5
-MANIFEST_KEYS = ("schema", "settings", "shards", "complete")
+from profuser.store.files import header_length, mapped, remove_temporary, sha256, tensors_of, write_atomic
+from profuser.store.layout import FOLDERS, Kind, kind_of
+from profuser.store.manifest import SUMMARY, new_manifest, read_manifest, write_manifest
+from profuser.store.sealed import digest_of, is_intact
+from profuser.typed import checked, parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ class Store:
         if not (directory / "manifest.json").exists():
             return None
         store = cls(directory, read_manifest(directory))
-        made = store.complete and (directory / "summary.json").exists() and not store.changes(settings)
+        made = store.complete and not store.changes(settings) and not store.damaged_findings()
         return store if made and not store.damaged() else None
 
     @classmethod
@@ -169,16 +170,14 @@ class Store:
         # Begin a store in an empty directory.
         check_place(directory)
         if not (directory / "manifest.json").exists():
-            store = cls(
-                directory, {"schema": SCHEMA_VERSION, "settings": asdict(settings), "shards": {}, "complete": False}
-            )
+            store = cls(directory, new_manifest(asdict(settings)))
             store._save()
             return store
 
         # Go on with the store that is there, if its sources are the same; drop what other judges or settings outdate.
         store = cls(directory, read_manifest(directory))
-        changes = store.changes(settings)
-        changes.check(directory)
+        changes = store.checked_changes(settings)
+        remove_temporary([directory, *(directory / folder for folder in FOLDERS)])
         if changes.vote:
             same = not changes.judges and store.settings.votes["asked"] == settings.votes["asked"]
             names = ", ".join(changes.judges or settings.votes["asked"] or ["none"])
@@ -216,6 +215,24 @@ class Store:
             targets=differing_keys(old.targets, settings.targets),
         )
 
+    def checked_changes(self, settings: StoreSettings) -> Changes:
+        """Compares the store's settings with these, of which the sources' layer must fit.
+
+        Raises:
+            ConfigError: the sources' captures or responses were made with other settings.
+            DataError: the store belongs to other models or tokenizers, or the manifest is another store's.
+        """
+        changes = self.changes(settings)
+        if (changes.foreign or changes.sources) and (damaged := self.damaged()):
+            keys = ", ".join([*changes.foreign, *changes.sources])
+            raise DataError(
+                f"{self.directory / 'manifest.json'} must describe the shards beside it, it has other settings ({keys} differ) and "
+                f"{len(damaged)} of {len(self)} shards are not what it says; restore it, or start over with "
+                "`python -m profuser.prepare --fresh` and this recipe"
+            )
+        changes.check(self.directory)
+        return changes
+
     @property
     def date(self) -> datetime.date:
         """The date that chat templates got when the store was made, and get wherever it is used."""
@@ -228,18 +245,47 @@ class Store:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The content of summary.json, which says what the preparation found (profuser.prepare.summary)."""
-        fix = "delete it, and `python -m profuser.prepare` with the recipe writes it again"
-        return read_json(self.directory / "summary.json", fix=fix)
+        """The content of summary.json, which says what the preparation found (profuser.prepare.summary).
+
+        Raises:
+            DataError: the file is missing, or is not what was written.
+        """
+        path, recorded = self.directory / "summary.json", self._manifest["files"].get("summary.json")
+        try:
+            content = path.read_bytes()
+            if recorded is None or digest_of(content) != recorded:
+                raise ValueError("what was written, its sha256 differs")
+            return checked(parsed(content), SUMMARY)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"it must hold {error}"
+            raise DataError(
+                f"{path} cannot be used ({reason}); run `python -m profuser.prepare` with the recipe, which writes it again"
+            ) from None
+
+    def damaged_findings(self) -> list[str]:
+        """Returns which of summary.json and samples.parquet are missing or no longer what was written."""
+        names = ("summary.json", "samples.parquet")
+        return [name for name in names if not is_intact(self.directory / name, self._manifest["files"].get(name))]
+
+    def put_finding(self, name: str, data: bytes) -> None:
+        """Writes a file that is no shard, and enters it in the manifest."""
+        write_atomic(self.directory / name, data)
+        self._manifest["files"][name] = digest_of(data)
+        self._save()
 
     def handled(self) -> str:
         """Returns one line that says which texts were skipped, cut or kept as text; it is empty where there were none."""
         counts = self.summary["handled"]
         return "handled: " + "; ".join(f"{n} x {name}" for name, n in counts.items()) if counts else ""
 
-    def finish(self) -> None:
-        """Marks the store as complete. This is the last thing that a preparation writes."""
-        self._manifest["complete"] = True
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each phase took when the store was completed."""
+        return self._manifest["seconds"]
+
+    def finish(self, seconds: Mapping[str, float] | None = None) -> None:
+        """Marks the store as complete. This is the last thing that a preparation writes. `seconds` is by phase."""
+        self._manifest |= {"complete": True, "seconds": dict(seconds or {})}
         self._save()
 
     # -- shards ---------------------------------------------------------------------------------------------------
@@ -308,11 +354,19 @@ class Store:
         Raises:
             DataError: the file is missing, or no longer what was written.
         """
-        return tensors_of(self._bytes(kind.shard(number)))
+        name = kind.shard(number)
+        try:
+            return tensors_of(self._bytes(name))
+        except (ValueError, KeyError, TypeError):
+            raise differs(self._path(name)) from None
 
-    def get_json(self, kind: Kind, number: int) -> Any:
-        """Returns a shard's texts. It raises what `get` raises."""
-        return json.loads(self._bytes(kind.shard(number))[:])
+    def get_json(self, kind: Kind, number: int, shape: Any = Any) -> Any:
+        """Returns a shard's texts, which must have a shape (profuser.typed). It raises what `get` raises."""
+        name = kind.shard(number)
+        try:
+            return checked(parsed(self._bytes(name)[:]), shape)
+        except ValueError:
+            raise differs(self._path(name)) from None
 
     def index(self, kind: Kind, number: int) -> dict[str, np.ndarray]:
         """Returns the index columns of a shard, mapped into memory. Only these columns and the header are read and checked.
@@ -382,7 +436,7 @@ class Store:
 
     def _save(self) -> None:
         """Writes the manifest."""
-        write_json(self.directory / "manifest.json", self._manifest)
+        write_manifest(self.directory, self._manifest)
 
 
 def differing_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -403,29 +457,6 @@ def check_place(directory: Path) -> None:
         raise DataError(
             f"store must be a profuser store or an empty directory, got {directory} without manifest.json; give another --store"
         )
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Reads a store's manifest.
-
-    Raises:
-        DataError: the manifest is missing, broken or of another schema, or it lists something that is not a shard.
-    """
-    fix = "give the directory of a store, restore it, or start over with `python -m profuser.prepare --fresh` and the recipe"
-    manifest = read_json(directory / "manifest.json", *MANIFEST_KEYS, fix=fix)
-    if manifest["schema"] != SCHEMA_VERSION:
-        raise DataError(
-            f"store {directory} has schema {manifest['schema']}, this version reads {SCHEMA_VERSION}; "
-            "prepare it again with `python -m profuser.prepare --fresh` and this recipe"
-        )
-    for name in manifest["shards"]:
-        try:
-            kind_of(name)
-        except ValueError:
-            raise DataError(
-                f"store {directory}: the manifest must list shards, got {name!r}; it is not to be trusted, restore it"
-            ) from None
-    return manifest
 
 
 def index_digest(data: bytes | mmap, columns: Mapping[str, np.ndarray]) -> str:

@@ -20,6 +20,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, cast
 
 from tokenizers import Encoding, Tokenizer, models
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 Reason = Literal["normaliser", "decoder"]
 """Why tokens do not hold a text's bytes: the normaliser changes the text, or the decoder cannot give it back."""
+
+MAX_ID = 1 << 24
+"""No tokenizer has so many tokens. An id from here on was damaged, and a table of all ids would take the memory away."""
 
 SPACE_MARK = "\u2581"  # stands for a space in SentencePiece's token strings
 WHITESPACE = b" \t\n\r\x0b\x0c"
@@ -88,6 +92,12 @@ class TokenBytes:
             part["type"] == "ByteFallback" for part in decoders
         )
         vocab = tokenizer.get_vocab()
+        token, last = max(vocab.items(), key=itemgetter(1), default=("", 0))
+        if last >= MAX_ID:
+            raise DataError(
+                f"the ids of a tokenizer must be below {MAX_ID:,}, {getattr(tokenizer, 'name_or_path', 'it')} gives {token!r} the id "
+                f"{last:,}; copy or download it again"
+            )
         self.byte_tokens = frozenset(i for token, i in vocab.items() if fallback and _is_byte_token(token))
 
         # Collect the control tokens, and all added tokens as (bytes, whether the token takes the whitespace before it,

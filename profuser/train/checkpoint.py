@@ -2,56 +2,73 @@
 
 A checkpoint is a directory `step-NNNNNN`. It is written under a temporary name and renamed when all of it is on the disk. The
 order of the data and the learning rate follow from the seed and the step, so that the weights, AdamW's moments, the random
-states and the step are the whole state: on a CPU a resumed run repeats the uninterrupted one bit for bit. If the files of a
-checkpoint do not have the sha256 that was recorded, a warning says so and the checkpoint before it is used.
+states and the step are the whole state: on a CPU a resumed run repeats the uninterrupted one bit for bit. The metrics up to the
+step lie beside them. state.json is the checkpoint's record (profuser.store.sealed). A checkpoint of which anything is not what
+was written is passed over for the one before, and a line says why.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
-from profuser.store.files import write_atomic, write_json
+from profuser.errors import DataError
+from profuser.store.files import sync_directory, temporary_beside, write_atomic
+from profuser.store.sealed import FILE, digest_of, unsealed, write_sealed
+from profuser.typed import COUNT, parsed
 
 OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq", "step")
+METRICS = "metrics.jsonl"
+FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", METRICS)
+STATE = {"step": COUNT, "targets": str, "files": {name: FILE for name in FILES}}
+"""The shape of state.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint holds beside the state of the model, the optimizer and the random generators.
+
+    step: how many steps are done. targets: the digest of the targets that they were trained on.
+    metrics: the content of metrics.jsonl up to this step.
+    """
+
+    step: int
+    targets: str
+    metrics: bytes
 
 
 def save_checkpoint(
-    directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    directory: Path, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
 ) -> Path:
-    """Writes the checkpoint `directory/step-NNNNNN` and deletes all but the newest `keep` checkpoints.
-
-    `state` is kept with it, in state.json. The path of the checkpoint is returned.
-    """
-    final = directory / f"step-{step:06d}"
-    temporary = directory / f".step-{step:06d}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Writes the checkpoint `directory/step-NNNNNN` and deletes all but the newest `keep` checkpoints; returns its path."""
+    final = directory / f"step-{checkpoint.step:06d}"
+    temporary = temporary_beside(final)
+    _remove(temporary)
     temporary.mkdir(parents=True)
     try:
-        _write(temporary, step, model, optimizer, state)
-    except BaseException:  # for instance a full disk, which an unfinished checkpoint must not fill
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    for old in sorted(directory.glob("step-*"))[: -max(1, keep)]:
-        shutil.rmtree(old)
+        _write(temporary, checkpoint, model, optimizer)
+        _remove(final)  # one that was passed over
+        temporary.rename(final)
+    finally:  # for instance of a full disk, which an unfinished checkpoint must not fill
+        _remove(temporary)
+    sync_directory(directory)
+    # Those of later steps were passed over as well, and will be made again.
+    kept = [path for path in checkpoints(directory) if step_of(path) <= checkpoint.step][-max(1, keep) :]
+    for path in checkpoints(directory):
+        if path not in kept:
+            _remove(path)
     return final
 
 
-def _write(
-    directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Writes the files of a checkpoint. state.json is the last of them, and records the hashes of the others."""
+def _write(directory: Path, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Writes the files of a checkpoint. state.json is the last of them, and records the digests of the others."""
     # The optimizer's state is stored under the names of the parameters, which it does not know itself.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     moments = {
@@ -62,50 +79,80 @@ def _write(
     random = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
-    files = {
-        "model.safetensors": save(
-            {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-        ),
-        "optimizer.safetensors": save(moments),
-        "random.safetensors": save(random),
-    }
-    for name, data in files.items():
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    contents = [save(weights), save(moments), save(random), checkpoint.metrics]
+    digests = {}
+    for name, data in zip(FILES, contents, strict=True):
         write_atomic(directory / name, data)
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    write_json(directory / "state.json", {"step": step, "sha256": digests, **state})
+        digests[name] = digest_of(data)
+    state = {"step": checkpoint.step, "targets": checkpoint.targets, "files": digests}
+    write_sealed(directory / "state.json", state)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Returns the paths of all checkpoints in ascending order. No file is checked."""
+    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name, re.ASCII)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Returns the step that the name of a checkpoint says."""
+    return int(path.name.removeprefix("step-"))
 
 
 def newest_step(directory: Path) -> int:
     """Returns the step of the newest checkpoint, which its name says; 0 where there is none. No file is checked."""
-    steps = [path.name.removeprefix("step-") for path in directory.glob("step-*") if (path / "state.json").exists()]
-    return max((int(step) for step in steps if step.isdecimal()), default=0)
+    return max((step_of(path) for path in checkpoints(directory) if (path / "state.json").exists()), default=0)
 
 
-def load_newest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Restores the newest intact checkpoint into the model and the optimizer.
+def load_newest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Checkpoint | None:
+    """Restores the newest intact checkpoint into the model and the optimizer, and returns the rest of it.
 
-    The checkpoint's state is returned, or None where there is no intact checkpoint.
+    For each checkpoint that is passed over, a line says why. Where none is intact, this returns None.
+
+    Raises:
+        DataError: the checkpoint holds other weights than the model has.
     """
-    for path in sorted(directory.glob("step-*"), reverse=True):
+    there = checkpoints(directory)
+    for path in reversed(there):
         try:
-            state = json.loads((path / "state.json").read_text())
-            files = {name: (path / name).read_bytes() for name in state["sha256"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"checkpoint {path} is not complete ({error}): trying the one before", flush=True)
+            checkpoint, files = _read(path)
+        except (OSError, ValueError) as error:
+            print(f"checkpoint {path} is damaged ({error}): trying the one before", flush=True)
             continue
-        if any(hashlib.sha256(data).hexdigest() != state["sha256"][name] for name, data in files.items()):
-            print(f"checkpoint {path} is damaged: trying the one before", flush=True)
-            continue
-        _restore(files, model, optimizer)
-        return state
+        _restore(path, files, model, optimizer)
+        return checkpoint
+    if there:
+        print(f"no intact checkpoint is left in {directory}: beginning at step 0", flush=True)
     return None
 
 
+def _read(path: Path) -> tuple[Checkpoint, dict[str, bytes]]:
+    """Reads a checkpoint and its files. It raises OSError or ValueError where anything is not what was written."""
+    try:
+        state = unsealed(parsed((path / "state.json").read_bytes()), STATE)
+    except ValueError as error:
+        raise ValueError(f"state.json must hold {error}") from None
+    if state["step"] != step_of(path):
+        raise ValueError(f"its name must say its step, state.json says {state['step']}")
+    files = {name: (path / name).read_bytes() for name in FILES}
+    for name, data in files.items():
+        if digest_of(data) != state["files"][name]:
+            raise ValueError(f"{name} must hold what was written, its sha256 differs")
+    return Checkpoint(state["step"], state["targets"], files[METRICS]), files
+
+
 @torch.no_grad()
-def _restore(files: dict[str, bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _restore(path: Path, files: Mapping[str, bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Copies the contents of a checkpoint's files into the model, the optimizer and the random generators."""
     weights, moments, random = (load(files[f"{name}.safetensors"]) for name in ("model", "optimizer", "random"))
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    if other := sorted(n for n in {*weights, *parameters} if _shape(weights.get(n)) != _shape(parameters.get(n))):
+        raise DataError(
+            f"checkpoint {path} must hold the weights of the target, {other[0]} differs ({len(other)} in all); use the versions "
+            "that run.json names, or start over with --fresh"
+        )
+    for name, parameter in parameters.items():
         parameter.copy_(weights[name])
         if f"{name}/step" in moments:
             # AdamW keeps its count of steps on the CPU, and the moments beside the parameter.
@@ -115,3 +162,15 @@ def _restore(files: dict[str, bytes], model: nn.Module, optimizer: torch.optim.O
     torch.set_rng_state(random["torch"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint, or whatever else has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,19 +11,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from profuser.recipe.places import BUNDLED_PREFIX
 from profuser.recipe.schema import Recipe
-from profuser.store.files import open_to_umask, write_atomic
+from profuser.store.files import move_into_place, open_to_umask, temporary_beside, writing
 
 
 def save_fused(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, recipe: Recipe, dtype: torch.dtype
-) -> None:
+) -> list[str]:
     """Writes the fused target into the run directory, from which AutoModelForCausalLM and AutoTokenizer can load it.
 
-    The weights are rounded to `dtype`, in which the target was stored before. The scores are those of the written model.
+    The weights are rounded to `dtype`, in which the target was stored before. The scores are those of the written model. The
+    names of the files are returned. They are written into a folder of their own, from which they are moved when all are there.
     """
-    save_weights(model, directory, dtype)
-    tokenizer.save_pretrained(directory)
-    write_atomic(directory / "README.md", model_card(recipe).encode())
+    folder = temporary_beside(directory / "model")
+    shutil.rmtree(folder, ignore_errors=True)
+    size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    try:
+        with writing(folder, size):
+            save_weights(model, folder, dtype)
+            tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(model_card(recipe), encoding="utf-8")
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        for name in names:
+            move_into_place(folder / name, directory / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return names
 
 
 def save_weights(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:

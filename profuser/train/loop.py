@@ -30,10 +30,11 @@ from profuser.progress import Progress
 from profuser.recipe.schedule import Mode, Stage, learning_rate, plan, stage_at
 from profuser.recipe.schema import Recipe
 from profuser.store import layout
+from profuser.store.files import write_atomic
 from profuser.store.store import Store
-from profuser.train.checkpoint import load_newest, save_checkpoint
+from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.likelihood import likelihood
-from profuser.train.metrics_log import append_line, drop_lines_after, means
+from profuser.train.metrics_log import append_line, means
 from profuser.train.steps import Origin, StepBatch, Steps, load_steps
 from profuser.train.targets import Targets
 
@@ -223,21 +224,16 @@ class Trainer:
     def _checkpoint(self, step: int) -> None:
         """Saves a checkpoint on the main process, for which the others wait."""
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.directory / "checkpoints",
-                step,
-                self.fusion,
-                self.optimizer,
-                {"targets": self.targets_digest},
-                self.optim.keep_checkpoints,
-            )
+            checkpoint = Checkpoint(step, self.targets_digest, self.metrics.read_bytes())
+            folder = self.directory / "checkpoints"
+            save_checkpoint(folder, checkpoint, self.fusion, self.optimizer, self.optim.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
         """Restores the newest checkpoint, if there is one, and returns the number of steps that are done."""
-        state = load_newest(self.directory / "checkpoints", self.fusion, self.optimizer)
-        step = 0 if state is None else state["step"]
-        if state is not None and state["targets"] != self.targets_digest:
+        found = load_newest(self.directory / "checkpoints", self.fusion, self.optimizer)
+        step, metrics = (0, b"") if found is None else (found.step, found.metrics)
+        if found is not None and found.targets != self.targets_digest:
             raise ConfigError(
                 f"{self.directory} was trained on other targets than the store holds now; start over with --fresh, or restore "
                 "the store"
@@ -245,7 +241,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             if step:
                 print(f"resuming at step {step} of {self.stages[-1].stop}", flush=True)
-            drop_lines_after(self.metrics, step)
+            write_atomic(self.metrics, metrics)
         return step
 
     @contextlib.contextmanager

@@ -1,38 +1,26 @@
-"""Writes metrics.jsonl, which has a line per logged step and per validation. profuser.report.metrics reads it back."""
+"""Writes metrics.jsonl, which has a sealed line per logged step and per validation. profuser.report.metrics reads it back.
+
+Every checkpoint keeps a copy of the file, which a resumed run goes on with.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from profuser.store.files import write_atomic
+from profuser.store.files import writing
+from profuser.store.sealed import sealed
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Adds one line to the file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def drop_lines_after(path: Path, step: int) -> None:
-    """Takes out the lines of later steps, which a resumed run will write again. With step 0 the file becomes empty."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if step and step_of(line) <= step]
-        write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
-
-
-def step_of(line: str) -> float:
-    """Returns the step of a line, or +inf for a line that was cut short when the process was killed."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
+    text = json.dumps(sealed(line)) + "\n"
+    with writing(path, len(text)), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:

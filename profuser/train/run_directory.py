@@ -1,7 +1,8 @@
-"""The directory of a run and its record, run.json.
+"""The directory of a run, as a command that trains uses it.
 
-The record says with which recipe and store the run was made, whether it is complete, and how long each phase took. Beside it
-lie checkpoints/, metrics.jsonl and, when the run is complete, the fused model with its scores and its report.
+Its record, run.json, says with which recipe and store the run was made, whether it is complete, how long each phase took, and
+what its files are. Beside it lie checkpoints/, metrics.jsonl and, when the run is complete, the fused model with its scores and
+its report.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from profuser.environment import environment
 from profuser.errors import ConfigError, DataError
@@ -19,10 +22,12 @@ from profuser.recipe.compare import deciding_keys
 from profuser.recipe.parse import Run
 from profuser.recipe.places import BUNDLED_PREFIX, resolve
 from profuser.recipe.schema import Recipe
-from profuser.store.files import read_json, write_json
+from profuser.store.files import TEMPORARY, remove_temporary
 from profuser.store.lease import FOLDER, hold, set_aside
-
-SCHEMA_VERSION = 2
+from profuser.store.sealed import damaged_files, digest_of_file
+from profuser.train.checkpoint import checkpoints
+from profuser.train.run_record import MEASURED, check_own, model_files, read_run, restore_metrics, write_run
+from profuser.typed import parsed, read_json
 
 
 class RunDirectory:
@@ -33,8 +38,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
 
     def read(self) -> dict[str, Any]:
-        """Returns the content of run.json. It raises what `read_record` raises."""
-        return read_record(self.path)
+        """Returns the content of run.json. It raises what `read_run` raises."""
+        return read_run(self.path)
 
     @property
     def exists(self) -> bool:
@@ -44,7 +49,7 @@ class RunDirectory:
     @property
     def begun(self) -> bool:
         """Whether there is a checkpoint. From then on the recipe may no longer change."""
-        return any(self.checkpoints.glob("step-*"))
+        return bool(checkpoints(self.checkpoints))
 
     def set_aside(self) -> None:
         """Renames an old run out of the way, for --fresh. It raises ConfigError while a process uses the directory."""
@@ -55,6 +60,8 @@ class RunDirectory:
     def held(self) -> Generator[None]:
         """Holds the directory until the end of a `with` block, so that no two processes train the same run.
 
+        What killed processes have left in it while they were writing is removed.
+
         Raises:
             ConfigError: another process trains another recipe there.
             DataError: the directory holds something else than a run.
@@ -62,21 +69,24 @@ class RunDirectory:
         self._check_place()
         own = {"recipe": self.run.recipe.to_dict(), "store": str(self.run.store_dir.resolve())}
         with hold(self.path, "run", own, differing_runs, writes=True):
+            remove_temporary([self.path, self.checkpoints])
             yield
 
     def _check_place(self) -> None:
         """Raises DataError if the directory holds something else than a run or leases."""
-        if not self.exists and self.path.exists() and any(path.name != FOLDER for path in self.path.iterdir()):
+        if self.exists or not self.path.exists():
+            return
+        if any(path.name != FOLDER and not TEMPORARY.fullmatch(path.name) for path in self.path.iterdir()):
             raise DataError(
                 f"output must be a run directory or empty, got {self.path} without run.json; give another --output"
             )
 
     def complete(self) -> bool:
-        """Whether the run is complete already.
+        """Whether the run is complete already. Damaged metrics are restored, and what differs from what was written is printed.
 
         Raises:
             ConfigError: the directory holds a run of another recipe, or of another store.
-            DataError: the directory holds something else, or a run of another schema.
+            DataError: the directory holds something else, or a run of another schema; or its record is that of another run.
         """
         self._check_place()
         if not self.exists:
@@ -87,16 +97,31 @@ class RunDirectory:
         complete = old["status"] == "complete"
         keys = differing_runs(old, {"recipe": self.run.recipe.to_dict(), "store": str(self.run.store_dir)})
         if keys and (complete or self.begun):
+            if complete:
+                check_own(self.path, old)
             raise ConfigError(
                 f"{self.path} holds a run of another recipe ({', '.join(keys)} differ); give another --output, undo the "
                 "change, or start over with --fresh"
             )
-
-        # The record alone is not enough: the model must be there.
-        if complete and not any(self.path.glob("*.safetensors")):
-            print(f"{self.path} was complete, but its model is gone: making it again", flush=True)
+        if not complete:
             return False
-        return complete
+
+        # The record alone is not enough: the model must be there. One that was edited on purpose can still be read.
+        differing = damaged_files(self.path, model_files(old))
+        if lost := [name for name in differing if not _is_readable(self.path / name)]:
+            print(
+                f"{self.path} was complete, but {', '.join(lost)} is gone or damaged: making the model again",
+                flush=True,
+            )
+            return False
+        if differing:
+            print(
+                f"{', '.join(differing)} in {self.path} is not what training wrote; if nobody changed it on purpose, delete it, "
+                "and the same command makes it again",
+                flush=True,
+            )
+        restore_metrics(self.path, old)
+        return True
 
     def precision(self) -> str:
         """Returns `optim.precision`. Where that is "auto", a run that goes on keeps the arithmetic that it was begun with.
@@ -111,20 +136,22 @@ class RunDirectory:
         seconds = (self.read().get("seconds") or {}) if self.exists else {}
         self._write("running", precision=precision, seconds=seconds)
 
-    def finish(self) -> None:
-        """Writes the record of a complete run."""
+    def finish(self, model: Sequence[str]) -> None:
+        """Writes the record of a complete run. `model` names the files of the fused model."""
         record = self.read()
+        names = [*model, *(name for name in MEASURED if (self.path / name).exists())]
         self._write(
             "complete",
             precision=record["precision"],
             seconds=record["seconds"],
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             demo_data=demo_data(self.run.recipe),
+            files={name: digest_of_file(self.path / name) for name in names},
         )
 
     def update(self, **facts: Any) -> None:
         """Sets some entries of the record."""
-        write_json(self.path / "run.json", self.read() | facts)
+        write_run(self.path, self.read() | facts)
 
     @contextlib.contextmanager
     def timed(self, phase: str, write: bool = True) -> Generator[None]:
@@ -144,14 +171,13 @@ class RunDirectory:
     def _write(self, status: str, **facts: Any) -> None:
         """Writes the whole record anew."""
         record = {
-            "schema": SCHEMA_VERSION,
             "status": status,
             "recipe": self.run.recipe.to_dict(),
             "store": str(self.run.store_dir),
             **environment(),
             **facts,
         }
-        write_json(self.path / "run.json", record)
+        write_run(self.path, record)
 
 
 def differing_runs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -160,22 +186,16 @@ def differing_runs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return keys if Path(old["store"]).resolve() == Path(new["store"]).resolve() else [*keys, "store"]
 
 
-def read_record(directory: Path) -> dict[str, Any]:
-    """Reads the run.json of a run directory.
-
-    Raises:
-        DataError: the file is missing, broken or of another schema.
-    """
-    fix = (
-        "give the directory of a run, restore it, or start over with `python -m profuser.train --fresh` and its recipe"
-    )
-    record = read_json(directory / "run.json", "status", "recipe", "store", fix=fix)
-    if (schema := record.get("schema", 1)) != SCHEMA_VERSION:
-        raise DataError(
-            f"run {directory} has schema {schema}, this version reads {SCHEMA_VERSION}; train it again with "
-            "`python -m profuser.train --fresh` and its recipe"
-        )
-    return record
+def _is_readable(path: Path) -> bool:
+    """Whether a file of a model can be read at all. Weights must have all that their header says, and JSON must be JSON."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy"):
+                return True
+        content = path.read_bytes()
+        return path.suffix != ".json" or isinstance(parsed(content), dict)
+    except (OSError, ValueError, SafetensorError):
+        return False
 
 
 def demo_data(recipe: Recipe) -> dict[str, Any] | None:
