@@ -18,7 +18,7 @@ from conftest import ROOT
 
 FLOORS = (
     ("errors", "kernels", "environment", "ragged", "progress"),
-    ("loss", "recipe", "text"),
+    ("loss", "recipe", "text", "stopping"),
     ("models", "store"),
     ("alignment", "fusion_model"),
     ("prepare", "train"),

@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
     from profuser.evaluate.scores import evaluate
     from profuser.evaluate.terminal import score_table
     from profuser.recipe.parse import Run, load_recipe
+    from profuser.stopping import working
     from profuser.store.store import Store
     from profuser.train.run_directory import read_record
 
@@ -32,7 +33,8 @@ def main(argv: list[str]) -> None:
             f"RUN_DIR must hold a finished run, {directory} is not complete; run profuser.train with its recipe again"
         )
     recipe = replace(load_recipe(record["recipe"]), output=str(directory), store=record["store"])
-    print(score_table(evaluate(Run(recipe=recipe, name=directory.name), Store.open(Path(record["store"])))))
+    with working():
+        print(score_table(evaluate(Run(recipe=recipe, name=directory.name), Store.open(Path(record["store"])))))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from profuser.errors import ConfigError, DataError
 from profuser.models.fingerprint import fingerprint
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash, load_examples
-from profuser.prepare.judges import judge_fingerprint, open_judge
+from profuser.prepare.judges import judge_fingerprint, open_judge, try_function_judge
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
@@ -72,8 +72,11 @@ class Inputs:
     date: datetime.date
 
     @classmethod
-    def open(cls, run: Run) -> Inputs:
+    def open(cls, run: Run, *, fresh: bool = False) -> Inputs:
         """Opens and checks the inputs of a recipe.
+
+        Args:
+            fresh: whether the store that is there will be replaced, so that its date does not count.
 
         Raises:
             ConfigError: the schedule needs judges and there are none; a function that the recipe names cannot be imported.
@@ -97,7 +100,7 @@ class Inputs:
         models = {model.name: model for model in (*recipe.sources, target)}
         configs = {name: open_model(model) for name, model in models.items()}
         rows = {split: load_split(recipe, split) for split in SPLITS if recipe.data.location(split) is not None}
-        date = settled_date(recipe.date, run.store_dir)
+        date = settled_date(recipe.date, None if fresh else run.store_dir)
         chats = {source.name: chat_format(source, date=date) for source in recipe.sources}
         inputs = cls(
             recipe=recipe,
@@ -143,6 +146,12 @@ class Inputs:
     def schedule(self) -> str:
         """The schedule in words."""
         return schedule_words(self.recipe)
+
+    def try_judges(self) -> None:
+        """Calls every judge that is a function once. It raises DataError where one fails."""
+        candidates = len(self.recipe.sources) * self.recipe.generation.responses_per_source
+        for judge in self.recipe.judges:
+            try_function_judge(judge, self.rows["train"][0], candidates)
 
     def parts(self, split: Split) -> list[Part]:
         """Divides a split into the parts that the shards of a store cover."""
@@ -223,14 +232,14 @@ def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def settled_date(date: str | None, store_dir: Path) -> datetime.date:
+def settled_date(date: str | None, store_dir: Path | None) -> datetime.date:
     """Returns the date that chat templates get: the recipe's `date`, or else the day on which the store was begun.
 
     A preparation that goes on with a store on another day keeps the store's date, so that one store never holds two.
     """
     if date is not None:
         return datetime.date.fromisoformat(date)
-    if (store_dir / "manifest.json").exists():
+    if store_dir is not None and (store_dir / "manifest.json").exists():
         return datetime.date.fromisoformat(read_manifest(store_dir)["settings"]["sources"]["date"])
     return datetime.date.today()
 

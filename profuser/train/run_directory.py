@@ -19,8 +19,9 @@ from profuser.recipe.compare import deciding_keys
 from profuser.recipe.parse import Run
 from profuser.recipe.places import BUNDLED_PREFIX, resolve
 from profuser.recipe.schema import Recipe
+from profuser.stopping import working
 from profuser.store.files import read_json, write_json
-from profuser.store.lease import FOLDER, hold, set_aside
+from profuser.store.lease import FOLDER, hold
 
 SCHEMA_VERSION = 2
 
@@ -46,11 +47,6 @@ class RunDirectory:
         """Whether there is a checkpoint. From then on the recipe may no longer change."""
         return any(self.checkpoints.glob("step-*"))
 
-    def set_aside(self) -> None:
-        """Renames an old run out of the way, for --fresh. It raises ConfigError while a process uses the directory."""
-        if aside := set_aside(self.path, "run"):
-            print(f"renamed {self.path} to {aside}", flush=True)
-
     @contextlib.contextmanager
     def held(self) -> Generator[None]:
         """Holds the directory until the end of a `with` block, so that no two processes train the same run.
@@ -61,7 +57,7 @@ class RunDirectory:
         """
         self._check_place()
         own = {"recipe": self.run.recipe.to_dict(), "store": str(self.run.store_dir.resolve())}
-        with hold(self.path, "run", own, differing_runs, writes=True):
+        with working(), hold(self.path, "run", own, differing_runs, writes=True):
             yield
 
     def _check_place(self) -> None:
