@@ -5,6 +5,19 @@ The public names are imported when they are first used, so that someone who uses
 
 import importlib
 import os
+import sys
+
+# This comes before all that takes time. If the process is a command of ours, signals end it from here on as is documented.
+# Until there is something that handles them, they wait.
+if getattr(sys, "argv", None) and sys.argv[0].endswith(("-m", "profuser")):
+    import signal
+
+    _mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    from profuser import stopping
+
+    stopping.begin()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
+
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from profuser.errors import ConfigError, OutOfMemoryError, ProfuserError, Terminated
+from profuser import stopping
+from profuser.errors import ConfigError, Interrupted, OutOfMemoryError, ProfuserError, Stopped
 
 COMMANDS = {
     "train": "prepare what is missing, fuse, score, report; without arguments the bundled demo",
@@ -68,21 +68,21 @@ def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = N
         argv: the command's arguments; None takes those of the process.
     """
 
-    def terminate(*_) -> None:
-        raise Terminated("stopped by SIGTERM; what was finished is kept, the same command goes on from there")
-
-    signal.signal(signal.SIGTERM, terminate)
     quiet_libraries()
     try:
-        command(list(sys.argv[1:] if argv is None else argv))
-    except (ProfuserError, Terminated) as error:
+        with stopping.heard():
+            command(list(sys.argv[1:] if argv is None else argv))
+    except ProfuserError as error:
         fail(error)
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    except (Stopped, KeyboardInterrupt) as error:
+        stop = (
+            error if isinstance(error, Stopped) else Interrupted()
+        )  # something else than a signal may raise the latter
+        sys.stderr.write(stopping.line_of(stop))
+        sys.exit(stop.exit_code)
     except Exception as error:
         fail(explained(error))
 
@@ -92,6 +92,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if (transformers := sys.modules.get("transformers")) is not None:  # too late for the environment: it has been read
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -121,7 +122,7 @@ def explained(error: Exception) -> ProfuserError:
     raise error
 
 
-def fail(error: ProfuserError | Terminated) -> NoReturn:
+def fail(error: ProfuserError) -> NoReturn:
     """Prints an error and ends the process with its exit code."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)

@@ -34,13 +34,31 @@ class OutOfMemoryError(ProfuserError):
     exit_code = 5
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived. What was finished is saved, and the same command resumes (exit code 75).
+class Stopped(BaseException):
+    """A signal came. What was finished is saved, and the same command goes on from there.
 
     Like KeyboardInterrupt this is not an Exception, so that no handler of errors catches it.
     """
 
+    exit_code = 1
+    line = ""
+
+    def __init__(self, line: str | None = None):
+        super().__init__(line or self.line)
+
+
+class Terminated(Stopped):
+    """SIGTERM came (exit code 75)."""
+
     exit_code = 75
+    line = "stopped by SIGTERM; what was finished is kept, the same command goes on from there"
+
+
+class Interrupted(Stopped, KeyboardInterrupt):
+    """Ctrl-C was pressed, which is SIGINT (exit code 130)."""
+
+    exit_code = 130
+    line = "interrupted; what was finished is kept, the same command goes on from there"
 
 
 def first_line(error: BaseException) -> str:

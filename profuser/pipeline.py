@@ -17,8 +17,9 @@ from profuser.prepare.phases import Preparation
 from profuser.progress import in_words
 from profuser.recipe.parse import Run
 from profuser.report.page import write_report
+from profuser.store.fresh import check_fresh, start_over
 from profuser.store.sealed import is_intact
-from profuser.store.store import Store
+from profuser.store.store import Store, check_place
 from profuser.train.checkpoint import newest_step
 from profuser.train.export import save_fused
 from profuser.train.loop import Trainer
@@ -96,8 +97,12 @@ def train_and_report(run: Run) -> None:
         complete = False
         if accelerator.is_main_process:
             if fresh:
-                check_unchanged(run)  # whatever is wrong with the recipe is found before anything is moved
-                directory.set_aside()
+                # Whatever is wrong is found before anything is moved.
+                check_fresh(run, "run")
+                inputs = check_unchanged(run)
+                for example in inputs.rows.get("heldout", [])[:1]:
+                    try_match(run.recipe.evaluation.match, example)
+                start_over(run, "run")
             held.enter_context(directory.held())
             complete = directory.complete()
 
@@ -134,17 +139,19 @@ def print_report(run: Run) -> None:
     print(f"fused model: {directory.path}\nreport: {page}")
 
 
-def check_unchanged(run: Run) -> None:
-    """Checks that the recipe's inputs can be opened and that its store, if there is one, was made from them.
+def check_unchanged(run: Run) -> Inputs:
+    """Opens the recipe's inputs and checks that its store, if there is one, was made from them.
 
     The store is only compared with them, and stays as it is.
 
     Raises:
-        ConfigError, DataError: what Inputs.open and Store.checked_changes raise.
+        ConfigError, DataError: what Inputs.open, check_place and Store.checked_changes raise.
     """
     inputs = Inputs.open(run)
+    check_place(run.store_dir)
     if (run.store_dir / "manifest.json").exists():
         Store.open(run.store_dir, complete=False).checked_changes(inputs.settings())
+    return inputs
 
 
 def score_again(run: Run) -> None:

@@ -176,6 +176,16 @@ def part_of_a_gguf() -> None:
     Path("guardian/m-00001-of-00002.gguf").write_bytes(b"GGUF")
 
 
+def gguf_that_is_cut_off() -> None:
+    Path("guardian/config.json").unlink()
+    Path("guardian/m.gguf").write_bytes(b"GGUF\x03\0\0\0")
+
+
+def absurd_tokenizer() -> None:
+    with open("guardian/tokenizer.json", "ab") as file:
+        file.truncate(1 << 33)  # zeros that take no room on the disk
+
+
 CASES = [
     Case("an unknown key on the command line", 2, ("optim", "lr, ", "got speed", "--help"), arguments=("--optim.speed", "9")),
     Case("an unknown key in the recipe", 2, ("optim", "lr, ", "got lerning_rate"), replace("recipe.yaml", "lr:", "lerning_rate:")),
@@ -229,6 +239,9 @@ CASES = [
     Case("a data file that is not UTF-8", 3, ("train.jsonl", "utf-8"), lambda: Path("train.jsonl").write_bytes('{"prompt": "café", "response": "x"}'.encode("latin-1"))),
     Case("a CSV row with a cell too many", 3, ("train.csv", "row 3 has 3 cells"), csv_with_a_cell_too_many, ("--data.train", "train.csv")),
     Case("a model that lacks a weight", 3, ("guardian", "every weight", "model.layers.0"), change_weights(lambda name, tensor: None if "layers.0.mlp.up" in name else tensor), NEW),
+    Case("a model whose configuration is of half of it", 3, ("guardian", "have no place", "number of layers"), replace("guardian/config.json", '"num_hidden_layers": 4', '"num_hidden_layers": 2'), NEW),
+    Case("a model whose configuration gives other shapes", 3, ("guardian", "shapes", "[128, 256] and not [128, 128]"), replace("guardian/config.json", '"intermediate_size": 256', '"intermediate_size": 128'), NEW),
+    Case("a generation config that cannot be read", 3, ("guardian", "generation_config.json", "delete it"), truncate("guardian/generation_config.json"), NEW),
     Case("a model with weights that are not finite", 3, ("finite",), change_weights(lambda name, tensor: tensor * float("nan")), NEW),
     Case("a tokenizer larger than its model", 3, ("guardian", "an embedding for every token", "the id 9999"), larger_tokenizer, NEW),
     Case("a model's truncated safetensors", 3, ("guardian", "download"), truncate("guardian/model.safetensors"), NEW),
@@ -240,6 +253,8 @@ CASES = [
     Case("a tokenizer.model without sentencepiece", 3, ("guardian", "pip install sentencepiece protobuf"), sentencepiece_alone, NEW),
     Case("a directory with two GGUF files", 3, ("a.gguf, ", "b.gguf"), two_gguf_files, NEW),
     Case("a part of a GGUF file", 3, ("llama-gguf-split --merge",), part_of_a_gguf, NEW),
+    Case("a GGUF file that is cut off", 3, ("guardian", "GGUF", "cut off"), gguf_that_is_cut_off, NEW),
+    Case("a tokenizer of an absurd size", 3, ("guardian", "tokenizer.json", "at most 256 MiB"), absurd_tokenizer, NEW),
     Case("a tokenizer that the store does not belong to", 3, ("sources.guardian.files", "--fresh"), replace("guardian/tokenizer_config.json", "{", '{"a": 1,')),
     Case("a chat template that the store does not belong to", 3, ("sources.guardian.template", "--fresh"), replace("recipe.yaml", "./guardian }", './guardian, chat_template: "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}" }')),
     Case("another directory as the store", 3, ("guardian", "manifest.json", "--store"), arguments=("--store", "guardian")),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 
@@ -15,14 +14,6 @@ from safetensors import SafetensorError
 
 from profuser.cli import COMMANDS, explained, main, main_of
 from profuser.errors import ConfigError, DataError, NonFiniteError, OutOfMemoryError, ProfuserError, Terminated
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Gives the tests' process its old signal handler back, because main_of installs another one."""
-    old = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, old)
 
 
 def ends(error: BaseException) -> int | str | None:

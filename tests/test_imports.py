@@ -19,7 +19,7 @@ from conftest import ROOT
 FLOORS = (
     ("errors", "kernels", "environment", "ragged", "progress"),
     ("loss", "typed"),
-    ("recipe", "text"),
+    ("recipe", "text", "stopping"),
     ("models", "store"),
     ("alignment", "fusion_model"),
     ("prepare", "train"),

@@ -99,11 +99,33 @@ def test_a_model_with_code_of_its_own_names_the_key_that_allows_it(model):
     )
 
 
-def test_a_generation_config_may_be_missing_but_not_broken(model):
+def test_a_generation_config_may_be_missing(model):
     source = SourceConfig(name="m", model=str(model))
     ends = chat_format(source).end_ids
     (model / "generation_config.json").unlink()
     assert chat_format(source).end_ids == ends
-    (model / "generation_config.json").write_text('{"eos_token_id": [3,')
-    with pytest.raises(DataError, match=r"generation_config\.json cannot be read"):
-        chat_format(source)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"eos_token_id": [3,', "cannot be read"),
+        ("", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("null", "cannot be read"),
+        ('{"a":' * 5000, "cannot be read"),
+        ('{"cache_implementation": "none of these"}', "cannot be read"),
+        ('{"eos_token_id": -1}', "must be a token's id or a list of ids, got -1"),
+        ('{"eos_token_id": "</s>"}', "must be a token's id or a list of ids, got '</s>'"),
+        ('{"eos_token_id": [3, [4]]}', "must be a token's id or a list of ids, got [3, [4]]"),
+        ('{"eos_token_id": 1e400}', "must be a token's id or a list of ids, got inf"),
+        ('{"eos_token_id": true}', "must be a token's id or a list of ids, got True"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_read_is_said(model, content, says):
+    (model / "generation_config.json").write_text(content)
+    with pytest.raises(DataError) as error:
+        chat_format(SourceConfig(name="m", model=str(model)))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "generation_config.json" in str(error.value)

@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     from profuser.evaluate.terminal import score_table
     from profuser.pipeline import check_unchanged
     from profuser.recipe.parse import Run, load_recipe
+    from profuser.stopping import working
     from profuser.store.sealed import damaged_files
     from profuser.store.store import Store
     from profuser.train.run_record import EVALUATION, SCORES, check_own, model_files, read_run, record_files
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> None:
     if differing := damaged_files(directory, model_files(record)):
         print(f"{', '.join(differing)} in {directory} is not what training wrote; what is there is scored", flush=True)
     try:
-        scores = evaluate(run, store)
+        with working():
+            scores = evaluate(run, store)
     except DataError:
         check_unchanged(run)  # if the store is not the run's, this says so
         raise

@@ -30,6 +30,7 @@ from profuser.prepare.phases import prepare
 from profuser.recipe.parse import Run, parse_run
 from profuser.recipe.places import DEFAULT_RECIPE, resolve
 from profuser.recipe.schema import DataLocation, ScheduleName
+from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.files import write_atomic, write_json
 from profuser.store.store import Store
@@ -224,13 +225,16 @@ def main(argv: list[str]) -> None:
         if data == "fusion" and any(a.data == "shifted" for a in arms) and not Path(stores["shifted"][1]).exists():
             shift_rows(store, Path(stores["shifted"][1]))
     runs = {(a.name, s): run_of(base, a, s, args.output, stores) for s in args.seeds for a in arms}
-    with ProcessPoolExecutor(
-        args.workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-        max_tasks_per_child=1,
-    ) as pool:
+    with (
+        working(),  # a signal ends the pool
+        ProcessPoolExecutor(
+            args.workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=torch.set_num_threads,
+            initargs=(1,),
+            max_tasks_per_child=1,
+        ) as pool,
+    ):
         for n, done in enumerate(as_completed([pool.submit(work, run) for run in runs.values()]), start=1):
             print(f"{n}/{len(runs)}: {done.result()}", flush=True)
     results = collect(runs, args.seeds)

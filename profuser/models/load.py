@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -30,12 +29,19 @@ from transformers import (
 )
 
 from profuser.errors import DataError, first_line, in_short
+from profuser.models.gguf_header import gguf_tensors
+from profuser.models.weights import AutoModel, check_gguf_blocks, check_weights, loaded_model
 from profuser.recipe.places import is_path, resolve
 from profuser.recipe.schema import SourceConfig
 from profuser.recipe.utf8 import read_utf8
 from profuser.text.chat import ChatFormat
 from profuser.text.token_bytes import MAX_ID
-from profuser.typed import FILE_NAME, read_json
+from profuser.typed import parsed
+
+MAX_FILE_BYTES = 1 << 28
+"""The largest size of a tokenizer's or configuration's file. The largest in use have 35 MiB."""
+MAX_PARTS = 10_000
+"""The largest number of layers, experts or labels that a configuration may give."""
 
 
 def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
@@ -130,13 +136,17 @@ def open_model(source: SourceConfig) -> PreTrainedConfig:
     location, options = weights_of(source)
     config = read_config(source.name, location, options)
     check_kind(source.name, location, config, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING)
-    if "gguf_file" not in options:
+    if "gguf_file" in options:
+        check_gguf_blocks(source.name, Path(location) / options["gguf_file"], config)
+    else:
         check_weights(source.name, Path(location))
+        check_places(AutoModelForCausalLM, source.name, location, config, options)
     return config
 
 
 def read_config(name: str, location: str, options: Mapping[str, Any]) -> PreTrainedConfig:
     """Reads a model's configuration. It raises DataError where it is missing or broken."""
+    check_counts(name, Path(location) / "config.json")
     try:
         return AutoConfig.from_pretrained(location, **options)
     except (
@@ -148,6 +158,43 @@ def read_config(name: str, location: str, options: Mapping[str, Any]) -> PreTrai
         ) from error
 
 
+def check_counts(name: str, file: Path) -> None:
+    """Raises DataError where a configuration asks for so many layers that transformers would build them for hours."""
+    try:
+        content = parsed(file.read_bytes())
+    except (OSError, ValueError):  # whatever is wrong with the file is said when transformers reads it
+        return
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting.extend(value)
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+            for key, count in value.items():
+                if re.search(r"layers?$|experts?$|blocks?$|labels?$|depth$", key) and is_above(count, MAX_PARTS):
+                    raise DataError(
+                        f"{name}: a model must have at most {MAX_PARTS:,} layers, experts or labels, {file} gives {key}: "
+                        f"{in_short(count)}; correct it, or copy or download it again"
+                    )
+
+
+def is_above(value: object, limit: int) -> bool:
+    """Whether a value is a number above a limit."""
+    return isinstance(value, (int, float)) and value > limit
+
+
+def check_sizes(name: str, folder: Path) -> None:
+    """Raises DataError where a file of a model that is read as a whole is larger than any tokenizer is."""
+    for pattern in ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"):
+        for file in folder.glob(pattern):
+            if (size := file.stat().st_size) > MAX_FILE_BYTES:
+                raise DataError(
+                    f"{name}: {file} must have at most {MAX_FILE_BYTES >> 20} MiB, it has {size >> 20:,} MiB; copy or download it "
+                    "again, or take it out of the directory if the model does not need it"
+                )
+
+
 def check_kind(name: str, location: str, config: PreTrainedConfig, kind: str, known: Container[type]) -> None:
     """Raises DataError unless transformers, or the model's own code, has a class of this kind for a configuration."""
     if type(config) not in known and kind not in (getattr(config, "auto_map", None) or {}):
@@ -156,37 +203,37 @@ def check_kind(name: str, location: str, config: PreTrainedConfig, kind: str, kn
         )
 
 
-def check_weights(name: str, folder: Path) -> None:
-    """Raises DataError where a local model's weights are missing or damaged. Only headers are read."""
-    for index in folder.glob("*.safetensors.index.json"):
-        listed = read_json(index, {"weight_map": {str: FILE_NAME}}, fix="copy or download it again")
-        parts = sorted(set(listed["weight_map"].values()))
-        if absent := [part for part in parts if not (folder / part).exists()]:
-            raise DataError(
-                f"{name}: a model must have all its weights, {folder} lacks {absent[0]} ({len(absent)} of {len(parts)} files); "
-                "copy or download it again"
-            )
-    if folder.is_dir() and not any(folder.glob("*.bin")) and not list(opened_weights(name, folder)):
-        raise DataError(
-            f"{name}: a model must have weights, {folder} holds neither safetensors nor a pytorch_model.bin; copy or download "
-            "it again"
-        )
+def check_places(
+    kind: AutoModel, name: str, location: str, config: PreTrainedConfig, options: Mapping[str, Any]
+) -> None:
+    """Raises DataError unless a local model's files hold its weights. Nothing but their names and shapes is read.
 
-
-def opened_weights(name: str, folder: Path) -> Iterator[Any]:
-    """Yields the safetensors files of a model, opened to read their headers.
-
-    Raises:
-        DataError: a file is truncated or damaged.
+    Quantised weights are left for later, because the packages that unpack them may need the device on which they run.
     """
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy") as weights:
-                yield weights
-        except SafetensorError as error:  # better to fail now than after the models before this one have been run
-            raise DataError(
-                f"{name}: the weights {file} cannot be read ({error}); copy or download them again"
-            ) from None
+    if Path(location).is_dir() and getattr(config, "quantization_config", None) is None:
+        load(kind, name, location, {**options, "device_map": "meta"})
+
+
+def load(kind: AutoModel, name: str, location: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """Does what `loaded_model` does. Whatever is raised in it becomes a DataError, but for a lack of memory."""
+    try:
+        return loaded_model(kind, name, location, options)
+    except (torch.OutOfMemoryError, DataError):
+        raise
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a broken file
+        what, fix = KINDS[kind]
+        if "gguf_file" in options:
+            fix = "transformers must know the architecture of a GGUF file: give the model's safetensors instead"
+        raise DataError(
+            f"{name}: no {what} could be loaded from {location} ({first_line(error)}); {fix_of(error, fix)}"
+        ) from error
+
+
+KINDS: dict[AutoModel, tuple[str, str]] = {
+    AutoModelForCausalLM: ("causal language model", "copy or download it again"),
+    AutoModelForSequenceClassification: ("reward model", "copy or download it again, or name another"),
+}
+"""What each of transformers' classes loads, and what can be done where it does not."""
 
 
 def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -200,30 +247,8 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
         options["quantization_config"] = GgufConfig(dequantize=True)
         # transformers shows a progress bar while it reads a GGUF file. With disable=None it appears on a terminal only.
         modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # pyrefly: ignore[bad-assignment]
-    try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(location, **options, dtype=dtype, output_loading_info=True)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a broken file
-        if "gguf_file" in options:
-            fix = "transformers must know the architecture of a GGUF file: give the model's safetensors instead"
-        else:
-            fix = "copy or download it again"
-        raise DataError(
-            f"{source.name}: no causal language model could be loaded from {location} ({first_line(error)}); "
-            f"{fix_of(error, fix)}"
-        ) from error
-    check_loaded(source.name, location, loaded)
+    model: Any = load(AutoModelForCausalLM, source.name, location, {**options, "dtype": dtype})
     return model.to(device).eval()
-
-
-def check_loaded(name: str, location: str, loaded: dict[str, Any]) -> None:
-    """Raises DataError where transformers would make up weights that the files do not hold."""
-    if absent := sorted(loaded["missing_keys"]):
-        raise DataError(
-            f"{name}: {location} must hold every weight of its model, {len(absent)} are missing ({absent[0]}); copy or "
-            "download it again, or fix its config.json"
-        )
 
 
 def stored_dtype(source: SourceConfig) -> torch.dtype:
@@ -244,6 +269,7 @@ def open_reward_model(name: str, location: str, trust_remote_code: bool) -> None
     check_kind(model, path, config, "AutoModelForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
     check_outputs(name, config)
     check_weights(model, Path(path))
+    check_places(AutoModelForSequenceClassification, model, path, config, {"trust_remote_code": trust_remote_code})
 
 
 def check_outputs(name: str, config: PreTrainedConfig) -> None:
@@ -261,17 +287,9 @@ def load_reward_model(
         DataError: the files are missing or broken, or the model has another number of outputs than one.
     """
     path = existing(location, name)
-    try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
-        )
-        loaded_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        tokenizer = cast("PreTrainedTokenizerBase", loaded_tokenizer)
-    except Exception as error:  # transformers, safetensors and torch each raise their own kinds, as in load_model
-        fix = fix_of(error, "copy or download it again, or name another")
-        reason, fix = tokenizer_trouble(path) or (first_line(error), fix)
-        raise DataError(f"judge {name}: no reward model could be loaded from {path} ({reason}); {fix}") from error
-    check_loaded(f"judge {name}", path, loaded)
+    options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32}
+    model: Any = load(AutoModelForSequenceClassification, f"judge {name}", path, options)
+    tokenizer = load_tokenizer(SourceConfig(name=f"judge {name}", model=location, trust_remote_code=trust_remote_code))
     check_outputs(name, model.config)
     return model.to(device).eval(), tokenizer
 
@@ -282,40 +300,45 @@ def chat_format(source: SourceConfig, *, date: datetime.date | None = None) -> C
     `date` is what its chat template gets; None means today.
     """
     tokenizer = load_tokenizer(source)
-    ends = {tokenizer.eos_token_id}
-    location, revision = weights_of(source)[0], source.revision or "main"
-    try:
-        eos = GenerationConfig.from_pretrained(location, revision=revision).eos_token_id
-        ends |= checked_ends(source.name, eos)
-    except (OSError, TypeError) as error:  # not every model has a generation config, but one that it has must be read
-        if (Path(location) / "generation_config.json").exists():
-            raise DataError(
-                f"{source.name}: generation_config.json cannot be read ({first_line(error)}); copy or download it again"
-            ) from error
-    return ChatFormat(tokenizer, end_ids=sorted(ends - {None}), date=date)
+    ends = {*end_tokens(source), tokenizer.eos_token_id} - {None}
+    return ChatFormat(tokenizer, end_ids=sorted(ends), date=date)
 
 
-def checked_ends(name: str, eos: Any) -> set[int]:
-    """Returns the ids of a generation config's `eos_token_id`, which may be one, a list or null.
+def end_tokens(source: SourceConfig) -> list[int]:
+    """Returns the end tokens of a model's generation config; there are none where it has no such file.
 
     Raises:
-        DataError: one of them is no token's id. `name` is the model's name in the recipe.
+        DataError: the file is there and cannot be read, or its `eos_token_id` is neither an id nor a list of ids.
     """
-    ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    for i in ends:
-        if type(i) is not int or not 0 <= i < MAX_ID:
-            raise DataError(
-                f"{name}: eos_token_id must hold ids of tokens, 0 or more, generation_config.json gives {in_short(i)}; fix it there, "
-                "or copy or download the model again"
-            )
-    return set(ends)
+    location, revision = weights_of(source)[0], source.revision or "main"
+    again = "correct it, copy or download it again, or delete it if the model needs none"
+    try:
+        eos = GenerationConfig.from_pretrained(location, revision=revision).eos_token_id
+    except (
+        Exception
+    ) as error:  # transformers raises an OSError where the file is not there, and any kind for a broken one
+        file = Path(location) / "generation_config.json"
+        if not file.parent.is_dir():
+            file = try_to_load_from_cache(location, file.name, revision=revision)
+        if isinstance(error, OSError) and not (isinstance(file, (str, Path)) and Path(file).exists()):
+            return []
+        raise DataError(
+            f"{source.name}: generation_config.json of {location} cannot be read ({first_line(error)}); {again}"
+        ) from error
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(i) is not int or not 0 <= i < MAX_ID for i in ids):
+        raise DataError(
+            f"{source.name}: eos_token_id in generation_config.json of {location} must be a token's id or a list of ids, got "
+            f"{in_short(eos)}; {again}"
+        )
+    return ids
 
 
 def existing(location: str, name: str) -> str:
     """Returns the path or Hub id of a model. `name` is the model's name in the recipe, for the error message.
 
     Raises:
-        DataError: the location is a local path or a `demo:NAME`, and there is nothing.
+        DataError: the location is a local path or a `demo:NAME`, and there is nothing, or a file that is far too large.
     """
     path = resolve(location)
     if location.startswith("demo:") and not Path(path).exists():
@@ -325,6 +348,7 @@ def existing(location: str, name: str) -> str:
         raise DataError(
             f"{name}: model must be an existing directory or GGUF file, got {location} (no such place); fix the path"
         )
+    check_sizes(name, Path(path))
     return path
 
 
@@ -334,8 +358,8 @@ def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
     A model may also be a GGUF file, or a directory that holds a GGUF file and no config.json; transformers reads these, too.
 
     Raises:
-        DataError: the directory does not exist, or it holds several GGUF files or a part of one; the `gguf` package is
-            missing; a revision is given for a local model.
+        DataError: the directory does not exist, or it holds several GGUF files or a part of one; the GGUF file's header is
+            damaged; the `gguf` package is missing; a revision is given for a local model.
     """
     location = existing(source.model, source.name)
     if source.revision is not None and Path(location).exists():
@@ -350,6 +374,7 @@ def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
         raise DataError(
             f"{source.name}: reading {file} needs the gguf package, it is not installed; run `pip install gguf`"
         )
+    gguf_tensors(source.name, file)  # transformers would follow the counts of a damaged header for as long as they say
     return str(file.parent), options | {"gguf_file": file.name}
 
 

@@ -16,13 +16,15 @@ def main(argv: list[str]) -> None:
     from profuser.prepare.announce import announce
     from profuser.prepare.inputs import Inputs
     from profuser.prepare.phases import Preparation
-    from profuser.store.lease import set_aside
+    from profuser.store.fresh import check_fresh, start_over
 
-    inputs = Inputs.open(
-        run, fresh=run.options["fresh"]
-    )  # whatever is wrong with the recipe is found before anything is moved
-    if run.options["fresh"] and (aside := set_aside(run.store_dir, "store")):
-        print(f"renamed the old store to {aside}")
+    fresh = run.options["fresh"]
+    if fresh:
+        check_fresh(run, "store")
+    inputs = Inputs.open(run, fresh=fresh)  # whatever is wrong with the recipe is found before anything is moved
+    if fresh:
+        inputs.try_judges()
+        start_over(run, "store")
     with contextlib.ExitStack() as held:
         preparation = Preparation.begin(inputs, held)
         announce("prepare", preparation)

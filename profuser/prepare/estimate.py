@@ -21,7 +21,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
-from profuser.models.load import opened_weights, weights_of
+from profuser.models.gguf_header import gguf_tensors
+from profuser.models.load import weights_of
+from profuser.models.weights import opened_weights
 from profuser.prepare.data import Row
 from profuser.prepare.inputs import Inputs
 from profuser.progress import in_words
@@ -95,7 +97,7 @@ def size_of(source: SourceConfig) -> Size | None:
     It is None where it cannot be known: the model is not on this machine yet, or is not stored as safetensors or GGUF.
 
     Raises:
-        DataError: a safetensors file is truncated or damaged.
+        DataError: a file of the weights is truncated or damaged.
     """
     location, options = weights_of(source)
     path = Path(location)
@@ -105,7 +107,7 @@ def size_of(source: SourceConfig) -> Size | None:
         except OSError:  # not downloaded yet
             return None
     if "gguf_file" in options:
-        return gguf_size(path / options["gguf_file"])
+        return gguf_size(source.name, path / options["gguf_file"])
     parameters = 0
     for weights in opened_weights(source.name, path):
         names = weights.keys()
@@ -119,18 +121,11 @@ def size_of(source: SourceConfig) -> Size | None:
         return None
 
 
-def gguf_size(file: Path) -> Size | None:
-    """Reads a model's size from the header of a GGUF file; None where the file is damaged."""
-    from gguf import GGUFReader
-
-    try:
-        tensors = GGUFReader(file).tensors
-    except Exception:  # whatever is wrong with the file is reported when the model is loaded
-        return None
-    blocks = {tensor.name.split(".")[1] for tensor in tensors if tensor.name.startswith("blk.")}
-    # The counts are NumPy's integers, although they are annotated as int.
-    elements = [int(tensor.n_elements) for tensor in tensors]  # pyrefly: ignore[unnecessary-type-conversion]
-    return Size(sum(elements), len(blocks))
+def gguf_size(name: str, file: Path) -> Size:
+    """Reads a model's size from the header of a GGUF file. `name` is the model's, for the error message."""
+    tensors = gguf_tensors(name, file)
+    blocks = {key.split(".")[1] for key in tensors if key.startswith("blk.")}
+    return Size(sum(tensors.values()), len(blocks))
 
 
 def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | None = None) -> dict[str, float] | None:

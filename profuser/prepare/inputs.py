@@ -20,7 +20,7 @@ from profuser.errors import ConfigError, DataError
 from profuser.models.fingerprint import fingerprint
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash, load_examples
-from profuser.prepare.judges import judge_fingerprint, open_judge
+from profuser.prepare.judges import judge_fingerprint, open_judge, try_function_judge
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
@@ -146,6 +146,12 @@ class Inputs:
     def schedule(self) -> str:
         """The schedule in words."""
         return schedule_words(self.recipe)
+
+    def try_judges(self) -> None:
+        """Calls every judge that is a function once. It raises DataError where one fails."""
+        candidates = len(self.recipe.sources) * self.recipe.generation.responses_per_source
+        for judge in self.recipe.judges:
+            try_function_judge(judge, self.rows["train"][0], candidates)
 
     def parts(self, split: Split) -> list[Part]:
         """Divides a split into the parts that the shards of a store cover."""

@@ -45,6 +45,7 @@ from profuser.progress import Progress
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import Reasoning, SourceConfig, Split
+from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.layout import Kind
 from profuser.store.lease import Lease, hold
@@ -100,6 +101,7 @@ class Preparation:
         """
         directory, settings = inputs.store_dir, inputs.settings()
         check_place(directory)
+        held.enter_context(working())
         held_with = partial(hold, directory, "store", asdict(settings), differing_settings)
         with contextlib.ExitStack() as reading:
             lease = reading.enter_context(held_with(writes=False))

@@ -31,10 +31,11 @@ PRINT = "print_config"
 
 @dataclass(kw_only=True)
 class Run:
-    """A recipe, its name, and the command's own options, such as `fresh`."""
+    """A recipe, its name, the files that it was read from, and the command's own options, such as `fresh`."""
 
     recipe: Recipe
     name: str
+    files: list[Path] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -102,6 +103,7 @@ def parse_run(
     return Run(
         recipe=_recipe(namespace),
         name=Path(configs[0] or "").stem,
+        files=[Path(config) for config in configs if config],
         options={flag: getattr(namespace, flag.replace("-", "_")) for flag in flags},
     )
 

@@ -20,6 +20,7 @@ def main(argv: list[str]) -> None:
 
     from profuser.errors import DataError
     from profuser.report.page import write_report
+    from profuser.stopping import working
     from profuser.train.run_record import read_run
 
     if not arguments.run_dir.is_dir():
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> None:
             f"RUN_DIR must be an existing directory, got {arguments.run_dir}; give the one that training wrote"
         )
     record = read_run(arguments.run_dir)
-    print(write_report(arguments.run_dir, arguments.store or Path(record["store"])))
+    with working():
+        print(write_report(arguments.run_dir, arguments.store or Path(record["store"])))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from profuser.errors import ConfigError, DataError, NonFiniteError, Terminated
+from profuser.errors import ConfigError, DataError, NonFiniteError
 from profuser.fusion_model import FusionModel
 from profuser.models.head import head_layer
 from profuser.models.load import chat_format, check_vocabulary, load_model, stored_dtype
 from profuser.progress import Progress
 from profuser.recipe.schedule import Mode, Stage, learning_rate, plan, stage_at
 from profuser.recipe.schema import Recipe
+from profuser.stopping import noted
 from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
@@ -86,7 +86,6 @@ class Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(self.fusion, optimizer)
         self.metrics = directory / "metrics.jsonl"
-        self._stop: BaseException | None = None  # what a signal asked for, to be raised at the end of the step
 
     def _check_modes(self, store: Store) -> None:
         """Raises DataError unless there are training examples for at least one mode of every stage."""
@@ -108,7 +107,7 @@ class Trainer:
         """Trains through all stages, from the newest checkpoint on if there is one.
 
         Raises:
-            KeyboardInterrupt, Terminated: after Ctrl-C or SIGTERM, at the end of the step and with a checkpoint of it.
+            Interrupted, Terminated: after Ctrl-C or SIGTERM, at the end of the step and with a checkpoint of it.
             NonFiniteError: a loss or gradient is not finite.
             ConfigError: the checkpoint was trained on other targets.
             DataError: a shard is damaged.
@@ -126,7 +125,7 @@ class Trainer:
         with (
             contextlib.closing(batches),  # ends the worker processes when the loop ends, for whatever reason
             Progress("fuse", total, "steps", self.accelerator.is_main_process, start) as bar,
-            self._catch_signals(),
+            noted() as asked,
         ):
             window: list[dict[str, float]] = []  # the metrics of the steps since the last line of metrics.jsonl
             for step in range(start, total):
@@ -159,12 +158,13 @@ class Trainer:
                 if (self.optim.eval_every and done % self.optim.eval_every == 0) or done == stage.stop:
                     self._evaluate(done, index)
                 due = self.optim.checkpoint_every and done % self.optim.checkpoint_every == 0
-                if due or self._stop is not None or done == total:
+                stop = asked()
+                if due or stop is not None or done == total:
                     self._checkpoint(done)
 
                 # Ctrl-C or SIGTERM came during the step, whose state is saved now.
-                if self._stop is not None:
-                    raise self._stop
+                if stop is not None:
+                    raise stop
 
     def _step(self, step: int, stage: Stage, batch: StepBatch) -> dict[str, float]:
         """Does one optimizer step and returns its metrics, which are means over its label tokens.
@@ -243,31 +243,6 @@ class Trainer:
                 print(f"resuming at step {step} of {self.stages[-1].stop}", flush=True)
             write_atomic(self.metrics, metrics)
         return step
-
-    @contextlib.contextmanager
-    def _catch_signals(self) -> Generator[None]:
-        """Makes a Ctrl-C or SIGTERM wait for the end of the step, where the state can be saved. A second one does not wait."""
-
-        def catch(error: BaseException) -> Callable[..., None]:
-            """Returns the handler of a signal that is to end as `error`."""
-
-            def handler(*_: object) -> None:
-                if self._stop is not None:
-                    raise error
-                self._stop = error
-
-            return handler
-
-        stopped = Terminated("stopped by SIGTERM; a checkpoint was saved, the same command resumes")
-        old = {
-            signal.SIGINT: signal.signal(signal.SIGINT, catch(KeyboardInterrupt())),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, catch(stopped)),
-        }
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ from profuser.recipe.compare import deciding_keys
 from profuser.recipe.parse import Run
 from profuser.recipe.places import BUNDLED_PREFIX, resolve
 from profuser.recipe.schema import Recipe
+from profuser.stopping import working
 from profuser.store.files import TEMPORARY, remove_temporary
-from profuser.store.lease import FOLDER, hold, set_aside
+from profuser.store.lease import FOLDER, hold
 from profuser.store.sealed import damaged_files, digest_of_file
 from profuser.train.checkpoint import checkpoints
 from profuser.train.run_record import MEASURED, check_own, model_files, read_run, restore_metrics, write_run
@@ -51,11 +52,6 @@ class RunDirectory:
         """Whether there is a checkpoint. From then on the recipe may no longer change."""
         return bool(checkpoints(self.checkpoints))
 
-    def set_aside(self) -> None:
-        """Renames an old run out of the way, for --fresh. It raises ConfigError while a process uses the directory."""
-        if aside := set_aside(self.path, "run"):
-            print(f"renamed {self.path} to {aside}", flush=True)
-
     @contextlib.contextmanager
     def held(self) -> Generator[None]:
         """Holds the directory until the end of a `with` block, so that no two processes train the same run.
@@ -68,7 +64,7 @@ class RunDirectory:
         """
         self._check_place()
         own = {"recipe": self.run.recipe.to_dict(), "store": str(self.run.store_dir.resolve())}
-        with hold(self.path, "run", own, differing_runs, writes=True):
+        with working(), hold(self.path, "run", own, differing_runs, writes=True):
             remove_temporary([self.path, self.checkpoints])
             yield
 
