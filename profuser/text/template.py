@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import datetime
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
 from profuser.errors import DataError, first_line
+from profuser.text.bounded import BoundedRenderer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
@@ -26,6 +30,9 @@ FIX_IN_RECIPE = (
     "set `chat_template` for that source or judge in the recipe, or put a chat_template.jinja beside its tokenizer"
 )
 """What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
+
+TEMPLATE_CHARACTERS = 1 << 20
+"""The most characters that a chat template may have. The longest in use have some 20,000."""
 
 
 def conversation(prompt: str, response: str) -> list[Message]:
@@ -62,33 +69,39 @@ class ChatTemplate:
                 f"one of {self.name}'s chat templates must be the default, got {', '.join(tokenizer.chat_template)} "
                 f"({first_line(error)}); {fix}"
             ) from None
+        if len(self._template) > TEMPLATE_CHARACTERS:
+            raise DataError(
+                f"a chat template must have at most {TEMPLATE_CHARACTERS:,} characters, {self.name}'s has {len(self._template):,}; "
+                f"{fix}"
+            )
         if "strftime_now" in self._template:
             self._template = _clock_at(date or datetime.date.today()) + self._template
+        render = partial(tokenizer.apply_chat_template, chat_template=self._template, tokenize=False)
+        self._render = BoundedRenderer(cast("Callable[..., str]", render), self.name)
         self._system = self._needs_system()
 
     def text(self, messages: list[Message], *, generation: bool = False) -> str:
         """Renders messages. `generation` adds what opens the assistant's turn."""
-        return cast("str", self._apply(messages, tokenize=False, add_generation_prompt=generation))
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        system = [{"role": "system", "content": ""}] if self._system and not has_system else []
+        return self._render([*system, *messages], add_generation_prompt=generation)
 
     def ids(self, messages: list[Message]) -> list[int]:
-        """Returns the tokens that `apply_chat_template` gives for messages.
+        """Returns the tokens that the tokenizer's `apply_chat_template` gives for messages.
 
         Raises:
             DataError: the template does not render these messages.
         """
         try:
-            return cast("list[int]", self._apply(messages, tokenize=True, return_dict=False))
+            text = self.text(messages)
+        except DataError:
+            raise
         except Exception as error:  # a template's code may raise anything
             raise DataError(
                 f"{self.name}'s chat template must render every conversation, on the prompt {messages[0]['content']!r} it "
                 f"raised {type(error).__name__}: {first_line(error)}; fix the template"
             ) from error
-
-    def _apply(self, messages: list[Message], **options: Any) -> Any:
-        """Calls `apply_chat_template`, with an empty system message where the template needs one and there is none."""
-        has_system = bool(messages) and messages[0]["role"] == "system"
-        system = [{"role": "system", "content": ""}] if self._system and not has_system else []
-        return self.tokenizer.apply_chat_template(system + messages, chat_template=self._template, **options)
+        return cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _needs_system(self) -> bool:
         """Whether the template renders only with a system message. If so, an empty one is given to it."""
@@ -98,9 +111,11 @@ class ChatTemplate:
             return False
         except Exception as error:
             # A template's own refusals are TemplateErrors, but its code may raise anything.
+            if isinstance(error, DataError):
+                raise
             if not isinstance(error, TemplateError):
                 raise DataError(
-                    f"{self.name}'s chat template must render, it raised {type(error).__name__}: {error}; fix it"
+                    f"{self.name}'s chat template must render, it raised {type(error).__name__}: {first_line(error)}; fix it"
                 ) from None
         self._system = True
         try:
@@ -108,7 +123,7 @@ class ChatTemplate:
             return True
         except TemplateError as error:
             raise DataError(
-                f"{self.name}'s chat template must render a user and an assistant message, got: {error}"
+                f"{self.name}'s chat template must render a user and an assistant message, got: {first_line(error)}; {self.fix}"
             ) from error
 
 
