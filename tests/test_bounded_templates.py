@@ -77,9 +77,10 @@ def test_a_template_that_waits_for_its_moment_is_refused_then(tokenizer, templat
     tokenizer.chat_template = "{% if 'now' in messages[0]['content'] %}" + template + "{% endif %}" + harmless
     chat = ChatTemplate(tokenizer)
     assert "later" in chat.text(conversation("later", "y"))
-    for action in (chat.text, chat.ids):
-        with pytest.raises(DataError, match=limit):
-            action(conversation("now", "y"))
+    with pytest.raises(DataError, match=limit):
+        chat.text(conversation("now", "y"))
+    with pytest.raises(DataError, match=limit):
+        chat.many_ids([conversation("later", "y"), conversation("now", "y")])
     assert "later" in chat.text(conversation("later", "y")), "it is of use again"
 
 
@@ -90,6 +91,8 @@ def test_the_texts_and_tokens_are_those_of_the_tokenizer(name):
     for messages in (conversation("Hi ▁ 😀", "<|im_end|> é\n\n"), conversation("", "x" * 10_000)):
         assert template.text(messages) == tokenizer.apply_chat_template(messages, tokenize=False)
         assert template.ids(messages) == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    many = [conversation(f"prompt {n}", "x" * n) for n in range(150)]
+    assert template.many_ids(many) == [tokenizer.apply_chat_template(m, tokenize=True, return_dict=False) for m in many]
     halves = conversation("\ud83d", "\ud83d\ude00")
     assert template.text(halves) == tokenizer.apply_chat_template(halves, tokenize=False)
 

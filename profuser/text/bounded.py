@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 from profuser.errors import DataError
 
 SECONDS = 20
-"""The longest time that a template may take for one conversation."""
+"""The longest time that a template may take for the conversations that are rendered together."""
 MEMORY_BYTES = 1 << 30
 """The memory that the helper may take beside what this process has taken when it is made."""
 LENGTH, LENGTH_FACTOR = 1 << 20, 16
@@ -34,32 +34,34 @@ IDLE_SECONDS = 2
 
 FIX = "give another template, or another model"
 
+Conversation = list[dict[str, Any]]
+
 Reply = tuple[str | None, str, bool]
-"""(None, the text, False), or what was raised: its type, its message, and whether it is a TemplateError."""
+"""(None, the texts as JSON, False), or what was raised: its type, its message, and whether it is a TemplateError."""
 
 
 class BoundedRenderer:
-    """Calls `render`, a function of messages and options that returns a text, in a helper process.
+    """Calls `render`, a function of conversations and options that returns a text for each, in a helper process.
 
     Args:
         name: whose template it is, for messages.
     """
 
-    def __init__(self, render: Callable[..., str], name: str):
+    def __init__(self, render: Callable[..., list[str]], name: str):
         self._render, self._name = render, name
         self._helper: tuple[Any, Connection] | None = None
 
-    def __call__(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def __call__(self, conversations: list[Conversation], **options: Any) -> list[str]:
         """Returns what `render` returns.
 
         Raises:
             DataError: a limit is exceeded.
             Exception: what `render` raised, by its name and message. A TemplateError stays one.
         """
-        reply = self._ask(messages, options)
+        reply = self._ask(conversations, options)
         if reply is None:  # the helper had ended, for there was nothing to render
             self._stop()
-            reply = self._ask(messages, options)
+            reply = self._ask(conversations, options)
         if reply is None:
             self._stop()
             raise DataError(
@@ -68,7 +70,7 @@ class BoundedRenderer:
             )
         kind, content, is_refusal = reply
         if kind is None:
-            return content
+            return json.loads(content)
         if kind == "MemoryError":
             raise DataError(
                 f"{self._name}'s chat template must render within {MEMORY_BYTES >> 20} MiB, it needs more; {FIX}"
@@ -79,13 +81,13 @@ class BoundedRenderer:
             )
         raise type(kind, (TemplateError if is_refusal else Exception,), {})(content)
 
-    def _ask(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Reply | None:
-        """Sends messages to the helper and returns its reply; None where it has ended."""
+    def _ask(self, conversations: list[Conversation], options: dict[str, Any]) -> Reply | None:
+        """Sends conversations to the helper and returns its reply; None where it has ended."""
         if self._helper is None:
             self._helper = self._start()
         connection = self._helper[1]
         try:
-            connection.send((messages, options))
+            connection.send((conversations, options))
             if connection.poll(SECONDS):
                 kind, is_refusal = json.loads(connection.recv_bytes())
                 return kind, connection.recv_bytes().decode(errors="surrogatepass"), is_refusal
@@ -117,7 +119,7 @@ class BoundedRenderer:
             self._stop()
 
 
-def _serve(connection: Connection, render: Callable[..., str]) -> None:
+def _serve(connection: Connection, render: Callable[..., list[str]]) -> None:
     """Answers requests until there are none any more. This is what the helper does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it as well, and its parent ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -129,22 +131,25 @@ def _serve(connection: Connection, render: Callable[..., str]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, resource.RLIM_INFINITY))
     while connection.poll(IDLE_SECONDS):
         try:
-            messages, options = connection.recv()
+            conversations, options = connection.recv()
         except EOFError:
             return
         # If the parent is killed, nobody else ends a template that never does.
         soft = int(time.process_time()) + SECONDS + 1
         resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-        kind, content, is_refusal = _reply(messages, options, render)
+        kind, content, is_refusal = _reply(conversations, options, render)
         connection.send_bytes(json.dumps([kind, is_refusal]).encode())
         connection.send_bytes(content.encode(errors="surrogatepass"))
 
 
-def _reply(messages: list[dict[str, Any]], options: dict[str, Any], render: Callable[..., str]) -> Reply:
-    """Renders messages, or says why they cannot be rendered."""
-    limit = LENGTH + LENGTH_FACTOR * sum(len(str(message.get("content") or "")) for message in messages)
+def _reply(conversations: list[Conversation], options: dict[str, Any], render: Callable[..., list[str]]) -> Reply:
+    """Renders conversations, or says why they cannot be rendered."""
+    given = sum(len(str(message.get("content") or "")) for messages in conversations for message in messages)
+    limit = LENGTH + LENGTH_FACTOR * given
     try:
-        text = render(messages, **options)
-        return (None, text, False) if len(text) <= limit else ("length", f"{limit:,}", False)
+        texts = render(conversations, **options)
+        if sum(map(len, texts)) > limit:
+            return "length", f"{limit:,}", False
+        return None, json.dumps(texts, ensure_ascii=False), False
     except BaseException as error:  # a template's code may raise anything
         return type(error).__name__, str(error)[:10_000], isinstance(error, TemplateError)

@@ -19,7 +19,7 @@ from profuser.errors import DataError, first_line
 from profuser.text.bounded import BoundedRenderer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +33,8 @@ FIX_IN_RECIPE = (
 
 TEMPLATE_CHARACTERS = 1 << 20
 """The most characters that a chat template may have. The longest in use have some 20,000."""
+TOGETHER = 64
+"""How many conversations are rendered together."""
 
 
 def conversation(prompt: str, response: str) -> list[Message]:
@@ -77,23 +79,42 @@ class ChatTemplate:
         if "strftime_now" in self._template:
             self._template = _clock_at(date or datetime.date.today()) + self._template
         render = partial(tokenizer.apply_chat_template, chat_template=self._template, tokenize=False)
-        self._render = BoundedRenderer(cast("Callable[..., str]", render), self.name)
+        self._render = BoundedRenderer(cast("Callable[..., list[str]]", render), self.name)
         self._system = self._needs_system()
 
     def text(self, messages: list[Message], *, generation: bool = False) -> str:
         """Renders messages. `generation` adds what opens the assistant's turn."""
-        has_system = bool(messages) and messages[0]["role"] == "system"
-        system = [{"role": "system", "content": ""}] if self._system and not has_system else []
-        return self._render([*system, *messages], add_generation_prompt=generation)
+        return self._render([self._with_system(messages)], add_generation_prompt=generation)[0]
 
     def ids(self, messages: list[Message]) -> list[int]:
-        """Returns the tokens that the tokenizer's `apply_chat_template` gives for messages.
+        """Returns the tokens that the tokenizer's `apply_chat_template` gives for messages. It raises what `many_ids` raises."""
+        return self.many_ids([messages])[0]
+
+    def many_ids(self, conversations: Sequence[list[Message]]) -> list[list[int]]:
+        """Returns the tokens that the tokenizer's `apply_chat_template` gives for each conversation.
 
         Raises:
-            DataError: the template does not render these messages.
+            DataError: the template does not render one of them.
         """
+        ids: list[list[int]] = []
+        for first in range(0, len(conversations), TOGETHER):
+            batch = list(map(self._with_system, conversations[first : first + TOGETHER]))
+            try:
+                texts = self._render(batch, add_generation_prompt=False)
+            except Exception:  # one by one, so that the conversation can be named
+                texts = list(map(self._text_of, conversations[first : first + TOGETHER]))
+            ids.extend(cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        return ids
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        """Returns messages with an empty system message in front, if the template needs one and there is none."""
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        return [{"role": "system", "content": ""}, *messages] if self._system and not has_system else messages
+
+    def _text_of(self, messages: list[Message]) -> str:
+        """Renders messages. It raises DataError where the template does not render them."""
         try:
-            text = self.text(messages)
+            return self.text(messages)
         except DataError:
             raise
         except Exception as error:  # a template's code may raise anything
@@ -101,7 +122,6 @@ class ChatTemplate:
                 f"{self.name}'s chat template must render every conversation, on the prompt {messages[0]['content']!r} it "
                 f"raised {type(error).__name__}: {first_line(error)}; fix the template"
             ) from error
-        return cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _needs_system(self) -> bool:
         """Whether the template renders only with a system message. If so, an empty one is given to it."""
@@ -121,7 +141,9 @@ class ChatTemplate:
         try:
             self.text(conversation("x", "y"))
             return True
-        except TemplateError as error:
+        except DataError:
+            raise
+        except Exception as error:
             raise DataError(
                 f"{self.name}'s chat template must render a user and an assistant message, got: {first_line(error)}; {self.fix}"
             ) from error
