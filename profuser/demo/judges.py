@@ -262,7 +262,7 @@ def _fitted(text: str, row: dict) -> str:
 
 def batch_of(chat: ChatFormat, pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
     """Pads whole (prompt, response) conversations on the right, as a judge will score them."""
-    rows = [chat.template.ids(conversation(prompt, response)) for prompt, response in pairs]
+    rows = chat.template.many_ids([conversation(prompt, response) for prompt, response in pairs])
     input_ids, attention_mask = padded(rows, chat.tokenizer.pad_token_id)
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 

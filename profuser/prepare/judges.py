@@ -180,11 +180,10 @@ def _reward_model_judge(
         # are scored once, so that equal responses get equal scores whatever they are padded to.
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        for e, responses in enumerate(candidates):
-            for c, text in enumerate(responses):
-                if text:
-                    ids = template.ids(conversation(examples[e]["prompt"], text))[-limit:]
-                    places.setdefault(tuple(ids), []).append((e, c))
+        cells = [(e, c) for e, responses in enumerate(candidates) for c, text in enumerate(responses) if text]
+        conversations = [conversation(examples[e]["prompt"], candidates[e][c]) for e, c in cells]
+        for cell, ids in zip(cells, template.many_ids(conversations)):
+            places.setdefault(tuple(ids[-limit:]), []).append(cell)
 
         # Score them in batches of similar length.
         by_length = sorted(places, key=len)

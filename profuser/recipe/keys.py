@@ -16,6 +16,7 @@ import yaml
 
 from profuser.recipe.schema import Recipe
 from profuser.recipe.utf8 import defect
+from profuser.recipe.yaml_text import load_yaml
 
 RENAMED_KEYS = {"infer_weight": "inference_weight", "train_weight": "training_weight"}
 """Keys by their old names, each with its present name."""
@@ -212,7 +213,7 @@ def nearest(name: str, known: Sequence[str], cutoff: float = 0.6) -> str | None:
 def parsed(text: str) -> Any:
     """Returns what a text spells as YAML, or the text itself where it is no YAML."""
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except (yaml.YAMLError, ValueError):  # PyYAML raises a ValueError for a date that there is not
         return text
 

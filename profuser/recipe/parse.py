@@ -16,11 +16,12 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from profuser.errors import ConfigError, first_line
+from profuser.errors import ConfigError, ProfuserError, first_line
 from profuser.recipe.keys import Argument, argument_mistake, as_argument, completed, completed_argument, mistake
 from profuser.recipe.places import DEFAULT_RECIPE
 from profuser.recipe.schema import Recipe
 from profuser.recipe.utf8 import read_utf8
+from profuser.recipe.yaml_text import load_yaml
 
 # `--help` prints the texts under the fields of the recipe's dataclasses.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -98,7 +99,9 @@ def parse_run(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             namespace = parser.instantiate(parser.parse_args(words))
-    except (jsonargparse.ArgumentError, TypeError, AttributeError) as error:
+    except ProfuserError:
+        raise
+    except Exception as error:  # for what a text may hold, jsonargparse and PyYAML raise many kinds
         raise ConfigError(_one_line(error) + hint) from None
     return Run(
         recipe=_recipe(namespace),
@@ -123,18 +126,6 @@ def load_recipe(record: dict[str, Any]) -> Recipe:
     except (jsonargparse.ArgumentError, TypeError, AttributeError) as error:
         raise ConfigError(f"{_one_line(error)} (recipe: run.json)") from None
     return _recipe(namespace)
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """Loads YAML and refuses a key that stands twice in one mapping, of which PyYAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for n, key in enumerate(keys):
-            if any(key.value == other.value for other in keys[:n]):
-                problem = f"the key {key.value} a second time in one mapping"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _arguments(argv: Sequence[str], flags: Collection[str]) -> Iterator[tuple[str, Argument | None]]:
@@ -168,7 +159,7 @@ def _checked_recipe(config: str, hint: str, over_another: bool) -> Argument:
     except ValueError as error:
         raise ConfigError(f"the recipe {config} must be UTF-8, {error}") from None
     try:
-        content = yaml.load(text, _OnceLoader)
+        content = load_yaml(text)
     except (yaml.YAMLError, ValueError) as error:  # PyYAML raises a ValueError for a date that there is not
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -26,8 +26,11 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 def is_path(location: str) -> bool:
     """Whether the place of a model or data set is a local path, which is then never looked up on the Hub."""
     looks_local = location.startswith((BUNDLED_PREFIX, "/", ".", "~")) or location.count("/") > 1 or "\\" in location
-    in_folder = "/" in location and Path(location).parent.is_dir()
-    return looks_local or in_folder or file_suffix(location) in FILE_SUFFIXES or Path(location).exists()
+    try:
+        there = ("/" in location and Path(location).parent.is_dir()) or Path(location).exists()
+    except OSError:  # such as a name that is too long for any file
+        there = False
+    return looks_local or there or file_suffix(location) in FILE_SUFFIXES
 
 
 def file_suffix(location: str) -> str:

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import datetime
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
 from profuser.errors import DataError, first_line
+from profuser.text.bounded import BoundedRenderer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
@@ -26,6 +30,11 @@ FIX_IN_RECIPE = (
     "set `chat_template` for that source or judge in the recipe, or put a chat_template.jinja beside its tokenizer"
 )
 """What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
+
+TEMPLATE_CHARACTERS = 1 << 20
+"""The most characters that a chat template may have. The longest in use have some 20,000."""
+TOGETHER = 64
+"""How many conversations are rendered together."""
 
 
 def conversation(prompt: str, response: str) -> list[Message]:
@@ -62,33 +71,57 @@ class ChatTemplate:
                 f"one of {self.name}'s chat templates must be the default, got {', '.join(tokenizer.chat_template)} "
                 f"({first_line(error)}); {fix}"
             ) from None
+        if len(self._template) > TEMPLATE_CHARACTERS:
+            raise DataError(
+                f"a chat template must have at most {TEMPLATE_CHARACTERS:,} characters, {self.name}'s has {len(self._template):,}; "
+                f"{fix}"
+            )
         if "strftime_now" in self._template:
             self._template = _clock_at(date or datetime.date.today()) + self._template
+        render = partial(tokenizer.apply_chat_template, chat_template=self._template, tokenize=False)
+        self._render = BoundedRenderer(cast("Callable[..., list[str]]", render), self.name)
         self._system = self._needs_system()
 
     def text(self, messages: list[Message], *, generation: bool = False) -> str:
         """Renders messages. `generation` adds what opens the assistant's turn."""
-        return cast("str", self._apply(messages, tokenize=False, add_generation_prompt=generation))
+        return self._render([self._with_system(messages)], add_generation_prompt=generation)[0]
 
     def ids(self, messages: list[Message]) -> list[int]:
-        """Returns the tokens that `apply_chat_template` gives for messages.
+        """Returns the tokens that the tokenizer's `apply_chat_template` gives for messages. It raises what `many_ids` raises."""
+        return self.many_ids([messages])[0]
+
+    def many_ids(self, conversations: Sequence[list[Message]]) -> list[list[int]]:
+        """Returns the tokens that the tokenizer's `apply_chat_template` gives for each conversation.
 
         Raises:
-            DataError: the template does not render these messages.
+            DataError: the template does not render one of them.
         """
+        ids: list[list[int]] = []
+        for first in range(0, len(conversations), TOGETHER):
+            batch = list(map(self._with_system, conversations[first : first + TOGETHER]))
+            try:
+                texts = self._render(batch, add_generation_prompt=False)
+            except Exception:  # one by one, so that the conversation can be named
+                texts = list(map(self._text_of, conversations[first : first + TOGETHER]))
+            ids.extend(cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        return ids
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        """Returns messages with an empty system message in front, if the template needs one and there is none."""
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        return [{"role": "system", "content": ""}, *messages] if self._system and not has_system else messages
+
+    def _text_of(self, messages: list[Message]) -> str:
+        """Renders messages. It raises DataError where the template does not render them."""
         try:
-            return cast("list[int]", self._apply(messages, tokenize=True, return_dict=False))
+            return self.text(messages)
+        except DataError:
+            raise
         except Exception as error:  # a template's code may raise anything
             raise DataError(
                 f"{self.name}'s chat template must render every conversation, on the prompt {messages[0]['content']!r} it "
                 f"raised {type(error).__name__}: {first_line(error)}; fix the template"
             ) from error
-
-    def _apply(self, messages: list[Message], **options: Any) -> Any:
-        """Calls `apply_chat_template`, with an empty system message where the template needs one and there is none."""
-        has_system = bool(messages) and messages[0]["role"] == "system"
-        system = [{"role": "system", "content": ""}] if self._system and not has_system else []
-        return self.tokenizer.apply_chat_template(system + messages, chat_template=self._template, **options)
 
     def _needs_system(self) -> bool:
         """Whether the template renders only with a system message. If so, an empty one is given to it."""
@@ -98,17 +131,21 @@ class ChatTemplate:
             return False
         except Exception as error:
             # A template's own refusals are TemplateErrors, but its code may raise anything.
+            if isinstance(error, DataError):
+                raise
             if not isinstance(error, TemplateError):
                 raise DataError(
-                    f"{self.name}'s chat template must render, it raised {type(error).__name__}: {error}; fix it"
+                    f"{self.name}'s chat template must render, it raised {type(error).__name__}: {first_line(error)}; fix it"
                 ) from None
         self._system = True
         try:
             self.text(conversation("x", "y"))
             return True
-        except TemplateError as error:
+        except DataError:
+            raise
+        except Exception as error:
             raise DataError(
-                f"{self.name}'s chat template must render a user and an assistant message, got: {error}"
+                f"{self.name}'s chat template must render a user and an assistant message, got: {first_line(error)}; {self.fix}"
             ) from error
 
 

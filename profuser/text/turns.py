@@ -123,6 +123,8 @@ def _bare(before: str, opening: Opening, response: str) -> str:
 def _rendered(template: ChatTemplate, messages: list[Message]) -> str:
     try:
         return template.text(messages)
+    except DataError:
+        raise
     except Exception as error:  # a template's code may raise anything
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(

@@ -1,0 +1,155 @@
+"""Renders a chat template in a helper process, within limits of time, memory and length.
+
+A template is a program that comes with a model. Jinja's sandbox keeps it from files and from Python, but not from endless loops,
+nor from `9 ** 9 ** 9`, which no exception can interrupt. The helper is a fork of this process, made when a template is first
+rendered, and it ends by itself when nothing has been rendered for a while: a fork keeps the memory that its parent frees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from profuser.errors import DataError
+
+SECONDS = 20
+"""The longest time that a template may take for the conversations that are rendered together."""
+MEMORY_BYTES = 1 << 30
+"""The memory that the helper may take beside what this process has taken when it is made."""
+LENGTH, LENGTH_FACTOR = 1 << 20, 16
+"""The most characters that a template may give: so many, and so many times what the conversation has."""
+IDLE_SECONDS = 2
+"""After how long without anything to render the helper ends."""
+
+FIX = "give another template, or another model"
+
+Conversation = list[dict[str, Any]]
+
+Reply = tuple[str | None, str, bool]
+"""(None, the texts as JSON, False), or what was raised: its type, its message, and whether it is a TemplateError."""
+
+
+class BoundedRenderer:
+    """Calls `render`, a function of conversations and options that returns a text for each, in a helper process.
+
+    Args:
+        name: whose template it is, for messages.
+    """
+
+    def __init__(self, render: Callable[..., list[str]], name: str):
+        self._render, self._name = render, name
+        self._helper: tuple[Any, Connection] | None = None
+
+    def __call__(self, conversations: list[Conversation], **options: Any) -> list[str]:
+        """Returns what `render` returns.
+
+        Raises:
+            DataError: a limit is exceeded.
+            Exception: what `render` raised, by its name and message. A TemplateError stays one.
+        """
+        reply = self._ask(conversations, options)
+        if reply is None:  # the helper had ended, for there was nothing to render
+            self._stop()
+            reply = self._ask(conversations, options)
+        if reply is None:
+            self._stop()
+            raise DataError(
+                f"{self._name}'s chat template must render within {SECONDS} s and {MEMORY_BYTES >> 20} MiB, its process was ended; "
+                f"{FIX}"
+            )
+        kind, content, is_refusal = reply
+        if kind is None:
+            return json.loads(content)
+        if kind == "MemoryError":
+            raise DataError(
+                f"{self._name}'s chat template must render within {MEMORY_BYTES >> 20} MiB, it needs more; {FIX}"
+            )
+        if kind == "length":
+            raise DataError(
+                f"{self._name}'s chat template must give at most {content} characters, it gives more; {FIX}"
+            )
+        raise type(kind, (TemplateError if is_refusal else Exception,), {})(content)
+
+    def _ask(self, conversations: list[Conversation], options: dict[str, Any]) -> Reply | None:
+        """Sends conversations to the helper and returns its reply; None where it has ended."""
+        if self._helper is None:
+            self._helper = self._start()
+        connection = self._helper[1]
+        try:
+            connection.send((conversations, options))
+            if connection.poll(SECONDS):
+                kind, is_refusal = json.loads(connection.recv_bytes())
+                return kind, connection.recv_bytes().decode(errors="surrogatepass"), is_refusal
+        except (EOFError, OSError):
+            return None
+        self._stop()
+        raise DataError(f"{self._name}'s chat template must render within {SECONDS} s, it takes longer; {FIX}")
+
+    def _start(self) -> tuple[Any, Connection]:
+        """Makes the helper, and returns it with this process's end of the connection."""
+        ours, theirs = multiprocessing.Pipe()
+        # Only a fork has the tokenizer at once, and without importing anything again.
+        helper = multiprocessing.get_context("fork").Process(target=_serve, args=(theirs, self._render), daemon=True)
+        helper.start()
+        theirs.close()
+        return helper, ours
+
+    def _stop(self) -> None:
+        """Ends the helper."""
+        if self._helper is not None:
+            helper, connection = self._helper
+            self._helper = None
+            connection.close()
+            helper.kill()
+            helper.join()
+
+    def __del__(self):
+        with contextlib.suppress(Exception):  # the interpreter may be about to end
+            self._stop()
+
+
+def _serve(connection: Connection, render: Callable[..., list[str]]) -> None:
+    """Answers requests until there are none any more. This is what the helper does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it as well, and its parent ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Files, locks and sockets of the parent are not to be kept open.
+    os.closerange(3, connection.fileno())
+    os.closerange(connection.fileno() + 1, 1 << 16)
+    with contextlib.suppress(OSError, ValueError):  # there is no /proc elsewhere than on Linux
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, resource.RLIM_INFINITY))
+    while connection.poll(IDLE_SECONDS):
+        try:
+            conversations, options = connection.recv()
+        except EOFError:
+            return
+        # If the parent is killed, nobody else ends a template that never does.
+        soft = int(time.process_time()) + SECONDS + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+        kind, content, is_refusal = _reply(conversations, options, render)
+        connection.send_bytes(json.dumps([kind, is_refusal]).encode())
+        connection.send_bytes(content.encode(errors="surrogatepass"))
+
+
+def _reply(conversations: list[Conversation], options: dict[str, Any], render: Callable[..., list[str]]) -> Reply:
+    """Renders conversations, or says why they cannot be rendered."""
+    given = sum(len(str(message.get("content") or "")) for messages in conversations for message in messages)
+    limit = LENGTH + LENGTH_FACTOR * given
+    try:
+        texts = render(conversations, **options)
+        if sum(map(len, texts)) > limit:
+            return "length", f"{limit:,}", False
+        return None, json.dumps(texts, ensure_ascii=False), False
+    except BaseException as error:  # a template's code may raise anything
+        return type(error).__name__, str(error)[:10_000], isinstance(error, TemplateError)
