@@ -16,6 +16,7 @@ import yaml
 
 from profuser.errors import ConfigError, first_line, in_short
 from profuser.recipe.utf8 import read_utf8
+from profuser.recipe.yaml_text import load_yaml
 
 METHODS = {
     "linear": "the weighted mean",
@@ -185,9 +186,10 @@ def read_settings(path: Path, seed: int = 0) -> MergeSettings:
     if not path.is_file():
         raise ConfigError(f"--config must be an existing YAML file, got {path}; fix the path")
     try:
-        found = yaml.safe_load(read_utf8(path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} must be YAML, got {' '.join(first_line(error).split())}; fix the file") from None
+        found = load_yaml(read_utf8(path))
+    except (yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise ConfigError(f"{path} must be YAML, got: {' '.join(str(reason).split())}; fix it there") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must hold keys such as merge_method and models, got {in_short(found)}")
     for key in found:
