@@ -56,7 +56,7 @@ _state: _State | None = None
 
 
 def begin() -> None:
-    """Makes signals end this process at once, if it is a command of ours: `python -m profuser.X`, or the script `profuser`.
+    """Makes signals end this process at once, if it is a command of ours, run by `python -m` or by the script `profuser`.
 
     The package calls this before it does anything else.
     """
