@@ -164,7 +164,7 @@ def result_of(command: str, out: str) -> Any:
         assert not opened.damaged()
         assert not opened.damaged_findings()
         summary = {k: v for k, v in json.loads((store / "summary.json").read_text()).items() if k != "seconds"}
-        shards = {path.name: path.read_bytes() for path in store.glob("*/*") if path.parent.name != ".leases"}
+        shards = {path.name: path.read_bytes() for path in store.glob("*/*") if path.is_file()}
         return summary, shards, (store / "samples.parquet").read_bytes()
     if command == "doctor":
         return out

@@ -100,6 +100,7 @@ def make_run(
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
         "hardware": "x86_64, 2 cores",
         "commit": None,
+        "precision": "fp32",
         "store": str(store_dir),
         "seconds": {"prepare": 43.1, "train": 3671.0, "evaluate": 8.25},
         "peak_rss_bytes": 1_834_000_000,

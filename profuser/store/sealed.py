@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError
-from profuser.store.files import write_json
+from profuser.store.files import as_json, write_json
 from profuser.typed import COUNT, DIGEST, FILE_NAME, checked, read_json
 
 SEAL = "sha256"
@@ -96,9 +96,7 @@ def read_record(path: Path, shape: Any, schema: int, *, what: str, fix: str, aga
             raise DataError(
                 f"{what} {path.parent} has schema {content['schema']}, this version reads {schema}; {again}"
             )
-        json.dumps(
-            content, ensure_ascii=False
-        ).encode()  # an escape may stand for half a character, which no UTF-8 can hold
+        as_json(content)  # an escape may stand for half a character, which could not be written again
         return checked(content, shape)
     except ValueError as error:
         raise DataError(f"{path} must hold {error}; {fix}") from None

@@ -44,7 +44,7 @@ RUN = {
     "recipe": RECIPE,
     "store": str,
     "seconds": {str: SECONDS},
-    "precision?": str,
+    "precision": Rule("fp32 or bf16", lambda x: x in ("fp32", "bf16")),
     "files?": FILES,
     "versions": {str: str},
     "hardware": str,
