@@ -363,3 +363,8 @@ def test_an_id_that_no_tokenizer_has_is_refused_before_it_takes_the_memory(tmp_p
     original["model"]["vocab"][token] = 2**31
     with pytest.raises(DataError, match="ids of a tokenizer must be below"):
         use(original)
+
+
+def test_a_special_token_that_the_vocabulary_lacks_is_no_token(tmp_path):
+    original, use = model_file("tokenizer_config.json")(tmp_path)
+    use(original | {"bos_token": "zzz"})

@@ -103,7 +103,8 @@ class TokenBytes:
         # Collect the control tokens, and all added tokens as (bytes, whether the token takes the whitespace before it,
         # whether it takes the whitespace behind it).
         roles = set(control)
-        special_ids = dict.fromkeys([*tokenizer.all_special_ids, *roles])
+        # A special token that the vocabulary lacks has no id, and never occurs.
+        special_ids = dict.fromkeys(i for i in [*tokenizer.all_special_ids, *roles] if i is not None)
         self.specials: dict[int, str] = {
             i: token for i in special_ids if isinstance(token := tokenizer.convert_ids_to_tokens(i), str)
         }
