@@ -161,6 +161,18 @@ def test_neither_optimisation_nor_the_locale_changes_what_is_refused(places, sur
 
 # -- the page -------------------------------------------------------------------------------------------------------------
 
+HARM = """\
+## Signals, and input that means harm
+
+SIGTERM and Ctrl-C end every command with the exit codes 75 and 130 and one line, from its first lines until the interpreter is
+taken down, where they are ignored. Forty signals at seeded moments, every second one to the whole process group, lost nothing: the
+same command went on to the same bits (`pytest tests/test_stopping.py -m long`). A second signal does not wait for a checkpoint.
+
+A model is loaded as a whole or refused. Recipes and the headers of GGUF files have limits, and chat templates are rendered within
+20 s and 1 GiB in a process of their own.
+
+Not promised: a tokenizer whose regular expression takes exponential time, configurations that are wrong but have the right shapes,
+and the first millisecond of a process."""
 PAGE = """\
 # Reliability
 
@@ -271,7 +283,7 @@ def main() -> None:
                 print(
                     f"{tally.counts.total()} trials, {len(tally.wrong)} wrong", *part.wrong, sep="\n", file=sys.stderr
                 )
-        print(PAGE + tables(places, tally, every))
+        print(PAGE + tables(places, tally, every) + "\n\n" + HARM)
     print(f"{time.monotonic() - begin:.0f} s", file=sys.stderr)
     sys.exit(bool(tally.wrong))
 
