@@ -7,6 +7,7 @@ run. A comment above a block says what is special about it: `continues` (it goes
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -24,6 +25,7 @@ from conftest import ROOT
 
 from profuser.cli import COMMANDS
 from profuser.evaluate.terminal import score_table
+from profuser.merge.settings import METHODS, read_settings
 from profuser.recipe import reference
 from profuser.recipe.parse import parse_run
 
@@ -121,6 +123,10 @@ def recipe_of(block: Block) -> dict:
 @pytest.mark.parametrize("block", of("yaml"), ids=str)
 def test_a_recipe_is_understood(block, tmp_path):
     path = tmp_path / "my.yaml"
+    if "merge_method" in block.code:
+        path.write_text(block.code)
+        assert read_settings(path).method in METHODS
+        return
     path.write_text(yaml.safe_dump(recipe_of(block)))
     assert parse_run("train", ["--config", str(path)]).name == "my"
 
@@ -164,6 +170,8 @@ def check_module(module: str, arguments: list[str], block: Block, tmp_path: Path
             (tmp_path / name).write_text(recipe.code)
         monkeypatch.chdir(tmp_path if "my.yaml" in arguments else ROOT)
         parse_run("train", arguments)
+    elif module in ("profuser.generate", "profuser.merge"):
+        importlib.import_module(f"{module}.__main__").arguments(arguments)
     elif module == "profuser.doctor":
         (tmp_path / "FILE").write_text("A bozun is a stone.\n")
         places = {"TARGET": "demo:guardian", "SOURCE": "demo:scholar", "FILE": str(tmp_path / "FILE")}

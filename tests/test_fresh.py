@@ -14,6 +14,7 @@ from profuser.prepare.inputs import Inputs
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import resolve
 from profuser.store.fresh import check_fresh
+from profuser.store.sealed import write_sealed
 
 TRAIN = ("train", "--config", "recipe.yaml", "--fresh")
 PREPARE = ("prepare", "--config", "recipe.yaml", "--fresh")
@@ -217,7 +218,7 @@ def test_a_store_that_is_begun_again_has_todays_date():
     manifest = Path(f"{STORE}/manifest.json")
     content = json.loads(manifest.read_text())
     content["settings"]["sources"]["date"] = "2001-02-03"
-    manifest.write_text(json.dumps(content))
+    write_sealed(manifest, content)
     recipe = parse_run("prepare", ["--config", "recipe.yaml"])
     assert Inputs.open(recipe).date == datetime.date(2001, 2, 3)
     assert Inputs.open(recipe, fresh=True).date >= datetime.date(2026, 1, 1)

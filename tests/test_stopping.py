@@ -177,6 +177,7 @@ def fake(tmp_path):
 ARGUMENTS = {
     "train": [], "prepare": [], "evaluate": [str(ROOT)], "report": [str(ROOT)],
     "doctor": ["--config", "profuser/recipes/demo.yaml"], "store": ["info", "nowhere"],
+    "generate": ["--prompt", "a"], "merge": ["--method", "linear", "--models", "a", "b", "--output", "nowhere"],
 }  # fmt: skip
 
 

@@ -12,7 +12,12 @@ from profuser.errors import ConfigError
 DESCRIPTION = "Let the sources of a recipe answer prompts together, without training (Cool-Fusion)."
 
 
-def main(argv: list[str]) -> None:
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own arguments, and those that override the recipe.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m profuser.generate",
         description=DESCRIPTION,
@@ -35,6 +40,11 @@ def main(argv: list[str]) -> None:
         )
     if args.prompt is not None and not args.prompt.strip():
         raise ConfigError("--prompt must be a text, got an empty one")
+    return args, overrides
+
+
+def main(argv: list[str]) -> None:
+    args, overrides = arguments(argv)
 
     from profuser.generate.answers import answer_file, prompts_of
     from profuser.generate.cool_fusion import Answer, CoolFusion

@@ -10,7 +10,8 @@ from profuser.errors import ConfigError
 from profuser.merge.settings import DTYPES, METHODS
 
 
-def main(argv: list[str]) -> None:
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command's arguments. It raises ConfigError where they contradict each other."""
     parser = argparse.ArgumentParser(
         prog="python -m profuser.merge",
         description="Merges models of one architecture into one, without training.",
@@ -45,6 +46,12 @@ def main(argv: list[str]) -> None:
         raise ConfigError(
             "a merge must be given by --config, or by --method and --models, got neither or both; give one"
         )
+
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
 
     from profuser.merge.run import merge, settings_of
     from profuser.merge.settings import read_settings

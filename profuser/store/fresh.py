@@ -22,7 +22,7 @@ PARTS: dict[Directory, tuple[str, ...]] = {
     "store": ("truth", "responses", "scores", "winners", "targets"),
     "run": ("checkpoints", "metrics.jsonl", "report.html"),
 }
-"""What else lies in such a directory, by which it is known where that file is damaged."""
+"""What else lies in such a directory, by which it is known where that file is damaged or missing."""
 
 
 def start_over(run: Run, what: Directory) -> None:
@@ -83,8 +83,8 @@ def is_ours(directory: Path, what: Directory) -> bool:
         return False
     record, key = RECORDS[what]
     there = {path.name for path in directory.iterdir()} - {FOLDER}
-    if record not in there:
-        return not there
+    if record not in there:  # one of these names alone may be anybody's
+        return not there or len(there.intersection(PARTS[what])) > 1
     try:
         content = json.loads((directory / record).read_bytes())
         known = isinstance(content, dict) and key in content

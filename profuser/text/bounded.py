@@ -127,7 +127,7 @@ def _serve(connection: Connection, render: Callable[..., list[str]]) -> None:
     os.closerange(3, connection.fileno())
     os.closerange(connection.fileno() + 1, 1 << 16)
     with contextlib.suppress(OSError, ValueError):  # there is no /proc elsewhere than on Linux
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        taken = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, resource.RLIM_INFINITY))
     while connection.poll(IDLE_SECONDS):
         try:
