@@ -1,0 +1,87 @@
+"""How many digits a model gives its next number: the probability of each length, summed over the model's own tokens.
+
+A number of two digits may be one token or two, so its length is no matter of one row. From the place where a number begins all
+continuations with digits are followed, row by row: what does not go on with a digit ends the number. Continuations below a floor
+are not followed, and their mass is told beside the lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from profuser.models.padding import padded
+from profuser.text.chat import ChatFormat
+
+LONGEST = 5
+"""Numbers of so many digits and more are counted together."""
+FLOOR = 2e-3
+"""Continuations that are less probable than this are not followed."""
+BATCH = 128
+
+
+@torch.no_grad()
+def number_lengths(model: PreTrainedModel, chat: ChatFormat, places: Sequence[Sequence[int]]) -> np.ndarray:
+    """The probabilities of the length of the number that a model writes next.
+
+    Args:
+        places: for each place the ids before it.
+    Returns:
+        (places, LONGEST + 2) float64: the probability that no number follows, that one of 1, 2, ... LONGEST or more digits does,
+        and the mass that was not followed. A row adds up to 1.
+    """
+    tokens = [(i, len(token)) for token, i in chat.tokenizer.get_vocab().items() if token.isdecimal()]
+    ids, sizes = (np.array(column) for column in zip(*sorted(tokens)))
+    found = np.zeros((len(places), LONGEST + 2))
+    front = [(place, list(before), 0, 1.0) for place, before in enumerate(places)]
+    while front:
+        following = []
+        for first in range(0, len(front), BATCH):
+            batch = front[first : first + BATCH]
+            input_ids, mask = padded([before for _, before, _, _ in batch], chat.tokenizer.pad_token_id)
+            last = mask.sum(1) - 1
+            logits = model(input_ids=input_ids, attention_mask=mask).logits[torch.arange(len(batch)), last]
+            rows = logits.double().softmax(-1)[:, torch.from_numpy(ids)].numpy()
+            for (place, before, digits, mass), row in zip(batch, rows, strict=True):
+                found[place, digits] += mass * (1.0 - row.sum())
+                lengths = np.minimum(digits + sizes, LONGEST)
+                goes_on = mass * row
+                found[place, LONGEST] += goes_on[lengths == LONGEST].sum()
+                open_ended = lengths < LONGEST
+                found[place, -1] += goes_on[open_ended & (goes_on < FLOOR)].sum()
+                following += [
+                    (place, [*before, int(ids[n])], int(lengths[n]), float(goes_on[n]))
+                    for n in np.flatnonzero(open_ended & (goes_on >= FLOOR))
+                ]
+        front = following
+    return found
+
+
+def against(said: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """How well the lengths that a model says agree with the true ones, as means over the places.
+
+    Args:
+        said: what `number_lengths` returned.
+        true: (places, LONGEST), the true probabilities of 1, 2, ... LONGEST digits.
+    Returns:
+        right: the mass on which both agree, sum min(said, true); where the true length is certain, it is its probability.
+        bias: by how many digits the numbers are longer than the true ones on average, of the numbers whose length is known.
+        shorter, longer: the mass on numbers that are shorter than every possible one, or longer.
+        not followed: the mass whose length is not known.
+    """
+    lengths = np.arange(1, LONGEST + 1)
+    numbers = said[:, 1:-1]
+    known = numbers / numbers.sum(1, keepdims=True).clip(1e-12)
+    possible = true > 0
+    least, most = possible.argmax(1), LONGEST - 1 - possible[:, ::-1].argmax(1)
+    place = np.arange(LONGEST)
+    return {
+        "right": float(np.minimum(numbers, true).sum(1).mean()),
+        "bias": float(((known - true) @ lengths).mean()),
+        "shorter": float((numbers * (place < least[:, None])).sum(1).mean()),
+        "longer": float((numbers * (place > most[:, None])).sum(1).mean()),
+        "not followed": float(said[:, -1].mean()),
+    }
