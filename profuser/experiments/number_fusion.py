@@ -86,7 +86,7 @@ class Settings:
         default_factory=lambda: {"single": Training(steps=1700), "triple": Training(steps=2600)}
     )
     targets: dict[str, Training] = field(
-        default_factory=lambda: {name: Training(steps=400, problems=200) for name in ("single", "triple")}
+        default_factory=lambda: {name: Training(steps=500) for name in ("single", "triple")}
     )
     steps: int = 120
     batch_size: int = 32
@@ -129,7 +129,7 @@ def pretrain_one(settings: Settings, role: str, name: str, folder: Path) -> None
     torch.set_num_threads(1)
     tokenizer, sums = tokenizer_of(name), Sums(settings.fusion, settings.heldout)
     training = (settings.sources if role == "source" else settings.targets)[name]
-    problems = sums.pretraining(random.Random(f"{role} {name}"), training.problems)
+    problems = sums.pretraining(random.Random(f"{role} {name}"))
     model = pretrained(tokenizer, problems, training, lambda line: say(f"{role} {name}: {line}"))
     save(model, tokenizer, folder)
 

@@ -74,13 +74,14 @@ def against(said: np.ndarray, true: np.ndarray) -> dict[str, float]:
     """
     lengths = np.arange(1, LONGEST + 1)
     numbers = said[:, 1:-1]
-    known = numbers / numbers.sum(1, keepdims=True).clip(1e-12)
+    written = numbers.sum(1) > 0
+    known = numbers[written] / numbers[written].sum(1, keepdims=True)
     possible = true > 0
     least, most = possible.argmax(1), LONGEST - 1 - possible[:, ::-1].argmax(1)
     place = np.arange(LONGEST)
     return {
         "right": float(np.minimum(numbers, true).sum(1).mean()),
-        "bias": float(((known - true) @ lengths).mean()),
+        "bias": float(((known - true[written]) @ lengths).mean()) if written.any() else float("nan"),
         "shorter": float((numbers * (place < least[:, None])).sum(1).mean()),
         "longer": float((numbers * (place > most[:, None])).sum(1).mean()),
         "not followed": float(said[:, -1].mean()),

@@ -133,12 +133,8 @@ class Sums:
     def heldout_rows(self) -> list[dict]:
         return [row_of(problem) for problem in self.heldout]
 
-    def pretraining(self, rng: random.Random, count: int | None = None) -> Iterator[Sum]:
-        """Problems that are in no split, without an end: always new ones, or always the same `count`."""
-        if count is not None:
-            known = list(itertools.islice(self.pretraining(rng), count))
-            while True:
-                yield rng.choice(known)
+    def pretraining(self, rng: random.Random) -> Iterator[Sum]:
+        """Problems that are in no split, without an end."""
         while True:
             problem = drawn(rng)
             if problem.key not in self._reserved:
@@ -212,8 +208,6 @@ class Training:
     """How a model is trained before the fusion."""
 
     steps: int
-    problems: int | None = None
-    """How many different problems it sees; None means always new ones."""
     batch_size: int = 32
     lr: float = 4e-3
     seed: int = 0
