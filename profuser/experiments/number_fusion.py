@@ -78,7 +78,7 @@ ARMS = (
 class Settings:
     """The sizes of the experiment, and how the models are trained."""
 
-    fusion: int = 600
+    fusion: int = 3000
     heldout: int = 150
     measured: int = 40
     """At how many held-out sums the lengths of numbers are measured."""
@@ -86,11 +86,11 @@ class Settings:
         default_factory=lambda: {"single": Training(steps=1700), "triple": Training(steps=2600)}
     )
     targets: dict[str, Training] = field(
-        default_factory=lambda: {name: Training(steps=500) for name in ("single", "triple")}
+        default_factory=lambda: {"single": Training(steps=600), "triple": Training(steps=800)}
     )
-    steps: int = 120
+    steps: int = 150
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 1.5e-3
 
 
 def recipe_of(settings: Settings, source: Path, target: Path, data: Path) -> dict[str, Any]:
@@ -138,11 +138,9 @@ def pretrain_one(settings: Settings, role: str, name: str, folder: Path) -> None
 
 
 FUSE = """
-import sys, torch
 from profuser.cli import main_of
 from profuser.pipeline import train
 from profuser.recipe.parse import parse_run
-torch.set_num_threads(1)
 main_of(lambda argv: [train(parse_run("train", [*argv[1:], f"--seed={n}", f"--output={argv[0]}/{n}"])) for n in SEEDS])
 """
 """What the code of a checkout is asked to do. It is the command `train` without its report, for several seeds."""

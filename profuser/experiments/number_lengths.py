@@ -1,8 +1,9 @@
 """How many digits a model gives its next number: the probability of each length, summed over the model's own tokens.
 
 A number of two digits may be one token or two, so its length is no matter of one row. From the place where a number begins all
-continuations with digits are followed, row by row: what does not go on with a digit ends the number. Continuations below a floor
-are not followed, and their mass is told beside the lengths.
+continuations with digits are followed, row by row: what does not go on with a digit ends the number. Of the improbable ones of a
+row only some are followed, each with the mass FLOOR. They are drawn at equal distances of mass from a random beginning, so that
+on average every continuation has its own mass.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from profuser.text.chat import ChatFormat
 
 LONGEST = 5
 """Numbers of so many digits and more are counted together."""
-FLOOR = 2e-3
-"""Continuations that are less probable than this are not followed."""
+FLOOR = 0.02
+"""Continuations that are less probable than this are drawn from."""
 BATCH = 128
 
 
@@ -30,12 +31,13 @@ def number_lengths(model: PreTrainedModel, chat: ChatFormat, places: Sequence[Se
     Args:
         places: for each place the ids before it.
     Returns:
-        (places, LONGEST + 2) float64: the probability that no number follows, that one of 1, 2, ... LONGEST or more digits does,
-        and the mass that was not followed. A row adds up to 1.
+        (places, LONGEST + 1) float64: the probability that no number follows, and that one of 1, 2, ... LONGEST or more digits
+        does. What is drawn is unbiased, but a row adds up to 1 on average only.
     """
     tokens = [(i, len(token)) for token, i in chat.tokenizer.get_vocab().items() if token.isdecimal()]
     ids, sizes = (np.array(column) for column in zip(*sorted(tokens)))
-    found = np.zeros((len(places), LONGEST + 2))
+    found = np.zeros((len(places), LONGEST + 1))
+    rng = np.random.default_rng(0)
     front = [(place, list(before), 0, 1.0) for place, before in enumerate(places)]
     while front:
         following = []
@@ -51,11 +53,15 @@ def number_lengths(model: PreTrainedModel, chat: ChatFormat, places: Sequence[Se
                 goes_on = mass * row
                 found[place, LONGEST] += goes_on[lengths == LONGEST].sum()
                 open_ended = lengths < LONGEST
-                found[place, -1] += goes_on[open_ended & (goes_on < FLOOR)].sum()
-                following += [
-                    (place, [*before, int(ids[n])], int(lengths[n]), float(goes_on[n]))
-                    for n in np.flatnonzero(open_ended & (goes_on >= FLOOR))
-                ]
+                probable = np.flatnonzero(open_ended & (goes_on >= FLOOR))
+                rest = np.where(open_ended & (goes_on < FLOOR), goes_on, 0.0).cumsum()
+                points = np.arange(rng.random() * FLOOR, rest[-1], FLOOR) if rest[-1] > 0 else []
+                drawn = np.searchsorted(rest, points, side="right")
+                for chosen, masses in ((probable, goes_on[probable]), (drawn, np.full(len(drawn), FLOOR))):
+                    following += [
+                        (place, [*before, int(ids[n])], int(lengths[n]), float(m))
+                        for n, m in zip(chosen, masses, strict=True)
+                    ]
         front = following
     return found
 
@@ -68,12 +74,11 @@ def against(said: np.ndarray, true: np.ndarray) -> dict[str, float]:
         true: (places, LONGEST), the true probabilities of 1, 2, ... LONGEST digits.
     Returns:
         right: the mass on which both agree, sum min(said, true); where the true length is certain, it is its probability.
-        bias: by how many digits the numbers are longer than the true ones on average, of the numbers whose length is known.
+        bias: by how many digits the numbers are longer than the true ones on average.
         shorter, longer: the mass on numbers that are shorter than every possible one, or longer.
-        not followed: the mass whose length is not known.
     """
     lengths = np.arange(1, LONGEST + 1)
-    numbers = said[:, 1:-1]
+    numbers = said[:, 1:]
     written = numbers.sum(1) > 0
     known = numbers[written] / numbers[written].sum(1, keepdims=True)
     possible = true > 0
@@ -84,5 +89,4 @@ def against(said: np.ndarray, true: np.ndarray) -> dict[str, float]:
         "bias": float(((known - true[written]) @ lengths).mean()) if written.any() else float("nan"),
         "shorter": float((numbers * (place < least[:, None])).sum(1).mean()),
         "longer": float((numbers * (place > most[:, None])).sum(1).mean()),
-        "not followed": float(said[:, -1].mean()),
     }

@@ -116,7 +116,7 @@ class Sums:
         while len(problems) < fusion + heldout:
             problem = drawn(rng)
             problems.setdefault(problem.key, problem)
-        self.fusion, self.heldout = list(problems.values())[:fusion], list(problems.values())[fusion:]
+        self.heldout, self.fusion = list(problems.values())[:heldout], list(problems.values())[heldout:]
         self._reserved = set(problems)
         self._terse = set(rng.sample(range(fusion), round(terse * fusion)))
         self._wrong = set(rng.sample(range(fusion), round(wrong * fusion)))
