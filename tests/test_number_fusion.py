@@ -128,7 +128,7 @@ def test_places_are_where_numbers_begin():
     problem = sums.Sum(1347, 58, swapped=True)
     for name in ("single", "triple"):
         chat = ChatFormat(sums.tokenizer_of(name))
-        texts = [chat.tokenizer.decode(ids) for ids in number_fusion.places_of(chat, problem)]
+        texts = [str(chat.tokenizer.decode(ids)) for ids in number_fusion.places_of(chat, problem)]
         assert texts[0].endswith("assistant\n")
         assert texts[1].endswith("1000+405=1405. Answer: ")
         assert texts[2].endswith("assistant\nAnswer: ")

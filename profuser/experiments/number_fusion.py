@@ -86,7 +86,7 @@ class Settings:
         default_factory=lambda: {"single": Training(steps=1700), "triple": Training(steps=2600)}
     )
     targets: dict[str, Training] = field(
-        default_factory=lambda: {"single": Training(steps=600), "triple": Training(steps=800)}
+        default_factory=lambda: {name: Training(steps=800) for name in ("single", "triple")}
     )
     steps: int = 150
     batch_size: int = 32
