@@ -120,6 +120,7 @@ def test_lengths_are_compared_with_the_truth():
             "bias": ((0.25 * 1 + 0.75 * 3 - 3) + (0.5 * 2 + 0.5 * 5 - 3)) / 2,
             "shorter": 0.2 / 2,
             "longer": 0.5 / 2,
+            "none": 0.2 / 2,
         }
     )
 

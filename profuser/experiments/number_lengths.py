@@ -75,7 +75,7 @@ def against(said: np.ndarray, true: np.ndarray) -> dict[str, float]:
     Returns:
         right: the mass on which both agree, sum min(said, true); where the true length is certain, it is its probability.
         bias: by how many digits the numbers are longer than the true ones on average.
-        shorter, longer: the mass on numbers that are shorter than every possible one, or longer.
+        shorter, longer, none: the mass on numbers that are shorter than every possible one, or longer, and on no number.
     """
     lengths = np.arange(1, LONGEST + 1)
     numbers = said[:, 1:]
@@ -88,5 +88,6 @@ def against(said: np.ndarray, true: np.ndarray) -> dict[str, float]:
         "right": float(np.minimum(numbers, true).sum(1).mean()),
         "bias": float(((known - true[written]) @ lengths).mean()) if written.any() else float("nan"),
         "shorter": float((numbers * (place < least[:, None])).sum(1).mean()),
+        "none": float(said[:, 0].mean()),
         "longer": float((numbers * (place > most[:, None])).sum(1).mean()),
     }
