@@ -78,12 +78,13 @@ class ByteAligner::Worker {
     // The probability with which a digit is taken to follow the candidates of row j, 1 if it is not known (rule 8).
     double goes_on(const Sequence& q, std::size_t j) const;
     // Adds the mass of a row's candidates other than the own token, times `weight`, for what they count for behind the prefix
-    // of target position t and `extension`. `strip` is the number of a candidate's bytes that stand before the position.
+    // of target position t and `extension`. `strip` is the number of a candidate's bytes that stand before the position. If the
+    // row's numbers were `followed`, its candidates that consist of digits are left out.
     void add_row(const Sequence& q, std::size_t t, const Row& row, std::int32_t own, double weight, std::string_view extension,
-                 std::size_t strip, bool turn_may_end, double share);
+                 std::size_t strip, bool turn_may_end, double share, bool followed = false);
     // Adds the mass of the gold token, whose own tokens have the probability `weight`, and of the digits that the target would
-    // merge with it, which are in a range of the row behind them.
-    void add_digits_behind(const Sequence& q, std::size_t t, std::size_t range, double weight, double share);
+    // merge with it, which are in a range of the row behind them, or in `followed`, the range of the numbers that were followed.
+    void add_digits_behind(const Sequence& q, std::size_t t, std::size_t range, std::size_t followed, double weight, double share);
     // The share of a candidate's mass that counts for `token`, because no digit follows with which it would change.
     double finished(Lookup& lookup, std::int32_t candidate, std::int32_t token, std::size_t extension, std::size_t strip,
                     double share);
@@ -157,7 +158,7 @@ void ByteAligner::Worker::check(const Sequence& q) {
     // Prefix ranges must be sorted, because they are searched.
     for (std::size_t r = 0; r < q.ranges; ++r) {
         const std::int32_t row = q.range_rows[r], strip = q.range_strip[r];
-        const bool there = row >= 0 && static_cast<std::size_t>(row) < q.source.size && strip >= kDigits;
+        const bool there = row >= 0 && static_cast<std::size_t>(row) < q.source.size && strip >= kNumbers;
         const bool ascends = r == 0 || row > q.range_rows[r - 1] || (row == q.range_rows[r - 1] && strip > q.range_strip[r - 1]);
         if (!there || !ascends) {
             refuse("a prefix range must belong to one of " + std::to_string(q.source.size) +
@@ -174,7 +175,7 @@ void ByteAligner::Worker::clips(const Vocabulary& vocabulary, const std::int32_t
     clip.resize(spans.size);
     for (std::size_t i = 0; i < spans.size; ++i) {
         const std::int64_t first = std::max(spans.begin[i], 0), end = spans.end[i], inside = std::min(end, n);
-        const bool text = vocabulary.is_text(ids[i]);
+        const bool text = vocabulary.is_text(ids[i]) && (&vocabulary != &source_ || ids[i] < settings_.first_number);
         const std::string_view piece = text ? vocabulary.piece(ids[i]) : std::string_view();
         const std::int64_t size = static_cast<std::int64_t>(piece.size()), before = size - (end - first);
         if (!text || before < 0 || first != reached || first > inside ||
@@ -282,7 +283,8 @@ double ByteAligner::Worker::finished(Lookup& lookup, std::int32_t candidate, std
 }
 
 void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& row, std::int32_t own, double weight,
-                                  std::string_view extension, std::size_t strip, bool turn_may_end, double share) {
+                                  std::string_view extension, std::size_t strip, bool turn_may_end, double share,
+                                  bool followed) {
     Lookup lookup(*this, q, t, extension, strip);
     // A plain candidate begins exactly at the target's position. Behind a token that closes, a plain candidate that opens
     // begins a new pre-token.
@@ -309,8 +311,10 @@ void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& r
             if (const std::int32_t* known = lookup.find(kCut)) count(*known, mass);
             continue;
         }
-        if (candidate == own || candidate >= source_.size()) continue;
-        const auto [table, role, ends_in_digit] = aligner_.candidates_[candidate];
+        // A model may pad its logits, and such ids are no numbers.
+        if (candidate == own || candidate >= (row.is_range ? source_.size() : settings_.first_number)) continue;
+        const auto [table, role, ends_in_digit, is_digits] = aligner_.candidates_[candidate];
+        if (followed && is_digits) continue;
         // Control tokens, and the ids with which models pad their logits, stay in the tail. So does a token that ends where
         // the position begins (rule 2).
         if (role == Role::kNone) continue;
@@ -324,7 +328,7 @@ void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& r
                 continue;
             }
             wanted = kAnyEnd;
-        } else if (plain && lookup.size == 0) {
+        } else if (plain && lookup.size == 0 && role != Role::kNumber) {
             count(table, mass * (1.0 - share * settings_.onward[candidate] / 10.0));
             continue;
         } else if (may_close && role == Role::kOpens) {
@@ -342,22 +346,27 @@ void ByteAligner::Worker::add_row(const Sequence& q, std::size_t t, const Row& r
     }
 }
 
-void ByteAligner::Worker::add_digits_behind(const Sequence& q, std::size_t t, std::size_t range, double weight, double share) {
+void ByteAligner::Worker::add_digits_behind(const Sequence& q, std::size_t t, std::size_t range, std::size_t followed,
+                                            double weight, double share) {
     const std::int32_t gold = q.target_ids[q.start + t];
     const std::string_view extension = target_.piece(gold);
-    const Row row = row_of_range(q, range);
     Lookup lookup(*this, q, t, extension, 0);
     // The tokens that the candidates count for. If none changes the gold token, the number may go on behind it.
     bool changes = false;
     counted_.clear();
-    for (std::size_t i = 0; i < row.k; ++i) {
-        const std::int32_t candidate = row.ids[i] - target_.size();
-        if (row.ids[i] < target_.size() || candidate >= source_.size()) continue;
-        const std::int32_t* known = lookup.find(candidate);
-        const std::int32_t token = known ? *known : kTail;
-        changes |= known && token != gold;
-        const double mass = weight * std::exp(static_cast<double>(row.logprobs[i]));
-        counted_.emplace_back(token, mass * finished(lookup, candidate, token, extension.size(), 0, share));
+    for (const std::size_t of : {range, followed}) {
+        if (of == kNone) continue;
+        const Row row = row_of_range(q, of);
+        for (std::size_t i = 0; i < row.k; ++i) {
+            const std::int32_t candidate = row.ids[i] - target_.size();
+            if (row.ids[i] < target_.size() || candidate >= source_.size()) continue;
+            if (followed != kNone && aligner_.candidates_[candidate].is_digits) continue;
+            const std::int32_t* known = lookup.find(candidate);
+            const std::int32_t token = known ? *known : kTail;
+            changes |= known && token != gold;
+            const double mass = weight * std::exp(static_cast<double>(row.logprobs[i]));
+            counted_.emplace_back(token, mass * finished(lookup, candidate, token, extension.size(), 0, share));
+        }
     }
     const double exact = std::exp(static_cast<double>(q.range_logmass[range]));
     add(gold, changes ? weight * std::max(0.0, 1.0 - exact) : weight);
@@ -418,12 +427,17 @@ std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std
     while (true) {
         const bool turn_may_end = q.source.begin[j] <= begin;
         const std::size_t whole = strip == 0 ? range_of(q, j, kWhole) : kNone;
+        const std::size_t numbers = strip == 0 ? range_of(q, j, kNumbers) : kNone;
+        const auto add_candidates = [&](const Row& of, bool followed) {
+            add_row(q, t, of, q.source_ids[j], weight, extension, strip, turn_may_end, goes_on(q, j), followed);
+        };
         if (whole != kNone) {
             // The row was merged over the whole vocabulary. Ends of turn have no bytes, so they are not among the merged.
-            add_row(q, t, row_of_range(q, whole), q.source_ids[j], weight, extension, strip, turn_may_end, goes_on(q, j));
+            add_candidates(row_of_range(q, whole), numbers != kNone);
             row = ends_of(row);
         }
-        add_row(q, t, row, q.source_ids[j], weight, extension, strip, turn_may_end, goes_on(q, j));
+        add_candidates(row, numbers != kNone);
+        if (numbers != kNone) add_candidates(row_of_range(q, numbers), false);
         weight *= std::exp(static_cast<double>(q.own_logprobs[j]));
         if (q.source.end[j] >= end) break;
         // There is a next source token, because the last one ends where the response ends. It must not have a dummy space.
@@ -439,7 +453,7 @@ std::uint8_t ByteAligner::Worker::add_path(const Sequence& q, std::size_t t, std
     if (digits == kNone) {
         add(gold, weight);
     } else {
-        add_digits_behind(q, t, digits, weight, goes_on(q, j + 1));
+        add_digits_behind(q, t, digits, range_of(q, j + 1, kNumbers), weight, goes_on(q, j + 1));
     }
     return kAligned;
 }

@@ -24,7 +24,7 @@ constexpr std::int32_t kTail = -1, kDropped = -2, kEnd = -3;
 [[noreturn]] void refuse(const std::string& message);
 
 // These stand in place of a range's number of bytes. The numbers must be those in profuser/alignment/types.py.
-constexpr std::int32_t kWhole = 0, kDigits = -1;
+constexpr std::int32_t kWhole = 0, kDigits = -1, kNumbers = -2;
 
 // The order must be that of SKIP_REASONS in profuser/alignment/types.py.
 enum SkipReason : std::uint8_t { kAligned = 0, kNoPrefixRange = 1, kLowReliability = 2, kEmpty = 3, kNoSourcePosition = 4 };
@@ -53,6 +53,7 @@ struct Settings {
     bool same_tokens;                            // whether both tokenizers give every text the same ids
     std::int32_t target_end;                     // the target's end of turn, -1 if it has none
     std::string target_closing, source_closing;  // the templates' bytes between a response and its end of turn
+    std::int32_t first_number;                   // the source ids from this one on are numbers that were followed (rule 9)
     std::vector<std::uint8_t> source_ends;       // per source id, whether it is an end of turn
     std::vector<std::int32_t> table;             // per source id, what it counts for at the beginning of a pre-token
     std::vector<std::uint8_t> opens, closes;     // per source id and per target id, as in CandidateTable of vocab_map.py
@@ -78,7 +79,7 @@ struct Sequence {
     const float* top_logprobs;
     std::size_t k;
     const float* own_logprobs;
-    // Ranges of the vocabulary, sorted by (row, strip). In place of a number of bytes, strip may be kWhole or kDigits.
+    // Ranges of the vocabulary, sorted by (row, strip). In place of a number of bytes, strip may be kWhole, kDigits or kNumbers.
     std::size_t ranges;
     const std::int32_t *range_rows, *range_strip;
     const float* range_logmass;
@@ -123,12 +124,14 @@ class ByteAligner {
     // prefix stay as they are before such a candidate, else 0. The size of the source's vocabulary plus a candidate stands for
     // the number of digits with which the candidate counts for another token (rule 8).
     static constexpr std::int32_t kFree = -1, kAnyEnd = -2, kClosed = -3, kClosedByDigit = -4, kCut = -5;
-    // What a source's token is, apart from any context. kOpens is text that begins a new pre-token.
-    enum class Role : std::uint8_t { kNone, kText, kOpens, kEnd };
+    // What a source's token is, apart from any context. kOpens is text that begins a new pre-token. kNumber is a number that was
+    // followed, and not a token.
+    enum class Role : std::uint8_t { kNone, kText, kOpens, kEnd, kNumber };
     struct Candidate {
         std::int32_t table = kTail;  // what the token counts for at the beginning of a pre-token
         Role role = Role::kNone;
-        bool ends_in_digit = false;
+        bool ends_in_digit = false;  // a token of text that does
+        bool is_digits = false;      // a token that consists of digits, with or without a space in front
     };
     // What candidates count for in one context, which is given by its key (see Key). It is a hash table.
     class Context {

@@ -206,6 +206,7 @@ void bind_byte_aligner(py::module_& module) {
                  settings.closes = vector_of(field<std::uint8_t>(s, "closes", -1));
                  settings.lookahead = vector_of(field<std::uint8_t>(s, "lookahead", -1));
                  settings.merges_digits = s["merges_digits"].cast<bool>();
+                 settings.first_number = s["first_number"].cast<std::int32_t>();
                  settings.onward = vector_of(field<std::uint8_t>(s, "onward", -1));
                  settings.exact = vector_of(field<std::int32_t>(s, "exact", -1));
                  return new profuser::ByteAligner(vocabulary(target), vocabulary(source), std::move(settings));

@@ -38,6 +38,12 @@ bool is_utf8(std::string_view bytes) {
     return true;
 }
 
+// Whether the bytes are digits, with or without a space in front.
+bool is_digits(std::string_view bytes) {
+    if (!bytes.empty() && bytes[0] == ' ') bytes.remove_prefix(1);
+    return !bytes.empty() && std::all_of(bytes.begin(), bytes.end(), [](char c) { return c >= '0' && c <= '9'; });
+}
+
 }  // namespace
 
 void refuse(const std::string& message) { throw std::invalid_argument(message); }
@@ -119,7 +125,12 @@ ByteAligner::ByteAligner(Vocabulary target, Vocabulary source, Settings settings
             candidates_[id].role = Role::kEnd;
         } else if (source_.is_text(id) && !source_.piece(id).empty()) {
             const char last = source_.piece(id).back();
-            candidates_[id] = {s.table[id], s.opens[id] ? Role::kOpens : Role::kText, last >= '0' && last <= '9'};
+            if (id >= s.first_number) {
+                candidates_[id].role = Role::kNumber;
+            } else {
+                candidates_[id] = {s.table[id], s.opens[id] ? Role::kOpens : Role::kText, last >= '0' && last <= '9',
+                                   is_digits(source_.piece(id))};
+            }
         }
     }
 }

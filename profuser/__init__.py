@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from profuser.alignment.align import align, prefix_ranges
+    from profuser.alignment.align import align, follow_numbers, prefix_ranges
     from profuser.fusion_model import FusionModel
     from profuser.kernels.common import IGNORE_INDEX
     from profuser.kernels.source_topk import source_topk
@@ -26,6 +26,7 @@ _MODULES = {
     "FusedLinearFusionLoss": "profuser.loss",
     "FusionModel": "profuser.fusion_model",
     "align": "profuser.alignment.align",
+    "follow_numbers": "profuser.alignment.align",
     "fused_linear_fusion_loss": "profuser.loss",
     "prefix_ranges": "profuser.alignment.align",
     "source_topk": "profuser.kernels.source_topk",
@@ -36,6 +37,7 @@ __all__ = [
     "FusedLinearFusionLoss",
     "FusionModel",
     "align",
+    "follow_numbers",
     "fused_linear_fusion_loss",
     "prefix_ranges",
     "source_topk",

@@ -7,9 +7,10 @@ import pytest
 from small_tokenizers import capture_of, chained, distribution, labels, order_of, wrap
 
 from profuser.alignment.engine import byte_aligner
+from profuser.alignment.numbers import numbers
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.reference import PythonByteAligner
-from profuser.alignment.types import ALIGNED, Aligned, PrefixRanges, SourceCapture
+from profuser.alignment.types import ALIGNED, NUMBERS, Aligned, PrefixRanges, SourceCapture
 from profuser.text.chat import ChatFormat
 from profuser.text.encoded import Encoded
 
@@ -119,6 +120,18 @@ def random_capture(
     top = np.where(rng.random((m, k)) < 0.5, rng.choice(pool, (m, k)), rng.integers(0, vocabulary + 2, (m, k)))
     top.sort(axis=1)
     top[:, 1:][top[:, 1:] == top[:, :-1]] = -1  # no candidate may occur twice
+    # Numbers that were followed, at about half of the rows.
+    asked = np.flatnonzero(rng.random(m) < 0.5)
+    number_ids = len(target.token_bytes.pieces) + vocabulary + np.sort(rng.integers(0, len(numbers()), (len(asked), k)))
+    number_ids[:, 1:][number_ids[:, 1:] == number_ids[:, :-1]] = -1
+    number_mass = np.log(rng.uniform(0.01, 1, len(asked)))
+    followed = PrefixRanges(
+        rows=asked.astype(np.int32),
+        strip=np.full(len(asked), NUMBERS, np.int32),
+        logmass=number_mass.astype(np.float32),
+        ids=number_ids.astype(np.int32),
+        logprobs=(logprobs(len(asked)) + number_mass[:, None]).astype(np.float32),
+    )
     return SourceCapture(
         ids=ids,
         begin=spans[:, 0].copy(),
@@ -132,5 +145,5 @@ def random_capture(
             logmass=logmass.astype(np.float32),
             ids=range_ids.astype(np.int32),
             logprobs=(logprobs(r) + logmass[:, None]).astype(np.float32),
-        ),
+        ).with_others(followed),
     )

@@ -332,7 +332,7 @@ BAD = {
     "probabilities": (lambda e, c: (e, replaced(c, own_logprobs=np.exp(c.own_logprobs))), "log-probabilities"),
     "range of no row": (lambda e, c: (e, replaced(c, ranges=replaced(c.ranges, rows=c.ranges.rows + 50))), "range"),
     "range without bytes": (
-        lambda e, c: (e, replaced(c, ranges=replaced(c.ranges, strip=c.ranges.strip * 0 - 2))),
+        lambda e, c: (e, replaced(c, ranges=replaced(c.ranges, strip=c.ranges.strip * 0 - 3))),
         "range",
     ),
     "range of other bytes": (

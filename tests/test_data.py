@@ -160,7 +160,11 @@ def test_a_compressed_file_is_read_like_the_file_in_it(tmp_path):
     write(tmp_path / "a.jsonl", *TEXTS)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.JSONL.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    assert examples(tmp_path / "set" / "a.JSONL.gz") == examples(tmp_path / "a.jsonl")
+    for name in ("a.JSONL.gz", "b.jsonl.GZ"):
+        (tmp_path / "set" / "a.JSONL.gz").rename(tmp_path / name)
+        assert examples(tmp_path / name) == examples(tmp_path / "a.jsonl")
+        (tmp_path / name).rename(tmp_path / "set" / "a.JSONL.gz")
+    (tmp_path / "set" / "a.JSONL.gz").unlink()
     write(tmp_path / "set" / "a.jsonl", "changed since")
     (tmp_path / "set" / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "set" / "a.jsonl").read_bytes()))
     (tmp_path / "set" / "a.jsonl").unlink()
@@ -177,6 +181,52 @@ def test_a_folder_that_the_library_saved_is_read_with_its_splits(tmp_path):
 def test_every_ending_that_is_read_is_known_as_that_of_a_file():
     assert set(READERS) <= FILE_SUFFIXES
     assert all(map(is_path, ("missing.JSONL", "missing.csv.gz", "missing.tsv")))
+
+
+@pytest.mark.parametrize(
+    ("kept", "lost"),
+    [
+        (["train.jsonl"], "heldout.jsonl"),  # `heldout: set` would be read from train.jsonl, without a word
+        (["train.jsonl"], "more.jsonl"),
+        (["part-1.jsonl", "part-2.jsonl"], "part-3.csv"),
+        (["part-1.jsonl", "part-2.jsonl"], "part-3.JSONL"),
+        (["data/train/a.jsonl", "data/test/a.jsonl"], "other/a.jsonl"),
+    ],
+)
+def test_no_file_of_a_folder_is_left_out_unnoticed(tmp_path, kept, lost):
+    """The library takes the files of one kind only, and leaves out those that are not called after a split where others are."""
+    for name in kept:
+        write(tmp_path / name)
+    write(tmp_path / ".cache" / "a.jsonl")
+    assert responses(tmp_path)
+    write(tmp_path / lost)
+    for split in ("train", "heldout"):
+        said = refusal(tmp_path, split)
+        assert f"{lost} would not be read (1 of {len(kept) + 1} files)" in said
+    assert responses(tmp_path / kept[0])  # what the message proposes
+    # A README chooses on purpose.
+    chosen = {"configs": [{"config_name": "default", "data_files": kept[0]}]}
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(chosen)}---\n")
+    assert len(responses(tmp_path)) == 1
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused_and_its_files_are_read(tmp_path):
+    write(tmp_path / "set [v2]" / "a.jsonl", "yes")
+    assert "without [ ], got" in refusal(tmp_path / "set [v2]")
+    assert responses(tmp_path / "set [v2]" / "a.jsonl") == ["yes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "said"),
+    [
+        ("a.csv", "prompt;response", "separated by ',', the header has only ';'"),
+        ("a.csv", "prompt\tresponse", "separated by ',', the header has only '\\t'"),
+        ("a.tsv", "prompt,response", "separated by '\\t', the header has only ','"),
+    ],
+)
+def test_cells_that_something_else_separates_are_named(tmp_path, name, header, said):
+    (tmp_path / name).write_text(f"{header}\n")
+    assert said in refusal(tmp_path / name)
 
 
 def test_a_split_has_to_be_named_where_a_score_could_be_one_on_training_rows(tmp_path):
@@ -273,6 +323,8 @@ def test_how_a_data_set_wants_its_files_read_is_obeyed_or_refused(tmp_path, opti
 def test_a_folder_that_cannot_be_read_says_why(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "contain any data files" in refusal(tmp_path / "empty")
+    write(tmp_path / "capitals" / "a.JSONL")
+    assert "write the ending of a.JSONL in small letters, or name this file" in refusal(tmp_path / "capitals")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("x")
     assert f"got {tmp_path}/text/a.txt; convert it" in refusal(tmp_path / "text")
@@ -369,6 +421,9 @@ def test_a_part_of_the_prompt_is_not_dropped(tmp_path):
     )
     context = with_row(tmp_path / "d.jsonl", {"instruction": "Sum up.", "context": "A long text.", "output": "Text."})
     assert "'context'" in refusal(context, **ALPACA)
+    for column in ("system_prompt", "Input"):
+        row = {"instruction": "Add 1 2.", "output": "3", column: "Be brief."}
+        assert f"the column '{column}'" in refusal(with_row(tmp_path / f"{column}.jsonl", row), **ALPACA)
     renamed = with_row(tmp_path / "e.jsonl", {"instruction": "Add 1 2.", "was_input": "1 2", "output": "3"})
     assert len(examples(renamed, **ALPACA)) == 1
 

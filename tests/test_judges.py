@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from profuser.errors import DataError
-from profuser.prepare.judges import load_judge
+from profuser.prepare.judges import load_judge, open_judge
 from profuser.recipe.schema import JudgeConfig
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -115,6 +115,23 @@ def test_a_template_that_rewrites_the_response_is_followed(tmp_path):
     scores = judge([{"prompt": "x"}], [["<think>hm</think>\n42", "42 ", "41"]])[0]
     assert scores[0] == scores[1] == pytest.approx(alone(location, "x", "<think>hm</think>\n42"), abs=1e-4)
     assert scores[2] != scores[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "renders"),
+    [
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "userassistant"),
+        ("{{ messages[0]['content'] }}", "x"),  # the prompt alone
+        ("./rm", "./rm"),  # a path or a name is no template
+    ],
+)
+def test_a_template_that_does_not_show_the_response_is_refused_before_any_model_runs(tmp_path, template, renders):
+    """Such a judge would score all responses alike, and its votes would be called without a signal."""
+    own, given = reward_model(tmp_path / "own", template=template), reward_model(tmp_path / "given")
+    for location, chat_template in ((own, None), (given, template)):
+        judge = JudgeConfig(name="rm", model=location, chat_template=chat_template)
+        with pytest.raises(DataError, match=rf"judge rm: .*must show the response.*'{renders}'.*set `chat_template`"):
+            open_judge(judge)
 
 
 def test_equal_responses_get_equal_scores_whatever_stands_beside_them_in_a_batch(tmp_path):

@@ -77,6 +77,27 @@ def test_nothing_is_left_when_the_hold_ends(tmp_path):
     assert list((tmp_path / "old").iterdir()) == []
 
 
+@pytest.mark.parametrize("fault", [FileExistsError, FileNotFoundError])
+def test_a_folder_that_goes_while_it_is_entered_is_made_again(tmp_path, monkeypatch, fault):
+    """`mkdir` of a folder that another process removes at this moment raises either of the two."""
+    mkdir, faults = Path.mkdir, iter([fault()] * 3)
+
+    def raced(path, *args, **kwargs):
+        if path.name == FOLDER and (raised := next(faults, None)):
+            raise raised
+        return mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", raced)
+    with held(tmp_path):
+        assert len(leases(tmp_path)) == 1
+
+
+def test_a_file_where_the_leases_should_be_is_an_error(tmp_path):
+    (tmp_path / FOLDER).write_text("")
+    with pytest.raises(FileExistsError), held(tmp_path):
+        pass
+
+
 def test_a_lease_says_who_holds_it_since_when_and_with_which_settings(tmp_path):
     with held(tmp_path):
         record = json.loads(leases(tmp_path)[0].read_text())

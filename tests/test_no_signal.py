@@ -126,7 +126,7 @@ def test_the_ground_truth_can_take_the_place_of_a_winner(prepared, tmp_path):
         for name in ("input_ids", "label_mask", "source_ce", "row_position", "row_source", "entry_ids"):
             assert np.array_equal(getattr(sequence, name), getattr(truth[example], name)), name
     assert {row["chosen"] for row in table(store)} == {None}
-    assert "taught its ground truth in inference mode" in store.handled()
+    assert "taught the ground truth in inference mode" in store.handled()
 
 
 def test_where_judges_prefer_a_response_it_is_taught_and_the_others_fall_back(prepared, tmp_path, capsys):

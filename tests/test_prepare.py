@@ -136,6 +136,28 @@ def test_another_alignment_rebuilds_the_targets_from_the_captures(prepared, tmp_
         prepare(replace(run, recipe=other))
 
 
+def test_sources_are_asked_again_when_it_changes_whether_their_numbers_are_followed(prepared, tmp_path, capsys):
+    """A store that goes on with the setting changed holds what a new store would. The answers and scores stay."""
+    _, run, _ = prepared
+    judged = replace(run.recipe, data=replace(run.recipe.data, train=str(tmp_path / "train.jsonl"), heldout=None))
+    content = [{"prompt": f"Eve has {n} eggs and loses 2.", "response": f"Answer: {n - 2}."} for n in (7, 15, 31)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+    def targets(store: str, follow: bool) -> list[dict[str, list]]:
+        recipe = replace(judged, store=str(tmp_path / store), align=replace(judged.align, follow_numbers=follow))
+        made, kind = prepare(replace(run, recipe=recipe)), layout.targets("train")
+        return [{key: array.tolist() for key, array in made.get(kind, n).items()} for n in made.numbers(kind)]
+
+    without = targets("one", False)
+    answers = {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "responses").iterdir()}
+    capsys.readouterr()
+    followed = targets("one", True)
+    assert "follow_numbers changed: capturing the sources again" in capsys.readouterr().out
+    assert followed == targets("new", True) != without
+    assert targets("one", False) == without
+    assert answers == {path: path.stat().st_mtime_ns for path in (tmp_path / "one" / "responses").iterdir()}
+
+
 def test_a_schedule_with_inference_mode_needs_judges(prepared, tmp_path):
     _, run, _ = prepared
     with pytest.raises(ConfigError, match="judges"):

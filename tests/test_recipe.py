@@ -1,5 +1,6 @@
 """Recipes: what a correct one may say, and how a wrong one is refused."""
 
+import copy
 import sys
 
 import pytest
@@ -30,6 +31,40 @@ def test_no_arguments_mean_the_bundled_demo():
 def test_a_recipe_takes_its_name_from_the_file_and_overrides_from_the_line(tmp_path):
     run = parse(tmp_path, MINIMAL, "--optim.lr", "0.5", "--schedule", "sft", "--fresh")
     assert (run.name, run.recipe.optim.lr, run.recipe.schedule, run.options) == ("mine", 0.5, "sft", {"fresh": True})
+
+
+def test_a_list_or_place_of_its_own_replaces_the_recipes_whole(tmp_path):
+    """What a new value does not say has its default, even if the value that it replaces says it."""
+    recipe = {
+        "sources": [{"name": "a", "model": "demo:guardian", "reasoning": "strip", "chat_template": "x"}],
+        "target": "a",
+        "data": {"train": {"path": "ds", "config": "main", "split": "sft"}, "prompt_column": "q"},
+        "judges": [{"name": "j", "function": "m:f", "floor": 0.5}],
+        "schedule": [{"inference_weight": 1.0, "share": 2.0}],
+        "optim": {"lr": 0.5},
+    }
+    new = {
+        "sources": [{"name": "a", "model": "./other"}],
+        "data": {"train": {"path": "other"}},
+        "judges": [{"name": "k", "model": "./rm"}],
+        "schedule": [{"training_weight": 1.0}],
+        "optim": {"epochs": 2.0},
+    }
+    words = [
+        word for key, value in new.items() for word in (f"--{key}", yaml.safe_dump(value, default_flow_style=True))
+    ]
+    second = tmp_path / "second.yaml"
+    second.write_text(yaml.safe_dump(new))
+    for argv in (words, [f"--config={second}"]):
+        run = parse(tmp_path, recipe, *argv)
+        assert run.name == "mine"
+        found = run.recipe.to_dict()
+        expected = load_recipe(copy.deepcopy(MINIMAL | new | {"optim": {"lr": 0.5, "epochs": 2.0}})).to_dict()
+        # Groups of keys are added to, and so is what a single key names.
+        assert found == expected | {"data": expected["data"] | {"prompt_column": "q"}}
+    assert parse(tmp_path, recipe, "--data.train.path", "other").recipe.data.train == DataLocation(
+        path="other", config="main", split="sft"
+    )
 
 
 def test_stages_can_be_spelt_out(tmp_path):
@@ -269,7 +304,8 @@ def test_what_looks_like_a_path_is_never_a_hub_id():
     [
         ("fine:g", "has no attribute 'g'); fix the name"),
         ("fine.f", "fix the name, or run where the module lies"),
-        ("./fine.py:f", "fix the name"),
+        ("./fine.py:f", "write fine:f and run where the file lies"),
+        ("fine.py:f", "write fine:f and run where the file lies"),
         ("nowhere:f", "fix the name, or run where the module lies"),
         ("needy:f", "(No module named 'nowhere_at_all'); install nowhere_at_all"),
         ("broken:f", "(broken.py, line 2)); fix the module"),

@@ -176,6 +176,8 @@ def test_another_alignment_drops_the_targets_and_keeps_the_captures(store):
         (SETTINGS, []),
         (changed(targets={"mode": "bytes", "rule": 2}), ["targets"]),
         (changed(votes=VOTES | {"asked": ["rm"]}), ["winners", "targets"]),
+        (changed(targets={"mode": "bytes", "rule": 1, "follow_numbers": False}), ["targets"]),
+        (changed(targets={"mode": "bytes", "rule": 1, "follow_numbers": True}), ["truth", "winners", "targets"]),
     ],
 )
 def test_asking_what_changed_changes_nothing(store, settings, outdated):

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from profuser.alignment.engine import CppByteAligner, byte_aligner
+from profuser.alignment.follow_numbers import NumberFollower, number_rows
 from profuser.alignment.ranges import RangeRequest, flat_maps, ranges_needed
 from profuser.alignment.reference import PythonByteAligner, check_capture
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder, TextFormat
 from profuser.errors import DataError
+from profuser.models.head import evaluating, head_of
 from profuser.text.chat import ChatFormat
 from profuser.text.encoded import Encoded, encode_response
 from profuser.text.token_bytes import TokenBytes
@@ -156,6 +158,38 @@ def prefix_ranges(
     return SourceRanges([torch.from_numpy(x).long() for x in arrays], *_input(pair.own))
 
 
+def follow_numbers(
+    text: str | Messages,
+    target: PreTrainedTokenizerBase,
+    source: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    *,
+    before: tuple[str, str] | None = None,
+    complete: bool = True,
+    top_k: int = 10,
+) -> PrefixRanges:
+    """Asks a source how its numbers in a response go on, for a target that has tokens of several digits; pass it to `align`.
+
+    Without it, `align` estimates for which numbers the source would write further digits, and leaves much of their mass in the
+    tail (rules 8 and 9 of profuser/alignment/reference.py). The source reads the response once more, and from every number of it
+    the probable other ones.
+
+    Args:
+        text, target, source, before, complete: as `align` takes them. Of a text that stands alone, nothing is asked of a number
+            with which it begins.
+        model: the source's model.
+        top_k: how many numbers are kept per row.
+    Raises:
+        DataError: the model cannot go on from one text along several branches; or as in `align`, about the conversation.
+        TokenBytesMismatch: a tokenizer changes the text.
+    """
+    pair = _pair(text, target, source, before, complete)
+    tokens = pair.target.token_bytes, pair.source.token_bytes
+    with evaluating(model):
+        follower = NumberFollower(*tokens, model, head_of(model), top_k)
+        return follower.follow(pair.own, number_rows(tokens[0], pair.encoded, tokens[1], pair.own))
+
+
 def align(
     text: str | Messages,
     target: PreTrainedTokenizerBase,
@@ -165,6 +199,7 @@ def align(
     own_logprobs: Tensor,
     ranges: Sequence[Tensor] | None = None,
     *,
+    numbers: PrefixRanges | None = None,
     before: tuple[str, str] | None = None,
     complete: bool = True,
     top_k: int = 10,
@@ -183,6 +218,7 @@ def align(
         ranges: (range_ids (R, k), range_logprobs (R, k), range_logmass (R,)), which `source_topk` returns for
             `prefix_ranges` of the same arguments. Without them, target tokens that begin inside a source token are skipped, and
             masses are added within the top k only.
+        numbers: what `follow_numbers` returns for the same arguments. Without it, it is estimated how numbers go on (rule 8).
         before: (target_text, source_text), the text that stands before a response in a prompt of your own, with the control
             tokens of each model spelt out and a begin token where the model wants one. Such a response has no end of turn.
             Without it, a text stands alone: it is tokenised on both sides without begin or end tokens.
@@ -246,6 +282,8 @@ def align(
             ids=needed.spelt(_array(range_ids, np.int32)),
             logprobs=_array(range_logprobs, np.float32),
         )
+    if numbers is not None:
+        captured = captured.with_others(numbers)
     # Align them as the capture of one response.
     capture = SourceCapture(
         ids=np.array(own.input_ids, dtype=np.int32)[own.label_positions],

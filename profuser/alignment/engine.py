@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from profuser.alignment.merging import boundaries_of, candidate_table
+from profuser.alignment.numbers import numbers
 from profuser.alignment.reference import MAX_CACHED_CANDIDATES, PythonByteAligner, check_encoded, check_settings
 from profuser.alignment.spans import _align
 from profuser.alignment.types import Aligned, SourceCapture
-from profuser.alignment.vocab_map import TextFormat, same_tokens
+from profuser.alignment.vocab_map import TAIL, TextFormat, same_tokens
 from profuser.errors import DataError
 from profuser.ragged import ragged
 from profuser.text.encoded import Encoded
-from profuser.text.token_bytes import TokenBytes
 
 BYTES_AT_ONCE = 1 << 20  # this much text is tokenised at once; its encodings take about 100 times as much memory
 
@@ -48,11 +48,12 @@ class CppByteAligner:
         self._lock = threading.Lock()  # the engine has state, and releases the GIL while it works
         self._boundaries = boundaries_of(target.token_bytes)
         table = candidate_table(target.token_bytes, source.token_bytes)
-        ends = np.zeros(len(source.token_bytes.pieces), dtype=np.uint8)
+        size = len(source.token_bytes.pieces)
+        ends = np.zeros(size, dtype=np.uint8)
         ends[[i for i in source.end_ids if i < len(ends)]] = 1
         self._engine = _align.ByteAligner(
-            _vocabulary(target.token_bytes),
-            _vocabulary(source.token_bytes),
+            _vocabulary(target.token_bytes.pieces),
+            _vocabulary([*source.token_bytes.pieces, *numbers()]),
             {
                 "top_k": top_k,
                 "min_reliability": min_reliability,
@@ -60,13 +61,14 @@ class CppByteAligner:
                 "target_end": -1 if target.end_id is None else target.end_id,
                 "target_closing": target.closing,
                 "source_closing": source.closing,
-                "source_ends": ends,
-                "table": table.counts_for,
-                "opens": table.opens.astype(np.uint8),
+                "first_number": size,
+                "source_ends": _with_numbers(ends),
+                "table": _with_numbers(table.counts_for, TAIL),
+                "opens": _with_numbers(table.opens.astype(np.uint8)),
                 "closes": table.closes.astype(np.uint8),
-                "lookahead": table.lookahead,
+                "lookahead": _with_numbers(table.lookahead),
                 "merges_digits": table.merges_digits,
-                "onward": table.onward,
+                "onward": _with_numbers(table.onward),
                 "exact": np.fromiter(table.exact.values(), np.int32),
             },
         )
@@ -168,9 +170,13 @@ def byte_aligner(
     return CppByteAligner(target, source, top_k=top_k, min_reliability=min_reliability, threads=threads)
 
 
-def _vocabulary(tokens: TokenBytes) -> dict:
+def _with_numbers(of_tokens: np.ndarray, value: int = 0) -> np.ndarray:
+    """An array with one value per source token, with the same value for every number behind them (rule 9)."""
+    return np.pad(of_tokens, (0, len(numbers())), constant_values=value)
+
+
+def _vocabulary(pieces: Sequence[bytes | None]) -> dict:
     """The bytes of all tokens end to end, in the form that the C++ engine reads."""
-    pieces = tokens.pieces
     return {
         "bytes": b"".join(piece or b"" for piece in pieces),
         "offsets": np.cumsum([0, *(len(piece or b"") for piece in pieces)], dtype=np.int64),

@@ -7,12 +7,13 @@ says what each source token counts for (rule 7 of reference.py). In such a map s
 
     0 .. T - 1        a target token: the source token counts for it wherever it stands behind a boundary of this kind,
     T + s             source token s itself: what it counts for depends on the prefix, and is found out by rule 3,
-    T + S             CUT: the source token begins a new pre-token, and so ends the target's token that began before it,
+    T + S + N         CUT: the source token begins a new pre-token, and so ends the target's token that began before it,
     -1                nothing, so that the mass goes to the tail,
 
-where T and S are the sizes of the two vocabularies. What a source token counts for is known without the prefix where the
-target's text is always cut between the last character before the token and the token's first one. A boundary is the kind of
-that last character: whether a space, a digit, or something else than a digit behind it begins a new pre-token.
+where T and S are the sizes of the two vocabularies, and N is the number of `numbers`, which stand between. What a source token
+counts for is known without the prefix where the target's text is always cut between the last character before the token and the
+token's first one. A boundary is the kind of that last character: whether a space, a digit, or something else than a digit behind
+it begins a new pre-token.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from profuser.alignment.boundaries import Boundaries
-from profuser.alignment.vocab_map import DIGITS, LOOKAHEADS, ByteOrder, CandidateTable, first_tokens, same_tokens
+from profuser.alignment.numbers import DIGITS, numbers
+from profuser.alignment.vocab_map import LOOKAHEADS, ByteOrder, CandidateTable, first_tokens, same_tokens
 from profuser.text.token_bytes import TokenBytes
 
 
@@ -72,7 +74,7 @@ class Merging:
 
     def __post_init__(self):
         self.same_tokens = same_tokens(self.target, self.source)
-        self.cut = len(self.target.pieces) + len(self.source.pieces)
+        self.cut = len(self.target.pieces) + len(self.source.pieces) + len(numbers())
         self.merges_digits = self.table.merges_digits
         self.ends_in_digit = np.array([bool(piece) and piece[-1:].isdigit() for piece in self.source.pieces])
         self.target_lengths, self.source_lengths = (

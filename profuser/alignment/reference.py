@@ -47,6 +47,11 @@ pieces, mostly words, that a tokenizer cuts a text into before it looks for toke
    less harm than mass on a wrong token. Where the own token ends in no digit, the candidates' mass goes to the tail. Only
    those of the ten digits are counted with which the target's token would change. For the gold token the probability is
    exact, and the digits that may follow it are candidates of their own.
+9. Numbers that were followed. Where a source was asked how its numbers go on (`follow_numbers.py`), the capture also holds
+   the most probable numbers of a row: strings of digits, each with the probability that the source writes it and then
+   something else. A string with as many digits as the target's longest token has the probability that the source writes
+   at least these. Such a row's numbers take the place of its candidates that consist of digits, and count as they are. What
+   was not followed stays in the tail.
 """
 
 from __future__ import annotations
@@ -57,11 +62,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from profuser.alignment.boundaries import Boundaries
+from profuser.alignment.numbers import DIGITS as DIGITS_OF_TEN
+from profuser.alignment.numbers import is_number, most_merged_digits, numbers
 from profuser.alignment.spans import match_spans_python
 from profuser.alignment.types import (
     ALIGNED,
     DIGITS,
     INSIDE,
+    NUMBERS,
     SAME_SPAN,
     SKIP_EMPTY,
     SKIP_LOW_RELIABILITY,
@@ -72,12 +80,10 @@ from profuser.alignment.types import (
     Aligned,
     SourceCapture,
 )
-from profuser.alignment.vocab_map import DIGITS as DIGITS_OF_TEN
 from profuser.alignment.vocab_map import (
     DROPPED,
     END,
     LOOKAHEADS,
-    MERGED_DIGITS,
     TAIL,
     TextFormat,
     exact_tokens,
@@ -133,7 +139,8 @@ class PythonByteAligner:
         self._contexts: dict[tuple, _Context] = {}
         self._cached = 0
         self._exact = exact_tokens(target.token_bytes)
-        self._merges_digits = any(piece and MERGED_DIGITS.search(piece) for piece in target.token_bytes.pieces)
+        self._merges_digits = most_merged_digits(target.token_bytes.pieces) > 1
+        self._pieces = [*source.token_bytes.pieces, *numbers()]  # of all candidates, by their ids
 
     def align(self, response: bytes, encoded: Encoded, capture: SourceCapture) -> Aligned:
         """Aligns the distributions of one response.
@@ -261,7 +268,7 @@ class PythonByteAligner:
             row, strip = rows.whole(j), 0
             extension = piece[: target_clip[t] + rows.begin[j] - begin]
         # Behind a gold token that ends in a digit, the digits that the target would merge with it are candidates (rule 8).
-        digits = rows.ranges.get((j + 1, DIGITS)) if self._merges_digits and rows.stop[j] == e[t] else None
+        digits = rows.digits(j + 1) if self._merges_digits and rows.stop[j] == e[t] else None
         if digits is None:
             path.steps[-1].gold = weight
         else:
@@ -330,7 +337,7 @@ class PythonByteAligner:
     def _resolve_onward(self, numbers: list[tuple[_Context, int]]) -> None:
         """Finds out with how many of the ten digits behind it each candidate counts for another token (rule 8)."""
         asked = {}
-        pieces, ours = self.source.token_bytes.pieces, self.target.token_bytes.pieces
+        pieces, ours = self._pieces, self.target.token_bytes.pieces
         for context, candidate in numbers:
             if candidate in context.onward:
                 continue
@@ -355,7 +362,7 @@ class PythonByteAligner:
             What the candidate counts for, if there is no text to tokenise; the text to tokenise, or None; the number of
             that text's bytes without the look-ahead.
         """
-        pieces = self.source.token_bytes.pieces
+        pieces = self._pieces
         if candidate < 0:
             return TAIL, context.data.decode() + EXAMPLES[candidate], len(context.data)
         if candidate in self._source_ends:
@@ -379,6 +386,8 @@ class PythonByteAligner:
 
     def _after_spaces(self, candidate: int) -> str:
         """The text to put behind a candidate when it is tokenised (`vocab_map.lookaheads`)."""
+        if candidate >= len(self.source.token_bytes.pieces):
+            return ""  # a number
         known = self._lookahead.get(candidate)
         if known is None:
             known = self._lookahead[candidate] = LOOKAHEADS[lookaheads(self.source.token_bytes, [candidate])[0]]
@@ -552,13 +561,13 @@ class _Rows:
         self._end_ids, self._pieces = end_ids, pieces
         masses = np.exp(capture.top_logprobs.astype(np.float64)).tolist()
         self._top = [
-            _Row(*_others(ids, row, own))
+            _Row(*_others(ids, row, own, len(pieces)))
             for own, ids, row in zip(self.ids, capture.top_ids.tolist(), masses, strict=True)
         ]
         ranges = capture.ranges
         exact = np.exp(ranges.logmass.astype(np.float64)).tolist()
         masses = np.exp(ranges.logprobs.astype(np.float64)).tolist()
-        cut = targets + len(pieces)
+        cut = targets + len(pieces) + len(numbers())
         self.ranges: dict[tuple[int, int], _Row] = {}  # by (row, strip)
         for j, strip, ids, row, mass in zip(
             ranges.rows.tolist(), ranges.strip.tolist(), ranges.ids.tolist(), masses, exact, strict=True
@@ -586,8 +595,28 @@ class _Rows:
         """The whole row: merged, if the capture has it so. Ends of turn have no bytes, so they are not among the merged."""
         merged, ends = self.ranges.get((j, WHOLE)), self.ends(j)
         if merged is None:
-            return self._top[j]
-        return _Row(merged.candidates + ends.candidates, merged.masses + ends.masses, merged.tokens, merged.cut)
+            return self._followed(j, self._top[j])
+        row = _Row(merged.candidates + ends.candidates, merged.masses + ends.masses, merged.tokens, merged.cut)
+        return self._followed(j, row)
+
+    def digits(self, j: int) -> _Row | None:
+        """What row j says of the tokens that begin with a digit, if the capture holds it."""
+        digits = self.ranges.get((j, DIGITS))
+        return None if digits is None else self._followed(j, digits)
+
+    def _followed(self, j: int, row: _Row) -> _Row:
+        """Puts the numbers that were followed at row j in the place of the candidates that consist of digits (rule 9)."""
+        followed = self.ranges.get((j, NUMBERS))
+        if followed is None:
+            return row
+        pieces = self._pieces
+        kept = [
+            (c, p)
+            for c, p in zip(row.candidates, row.masses, strict=True)
+            if not (0 <= c < len(pieces) and is_number(pieces[c]))
+        ]
+        candidates, masses = [c for c, _ in kept], [p for _, p in kept]
+        return _Row(candidates + followed.candidates, masses + followed.masses, row.tokens, row.cut, row.exact)
 
     def goes_on(self, j: int) -> float | None:
         """The probability with which a digit is taken to follow row j's candidates, if its own token ends in a digit."""
@@ -605,11 +634,11 @@ def _is_text(data: bytes) -> bool:
     return True
 
 
-def _others(ids: list[int], masses: list[float], own: int) -> tuple[list[int], list[float]]:
-    """The candidates of a row and their masses, without the own token and without padding."""
-    if own not in ids and -1 not in ids:
+def _others(ids: list[int], masses: list[float], own: int, size: int) -> tuple[list[int], list[float]]:
+    """The candidates of a row and their masses, without the own token, padding, and ids beyond the vocabulary."""
+    if own not in ids and -1 not in ids and max(ids, default=0) < size:
         return ids, masses
-    keep = [slot for slot, i in enumerate(ids) if i != own and i >= 0]
+    keep = [slot for slot, i in enumerate(ids) if i != own and 0 <= i < size]
     return [ids[slot] for slot in keep], [masses[slot] for slot in keep]
 
 
@@ -654,7 +683,7 @@ def check_capture(capture: SourceCapture) -> None:
             f"the arrays of a capture's prefix ranges must have one row per range ({r}), got rows {sorted(lengths)}; "
             "capture it again"
         )
-    if r and not (ranges.rows.min() >= 0 and ranges.rows.max() < m and ranges.strip.min() >= DIGITS):
+    if r and not (ranges.rows.min() >= 0 and ranges.rows.max() < m and ranges.strip.min() >= NUMBERS):
         raise DataError(
             f"a prefix range must belong to one of {m} rows and have bytes, got rows [{ranges.rows.min()}, "
             f"{ranges.rows.max()}] and {ranges.strip.min()} bytes; capture it again"

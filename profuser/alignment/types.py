@@ -19,8 +19,8 @@ SKIP_REASONS = ("", "no_prefix_range", "low_reliability", "empty", "no_source_po
 ) = range(len(SKIP_REASONS))
 
 
-WHOLE, DIGITS = 0, -1
-"""In place of the number of bytes: the range is the whole vocabulary, or the tokens that begin with a digit."""
+WHOLE, DIGITS, NUMBERS = 0, -1, -2
+"""In place of the number of bytes: the range is the whole vocabulary, the tokens that begin with a digit, or all numbers."""
 
 
 @dataclass(slots=True)
@@ -53,10 +53,10 @@ class PrefixRanges:
     """A source's distribution among its tokens that begin with the first `strip` bytes of a row's own token.
 
     rows, strip: (r,) int32, sorted by (rows, strip). No pair comes twice. In place of a number of bytes, WHOLE stands for all
-        tokens and DIGITS for those that begin with a digit.
+        tokens, DIGITS for those that begin with a digit, and NUMBERS for the numbers that the source was asked for.
     logmass: (r,) float32, natural log of the exact probability of all these tokens together.
     ids: (r, k) int32, the most probable of what these tokens count for, as the maps of `merging` spell it; -1 = padding. The
-        row's own token is not among them, unless the range was not merged.
+        row's own token is not among them, unless the range was not merged. Numbers have the ids of `numbers`.
     logprobs: (r, k) float32, natural log, not renormalised to the range.
     """
 
@@ -76,6 +76,25 @@ class PrefixRanges:
             ids=np.zeros((0, k), np.int32),
             logprobs=np.zeros((0, k), np.float32),
         )
+
+    def with_others(self, others: PrefixRanges) -> PrefixRanges:
+        """These ranges and others of the same rows, which are of other kinds."""
+        if not len(others.rows):
+            return self
+        both = (self, others)
+        rows, strip = (np.concatenate([getattr(x, name) for x in both]) for name in ("rows", "strip"))
+        order = np.lexsort((strip, rows))
+        width = max(x.ids.shape[1] for x in both)
+
+        def columns(name: str, padding: float) -> np.ndarray:
+            wide = [
+                np.pad(of, ((0, 0), (0, width - of.shape[1])), constant_values=padding)
+                for of in (getattr(x, name) for x in both)
+            ]
+            return np.concatenate(wide)[order]
+
+        logmass = np.concatenate([x.logmass for x in both])[order]
+        return PrefixRanges(rows[order], strip[order], logmass, columns("ids", -1), columns("logprobs", -np.inf))
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,14 +16,12 @@ from typing import Protocol
 import numpy as np
 
 from profuser.alignment.boundaries import Boundaries
+from profuser.alignment.numbers import DIGITS, most_merged_digits
 from profuser.text.token_bytes import TokenBytes
 
 # These stand in place of the target id that a candidate counts for: its mass goes to the tail, is dropped, or goes to the
 # target's end of turn.
 TAIL, DROPPED, END = -1, -2, -3
-
-DIGITS = "0123456789"
-MERGED_DIGITS = re.compile(rb"[0-9]{2}")
 
 LOOKAHEADS = ("", "x", " x")
 """The texts that may be put behind a candidate that ends in spaces, so that the spaces are not the end of the text."""
@@ -168,7 +165,7 @@ class CandidateTable:
         self.digit_led = np.zeros(len(pieces), dtype=bool)
         self.ends_number = np.zeros(len(pieces), dtype=bool)
         self.onward = np.zeros(len(pieces), dtype=np.uint8)
-        self.merges_digits = any(piece and MERGED_DIGITS.search(piece) for piece in target.pieces)
+        self.merges_digits = most_merged_digits(target.pieces) > 1
         self._boundaries, self._cuts_behind_digit = boundaries, {}
         places, texts, sizes = [], [], []
         for i, piece in enumerate(pieces):

@@ -12,6 +12,9 @@ directions are measured on the numbers of `texts/numbers.txt`:
   its tokenizer is SmolLM2's, but cuts numbers into groups of three as DeepSeek-V3's does. The targets Llama-2 and Qwen-2 have
   single digits, so the truth is what the model itself says of its next token.
 
+With --follow-numbers only the first direction is measured, with a source that is asked how its numbers go on (rule 9), and what
+asking costs is printed.
+
 All figures of a position are taken over the tokens that the library names and the NAMED most probable ones of the truth.
 *False mass* is the sum of max(0, said - true), *missing mass* the sum of max(0, true - said), in which a mass that was moved
 to the tail is missing. The total variation is that of `alignment_truth`, with one bucket for the tail.
@@ -32,7 +35,7 @@ import argparse
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from profuser.alignment.align import align, prefix_ranges
+from profuser.alignment.align import align, plain_text, prefix_ranges
+from profuser.alignment.follow_numbers import NumberFollower, number_rows
+from profuser.alignment.ranges import ranges_needed
 from profuser.cli import main_of
 from profuser.environment import environment
 from profuser.errors import ConfigError
@@ -60,7 +65,8 @@ from profuser.experiments.page import write_section
 from profuser.experiments.windows import TEXTS, TOP_K, Source, Target, Window, pretrained_tokenizer
 from profuser.kernels.source_topk import source_topk_from_logits
 from profuser.models.fingerprint import fingerprint
-from profuser.models.head import head_layer
+from profuser.models.head import head_layer, head_of
+from profuser.prepare.capture import CaptureRequest, capture_responses
 from profuser.store.files import read_json, write_json
 from profuser.text.token_bytes import TokenBytes
 
@@ -272,32 +278,50 @@ def figures(target: Target, gold: int, said: dict[int, float], truth: dict[int, 
     }
 
 
-def measure(source: Source, targets: dict[str, Target], trees: Trees, save: Callable[[], None]) -> list[dict[str, Any]]:
+def measure(
+    source: Source, targets: dict[str, Target], trees: Trees, save: Callable[[], None], follow: bool
+) -> list[dict[str, Any]]:
     """One row per position of every direction and target. After every paragraph `save` is called."""
     rows = []
     composed = Composed(source, trees)
     for number, (sort, text) in enumerate(paragraphs((TEXTS / "numbers.txt").read_text("utf-8"))):
         reading = Reading(source, sort, number, text)
         own = Side(source.tokenizer, reading.window.ids, reading.rows)
-        sides = {ONE_TO_SEVERAL: own, SEVERAL_TO_ONE: composed.side(reading)}
+        sides = {ONE_TO_SEVERAL: own}
+        if not follow:  # only a source of shorter tokens is asked
+            sides[SEVERAL_TO_ONE] = composed.side(reading)
         for direction, side in sides.items():
             for name in TARGETS[direction]:
-                rows += measure_text(source, trees, reading, side, direction, targets[name])
+                rows += measure_text(source, trees, reading, side, direction, targets[name], follow)
         save()
         print(f"paragraph {number}: {len(rows)} positions", flush=True)
     return rows
 
 
 def measure_text(
-    source: Source, trees: Trees, reading: Reading, side: Side, direction: str, target: Target
+    source: Source, trees: Trees, reading: Reading, side: Side, direction: str, target: Target, follow: bool = False
 ) -> Iterator[dict[str, Any]]:
     """One row per position of a paragraph: what the library makes of the side's distributions, and the truth."""
     window = reading.window
+    numbers = None
+    if follow and direction == ONE_TO_SEVERAL:
+        request = asked(source, target, window.text)
+        numbers = follower_of(source, target).follow(request.encoded, request.numbers)
     ranges = prefix_ranges(window.text, target.tokenizer, side.tokenizer)
     logits = torch.from_numpy(side.probabilities).log().float()
     labels = torch.tensor(side.ids)
     top_ids, top_logprobs, _, ce, *of_ranges = source_topk_from_logits(logits, labels, TOP_K, ranges=ranges)
-    aligned = align(window.text, target.tokenizer, side.tokenizer, top_ids, top_logprobs, -ce, of_ranges, top_k=TOP_K)
+    aligned = align(
+        window.text,
+        target.tokenizer,
+        side.tokenizer,
+        top_ids,
+        top_logprobs,
+        -ce,
+        of_ranges,
+        numbers=numbers,
+        top_k=TOP_K,
+    )
     for t, place in positions(direction, target, window):
         gold, (begin, end) = int(aligned.target_ids[t]), target.of(window)[1][t]
         entries = zip(aligned.source_ids[t].tolist(), aligned.source_logprobs[t].double().exp().tolist(), strict=True)
@@ -316,6 +340,38 @@ def measure_text(
             "covered": not int(aligned.skip_reason[t]),
         }
         yield row | (figures(target, gold, said, truth) if row["covered"] else {})
+
+
+def asked(source: Source, target: Target, text: str) -> CaptureRequest:
+    """What is asked of the source about a text, numbers included. The source reads its `lead` before the text."""
+    ours, theirs = plain_text(target.tokenizer), plain_text(source.tokenizer)
+    tokens = ours.token_bytes, theirs.token_bytes
+    encoded, own, lead = ours.encode(text), theirs.encode(text), source.lead
+    ranges = ranges_needed(tokens[0], encoded, tokens[1], own, theirs.byte_order)
+    own = replace(own, input_ids=[*lead, *own.input_ids], start=len(lead), stop=len(lead) + own.stop)
+    return CaptureRequest(own, len(text.encode()), ranges, number_rows(tokens[0], encoded, tokens[1], own))
+
+
+def follower_of(source: Source, target: Target) -> NumberFollower:
+    ours, theirs = plain_text(target.tokenizer), plain_text(source.tokenizer)
+    return NumberFollower(ours.token_bytes, theirs.token_bytes, source.model, head_of(source.model), TOP_K)
+
+
+def cost(source: Source, target: Target) -> float:
+    """How many times as long a capture of the texts takes if the source is asked how their numbers go on."""
+    texts = [text for _, text in paragraphs((TEXTS / "numbers.txt").read_text("utf-8"))]
+    requests = [asked(source, target, text) for text in texts]
+    head, order, follower = head_of(source.model), plain_text(source.tokenizer).byte_order, follower_of(source, target)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for follows in (False, True) * 3:
+        start = time.monotonic()
+        list(
+            capture_responses(
+                source.model, head, requests, order, top_k=TOP_K, batch_size=8, follower=follower if follows else None
+            )
+        )
+        seconds[follows].append(time.monotonic() - start)
+    return float(np.median(seconds[True]) / np.median(seconds[False]))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -423,11 +479,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--trees", type=Path, help="read the probabilities of digit strings from this file, and add those it lacks"
     )
+    parser.add_argument(
+        "--follow-numbers", action="store_true", help="ask the source how its numbers go on (align.follow_numbers)"
+    )
     parser.add_argument("--json", type=Path, help="write all figures and positions to this file")
     parser.add_argument(
         "--before", type=Path, help="show the figures of this file, an earlier --json, beside the new ones"
     )
-    parser.add_argument("--write", type=Path, help=f"replace the {SECTION} section of this Markdown file by the tables")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        help=f"replace the {SECTION} section of this Markdown file by the tables, or {SECTION}_followed with --follow-numbers",
+    )
     args = parser.parse_args(argv)
     for name in (name for names in TARGETS.values() for name in names):
         if not (args.tokenizers / name).is_dir():
@@ -448,15 +511,23 @@ def main(argv: list[str]) -> None:
         name: Target(name, pretrained_tokenizer(args.tokenizers / name)) for names in TARGETS.values() for name in names
     }
     results: dict[str, Any] = {"source": args.model.name, **environment()}
-    results["positions"] = measure(source, targets, trees, save)
+    results["positions"] = measure(source, targets, trees, save, args.follow_numbers)
     results["figures"] = summary(results["positions"])
-    text = section(results, before, f"python -m profuser.experiments.{SECTION} --model DIR --tokenizers DIR")
+    if args.follow_numbers:
+        results["cost"] = cost(source, targets["deepseek_v3"])
+    option = " --follow-numbers" if args.follow_numbers else ""
+    text = section(results, before, f"python -m profuser.experiments.{SECTION} --model DIR --tokenizers DIR{option}")
+    if "cost" in results:
+        text += (
+            f"\n\nA capture of these texts for deepseek_v3 takes {results['cost']:.2f} times as long if the source is asked how its "
+            "numbers go on."
+        )
     print(text)
     print(f"\n{time.monotonic() - start:.0f} s")
     if args.json:
         write_json(args.json, results)
     if args.write:
-        write_section(args.write, SECTION, text)
+        write_section(args.write, f"{SECTION}_followed" if args.follow_numbers else SECTION, text)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from profuser.models.branches import Branches
 from profuser.models.head import head_layer
 
 History = tuple[int, ...]
@@ -175,9 +176,6 @@ def _inverse(summed: np.ndarray, u: np.ndarray) -> np.ndarray:
 class TextModel:
     """A model that has read one text, and that can go on from any token of it along many histories.
 
-    All histories share one sequence of the key-value cache. By a mask (tree attention), every new token attends to the text
-    before its cut and to its own ancestors only. So nothing is copied, and every distinct history is computed once.
-
     Args:
         model: any causal Hugging Face model whose attention takes a 4-D mask. It should be in fp32, because its
             distributions are compared.
@@ -188,53 +186,17 @@ class TextModel:
     """
 
     def __init__(self, model: PreTrainedModel, lead: Sequence[int], ids: Sequence[int]):
-        self._body, self._head = model.base_model, head_layer(model)
-        self._lead, self._ids = len(lead), tuple(ids)
-        self._cache = DynamicCache(config=model.config)
-        self._size = len(lead) + len(ids)
-        with torch.inference_mode():
-            out = self._body(torch.tensor([[*lead, *ids]]), past_key_values=self._cache, use_cache=True)
-        self.hidden = out.last_hidden_state[0, self._lead - 1 :]
+        self._head, self._lead = head_layer(model), len(lead)
+        self._branches = Branches(model, [*lead, *ids])
+        self.hidden = self._branches.hidden[self._lead - 1 :]
 
     def after(self, cut: int) -> LogProbs:
-        """The model behind the text's first `cut` tokens, where the histories begin.
-
-        Every call makes the functions that earlier calls returned invalid, because they share one cache.
-        """
-        if (grown := self._cache.get_seq_length() - self._size) > 0:
-            self._cache.crop(-grown)
-        states: dict[History, torch.Tensor] = {}
-        seen: dict[History, torch.Tensor] = {}
-        for end in range(cut, len(self._ids) + 1):  # the states of the text's own tokens exist already
-            states[self._ids[cut:end]] = self.hidden[end]
-            seen[self._ids[cut:end]] = torch.arange(self._lead + end)
+        """The model behind the text's first `cut` tokens, where the histories begin. It forgets the histories of earlier calls."""
+        self._branches.forget()
 
         @torch.inference_mode()
         def logprobs(histories: Sequence[History]) -> np.ndarray:
-            new: list[History] = []
-            for history in histories:
-                known = next(n for n in range(len(history), -1, -1) if history[:n] in seen)
-                for n in range(known + 1, len(history) + 1):
-                    index = self._cache.get_seq_length() + len(new)
-                    seen[history[:n]] = torch.cat([seen[history[: n - 1]], torch.tensor([index])])
-                    new.append(history[:n])
-            if new:
-                self._extend(new, seen, states, self._lead + cut)
-            logits = self._head(torch.stack([states[history] for history in histories]))
-            return logits.float().log_softmax(-1).numpy()
+            states = self._branches.states([(self._lead + cut, history) for history in histories])
+            return self._head(states).float().log_softmax(-1).numpy()
 
         return logprobs
-
-    def _extend(self, new: list[History], seen, states, depth: int) -> None:
-        total = self._cache.get_seq_length() + len(new)
-        mask = torch.zeros(1, 1, len(new), total, dtype=torch.bool)
-        for n, history in enumerate(new):
-            mask[0, 0, n, seen[history]] = True
-        out = self._body(
-            torch.tensor([[history[-1] for history in new]]),
-            attention_mask=mask,
-            position_ids=torch.tensor([[depth + len(history) - 1 for history in new]]),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        states.update(zip(new, out.last_hidden_state[0]))

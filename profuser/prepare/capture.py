@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from profuser.alignment.follow_numbers import NumberFollower, NumberRow
 from profuser.alignment.ranges import RangeRequest, flat_maps
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
@@ -58,11 +59,13 @@ class CaptureRequest:
 
     encoded: the conversation in the source's tokens. response_bytes: the length of the response.
     ranges: the prefix ranges that the alignment to the target's tokens needs.
+    numbers: the rows whose numbers are followed.
     """
 
     encoded: Encoded
     response_bytes: int
     ranges: RangeRequest
+    numbers: Sequence[NumberRow] = ()
 
 
 @torch.no_grad()
@@ -74,6 +77,7 @@ def capture_responses(
     *,
     top_k: int,
     batch_size: int,
+    follower: NumberFollower | None = None,
 ) -> Iterator[tuple[int, ScoredResponse]]:
     """Scores responses with one source, in batches of similar length.
 
@@ -81,6 +85,7 @@ def capture_responses(
         requests: the responses; one without any tokens is left out of the results.
         byte_order: the source's vocabulary in byte order.
         top_k: how many entries are kept of a distribution. batch_size: how many responses go into a forward pass.
+        follower: what asks the source how its numbers go on, if it is asked.
 
     Yields:
         (index into `requests`, ScoredResponse), in no particular order.
@@ -148,6 +153,8 @@ def capture_responses(
                     logprobs=range_logprobs[ranges],
                 ),
             )
+            if follower is not None:
+                capture.ranges = capture.ranges.with_others(follower.follow(encoded, request.numbers))
             yield (
                 i,
                 ScoredResponse(

@@ -21,8 +21,8 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 TWO_TEXTS = "give the prompt and the response of a row as texts, in a column each"
 """What is understood today."""
 
-PARTS_OF_PROMPTS = ("instruction", "input", "context", "system", "history")
-"""What data sets call a column with a part of the prompt, beside the column that holds the rest of it."""
+PARTS_OF_PROMPTS = ("instruction", "input", "context", "system", "system_prompt", "history")
+"""What data sets call a column with a part of the prompt, in small or capital letters, beside that of the rest of it."""
 
 
 def load_examples(
@@ -107,9 +107,11 @@ def _advice(key: str, columns: Sequence[str]) -> str:
 def _check_parts_of_prompts(location: DataLocation, table: Table, columns: Sequence[str], config: DataConfig) -> None:
     """Raises DataError where a column that belongs to the prompts holds text and no key of the recipe names it."""
     unused = set(columns) - {config.prompt_column, config.response_column, config.skill_column}
-    for column in PARTS_OF_PROMPTS:
+    for column in columns:
+        if column not in unused or column.lower() not in PARTS_OF_PROMPTS:
+            continue
         number = next((n for n, row in enumerate(table) if _is_filled(row.get(column))), None)
-        if column in unused and number is not None:
+        if number is not None:
             raise DataError(
                 f"data {location}: the column {column!r} must be a part of the prompts, row {number} (from 0) has one that would be left "
                 f"out; join it with {config.prompt_column!r} in one column and drop it, or rename it if it is no part of them"

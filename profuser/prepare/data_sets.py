@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError, first_line
-from profuser.prepare.tables import Table, read_file
-from profuser.recipe.places import is_path, resolve
+from profuser.prepare.tables import READERS, Table, read_file
+from profuser.recipe.places import file_suffix, is_path, resolve
 from profuser.recipe.schema import DataLocation, Split
+from profuser.recipe.utf8 import decode
 
 USUAL_NAMES: dict[Split, str] = {"train": "train", "validation": "validation", "heldout": "test"}
 """What data sets call our splits."""
@@ -27,6 +28,10 @@ NOT_ABOUT_READING = {
     "name", "version", "data_dir", "data_files", "description", "features", "delimiter", "chunksize", "batch_size",
 }  # fmt: skip
 """Settings of a data set's files that change none of its values, with `features`: declared types change no value here."""
+
+
+NO_EXAMPLES = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""Files that the library `datasets` writes beside the data."""
 
 
 def read_table(location: DataLocation, split: Split) -> Table:
@@ -63,11 +68,18 @@ def _files(location: DataLocation, split: Split, path: Path) -> Iterator[tuple[P
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our own errors say in one line what is wrong
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every README without settings
     place = str(path.resolve()) if path.is_dir() else location.path
+    if path.is_dir() and (wild := sorted(set(place) & set("*?[]"))):  # the library would take it for a pattern
+        raise DataError(
+            f"data.{split}: a folder's path must be without {' '.join(wild)}, got {place}; rename it, or name a file in it"
+        )
     try:
         builder = _builder(place, location.config)
         files: dict[str, list[str]] = {str(name): list(found) for name, found in builder.config.data_files.items()}
     except Exception as error:  # a Hub out of reach, a broken README and unknown names each raise their own kinds
         raise _explained(error, location, split, place) from None
+
+    if path.is_dir():
+        _check_none_left_out(location, Path(place), {file for found in files.values() for file in found})
 
     # Choose the split.
     name = location.split or next((name for name in files if len(files) == 1 or name == split), "")
@@ -93,6 +105,35 @@ def _files(location: DataLocation, split: Split, path: Path) -> Iterator[tuple[P
     fetched: Any = datasets.DownloadManager(record_checksums=False).download(files)
     for file, here in zip(files[name], fetched[name]):
         yield Path(here), f"{location.path}/{file.removeprefix(builder.base_path).lstrip('/')}", delimiter
+
+
+def _check_none_left_out(location: DataLocation, folder: Path, found: set[str]) -> None:
+    """Raises DataError where a data file of a folder is in none of its splits, so that its rows would be lost unnoticed.
+
+    The library takes the files of the most frequent kind only, and leaves out those that are not called after a split where
+    others are. A README that lists the files has chosen them on purpose.
+    """
+    readme = folder / "README.md"
+    if readme.is_file() and re.search(r"^configs:", decode(readme.read_bytes()), re.MULTILINE):
+        return
+    if left_out := [file for file in _data_files(folder) if str(folder / file) not in found]:
+        raise DataError(
+            f"data {location.path}: every data file of a folder must belong to a split, {left_out[0]} would not be read "
+            f"({len(left_out)} of {len(left_out) + len(found)} files); give all files one kind and the names of splits, as in "
+            "train-1.jsonl, take it out of the folder, or name one file in place of the folder"
+        )
+
+
+def _data_files(folder: Path) -> list[str]:
+    """Returns the files below a folder that we can read, by their paths in it. Hidden ones are not among them."""
+    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    return [
+        str(file)
+        for file in files
+        if file_suffix(file.name) in READERS
+        and file.name not in NO_EXAMPLES
+        and not any(part.startswith((".", "__")) for part in file.parts)
+    ]
 
 
 def _builder(place: str, config: str | None) -> Any:
@@ -138,7 +179,12 @@ def _explained(error: Exception, location: DataLocation, split: Split, place: st
         )
     reason = "its README.md is not UTF-8" if isinstance(error, UnicodeDecodeError) else first_line(error)
     fix = "fix the folder, or name a file in it"
-    if not Path(place).is_dir():
+    if Path(place).is_dir() and "data files" in reason:
+        readable = _data_files(Path(place))
+        fix = "put files there that we read, or fix the path"
+        if readable:  # the library knows no endings in capitals
+            fix = f"write the ending of {readable[0]} in small letters, or name this file in place of the folder"
+    elif not Path(place).is_dir():
         fix = "fix the id, or run once where the Hub can be reached"
     return DataError(f"data {location.path} cannot be read ({reason}); {fix}")
 

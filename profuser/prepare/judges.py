@@ -72,7 +72,15 @@ def reward_template(config: JudgeConfig, location: str, *, date: datetime.date |
         trust_remote_code=config.trust_remote_code,
     )
     try:
-        return ChatTemplate(load_tokenizer(source), date=date)
+        template = ChatTemplate(load_tokenizer(source), date=date)
+        # A judge that does not see the response scores all of them alike.
+        answers = [conversation("x", response) for response in ("yes", "no")]
+        if template.ids(answers[0]) == template.ids(answers[1]):
+            raise DataError(
+                f"a chat template must show the response, {template.name}'s renders two of them as "
+                f"{in_short(template.text(answers[0]))}; {template.fix}"
+            )
+        return template
     except DataError as error:
         prefix = "" if source.name in str(error) else f"{source.name}: "
         raise DataError(f"{prefix}{error}") from error

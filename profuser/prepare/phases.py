@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from profuser.alignment.engine import CppByteAligner, byte_aligner
+from profuser.alignment.follow_numbers import NumberFollower, number_rows
 from profuser.alignment.fusellm import FuseLLMAligner
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.reference import PythonByteAligner
@@ -65,6 +66,7 @@ class LoadedSource:
     head: Head
     byte_order: ByteOrder
     reasoning: Reasoning
+    follower: NumberFollower | None
 
 
 def prepare(run: Run) -> Store:
@@ -180,7 +182,11 @@ class Preparation:
         head, chat = head_of(model), self.inputs.chats[source.name]
         check_vocabulary(source.name, chat, len(head.weight))
         order = ByteOrder(chat.token_bytes, head.weight.shape[0])
-        return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source))
+        follower = None
+        if self.recipe.align.follow_numbers:
+            top_k = min(self.recipe.capture.top_k, head.weight.shape[0])
+            follower = NumberFollower(self.inputs.target.token_bytes, chat.token_bytes, model, head, top_k)
+        return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source), follower)
 
     def _answer(self, split: Split, part: Part, source: LoadedSource, bar: Progress) -> Counter[Verdict]:
         """Writes one shard of a source's responses to the prompts of a part.
@@ -219,8 +225,9 @@ class Preparation:
         Args:
             fitted: the texts, one per example. An example whose verdict is not OK has none.
         """
-        # Encode the texts, and find out which prefix ranges the target will need of each.
+        # Encode the texts, and find out which prefix ranges and numbers the target will need of each.
         rows, target = part.of(self.inputs.rows[kind.split]), self.inputs.target
+        tokens = target.token_bytes, source.chat.token_bytes
         verdicts = [f.verdict for f in fitted]
         requests: list[CaptureRequest] = []
         asked: list[int] = []  # the example, counted within the part, of every request
@@ -230,18 +237,25 @@ class Preparation:
             try:
                 own = source.chat.encode(row["prompt"], text.text, complete=not text.cut)
                 theirs = target.encode(row["prompt"], text.text, complete=not text.cut)
-                ranges = ranges_needed(target.token_bytes, theirs, source.chat.token_bytes, own, source.byte_order)
+                ranges = ranges_needed(tokens[0], theirs, tokens[1], own, source.byte_order)
             except TokenBytesMismatch as error:
                 verdicts[i] = Verdict.of(error)
                 continue
-            requests.append(CaptureRequest(own, len(text.text.encode()), ranges))
+            numbers = number_rows(tokens[0], theirs, tokens[1], own) if source.follower else ()
+            requests.append(CaptureRequest(own, len(text.text.encode()), ranges, numbers))
             asked.append(i)
 
         # Score them, and write the shard.
         top_k, batch_size = self.recipe.capture.top_k, self.recipe.capture.batch_size
         scored: dict[int, ScoredResponse] = {}
         for i, response in capture_responses(
-            source.model, source.head, requests, source.byte_order, top_k=top_k, batch_size=batch_size
+            source.model,
+            source.head,
+            requests,
+            source.byte_order,
+            top_k=top_k,
+            batch_size=batch_size,
+            follower=source.follower,
         ):
             scored[asked[i]] = response
             bar.update(1, tokens=len(requests[i].encoded.input_ids))

@@ -20,7 +20,7 @@ from profuser.store.store import Store
 from profuser.text.fit import Verdict
 from profuser.text.template import conversation
 
-NO_SIGNAL = {"skip": "left out of inference mode", "ground_truth": "taught its ground truth in inference mode"}
+NO_SIGNAL = {"skip": "left out of inference mode", "ground_truth": "taught the ground truth in inference mode"}
 """What becomes of a prompt without a signal, for every value of judging.no_signal."""
 MUCH_WITHOUT_SIGNAL = 0.2
 """The share of prompts without a signal above which a warning is printed."""
@@ -30,6 +30,7 @@ def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds
     """Writes summary.json and samples.parquet, the audit table, beside the shards. `seconds` says how long each phase took."""
     import datasets
 
+    datasets.disable_progress_bars()  # the table is written in a moment
     write_json(store.directory / "summary.json", summarise(inputs, store, ballots, seconds))
     table = audit_table(inputs, store, ballots)
     datasets.Dataset.from_dict(table).to_parquet(str(store.directory / "samples.parquet"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError, first_line
-from profuser.recipe.places import file_suffix
+from profuser.recipe.places import COMPRESSIONS, file_suffix
 from profuser.recipe.utf8 import decode, defect, texts_in
 
 Table = list[dict[str, Any]]
@@ -68,6 +68,10 @@ def read_csv(file: Any, delimiter: str = ",") -> Table:
     csv.field_size_limit(2**31 - 1)  # a response may be longer than the default limit of 128 KiB
     reader = csv.reader(io.StringIO(decode(file.read()), newline=""), delimiter=delimiter, strict=True)
     header = next(reader, [])
+    if len(header) == 1 and (other := next((c for c in ",;\t|" if c in header[0]), None)):
+        raise ValueError(
+            f"its cells must be separated by {delimiter!r}, the header has only {other!r}: write it with {delimiter!r}"
+        )
     if twice := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"the column {twice[0]!r} stands in the header twice")
     rows = [row for row in reader if row]
@@ -116,7 +120,7 @@ def read_file(path: Path, name: str, delimiter: str | None = None) -> Table:
     if delimiter is not None:
         reader = partial(read_csv, delimiter=delimiter)
     try:
-        with pyarrow.input_stream(str(path), compression="detect") as file:
+        with pyarrow.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix.lower())) as file:
             rows = reader(file)
     except Exception as error:  # pyarrow, csv and json each raise their own kinds for a broken file
         raise DataError(f"data {name} cannot be read ({first_line(error)}); fix the file or its path") from None

@@ -73,6 +73,46 @@ def mistake(value: object, kind: Any, place: str = "", whole: bool = False) -> s
     return f"{place} must be {' or '.join(map(in_words, kinds))}, got {as_yaml(value)}{fix}"
 
 
+def completed(value: Any, kind: Any, whole: bool = False) -> Any:
+    """Returns a value with all defaults written out where it stands for itself alone.
+
+    That is so for the entries of a list, and for a mapping where the key may have a text instead. What such a value does not say
+    would otherwise be taken from the value that it replaces, because jsonargparse merges the two.
+
+    Args:
+        kind: the type of the value, as for `mistake`. whole: whether the value is such an entry.
+    """
+    kinds = alternatives(kind)
+    group = next(filter(is_dataclass, kinds), None)
+    entries = next((k for k in kinds if get_origin(k) is list), None)
+    if isinstance(value, list) and entries is not None:
+        return [completed(entry, get_args(entries)[0], whole=True) for entry in value]
+    if not isinstance(value, dict) or group is None:
+        return value
+    hints = get_type_hints(group)
+    said = {name: completed(inner, hints.get(name, object)) for name, inner in value.items()}
+    if not (whole or len(kinds) > 1):
+        return said
+    return {f.name: f.default for f in fields(group) if f.default is not f.default_factory} | said
+
+
+def completed_argument(name: str, value: Argument) -> Argument:
+    """Returns the value of an argument `--name value`, with the defaults written out as `completed` does."""
+    kind: Any = Recipe
+    for part in name.split("."):
+        group = next(filter(is_dataclass, alternatives(kind)), None)
+        kind = get_type_hints(group).get(part) if group is not None else None
+    given = parsed(value)
+    if kind is None or (whole := completed(given, kind)) == given:
+        return value
+    return as_argument(whole)
+
+
+def as_argument(value: Any) -> Argument:
+    """Spells a value as YAML, in one line."""
+    return Argument(yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True))
+
+
 def argument_mistake(name: str, value: Argument | None, others: Sequence[str]) -> str | None:
     """Returns what is wrong with an argument `--name value` of the command line; None where nothing is.
 

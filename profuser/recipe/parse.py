@@ -17,7 +17,7 @@ import jsonargparse
 import yaml
 
 from profuser.errors import ConfigError, first_line
-from profuser.recipe.keys import Argument, argument_mistake, mistake
+from profuser.recipe.keys import Argument, argument_mistake, as_argument, completed, completed_argument, mistake
 from profuser.recipe.places import DEFAULT_RECIPE
 from profuser.recipe.schema import Recipe
 from profuser.recipe.utf8 import read_utf8
@@ -82,11 +82,14 @@ def parse_run(
     words = []
     for name, value in given:
         if name == "config":
-            value = _checked_recipe(value or "", hint)  # jsonargparse gets the text, so that the file is read only once
+            # jsonargparse gets the text, so that the file is read only once. A second recipe stands over the first.
+            value = _checked_recipe(value or "", hint, over_another=any(word.startswith("--config=") for word in words))
         elif name in flags and value is not None:
             raise ConfigError(f"--{name} must stand alone, got the value {value}; leave it out")
         elif name not in (*flags, PRINT) and (wrong := argument_mistake(name, value, ["config", *flags])):
             raise ConfigError(wrong + hint)
+        elif value is not None:
+            value = completed_argument(name, value)
         words.append(f"--{name}" if value is None else f"--{name}={value}")
 
     # Parse and check. What jsonargparse finds wrong now has not been looked for above.
@@ -150,8 +153,12 @@ def _arguments(argv: Sequence[str], flags: Collection[str]) -> Iterator[tuple[st
             yield name, None if alone else Argument(waiting.pop(0))
 
 
-def _checked_recipe(config: str, hint: str) -> Argument:
-    """Reads the file of a recipe and returns its text, in which every key is known and every value has its type."""
+def _checked_recipe(config: str, hint: str, over_another: bool) -> Argument:
+    """Reads the file of a recipe and returns its text, in which every key is known and every value has its type.
+
+    Args:
+        over_another: whether the recipe's values replace those of another one.
+    """
     try:
         text = read_utf8(Path(config))
     except OSError:
@@ -170,7 +177,7 @@ def _checked_recipe(config: str, hint: str) -> Argument:
         raise ConfigError(f"a recipe must be a mapping of keys such as sources and target, got {kind}{hint}")
     if wrong := mistake(content, Recipe):
         raise ConfigError(wrong + hint)
-    return Argument(text)
+    return as_argument(completed(content, Recipe)) if over_another else Argument(text)
 
 
 def _recipe(namespace: Any) -> Recipe:

@@ -19,8 +19,8 @@ BUNDLED_PREFIX = "demo:"
 FILE_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gguf"}
 """A name with one of these endings, in small or capital letters, is always taken for a file, never for a Hub id."""
 
-COMPRESSIONS = {".gz", ".bz2", ".zst"}
-"""Endings that may follow one of a data file: those of the compressions that pyarrow recognises by them."""
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+"""Endings that may follow one of a data file, in small or capital letters, each with pyarrow's name for the compression."""
 
 
 def is_path(location: str) -> bool:
@@ -65,7 +65,9 @@ def load_function(path: str, key: str) -> Callable:
         SystemExit,
     ) as error:  # the module may be the user's own, which may raise anything when it is imported
         fix = "fix the module"
-        if module in sys.modules or not all(part.isidentifier() for part in module.split(".")):
+        if "/" in module or module.endswith(".py"):
+            fix = f"write {Path(module).stem}:{name or 'function'} and run where the file lies, or set PYTHONPATH to its folder"
+        elif module in sys.modules or not all(part.isidentifier() for part in module.split(".")):
             fix = "fix the name"
         elif isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             fix = "fix the name, or run where the module lies (or set PYTHONPATH)"

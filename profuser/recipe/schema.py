@@ -236,12 +236,18 @@ class AlignConfig:
     """What happens where mode fusellm finds no match: skip leaves the position out of KD, label puts all mass on the label."""
     min_reliability: float = 0.1
     """A position is skipped where less than this share of the source's probability can follow the target's prefix."""
+    follow_numbers: bool = False
+    """Whether sources are asked how their numbers go on, for a target with tokens of several digits. Otherwise that is estimated."""
     min_ce_unit: Literal["token", "byte"] = "byte"
     """Whether Min-CE compares the sources in nats per byte of the response, or in nats per own token as the paper does."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_reliability <= 1:
             raise ConfigError(f"align.min_reliability must be in [0, 1], got {self.min_reliability}; default 0.1")
+        if self.follow_numbers and self.mode != "bytes":
+            raise ConfigError(
+                f"align.follow_numbers must go with align.mode bytes, got mode {self.mode}; leave it out, as fusellm does not use it"
+            )
 
 
 @dataclass(kw_only=True)

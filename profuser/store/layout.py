@@ -104,10 +104,10 @@ CAPTURE_COLUMNS: Columns = {
     "top_logprobs": np.float16,  # (m, k)
     "own_logprobs": np.float32,  # of the token itself, whether it is among the top k or not
     "lse": np.float32,  # the log-sum-exp of the logits
-    # One value or row per range of the vocabulary (alignment rules 2, 7 and 8).
+    # One value or row per range of the vocabulary (alignment rules 2 and 7 to 9).
     "range_offsets": np.int64,  # (n + 1,): where the ranges of each example begin
     "range_rows": np.int32,  # the token, counted within its example, that the range belongs to
-    "range_strip": np.int32,  # how many bytes of that token are the prefix, or WHOLE or DIGITS
+    "range_strip": np.int32,  # how many bytes of that token are the prefix, or WHOLE, DIGITS or NUMBERS
     "range_logmass": np.float32,  # the log-probability of all tokens in the range together
     "range_counts": COUNT,  # how many of the k entries are real; the others are padding
     "range_ids": np.int32,  # (r, k) for r ranges, as the maps of profuser/alignment/merging.py spell what tokens count for

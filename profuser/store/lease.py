@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import socket
@@ -43,6 +44,8 @@ EXPIRES_SECONDS = 90
 """A lease from another kernel is left over when it has not been renewed for so long."""
 POLL_SECONDS = 0.5
 """How often a process that waits looks again."""
+ATTEMPTS = 1000
+"""How often the folder of the leases may be removed by others just as it is entered, before something else must be wrong."""
 
 Directory = Literal["store", "run"]
 OPTIONS: Mapping[Directory, str] = {"store": "--store", "run": "--output"}
@@ -201,12 +204,16 @@ def _enter(directory: Path, what: Directory, own: Holder, differing: Differing) 
 def _alone(directory: Path) -> Generator[None]:
     """Keeps other processes away from the leases of a directory. The folder of the leases goes when the last of them has gone."""
     folder = _folder(directory)
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        door = FileLock(folder / "door")
-        with contextlib.suppress(FileNotFoundError):  # whoever was here before has just removed the folder
+    door = FileLock(folder / "door")
+    for attempt in itertools.count(1):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
             door.acquire(poll_interval=0.02)
             break
+        except (FileNotFoundError, FileExistsError):
+            # Whoever was here before has just removed the folder: before the door was opened, or while mkdir looked at it.
+            if attempt == ATTEMPTS:
+                raise
     try:
         yield
     finally:

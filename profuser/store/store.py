@@ -5,8 +5,8 @@ A store is made in three layers:
 - votes: the judges' scores, and the captures of the responses that won;
 - targets: all captures aligned to the target's tokens, which is what the trainer reads.
 The manifest records the settings that each layer was made with. If only the alignment's settings change, the targets are
-made again from the captures that are there; if only the judges change, they vote again on the same responses. Other sources
-need another store. `layout.py` says which shards there are.
+made again from the captures that are there, or from new ones where the alignment wants to know something else of the sources; if
+only the judges change, they vote again on the same responses. Other sources need another store. `layout.py` says which shards there are.
 
 Every file is written beside its place, synced and renamed, and only then entered in the manifest with its sha256. Therefore
 an interrupted preparation goes on with the next shard, and a damaged shard is never trained on. Reading never changes a
@@ -42,7 +42,7 @@ class StoreSettings:
     sources: the models, their templates, the data, and how responses are generated and captured.
     votes: `asked` lists the names of the judges in their order, and `judges` says what each of them is. Whatever else is there
         belongs to the rule of the vote, which may change without any judge being asked again.
-    targets: how the captures are aligned.
+    targets: how the captures are aligned. `follow_numbers` among them also says whether the captures hold followed numbers.
     """
 
     sources: dict[str, Any]
@@ -58,6 +58,7 @@ class Changes:
     sources: the other differing keys of the sources' layer.
     judges: the names of the judges that have become others, by their weights or their code.
     asked: whether the list of judges, their order or the rule of the vote is another one.
+    captured: whether the sources have to be captured again, because what the alignment wants to know of them is another thing.
     targets: the differing keys of the targets' layer.
     """
 
@@ -65,6 +66,7 @@ class Changes:
     sources: list[str]
     judges: list[str]
     asked: bool
+    captured: bool
     targets: list[str]
 
     def check(self, directory: Path) -> None:
@@ -93,6 +95,8 @@ class Changes:
         """Whether the shards of this kind have to be made again."""
         if kind.folder == "targets":
             return self.vote or bool(self.targets)
+        if kind.folder in ("truth", "winners") and self.captured:
+            return True
         return (kind.folder == "winners" and self.vote) or (kind.folder == "scores" and kind.of in self.judges)
 
 
@@ -179,9 +183,12 @@ class Store:
             same = not changes.judges and store.settings.votes["asked"] == settings.votes["asked"]
             names = ", ".join(changes.judges or settings.votes["asked"] or ["none"])
             print(f"store: {'the vote' if same else 'judges'} changed ({names}): voting again", flush=True)
-        elif changes.targets:
+        if changes.captured or (changes.targets and not changes.vote):
             keys = ", ".join(changes.targets)
-            print(f"store: {keys} changed: aligning again from the captures that are there", flush=True)
+            again = (
+                "capturing the sources again" if changes.captured else "aligning again from the captures that are there"
+            )
+            print(f"store: {keys} changed: {again}", flush=True)
         if changes.vote or changes.targets:
             # A judge that is no longer asked stays in the settings, and its scores in the store: it may be asked again.
             judges = store.settings.votes["judges"] | settings.votes["judges"]
@@ -205,6 +212,7 @@ class Store:
             sources=[key for key in keys if key not in foreign],
             judges=[name for name, judge in settings.votes["judges"].items() if known.get(name, judge) != judge],
             asked=any(key.partition(".")[0] != "judges" for key in differing_keys(old.votes, settings.votes)),
+            captured=bool(old.targets.get("follow_numbers")) != bool(settings.targets.get("follow_numbers")),
             targets=differing_keys(old.targets, settings.targets),
         )
 
