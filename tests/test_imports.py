@@ -25,7 +25,8 @@ FLOORS = (
     ("prepare", "train"),
     ("evaluate", "report", "doctor", "merge", "generate"),
     ("pipeline", "cli"),
-    ("demo", "experiments"),
+    ("demo",),
+    ("experiments",),
     ("front doors",),
 )
 """The floors from the ground up. Rooms of one floor do not import each other: prepare and train meet only in a store."""
