@@ -354,7 +354,7 @@ def test_a_file_that_is_not_utf8_or_a_directory_is_refused_in_one_line(tmp_path)
 def test_an_end_of_turn_that_is_no_id_is_refused(tmp_path, ends):
     _, use = model_file("generation_config.json")(tmp_path)
     with pytest.raises(
-        DataError, match="eos_token_id in generation_config.json of .* must be a token's id or a list of ids"
+        DataError, match=r"eos_token_id in generation_config.json of .* must be a token's id or a list of ids"
     ):
         use({"eos_token_id": ends})
 

@@ -15,8 +15,8 @@ from profuser.demo.verify import answer_of, exact_match
 from profuser.errors import ConfigError, ProfuserError
 from profuser.experiments import number_fusion, number_lengths, sums
 from profuser.experiments.page import write_section
-from profuser.store.files import read_json
 from profuser.text.chat import ChatFormat
+from profuser.typed import read_json
 
 
 def test_a_worked_answer_adds_column_by_column():

@@ -48,8 +48,9 @@ from profuser.experiments.page import write_section
 from profuser.experiments.sums import Sum, Sums, Training, pretrained, tokenizer_of
 from profuser.models.load import chat_format, load_model
 from profuser.recipe.schema import SourceConfig
-from profuser.store.files import read_json, write_json
+from profuser.store.files import write_json
 from profuser.text.chat import ChatFormat
+from profuser.typed import read_json
 
 SECTION = "number_fusion"
 DIRECTIONS = {"one → several": ("single", "triple"), "several → one": ("triple", "single")}
