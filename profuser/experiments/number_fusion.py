@@ -225,7 +225,7 @@ def direction(
     before, good = directory / f"target-{target}", directory / f"source-{source}"
     recipe = folder / "recipe.yaml"
     # JSON is YAML, too.
-    recipe.write_text(json.dumps(recipe_of(settings, good, before, directory), indent=2) + "\n")
+    recipe.write_text(json.dumps(recipe_of(settings, good, before, directory), indent=2) + "\n", encoding="utf-8")
     with ThreadPoolExecutor(workers) as pool:
         runs = dict(zip(arms, pool.map(lambda arm: fuse(arm, recipe, folder, seeds), arms)))
     problems = Sums(settings.fusion, settings.heldout).heldout[: settings.measured]
