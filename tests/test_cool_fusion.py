@@ -178,7 +178,7 @@ REAL = ("llama2", "mistral", "gpt_neox", "gpt2", "qwen2", "deepseek_v3")
 @pytest.mark.parametrize(
     "pair",
     [
-        pytest.param(pair, marks=[] if pair in {("llama2", "qwen2"), ("gpt2", "deepseek_v3")} else pytest.mark.long)
+        pytest.param(pair, marks=[] if pair == ("llama2", "qwen2") else pytest.mark.long)
         for pair in itertools.combinations(REAL, 2)
     ],
     ids="-".join,

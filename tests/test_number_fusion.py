@@ -156,6 +156,7 @@ def test_an_arm_runs_the_code_of_its_checkout(tmp_path):
         number_fusion.fuse(arm, tmp_path / "recipe.yaml", tmp_path, [0])
 
 
+@pytest.mark.long
 def test_a_tiny_run(tmp_path, monkeypatch):
     monkeypatch.setattr(number_fusion, "DIRECTIONS", {"one → several": ("single", "triple")})
     trained = {name: sums.Training(steps=2, batch_size=4) for name in ("single", "triple")}

@@ -145,6 +145,7 @@ def test_a_directory_in_the_place_of_a_file_is_renamed(tmp_path, capsys):
 # -- the same in every surrounding ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "surrounding", [{"PYTHONOPTIMIZE": "2"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )
