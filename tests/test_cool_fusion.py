@@ -272,6 +272,27 @@ def test_the_others_are_asked_where_the_entropy_is_above_the_threshold(demo):
     assert 0 < len(asked) < len(steps)
 
 
+def test_what_one_source_cannot_hold_is_never_chosen_whatever_its_weight(demo, monkeypatch):
+    """The last source refuses every text with an `e`. Its judgement has no weight, but it has to read the answer."""
+    encoded = Speaker.encoded
+
+    def refusing(speaker, response, **options):
+        return None if speaker.voice is demo[2] and "e" in response else encoded(speaker, response, **options)
+
+    monkeypatch.setattr(Speaker, "encoded", refusing)
+    for prompt in PROMPTS[:3]:
+        answer = CoolFusion(demo, DecodeConfig(weights=[1.0, 1.0, 0.0]), 24).answer(prompt)
+        assert "e" not in answer.text
+    # Behind a gate the first source goes on alone where another one could not follow.
+    monkeypatch.setattr(Gated, "_threshold", lambda *_: -1.0)
+    for prompt in PROMPTS[:3]:
+        steps = list(Gated([demo[0], demo[2]], DecodeConfig(method="gated"), 24).steps(prompt))
+        text = ""
+        for step in steps:
+            assert len(step.winner.perplexities) == (1 if "e" in text else 2)
+            text += step.winner.text
+
+
 # --- files and the command -------------------------------------------------------------------------------------------
 
 

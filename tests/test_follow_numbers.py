@@ -21,7 +21,7 @@ from transformers import (
 
 from profuser import align, follow_numbers, prefix_ranges, source_topk
 from profuser.alignment.engine import byte_aligner
-from profuser.alignment.follow_numbers import FOLLOWED, NumberFollower, NumberRow, number_rows
+from profuser.alignment.follow_numbers import FOLLOWED, NumberFollower, number_rows
 from profuser.alignment.numbers import number_ids, numbers
 from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.types import NUMBERS, PrefixRanges
@@ -290,4 +290,3 @@ def test_rows_without_numbers_cost_nothing(reckoner):
     model, chat = reckoner
     follower = NumberFollower(chain_chat(*SHORT).token_bytes, chat.token_bytes, model, head_of(model), 10)
     assert not len(follower.follow(chat.encode("x", "a stone."), []).rows)
-    assert NumberRow(0, 3).most == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from profuser.errors import ConfigError, DataError
 from profuser.merge import methods
-from profuser.merge.run import merge, settings_of
-from profuser.merge.settings import MergedModel, MergeSettings, read_settings
+from profuser.merge.run import merge
+from profuser.merge.settings import MergedModel, MergeSettings, read_settings, settings_of
 from profuser.merge.weights import Slot, WeightsWriter
 from profuser.recipe.places import resolve
 
@@ -367,6 +368,16 @@ def test_weights_that_are_damaged(models, tmp_path):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(DataError, match="cannot be read"):
         merge(settings_of("linear", [models["a"], str(folder)], None, None, None, {}, None, 0), tmp_path / "merged")
+
+
+def test_what_a_killed_merge_has_left_is_removed_by_the_next_and_what_runs_is_not(models, tmp_path):
+    left, running = (tmp_path / f".merged.{process}.tmp" for process in (2**22 + 1, os.getppid()))  # no id is so large
+    for folder in (left, running):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    merge(settings_of("linear", [models["a"], models["b"]], None, None, None, {}, None, 0), tmp_path / "merged")
+    assert not left.exists()
+    assert running.exists()
 
 
 def test_the_command(models, tmp_path):

@@ -222,7 +222,7 @@ def bits_survived() -> dict[str, int]:
             path.write_bytes(data)
             try:
                 one = load_newest(Path(name), model, optimizer)
-            except Exception:
+            except Exception:  # whatever is raised, the run would not have gone on, and this is what is counted
                 found["failed"] += 1
                 continue
             before = one == Checkpoint(1, "targets", b"metrics")

@@ -18,10 +18,11 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from profuser.alignment.capture_rows import check_capture
 from profuser.alignment.engine import CppByteAligner, byte_aligner
 from profuser.alignment.follow_numbers import NumberFollower, number_rows
 from profuser.alignment.ranges import RangeRequest, flat_maps, ranges_needed
-from profuser.alignment.reference import PythonByteAligner, check_capture
+from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder, TextFormat
 from profuser.errors import DataError

@@ -39,7 +39,8 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from profuser.alignment.reference import check_capture, check_encoded
+from profuser.alignment.capture_rows import check_capture
+from profuser.alignment.reference import check_encoded
 from profuser.alignment.spans import _align, match_spans
 from profuser.alignment.types import (
     ALIGNED,

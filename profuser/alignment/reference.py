@@ -57,26 +57,24 @@ pieces, mostly words, that a tokenizer cuts a text into before it looks for toke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from profuser.alignment.boundaries import Boundaries
+from profuser.alignment.capture_rows import Row, Rows
 from profuser.alignment.numbers import DIGITS as DIGITS_OF_TEN
-from profuser.alignment.numbers import is_number, most_merged_digits, numbers
+from profuser.alignment.numbers import most_merged_digits, numbers
 from profuser.alignment.spans import match_spans_python
 from profuser.alignment.types import (
     ALIGNED,
-    DIGITS,
     INSIDE,
-    NUMBERS,
     SAME_SPAN,
     SKIP_EMPTY,
     SKIP_LOW_RELIABILITY,
     SKIP_NO_PREFIX_RANGE,
     SKIP_NO_SOURCE_POSITION,
     SKIPPED,
-    WHOLE,
     Aligned,
     SourceCapture,
 )
@@ -165,7 +163,7 @@ class PythonByteAligner:
         e = [end for _, end in encoded.spans]
         target_clip = _clips(self.target.token_bytes, target_ids[:content], a, e, response, "target")
 
-        rows = _Rows(capture, self._source_ends, n, len(self.target.token_bytes.pieces), self.source.token_bytes.pieces)
+        rows = Rows(capture, self._source_ends, n, len(self.target.token_bytes.pieces), self.source.token_bytes.pieces)
         source_clip = _clips(
             self.source.token_bytes,
             rows.ids[: rows.content],
@@ -218,7 +216,7 @@ class PythonByteAligner:
         """Does the same as `align` for several responses."""
         return [self.align(*sequence) for sequence in zip(responses, encoded, captures, strict=True)]
 
-    def _path(self, t, a, e, n, j, inside, target_ids, target_clip, source_clip, prefix, rows: _Rows) -> _Path | None:
+    def _path(self, t, a, e, n, j, inside, target_ids, target_clip, source_clip, prefix, rows: Rows) -> _Path | None:
         """Collects the candidates that speak of target position t: those of source position j, then the gold path's.
 
         Returns None if the capture does not hold the prefix range that the position needs, or if a later source token of
@@ -276,7 +274,7 @@ class PythonByteAligner:
             path.steps.append(_Step(context, digits, weight, goes_on=rows.goes_on(j + 1), follows_gold=True))
         return path
 
-    def _end_path(self, prefix: tuple[int, ...], rows: _Rows) -> _Path:
+    def _end_path(self, prefix: tuple[int, ...], rows: Rows) -> _Path:
         """Collects the candidates that speak of the target's end of turn: those at the source's end of turn."""
         row, own = rows.top(rows.content), rows.own[rows.content]
         if self._same_tokens and self.target.closing == self.source.closing:
@@ -483,23 +481,6 @@ class PythonByteAligner:
 
 
 @dataclass(slots=True)
-class _Row:
-    """What a row or range says, without the own token.
-
-    candidates, masses: the candidates that rule 3 is for, and their masses.
-    tokens: target tokens with masses that were merged before the cut.
-    cut: the mass of all candidates that end the target's token.
-    exact: the mass of the whole row or range.
-    """
-
-    candidates: list[int]
-    masses: list[float]
-    tokens: list[tuple[int, float]] = field(default_factory=list)
-    cut: float = 0.0
-    exact: float = 1.0
-
-
-@dataclass(slots=True)
 class _Step:
     """A row or range that speaks of a target position.
 
@@ -511,7 +492,7 @@ class _Step:
     """
 
     context: _Context | None
-    row: _Row
+    row: Row
     weight: float = 1.0
     gold: float = 0.0
     goes_on: float | None = None
@@ -544,87 +525,6 @@ class _Path:
     steps: list[_Step]
 
 
-class _Rows:
-    """A capture as lists: its rows, the mass of each row's own token, and its ranges."""
-
-    def __init__(
-        self, capture: SourceCapture, end_ids: frozenset[int], n: int, targets: int, pieces: Sequence[bytes | None]
-    ):
-        check_capture(capture)
-        m = len(capture.ids)
-        self.ids: list[int] = capture.ids.tolist()
-        self.begin: list[int] = capture.begin.tolist()
-        self.stop: list[int] = capture.stop.tolist()
-        self.has_end = m > 0 and self.ids[-1] in end_ids and self.begin[-1] == self.stop[-1] == n
-        self.content = m - self.has_end
-        self.own: list[float] = np.exp(capture.own_logprobs.astype(np.float64)).tolist()
-        self._end_ids, self._pieces = end_ids, pieces
-        masses = np.exp(capture.top_logprobs.astype(np.float64)).tolist()
-        self._top = [
-            _Row(*_others(ids, row, own, len(pieces)))
-            for own, ids, row in zip(self.ids, capture.top_ids.tolist(), masses, strict=True)
-        ]
-        ranges = capture.ranges
-        exact = np.exp(ranges.logmass.astype(np.float64)).tolist()
-        masses = np.exp(ranges.logprobs.astype(np.float64)).tolist()
-        cut = targets + len(pieces) + len(numbers())
-        self.ranges: dict[tuple[int, int], _Row] = {}  # by (row, strip)
-        for j, strip, ids, row, mass in zip(
-            ranges.rows.tolist(), ranges.strip.tolist(), ranges.ids.tolist(), masses, exact, strict=True
-        ):
-            found = self.ranges[j, strip] = _Row([], [], exact=mass)
-            for i, p in zip(ids, row, strict=True):
-                if i == cut:
-                    found.cut += p
-                elif i >= targets and (i - targets != self.ids[j] or strip == DIGITS):
-                    found.candidates.append(i - targets)
-                    found.masses.append(p)
-                elif 0 <= i < targets:
-                    found.tokens.append((i, p))
-
-    def top(self, j: int) -> _Row:
-        """A row's top k."""
-        return self._top[j]
-
-    def ends(self, j: int) -> _Row:
-        """The ends of turn in a row's top k."""
-        ends = [(c, p) for c, p in zip(self._top[j].candidates, self._top[j].masses, strict=True) if c in self._end_ids]
-        return _Row([c for c, _ in ends], [p for _, p in ends])
-
-    def whole(self, j: int) -> _Row:
-        """The whole row: merged, if the capture has it so. Ends of turn have no bytes, so they are not among the merged."""
-        merged, ends = self.ranges.get((j, WHOLE)), self.ends(j)
-        if merged is None:
-            return self._followed(j, self._top[j])
-        row = _Row(merged.candidates + ends.candidates, merged.masses + ends.masses, merged.tokens, merged.cut)
-        return self._followed(j, row)
-
-    def digits(self, j: int) -> _Row | None:
-        """What row j says of the tokens that begin with a digit, if the capture holds it."""
-        digits = self.ranges.get((j, DIGITS))
-        return None if digits is None else self._followed(j, digits)
-
-    def _followed(self, j: int, row: _Row) -> _Row:
-        """Puts the numbers that were followed at row j in the place of the candidates that consist of digits (rule 9)."""
-        followed = self.ranges.get((j, NUMBERS))
-        if followed is None:
-            return row
-        pieces = self._pieces
-        kept = [
-            (c, p)
-            for c, p in zip(row.candidates, row.masses, strict=True)
-            if not (0 <= c < len(pieces) and is_number(pieces[c]))
-        ]
-        candidates, masses = [c for c, _ in kept], [p for _, p in kept]
-        return _Row(candidates + followed.candidates, masses + followed.masses, row.tokens, row.cut, row.exact)
-
-    def goes_on(self, j: int) -> float | None:
-        """The probability with which a digit is taken to follow row j's candidates, if its own token ends in a digit."""
-        digits = self.ranges.get((j + 1, DIGITS))
-        known = digits is not None and j < self.content and (self._pieces[self.ids[j]] or b"")[-1:].isdigit()
-        return (1.0 + min(digits.exact, 1.0)) / 2 if known and digits else None
-
-
 def _is_text(data: bytes) -> bool:
     """Whether the bytes are UTF-8."""
     try:
@@ -632,14 +532,6 @@ def _is_text(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _others(ids: list[int], masses: list[float], own: int, size: int) -> tuple[list[int], list[float]]:
-    """The candidates of a row and their masses, without the own token, padding, and ids beyond the vocabulary."""
-    if own not in ids and -1 not in ids and max(ids, default=0) < size:
-        return ids, masses
-    keep = [slot for slot, i in enumerate(ids) if i != own and 0 <= i < size]
-    return [ids[slot] for slot in keep], [masses[slot] for slot in keep]
 
 
 def check_settings(top_k: int, min_reliability: float) -> None:
@@ -664,42 +556,6 @@ def check_encoded(encoded: Encoded, vocabulary: int) -> None:
             f"a target id must be in [0, {vocabulary}) (its vocabulary), got {min(encoded.input_ids)}..{max(encoded.input_ids)}; "
             "encode the response with this tokenizer"
         )
-
-
-def check_capture(capture: SourceCapture) -> None:
-    """Raises DataError for arrays that do not belong together, or whose values no distribution can have."""
-    m, ranges = len(capture.ids), capture.ranges
-    lengths = {
-        len(x) for x in (capture.begin, capture.stop, capture.top_ids, capture.top_logprobs, capture.own_logprobs)
-    }
-    if lengths != {m} or capture.top_ids.ndim != 2 or capture.top_ids.shape != capture.top_logprobs.shape:
-        raise DataError(
-            f"a capture's arrays must have one row per token ({m}), got rows {sorted(lengths)}; capture it again"
-        )
-    r = len(ranges.rows)
-    lengths = {len(x) for x in (ranges.strip, ranges.logmass, ranges.ids, ranges.logprobs)}
-    if lengths != {r} or ranges.ids.ndim != 2 or ranges.ids.shape != ranges.logprobs.shape:
-        raise DataError(
-            f"the arrays of a capture's prefix ranges must have one row per range ({r}), got rows {sorted(lengths)}; "
-            "capture it again"
-        )
-    if r and not (ranges.rows.min() >= 0 and ranges.rows.max() < m and ranges.strip.min() >= NUMBERS):
-        raise DataError(
-            f"a prefix range must belong to one of {m} rows and have bytes, got rows [{ranges.rows.min()}, "
-            f"{ranges.rows.max()}] and {ranges.strip.min()} bytes; capture it again"
-        )
-    for name, logprobs in (
-        ("top_logprobs", capture.top_logprobs),
-        ("own_logprobs", capture.own_logprobs),
-        ("ranges.logmass", ranges.logmass),
-        ("ranges.logprobs", ranges.logprobs),
-    ):
-        # A sum in float32 may end slightly above 0.
-        bad = ~(logprobs <= 1e-3)
-        if bad.any():
-            raise DataError(
-                f"{name} must be natural log-probabilities, got {logprobs[bad].flat[0]}; apply log_softmax, or capture it again"
-            )
 
 
 def _clips(tokens: TokenBytes, ids, begin, end, response: bytes, name: str) -> list[int]:

@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
     from profuser.generate.trace import page
     from profuser.generate.voices import load_voices
     from profuser.recipe.parse import parse_run
+    from profuser.stopping import working
     from profuser.store.files import write_atomic
 
     run = parse_run("generate", [*(["--config", args.config] if args.config else []), *overrides], {}, DESCRIPTION)
@@ -60,18 +61,19 @@ def main(argv: list[str]) -> None:
     fusion = method(load_voices(run.recipe), run.recipe.decode, run.recipe.generation.max_new_tokens)
     sources = [voice.name for voice in fusion.voices]
     answered: list[tuple[str, Answer]] = []
-    try:
-        if args.input is not None:
-            answered += answer_file(fusion, prompts, args.output)
-        elif args.prompt is not None:
-            answered.append((args.prompt, streamed(fusion, args.prompt)))
-        else:
-            for line in sys.stdin if not sys.stdin.isatty() else terminal():
-                if line.strip():
-                    answered.append((line.rstrip("\n"), streamed(fusion, line.rstrip("\n"))))
-    finally:
-        if args.trace is not None and answered:
-            write_atomic(args.trace, page(sources, answered).encode())
+    with working():  # so that the page is written of what there is, and no row by half
+        try:
+            if args.input is not None:
+                answered += answer_file(fusion, prompts, args.output)
+            elif args.prompt is not None:
+                answered.append((args.prompt, streamed(fusion, args.prompt)))
+            else:
+                for line in sys.stdin if not sys.stdin.isatty() else terminal():
+                    if line.strip():
+                        answered.append((line.rstrip("\n"), streamed(fusion, line.rstrip("\n"))))
+        finally:
+            if args.trace is not None and answered:
+                write_atomic(args.trace, page(sources, answered).encode())
     if args.output is not None:
         print(f"{len(prompts)} answers: {args.output}")
 
@@ -98,8 +100,7 @@ def streamed(fusion, prompt: str):
         print(step.winner.text, end="", flush=True)
         steps.append(step)
     print(flush=True)
-    finished = bool(steps) and not steps[-1].winner.text
-    return Answer("".join(step.winner.text for step in steps).strip(), finished, tuple(steps))
+    return Answer.of(tuple(steps))
 
 
 if __name__ == "__main__":

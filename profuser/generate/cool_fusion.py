@@ -8,7 +8,7 @@ the answer of all. The end of the turn is a segment of its own. Of equal segment
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from profuser.errors import ConfigError
@@ -57,6 +57,12 @@ class Answer:
     steps: tuple[Step, ...]
     source: str | None = None
 
+    @classmethod
+    def of(cls, steps: tuple[Step, ...]) -> Answer:
+        """The answer that was written in these steps."""
+        finished = bool(steps) and not steps[-1].winner.text
+        return cls("".join(step.winner.text for step in steps).strip(), finished, steps)
+
 
 class CoolFusion:
     """Lets sources answer prompts together.
@@ -80,23 +86,32 @@ class CoolFusion:
 
     def answer(self, prompt: str) -> Answer:
         """Answers one prompt."""
-        steps = tuple(self.steps(prompt))
-        finished = bool(steps) and not steps[-1].winner.text
-        joint = Answer("".join(step.winner.text for step in steps).strip(), finished, steps)
+        joint = Answer.of(tuple(self.steps(prompt)))
         return self._best(prompt, joint) if self.config.rerank else joint
 
     def steps(self, prompt: str) -> Iterator[Step]:
         """The segments of the answer to one prompt, as they are chosen. The last one is empty if the turn ended."""
         speakers = self._new(prompt)
+        choose = self._chooser(speakers)
         while max(speaker.tokens for speaker in speakers) < self.max_new_tokens:
-            step = self._step(speakers)
+            step = choose()
             if step is None:
                 return
             yield step
             if not step.winner.text:
                 return
+
+    def _chooser(self, speakers: Sequence[Speaker]) -> Callable[[], Step | None]:
+        """What chooses one segment after the other and appends it. It gives None where there is none that can be held."""
+        return lambda: self._chosen(speakers)
+
+    def _chosen(self, speakers: Sequence[Speaker]) -> Step | None:
+        """Chooses the next segment together, and appends it to what each source has read."""
+        step = self._step(speakers)
+        if step is not None and step.winner.text:
             for speaker in speakers:
                 speaker.goes_on(step.winner.text)
+        return step
 
     def _new(self, prompt: str) -> list[Speaker]:
         return [Speaker(voice, prompt) for voice in self.voices]
@@ -138,7 +153,9 @@ class CoolFusion:
         return None
 
     def _score(self, nlls: Sequence[float]) -> float:
-        """The mean over the sources, by the criterion."""
+        """The mean over the sources, by the criterion; +inf for what one of them cannot hold, whatever its weight."""
+        if math.inf in nlls:
+            return math.inf
         values = nlls if self.config.criterion == "mean_nll" else [_perplexity(nll) for nll in nlls]
         return sum(w * value for w, value in zip(self.weights, values, strict=True)) / sum(self.weights)
 

@@ -2,16 +2,18 @@
 
 The first source writes its own answer. Before each of its segments the entropy of its next token is compared with a running
 threshold: the mean of the entropies of all tokens that it has written, plus `gate` standard deviations. Where the entropy is higher,
-the segment is chosen by all sources as in Cool-Fusion. Until then the others read nothing; they catch up when they are asked.
+the segment is chosen by all sources as in Cool-Fusion. Until then the others read nothing; they catch up
+when they are asked. Where the tokens of one of them cannot hold what is written so far, nobody is asked any more.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 from profuser.generate.cool_fusion import Candidate, CoolFusion, Step
+from profuser.generate.speaker import Speaker
 
 LEAST_TOKENS = 8
 """So many tokens are written before a threshold is known. Until then nobody is asked."""
@@ -20,28 +22,24 @@ LEAST_TOKENS = 8
 class Gated(CoolFusion):
     """Cool-Fusion with a gate. It takes the same arguments."""
 
-    def steps(self, prompt: str) -> Iterator[Step]:
-        main, *others = speakers = self._new(prompt)
+    def _chooser(self, speakers: Sequence[Speaker]) -> Callable[[], Step | None]:
+        main, *others = speakers
         entropies: list[float] = []
-        while max(speaker.tokens for speaker in speakers) < self.max_new_tokens:
+
+        def choose() -> Step | None:
             segment = self._segment(main, [main])
-            if main.entropy <= self._threshold(entropies):
-                yield Step((Candidate(segment, (0,), (math.nan,), math.nan),), 0)
-                if not segment:
-                    return
-                entropies += main.goes_on_alone(segment)
-                continue
+            sure = main.entropy <= self._threshold(entropies)
+            # What another source's tokens cannot hold, it cannot go on from either.
+            if sure or (main.response and not all(other.encoded(main.response) for other in others)):
+                entropies.extend(main.goes_on_alone(segment) if segment else ())
+                return Step((Candidate(segment, (0,), (math.nan,), math.nan),), 0)
             entropies.append(main.entropy)
             for other in others:
-                other.goes_on(main.response[len(other.response) :])
-            step = self._step(speakers)
-            if step is None:
-                return
-            yield step
-            if not step.winner.text:
-                return
-            for speaker in speakers:
-                speaker.goes_on(step.winner.text)
+                if missed := main.response[len(other.response) :]:
+                    other.goes_on(missed)
+            return self._chosen(speakers)
+
+        return choose
 
     def _threshold(self, entropies: list[float]) -> float:
         if len(entropies) < LEAST_TOKENS:

@@ -53,8 +53,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = arguments(argv)
 
-    from profuser.merge.run import merge, settings_of
-    from profuser.merge.settings import read_settings
+    from profuser.merge.run import merge
+    from profuser.merge.settings import read_settings, settings_of
 
     if args.config is not None:
         own = ("models", "base", "weight", "density", "t", "scale", "normalize", "dtype")

@@ -66,11 +66,7 @@ def dare_linear(
     normalize: bool = False,
 ) -> Tensor:
     """Task arithmetic with task vectors of which a random share is kept and enlarged (DARE, arXiv 2311.03099)."""
-    kept = (
-        dropped_at_random(delta, density, generator)
-        for delta, density in zip(_deltas(base, tensors), densities, strict=True)
-    )
-    return _added(base, kept, weights, scale, normalize)
+    return _added(base, _dropped(base, tensors, densities, generator), weights, scale, normalize)
 
 
 def ties(
@@ -98,11 +94,7 @@ def dare_ties(
     normalize: bool = False,
 ) -> Tensor:
     """TIES with task vectors of which a random share is kept and enlarged (DARE, arXiv 2311.03099)."""
-    kept = (
-        dropped_at_random(delta, density, generator)
-        for delta, density in zip(_deltas(base, tensors), densities, strict=True)
-    )
-    return _elected(base, kept, weights, scale, normalize)
+    return _elected(base, _dropped(base, tensors, densities, generator), weights, scale, normalize)
 
 
 def widen(base: Tensor, tensors: Sequence[Tensor], *, by_row: bool = False) -> Tensor:
@@ -160,6 +152,13 @@ def _deltas(base: Tensor, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     w0 = computed(base)
     for tensor in tensors:
         yield computed(tensor) - w0
+
+
+def _dropped(
+    base: Tensor, tensors: Iterable[Tensor], densities: Sequence[float], generator: torch.Generator
+) -> Iterator[Tensor]:
+    for delta, density in zip(_deltas(base, tensors), densities, strict=True):
+        yield dropped_at_random(delta, density, generator)
 
 
 def _sum(parts: Iterator[tuple[float, Tensor]]) -> Tensor:

@@ -29,8 +29,6 @@ METHODS = {
 }
 WITH_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties", "widen")
 NORMALIZED = ("linear", "ties")
-PER_MODEL = ("weight", "density")
-SHARED = ("t", "lambda", "normalize")
 IGNORED = ("int8_mask", "rescale")
 """Settings of mergekit that change no result here: its masks' dtype, and DARE's rescaling, which is always done."""
 USED = {
@@ -103,7 +101,7 @@ class MergeSettings:
         for owner in (self, *self.models):
             for key, setting in owner.parameters.items():
                 self._check(key, setting)
-        if self.method == "slerp" and self.value("t", "", 0.5, None) is None and "t" not in self.parameters:
+        if self.method == "slerp" and "t" not in self.parameters:
             raise ConfigError("method slerp needs t, the way from the first model (0) to the second (1); give --t 0.5")
 
     def _check(self, key: str, setting: Setting) -> None:
@@ -170,6 +168,34 @@ def _evaluated(setting: Setting, tensor: str, place: float) -> Any:
         if wanted in (None, "*") or wanted in tensor:
             return _evaluated(part["value"], tensor, place)
     return None
+
+
+# --- a command line ---------------------------------------------------------------------------------------------------
+
+
+def settings_of(
+    method: str,
+    models: list[str],
+    base: str | None,
+    weights: list[float] | None,
+    densities: list[float] | None,
+    shared: dict,
+    dtype: str | None,
+    seed: int,
+) -> MergeSettings:
+    """The settings of a command line. A list has one number for every model, or one for all."""
+    own: list[dict] = [{} for _ in models]
+    for key, numbers in (("weight", weights), ("density", densities)):
+        if numbers is None:
+            continue
+        if len(numbers) not in (1, len(models)):
+            raise ConfigError(
+                f"--{key} must have one number, or one for each of the {len(models)} models, got {len(numbers)}"
+            )
+        for n in range(len(models)):
+            own[n][key] = numbers[n if len(numbers) > 1 else 0]
+    merged = [MergedModel(model=model, parameters=parameters) for model, parameters in zip(models, own)]
+    return MergeSettings(method=method, models=merged, base=base, parameters=shared, dtype=dtype, seed=seed)
 
 
 # --- mergekit's YAML -------------------------------------------------------------------------------------------------

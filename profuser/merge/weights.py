@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from profuser.errors import DataError
+from profuser.models.weights import opened
 
 MAX_SHARD_BYTES = 5_000_000_000
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -43,7 +43,7 @@ class StoredWeights:
                 "save it again with save_pretrained"
             )
         for path in paths:
-            with self._open(path) as file:
+            with opened(name, path, "pt") as file:
                 self._files |= dict.fromkeys(file.keys(), path)
         # Of parameters that share one tensor only one is stored, or the file holds it twice.
         self._aliases = {alias: stored for alias, stored in aliases.items() if alias not in self._files}
@@ -54,21 +54,13 @@ class StoredWeights:
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         stored = self._aliases.get(tensor, tensor)
-        with self._open(self._files[stored]) as file:
+        with opened(self._name, self._files[stored], "pt") as file:
             return tuple(file.get_slice(stored).get_shape())
 
     def get(self, tensor: str) -> Tensor:
         stored = self._aliases.get(tensor, tensor)
-        with self._open(self._files[stored]) as file:
+        with opened(self._name, self._files[stored], "pt") as file:
             return file.get_tensor(stored)
-
-    def _open(self, path: Path):
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise DataError(
-                f"{self._name}: the weights {path} cannot be read ({error}); copy or download them again"
-            ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,19 +83,24 @@ def check_index(name: str, folder: Path, index: Path) -> None:
 
 
 def opened_weights(name: str, folder: Path) -> Iterator[Any]:
-    """Yields the safetensors files of a model, opened to read their headers.
+    """Yields the safetensors files of a model, opened to read their headers. It raises what `opened` raises."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with opened(
+            name, file, "numpy"
+        ) as weights:  # better to fail now than after the models before this one have been run
+            yield weights
+
+
+def opened(name: str, file: Path, framework: str) -> Any:
+    """Opens a safetensors file of a model for a `with` block.
 
     Raises:
-        DataError: a file is truncated or damaged.
+        DataError: it is truncated or damaged.
     """
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy") as weights:
-                yield weights
-        except SafetensorError as error:  # better to fail now than after the models before this one have been run
-            raise DataError(
-                f"{name}: the weights {file} cannot be read ({error}); copy or download them again"
-            ) from None
+    try:
+        return safe_open(file, framework=framework)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{name}: the weights {file} cannot be read ({error}); copy or download them again") from None
 
 
 def loaded_model(kind: AutoModel, name: str, location: str, options: Mapping[str, Any]) -> PreTrainedModel:
