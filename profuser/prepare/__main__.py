@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
         check_fresh(run, "store")
     inputs = Inputs.open(run, fresh=fresh)  # whatever is wrong with the recipe is found before anything is moved
     if fresh:
-        inputs.try_judges()
+        inputs.try_judges(run.recipe.judges)
         start_over(run, "store")
     with contextlib.ExitStack() as held:
         preparation = Preparation.begin(inputs, held)

@@ -24,7 +24,7 @@ from profuser.prepare.judges import judge_fingerprint, open_judge, try_function_
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
-from profuser.recipe.schema import SPLITS, Recipe, Split
+from profuser.recipe.schema import SPLITS, JudgeConfig, Recipe, Split
 from profuser.store.manifest import read_manifest
 from profuser.store.store import StoreSettings
 from profuser.text.chat import ChatFormat
@@ -147,10 +147,10 @@ class Inputs:
         """The schedule in words."""
         return schedule_words(self.recipe)
 
-    def try_judges(self) -> None:
-        """Calls every judge that is a function once. It raises DataError where one fails."""
+    def try_judges(self, judges: Sequence[JudgeConfig]) -> None:
+        """Calls once those of some judges that are functions. It raises DataError where one fails."""
         candidates = len(self.recipe.sources) * self.recipe.generation.responses_per_source
-        for judge in self.recipe.judges:
+        for judge in judges:
             try_function_judge(judge, self.rows["train"][0], candidates)
 
     def parts(self, split: Split) -> list[Part]:

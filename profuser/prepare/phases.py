@@ -36,7 +36,7 @@ from profuser.models.load import check_vocabulary, load_model
 from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.data import Row
 from profuser.prepare.inputs import Inputs, Part
-from profuser.prepare.judges import load_judge, try_function_judge
+from profuser.prepare.judges import load_judge
 from profuser.prepare.responses import generate
 from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
@@ -127,10 +127,7 @@ class Preparation:
 
     def _make(self) -> None:
         """Makes all shards that are missing or damaged, and the summary."""
-        for judge in self.recipe.judges:
-            if self.unmade(layout.scores(judge.name)):
-                candidates = len(self.recipe.sources) * self.recipe.generation.responses_per_source
-                try_function_judge(judge, self.inputs.rows["train"][0], candidates)
+        self.inputs.try_judges([judge for judge in self.recipe.judges if self.unmade(layout.scores(judge.name))])
         for phase in (self.capture_truth_and_answer, self.judge, self.capture_winners, self.align):
             start = time.monotonic()
             phase()

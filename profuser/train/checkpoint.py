@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from profuser.errors import DataError
 from profuser.store.files import sync_directory, temporary_beside, write_atomic
 from profuser.store.sealed import FILE, digest_of, unsealed, write_sealed
+from profuser.train.run_record import METRICS
 from profuser.typed import COUNT, parsed
 
 OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq", "step")
-METRICS = "metrics.jsonl"
 FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", METRICS)
 STATE = {"step": COUNT, "targets": str, "files": {name: FILE for name in FILES}}
 """The shape of state.json."""

@@ -139,11 +139,11 @@ def read_proven(directory: Path, record: dict[str, Any], name: str) -> bytes:
     if recorded is None:
         raise DataError(f"{path} is not there yet; let the run finish: run `python -m profuser.train` with its recipe")
     try:
-        content, reason = path.read_bytes(), "its sha256 differs"
+        if digest_of(content := path.read_bytes()) == recorded:
+            return content
+        reason = "its sha256 differs"
     except OSError as error:
-        content, reason = b"", str(error.strerror)
-    if digest_of(content) == recorded and reason.startswith("its"):
-        return content
+        reason = str(error.strerror)
     check_own(directory, record)
     fix = (
         f"run `python -m profuser.evaluate {directory}`, which scores again"
