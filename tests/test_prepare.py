@@ -303,7 +303,7 @@ def test_a_judge_is_tried_on_the_first_example_with_as_many_responses_as_it_will
     assert example["prompt"] == json.loads(Path(run.recipe.data.train).read_text().splitlines()[0])["prompt"]
     assert len(set(responses)) == 2 * len(run.recipe.sources)
     # A store that has the scores does not call its judges again.
-    monkeypatch.setattr("profuser.prepare.phases.try_function_judge", lambda *_: pytest.fail("a judge was called"))
+    monkeypatch.setattr("profuser.prepare.inputs.try_function_judge", lambda *_: pytest.fail("a judge was called"))
     assert prepare(run).directory == store.directory
 
 
