@@ -201,7 +201,7 @@ def test_one_source_writes_what_it_would_write_alone(demo):
 
 def test_equal_scores_go_to_the_first_source(demo, monkeypatch):
     """If all segments are judged alike, the first source writes everything."""
-    monkeypatch.setattr(CoolFusion, "_score", lambda *_: 1.0)
+    monkeypatch.setattr(CoolFusion, "score", lambda *_: 1.0)
     for order in (demo, demo[::-1]):
         joint = CoolFusion(order, DecodeConfig(), 40).answer(PROMPTS[1])
         assert joint.text == Speaker(order[0], PROMPTS[1]).writes(60).text.strip()
@@ -268,7 +268,7 @@ def test_a_gate_that_is_always_open_asks_for_every_segment(demo, monkeypatch):
 def test_the_others_are_asked_where_the_entropy_is_above_the_threshold(demo):
     fusion = Gated(demo, DecodeConfig(method="gated", gate=0.5), 60)
     steps = [step for prompt in PROMPTS[:3] for step in fusion.steps(prompt)]
-    asked = [step for step in steps if len(step.winner.perplexities) == len(demo)]
+    asked = [step for step in steps if not math.isnan(step.winner.perplexities[0])]
     assert 0 < len(asked) < len(steps)
 
 
@@ -289,7 +289,7 @@ def test_what_one_source_cannot_hold_is_never_chosen_whatever_its_weight(demo, m
         steps = list(Gated([demo[0], demo[2]], DecodeConfig(method="gated"), 24).steps(prompt))
         text = ""
         for step in steps:
-            assert len(step.winner.perplexities) == (1 if "e" in text else 2)
+            assert math.isnan(step.winner.perplexities[0]) == ("e" in text)
             text += step.winner.text
 
 

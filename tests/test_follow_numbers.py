@@ -219,7 +219,7 @@ def test_a_branch_has_the_state_of_the_whole_sequence(name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(models()[name]).eval()
     ids = torch.randint(90, (20,)).tolist()
-    read = Branches(model, ids)
+    read = Branches(model, ids, "")
     read.check()
     branches = [(20, (3,)), (20, (3, 4)), (20, (3, 5, 6)), (7, ()), (7, (ids[7], 8)), (1, (2, 2)), (12, (1,))]
     for chosen in (branches, branches[::-1]):
@@ -234,7 +234,7 @@ def test_a_branch_has_the_state_of_the_whole_sequence(name):
 def test_another_text_is_read_from_where_it_differs(name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(models()[name]).eval()
-    first, read = torch.randint(90, (20,)).tolist(), Branches(model, [5])
+    first, read = torch.randint(90, (20,)).tolist(), Branches(model, [5], "")
     for ids in (first, first[:12], [*first[:12], 7, 8, 9], [*first[:3], 1], first):
         read.become(ids)
         with torch.no_grad():
@@ -248,7 +248,7 @@ def test_a_model_without_branches_is_refused_in_one_line():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2)).eval()
     with pytest.raises(DataError, match=r"Mamba.*follow_numbers"):
-        Branches(model, list(range(20))).check()
+        Branches(model, list(range(20)), "leave out align.follow_numbers").check()
 
 
 def test_public_functions_use_the_numbers(reckoner):

@@ -103,7 +103,7 @@ class NumberFollower:
         if not rows or not len(self._ids):
             return PrefixRanges.none(self.top_k)
         positions = own.label_positions
-        read = Branches(self.model, own.input_ids[: positions[rows[-1].row]])
+        read = Branches(self.model, own.input_ids[: positions[rows[-1].row]], "leave out align.follow_numbers")
         if len(read.hidden) > 1:
             read.check()  # of every text, because a long one may fill a window that a short one does not
         branches: list[Branch] = [(positions[of.row], ()) for of in rows]

@@ -187,7 +187,7 @@ class TextModel:
 
     def __init__(self, model: PreTrainedModel, lead: Sequence[int], ids: Sequence[int]):
         self._head, self._lead = head_layer(model), len(lead)
-        self._branches = Branches(model, [*lead, *ids])
+        self._branches = Branches(model, [*lead, *ids], "use another model")
         self.hidden = self._branches.hidden[self._lead - 1 :]
 
     def after(self, cut: int) -> LogProbs:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError, in_short
-from profuser.generate.cool_fusion import Answer, CoolFusion, Step
+from profuser.generate.decoder import Decoder
+from profuser.generate.steps import Answer, Step
 from profuser.progress import Progress
 from profuser.recipe.utf8 import read_utf8
 
@@ -69,12 +70,13 @@ def row_of(prompt: str, answer: Answer, sources: list[str]) -> dict[str, Any]:
 
 
 def mean_perplexity(step: Step) -> float | None:
-    """The mean of the sources' perplexities of a segment, or None if nobody was asked."""
-    mean = sum(step.winner.perplexities) / len(step.winner.perplexities)
+    """The mean of the perplexities of a segment by the sources that count, or None if nobody was asked."""
+    counted = [value for value in step.winner.perplexities if not math.isnan(value)]
+    mean = sum(counted) / len(counted) if counted else math.inf
     return round(mean, 6) if math.isfinite(mean) else None
 
 
-def answer_file(fusion: CoolFusion, prompts: list[str], output: Path) -> Iterator[tuple[str, Answer]]:
+def answer_file(fusion: Decoder, prompts: list[str], output: Path) -> Iterator[tuple[str, Answer]]:
     """Answers prompts and writes a row for each of them, in their order. Rows that are there already stay.
 
     Yields:

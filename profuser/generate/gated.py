@@ -10,36 +10,37 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
-from profuser.generate.cool_fusion import Candidate, CoolFusion, Step
+from profuser.generate.cool_fusion import CoolFusion
 from profuser.generate.speaker import Speaker
+from profuser.generate.steps import Candidate, Step
 
 LEAST_TOKENS = 8
 """So many tokens are written before a threshold is known. Until then nobody is asked."""
 
 
 class Gated(CoolFusion):
-    """Cool-Fusion with a gate. It takes the same arguments."""
+    """Cool-Fusion with a gate."""
 
-    def _chooser(self, speakers: Sequence[Speaker]) -> Callable[[], Step | None]:
+    def choices(self, speakers: Sequence[Speaker]) -> Iterator[Step]:
         main, *others = speakers
         entropies: list[float] = []
-
-        def choose() -> Step | None:
-            segment = self._segment(main, [main])
+        while True:
+            segment = self.segment(main, [main])
             sure = main.entropy <= self._threshold(entropies)
             # What another source's tokens cannot hold, it cannot go on from either.
             if sure or (main.response and not all(other.encoded(main.response) for other in others)):
                 entropies.extend(main.goes_on_alone(segment) if segment else ())
-                return Step((Candidate(segment, (0,), (math.nan,), math.nan),), 0)
+                yield Step((Candidate(segment, (0,), (math.nan,) * len(speakers), math.nan),), 0)
+                continue
             entropies.append(main.entropy)
             for other in others:
                 if missed := main.response[len(other.response) :]:
                     other.goes_on(missed)
-            return self._chosen(speakers)
-
-        return choose
+            if (step := self.together(speakers)) is None:
+                return
+            yield step
 
     def _threshold(self, entropies: list[float]) -> float:
         if len(entropies) < LEAST_TOKENS:

@@ -7,6 +7,7 @@ seam. The key-value cache keeps what stays the same, so only the tokens from the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,9 @@ class Speaker:
         self._base = self._opening
         self._said: list[int] = []  # the source's own tokens behind the base
         self._entropies: list[float] = []  # of the distributions from which they were taken, in nats
-        self._read = Branches(voice.model, self._base)
+        self._pending = b""  # bytes of a character of which only a part has been said
+        self._read = Branches(voice.model, self._base, "leave the source out, or use decode.method mixture")
+        self._checked: set[bool] = set()  # whether the model can judge segments as branches, before and behind its window
         self._logits = ChunkedHead(voice.head, torch.float32, 64)
 
     def writes(self, at_least: int) -> Writing:
@@ -71,14 +74,34 @@ class Speaker:
             ended = bool(self._said) and self._said[-1] in ends
             if ended or len(self._said) >= at_least:
                 break
-            self._read.become([*self._base, *self._said])
-            row = self._log_probabilities(self._read.hidden[-1:])[0]
+            row = self.row()
             self._said.append(int(row.argmax()))
             self._entropies.append(float(-(row.exp() * row).nan_to_num().sum()))
         data = self.voice.chat.token_bytes
         said = b"".join(data.pieces[i] or b"" for i in self._said if i < len(data.pieces))
         text = said.decode(errors="ignore") if ended else _whole_characters(said)
         return Writing(text if self.response else text.lstrip(), ended)
+
+    def row(self) -> torch.Tensor:
+        """(V,) fp32, the log-probabilities of the next token behind what the source has read and written."""
+        self._read.become([*self._base, *self._said])
+        return self._log_probabilities(self._read.hidden[-1:])[0]
+
+    def says(self, token: int) -> str:
+        """Appends one of the source's own tokens to the response, in place of what it has written itself.
+
+        Returns:
+            The text by which the response grows: whole characters only, so it may be empty, and no spaces at its beginning.
+        """
+        self._base, self._said, self._entropies = [*self._base, token], [], []
+        self.tokens += 1
+        pieces = self.voice.chat.token_bytes.pieces
+        data = self._pending + ((pieces[token] or b"") if token < len(pieces) else b"")
+        text = _whole_characters(data)
+        self._pending = data[len(text.encode()) :]
+        text = text if self.response else text.lstrip()
+        self.response += text
+        return text
 
     def cuts_at(self, text: str, place: int) -> bool:
         """Whether one of the source's tokens ends behind the first `place` characters of a text behind the response."""
@@ -116,6 +139,10 @@ class Speaker:
                 branches += [(min(n, common), tuple(ids[common:n])) for n in range(first, len(ids))]
                 labels += ids[first:]
             counts.append(len(labels) - sum(counts))
+        config = self.voice.model.config.get_text_config()
+        if (beyond := len(read) > (getattr(config, "sliding_window", None) or math.inf)) not in self._checked:
+            self._read.check()
+            self._checked.add(beyond)
         nlls: list[float] = []
         ends = list(self.voice.chat.end_ids)
         if branches:

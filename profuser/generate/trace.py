@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from profuser.generate.cool_fusion import Answer, Candidate
+from profuser.generate.steps import Answer, Candidate
 
 COLORS = ("#cfe3f7", "#f9dcc4", "#d5ecd0", "#ecd6f2", "#f7eebb", "#d0ece9", "#f7d0d7", "#dfe0ee")
 

@@ -27,14 +27,15 @@ class Branches:
     Args:
         model: any causal Hugging Face model whose attention takes a 4-D mask; `check` finds out.
         ids: the text's T tokens.
+        otherwise: what the user can do where the model cannot, the end of the error's line.
     Attributes:
         hidden: (T, D), state t is the one behind the text's first t + 1 tokens.
 
     The text may be changed by `become`, which keeps the cache of what both have in common.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Sequence[int]):
-        self._model = model
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int], otherwise: str):
+        self._model, self._otherwise = model, otherwise
         self._ids: tuple[int, ...] = ()
         self._states: dict[Branch, torch.Tensor] = {}
         self._seen: dict[Branch, torch.Tensor] = {}  # where a branch's tokens stand in the cache
@@ -117,7 +118,7 @@ class Branches:
         attention = getattr(self._model.config, "_attn_implementation", None)
         raise DataError(
             "a model must be able to go on from one text along several branches (a 4-D attention mask), "
-            f"{type(self._model).__name__} with attention {attention} is not: {fault}; leave out align.follow_numbers"
+            f"{type(self._model).__name__} with attention {attention} is not: {fault}; {self._otherwise}"
         ) from None
 
     def _without_text(self, branch: Branch) -> Branch:

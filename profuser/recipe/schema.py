@@ -351,8 +351,10 @@ class OptimConfig:
 class DecodeConfig:
     """How `profuser.generate` lets the sources answer together, without training."""
 
-    method: Literal["cool", "gated"] = "cool"
-    """cool asks all sources for every segment; with gated the first source writes, and the others are asked where it is not sure."""
+    method: Literal["cool", "gated", "eva", "mixture"] = "cool"
+    """cool asks all sources for every segment; with gated the first source writes, and the others are asked where it is not sure;
+    eva averages the distributions token by token in the vocabulary of the first source; mixture samples every token from one source,
+    which is the exact mixture of sources that share a vocabulary."""
     segment: Literal["shortest", "aligned"] = "shortest"
     """The segments of Cool-Fusion: shortest ends with a word; aligned ends where the tokens of all sources can end as well."""
     criterion: Literal["mean_ppl", "mean_nll"] = "mean_ppl"
@@ -363,11 +365,17 @@ class DecodeConfig:
     """The most tokens that a source writes for a segment in which no word ends."""
     gate: float = 1.0
     """With gated, by how many standard deviations the entropy must be above its running mean for the others to be asked."""
+    top_n: int = 3
+    """With eva, a source counts where its best token is among this many best tokens of another source."""
+    temperature: float = 1.0
+    """With mixture, the temperature of the sources' distributions."""
+    seed: int = 0
+    """With mixture, the seed of the sampling."""
     rerank: bool = False
     """Whether the joint answer is compared with each source's own, and the best of all is taken."""
 
     def __post_init__(self) -> None:
-        check_positive("decode", self, "max_segment_tokens")
+        check_positive("decode", self, "max_segment_tokens", "top_n", "temperature")
         if self.weights is not None and (not self.weights or min(self.weights) < 0 or sum(self.weights) <= 0):
             raise ConfigError(
                 f"decode.weights must be >= 0 and not all 0, got {self.weights}; leave them out to let all count alike"

@@ -1,0 +1,79 @@
+"""The interface of all ways of decoding: several sources answer one prompt, step by step."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from profuser.errors import ConfigError
+from profuser.generate.speaker import Speaker, Voice
+from profuser.generate.steps import Answer, Step
+from profuser.recipe.schema import DecodeConfig
+
+
+class Decoder(ABC):
+    """Lets sources answer prompts together.
+
+    Args:
+        voices: the sources.
+        config: the options.
+        max_new_tokens: an answer is cut when it has this many tokens in the vocabulary of one of the sources.
+
+    Raises:
+        ConfigError: there is not one weight for each of the sources.
+    """
+
+    def __init__(self, voices: Sequence[Voice], config: DecodeConfig, max_new_tokens: int):
+        if config.weights is not None and len(config.weights) != len(voices):
+            raise ConfigError(
+                f"decode.weights must have one weight for each of the {len(voices)} sources, got {len(config.weights)}"
+            )
+        self.voices, self.config, self.max_new_tokens = voices, config, max_new_tokens
+        self.weights = config.weights or [1.0] * len(voices)
+
+    @abstractmethod
+    def choices(self, speakers: Sequence[Speaker]) -> Iterator[Step]:
+        """Chooses one step after the other and appends its segment to what the speakers have read.
+
+        It stops where nothing can be chosen. The caller stops it behind the end of the turn, and when the answer is long enough.
+        """
+
+    def steps(self, prompt: str) -> Iterator[Step]:
+        """The segments of the answer to one prompt, as they are chosen. The last one is empty if the turn ended."""
+        speakers = [Speaker(voice, prompt) for voice in self.voices]
+        for step in self.choices(speakers):
+            yield step
+            if not step.winner.text or max(speaker.tokens for speaker in speakers) >= self.max_new_tokens:
+                return
+
+    def answer(self, prompt: str) -> Answer:
+        """Answers one prompt."""
+        joint = Answer.of(tuple(self.steps(prompt)))
+        return self._best(prompt, joint) if self.config.rerank else joint
+
+    def score(self, nlls: Sequence[float]) -> float:
+        """What a segment is compared by, from its mean NLLs by the sources: their mean by the criterion; lower is better.
+
+        It is +inf for what one of them cannot hold, whatever its weight.
+        """
+        if math.inf in nlls:
+            return math.inf
+        values = nlls if self.config.criterion == "mean_nll" else [perplexity(nll) for nll in nlls]
+        return sum(w * value for w, value in zip(self.weights, values, strict=True)) / sum(self.weights)
+
+    def _best(self, prompt: str, joint: Answer) -> Answer:
+        """The best of the joint answer and of those that each source writes alone, by their mean perplexities."""
+        answers = [joint]
+        for voice in self.voices:
+            writing = Speaker(voice, prompt).writes(self.max_new_tokens)
+            answers.append(Answer(writing.text.strip(), writing.ended, (), voice.name))
+        texts = [answer.text or None for answer in answers]
+        of_judge = [Speaker(voice, prompt).likelihoods(texts) for voice in self.voices]
+        scores = [self.score(nlls) for nlls in zip(*of_judge, strict=True)]
+        return answers[min(range(len(answers)), key=scores.__getitem__)]
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll); +inf where that is too large for a float."""
+    return math.exp(nll) if nll < 700 else math.inf

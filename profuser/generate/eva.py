@@ -1,0 +1,97 @@
+"""EVA (arXiv 2404.09492): the sources' distributions are averaged token by token in the vocabulary of the first one.
+
+The distributions of the others are projected onto that vocabulary by `vocabulary_projection`. Of every distribution the most
+probable tokens count. A source whose best token is not among the best few of any other is left out of the step; if that is so
+for all of them, none is left out. The most probable token of the weighted mean is appended; ties go to the lower id.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from profuser.errors import DataError
+from profuser.generate.decoder import Decoder
+from profuser.generate.speaker import Speaker, Voice
+from profuser.generate.steps import Candidate, Step
+from profuser.generate.vocabulary_projection import Projection, project
+from profuser.recipe.schema import DecodeConfig
+
+TOP = 320
+"""So many of a distribution's tokens count."""
+
+
+class Eva(Decoder):
+    """The first source is the main one, in whose tokens the answer is written.
+
+    Attributes:
+        projections: of every other source, in their order.
+    """
+
+    def __init__(self, voices: Sequence[Voice], config: DecodeConfig, max_new_tokens: int):
+        super().__init__(voices, config, max_new_tokens)
+        self.projections = [_projection(voice, voices[0]) for voice in voices[1:]]
+
+    def choices(self, speakers: Sequence[Speaker]) -> Iterator[Step]:
+        main, *others = speakers
+        while True:
+            # What another source's tokens cannot hold, it cannot go on from; it is asked again where it can.
+            able = [not main.response or other.encoded(main.response) is not None for other in others]
+            for other, can in zip(others, able, strict=True):
+                if can and (missed := main.response[len(other.response) :]):
+                    other.goes_on(missed)
+            said: list[Tensor | None] = [_top(main.row().exp())]
+            said += [
+                projection(_top(other.row().exp()).to(said[0].device)) if can else None
+                for other, projection, can in zip(others, self.projections, able, strict=True)
+            ]
+            kept = faithful(said, self.config.top_n)
+            mean = sum(self.weights[n] * row for n, row in enumerate(said) if kept[n])
+            token = int(mean.argmax())
+            yield self._step(main, token, said, kept)
+
+    def _step(self, main: Speaker, token: int, said: Sequence[Tensor | None], kept: Sequence[bool]) -> Step:
+        """Appends a token of the main source, and what it takes to complete its last character."""
+        shares = [float(row[token]) if row is not None and keep else math.nan for row, keep in zip(said, kept)]
+        wanted = tuple(n for n, row in enumerate(said) if row is not None and kept[n] and int(row.argmax()) == token)
+        perplexities = tuple(share if share != share else 1 / share if share else math.inf for share in shares)
+        text = "" if token in main.voice.chat.end_ids else main.says(token)
+        ended = token in main.voice.chat.end_ids
+        while not ended and not text and main.tokens < self.max_new_tokens:
+            # The others read only whole characters.
+            token = int(main.row().argmax())
+            ended = token in main.voice.chat.end_ids
+            text = "" if ended else main.says(token)
+        return Step((Candidate(text, wanted or (0,), perplexities, 0.0),), 0)
+
+
+def faithful(said: Sequence[Tensor | None], top_n: int) -> list[bool]:
+    """Which distributions count: those whose best token is among the `top_n` best of another. All, if that is true of none."""
+    best = [None if row is None else int(row.argmax()) for row in said]
+    top = [set() if row is None else set(row.topk(min(top_n, len(row))).indices.tolist()) for row in said]
+    kept = [
+        token is not None and any(token in others for m, others in enumerate(top) if m != n)
+        for n, token in enumerate(best)
+    ]
+    return kept if any(kept) else [row is not None for row in said]
+
+
+def _top(probabilities: Tensor) -> Tensor:
+    """A distribution of which only the most probable tokens are kept, with the sum 1."""
+    values, indices = probabilities.topk(min(TOP, len(probabilities)))
+    return torch.zeros_like(probabilities).scatter(0, indices, values / values.sum())
+
+
+def _projection(voice: Voice, main: Voice) -> Projection:
+    if main.chat.end_id is None:
+        raise DataError(f"decode.method eva needs a first source with an end of turn, {main.name} has none; use another method")
+    return project(
+        voice.chat.token_bytes,
+        voice.head.weight.detach(),
+        main.chat.token_bytes,
+        main.head.weight.detach(),
+        (voice.chat.end_ids, main.chat.end_id),
+    )

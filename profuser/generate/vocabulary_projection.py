@@ -1,0 +1,134 @@
+"""The projection of one model's vocabulary onto another's by the rows of their heads (EVA, arXiv 2404.09492).
+
+Tokens of equal bytes are the anchors by which the two spaces of head rows are mapped onto a common one, as VecMap does with a
+dictionary (Artetxe, Labaka and Agirre, AAAI 2018: whiten, rotate, re-weight, de-whiten). There every token of the source gets
+the most similar tokens of the main model by CSLS (Conneau et al., arXiv 1710.04087), with their similarities as weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from profuser.text.token_bytes import TokenBytes
+
+NEIGHBOURS = 10
+"""The most tokens of the main model that a source token counts for."""
+LEAST_WEIGHT = 0.1
+"""Similarities below this one are dropped."""
+LEAST_SPREAD, MANY = 0.01, 5
+"""A token with more than MANY neighbours whose weights have no larger standard deviation than LEAST_SPREAD has no meaning of its
+own, and is dropped."""
+CHUNK = 512
+"""So many rows are compared with the whole other vocabulary at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The weights with which a source's tokens count for the main model's.
+
+    weights: (V_main, V_source) sparse. anchors: how many tokens have equal bytes in both.
+    projected, dropped: how many of the source's tokens with bytes count for a token of the main model, and how many for none.
+    """
+
+    weights: Tensor
+    anchors: int
+    projected: int
+    dropped: int
+
+    def __call__(self, probabilities: Tensor) -> Tensor:
+        """(V_main,), what a distribution (V_source,) says in the main model's vocabulary. Its sum need not be 1."""
+        return torch.sparse.mm(self.weights, probabilities[:, None])[:, 0]
+
+
+def project(
+    source: TokenBytes, source_head: Tensor, main: TokenBytes, main_head: Tensor, ends: tuple[Sequence[int], int]
+) -> Projection:
+    """Computes a projection in fp32 on the device of the main head.
+
+    Args:
+        source_head: (V_source, D_source), the weight of the source's head. main_head: (V_main, D_main).
+        ends: the source's end tokens, and the token of the main model that all of them count for.
+    """
+    device = main_head.device
+    own, anchor_own = _rows(source, len(source_head))
+    others, anchor_other = _rows(main, len(main_head))
+    shared = [data for data in anchor_own if data in anchor_other]
+    x, z = mapped(
+        source_head[own].to(device, torch.float64),
+        main_head[others].to(device, torch.float64),
+        torch.tensor([(anchor_own[data], anchor_other[data]) for data in shared], device=device).reshape(-1, 2),
+    )
+    x, z = x.float(), z.float()
+
+    # CSLS with a neighbourhood of one: a main token that is near to many source tokens is not preferred.
+    nearest = torch.cat([(rows @ x.T).amax(1) for rows in z.split(CHUNK)])
+    indices, values, projected = [], [], 0
+    for number, rows in enumerate(x.split(CHUNK)):
+        similarity, token = (2 * (rows @ z.T) - nearest).topk(min(NEIGHBOURS, len(z)), dim=1)
+        keep = similarity >= LEAST_WEIGHT
+        count = keep.sum(1)
+        mean = (similarity * keep).sum(1) / count.clamp(min=1)
+        spread = (((similarity - mean[:, None]) ** 2 * keep).sum(1) / count.clamp(min=1)).sqrt()
+        keep &= ~((spread <= LEAST_SPREAD) & (count > MANY))[:, None]
+        row, column = keep.nonzero(as_tuple=True)
+        indices.append(torch.stack([token[row, column], row + number * CHUNK]))
+        values.append(similarity[row, column])
+        projected += int(keep.any(1).sum())
+
+    # From the rows that were compared to token ids, and the ends of a turn.
+    main_ids, own_ids = torch.cat(indices, dim=1).cpu()
+    main_ids = torch.cat([torch.tensor(others)[main_ids], torch.full((len(ends[0]),), ends[1])])
+    own_ids = torch.cat([torch.tensor(own)[own_ids], torch.tensor(list(ends[0]), dtype=torch.long)])
+    weights = torch.sparse_coo_tensor(
+        torch.stack([main_ids, own_ids]),
+        torch.cat([torch.cat(values).cpu(), torch.ones(len(ends[0]))]),
+        (len(main_head), len(source_head)),
+        check_invariants=True,
+    )
+    return Projection(weights.coalesce().to(device), len(shared), projected, len(own) - projected)
+
+
+def mapped(x: Tensor, z: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets of vectors in a common space, with length 1. `anchors` (A, 2) are the pairs of rows that mean the same."""
+    x, z = _normalised(x), _normalised(z)
+    xa, za = x[anchors[:, 0]], z[anchors[:, 1]]
+    x_whitened, x_colored = _whitening(xa)
+    z_whitened, z_colored = _whitening(za)
+    u, s, vt = torch.linalg.svd((xa @ x_whitened).T @ (za @ z_whitened), full_matrices=False)
+    v = vt.T
+    x = (x @ x_whitened @ u * s.sqrt()) @ (u.T @ x_colored @ u)
+    z = (z @ z_whitened @ v * s.sqrt()) @ (v.T @ z_colored @ v)
+    return _unit(x), _unit(z)
+
+
+def _normalised(vectors: Tensor) -> Tensor:
+    vectors = _unit(vectors)
+    return _unit(vectors - vectors.mean(0))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors, dim=1)
+
+
+def _whitening(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The transformation that makes the vectors' dimensions uncorrelated, and the one back.
+
+    Dimensions in which the vectors do not differ are left out, as where there are fewer anchors than dimensions.
+    """
+    _, s, vt = torch.linalg.svd(vectors, full_matrices=False)
+    kept = s > 1e-10 * (s[0] if len(s) else 0)
+    s, vt = s[kept], vt[kept]
+    return vt.T * (1 / s) @ vt, vt.T * s @ vt
+
+
+def _rows(tokens: TokenBytes, size: int) -> tuple[list[int], dict[bytes, int]]:
+    """The tokens that have bytes and a row in the head, and where the first one of each spelling stands among them."""
+    own = [i for i, piece in enumerate(tokens.pieces[:size]) if piece]
+    first: dict[bytes, int] = {}
+    for place, i in enumerate(own):
+        first.setdefault(tokens.pieces[i] or b"", place)
+    return own, first
