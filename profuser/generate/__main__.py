@@ -57,6 +57,8 @@ def main(argv: list[str]) -> None:
     run = parse_run("generate", [*(["--config", args.config] if args.config else []), *overrides], {}, DESCRIPTION)
     prompts = prompts_of(args.input) if args.input is not None else []
     fusion = open_decoder(run.recipe)
+    for note in fusion.notes():
+        print(note, file=sys.stderr, flush=True)
     sources = [voice.name for voice in fusion.voices]
     answered: list[tuple[str, Answer]] = []
     with working():  # so that the page is written of what there is, and no row by half

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def _prompt(where: str, line: str) -> str:
 
 
 def row_of(prompt: str, answer: Answer, sources: list[str]) -> dict[str, Any]:
-    """The row of an answer."""
+    """The row of an answer. With `eva` it also counts the steps in which a source was asked but left out."""
+    left_out = Counter(sources[number] for step in answer.steps for number in step.left_out)
     return {
         "prompt": prompt,
         "response": answer.text,
@@ -66,6 +68,7 @@ def row_of(prompt: str, answer: Answer, sources: list[str]) -> dict[str, Any]:
             }
             for step in answer.steps
         ],
+        **({"left_out": dict(sorted(left_out.items()))} if left_out else {}),
     }
 
 

@@ -47,6 +47,10 @@ class Decoder(ABC):
             if not step.winner.text or max(speaker.tokens for speaker in speakers) >= self.max_new_tokens:
                 return
 
+    def notes(self) -> list[str]:
+        """Lines that a user should know of before the first answer."""
+        return []
+
     def answer(self, prompt: str) -> Answer:
         """Answers one prompt."""
         joint = Answer.of(tuple(self.steps(prompt)))

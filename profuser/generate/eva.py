@@ -35,37 +35,62 @@ class Eva(Decoder):
         super().__init__(voices, config, max_new_tokens)
         self.projections = [_projection(voice, voices[0]) for voice in voices[1:]]
 
+    def notes(self) -> list[str]:
+        main = self.voices[0].name
+        return [
+            f"eva: {p.projected:,} tokens of {voice.name} count for tokens of {main}, and {p.dropped:,} for none "
+            f"({p.anchors:,} spellings are the same)"
+            for voice, p in zip(self.voices[1:], self.projections, strict=True)
+        ]
+
     def choices(self, speakers: Sequence[Speaker]) -> Iterator[Step]:
         main, *others = speakers
         while True:
-            # What another source's tokens cannot hold, it cannot go on from; it is asked again where it can.
-            able = [not main.response or other.encoded(main.response) is not None for other in others]
-            for other, can in zip(others, able, strict=True):
-                if can and (missed := main.response[len(other.response) :]):
-                    other.goes_on(missed)
-            said: list[Tensor | None] = [_top(main.row().exp())]
-            said += [
-                projection(_top(other.row().exp()).to(said[0].device)) if can else None
-                for other, projection, can in zip(others, self.projections, able, strict=True)
+            # What another source's tokens cannot hold, it cannot go on from. It is asked again where it can.
+            able = [other.response == main.response for other in others]
+            own = _top(main.row().exp())
+            said = [
+                own,
+                *(
+                    projection(_top(other.row().exp()).to(own.device)) if can else None
+                    for other, projection, can in zip(others, self.projections, able, strict=True)
+                ),
             ]
             kept = faithful(said, self.config.top_n)
-            mean = sum(self.weights[n] * row for n, row in enumerate(said) if kept[n])
+            mean = torch.zeros_like(own)
+            for weight, row, keep in zip(self.weights, said, kept, strict=True):
+                if row is not None and keep:
+                    mean += weight * row
             token = int(mean.argmax())
-            yield self._step(main, token, said, kept)
+            text = self._append(main, token)
+            if text is None:
+                return
+            for other in others:
+                if other.encoded(main.response) is not None:
+                    other.goes_on(main.response[len(other.response) :])
+            yield _step(token, text, said, kept)
 
-    def _step(self, main: Speaker, token: int, said: Sequence[Tensor | None], kept: Sequence[bool]) -> Step:
-        """Appends a token of the main source, and what it takes to complete its last character."""
-        shares = [float(row[token]) if row is not None and keep else math.nan for row, keep in zip(said, kept)]
-        wanted = tuple(n for n, row in enumerate(said) if row is not None and kept[n] and int(row.argmax()) == token)
-        perplexities = tuple(share if share != share else 1 / share if share else math.inf for share in shares)
-        text = "" if token in main.voice.chat.end_ids else main.says(token)
-        ended = token in main.voice.chat.end_ids
-        while not ended and not text and main.tokens < self.max_new_tokens:
-            # The others read only whole characters.
+    def _append(self, main: Speaker, token: int) -> str | None:
+        """Appends a token, and those of the main source that complete its last character, which the others could not read.
+
+        Returns:
+            The text by which the answer grows, empty if the turn ended, or None if the answer is too long.
+        """
+        while token not in main.voice.chat.end_ids:
+            if text := main.says(token):
+                return text
+            if main.tokens >= self.max_new_tokens:
+                return None
             token = int(main.row().argmax())
-            ended = token in main.voice.chat.end_ids
-            text = "" if ended else main.says(token)
-        return Step((Candidate(text, wanted or (0,), perplexities, 0.0),), 0)
+        return ""
+
+
+def _step(token: int, text: str, said: Sequence[Tensor | None], kept: Sequence[bool]) -> Step:
+    shares = [float(row[token]) if row is not None and keep else math.nan for row, keep in zip(said, kept)]
+    perplexities = tuple(1 / share if share else math.inf for share in shares)
+    wanted = tuple(n for n, row in enumerate(said) if row is not None and kept[n] and int(row.argmax()) == token)
+    left_out = tuple(n for n, keep in enumerate(kept) if not keep)
+    return Step((Candidate(text, wanted or (0,), perplexities, 0.0),), 0, left_out)
 
 
 def faithful(said: Sequence[Tensor | None], top_n: int) -> list[bool]:
@@ -87,7 +112,9 @@ def _top(probabilities: Tensor) -> Tensor:
 
 def _projection(voice: Voice, main: Voice) -> Projection:
     if main.chat.end_id is None:
-        raise DataError(f"decode.method eva needs a first source with an end of turn, {main.name} has none; use another method")
+        raise DataError(
+            f"decode.method eva needs a first source with an end of turn, {main.name} has none; use another method"
+        )
     return project(
         voice.chat.token_bytes,
         voice.head.weight.detach(),

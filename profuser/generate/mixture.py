@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -33,11 +34,10 @@ class Mixture(Decoder):
         super().__init__(voices, config, max_new_tokens)
         spellings = [_spellings(voice) for voice in voices]
         for voice, known in zip(voices, spellings):
-            if lacking := spellings[0].keys() ^ known.keys():
-                first, has = (voices[0], voice) if next(iter(lacking)) in known else (voice, voices[0])
+            if different := spellings[0].keys() ^ known.keys():
                 raise DataError(
-                    f"decode.method mixture needs sources that share a vocabulary: {first.name} and {has.name} differ in "
-                    f"{len(lacking):,} tokens, as {min(lacking)[0]!r}; use decode.method cool"
+                    f"decode.method mixture needs sources that share a vocabulary: {voices[0].name} and {voice.name} differ in "
+                    f"{len(different):,} tokens, as {min(different)[0]!r}; use decode.method cool"
                 )
         # ids[n][m][token] is the id that token `token` of source n has in source m.
         self.ids = [[{i: others[key] for key, i in own.items()} for others in spellings] for own in spellings]
@@ -48,30 +48,33 @@ class Mixture(Decoder):
         seed = hashlib.sha256(f"{self.config.seed} {prompt}".encode()).digest()
         random = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big", signed=True))
         weights = torch.tensor(self.weights, dtype=torch.float64)
-        while True:
-            text = ""
-            while not text and speakers[0].tokens < self.max_new_tokens:
-                chosen = int(weights.multinomial(1, generator=random))
-                speaker = speakers[chosen]
-                row = speaker.row().cpu().double().masked_fill(self.barred[chosen], -math.inf)
-                row = (row / self.config.temperature).softmax(0)
-                token = int(row.multinomial(1, generator=random))
-                if token in speaker.voice.chat.end_ids:
-                    break
-                text = [other.says(self.ids[chosen][n][token]) for n, other in enumerate(speakers)][chosen]
-            perplexities = [math.nan] * len(speakers)
-            perplexities[chosen] = 1 / float(row[token])
-            yield Step((Candidate(text, (chosen,), tuple(perplexities), 0.0),), 0)
+        while speakers[0].tokens < self.max_new_tokens:
+            chosen = int(weights.multinomial(1, generator=random))
+            speaker = speakers[chosen]
+            row = speaker.row().cpu().double().masked_fill(self.barred[chosen], -math.inf)
+            row = (row / self.config.temperature).softmax(0)
+            token = int(row.multinomial(1, generator=random))
+            ended = token in speaker.voice.chat.end_ids
+            text = "" if ended else [s.says(self.ids[chosen][n][token]) for n, s in enumerate(speakers)][chosen]
+            if text or ended:  # and not only a part of a character
+                perplexities = [math.nan] * len(speakers)
+                perplexities[chosen] = 1 / float(row[token])
+                yield Step((Candidate(text, (chosen,), tuple(perplexities), 0.0),), 0)
 
 
-def _spellings(voice: Voice) -> dict[tuple[bytes, int], int]:
-    """The tokens that are text by their bytes. Of several with the same bytes the second is another one than the first."""
-    found: dict[tuple[bytes, int], int] = {}
-    counts: dict[bytes, int] = {}
-    for i, piece in enumerate(voice.chat.token_bytes.pieces[: len(voice.head.weight)]):
+Spelling = tuple[bytes, bool, int]
+"""A token's bytes, whether it is a byte token, and which one it is of those with the same bytes."""
+
+
+def _spellings(voice: Voice) -> dict[Spelling, int]:
+    """The tokens that are text."""
+    found: dict[Spelling, int] = {}
+    tokens, counts = voice.chat.token_bytes, Counter[tuple[bytes, bool]]()
+    for i, piece in enumerate(tokens.pieces[: len(voice.head.weight)]):
         if piece:
-            found[piece, counts.get(piece, 0)] = i
-            counts[piece] = counts.get(piece, 0) + 1
+            kind = (piece, i in tokens.byte_tokens)
+            found[(*kind, counts[kind])] = i
+            counts[kind] += 1
     return found
 
 

@@ -64,7 +64,9 @@ class Speaker:
         self._entropies: list[float] = []  # of the distributions from which they were taken, in nats
         self._pending = b""  # bytes of a character of which only a part has been said
         self._read = Branches(voice.model, self._base, "leave the source out, or use decode.method mixture")
-        self._checked: set[bool] = set()  # whether the model can judge segments as branches, before and behind its window
+        self._checked: set[bool] = (
+            set()
+        )  # whether the model can judge segments as branches, before and behind its window
         self._logits = ChunkedHead(voice.head, torch.float32, 64)
 
     def writes(self, at_least: int) -> Writing:

@@ -22,10 +22,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One segment of an answer: the candidates, and which of them won."""
+    """One segment of an answer.
+
+    won: the number of the candidate that was appended. left_out: the sources that were asked, and whose answer did not count.
+    """
 
     candidates: tuple[Candidate, ...]
     won: int
+    left_out: tuple[int, ...] = ()
 
     @property
     def winner(self) -> Candidate:

@@ -45,13 +45,19 @@ class Projection:
 
 
 def project(
-    source: TokenBytes, source_head: Tensor, main: TokenBytes, main_head: Tensor, ends: tuple[Sequence[int], int]
+    source: TokenBytes,
+    source_head: Tensor,
+    main: TokenBytes,
+    main_head: Tensor,
+    ends: tuple[Sequence[int], int],
+    dtype: torch.dtype = torch.float32,
 ) -> Projection:
-    """Computes a projection in fp32 on the device of the main head.
+    """Computes a projection on the device of the main head.
 
     Args:
         source_head: (V_source, D_source), the weight of the source's head. main_head: (V_main, D_main).
         ends: the source's end tokens, and the token of the main model that all of them count for.
+        dtype: in which the similarities are computed. The common space is found in fp64.
     """
     device = main_head.device
     own, anchor_own = _rows(source, len(source_head))
@@ -62,7 +68,7 @@ def project(
         main_head[others].to(device, torch.float64),
         torch.tensor([(anchor_own[data], anchor_other[data]) for data in shared], device=device).reshape(-1, 2),
     )
-    x, z = x.float(), z.float()
+    x, z = x.to(dtype), z.to(dtype)
 
     # CSLS with a neighbourhood of one: a main token that is near to many source tokens is not preferred.
     nearest = torch.cat([(rows @ x.T).amax(1) for rows in z.split(CHUNK)])
@@ -85,7 +91,7 @@ def project(
     own_ids = torch.cat([torch.tensor(own)[own_ids], torch.tensor(list(ends[0]), dtype=torch.long)])
     weights = torch.sparse_coo_tensor(
         torch.stack([main_ids, own_ids]),
-        torch.cat([torch.cat(values).cpu(), torch.ones(len(ends[0]))]),
+        torch.cat([torch.cat(values).cpu(), torch.ones(len(ends[0]))]).float(),
         (len(main_head), len(source_head)),
         check_invariants=True,
     )
