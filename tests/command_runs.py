@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -66,6 +67,13 @@ def run(command: str, *arguments: str) -> tuple[int, str, str]:
             sys.argv = argv
         err.seek(0)
         return code, out.getvalue(), err.read()
+
+
+@contextlib.contextmanager
+def without_pictures() -> Generator[None]:
+    """Leaves the pictures out of reports. They take most of a command's time, and tests/test_report.py looks at them."""
+    with mock.patch("profuser.report.page._draw", return_value={"light": "", "dark": ""}):
+        yield
 
 
 @contextlib.contextmanager

@@ -87,11 +87,24 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="session")
 def good(tmp_path_factory):
     """A folder with a recipe, its data, a model of its own and a finished run. Tests copy it with `command_runs.folder`."""
-    from command_runs import make_good
+    from command_runs import make_good, without_pictures
 
     place = tmp_path_factory.mktemp("good")
-    make_good(place)
+    with without_pictures():
+        make_good(place)
     return place
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request):
+    """Tests of what commands do with the files of a finished run need no pictures."""
+    if not {"good", "places"} & set(request.fixturenames):
+        yield
+        return
+    from command_runs import without_pictures
+
+    with without_pictures():
+        yield
 
 
 # The next fixtures run the Triton path of the fused loss, on a GPU if there is one and otherwise in Triton's interpreter.

@@ -21,11 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from command_runs import STORE, make_good, rows, run, write_rows
+from command_runs import STORE, make_good, rows, run, without_pictures, write_rows
 
-from profuser.report import page
 from profuser.store.store import Store
 from profuser.train.run_record import METRICS, model_files, read_run, write_run
 
@@ -109,13 +107,6 @@ def inside(place: Path) -> Generator[None]:
         yield
     finally:
         os.chdir(before)
-
-
-@contextmanager
-def without_pictures() -> Generator[None]:
-    """Leaves the pictures out of reports, which take most of a command's time and do not depend on what was damaged."""
-    with mock.patch.object(page, "_draw", return_value={"light": "", "dark": ""}):
-        yield
 
 
 def files_of(place: Path) -> list[str]:

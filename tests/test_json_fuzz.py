@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damage import without_pictures
+from command_runs import without_pictures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_runs import make_run, record_summary

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_runs import STORE, folder, run
+from command_runs import STORE, folder, run, without_pictures
 from conftest import ROOT
 from damage import COMMANDS, DAMAGES, OUTCOMES, RUN, Places, Tally, Trial, files_of, make_places, trials, walk
 from test_checkpoint import bits_of, saved, trained
@@ -39,7 +39,8 @@ PARTS = 8
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    return make_places(tmp_path_factory.mktemp("places"))
+    with without_pictures():
+        return make_places(tmp_path_factory.mktemp("places"))
 
 
 def test_the_walk_comes_to_every_file(places):

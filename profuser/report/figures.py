@@ -89,6 +89,7 @@ def _encoded(figure: Figure, **options: Any) -> bytes:
         # The bundled font lacks Chinese, for instance. The tables beside the picture show every name.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(file, **options)
+    figure.set_layout_engine("none")  # what was laid out once is not laid out again for another format
     return file.getvalue()
 
 
