@@ -37,7 +37,9 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text, which is taken as one response")
     parser.add_argument(
-        "--config", metavar="RECIPE", help="show a training example in every model's chat template; or compare its sources"
+        "--config",
+        metavar="RECIPE",
+        help="show a training example in every model's chat template; or compare its sources",
     )
     parser.add_argument("--example", type=int, metavar="N", help="the number of the example, counted from 0; default 0")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -55,7 +57,9 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="say which sources of a recipe are worth combining, and how; without --config those of the bundled demo",
     )
     parser.add_argument(
-        "--base", metavar="MODEL", help="the model that the sources were trained from: a directory, a Hub id, or demo:NAME"
+        "--base",
+        metavar="MODEL",
+        help="the model that the sources were trained from: a directory, a Hub id, or demo:NAME",
     )
     args, overrides = parser.parse_known_args(argv)
     given = args.sources or []

@@ -77,7 +77,7 @@ class Outcome:
 
     def oracle(self, members: Sequence[int]) -> np.ndarray:
         """Returns (n,) whether any member is right."""
-        return self.right[list(members)].any(0)
+        return np.logical_or.reduce(self.right[list(members)])
 
 
 def votes_of(text: str, is_right: bool) -> str | bool | None:

@@ -139,7 +139,8 @@ def kinship(related: Related) -> Kinship:
         for i, a in enumerate(kept)
         for b in kept[i + 1 :]
     ]
-    change = {names[n]: math.sqrt(float(sizes[n]) / base_size) if base_size else math.inf for n in kept}
+    length = math.sqrt(max(base_size, 1e-300))  # a base without any weights has no size
+    change = {names[n]: math.sqrt(float(sizes[n])) / length for n in kept}
     return Kinship(related.base, change, pairs, apart)
 
 

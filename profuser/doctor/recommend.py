@@ -51,7 +51,9 @@ def recommend(
     everyone = tuple(range(len(names)))
     if not outcome.right.any():
         return Recommendation(
-            "none", [], f"None of them: no source is right on any of {prompts} held-out prompts, so check evaluation.match and the sources' answers."
+            "none",
+            [],
+            f"None of them: no source is right on any of {prompts} held-out prompts, so check evaluation.match and the sources' answers.",
         )
     if len(names) == 1:
         return Recommendation("keep", [names[0]], f"Keep {names[0]}: {is_right}, and there is no other source.")

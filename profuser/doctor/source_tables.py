@@ -13,6 +13,10 @@ from profuser.text.display import column_width, visible
 if TYPE_CHECKING:
     from profuser.doctor.sources import Comparison
 
+LEGEND = (
+    "diversity: focal diversity, 1 where no two fail together; score: 0.6 diversity + 0.4 plurality",
+    "plurality: accuracy of the answer that most of them give, of tied ones the first's; oracle: share with a right answer among theirs",
+)
 SHOWN_SETS = 10  # how many sets of sources the table lists
 FEW = 50
 """Below this number of held-out prompts a line says that they are few."""
@@ -62,7 +66,9 @@ def source_tables(comparison: Comparison) -> str:
     if comparison.kinship is not None:
         parts.append(_kinship(comparison.kinship))
     if (prompts := comparison.outcome.right.shape[1]) < FEW:
-        parts.append([f"{prompts} held-out prompts are few: the intervals are wide, and so is what the recommendation rests on"])
+        parts.append(
+            [f"{prompts} held-out prompts are few: the intervals are wide, and so is what the recommendation rests on"]
+        )
     parts.append([comparison.recommendation.sentence])
     return visible("\n\n".join("\n".join(part) for part in parts))
 
@@ -74,7 +80,9 @@ def notes_of(relation: Kinship) -> list[str]:
         f"weights, {AS_LARGE:g} or more is another model"
         for name in relation.strangers
     ]
-    notes += [f"{name} has the weights of {relation.base} itself" for name, size in relation.change.items() if size == 0]
+    notes += [
+        f"{name} has the weights of {relation.base} itself" for name, size in relation.change.items() if size == 0
+    ]
     cosines = [pair.cosine for pair in relation.pairs if pair.cosine is not None]
     if cosines and not notes and max(map(abs, cosines)) < RELATED:
         notes.append(
@@ -93,7 +101,9 @@ def _alone(comparison: Comparison) -> list[str]:
         [name, *(f"{100 * comparison.accuracies[name][skill]:.1f}" for skill in skills), _interval(score)]
         for name, score in zip(names, alone)
     ]
-    title = f"{outcome.right.shape[1]} held-out prompts of {comparison.heldout}; accuracy in percent, with a 95 % interval"
+    title = (
+        f"{outcome.right.shape[1]} held-out prompts of {comparison.heldout}; accuracy in percent, with a 95 % interval"
+    )
     return [title, "", *_aligned([["source", *skills, ""], *rows])]
 
 
@@ -118,6 +128,7 @@ def _together(comparison: Comparison) -> list[str]:
     lines = _aligned([["together", "diversity", "plurality", "score", "oracle", ""], *map(row, sets[:SHOWN_SETS])])
     if len(sets) > SHOWN_SETS:
         lines.append(f"and {len(sets) - SHOWN_SETS} more: --json lists them all")
+    lines += ["", *LEGEND]
     if len(names) > MOST_EXHAUSTIVE:
         lines.append(
             f"of {len(names)} sources not all sets were looked at ({MOST_EXHAUSTIVE} is the most for that): all pairs, and the best "
@@ -155,5 +166,6 @@ def _aligned(rows: list[list[str]]) -> list[str]:
         return cell + space if at_left else space + cell
 
     return [
-        "  ".join(padded(cell, width, n == 0) for n, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows
+        "  ".join(padded(cell, width, n == 0) for n, (cell, width) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
     ]

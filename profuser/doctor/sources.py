@@ -17,7 +17,7 @@ from profuser.doctor.source_tables import describe_sources, source_tables
 from profuser.evaluate.match import load_match, try_match
 from profuser.evaluate.scores import accuracies
 from profuser.models.load import chat_format, open_model
-from profuser.prepare.inputs import check_ground_truth, load_split, settled_date
+from profuser.prepare.inputs import check_ground_truth, check_head, load_split, settled_date
 from profuser.recipe.parse import Run
 from profuser.stopping import working
 
@@ -67,9 +67,10 @@ def compare(run: Run, base: str | None) -> Comparison:
     try_match(recipe.evaluation.match, rows[0])
     match = load_match(recipe.evaluation.match)
     date = settled_date(recipe.date, run.store_dir)
-    for source in recipe.sources:
-        open_model(source)
+    configs = {source.name: open_model(source) for source in recipe.sources}
     chats = {source.name: chat_format(source, date=date) for source in recipe.sources}
+    for name, config in configs.items():
+        check_head(name, chats[name], config)
     related = None if base is None else open_related(base, recipe.sources)
 
     # The answers, and which of them are right. Without a ground truth only a match of the user's own can tell.

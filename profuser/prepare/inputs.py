@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from profuser.errors import ConfigError, DataError
 from profuser.models.fingerprint import fingerprint
@@ -113,10 +114,8 @@ class Inputs:
             date=date,
         )
 
-        # The head of a model has as many rows as its configuration says.
         for name, config in configs.items():
-            if (rows_of_head := getattr(config.get_text_config(), "vocab_size", None)) is not None:
-                check_vocabulary(name, chats.get(name) or inputs.target, rows_of_head)
+            check_head(name, chats.get(name) or inputs.target, config)
 
         if heldout := rows.get("heldout"):
             check_ground_truth(recipe, heldout)
@@ -223,6 +222,12 @@ def check_ground_truth(recipe: Recipe, heldout: Sequence[Row]) -> None:
             f"{recipe.data.location('heldout')} must hold a ground truth to score the answers by, every response is empty; "
             "fill them in, or give a function as evaluation.match"
         )
+
+
+def check_head(name: str, chat: ChatFormat, config: PreTrainedConfig) -> None:
+    """Raises DataError where a model's head, which has as many rows as its configuration says, lacks a row for a token."""
+    if (rows_of_head := getattr(config.get_text_config(), "vocab_size", None)) is not None:
+        check_vocabulary(name, chat, rows_of_head)
 
 
 def load_split(recipe: Recipe, split: Split) -> list[Row]:
