@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from profuser.doctor.comparison import Comparison
 from profuser.doctor.diversity import MOST_EXHAUSTIVE, Combination
 from profuser.doctor.kinship import AS_LARGE, Kinship
 from profuser.doctor.recommend import RELATED
 from profuser.report.intervals import Score
 from profuser.text.display import column_width, visible
-
-if TYPE_CHECKING:
-    from profuser.doctor.sources import Comparison
 
 LEGEND = (
     "diversity: focal diversity, 1 where no two fail together; score: 0.6 diversity + 0.4 plurality",
