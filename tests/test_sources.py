@@ -329,6 +329,14 @@ def test_an_interrupted_command_goes_on_and_a_damaged_file_is_made_again(good, m
 
 
 @pytest.mark.usefixtures("no_model")
+def test_training_data_and_judges_need_not_be_there_yet(good):
+    with folder(good):
+        Path("train.jsonl").unlink()
+        found, _ = compared("--judges", "[]")
+    assert found["prompts"] == 3
+
+
+@pytest.mark.usefixtures("no_model")
 def test_the_tables_say_what_the_json_says(good):
     with folder(good):
         found, _ = compared()
