@@ -22,7 +22,7 @@ COMMANDS = {
     "prepare": "only the store: responses, votes, distributions, alignment",
     "evaluate": "score a finished run again",
     "report": "draw the report of a finished run again",
-    "doctor": "how two tokenizers align on a text, or an example in every model's chat template",
+    "doctor": "how two tokenizers align on a text; an example in every chat template; which sources are worth combining",
     "generate": "let the sources answer prompts together, without training",
     "merge": "merge models of one architecture into one, without training",
     "store": "what a store holds, and whether its files are what was written",

@@ -161,7 +161,7 @@ def test_a_shell_line_names_a_command_that_exists_and_takes_its_arguments(block,
 
 
 def check_module(module: str, arguments: list[str], block: Block, tmp_path: Path, monkeypatch) -> None:
-    """Checks that a module can be run and that a command takes these arguments. The doctor is quick, so it is run."""
+    """Checks that a module can be run and that a command takes these arguments. The doctor is quick without --sources, so it is run."""
     assert importlib.util.find_spec(module) is not None
     if module in ("profuser.train", "profuser.prepare"):
         arguments = [a for a in arguments if a != "--fresh"]
@@ -170,7 +170,7 @@ def check_module(module: str, arguments: list[str], block: Block, tmp_path: Path
             (tmp_path / name).write_text(recipe.code)
         monkeypatch.chdir(tmp_path if "my.yaml" in arguments else ROOT)
         parse_run("train", arguments)
-    elif module in ("profuser.generate", "profuser.merge"):
+    elif module in ("profuser.generate", "profuser.merge") or "--sources" in arguments:
         importlib.import_module(f"{module}.__main__").arguments(arguments)
     elif module == "profuser.doctor":
         (tmp_path / "FILE").write_text("A bozun is a stone.\n")

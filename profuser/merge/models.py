@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from profuser.alignment.vocab_map import same_tokens
@@ -168,3 +169,15 @@ def check_ancestor(base: Candidate, others: list[Candidate], architecture: Archi
                     f"--base must be the model that {other.name} was trained from, {base.name} has nothing in common with it (the "
                     f"cosine of {name} is {cosine:.2f}); name its own base, or use --method linear or slerp"
                 )
+
+
+def tensor_beside(base: Tensor, other: Candidate, architecture: Architecture, name: str) -> Tensor:
+    """Returns a model's tensor of a parameter, with one row for each of the base's where the rows are tokens.
+
+    A token that the model does not have gets the base's row.
+    """
+    tensor = other.weights.get(name)
+    if name in architecture.tables and other.rows is not None:
+        known = torch.from_numpy(other.rows >= 0)
+        tensor = torch.where(known[:, None], tensor[torch.from_numpy(np.maximum(other.rows, 0))], base.to(tensor.dtype))
+    return tensor

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from profuser.errors import ConfigError
 from profuser.merge import methods
-from profuser.merge.models import Architecture, Candidate, check_ancestor, open_models
+from profuser.merge.models import Architecture, Candidate, check_ancestor, open_models, tensor_beside
 from profuser.merge.settings import NORMALIZED, WITH_BASE, MergeSettings
 from profuser.merge.weights import Slot, WeightsWriter
 from profuser.progress import Progress
@@ -101,22 +100,13 @@ def merged_tensor(
         return base
     place = place_of(name, first.config)
 
-    def of(candidate: Candidate) -> Tensor:
-        tensor = candidate.weights.get(name)
-        if name in architecture.tables and candidate.rows is not None:
-            known = torch.from_numpy(candidate.rows >= 0)
-            tensor = torch.where(
-                known[:, None], tensor[torch.from_numpy(np.maximum(candidate.rows, 0))], base.to(tensor.dtype)
-            )
-        return tensor
-
     def of_models(key: str, default: float) -> list[float]:
         return [settings.value(key, name, place, model, default) for model in settings.models]
 
     def shared(key: str, default):
         return settings.value(key, name, place, None, default)
 
-    tensors = (of(candidate) for candidate in others)
+    tensors = (tensor_beside(base, candidate, architecture, name) for candidate in others)
     normalize = shared("normalize", settings.method in NORMALIZED)
     scale = shared("lambda", 1.0)
     weights, densities = of_models("weight", 1.0), of_models("density", 1.0)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from profuser.errors import ConfigError, DataError
 from profuser.models.fingerprint import fingerprint
@@ -24,7 +25,7 @@ from profuser.prepare.judges import judge_fingerprint, open_judge, try_function_
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
-from profuser.recipe.schema import SPLITS, JudgeConfig, Recipe, Split
+from profuser.recipe.schema import SPLITS, JudgeConfig, Recipe, SourceConfig, Split
 from profuser.store.manifest import read_manifest
 from profuser.store.store import StoreSettings
 from profuser.text.chat import ChatFormat
@@ -113,18 +114,11 @@ class Inputs:
             date=date,
         )
 
-        # The head of a model has as many rows as its configuration says.
         for name, config in configs.items():
-            if (rows_of_head := getattr(config.get_text_config(), "vocab_size", None)) is not None:
-                check_vocabulary(name, chats.get(name) or inputs.target, rows_of_head)
+            check_head(name, chats.get(name) or inputs.target, config)
 
-        # Without a ground truth the default match has nothing to compare an answer with.
-        heldout = rows.get("heldout")
-        if heldout and recipe.evaluation.match is None and not any(row["response"] for row in heldout):
-            raise DataError(
-                f"{recipe.data.location('heldout')} must hold a ground truth to score the answers by, every response is empty; "
-                "fill them in, or give a function as evaluation.match"
-            )
+        if heldout := rows.get("heldout"):
+            check_ground_truth(recipe, heldout)
         return inputs
 
     @cached_property
@@ -177,14 +171,7 @@ class Inputs:
         sources = {
             "source_names": self.source_names,
             "sources": {
-                source.name: {
-                    "model": source.model,
-                    "files": fingerprint(source.model),
-                    "revision": source.revision,
-                    "template": template_hash(self.chats[source.name]),
-                    "reasoning": recipe.reasoning_of(source),
-                }
-                for source in recipe.sources
+                source.name: source_settings(recipe, source, self.chats[source.name]) for source in recipe.sources
             },
             "target": {
                 "name": recipe.target,
@@ -193,8 +180,7 @@ class Inputs:
             },
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
             | {"max_length": recipe.data.max_length},
-            "generation": without(vars(recipe.generation), "batch_size", "reasoning")
-            | ({"seed": recipe.seed} if recipe.generation.temperature > 0 else {}),
+            "generation": generation_settings(recipe),
             "capture": without(vars(recipe.capture), "batch_size") | {"dtype": self.dtype_name},
             "date": self.date.isoformat(),
         }
@@ -210,6 +196,38 @@ class Inputs:
             votes |= {"rules": VOTE_RULES, "floors": {j.name: j.floor for j in recipe.judges if j.floor is not None}}
             targets |= {"judging.no_signal": recipe.judging.no_signal}
         return StoreSettings(sources=sources, votes=votes, targets=targets)
+
+
+def source_settings(recipe: Recipe, source: SourceConfig, chat: ChatFormat) -> dict[str, Any]:
+    """Returns what decides what a source says: its model, its chat template, and what becomes of its reasoning."""
+    return {
+        "model": source.model,
+        "files": fingerprint(source.model),
+        "revision": source.revision,
+        "template": template_hash(chat),
+        "reasoning": recipe.reasoning_of(source),
+    }
+
+
+def generation_settings(recipe: Recipe) -> dict[str, Any]:
+    """Returns what decides how the sources answer, but for the reasoning, of which each may have a rule of its own."""
+    seed = {"seed": recipe.seed} if recipe.generation.temperature > 0 else {}
+    return without(vars(recipe.generation), "batch_size", "reasoning") | seed
+
+
+def check_ground_truth(recipe: Recipe, heldout: Sequence[Row]) -> None:
+    """Raises DataError for held-out rows without any ground truth, where the default match has nothing to compare with."""
+    if recipe.evaluation.match is None and not any(row["response"] for row in heldout):
+        raise DataError(
+            f"{recipe.data.location('heldout')} must hold a ground truth to score the answers by, every response is empty; "
+            "fill them in, or give a function as evaluation.match"
+        )
+
+
+def check_head(name: str, chat: ChatFormat, config: PreTrainedConfig) -> None:
+    """Raises DataError where a model's head, which has as many rows as its configuration says, lacks a row for a token."""
+    if (rows_of_head := getattr(config.get_text_config(), "vocab_size", None)) is not None:
+        check_vocabulary(name, chat, rows_of_head)
 
 
 def load_split(recipe: Recipe, split: Split) -> list[Row]:
