@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from benchmarks.measure import surroundings
-from profuser.generate.cool_fusion import CoolFusion, Step
+from profuser.generate.cool_fusion import CoolFusion
 from profuser.generate.gated import Gated
 from profuser.generate.speaker import Voice
+from profuser.generate.steps import Step
 from profuser.generate.voices import load_voices
 from profuser.models.head import head_of
 from profuser.models.load import chat_format, load_model
