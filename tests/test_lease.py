@@ -316,6 +316,7 @@ def test_two_alignments_at_once_on_one_store_end_with_one_of_them(fresh):
     assert "store complete" in out
 
 
+@pytest.mark.long
 def test_the_same_training_twice_at_once_is_done_once(fresh):
     results = both(TRAIN, TRAIN, fresh)
     assert [code for code, _, _ in results] == [0, 0], results

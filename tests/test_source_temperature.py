@@ -62,6 +62,7 @@ def test_without_a_source_temperature_logprobs_are_as_given_and_a_tail_beside_re
     assert torch.equal(fusion(**batch)["loss"], same(**batch)["loss"])
 
 
+@pytest.mark.long
 def test_a_source_temperature_compiles_in_one_graph():
     fusion = FusionModel(demo_model(), temperature=2.0, tail="renormalize", source_temperature=1.0)
     batch = padded(examples())
