@@ -262,6 +262,9 @@ CASES = [
     Case("a manifest of something else", 3, ("manifest.json", "a mapping, got []", "--fresh"), lambda: Path(f"{STORE}/manifest.json").write_text("[]")),
     Case("a truncated shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), truncate(f"{STORE}/targets/heldout-*"), ("runs/recipe",), "evaluate"),
     Case("a corrupt shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), corrupt(f"{STORE}/truth/heldout-scholar-*"), ("runs/recipe",), "evaluate"),
+    Case("new data that is not there, for a finished run", 3, ("missing.jsonl",), arguments=("runs/recipe", "--data", "missing.jsonl"), command="evaluate"),
+    Case("another model that is not there, for a finished run", 3, ("./missing", "fix the path"), arguments=("runs/recipe", "--data", "heldout.jsonl", "--models", "./missing"), command="evaluate"),
+    Case("models without anything to score them on", 2, ("--models", "--data"), arguments=("runs/recipe", "--models", "guardian"), command="evaluate"),
     Case("a run directory of something else", 3, ("run.json", "--output"), arguments=("--output", "guardian")),
 ]  # fmt: skip
 

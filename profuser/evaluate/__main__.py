@@ -1,51 +1,66 @@
-"""`python -m profuser.evaluate RUN_DIR` scores a finished run again."""
+"""`python -m profuser.evaluate RUN_DIR` scores a finished run again, on its own held-out data or on a new file."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from profuser.cli import main_of
+from profuser.errors import ConfigError
 
 
-def main(argv: list[str]) -> None:
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command's arguments. It raises ConfigError where they contradict each other."""
     parser = argparse.ArgumentParser(
         prog="python -m profuser.evaluate",
         description="Score the fused model of a finished run again, beside its sources.",
+        usage="%(prog)s RUN_DIR [--data FILE [--models MODEL ...]]",
     )
     parser.add_argument(
-        "run_dir", type=Path, metavar="RUN_DIR", help="directory of a finished run, for instance runs/demo"
+        "run_dir",
+        type=Path,
+        nargs="?",
+        metavar="RUN_DIR",
+        help="directory of a finished run, for instance runs/demo",
     )
-    directory = parser.parse_args(argv).run_dir
+    parser.add_argument("--data", metavar="FILE", help="score on the prompts of this file instead of the held-out ones")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="further models: a directory, a finished run, a Hub id, demo:NAME, or decode:RECIPE for its sources together",
+    )
+    args = parser.parse_args(argv)
+    if args.run_dir is None:
+        raise ConfigError(
+            "evaluate must be given the directory of a finished run, got none; give for instance runs/demo"
+        )
+    if args.models and args.data is None:
+        raise ConfigError(
+            f"--models must come with --data, got {args.models[0]} without; name the file whose prompts are answered"
+        )
+    return args
 
-    from profuser.errors import ConfigError, DataError
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    print(on_new_data(args) if args.data is not None else on_heldout_data(args.run_dir))
+
+
+def on_heldout_data(directory: Path) -> str:
+    """Scores a run again on its held-out data, and returns the table."""
+    from profuser.errors import DataError
+    from profuser.evaluate.finished import open_run
     from profuser.evaluate.scores import evaluate
     from profuser.evaluate.terminal import score_table
     from profuser.pipeline import check_unchanged
-    from profuser.recipe.parse import Run, load_recipe
     from profuser.stopping import working
-    from profuser.store.sealed import damaged_files
     from profuser.store.store import Store
-    from profuser.train.run_record import EVALUATION, SCORES, check_own, model_files, read_run, record_files
+    from profuser.train.run_record import EVALUATION, SCORES, record_files
 
-    # The run, and whether its files are its own.
-    record = read_run(directory)
-    if record["status"] != "complete":
-        raise DataError(
-            f"RUN_DIR must hold a finished run, {directory} is not complete; run `python -m profuser.train` with its recipe again"
-        )
-    check_own(directory, record)
-    try:
-        recipe = replace(load_recipe(record["recipe"]), output=str(directory), store=record["store"])
-    except ConfigError as error:
-        raise DataError(str(error)) from None
-    run = Run(recipe=recipe, name=directory.name)
+    run, _ = open_run(directory)
     store = Store.open(run.store_dir)
-
-    # A model that was edited on purpose is scored as it is.
-    if differing := damaged_files(directory, model_files(record)):
-        print(f"{', '.join(differing)} in {directory} is not what training wrote; what is there is scored", flush=True)
     try:
         with working():
             scores = evaluate(run, store)
@@ -53,7 +68,17 @@ def main(argv: list[str]) -> None:
         check_unchanged(run)  # if the store is not the run's, this says so
         raise
     record_files(directory, SCORES, EVALUATION)
-    print(score_table(scores))
+    return score_table(scores)
+
+
+def on_new_data(args: argparse.Namespace) -> str:
+    """Scores a run and further models on a new file, and returns the table."""
+    from profuser.evaluate.new_data import score_on
+    from profuser.evaluate.terminal import score_table
+    from profuser.stopping import working
+
+    with working():
+        return score_table(score_on(args.run_dir, args.data, args.models))
 
 
 if __name__ == "__main__":

@@ -47,18 +47,16 @@ def main(argv: list[str]) -> None:
     args, overrides = arguments(argv)
 
     from profuser.generate.answers import answer_file, prompts_of
-    from profuser.generate.cool_fusion import Answer, CoolFusion
-    from profuser.generate.gated import Gated
+    from profuser.generate.cool_fusion import Answer
+    from profuser.generate.methods import load_joint
     from profuser.generate.trace import page
-    from profuser.generate.voices import load_voices
     from profuser.recipe.parse import parse_run
     from profuser.stopping import working
     from profuser.store.files import write_atomic
 
     run = parse_run("generate", [*(["--config", args.config] if args.config else []), *overrides], {}, DESCRIPTION)
     prompts = prompts_of(args.input) if args.input is not None else []
-    method = {"cool": CoolFusion, "gated": Gated}[run.recipe.decode.method]
-    fusion = method(load_voices(run.recipe), run.recipe.decode, run.recipe.generation.max_new_tokens)
+    fusion = load_joint(run.recipe)
     sources = [voice.name for voice in fusion.voices]
     answered: list[tuple[str, Answer]] = []
     with working():  # so that the page is written of what there is, and no row by half
