@@ -12,14 +12,18 @@ import pytest
 import torch
 from command_runs import folder, rows, run
 
+from profuser.demo.verify import score as verifier
 from profuser.evaluate import benchmarks
 from profuser.evaluate.benchmarks import run_benchmarks
+from profuser.evaluate.comparison import compare, table
 from profuser.evaluate.contestants import LoadedModel, contestants_of
+from profuser.evaluate.results import Column, Result
 from profuser.evaluate.scoring import passages_of
 from profuser.evaluate.statistics import Sample, mcnemar, paired_p, score
 from profuser.evaluate.tasks import PAPER, manager_for, select
 from profuser.generate.methods import load_joint
 from profuser.recipe.parse import parse_run
+from profuser.report.intervals import wilson
 
 RUN = "runs/recipe"
 DEMO = ("demo_knowledge", "demo_safety", "demo_reasoning")
@@ -193,7 +197,81 @@ def test_a_task_of_log_likelihoods_is_scored_offline(place):
     assert "choice" in err
 
 
+def test_judges_score_every_answer_by_itself_and_their_scores_are_kept():
+    arguments = (
+        "--models",
+        "./guardian",
+        "demo:scholar",
+        "--tasks",
+        "demo_safety",
+        "--limit",
+        "3",
+        "--judges",
+        "recipe.yaml",
+    )
+    out = done(*arguments)
+    assert "demo_safety, verifier" in out
+    heldout = [row for row in rows("heldout", 60) if row["skill"] == "safety"]
+    for model in ("guardian", "demo_scholar"):
+        answers = [item["answer"] for item in items_of(model, "demo_safety")]
+        judged = items_of(model, "demo_safety_verifier")
+        assert [item["values"]["judged by verifier"] for item in judged] == [
+            float(verifier(row, [answer])[0]) if answer else None for row, answer in zip(heldout, answers)
+        ]
+    files = {path: path.stat().st_mtime_ns for path in OUT.glob("*/*.json")}
+    assert done(*arguments).partition("| task")[2] == out.partition("| task")[2]
+    assert {path: path.stat().st_mtime_ns for path in OUT.glob("*/*.json")} == files
+    assert (OUT / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_judged_is_said_in_one_line():
+    recipe = Path("recipe.yaml").read_text().replace("schedule: simultaneous", "schedule: fusellm")
+    lines = [line for line in recipe.splitlines() if not line.startswith("judges")]
+    Path("none.yaml").write_text("\n".join(lines))
+    Path("text.md").write_text("A bozun is a song.")
+    for judges, task, says in (("none.yaml", "demo", "has none"), ("recipe.yaml", "bits_per_byte:text.md", "answers")):
+        code, _, err = run("evaluate", "--models", "demo:guardian", "--tasks", task, "--judges", judges)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert "--judges" in err
+        assert says in err
+
+
 # --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def result(*values: float | None, primary: str = "acc,none", higher: bool = True) -> Result:
+    items = [{"values": {primary: value}} for value in values]
+    return Result.of({"primary": primary, "items": items, "higher_is_better": higher})
+
+
+def test_an_item_that_a_judge_left_out_for_one_model_counts_for_none():
+    kind = "judged by someone"
+    results = {"a": {"t": result(1.0, 5.0, 3.0, primary=kind)}, "b": {"t": result(2.0, None, 2.0, primary=kind)}}
+    (found,) = compare(results, [Column("t", ("t",))])
+    assert (found.items, found.is_share) == (2, False)
+    assert [found.scores[model].value for model in "ab"] == [2.0, 2.0]
+    nothing = {"a": {"t": result(None, primary=kind)}, "b": {"t": result(1.0, primary=kind)}}
+    assert "–" in table(compare(nothing, [Column("t", ("t",))]), ["a", "b"])
+
+
+def test_where_all_answers_are_right_the_interval_is_not_a_point():
+    results = {"a": {"t": result(*[1.0] * 20)}}
+    (found,) = compare(results, [Column("t", ("t",))])
+    assert found.scores["a"] == wilson(1.0, 20)
+
+
+def test_a_column_of_different_values_has_no_score():
+    results = {"a": {"t": result(1.0), "u": result(0.5, primary="bleu,none")}}
+    assert [c.name for c in compare(results, [Column("t", ("t",)), Column("both", ("t", "u"))])] == ["t"]
+
+
+def test_the_table_says_which_way_is_better_and_escapes_names():
+    results = {"a|b": {"t": result(1.0, 0.0)}, "c": {"t": result(0.0, 0.0)}}
+    text = table(compare(results, [Column("t", ("t",))]), ["a|b", "c"])
+    assert "a\\|b − c" in text
+    assert "+50.0 (p = 1.000)" in text
+    bits = {"a": {"t": result(1.0, primary="bits_per_byte", higher=False)}}
+    assert "less is better" in table(compare(bits, [Column("t", ("t",))]), ["a"])
 
 
 @pytest.mark.parametrize(

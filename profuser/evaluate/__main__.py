@@ -106,13 +106,16 @@ def on_heldout_data(directory: Path) -> str:
 
 
 def on_new_data(args: argparse.Namespace) -> str:
-    """Scores a run and further models on a new file, and returns the table."""
+    """Scores a run and further models on a new file, and returns the table and how the fused model differs from the others."""
+    from profuser.evaluate.comparison import differences
     from profuser.evaluate.new_data import score_on
     from profuser.evaluate.terminal import score_table
     from profuser.stopping import working
 
     with working():
-        return score_table(score_on(args.run_dir, args.data, args.models))
+        scores, compared = score_on(args.run_dir, args.data, args.models)
+    pairs = [(a, b) for a, b in compared[0].pairs if "fused" in (a, b)]
+    return f"{score_table(scores)}\n\n{differences(compared, pairs)}"
 
 
 def on_benchmarks(args: argparse.Namespace) -> str:
@@ -120,24 +123,34 @@ def on_benchmarks(args: argparse.Namespace) -> str:
     from profuser.evaluate.benchmarks import run_benchmarks
     from profuser.evaluate.comparison import as_json, compare, table
     from profuser.evaluate.contestants import contestants_of
+    from profuser.evaluate.judging import judge_answers, judges_of
+    from profuser.evaluate.picture import draw
     from profuser.evaluate.tasks import select
+    from profuser.report.figures import save_png
+    from profuser.report.theme import LIGHT
     from profuser.stopping import working
     from profuser.store.files import write_atomic, write_json
 
     output = args.output or Path("runs/benchmarks")
     with working():
-        benchmarks, columns = select(args.tasks, args.shots)
         specs = [*([str(args.run_dir)] if args.run_dir is not None else []), *args.models]
         contestants = contestants_of(specs, args.dtype)
+        recipe = judges_of(args.judges) if args.judges is not None else None
+        benchmarks, columns = select(args.tasks, args.shots)
         results = run_benchmarks(
             contestants, benchmarks, output, limit=args.limit, batch_size=args.batch_size, fresh=args.fresh
         )
+        if recipe is not None:
+            columns += judge_answers(results, benchmarks, columns, recipe, output, args.fresh)
+
         compared = compare(results, columns)
         text = table(compared, list(results))
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "benchmarks.json", as_json(compared))
         write_atomic(output / "benchmarks.md", f"{text}\n".encode())
-    return f"{text}\n\nresults: {output}"
+        fused = {contestant.name for contestant in contestants if contestant.is_fused}
+        save_png(draw(compared, list(results), fused, LIGHT), output / "benchmarks.png")
+    return f"{text}\n\nresults, table and picture: {output}"
 
 
 if __name__ == "__main__":

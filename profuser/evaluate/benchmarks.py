@@ -6,66 +6,22 @@ A result is reused as long as the model's files, the task with its data, the opt
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from lm_eval.api.model import LM
 
 from profuser.environment import environment
 from profuser.errors import ConfigError
 from profuser.evaluate.contestants import Alone, Contestant
 from profuser.evaluate.language_models import ModelAlone, ModelsTogether
-from profuser.evaluate.scoring import Benchmark, Item
-from profuser.evaluate.statistics import Sample
+from profuser.evaluate.results import Result, Results, kept, result_path
+from profuser.evaluate.scoring import Benchmark
 from profuser.recipe.places import PACKAGE_DIR
-from profuser.store.sealed import unsealed, write_sealed
-from profuser.typed import COUNT, NUMBER, parsed
-
-ITEM = {"id": int, "values": {str: NUMBER}, "prompt": str, "answer?": str, "target": str, "size?": COUNT}
-RESULT = {"key": {}, "primary": str, "items": [ITEM], "values": {str: NUMBER}, "higher_is_better": bool}
-"""The shape of what is read of a result."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of one model on one task.
-
-    primary: the name of the value that is the score. sample: that value of every item. higher: whether more is better.
-    items: what else is known of the items.
-    """
-
-    primary: str
-    sample: Sample
-    higher: bool
-    items: list[Item]
-
-    @property
-    def is_share(self) -> bool:
-        """Whether the score may be a share, such as that of right answers, and not a judge's number or bits."""
-        return self.higher and self.sample.sizes is None and not self.primary.startswith(JUDGED)
-
-    @classmethod
-    def of(cls, content: dict[str, Any]) -> Result:
-        """The result that a file holds."""
-        primary, items = content["primary"], content["items"]
-        values = np.array([item["values"][primary] for item in items], dtype=float)
-        sizes = np.array([item["size"] for item in items], dtype=float) if "size" in items[0] else None
-        return cls(primary, Sample(values, sizes), content["higher_is_better"], items)
-
-
-JUDGED = "judged by "
-"""What stands before a judge's name, in place of the name of a value."""
-
-Results = dict[str, dict[str, Result]]
-"""By the model's name and the task's."""
+from profuser.store.sealed import write_sealed
 
 
 def run_benchmarks(
@@ -122,26 +78,6 @@ def run_benchmarks(
 def loaded(contestant: Contestant, batch_size: int) -> LM:
     """Loads a contestant for the harness."""
     return ModelAlone(contestant, batch_size) if isinstance(contestant, Alone) else ModelsTogether(contestant)
-
-
-def result_path(output: Path, model: str, task: str, key: dict[str, Any]) -> Path:
-    """Where a result is kept."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return output / plain(model) / f"{plain(task)}-{digest}.json"
-
-
-def plain(name: str) -> str:
-    """Returns a name as a part of a path."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "_"
-
-
-def kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns a result that is there, or None where there is none, or one that is damaged or of something else."""
-    try:
-        content = unsealed(parsed(path.read_bytes()), RESULT)
-    except (OSError, ValueError):
-        return None
-    return content if content["key"] == key and content["items"] else None
 
 
 @cache

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from profuser.evaluate.benchmarks import Result, Results
+from profuser.evaluate.results import Column, Result, Results
 from profuser.evaluate.statistics import Sample, paired_p, score
-from profuser.evaluate.tasks import Column
 from profuser.report.intervals import Score, wilson
 from profuser.text.display import visible
 
@@ -21,10 +20,12 @@ from profuser.text.display import visible
 class Compared:
     """A column of the table.
 
-    is_share: whether the scores are shares, which are shown in percent. higher: whether more is better.
+    kind: the name of the value that is compared. is_share: whether it is a share, which is shown in percent. higher: whether more
+        is better.
     """
 
     name: str
+    kind: str
     is_share: bool
     higher: bool
     items: int
@@ -55,7 +56,7 @@ def _compared(column: Column, of_model: dict[str, list[Result]]) -> Compared:
     sizes = [len(sample) if column.weighted else min(len(sample), 1) for sample in first]
     if not sum(sizes):
         nothing = dict.fromkeys(of_model, Score(math.nan, math.nan, math.nan))
-        return Compared(column.name, False, result.higher, 0, nothing, {})
+        return Compared(column.name, result.primary, False, result.higher, 0, nothing, {})
     weights = [size / sum(sizes) for size in sizes]
     values = np.concatenate([sample.values for found in samples.values() for sample in found])
     scores = {model: score(found, weights) for model, found in samples.items()}
@@ -66,29 +67,39 @@ def _compared(column: Column, of_model: dict[str, list[Result]]) -> Compared:
     is_share = result.is_share and bool(((values >= 0) & (values <= 1)).all())
     if is_share and len(first) == 1:
         # Where all items have the same value, every draw is the same, which does not mean that nothing is uncertain.
-        count = len(first[0])
-        scores = {m: wilson(s.value, count) if s.low == s.high and s.value in (0, 1) else s for m, s in scores.items()}
-    return Compared(column.name, is_share, result.higher, sum(map(len, first)), scores, pairs)
+        for model, (sample,) in samples.items():
+            if sample.values.min() == sample.values.max() and sample.values[0] in (0, 1):
+                scores[model] = wilson(float(sample.values[0]), len(sample))
+    return Compared(column.name, result.primary, is_share, result.higher, sum(map(len, first)), scores, pairs)
 
 
 def table(compared: Sequence[Compared], models: Sequence[str]) -> str:
-    """Formats the scores with their intervals, and the differences of every two models, as Markdown."""
-    head = [f"{column.name}{'' if column.higher else ' (less is better)'}" for column in compared]
-    lines = [["model", *head], ["---", *("---:" for _ in head)]]
-    lines += [[visible(model), *(_cell(column.scores[model], column) for column in compared)] for model in models]
-    lines += [["items", *(f"{column.items:,}" for column in compared)]]
-    text = "\n".join(_row(line) for line in lines)
+    """Formats the scores with their intervals, and the differences of every two models, as Markdown. A task has a row."""
+    names = [_title(column) for column in compared]
+    lines = [["task", "items", *map(visible, models)], ["---", "---:", *("---:" for _ in models)]]
+    for name, column in zip(names, compared):
+        lines.append([name, f"{column.items:,}", *(_cell(column.scores[model], column) for model in models)])
+    text = "\n".join(map(_row, lines))
     if len(models) < 2:
         return text
-    lines = [["difference", *head], ["---", *("---:" for _ in head)]]
-    for a, b in itertools.combinations(models, 2):
-        cells = (_difference(column.pairs.get((a, b)), column) for column in compared)
-        lines.append([f"{visible(a)} − {visible(b)}", *cells])
+    return f"{text}\n\n{differences(compared, list(itertools.combinations(models, 2)))}"
+
+
+def differences(compared: Sequence[Compared], pairs: Sequence[tuple[str, str]]) -> str:
+    """Formats the differences of pairs of models, with their p-values, as Markdown."""
+    names = [_title(column) for column in compared]
+    lines = [["difference", *(f"{visible(a)} − {visible(b)}" for a, b in pairs)], ["---", *("---:" for _ in pairs)]]
+    for name, column in zip(names, compared):
+        lines.append([name, *(_difference(column.pairs.get(pair), column) for pair in pairs)])
     note = (
         "p: the exact McNemar test for right and wrong answers of one task, otherwise a paired permutation test. Not corrected for "
         "how many there are."
     )
-    return text + "\n\n" + "\n".join(_row(line) for line in lines) + f"\n\n{note}"
+    return "\n".join(map(_row, lines)) + f"\n\n{note}"
+
+
+def _title(column: Compared) -> str:
+    return f"{visible(column.name)}{'' if column.higher else ' (less is better)'}"
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -96,7 +107,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _number(value: float, column: Compared) -> str:
-    return f"{100 * value:.1f}" if column.is_share else f"{value:.3f}"
+    text = f"{100 * value:.1f}" if column.is_share else f"{value:.3f}"
+    return text.removeprefix("-") if not float(text) else text
 
 
 def _cell(found: Score, column: Compared) -> str:
@@ -109,7 +121,8 @@ def _difference(pair: tuple[float, float] | None, column: Compared) -> str:
     if pair is None:
         return "–"
     value, p = pair
-    return f"{'+' if value > 0 else ''}{_number(value, column)} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
+    number = _number(value, column)
+    return f"{'+' if float(number) > 0 else ''}{number} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
 
 
 def as_json(compared: Sequence[Compared]) -> dict[str, Any]:

@@ -115,6 +115,7 @@ class Alone:
 
     name: what it is called in tables. dtype: its arithmetic. date: what its chat template gets; None means today.
     reasoning: what becomes of the reasoning before its answers; None takes the generation's.
+    is_fused: whether it is the model of a finished run.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Alone:
     dtype: torch.dtype
     date: datetime.date | None = None
     reasoning: Reasoning | None = None
+    is_fused: bool = False
 
     joint = False
 
@@ -156,6 +158,7 @@ class Joint:
     recipe: Recipe
 
     joint = True
+    is_fused = False
     reasoning = None
 
     @cached_property
@@ -236,7 +239,7 @@ def fused_of(directory: Path, name: str | None = None) -> Alone:
     source = SourceConfig(name=name or directory.resolve().name, model=str(directory.resolve()))
     dtype = runtime_dtype(settled_dtype(recipe.capture.dtype, run.store_dir, device), device)
     date = settled_date(recipe.date, run.store_dir)
-    contestant = Alone(source.name, source, dtype, date, recipe.reasoning_of(recipe.target_config))
+    contestant = Alone(source.name, source, dtype, date, recipe.reasoning_of(recipe.target_config), is_fused=True)
     _ = contestant.identity
     return contestant
 

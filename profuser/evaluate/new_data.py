@@ -9,16 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from profuser.errors import DataError
+from profuser.evaluate.comparison import Compared, as_json, compare
 from profuser.evaluate.contestants import Alone, Contestant, contestants_of, fused_of
 from profuser.evaluate.finished import open_run
 from profuser.evaluate.match import load_match, try_match
+from profuser.evaluate.results import Column, Result
 from profuser.evaluate.scores import accuracies, by_model
+from profuser.evaluate.statistics import Sample
 from profuser.models.load import default_device, runtime_dtype
 from profuser.prepare.data import Row, data_hash, load_examples, shared_prompts
 from profuser.prepare.data_sets import read_table
@@ -33,14 +38,14 @@ FOLDER = "evaluations"
 """The folder in a run's directory."""
 
 
-def score_on(directory: Path, file: str, specs: Sequence[str]) -> dict[str, Any]:
-    """Scores a run's models and others on a file, writes the scores under the run's directory and returns them.
+def score_on(directory: Path, file: str, specs: Sequence[str]) -> tuple[dict[str, Any], list[Compared]]:
+    """Scores a run's models and others on a file, and writes the scores under the run's directory.
 
     Args:
         specs: further models, as `contestants_of` takes them.
 
     Returns:
-        What scores.json holds, with the scores of the further models under "models".
+        What scores.json holds, with the scores of the further models under "models"; and the comparison of all models.
     Raises:
         ConfigError, DataError: the run, the file or a model is missing or broken, or the match failed.
     """
@@ -85,10 +90,12 @@ def score_on(directory: Path, file: str, specs: Sequence[str]) -> dict[str, Any]
     scores["models"] = {name: accuracies(asked_rows, values) for name, values in right_of_more.items()}
 
     # What was found out, beside the answers.
+    compared = compared_by_skill(asked_rows, {"fused": right["fused"]} | right | right_of_more)
     content = {
         "data": file,
         "counts": dict(Counter(row["skill"] for row in asked_rows)),
         "scores": scores,
+        "comparison": as_json(compared),
         "rows": [
             {
                 "skill": row["skill"],
@@ -101,7 +108,23 @@ def score_on(directory: Path, file: str, specs: Sequence[str]) -> dict[str, Any]
         ],
     }
     write_json(result_path(directory, file, rows), content)
-    return scores
+    return scores, compared
+
+
+def compared_by_skill(rows: Sequence[Row], right: Mapping[str, Sequence[bool]]) -> list[Compared]:
+    """Compares models on every skill, and on their mean, in which every skill counts once."""
+    of_skill: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        of_skill.setdefault(row["skill"], []).append(i)
+    results = {
+        model: {
+            skill: Result("correct", Sample(np.array([values[i] for i in places], dtype=float)), True, [])
+            for skill, places in of_skill.items()
+        }
+        for model, values in right.items()
+    }
+    columns = [Column(skill, (skill,)) for skill in of_skill]
+    return compare(results, [*columns, Column("mean", tuple(of_skill), weighted=False)])
 
 
 def result_path(directory: Path, file: str, rows: Sequence[Row]) -> Path:

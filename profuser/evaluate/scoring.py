@@ -18,6 +18,7 @@ from lm_eval.api.task import Task
 
 from profuser.errors import DataError
 from profuser.evaluate.language_models import ModelAlone
+from profuser.evaluate.results import Item
 from profuser.recipe.utf8 import read_utf8
 
 PRIMARY = {"arc_challenge": "acc_norm,none", "hellaswag": "acc_norm,none", "gsm8k": "exact_match,strict-match"}
@@ -30,9 +31,6 @@ TEXT = "bits_per_byte:"
 """What stands before the path of a text."""
 PASSAGE_BYTES = 1000
 """A text is cut at blank lines into passages of at least so many bytes."""
-
-Item = dict[str, Any]
-"""One item of a task: its `id`, its `values` by metric and filter, the `prompt`, the `target`, and perhaps `answer` and `size`."""
 
 
 class HarnessTask:

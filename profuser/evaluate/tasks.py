@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lm_eval.api.group import Group
@@ -17,6 +16,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from profuser.errors import ConfigError, DataError, first_line
+from profuser.evaluate.results import Column
 from profuser.evaluate.scoring import TEXT, Benchmark, HarnessTask, Text
 
 BUNDLED = Path(__file__).resolve().parent / "tasks"
@@ -37,18 +37,6 @@ the six are those of the Open LLM Leaderboard of that time.
 
 SHOWN_MEMBERS = 8
 """A group with at most so many tasks has a column for each of them as well."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: a task, or several with one score.
-
-    weighted: whether every item counts alike; otherwise every task does.
-    """
-
-    name: str
-    tasks: tuple[str, ...]
-    weighted: bool = True
 
 
 def select(names: Sequence[str], shots: int | None = None) -> tuple[list[Benchmark], list[Column]]:
