@@ -330,16 +330,28 @@ def test_the_papers_tasks_are_known_to_the_harness_and_a_misspelt_one_is_not():
     [
         (("--models", "./missing", "--tasks", "demo"), 3, ("./missing", "fix the path")),
         (("--models", "demo:guardian", "demo:guardian", "--tasks", "demo"), 2, ("demo:guardian twice",)),
+        (("--models", "demo:guardian", "--tasks", "missing.yaml"), 2, ("missing.yaml", "fix the path")),
+        (("--models", "demo:guardian", "--tasks", "./guardian"), 2, ("./guardian", "holds none")),
         (("--models", "demo:guardian"), 2, ("--models", "--tasks")),
         (("--tasks", "demo"), 2, ("--models",)),
         (("--models", "decode:missing.yaml", "--tasks", "demo"), 2, ("missing.yaml",)),
+        (("--models", "demo:guardian", "--tasks", "own.yaml", "copy.yaml"), 2, ("two are called own",)),
+        (("--models", "demo:guardian", "--tasks", "failing.yaml"), 3, ("task own", "ZeroDivisionError")),
+        (("--models", "demo:guardian", "--tasks", "nameless.yaml"), 3, ("nameless.yaml", "could not be loaded")),
         (("--models", "demo:guardian", "--tasks", "bits_per_byte:missing.txt"), 3, ("missing.txt",)),
         (("--models", "demo:guardian", "--tasks", "demo", "--limit", "0"), 2, ("--limit",)),
         ((RUN, "--data", "heldout.jsonl", "--tasks", "demo"), 2, ("--data", "--tasks")),
         ((RUN, "--shots", "2"), 2, ("--shots", "--tasks")),
     ],
 )
-def test_what_cannot_be_scored_is_said_in_one_line(arguments, code, says):
+def test_what_cannot_be_scored_is_said_in_one_line(arguments, code, says, place):
+    own = OWN_TASK.replace("HERE", str(place))
+    Path("own.py").write_text(VERDICT)
+    Path("own.yaml").write_text(own)
+    Path("copy.yaml").write_text(own.replace("doc_to_text: prompt", 'doc_to_text: "Say: {{prompt}}"'))
+    Path("failing.py").write_text("def verdict(row, responses):\n    return 1 / 0\n")
+    Path("failing.yaml").write_text(own.replace("own.verdict", "failing.verdict"))
+    Path("nameless.yaml").write_text("dataset_path: json\n")
     found, _, err = run("evaluate", *arguments)
     assert (found, err.count("\n")) == (code, 1), err
     assert all(part in err for part in says), err
@@ -358,7 +370,7 @@ def test_tasks_of_a_folder_are_taken_together(place):
     Path("mine").mkdir()
     Path("mine/own.yaml").write_text(OWN_TASK.replace("HERE", str(place)))
     Path("mine/own.py").write_text(VERDICT)
-    found, columns = select(["mine"])
+    found, columns = select(["./mine"])
     assert [benchmark.name for benchmark in found] == ["own"]
     assert [column.name for column in columns] == ["own"]
     results = run_benchmarks(contestants_of(["./guardian"]), found, OUT)

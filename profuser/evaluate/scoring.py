@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lm_eval import evaluate
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 
-from profuser.errors import DataError
+from profuser.errors import DataError, ProfuserError, first_line
 from profuser.evaluate.language_models import ModelAlone
 from profuser.evaluate.results import Item
 from profuser.recipe.utf8 import read_utf8
@@ -56,9 +57,20 @@ class HarnessTask:
         return digest.hexdigest()[:16]
 
     def scored(self, lm: LM, limit: int | None) -> dict[str, Any]:
-        """Scores a model: the `values` of the task, those of every item, and which of them is the score."""
+        """Scores a model: the `values` of the task, those of every item, and which of them is the score.
+
+        Raises:
+            DataError: the task's own functions or templates fail, or it gives no numbers.
+        """
         self.task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        out: Any = evaluate(lm, {"tasks": {self.name: self.task}}, limit=limit, bootstrap_iters=0)
+        try:
+            out: Any = evaluate(lm, {"tasks": {self.name: self.task}}, limit=limit, bootstrap_iters=0)
+        except (ProfuserError, OSError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a task's functions are its author's own, which may raise anything
+            raise DataError(
+                f"task {self.name}: it failed with {type(error).__name__}: {first_line(error)}; fix the task's YAML or its functions"
+            ) from error
         items: dict[int, Item] = {}
         for sample in out["samples"][self.name]:
             number, prompt = sample["doc_id"], str(sample["arguments"][0][0])
@@ -112,7 +124,7 @@ class Text:
     needs_likelihoods = True
 
     def __init__(self, path: Path):
-        self.name = f"{TEXT}{path.name}"
+        self.name = f"{TEXT}{path}"
         self.passages = passages_of(path)
 
     @cached_property

@@ -1,7 +1,7 @@
 """Finds the tasks that a command line names: bundled ones, those of lm-evaluation-harness, and the user's own.
 
-A name stands for a task of the harness, one of its groups or tags, `demo` or one of its tasks, `paper`, or the path of a YAML file
-or of a folder of them in the harness's format. `bits_per_byte:FILE` stands for a text.
+A name stands for a task of the harness, one of its groups or tags, `demo` or one of its tasks, or `paper`. What ends with .yaml or
+has a slash is the path of a file, or of a folder of them, in the harness's format, and `bits_per_byte:FILE` stands for a text.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def select(names: Sequence[str], shots: int | None = None) -> tuple[list[Benchma
         shots: how many examples every task shows; None leaves each its own. A task that never shows any stays as it is.
 
     Raises:
-        ConfigError: a name is unknown, or given twice.
+        ConfigError: a name is unknown, or two different tasks have one name.
         DataError: a task cannot be loaded, for instance because its data are not there.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -73,36 +73,54 @@ def select(names: Sequence[str], shots: int | None = None) -> tuple[list[Benchma
                     task.set_config(key="num_fewshot", value=wanted)
                 elif own is None:
                     task.set_config(key="num_fewshot", value=0)
-                benchmarks.setdefault(task.task_name, HarnessTask(task))
+                benchmark = HarnessTask(task)
+                if benchmarks.setdefault(benchmark.name, benchmark).digest != benchmark.digest:
+                    raise ConfigError(
+                        f"--tasks: tasks must have names of their own, two are called {benchmark.name}; rename one"
+                    )
             columns += [column for column in new if column.name not in {c.name for c in columns}]
     return list(benchmarks.values()), columns
 
 
 def manager_for(names: Sequence[str]) -> TaskManager:
-    """Returns the harness's register of tasks. The thousands that it brings are only read where one of them is meant."""
-    paths: list[str | Path] = [BUNDLED, *(Path(name) for name in names if Path(name).is_dir())]
+    """Returns the harness's register of tasks. The thousands that it brings are only read where one of them is meant.
+
+    Raises:
+        ConfigError: a name is a path, and there is nothing.
+    """
+    paths: list[str | Path] = [BUNDLED]
+    for name in filter(is_place, names):
+        if not Path(name).exists():
+            raise ConfigError(
+                f"--tasks: {name} must be an existing YAML file or folder of them, there is none; fix the path"
+            )
+        paths += [name] if Path(name).is_dir() else []
     own = TaskManager(include_path=paths, include_defaults=False)
-    if all(name in own.all_tasks or Path(name).exists() for name in names):
+    if all(is_place(name) or name in own.all_tasks for name in names):
         return own
     return TaskManager(include_path=paths)
 
 
+def is_place(name: str) -> bool:
+    """Whether a name is the path of the user's own tasks."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
 def specs_of(name: str, manager: TaskManager) -> list[str]:
     """Returns what the harness is to load for a name. It raises ConfigError where there is no such task."""
-    path = Path(name)
-    if name in manager.all_tasks:
-        return [name]
-    if path.is_file() and path.suffix in (".yaml", ".yml"):
-        return [str(path)]
-    if path.is_dir():
-        inside = TaskManager(include_path=path, include_defaults=False)
+    if is_place(name) and Path(name).is_dir():
+        inside = TaskManager(include_path=name, include_defaults=False)
         if not inside.all_tasks:
             raise ConfigError(
-                f"--tasks: a folder must hold tasks in the format of lm-evaluation-harness, {name} holds none"
+                f"--tasks: a folder must hold tasks in the format of lm-evaluation-harness, {name} holds none; name another"
             )
         return inside.all_groups or inside.all_subtasks
+    if is_place(name) or name in manager.all_tasks:
+        return [name]
     near = difflib.get_close_matches(name, ["paper", *manager.all_tasks], n=1)
     hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists those of lm-evaluation-harness"
+    if Path(name).exists():
+        hint = f"write ./{name} for the path"
     raise ConfigError(
         f"--tasks: a task must be demo, paper, {TEXT}FILE, a task of lm-evaluation-harness or a YAML file, got {name}; {hint}"
     )
