@@ -115,7 +115,7 @@ def test_the_bundled_tasks_give_the_demos_own_scores(model):
         assert written[f"demo_{skill}"]["scores"][f"demo:{model}"]["value"] == expected[skill]
 
 
-@pytest.mark.parametrize("method", ["decode", "gated"])
+@pytest.mark.parametrize("method", ["decode", pytest.param("gated", marks=pytest.mark.long)])
 def test_sources_that_answer_together_answer_in_the_harness_as_by_themselves(method):
     done("--models", f"{method}:recipe.yaml", "--tasks", "demo_knowledge", "--limit", "2")
     own = [] if method == "decode" else [f"--decode.method={method}"]
@@ -145,7 +145,6 @@ def test_results_are_kept_until_the_model_the_task_or_the_options_change(monkeyp
     (path,) = OUT.glob("guardian/*.json")
     path.write_text(path.read_text().replace('"id": 0', '"id": 1'))
     assert again() == ["guardian"]
-    assert again("--limit", "2") == ["guardian"]
     config = Path("guardian/generation_config.json")
     config.write_text(config.read_text().replace("{", '{"a": 1,', 1))
     assert again() == ["guardian"]
@@ -164,6 +163,7 @@ def test_bits_per_byte_are_those_of_the_models_own_log_probabilities():
     (contestant,) = contestants_of(["demo:guardian"])
     loaded = contestant.load()
     assert isinstance(loaded, LoadedModel)
+    assert loaded.chat is not None
     tokenizer = loaded.chat.tokenizer
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     bits = 0.0
@@ -234,6 +234,30 @@ def test_what_cannot_be_judged_is_said_in_one_line():
         assert (code, err.count("\n")) == (2, 1), err
         assert "--judges" in err
         assert says in err
+
+
+def without_template(folder: str) -> None:
+    """Takes the chat template of the folder's own model away."""
+    for file in Path(folder).glob("chat_template*"):
+        file.unlink()
+    path = Path(folder, "tokenizer_config.json")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
+
+
+def test_a_model_without_a_chat_template_has_log_likelihoods_and_no_answers():
+    Path("text.md").write_text("A bozun is a song.")
+    done("--models", "./guardian", "--tasks", "bits_per_byte:text.md")
+    with_template = json.loads((OUT / "benchmarks.json").read_text())
+    without_template("guardian")
+    done("--models", "./guardian", "--tasks", "bits_per_byte:text.md")
+    assert json.loads((OUT / "benchmarks.json").read_text()) == with_template
+    for arguments in (
+        ("--models", "./guardian", "--tasks", "demo"),
+        (RUN, "--data", "heldout.jsonl", "--models", "./guardian"),
+    ):
+        code, _, err = run("evaluate", *arguments)
+        assert (code, err.count("\n")) == (3, 1), err
+        assert "chat template" in err
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

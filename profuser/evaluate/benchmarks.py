@@ -40,6 +40,7 @@ def run_benchmarks(
         fresh: whether results that are there are made again.
     Raises:
         ConfigError: a task needs log-likelihoods, and a contestant has none.
+        DataError: a task needs answers, and a contestant has no chat template.
     """
     likelihoods = next((benchmark for benchmark in benchmarks if benchmark.needs_likelihoods), None)
     joint = next((contestant for contestant in contestants if contestant.joint), None)
@@ -48,6 +49,9 @@ def run_benchmarks(
             f"task {likelihoods.name} needs log-likelihoods, {joint.name} has none, because several models answer together; leave "
             "out one of the two"
         )
+    if not all(benchmark.needs_likelihoods for benchmark in benchmarks):
+        for contestant in contestants:
+            contestant.check_answers()
     results: Results = {}
     for contestant in contestants:
         lm, found = None, {}

@@ -22,7 +22,15 @@ from profuser.evaluate.finished import open_run
 from profuser.generate.cool_fusion import CoolFusion
 from profuser.generate.methods import METHODS, load_joint
 from profuser.models.fingerprint import fingerprint
-from profuser.models.load import chat_format, check_vocabulary, default_device, load_model, open_model, runtime_dtype
+from profuser.models.load import (
+    chat_format,
+    check_vocabulary,
+    default_device,
+    load_model,
+    load_tokenizer,
+    open_model,
+    runtime_dtype,
+)
 from profuser.prepare.inputs import settled_date, settled_dtype
 from profuser.prepare.responses import generate
 from profuser.progress import silent
@@ -56,10 +64,10 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """One model with its chat format."""
+    """One model, and what it reads and writes through: its chat format."""
 
     model: PreTrainedModel
-    chat: ChatFormat
+    chat: ChatFormat | None
     reasoning: Reasoning | None
 
     def answer(
@@ -72,6 +80,7 @@ class LoadedModel:
         progress: Callable[..., None] = silent,
     ) -> list[str]:
         """Answers prompts through the model's own chat format, as the sources of a run answer theirs."""
+        assert self.chat is not None, "a model without a chat template is refused before it is loaded"
         answers = generate(
             self.model,
             self.chat,
@@ -134,20 +143,30 @@ class Alone:
         Raises:
             DataError: the model is missing or broken.
         """
-        config, chat = open_model(self.source), chat_format(self.source, date=self.date)
-        if (rows_of_head := getattr(config.get_text_config(), "vocab_size", None)) is not None:
+        config, chat = open_model(self.source), self.chat()
+        rows_of_head = getattr(config.get_text_config(), "vocab_size", None)
+        if chat is not None and rows_of_head is not None:
             check_vocabulary(self.source.name, chat, rows_of_head)
         return {
             "files": fingerprint(self.source.model),
             "commit": getattr(config, "_commit_hash", None),
-            "template": _rendered(chat),
+            "template": None if chat is None else _rendered(chat),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
+    def chat(self) -> ChatFormat | None:
+        """The model's chat format, or None if it has no chat template, as most models that were only pretrained."""
+        has_template = load_tokenizer(self.source).chat_template is not None
+        return chat_format(self.source, date=self.date) if has_template else None
+
+    def check_answers(self) -> None:
+        """Raises DataError if the model cannot answer, because it has no chat template."""
+        if self.identity["template"] is None:
+            chat_format(self.source, date=self.date)
+
     def load(self) -> LoadedModel:
         """Loads the model."""
-        model = load_model(self.source, self.dtype, default_device())
-        return LoadedModel(model, chat_format(self.source, date=self.date), self.reasoning)
+        return LoadedModel(load_model(self.source, self.dtype, default_device()), self.chat(), self.reasoning)
 
 
 @dataclass(frozen=True)
@@ -167,6 +186,11 @@ class Joint:
         dtype = runtime_dtype(self.recipe.capture.dtype, default_device())
         sources = [Alone(source.name, source, dtype).identity for source in self.recipe.sources]
         return {"sources": sources, "decode": vars(self.recipe.decode)}
+
+    def check_answers(self) -> None:
+        """Raises DataError if one of the sources cannot answer."""
+        for source in self.recipe.sources:
+            chat_format(source)
 
     def load(self) -> LoadedJoint:
         """Loads the sources."""

@@ -65,7 +65,7 @@ def judge_answers(
                 items = found[benchmark.name].items
                 rows, answers = [benchmark.row(item) for item in items], [item.get("answer", "") for item in items]
                 asked = hashlib.sha256(json.dumps([rows, answers], sort_keys=True, default=str).encode()).hexdigest()
-                key = {"judge": judge_fingerprint(judge), "asked": asked, "date": str(settled_date(recipe.date, None))}
+                key = {"judge": judge_fingerprint(judge), "asked": asked, "date": recipe.date}
                 name = named(benchmark.name, judge)
                 path = result_path(output, model, name, key)
                 content = None if fresh else kept(path, key)

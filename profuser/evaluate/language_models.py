@@ -24,7 +24,7 @@ from profuser.evaluate.contestants import Alone, Answerer, Joint, LoadedJoint
 from profuser.models.load import load_tokenizer
 from profuser.progress import Progress
 from profuser.recipe.schema import GenerationConfig, Reasoning
-from profuser.text.token_bytes import TokenBytesMismatch
+from profuser.text.token_bytes import TokenBytes, TokenBytesMismatch
 
 # The harness shows a bar while it builds a task's requests, also where there is no terminal.
 lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # pyrefly: ignore[bad-assignment]
@@ -48,8 +48,9 @@ class ModelAlone(HFLM):
         self.at_once = batch_size
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        limit = self.max_length
-        encoded = self.loaded.chat.prompt_ids
+        limit, chat = self.max_length, self.loaded.chat
+        assert chat is not None, "a model without a chat template is refused for a task with answers"
+        encoded = chat.prompt_ids
         if cut := sum(len(encoded(request.args[0])) >= limit for request in requests):
             print(
                 f"{self.name}: {cut} of {len(requests)} prompts leave no room for an answer in {limit} tokens",
@@ -63,7 +64,8 @@ class ModelAlone(HFLM):
         Raises:
             DataError: the model's tokens do not hold a text exactly, so that its bits would be those of another text.
         """
-        token_bytes = self.loaded.chat.token_bytes
+        tokenizer: Any = self.tokenizer
+        token_bytes = TokenBytes(tokenizer)
         for text in texts:
             try:
                 token_bytes.spans(token_bytes.encode(text), text)

@@ -70,8 +70,8 @@ def score_on(directory: Path, file: str, specs: Sequence[str]) -> tuple[dict[str
     own = {source.name: alone(source) for source in recipe.sources}
     own |= {"target_before": alone(recipe.target_config), "fused": fused_of(directory, "fused")}
     others = contestants_of(specs, taken=list(own))
-    for contestant in own.values():
-        _ = contestant.identity
+    for contestant in (*own.values(), *others):
+        contestant.check_answers()
     if shared := shared_with_training(recipe, rows):
         print(f"{shared} of {len(rows)} prompts in {file} are training prompts as well", flush=True)
 
