@@ -318,6 +318,10 @@ def test_a_score_weighs_tasks_and_items_and_its_interval_holds_it():
     assert found.low < found.value < found.high
 
 
+def test_a_share_is_exactly_the_count_divided_by_the_items():
+    assert all(score([Sample(np.arange(200) < n)], [1.0]).value == n / 200 for n in range(0, 201, 7))
+
+
 def test_the_bootstrap_interval_of_a_share_is_near_the_normal_one():
     values = np.array([1.0] * 300 + [0.0] * 100)
     found = score([Sample(values)], [1.0])
