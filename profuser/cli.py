@@ -20,7 +20,7 @@ from profuser.errors import ConfigError, Interrupted, OutOfMemoryError, Profuser
 COMMANDS = {
     "train": "prepare what is missing, fuse, score, report; without arguments the bundled demo",
     "prepare": "only the store: responses, votes, distributions, alignment",
-    "evaluate": "score a finished run again",
+    "evaluate": "score a finished run again, also on new data, or any models on benchmarks",
     "report": "draw the report of a finished run again",
     "doctor": "how two tokenizers align on a text; an example in every chat template; which sources are worth combining",
     "generate": "let the sources answer prompts together, without training",
@@ -28,7 +28,7 @@ COMMANDS = {
     "store": "what a store holds, and whether its files are what was written",
 }
 
-EXTRAS = {"gguf": "gguf", "reasoning_gym": "recipes"}
+EXTRAS = {"gguf": "gguf", "reasoning_gym": "recipes", "lm_eval": "benchmarks"}
 """Packages that an extra of its own installs, each with that extra. The extra `train` installs all others."""
 
 

@@ -36,6 +36,7 @@ class Case:
     edit: Callable[[], object] = lambda: None
     arguments: tuple[str, ...] = ()
     command: str = "train"
+    long: bool = False
 
 
 def replace(path: str, old: str, new: str) -> Callable[[], object]:
@@ -262,6 +263,13 @@ CASES = [
     Case("a manifest of something else", 3, ("manifest.json", "a mapping, got []", "--fresh"), lambda: Path(f"{STORE}/manifest.json").write_text("[]")),
     Case("a truncated shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), truncate(f"{STORE}/targets/heldout-*"), ("runs/recipe",), "evaluate"),
     Case("a corrupt shard, where it cannot be built again", 3, ("sha256", "profuser.prepare"), corrupt(f"{STORE}/truth/heldout-scholar-*"), ("runs/recipe",), "evaluate"),
+    Case("a benchmark without a model", 2, ("--tasks", "--models"), arguments=("--tasks", "demo"), command="evaluate"),
+    Case("a benchmark of log-likelihoods for models that answer together", 2, ("bits_per_byte:recipe.yaml", "decode:recipe.yaml"), arguments=("--models", "decode:recipe.yaml", "--tasks", "bits_per_byte:recipe.yaml"), command="evaluate"),
+    Case("a model that is not there, for a benchmark", 3, ("./missing", "fix the path"), arguments=("--models", "./missing", "--tasks", "demo"), command="evaluate"),
+    Case("a task that is not there", 2, ("demo_knowlege", "did you mean demo_knowledge?"), arguments=("--models", "demo:guardian", "--tasks", "demo_knowlege"), command="evaluate", long=True),
+    Case("new data that is not there, for a finished run", 3, ("missing.jsonl",), arguments=("runs/recipe", "--data", "missing.jsonl"), command="evaluate"),
+    Case("another model that is not there, for a finished run", 3, ("./missing", "fix the path"), arguments=("runs/recipe", "--data", "heldout.jsonl", "--models", "./missing"), command="evaluate"),
+    Case("models without anything to score them on", 2, ("--models", "--data"), arguments=("runs/recipe", "--models", "guardian"), command="evaluate"),
     Case("a run directory of something else", 3, ("run.json", "--output"), arguments=("--output", "guardian")),
 ]  # fmt: skip
 
@@ -280,7 +288,10 @@ def without_sentencepiece(monkeypatch):
     monkeypatch.setattr("profuser.models.load.is_installed", lambda module: module == "gguf")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.long if case.long else (), id=case.what.replace(" ", "-")) for case in CASES],
+)
 def test_bad_input_ends_in_its_exit_code_with_one_line(good, case, monkeypatch):
     with folder(good):
         monkeypatch.syspath_prepend(Path.cwd())  # as `python -m` does

@@ -127,6 +127,13 @@ def test_a_recipe_is_understood(block, tmp_path):
         path.write_text(block.code)
         assert read_settings(path).method in METHODS
         return
+    if "output_type" in block.code:
+        from profuser.evaluate.tasks import select
+
+        (tmp_path / "my.jsonl").write_text('{"prompt": "How does a bozun taste?", "response": "bitter"}\n')
+        path.write_text(block.code.replace("my.jsonl", str(tmp_path / "my.jsonl")))
+        assert [benchmark.name for benchmark in select([str(path)])[0]] == ["my_task"]
+        return
     path.write_text(yaml.safe_dump(recipe_of(block)))
     assert parse_run("train", ["--config", str(path)]).name == "my"
 
@@ -170,7 +177,7 @@ def check_module(module: str, arguments: list[str], block: Block, tmp_path: Path
             (tmp_path / name).write_text(recipe.code)
         monkeypatch.chdir(tmp_path if "my.yaml" in arguments else ROOT)
         parse_run("train", arguments)
-    elif module in ("profuser.generate", "profuser.merge") or "--sources" in arguments:
+    elif module in ("profuser.generate", "profuser.merge", "profuser.evaluate") or "--sources" in arguments:
         importlib.import_module(f"{module}.__main__").arguments(arguments)
     elif module == "profuser.doctor":
         (tmp_path / "FILE").write_text("A bozun is a stone.\n")

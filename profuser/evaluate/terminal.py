@@ -9,8 +9,9 @@ from profuser.text.display import visible
 
 
 def score_table(scores: Mapping[str, Any]) -> str:
-    """Formats the content of scores.json as a table in percent, one line per model."""
+    """Formats the content of scores.json as a table in percent, one line per model. Further models come last."""
     rows = [*scores["sources"].items(), ("target before", scores["target_before"]), ("fused", scores["fused"])]
+    rows += scores.get("models", {}).items()
     skills = list(scores["fused"])
     width, column = max(len(name) for name, _ in rows), max(10, *map(len, skills)) + 2
     head = " " * width + "".join(f"{skill:>{column}}" for skill in skills)

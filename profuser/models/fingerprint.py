@@ -10,6 +10,10 @@ from profuser.recipe.places import resolve
 SAMPLE = 1 << 20
 """Bytes that are read at each place of a file."""
 
+BESIDE_SUFFIXES = {".md", ".html", ".png"}
+BESIDE = {"run.json", "metrics.jsonl", "scores.json", "evaluation.json"}
+"""Files that lie beside a model and are no part of it, such as a run's record, which changes when the run is scored again."""
+
 
 def fingerprint(location: str) -> str:
     """Returns a short hash of the names, sizes and contents of a model's files. Large files are sampled, not read as a whole.
@@ -21,7 +25,7 @@ def fingerprint(location: str) -> str:
     digest = hashlib.sha256()
     if not path.exists():
         return location
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".md")
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and not _is_beside(p))
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size};".encode())
@@ -31,3 +35,8 @@ def fingerprint(location: str) -> str:
                 data.seek(start)
                 digest.update(data.read(SAMPLE))
     return digest.hexdigest()[:16]
+
+
+def _is_beside(file: Path) -> bool:
+    """Whether a file lies beside a model and is no part of it."""
+    return file.suffix in BESIDE_SUFFIXES or file.name in BESIDE

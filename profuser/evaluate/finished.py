@@ -1,0 +1,35 @@
+"""Opens a finished run to score its model: the record, the recipe, and whether the files are the run's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from profuser.errors import ConfigError, DataError
+from profuser.recipe.parse import Run, load_recipe
+from profuser.store.sealed import damaged_files
+from profuser.train.run_record import check_own, model_files, read_run
+
+
+def open_run(directory: Path) -> tuple[Run, dict[str, Any]]:
+    """Returns a finished run and its record.
+
+    A model that was edited on purpose is scored as it is, and a line says so.
+
+    Raises:
+        DataError: the directory holds no run, one that is not finished, or another run's files.
+    """
+    record = read_run(directory)
+    if record["status"] != "complete":
+        raise DataError(
+            f"RUN_DIR must hold a finished run, {directory} is not complete; run `python -m profuser.train` with its recipe again"
+        )
+    check_own(directory, record)
+    try:
+        recipe = replace(load_recipe(record["recipe"]), output=str(directory), store=record["store"])
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    if differing := damaged_files(directory, model_files(record)):
+        print(f"{', '.join(differing)} in {directory} is not what training wrote; what is there is scored", flush=True)
+    return Run(recipe=recipe, name=directory.name), record

@@ -1,0 +1,103 @@
+"""`python -m profuser.evaluate RUN --data FILE` scores a finished run and other models on a new file, without a store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from command_runs import STORE, folder, rows, run
+
+from profuser.evaluate import contestants
+from profuser.models.fingerprint import fingerprint
+from profuser.train.run_record import EVALUATION, SCORES
+
+RUN = Path("runs/recipe")
+
+
+@pytest.fixture(autouse=True)
+def place(good, monkeypatch):
+    with folder(good) as here:
+        monkeypatch.syspath_prepend(here)  # as `python -m` does
+        yield here
+
+
+def scored(*more: str, file: str = "heldout.jsonl") -> dict:
+    """Scores the run on a file and returns what is written about it."""
+    before = {path: path.read_bytes() for path in RUN.iterdir() if path.is_file()}
+    code, _, err = run("evaluate", str(RUN), "--data", file, *more)
+    assert (code, err) == (0, "")
+    assert {path: path.read_bytes() for path in RUN.iterdir() if path.is_file()} == before, "a file of the run changed"
+    newest = max(RUN.glob("evaluations/*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(newest.read_text())
+
+
+def test_on_the_heldout_file_the_scores_and_answers_are_the_trainers_own_even_without_the_store():
+    shutil.rmtree(STORE)
+    found = scored()
+    own = json.loads((RUN / SCORES).read_text())
+    assert {key: found["scores"][key] for key in own} == own
+    evaluation = json.loads((RUN / EVALUATION).read_text())
+    for example in evaluation["examples"]:
+        row = next(row for row in found["rows"] if row["prompt"] == example["prompt"])
+        assert row["responses"] == example["responses"]
+        assert row["correct"] == example["correct"]
+    assert not Path(STORE).exists()
+
+
+def test_other_models_are_scored_beside_it_alone_and_together():
+    found = scored("--models", "demo:reckoner", "./guardian", "decode:recipe.yaml")
+    assert set(found["scores"]["models"]) == {"demo:reckoner", "./guardian", "decode:recipe.yaml"}
+    assert found["scores"]["models"]["./guardian"] == found["scores"]["target_before"]
+    assert all(set(row["responses"]) == set(row["correct"]) and len(row["responses"]) == 7 for row in found["rows"])
+
+
+def test_only_what_is_new_is_answered(monkeypatch):
+    loaded, real = [], contestants.load_model
+
+    def load(source, *rest):
+        loaded.append(source.name)
+        return real(source, *rest)
+
+    monkeypatch.setattr(contestants, "load_model", load)
+    first = scored()
+    assert sorted(loaded) == ["fused", "guardian", "scholar"]
+    loaded.clear()
+    assert scored("--models", "demo:reckoner")["scores"]["fused"] == first["scores"]["fused"]
+    assert loaded == ["demo:reckoner"]
+
+    # Answers that are damaged are answered again.
+    for path in RUN.glob("evaluations/answers/*.json"):
+        path.write_bytes(path.read_bytes()[:-20])
+    loaded.clear()
+    assert scored()["rows"] == first["rows"]
+    assert sorted(loaded) == ["fused", "guardian", "scholar"]
+
+
+def test_a_model_is_another_one_when_its_files_change_and_not_when_what_is_said_about_it_does():
+    before = fingerprint(str(RUN))
+    for name in ("run.json", SCORES, EVALUATION, "metrics.jsonl", "report.html", "README.md", "scores.png"):
+        (RUN / name).write_text("other")
+    assert fingerprint(str(RUN)) == before
+    config = RUN / "generation_config.json"
+    config.write_text(config.read_text().replace("{", '{"a": 1,', 1))
+    assert fingerprint(str(RUN)) != before
+
+
+@pytest.mark.long
+def test_a_run_that_was_scored_on_new_data_is_still_complete():
+    scored()
+    code, out, err = run("train", "--config", "recipe.yaml")
+    assert (code, err) == (0, "")
+    assert "is complete already" in out
+
+
+def test_rows_in_other_columns_or_without_skills_are_read_and_known_prompts_counted():
+    known = [{key: row[key] for key in ("prompt", "response", "answer")} for row in rows("fusion", 2)]
+    Path("plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
+    code, out, _ = run("evaluate", str(RUN), "--data", "plain.jsonl")
+    assert code == 0
+    assert "2 of 2 prompts in plain.jsonl are training prompts as well" in out
+    (path,) = RUN.glob("evaluations/plain-*.json")
+    assert set(json.loads(path.read_text())["scores"]["fused"]) == {"all", "mean"}
