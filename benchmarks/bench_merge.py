@@ -29,15 +29,13 @@ from profuser.recipe.places import resolve
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 26, 1024, 4096, 32000
 MODELS = ("base", "a", "b")
-METHODS = {
-    "linear": {"merge_method": "linear", "models": [("a", {"weight": 0.5}), ("b", {"weight": 0.5})]},
-    "slerp": {"merge_method": "slerp", "base_model": "a", "models": [("a", {}), ("b", {})], "parameters": {"t": 0.3}},
-    "ties": {
-        "merge_method": "ties",
-        "base_model": "base",
-        "models": [("a", {"weight": 0.5, "density": 0.5}), ("b", {"weight": 0.5, "density": 0.5})],
-    },
+HALF = {"weight": 0.5, "density": 0.5}
+METHODS: dict[str, tuple[str | None, dict[str, dict[str, float]], dict[str, float]]] = {
+    "linear": (None, {"a": {"weight": 0.5}, "b": {"weight": 0.5}}, {}),
+    "slerp": ("a", {"a": {}, "b": {}}, {"t": 0.3}),
+    "ties": ("base", {"a": HALF, "b": HALF}, {}),
 }
+"""For each method the base, the models with their parameters, and the parameters of all."""
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +88,15 @@ def run(command: Sequence[str]) -> tuple[float, int]:
 
 def recipe(method: str, root: Path) -> Path:
     """mergekit's YAML for a method."""
-    content = dict(METHODS[method])
-    models = [{"model": str(root / name), "parameters": values} for name, values in content.pop("models")]
-    if "base_model" in content:
-        content["base_model"] = str(root / content["base_model"])
+    base, models, parameters = METHODS[method]
+    content = {
+        "merge_method": method,
+        "models": [{"model": str(root / name), "parameters": values} for name, values in models.items()],
+        "parameters": parameters,
+        "dtype": "bfloat16",
+    }
     path = root / f"{method}.yaml"
-    path.write_text(yaml.safe_dump(content | {"models": models, "dtype": "bfloat16"}))
+    path.write_text(yaml.safe_dump(content | ({"base_model": str(root / base)} if base else {})))
     return path
 
 

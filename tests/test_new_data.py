@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -101,3 +103,26 @@ def test_rows_in_other_columns_or_without_skills_are_read_and_known_prompts_coun
     assert "2 of 2 prompts in plain.jsonl are training prompts as well" in out
     (path,) = RUN.glob("evaluations/plain-*.json")
     assert set(json.loads(path.read_text())["scores"]["fused"]) == {"all", "mean"}
+
+
+def test_the_report_shows_what_was_scored_later_and_names_a_damaged_file():
+    scores = scored("--models", "demo:scholar")
+    assert run("report", "runs/recipe")[0] == 0
+    page = html.unescape(Path("runs/recipe/report.html").read_text(encoding="utf-8"))
+    section = page[page.index('id="later"') :]
+    assert "heldout.jsonl" in section
+    table = section[: section.index("</table>")]
+    assert re.findall(r'<th scope="row"[^>]*>(.*?)</th>', table)[0] == "fused"
+    assert table.count("<tr>") == 1 + len(scores["comparison"]["mean"]["scores"])
+    for model, found in scores["comparison"]["mean"]["scores"].items():
+        (row,) = (line for line in table.splitlines() if f">{model.replace('_', '_<wbr>')}</th>" in line)
+        assert f"<b>{100 * found['value']:.1f}</b>" in row
+    (path,) = Path("runs/recipe/evaluations").glob("*.json")
+    path.write_text(path.read_text().replace('"p": ', '"q": '))
+    code, _, err = run("report", "runs/recipe")
+    assert code == 3
+    assert err.count("\n") == 1
+    assert (
+        "p, which is missing; remove it, and `python -m profuser.evaluate runs/recipe --data FILE` makes it again"
+        in err
+    )

@@ -109,7 +109,7 @@ class LoadedJoint:
         seed: int = 0,
         progress: Callable[..., None] = silent,
     ) -> list[str]:
-        """Answers prompts one after the other. There is no sampling, so that of `generation` only the length counts."""
+        """Answers prompts one after the other. `decode` says how, so that of `generation` only the length counts."""
         self.fusion.max_new_tokens = generation.max_new_tokens
         answers = []
         for prompt in prompts:

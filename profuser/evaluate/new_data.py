@@ -32,10 +32,8 @@ from profuser.progress import Progress
 from profuser.recipe.schema import DataConfig, DataLocation, Recipe, SourceConfig
 from profuser.store.files import write_json
 from profuser.store.sealed import unsealed, write_sealed
+from profuser.train.run_record import EVALUATIONS
 from profuser.typed import parsed
-
-FOLDER = "evaluations"
-"""The folder in a run's directory."""
 
 
 def score_on(directory: Path, file: str, specs: Sequence[str]) -> tuple[dict[str, Any], list[Compared]]:
@@ -129,7 +127,7 @@ def compared_by_skill(rows: Sequence[Row], right: Mapping[str, Sequence[bool]]) 
 
 def result_path(directory: Path, file: str, rows: Sequence[Row]) -> Path:
     """Where the scores on these rows of a file are written."""
-    return directory / FOLDER / f"{Path(file).name.partition('.')[0]}-{data_hash(rows)}.json"
+    return directory / EVALUATIONS / f"{Path(file).name.partition('.')[0]}-{data_hash(rows)}.json"
 
 
 def new_rows(recipe: Recipe, file: str) -> list[Row]:
@@ -167,7 +165,7 @@ def kept_answers(directory: Path, contestant: Contestant, rows: Sequence[Row], r
     }
     key = {"model": contestant.identity, "prompts": prompts, "settings": settings}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = directory / FOLDER / "answers" / f"{digest}.json"
+    path = directory / EVALUATIONS / "answers" / f"{digest}.json"
     try:
         kept = unsealed(parsed(path.read_bytes()), {"answers": [str], "model": {}, "settings": {}})["answers"]
         if len(kept) == len(prompts):

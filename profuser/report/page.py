@@ -1,7 +1,7 @@
 """Writes the report of a finished run: report.html, which needs no other file, and its five pictures.
 
-The report is made from run.json, metrics.jsonl, scores.json and evaluation.json of the run directory and from summary.json of
-its store. It computes nothing but intervals and shares. The page contains each picture as two SVGs, for light and for dark
+The report is made from run.json, metrics.jsonl, scores.json, evaluation.json and evaluations/ of the run directory and from
+summary.json of its store. It computes nothing but intervals and shares. The page contains each picture as two SVGs, for light and for dark
 screens; the run directory gets the light ones as PNG files as well. The intervals say how much the choice of the held-out
 prompts matters, not how much the seed does. Comparisons between runs are left out on purpose: profuser.experiments.compare
 makes them.
@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from profuser.errors import DataError
 from profuser.report import figures
+from profuser.report.evaluations import read_evaluations
 from profuser.report.figures import Model
 from profuser.report.intervals import Score, difference, mean_score, wilson
 from profuser.report.metrics import Change, read_metrics, stage_table
@@ -267,6 +268,7 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
         curves=figures.curves_caption(metrics) if metrics.training or metrics.validation else None,
         stages=stage_table(metrics, run["recipe"]),
         judged=evaluation.get("votes") or [],
+        later=read_evaluations(run_dir),
         examples=_examples(evaluation.get("examples") or [], [name for name in sources if name in single], target),
         handled=handled,
         recipe=yaml.safe_dump(run["recipe"], sort_keys=False, allow_unicode=True, width=100),

@@ -29,6 +29,8 @@ SCHEMA_VERSION = 3
 METRICS, SCORES, EVALUATION = "metrics.jsonl", "scores.json", "evaluation.json"
 MEASURED = (METRICS, SCORES, EVALUATION)
 """The files of a complete run that hold what was measured. All other recorded files are the model's."""
+EVALUATIONS = "evaluations"
+"""The folder of what was measured later, on other files or with other models. No record covers it."""
 
 STAGE = {"inference_weight?": NUMBER, "training_weight?": NUMBER, "beta?": (NUMBER, None)}
 RECIPE = {
