@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -69,6 +70,10 @@ def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = N
     """
 
     quiet_libraries()
+    # What a terminal's encoding lacks is escaped, so that no answer ends in an error.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with stopping.heard():
             command(list(sys.argv[1:] if argv is None else argv))
@@ -112,6 +117,10 @@ def explained(error: Exception) -> ProfuserError:
         )
     # The types of torch and safetensors are recognised by their names, so that neither is imported only to ask for them.
     kind = f"{type(error).__module__}.{type(error).__name__}"
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError(
+            "out of memory; a file may be far larger than it should be, or there is too little memory"
+        )
     if kind.startswith("torch") and "OutOfMemoryError" in kind:
         return OutOfMemoryError(
             f"out of memory ({str(error).splitlines()[0]}); lower generation.batch_size, capture.batch_size, "

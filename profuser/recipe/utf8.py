@@ -7,6 +7,7 @@ and no file can hold it.
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import re
 from collections.abc import Iterator
@@ -63,9 +64,11 @@ def read_utf8(path: Path) -> str:
     """Reads a text file, with or without a byte order mark. All ends of lines become newlines.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is none, such as a pipe that nobody writes to or a device without an end.
         ValueError: the file is not UTF-8. The message names the line and a fix.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
     text = io.StringIO(decode(path.read_bytes()), newline=None).getvalue()
     for number, line in enumerate(text.split("\n"), start=1):
         if wrong := defect(line):
