@@ -16,7 +16,15 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from profuser import stopping
-from profuser.errors import ConfigError, Interrupted, OutOfMemoryError, ProfuserError, Stopped
+from profuser.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    OutOfMemoryError,
+    ProfuserError,
+    Stopped,
+    first_line,
+)
 
 COMMANDS = {
     "train": "prepare what is missing, fuse, score, report; without arguments the bundled demo",
@@ -90,6 +98,14 @@ def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = N
         sys.exit(stop.exit_code)
     except Exception as error:
         fail(explained(error))
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # how a library written in Rust gives up; it is no Exception
+            raise
+        fail(
+            DataError(
+                f"a tokenizer or a file of weights could not be used ({first_line(error)}); copy or download it again"
+            )
+        )
 
 
 def quiet_libraries() -> None:
