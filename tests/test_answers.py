@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from command_runs import run
@@ -16,6 +17,7 @@ from command_runs import run
 from profuser.cli import explained
 from profuser.errors import DataError, OutOfMemoryError
 from profuser.generate.answers import answer_file, finished_rows, prompts_of, settings_key
+from profuser.generate.decoder import Decoder
 from profuser.generate.steps import Answer
 from profuser.recipe.parse import parse_run
 from profuser.store.files import DiskFull
@@ -31,11 +33,15 @@ decode: { max_segment_tokens: 4 }
 """
 
 
-class Echo:
-    """Answers a prompt with itself, and counts how often it was asked."""
+class Echo(Decoder):
+    """Answers a prompt with itself, and remembers what it was asked."""
 
     def __init__(self):
-        self.voices, self.asked = [SimpleNamespace(name="a")], []
+        self.voices: Any = [SimpleNamespace(name="a")]
+        self.asked: list[str] = []
+
+    def choices(self, speakers):
+        raise NotImplementedError
 
     def check_fits(self, prompt):
         pass

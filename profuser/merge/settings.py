@@ -16,7 +16,7 @@ import yaml
 
 from profuser.errors import ConfigError, first_line, in_short
 from profuser.recipe.utf8 import read_utf8
-from profuser.recipe.yaml_text import load_yaml
+from profuser.recipe.yaml_text import CHARACTERS, load_yaml
 
 METHODS = {
     "linear": "the weighted mean",
@@ -226,7 +226,7 @@ def read_settings(path: Path, seed: int = 0) -> MergeSettings:
     if not path.is_file():
         raise ConfigError(f"--config must be an existing YAML file, got {path}; fix the path")
     try:
-        found = load_yaml(read_utf8(path))
+        found = load_yaml(read_utf8(path, CHARACTERS))
     except (yaml.YAMLError, ValueError) as error:
         reason = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{path} must be YAML, got: {' '.join(str(reason).split())}; fix it there") from None

@@ -36,6 +36,7 @@ from profuser.recipe.schema import SourceConfig
 from profuser.recipe.utf8 import read_utf8
 from profuser.text.chat import ChatFormat
 from profuser.text.patterns import check_patterns
+from profuser.text.template import TEMPLATE_CHARACTERS
 from profuser.text.token_bytes import MAX_ID
 from profuser.typed import parsed
 
@@ -81,7 +82,7 @@ def template_text(name: str, template: str) -> str:
             f"{name}: chat_template must be a template or an existing .jinja file, got {template}; fix the path"
         )
     try:
-        return read_utf8(Path(template))
+        return read_utf8(Path(template), TEMPLATE_CHARACTERS)
     except ValueError as error:
         raise DataError(f"{name}: chat_template {template} must be UTF-8, {error}") from None
 
@@ -191,7 +192,12 @@ def is_above(value: object, limit: int) -> bool:
 
 
 def check_sizes(name: str, folder: Path) -> None:
-    """Raises DataError where a file of a model that is read as a whole is larger than any tokenizer is."""
+    """Raises DataError where a file of a model that is read as a whole is larger than any tokenizer is, or has no end at all."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.exists() and not (
+            file.is_file() or file.is_dir()
+        ):  # such as a pipe, on which a reader would wait for ever
+            raise DataError(f"{name}: a model must consist of files, {file} is none; copy or download it again")
     for pattern in ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"):
         for file in folder.glob(pattern):
             if (size := file.stat().st_size) > MAX_FILE_BYTES:
