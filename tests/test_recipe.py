@@ -263,7 +263,7 @@ def test_a_recipe_that_cannot_be_read_is_named_with_the_line(tmp_path, content, 
 def test_a_recipe_that_is_no_file_is_refused_and_not_waited_for(tmp_path, place):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match="^--config must be an existing recipe, got "):
+    with pytest.raises(ConfigError, match=r"^--config must be an existing recipe, got "):
         parse_run("train", ["--config", str(tmp_path / place)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def check_unicode(what: str, text: str) -> None:
 
 def piped():
     """The lines of standard input, which are UTF-8 whatever the locale."""
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     yield from sys.stdin
 
 

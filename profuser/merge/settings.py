@@ -80,7 +80,7 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
-            near = difflib.get_close_matches(str(self.method), METHODS, n=1)
+            near = difflib.get_close_matches(f"{self.method}", METHODS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {in_short(self.method)}{hint}")
         if self.method in WITH_BASE and self.base is None:
