@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from profuser import stopping
-from profuser.errors import ConfigError, Interrupted, OutOfMemoryError, ProfuserError, Stopped
+from profuser.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    OutOfMemoryError,
+    ProfuserError,
+    Stopped,
+    first_line,
+)
 
 COMMANDS = {
     "train": "prepare what is missing, fuse, score, report; without arguments the bundled demo",
@@ -69,6 +78,10 @@ def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = N
     """
 
     quiet_libraries()
+    # What a terminal's encoding lacks is escaped, so that no answer ends in an error.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with stopping.heard():
             command(list(sys.argv[1:] if argv is None else argv))
@@ -85,6 +98,14 @@ def main_of(command: Callable[[list[str]], None], argv: Sequence[str] | None = N
         sys.exit(stop.exit_code)
     except Exception as error:
         fail(explained(error))
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # how a library written in Rust gives up; it is no Exception
+            raise
+        fail(
+            DataError(
+                f"a tokenizer or a file of weights could not be used ({first_line(error)}); copy or download it again"
+            )
+        )
 
 
 def quiet_libraries() -> None:
@@ -112,6 +133,10 @@ def explained(error: Exception) -> ProfuserError:
         )
     # The types of torch and safetensors are recognised by their names, so that neither is imported only to ask for them.
     kind = f"{type(error).__module__}.{type(error).__name__}"
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError(
+            "out of memory; a file may be far larger than it should be, or there is too little memory"
+        )
     if kind.startswith("torch") and "OutOfMemoryError" in kind:
         return OutOfMemoryError(
             f"out of memory ({str(error).splitlines()[0]}); lower generation.batch_size, capture.batch_size, "

@@ -102,6 +102,35 @@ def test_a_judge_scores_what_apply_chat_template_gives(tmp_path, template, paddi
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("rows", "opens"), [(0, True), (-1, False), (-100, False)])
+def test_a_judge_without_a_row_for_a_token_is_found_when_it_is_opened(tmp_path, architecture, rows, opens):
+    """Its tokens are those of text and of its template; a control token that it never reads may have no row."""
+    tokenizer = wrap(byte_level(500), CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|unused|>"]})
+    used = len(tokenizer) - 1
+    config = ARCHITECTURES[architecture](vocab_size=used + rows, num_labels=1, pad_token_id=None)
+    AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if opens:
+        open_judge(JudgeConfig(name="rm", model=str(tmp_path)))
+        check_scores_are_those_of_each_alone(str(tmp_path))
+    else:
+        with pytest.raises(
+            DataError, match=f"^judge rm: .* its tokenizer has the id {used - 1} and its head only {used + rows} rows"
+        ):
+            open_judge(JudgeConfig(name="rm", model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("pad", [500, 2**31, -(10**6)])
+def test_a_padding_that_a_judge_cannot_be_made_with_names_the_key(tmp_path, pad):
+    location = reward_model(tmp_path, pad=pad)
+    with pytest.raises(
+        DataError, match=r"^judge rm: .* set pad_token_id in its config.json to the id of a token, or to null$"
+    ):
+        open_judge(JudgeConfig(name="rm", model=location))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("pad", [None, "</s>"])
 def test_every_architecture_reads_its_score_at_the_same_token(tmp_path, architecture, pad):
     check_scores_are_those_of_each_alone(reward_model(tmp_path, architecture=architecture, pad=pad))

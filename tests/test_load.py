@@ -1,6 +1,7 @@
 """What is wrong with a model's files is said with a fix that helps."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 
 from profuser.errors import DataError
 from profuser.models import load
-from profuser.models.load import chat_format, load_model, load_reward_model, load_tokenizer
+from profuser.models.load import chat_format, load_model, load_reward_model, load_tokenizer, open_model
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 
@@ -97,6 +98,26 @@ def test_a_model_with_code_of_its_own_names_the_key_that_allows_it(model):
     assert (
         load_model(replace(source, trust_remote_code=True), torch.float32).config.hidden_size == config["hidden_size"]
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", "notes.md"]
+)
+def test_a_pipe_in_the_place_of_a_file_is_refused(model, name):
+    """Whoever reads it would wait for ever."""
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    for use in (open_model, load_tokenizer):
+        with pytest.raises(DataError, match=rf"^m: a model must consist of files, .*{name} is none"):
+            use(SourceConfig(name="m", model=str(model)))
+
+
+def test_a_directory_and_a_link_beside_a_models_files_do_no_harm(model):
+    (model / "onnx").mkdir()
+    (model / "nowhere").symlink_to("not there")
+    source = SourceConfig(name="m", model=str(model))
+    open_model(source)
+    load_tokenizer(source)
 
 
 def test_a_generation_config_may_be_missing(model):

@@ -1,6 +1,7 @@
 """Recipes: what a correct one may say, and how a wrong one is refused."""
 
 import copy
+import os
 import sys
 
 import pytest
@@ -256,6 +257,21 @@ def test_a_recipe_that_cannot_be_read_is_named_with_the_line(tmp_path, content, 
     with pytest.raises(ConfigError) as error:
         parse_run("train", ["--config", str(path)])
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["pipe", "folder", "/dev/zero", "/dev/null", "none"])
+def test_a_recipe_that_is_no_file_is_refused_and_not_waited_for(tmp_path, place):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=r"^--config must be an existing recipe, got "):
+        parse_run("train", ["--config", str(tmp_path / place)])
+
+
+def test_a_recipe_of_an_absurd_size_is_not_read(tmp_path):
+    with open(tmp_path / "large.yaml", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match="it has 1,099,511,627,776 bytes"):
+        parse_run("train", ["--config", str(tmp_path / "large.yaml")])
 
 
 def test_a_recipe_may_be_utf8_with_a_mark_but_not_utf16(tmp_path):

@@ -170,10 +170,14 @@ SIGTERM and Ctrl-C end every command with the exit codes 75 and 130 and one line
 taken down, where they are ignored. Forty signals at seeded moments, every second one to the whole process group, lost nothing: the
 same command went on to the same bits (`pytest tests/test_stopping.py -m long`). A second signal does not wait for a checkpoint.
 
-A model is loaded as a whole or refused. Recipes and the headers of GGUF files have limits, and chat templates are rendered within
-20 s and 1 GiB in a process of their own.
+A model is loaded or merged as a whole or refused. Recipes and the headers of GGUF files have limits, and pipes and devices are
+refused in the place of files. Chat templates are rendered within 20 s and 1 GiB in a process of their own. In another one a
+tokenizer's regular expressions are tried, for 5 s at most, on texts that are hard for them.
 
-Not promised: a tokenizer whose regular expression takes exponential time, configurations that are wrong but have the right shapes,
+`generate` goes on behind the rows of `--output` only if each is what was written, by the same sources and settings. `doctor
+--sources` takes an answer that it kept only from the place where it was put.
+
+Not promised: a regular expression that is hard for other texts than those, configurations that are wrong but have the right shapes,
 and the first millisecond of a process."""
 PAGE = """\
 # Reliability

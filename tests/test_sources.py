@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import weakref
@@ -326,6 +327,28 @@ def test_an_interrupted_command_goes_on_and_a_damaged_file_is_made_again(good, m
         assert found == whole
         assert len(asked) == 1
         assert "is not what was written" in err
+
+        # A file of another place is right in itself, and still not what was written there.
+        files = sorted(Path("runs/recipe-sources").rglob("*.json"))
+        assert len(files) == 6
+        kept = [path.read_bytes() for path in files]
+        for place, other in ((0, 1), (0, 3), (4, 1), (5, 3)):
+            files[place].write_bytes(kept[other])
+            asked.clear()
+            found, err = compared(*options)
+            assert (found, len(asked)) == (whole, 1)
+            assert f"{files[place]} is not what was written" in err
+            assert files[place].read_bytes() == kept[place]
+
+        # What killed commands have left goes, and what another one writes stays.
+        left, written = (files[0].with_name(f".{files[0].name}.{process}.tmp") for process in (2**22 + 1, os.getppid()))
+        left.touch()
+        written.touch()
+        asked.clear()
+        assert compared(*options)[0] == whole
+        assert not asked
+        assert written.exists()
+        assert not left.exists()
 
 
 @pytest.mark.usefixtures("no_model")

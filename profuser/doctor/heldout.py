@@ -25,14 +25,16 @@ from profuser.prepare.responses import generate
 from profuser.progress import Progress
 from profuser.recipe.parse import Run
 from profuser.recipe.schema import Recipe, SourceConfig
+from profuser.store.files import remove_left_over
 from profuser.store.sealed import unsealed, write_sealed
 from profuser.store.store import Store
 from profuser.text.chat import ChatFormat
-from profuser.typed import read_json
+from profuser.typed import COUNT, Rule, checked, read_json
 
 BATCHES = 4  # how many batches of answers a file holds
-KEPT = {"answers": [str]}
-"""The shape of such a file."""
+KEPT = {"answers": [str], "of": str, "first": COUNT}
+"""The shape of such a file: the answers, the name of its directory, and the number of the first prompt. A file that was copied to
+another place is right in itself, and still not what was written there."""
 
 
 def answers_folder(run: Run) -> Path:
@@ -113,7 +115,9 @@ def kept_or_made(
 ) -> list[str]:
     """Returns a source's answers: those that are kept in a directory, and the others, which are made and kept."""
     answers: list[str] = []
-    while part := kept(folder, len(answers)):
+    for number in range(0, len(prompts), BATCHES * recipe.generation.batch_size):
+        remove_left_over(folder / name_of(number))
+    while part := kept(folder, len(answers), len(prompts)):
         answers += part
     if len(answers) == len(prompts):
         return answers
@@ -136,9 +140,9 @@ def kept_or_made(
                 progress=bar.update,
             )
             texts = [of_prompt[0].text for of_prompt in responses]
-            write_sealed(folder / name_of(first), {"answers": texts})
+            write_sealed(folder / name_of(first), {"answers": texts, "of": folder.name, "first": first})
             answers += texts
-            while part := kept(folder, len(answers)):
+            while part := kept(folder, len(answers), len(prompts)):
                 answers += part
                 bar.update(len(part))
     return answers
@@ -149,13 +153,24 @@ def name_of(first: int) -> str:
     return f"{first:06d}.json"
 
 
-def kept(folder: Path, first: int) -> list[str]:
-    """Returns the answers that are kept from a prompt on; none where there is no file, or a damaged one."""
+def kept(folder: Path, first: int, prompts: int) -> list[str]:
+    """Returns the answers that are kept from a prompt on; none where there is no file, or a damaged one.
+
+    Args:
+        prompts: how many prompts there are.
+    """
     path = folder / name_of(first)
     if not path.exists():
         return []
     try:
-        return unsealed(read_json(path), KEPT)["answers"]
+        content = unsealed(read_json(path), KEPT)
+        room = Rule("answers to these prompts", lambda answers: 0 < len(answers) <= prompts - first)
+        place = {
+            "of": Rule("its directory", folder.name.__eq__),
+            "first": Rule("its name", first.__eq__),
+            "answers": room,
+        }
+        return checked(content, place)["answers"]
     except (DataError, ValueError):
         print(f"{path} is not what was written: answering again", flush=True)
         return []

@@ -226,9 +226,8 @@ def target_likelihood(
     """Computes the statistics of the target, before or after fusion, on the held-out ground truths."""
     optim = recipe.optim
     fusion = FusionModel(model, tail=optim.tail, temperature=optim.temperature, source_temperature=1.0)
-    pad_id = chat.tokenizer.pad_token_id or 0
     label = f"{label}: score the held-out ground truths"
-    return likelihood(fusion, targets, pad_id, recipe.capture.batch_size, label)
+    return likelihood(fusion, targets, chat.end_id, recipe.capture.batch_size, label)
 
 
 def by_model(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
 from profuser.cli import main_of
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, DataError
 
 DESCRIPTION = "Let the sources of a recipe answer prompts together, without training (Cool-Fusion)."
 
@@ -40,13 +41,22 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     if args.prompt is not None and not args.prompt.strip():
         raise ConfigError("--prompt must be a text, got an empty one")
+    for name, path in (("output", args.output), ("trace", args.trace)):
+        if path is not None and path.exists() and not path.is_file():
+            raise ConfigError(f"--{name} must be a file, got {path}, which is none; name another")
+    # Each is read or written, and none may take the place of another.
+    given = {path.resolve(): path for path in (args.input, args.output, args.trace) if path is not None}
+    if len(given) < sum(path is not None for path in (args.input, args.output, args.trace)):
+        raise ConfigError(
+            f"--input, --output and --trace must be different files, got {next(iter(given.values()))} twice"
+        )
     return args, overrides
 
 
 def main(argv: list[str]) -> None:
     args, overrides = arguments(argv)
 
-    from profuser.generate.answers import answer_file, prompts_of
+    from profuser.generate.answers import answer_file, finished_rows, prompts_of, settings_key
     from profuser.generate.methods import open_decoder
     from profuser.generate.steps import Answer
     from profuser.generate.trace import page
@@ -55,7 +65,12 @@ def main(argv: list[str]) -> None:
     from profuser.store.files import write_atomic
 
     run = parse_run("generate", [*(["--config", args.config] if args.config else []), *overrides], {}, DESCRIPTION)
-    prompts = prompts_of(args.input) if args.input is not None else []
+    if args.prompt is not None:
+        check_unicode("--prompt", args.prompt)
+    prompts, settings = [], ""
+    if args.input is not None:
+        prompts, settings = prompts_of(args.input), settings_key(run.recipe)
+        finished_rows(args.output, prompts, settings)  # what is wrong with it is said before a model is loaded
     fusion = open_decoder(run.recipe)
     for note in fusion.notes():
         print(note, file=sys.stderr, flush=True)
@@ -64,18 +79,34 @@ def main(argv: list[str]) -> None:
     with working():  # so that the page is written of what there is, and no row by half
         try:
             if args.input is not None:
-                answered += answer_file(fusion, prompts, args.output)
+                answered += answer_file(fusion, prompts, args.output, settings)
             elif args.prompt is not None:
                 answered.append((args.prompt, streamed(fusion, args.prompt)))
             else:
-                for line in sys.stdin if not sys.stdin.isatty() else terminal():
+                for line in piped() if not sys.stdin.isatty() else terminal():
                     if line.strip():
+                        check_unicode("a prompt", line)
                         answered.append((line.rstrip("\n"), streamed(fusion, line.rstrip("\n"))))
         finally:
             if args.trace is not None and answered:
                 write_atomic(args.trace, page(sources, answered).encode())
     if args.output is not None:
         print(f"{len(prompts)} answers: {args.output}")
+
+
+def check_unicode(what: str, text: str) -> None:
+    """Raises DataError for a prompt that is no Unicode."""
+    from profuser.recipe.utf8 import defect
+
+    if wrong := defect(text):
+        raise DataError(f"{what} must be Unicode, it has {wrong}")
+
+
+def piped():
+    """The lines of standard input, which are UTF-8 whatever the locale."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    yield from sys.stdin
 
 
 def terminal():

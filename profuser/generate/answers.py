@@ -1,7 +1,13 @@
-"""The answers to a file of prompts: read, made and written row by row, so that an interrupted command goes on."""
+"""The answers to a file of prompts: read, made and written row by row, so that an interrupted command goes on.
+
+Every row has a seal, as the lines of metrics.jsonl have, and the key of the sources and settings that it was answered with. So a
+row that stays is known to be what this very command would have written.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import math
 from collections import Counter
@@ -12,8 +18,14 @@ from typing import Any
 from profuser.errors import DataError, in_short
 from profuser.generate.decoder import Decoder
 from profuser.generate.steps import Answer, Step
+from profuser.models.fingerprint import fingerprint
+from profuser.models.load import default_device, runtime_dtype, template_text
 from profuser.progress import Progress
-from profuser.recipe.utf8 import read_utf8
+from profuser.recipe.schema import Recipe
+from profuser.recipe.utf8 import defect, read_utf8
+from profuser.store.files import writing
+from profuser.store.sealed import sealed, unsealed
+from profuser.typed import parsed
 
 
 def prompts_of(path: Path) -> list[str]:
@@ -23,12 +35,15 @@ def prompts_of(path: Path) -> list[str]:
         DataError: the file is missing or not UTF-8, or a row is not of that kind.
     """
     try:
-        lines = read_utf8(path).splitlines()
+        lines = read_utf8(path).split("\n")  # a text may hold other characters that end a line, such as U+2028
     except OSError:
         raise DataError(f"--input must be an existing JSONL file, got {path}; fix the path") from None
     except ValueError as error:
         raise DataError(f"{path} must be UTF-8, {error}") from None
-    return [_prompt(f"{path} line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+    prompts = [_prompt(f"{path} line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise DataError(f"--input must have a row for every prompt, {path} has none; fill it in")
+    return prompts
 
 
 def _prompt(where: str, line: str) -> str:
@@ -45,11 +60,26 @@ def _prompt(where: str, line: str) -> str:
         prompt = messages[0].get("content")
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError(f"{where} must have a text as `prompt`, got {in_short(row)}; fix the row")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: a prompt must be Unicode, got a lone surrogate; fix the row") from None
+    if defect(prompt):
+        raise DataError(f"{where}: a prompt must be Unicode, got a lone surrogate; fix the row")
     return prompt
+
+
+def settings_key(recipe: Recipe) -> str:
+    """Returns a short hash of what decides an answer beside its prompt: the sources, and how they decode."""
+    sources = [
+        {
+            "name": source.name,
+            "model": source.model,
+            "files": fingerprint(source.model),
+            "revision": source.revision,
+            "template": source.chat_template and template_text(source.name, source.chat_template),
+        }
+        for source in recipe.sources
+    ]
+    dtype = str(runtime_dtype(recipe.capture.dtype, default_device()))
+    decides = [sources, vars(recipe.decode), recipe.generation.max_new_tokens, dtype]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def row_of(prompt: str, answer: Answer, sources: list[str]) -> dict[str, Any]:
@@ -79,43 +109,75 @@ def mean_perplexity(step: Step) -> float | None:
     return round(mean, 6) if math.isfinite(mean) else None
 
 
-def answer_file(fusion: Decoder, prompts: list[str], output: Path) -> Iterator[tuple[str, Answer]]:
+def answer_file(fusion: Decoder, prompts: list[str], output: Path, settings: str = "") -> Iterator[tuple[str, Answer]]:
     """Answers prompts and writes a row for each of them, in their order. Rows that are there already stay.
+
+    Args:
+        settings: the key of what the answers are made with.
 
     Yields:
         every prompt that is answered now, with its answer.
 
     Raises:
-        DataError: the file holds rows of other prompts.
+        DataError: a prompt is too long for a source; the file holds other rows, or another process writes to it.
     """
-    done = finished_rows(output, prompts)
+    for prompt in prompts:
+        fusion.check_fits(prompt)
     sources = [voice.name for voice in fusion.voices]
-    with open(output, "a", encoding="utf-8") as file, Progress("answer", len(prompts) - done, "prompts") as bar:
-        for prompt in prompts[done:]:
-            answer = fusion.answer(prompt)
-            file.write(json.dumps(row_of(prompt, answer, sources), ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(1)
-            yield prompt, answer
+    finished_rows(output, prompts, settings)  # before anything of the file is touched
+    with open(output, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"--output must not be in use, another process writes to {output}; name another") from None
+        done = finished_rows(output, prompts, settings)
+        with Progress("answer", len(prompts) - done, "prompts") as bar:
+            for prompt in prompts[done:]:
+                answer = fusion.answer(prompt)
+                row = sealed(row_of(prompt, answer, sources) | {"settings": settings})
+                line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+                with writing(output, len(line)):
+                    file.write(line)
+                    file.flush()
+                bar.update(1)
+                yield prompt, answer
 
 
-def finished_rows(output: Path, prompts: list[str]) -> int:
-    """How many rows an output file has already. A last row that was not written to its end is taken off."""
+def finished_rows(output: Path, prompts: list[str], settings: str = "") -> int:
+    """How many rows an output file has already. A last row that was not written to its end is taken off.
+
+    Raises:
+        DataError: it is no file, or holds a row that is damaged, of another prompt, or made with other settings.
+    """
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         return 0
+    if not output.is_file():
+        raise DataError(f"--output must be a file, got {output}, which is none; name another")
     data = output.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    lines = whole.splitlines()
+    lines = whole.split(b"\n")[:-1]
     for n, line in enumerate(lines):
+        where = f"{output} has another row in line {n + 1}"
         try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if n >= len(prompts) or prompt != prompts[n]:
+            row = parsed(line)
+            prompt = row.get("prompt") if isinstance(row, dict) else None
+        except ValueError:
+            row = prompt = None
+        if n >= len(prompts) or (prompt is not None and prompt != prompts[n]):
             raise DataError(
-                f"--output must be a new file, or one with answers to the same prompts, {output} has another row in line {n + 1}; "
-                "name another"
+                f"--output must be a new file, or one with answers to the same prompts, {where}; name another"
+            )
+        try:
+            made_with = unsealed(row, {"settings": str})["settings"]
+        except ValueError as error:
+            raise DataError(
+                f"--output must hold what was written, line {n + 1} of {output} must hold {error}; take it and all lines behind it "
+                "out, or name another"
+            ) from None
+        if made_with != settings:
+            raise DataError(
+                f"--output must be a new file, or one of the same sources and settings, {where}; name another"
             )
     if len(whole) < len(data):
         with open(output, "r+b") as file:

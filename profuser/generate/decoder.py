@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, DataError, in_short
 from profuser.generate.speaker import Speaker, Voice
 from profuser.generate.steps import Answer, Step
 from profuser.recipe.schema import DecodeConfig
@@ -39,8 +39,20 @@ class Decoder(ABC):
         It stops where nothing can be chosen. The caller stops it behind the end of the turn, and when the answer is long enough.
         """
 
+    def check_fits(self, prompt: str) -> None:
+        """Raises DataError where a prompt and the longest answer have more tokens than a source has positions."""
+        room = self.max_new_tokens + self.config.max_segment_tokens
+        for voice in self.voices:
+            limit = getattr(voice.model.config.get_text_config(), "max_position_embeddings", None)
+            if isinstance(limit, int) and (tokens := len(voice.chat.prompt_ids(prompt)) + room) > limit:
+                raise DataError(
+                    f"{voice.name}: a prompt and its answer must have at most {limit:,} tokens, {in_short(prompt)[:60]} may take "
+                    f"{tokens:,}; shorten it, or lower generation.max_new_tokens"
+                )
+
     def steps(self, prompt: str) -> Iterator[Step]:
         """The segments of the answer to one prompt, as they are chosen. The last one is empty if the turn ended."""
+        self.check_fits(prompt)
         speakers = [Speaker(voice, prompt) for voice in self.voices]
         for step in self.choices(speakers):
             yield step

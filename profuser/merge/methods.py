@@ -27,7 +27,7 @@ def linear(tensors: Iterable[Tensor], weights: Sequence[float], *, normalize: bo
         ValueError: the weights add up to 0 and should be normalised.
     """
     total = sum(weights)
-    if normalize and total == 0:
+    if normalize and abs(total) < 1e-8:
         raise ValueError("weights must not add up to 0 where they are normalised; change one, or set normalize: false")
     merged = _sum((weight, computed(tensor)) for weight, tensor in zip(weights, tensors, strict=True))
     return merged.div_(total) if normalize else merged

@@ -16,6 +16,7 @@ from profuser.alignment.vocab_map import same_tokens
 from profuser.errors import ConfigError, DataError, first_line
 from profuser.merge.weights import StoredWeights
 from profuser.models.load import existing, load_tokenizer, read_config
+from profuser.models.weights import HARMLESS, has_no_place
 from profuser.recipe.schema import SourceConfig
 from profuser.text.token_bytes import TokenBytes
 
@@ -106,7 +107,9 @@ def architecture_of(name: str, config: PreTrainedConfig) -> Architecture:
 
 
 def check_stored(candidate: Candidate, architecture: Architecture) -> None:
-    """Raises DataError if a model's files lack a parameter, or hold one with another shape than its config says."""
+    """Raises DataError if a model's files lack a parameter, or hold another one or another shape than its config says."""
+    if extra := [x for x in candidate.weights.names if x not in architecture.shapes and not HARMLESS.search(x)]:
+        raise DataError(has_no_place(candidate.name, str(candidate.folder), sorted(extra), candidate.config))
     for name, shape in architecture.shapes.items():
         if name not in candidate.weights:
             raise DataError(f"{candidate.name}: its files lack the parameter {name}; copy or download it again")

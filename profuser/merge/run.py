@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, DataError
 from profuser.merge import methods
 from profuser.merge.models import Architecture, Candidate, check_ancestor, open_models, tensor_beside
-from profuser.merge.settings import NORMALIZED, WITH_BASE, MergeSettings
-from profuser.merge.weights import Slot, WeightsWriter
+from profuser.merge.settings import DTYPES, NORMALIZED, WITH_BASE, MergeSettings
+from profuser.merge.weights import NAMES, Slot, WeightsWriter
 from profuser.progress import Progress
 from profuser.stopping import working
-from profuser.store.files import temporary_beside
+from profuser.store.files import remove_left_over, temporary_beside, writing
 
 LAYER = re.compile(r"\.(\d+)\.")
 
@@ -33,15 +33,24 @@ def merge(settings: MergeSettings, output: Path) -> None:
         ConfigError: the models cannot be merged with each other, or `output` holds something already.
         DataError: a model cannot be read.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    place = output.resolve()
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise ConfigError(f"--output must be a new or empty directory, got {output}; name another")
+    if Path.cwd().is_relative_to(place):
+        raise ConfigError(f"--output must not be the working directory, got {output}; name another")
     names = [*([settings.base] if settings.base is not None else []), *(model.model for model in settings.models)]
     architecture, candidates = open_models(names)
     first, others = candidates[0], candidates[settings.base is not None :]
     if settings.method in WITH_BASE:
         check_ancestor(first, others, architecture)
+    check_layers(settings, first.config)
     stored = [name for name in architecture.shapes if name in first.weights and name not in architecture.aliases]
     first_dtype = first.weights.get(stored[0]).dtype
+    if settings.dtype is None and first_dtype not in NAMES:
+        raise ConfigError(
+            f"a merge is written in one of {', '.join(DTYPES)}, {first.name} is stored in {str(first_dtype).removeprefix('torch.')}; "
+            "give --dtype"
+        )
     dtype = first_dtype if settings.dtype is None else getattr(torch, settings.dtype)
     slots = [Slot(name, dtype, architecture.shapes[name]) for name in stored]
 
@@ -50,12 +59,18 @@ def merge(settings: MergeSettings, output: Path) -> None:
     remove_left_over(output)
     part = temporary_beside(output)
     part.mkdir()
+    size = sum(slot.size for slot in slots)
     try:
-        with working(), Progress("merge", len(slots), "parameters") as bar:
+        with writing(output, size), working(), Progress("merge", len(slots), "parameters") as bar:
 
             def merged() -> Iterator[Tensor]:
                 for number, slot in enumerate(slots):
-                    yield merged_tensor(settings, architecture, first, others, slot.name, number).to(dtype)
+                    try:
+                        tensor = merged_tensor(settings, architecture, first, others, slot.name, number).to(dtype)
+                    except ValueError as error:  # the weights add up to 0
+                        raise ConfigError(str(error)) from None
+                    check_finite(settings, (first, *others), slot.name, tensor)
+                    yield tensor
                     bar.update(1)
 
             WeightsWriter(part, slots).write(merged())
@@ -65,25 +80,6 @@ def merge(settings: MergeSettings, output: Path) -> None:
         os.replace(part, output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def remove_left_over(output: Path) -> None:
-    """Removes what killed merges into the same directory have left beside it."""
-    for path in output.parent.glob(f".{output.name}.*.tmp"):
-        process = path.name.removesuffix(".tmp").rpartition(".")[2]
-        if process.isdecimal() and not is_running(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def is_running(process: int) -> bool:
-    """Whether there is a process with this id."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def merged_tensor(
@@ -125,6 +121,32 @@ def merged_tensor(
         case "dare_ties":
             return methods.dare_ties(base, tensors, weights, densities, generator, scale=scale, normalize=normalize)
     return methods.widen(base, list(tensors), by_row=name == architecture.embedding)
+
+
+def check_layers(settings: MergeSettings, config: PreTrainedConfig) -> None:
+    """Raises ConfigError where a slice leaves out layers, because all are merged."""
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    for model in settings.models:
+        if model.layer_range is not None and model.layer_range != [0, count]:
+            raise ConfigError(
+                f"layer_range must be all layers, [0, {count}], got {model.layer_range} of {model.model}; layers are not taken out "
+                "here, use mergekit's passthrough for that"
+            )
+
+
+def check_finite(settings: MergeSettings, models: Iterable[Candidate], name: str, merged: Tensor) -> None:
+    """Raises DataError where a parameter of the result is not finite, and says why."""
+    if not merged.is_floating_point() or bool(merged.isfinite().all()):
+        return
+    for model in models:
+        if name in model.weights and not bool(model.weights.get(name).float().isfinite().all()):
+            raise DataError(
+                f"{model.name}: weights must be finite, got NaN or infinity in {name}; copy or download it again"
+            )
+    raise DataError(
+        f"merged weights must be finite, {name} exceeds {str(merged.dtype).removeprefix('torch.')}; give smaller weights, or --dtype "
+        "float32"
+    )
 
 
 def place_of(name: str, config: PreTrainedConfig) -> float:

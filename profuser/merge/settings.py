@@ -16,7 +16,7 @@ import yaml
 
 from profuser.errors import ConfigError, first_line, in_short
 from profuser.recipe.utf8 import read_utf8
-from profuser.recipe.yaml_text import load_yaml
+from profuser.recipe.yaml_text import CHARACTERS, load_yaml
 
 METHODS = {
     "linear": "the weighted mean",
@@ -41,6 +41,8 @@ USED = {
     "widen": (),
 }
 DTYPES = ("float32", "float16", "bfloat16")
+LARGEST = 1e30
+"""No number of a merge is as large. One that is would only make weights infinite."""
 
 Setting = Any
 """A number or boolean, a list of numbers (a gradient over the layers), or a list of {filter, value}."""
@@ -48,10 +50,14 @@ Setting = Any
 
 @dataclass(kw_only=True)
 class MergedModel:
-    """One of the models that are merged, with its own settings."""
+    """One of the models that are merged, with its own settings.
+
+    layer_range: the layers that a slice of mergekit's names, from the first up to but not including the last, which must be all.
+    """
 
     model: str
     parameters: dict[str, Setting] = field(default_factory=dict)
+    layer_range: list[int] | None = None
 
 
 @dataclass(kw_only=True)
@@ -73,8 +79,8 @@ class MergeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            near = difflib.get_close_matches(self.method, METHODS, n=1)
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            near = difflib.get_close_matches(f"{self.method}", METHODS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {in_short(self.method)}{hint}")
         if self.method in WITH_BASE and self.base is None:
@@ -114,9 +120,10 @@ class MergeSettings:
             if key == "normalize":
                 if not isinstance(value, bool):
                     raise ConfigError(f"normalize must be true or false, got {in_short(value)}")
-            elif isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
                 raise ConfigError(
-                    f"{key} must be a number, a list of numbers, or filters with numbers, got {in_short(value)}"
+                    f"{key} must be a number that is not infinite, a list of numbers, or filters with numbers, got "
+                    f"{in_short(value)}"
                 )
             elif key == "density" and not 0 < value <= 1:
                 raise ConfigError(f"density must be in (0, 1], the share of a task vector that is kept, got {value:g}")
@@ -139,12 +146,19 @@ def _values(key: str, setting: Setting) -> list[Any]:
     """All single values of a setting."""
     if not isinstance(setting, list):
         setting = [setting] if not isinstance(setting, Mapping) else [dict(setting)]
+    elif key == "normalize" and not any(isinstance(part, Mapping) for part in setting):
+        return [setting]  # what is true or false has no gradient
     if not setting:
         raise ConfigError(f"{key} must not be an empty list; give a number")
+    if len({isinstance(part, Mapping) for part in setting}) > 1:
+        raise ConfigError(
+            f"{key} must be either a list of numbers or one of {{filter, value}}, got {in_short(setting)}"
+        )
     found: list[Any] = []
     for part in setting:
         if isinstance(part, Mapping):
-            if "value" not in part or set(part) - {"filter", "value"}:
+            filtered = part.get("filter")
+            if "value" not in part or set(part) - {"filter", "value"} or not isinstance(filtered, str | None):
                 raise ConfigError(f"{key} with filters must be a list of {{filter, value}}, got {in_short(dict(part))}")
             found += _values(key, part["value"])
         else:
@@ -212,7 +226,7 @@ def read_settings(path: Path, seed: int = 0) -> MergeSettings:
     if not path.is_file():
         raise ConfigError(f"--config must be an existing YAML file, got {path}; fix the path")
     try:
-        found = load_yaml(read_utf8(path))
+        found = load_yaml(read_utf8(path, CHARACTERS))
     except (yaml.YAMLError, ValueError) as error:
         reason = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{path} must be YAML, got: {' '.join(str(reason).split())}; fix it there") from None
@@ -240,7 +254,7 @@ def read_settings(path: Path, seed: int = 0) -> MergeSettings:
         models=models,
         base=None if base is None else _name(path, base),
         parameters=_parameters(path, found.get("parameters")),
-        dtype=found.get("out_dtype") or found.get("dtype"),
+        dtype=found["out_dtype"] if found.get("out_dtype") is not None else found.get("dtype"),
         seed=seed,
     )
 
@@ -258,7 +272,8 @@ def _entries(path: Path, found: Mapping[str, Any]) -> Sequence[Any]:
             if isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], dict)
             else None
         )
-        ranges = {str(entry.get("layer_range")) for entry in entries or () if isinstance(entry, dict)}
+        entries = entries if isinstance(entries, list) else []
+        ranges = {str(entry.get("layer_range")) for entry in entries if isinstance(entry, dict)}
         if not entries or len(ranges) != 1 or set(slices[0]) - {"sources"}:
             raise ConfigError(
                 f"{path}: slices must be one slice with the same layers of every model; layers of different models are not put "
@@ -272,7 +287,16 @@ def _entries(path: Path, found: Mapping[str, Any]) -> Sequence[Any]:
 def _model(path: Path, entry: Any) -> MergedModel:
     if not isinstance(entry, dict) or "model" not in entry or set(entry) - {"model", "parameters", "layer_range"}:
         raise ConfigError(f"{path}: an entry of models must have model and perhaps parameters, got {in_short(entry)}")
-    return MergedModel(model=_name(path, entry["model"]), parameters=_parameters(path, entry.get("parameters")))
+    layers = entry.get("layer_range")
+    if layers is not None and not (
+        isinstance(layers, list) and len(layers) == 2 and all(type(n) is int for n in layers)
+    ):
+        raise ConfigError(
+            f"{path}: layer_range must be a list of two whole numbers, got {in_short(layers)}; leave it out"
+        )
+    return MergedModel(
+        model=_name(path, entry["model"]), parameters=_parameters(path, entry.get("parameters")), layer_range=layers
+    )
 
 
 def _name(path: Path, name: Any) -> str:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from profuser.errors import DataError
-from profuser.models.weights import opened
+from profuser.models.weights import check_index, opened
+from profuser.typed import read_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -36,7 +37,9 @@ class StoredWeights:
     def __init__(self, name: str, folder: Path, aliases: Mapping[str, str]):
         self._name = name
         self._files: dict[str, Path] = {}
-        paths = sorted(folder.glob("*.safetensors"))
+        for index in folder.glob("*.safetensors.index.json"):
+            check_index(name, folder, index)
+        paths = files_of(folder)
         if not paths:
             raise DataError(
                 f"{name}: a model that is merged must have safetensors files, {folder} has none; load it with transformers and "
@@ -61,6 +64,16 @@ class StoredWeights:
         stored = self._aliases.get(tensor, tensor)
         with opened(self._name, self._files[stored], "pt") as file:
             return file.get_tensor(stored)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Returns the safetensors files that transformers would load: one, those that an index lists, or whatever there is."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        return sorted({folder / part for part in read_json(index)["weight_map"].values()})
+    return sorted(folder.glob("*.safetensors"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,8 @@ from profuser.recipe.places import is_path, resolve
 from profuser.recipe.schema import SourceConfig
 from profuser.recipe.utf8 import read_utf8
 from profuser.text.chat import ChatFormat
+from profuser.text.patterns import check_patterns
+from profuser.text.template import TEMPLATE_CHARACTERS
 from profuser.text.token_bytes import MAX_ID
 from profuser.typed import parsed
 
@@ -48,7 +50,8 @@ def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
     """Loads a source's tokenizer, and gives it the recipe's chat template where there is one.
 
     Raises:
-        DataError: no tokenizer can be loaded, or the file of the chat template is missing.
+        DataError: no tokenizer can be loaded, one of its patterns takes exponential time, or the file of the chat template is
+            missing.
     """
     location, options = weights_of(source)
     if (Path(location) / "tokenizer.json").exists():
@@ -59,6 +62,8 @@ def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
         fix = fix_of(error, "give a directory with a tokenizer.json, or the id of a Hub model that is downloaded")
         reason, fix = tokenizer_trouble(location) or (first_line(error), fix)
         raise DataError(f"{source.name}: no tokenizer could be loaded from {location} ({reason}); {fix}") from error
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        check_patterns(source.name, backend)
     if source.chat_template is not None:
         tokenizer.chat_template = template_text(source.name, source.chat_template)
     return tokenizer
@@ -77,7 +82,7 @@ def template_text(name: str, template: str) -> str:
             f"{name}: chat_template must be a template or an existing .jinja file, got {template}; fix the path"
         )
     try:
-        return read_utf8(Path(template))
+        return read_utf8(Path(template), TEMPLATE_CHARACTERS)
     except ValueError as error:
         raise DataError(f"{name}: chat_template {template} must be UTF-8, {error}") from None
 
@@ -112,9 +117,11 @@ def tokenizer_trouble(location: str) -> tuple[str, str] | None:
 
 
 def fix_of(error: Exception, usual: str) -> str:
-    """Returns the fix for an error of transformers' loaders: the usual one, unless the model brings code that may not be run."""
+    """Returns the fix for an error of transformers' loaders: the usual one, unless the cause is one that is known."""
     if "contains custom code" in str(error):
         return "set trust_remote_code: true beside it in the recipe, if you trust that code"
+    if "Padding_idx" in str(error):
+        return "set pad_token_id in its config.json to the id of a token, or to null"
     return usual
 
 
@@ -185,7 +192,12 @@ def is_above(value: object, limit: int) -> bool:
 
 
 def check_sizes(name: str, folder: Path) -> None:
-    """Raises DataError where a file of a model that is read as a whole is larger than any tokenizer is."""
+    """Raises DataError where a file of a model that is read as a whole is larger than any tokenizer is, or has no end at all."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.exists() and not (
+            file.is_file() or file.is_dir()
+        ):  # such as a pipe, on which a reader would wait for ever
+            raise DataError(f"{name}: a model must consist of files, {file} is none; copy or download it again")
     for pattern in ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"):
         for file in folder.glob(pattern):
             if (size := file.stat().st_size) > MAX_FILE_BYTES:
@@ -257,8 +269,8 @@ def stored_dtype(source: SourceConfig) -> torch.dtype:
     return getattr(AutoConfig.from_pretrained(location, **options), "dtype", None) or torch.float32
 
 
-def open_reward_model(name: str, location: str, trust_remote_code: bool) -> None:
-    """Opens a judge's model without loading it.
+def open_reward_model(name: str, location: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """Opens a judge's model without loading it, and returns its configuration.
 
     Raises:
         DataError: the configuration cannot be read, is of no reward model, or has another number of outputs than one; a local
@@ -270,6 +282,7 @@ def open_reward_model(name: str, location: str, trust_remote_code: bool) -> None
     check_outputs(name, config)
     check_weights(model, Path(path))
     check_places(AutoModelForSequenceClassification, model, path, config, {"trust_remote_code": trust_remote_code})
+    return config
 
 
 def check_outputs(name: str, config: PreTrainedConfig) -> None:
@@ -417,7 +430,14 @@ def check_vocabulary(name: str, chat: ChatFormat, rows: int) -> None:
 
     A control token that is never used may have such an id.
     """
-    last = max([i for i, piece in enumerate(chat.token_bytes.pieces) if piece is not None] + list(chat.end_ids))
+    check_ids(
+        name, [i for i, piece in enumerate(chat.token_bytes.pieces) if piece is not None] + list(chat.end_ids), rows
+    )
+
+
+def check_ids(name: str, ids: Iterable[int], rows: int) -> None:
+    """Raises DataError if a model has fewer rows than one of these ids of its tokenizer asks for."""
+    last = max(ids, default=-1)
     if last >= rows:
         raise DataError(
             f"{name}: a model must have an embedding for every token, its tokenizer has the id {last} and its head only "

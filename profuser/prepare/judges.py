@@ -10,8 +10,8 @@ import datetime
 import hashlib
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from profuser.errors import DataError, first_line, in_short
 from profuser.models.fingerprint import fingerprint
-from profuser.models.load import load_reward_model, load_tokenizer, open_reward_model, template_text
+from profuser.models.load import check_ids, load_reward_model, load_tokenizer, open_reward_model, template_text
 from profuser.models.padding import padded
 from profuser.prepare.data import Row
 from profuser.progress import silent
@@ -54,13 +54,24 @@ def open_judge(config: JudgeConfig) -> None:
 
     Raises:
         ConfigError: the function cannot be imported.
-        DataError: the reward model's files are missing or broken, it is of another kind, or it has no usable chat template.
+        DataError: the reward model's files are missing or broken, it is of another kind, it has no usable chat template, or a
+            token for which it has no row.
     """
     if config.function is not None:
         load_function(config.function, f"judges: {config.name}: function")
     if config.model is not None:
-        open_reward_model(config.name, config.model, config.trust_remote_code)
-        reward_template(config, config.model)
+        model = open_reward_model(config.name, config.model, config.trust_remote_code)
+        template = reward_template(config, config.model)
+        if (rows := getattr(model.get_text_config(), "vocab_size", None)) is not None:
+            check_ids(f"judge {config.name}", used_ids(template), rows)
+
+
+def used_ids(template: ChatTemplate) -> Iterator[int]:
+    """Yields the ids of all tokens that a judge may read: those of text, and the control tokens that its template writes."""
+    tokenizer: Any = template.tokenizer
+    control = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    yield from (i for i in tokenizer.get_vocab().values() if i not in control)
+    yield from template.ids(conversation("x", "y"))
 
 
 def reward_template(config: JudgeConfig, location: str, *, date: datetime.date | None = None) -> ChatTemplate:

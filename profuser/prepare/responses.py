@@ -82,7 +82,6 @@ def generate(
         A list of responses for each prompt.
     """
     # Prompts of similar length are answered together. Those without room for a response are done already.
-    tokenizer = chat.tokenizer
     encoded = [chat.prompt_ids(prompt) for prompt in prompts]
     by_length = sorted((i for i in range(len(prompts)) if len(encoded[i]) < max_length), key=lambda i: len(encoded[i]))
     answers = [[Response("", True, Verdict.OK)] * responses for _ in prompts]
@@ -94,7 +93,7 @@ def generate(
         sampling |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
         torch.manual_seed(seed)
     ends = set(chat.end_ids)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else chat.end_ids[0]
+    pad = chat.end_id  # it has a row in every model, which the tokenizer's padding need not have
     for first in range(0, len(by_length), config.batch_size):
         # Generate for one batch. What comes back are the new tokens: the prompts, padded at the left, are cut off.
         batch = by_length[first : first + config.batch_size]

@@ -21,7 +21,7 @@ from profuser.recipe.keys import Argument, argument_mistake, as_argument, comple
 from profuser.recipe.places import DEFAULT_RECIPE
 from profuser.recipe.schema import Recipe
 from profuser.recipe.utf8 import read_utf8
-from profuser.recipe.yaml_text import load_yaml
+from profuser.recipe.yaml_text import CHARACTERS, load_yaml
 
 # `--help` prints the texts under the fields of the recipe's dataclasses.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -153,7 +153,7 @@ def _checked_recipe(config: str, hint: str, over_another: bool) -> Argument:
         over_another: whether the recipe's values replace those of another one.
     """
     try:
-        text = read_utf8(Path(config))
+        text = read_utf8(Path(config), CHARACTERS)
     except OSError:
         raise ConfigError(f"--config must be an existing recipe, got {config}; fix the path") from None
     except ValueError as error:

@@ -7,6 +7,7 @@ and no file can hold it.
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import re
 from collections.abc import Iterator
@@ -59,13 +60,22 @@ def texts_in(value: object) -> Iterator[str]:
             yield from texts_in(inner)
 
 
-def read_utf8(path: Path) -> str:
+def read_utf8(path: Path, most: int | None = None) -> str:
     """Reads a text file, with or without a byte order mark. All ends of lines become newlines.
 
+    Args:
+        most: the most characters that it may have. One that must have more is not read at all.
+
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is not UTF-8. The message names the line and a fix.
+        OSError: the file cannot be read, or is none, such as a pipe that nobody writes to or a device without an end.
+        ValueError: the file is not UTF-8, or too large. The message names the line and a fix.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    if (
+        most is not None and (size := path.stat().st_size) > 4 * most + 4
+    ):  # no character has more bytes, nor has the mark
+        raise ValueError(f"it has {size:,} bytes, which is more than {most:,} characters; name another file")
     text = io.StringIO(decode(path.read_bytes()), newline=None).getvalue()
     for number, line in enumerate(text.split("\n"), start=1):
         if wrong := defect(line):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -68,6 +69,32 @@ def remove_temporary(folders: Iterable[Path]) -> None:
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink(missing_ok=True)
+
+
+def remove_left_over(path: Path) -> None:
+    """Removes what processes that have ended since, by all that is known here, have left beside a path while they were writing it.
+
+    This is for a path that nobody holds a lease on. What a running process writes stays.
+    """
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = temporary.name.removesuffix(".tmp").rpartition(".")[2]
+        # In a container the next process often has the id of the last one.
+        if re.fullmatch(r"[0-9]+", process) and (int(process) == os.getpid() or not is_running(int(process))):
+            if temporary.is_dir() and not temporary.is_symlink():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process with this id."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -60,7 +60,7 @@ class Trainer:
         self.targets_digest = store.digest(layout.targets("train"))
         config = recipe.target_config
         self.chat = chat_format(config, date=store.date)
-        self.pad_id = self.chat.tokenizer.pad_token_id or 0
+        self.pad_id = self.chat.end_id  # it has a row in every model, which the tokenizer's padding need not have
         self.steps = Steps(
             self.targets,
             self.optim,
