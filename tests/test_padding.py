@@ -53,6 +53,7 @@ def test_answers_are_those_of_the_model_as_it_was():
     assert answers[0] == answers[1]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("padded")
 def test_a_whole_run_does_without_the_row():
     Path("recipe.yaml").write_text(RECIPE)

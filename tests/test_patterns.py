@@ -41,7 +41,7 @@ USUAL = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(patterns, "SECONDS", 2)
+    monkeypatch.setattr(patterns, "SECONDS", 1)
 
 
 def tokenizer(part: str, pattern: str) -> Tokenizer:

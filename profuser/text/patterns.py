@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SECONDS = 5
-"""The longest time that all the texts together may take. They take some milliseconds."""
+"""The most CPU time that all the texts together may take. They take some milliseconds. A busy machine does not make it shorter."""
+PATIENCE = 60
+"""So many seconds are waited for the helper. If it has not come to an end by then, it has had no CPU time, and nothing is known."""
 LENGTH = 40
-"""How often a character stands in a row. A pattern that takes exponential time does not come to an end with so many."""
+"""How often a character, or two of them, stand in a row. A pattern that takes exponential time does not come to an end with so many."""
 CHARACTERS = "a1 \n.é字"
 """Characters of the kinds that patterns tell apart."""
 
@@ -65,7 +67,7 @@ def hard_texts(patterns: tuple[str, ...]) -> list[str]:
     literal = "".join(patterns)
     letters = [c for c in literal[:1000] if c.isalnum()]
     repeated = dict.fromkeys([*CHARACTERS, *letters, *map("".join, itertools.pairwise(letters))])
-    return [f"{c * (LENGTH // len(c))}{end}" for c in repeated for end in ("", f"!{literal[:1000]}", f"\x00{c}")]
+    return [f"{c * LENGTH}{end}" for c in repeated for end in ("", f"!{literal[:1000]}", f"\x00{c}")]
 
 
 @functools.cache
@@ -74,10 +76,11 @@ def _come_to_an_end(rules: str, patterns: tuple[str, ...]) -> bool:
     # A fork need not import anything again. It has no use for its parent's files, which it never closes properly.
     helper = multiprocessing.get_context("fork").Process(target=_try, args=(rules, patterns), daemon=True)
     helper.start()
-    helper.join(SECONDS)
+    helper.join(PATIENCE)
     if helper.is_alive():
         helper.kill()
         helper.join()
+        return True
     return helper.exitcode == 0
 
 
@@ -88,7 +91,7 @@ def _try(rules: str, patterns: tuple[str, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it as well, and its parent ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust says there what it gave up on
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, resource.RLIM_INFINITY))  # if the parent is killed
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))  # ends this process
     code = 1
     try:
         model = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
