@@ -68,7 +68,7 @@ def models(tmp_path_factory) -> Path:
 def own_memory(process: int) -> int:
     """The bytes that are a process's own now, and 0 if it has ended."""
     try:
-        text = Path(f"/proc/{process}/status").read_text()
+        text = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon")), 0)
@@ -96,7 +96,7 @@ def recipe(method: str, root: Path) -> Path:
         "dtype": "bfloat16",
     }
     path = root / f"{method}.yaml"
-    path.write_text(yaml.safe_dump(content | ({"base_model": str(root / base)} if base else {})))
+    path.write_text(yaml.safe_dump(content | ({"base_model": str(root / base)} if base else {})), encoding="utf-8")
     return path
 
 
