@@ -72,10 +72,9 @@ def read_utf8(path: Path, most: int | None = None) -> str:
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
-    if (
-        most is not None and (size := path.stat().st_size) > 4 * most + 4
-    ):  # no character has more bytes, nor has the mark
-        raise ValueError(f"it has {size:,} bytes, which is more than {most:,} characters; name another file")
+    # No character has more than four bytes, nor has the mark.
+    if most is not None and (size := path.stat().st_size) > 4 * most + 4:
+        raise ValueError(f"and have at most {most:,} characters, it has {size:,} bytes; name another file")
     text = io.StringIO(decode(path.read_bytes()), newline=None).getvalue()
     for number, line in enumerate(text.split("\n"), start=1):
         if wrong := defect(line):
