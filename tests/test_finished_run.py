@@ -328,7 +328,7 @@ def test_another_runs_record_is_noticed():
         assert "must describe the files beside it" in err
 
 
-@pytest.mark.parametrize("damage", ["flipped", "missing", "a directory"])
+@pytest.mark.parametrize("damage", ["flipped", pytest.param("missing", marks=pytest.mark.long), "a directory"])
 def test_a_fresh_start_needs_nothing_of_a_damaged_manifest(damage):
     path = Path(STORE) / "manifest.json"
     flip(path) if damage == "flipped" else path.unlink()

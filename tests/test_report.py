@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_runs import without_pictures
 from report_runs import SKILLS, SOURCES, edit, make_run, write_lines
 
 from profuser.cli import main_of
@@ -188,7 +189,8 @@ def test_a_judges_abstentions_stand_beside_its_choices(reported):
 def test_prompts_without_a_signal_are_counted_and_stand_out_above_a_fifth(tmp_path, prompts, noted, rule):
     run_dir, store_dir = make_run(tmp_path)
     edit(store_dir / "summary.json", lambda summary: summary["no_signal"].update(prompts=prompts, rule=rule))
-    path = write_report(run_dir, store_dir)
+    with without_pictures():
+        path = write_report(run_dir, store_dir)
     text = Page(path).text
     assert f"On {prompts} of 788 prompts no judge preferred a response" in text
     assert "99 × all responses are the same text, 2 × every response is below a judge's floor" in text

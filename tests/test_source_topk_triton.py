@@ -415,8 +415,10 @@ def make_maps(ranges, V, seed=0) -> Ranges:
 
 
 @pytest.mark.parametrize(("V", "k"), [(83, 4), (83, 64), (700, 10)])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("vocabulary_too", [False, True])
+@pytest.mark.parametrize(
+    ("temperature", "vocabulary_too"),
+    [(1.0, False), (2.5, True), *(pytest.param(*both, marks=pytest.mark.long) for both in ((1.0, True), (2.5, False)))],
+)
 def test_merged_ranges_are_as_accurate_as_the_dense_reference(device, V, k, temperature, vocabulary_too):
     logits, labels = random_logits(4, V, spread=1.5)
     options: dict[str, Any] = {"ranges": make_maps(make_ranges(4, V, 9), V)}
