@@ -6,6 +6,7 @@ and `t` mean what they mean in mergekit. A task vector is what a model adds to t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 PARALLEL = 0.9995
 """Tensors with a cosine beyond this one, or below its negative, are interpolated linearly by `slerp`, as in mergekit."""
+
+BLOCK = 1 << 20
+"""So many elements are converted to fp64 at a time."""
 
 
 def computed(tensor: Tensor) -> Tensor:
@@ -39,13 +43,19 @@ def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
     The angle is that between the directions; the coefficients are applied to the tensors themselves, as in mergekit.
     """
     a, b = computed(first), computed(second)
-    norms = [norm if norm > 1e-8 else 1.0 for norm in (float(x.double().norm()) for x in (a, b))]
-    cosine = float((a.double() * b.double()).sum()) / norms[0] / norms[1]
+    norms = [norm if norm > 1e-8 else 1.0 for norm in (math.sqrt(_dot(x, x)) for x in (a, b))]
+    cosine = _dot(a, b) / norms[0] / norms[1]
     if abs(cosine) > PARALLEL:
         return a.mul(1 - t).add_(b, alpha=t)
     angle = torch.acos(torch.tensor(cosine, dtype=torch.float64))
     shares = (float(torch.sin(share * angle) / torch.sin(angle)) for share in (1 - t, t))
     return a.mul(next(shares)).add_(b, alpha=next(shares))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """The inner product of two tensors in fp64, block by block, so that no copy of them is made."""
+    blocks = zip(a.flatten().split(BLOCK), b.flatten().split(BLOCK))
+    return sum(float(x.double() @ y.double()) for x, y in blocks)
 
 
 def task_arithmetic(
