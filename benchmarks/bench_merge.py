@@ -4,8 +4,8 @@
 
 The models are random, of Llama's architecture, in bf16; with 26 layers they have 1 GB each, with the 2 of the default 0.2 GB. Both
 programs are started as commands, so their imports count. Memory is the most that is the process's own (RssAnon): pages of the input
-files, which the system may drop at any time, do not count. What a process owns after its imports alone is printed beside it. Without PROFUSER_MERGEKIT only our own merge is
-measured.
+files, which the system may drop at any time, do not count. What a process owns after its imports alone is printed beside it.
+Without PROFUSER_MERGEKIT only our own merge is measured.
 """
 
 from __future__ import annotations
