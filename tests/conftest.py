@@ -9,6 +9,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -100,6 +101,16 @@ def good(tmp_path_factory):
     return place
 
 
+@pytest.fixture
+def in_run(good, monkeypatch):
+    """A copy of `good` as the working directory, from which functions can be imported as by `python -m`."""
+    from command_runs import folder
+
+    with folder(good) as here:
+        monkeypatch.syspath_prepend(here)
+        yield here
+
+
 @pytest.fixture(autouse=True)
 def no_pictures(request):
     """Tests of what commands do with the files of a finished run need no pictures."""
@@ -155,6 +166,40 @@ def poisoned_buffers(monkeypatch):
         return buffer.fill_(math.nan if buffer.is_floating_point() else -7)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def numpy_xor(monkeypatch, request):
+    """Lets the interpreter reduce with xor in NumPy, as tl.topk needs it.
+
+    An operator that it does not know it would apply in Python, to one element at a time.
+    """
+    if torch.cuda.is_available() or "plain_interpreter" in request.node.name:
+        return
+    import triton
+    from triton.runtime.interpreter import ReduceOps
+
+    known = ReduceOps.apply_impl
+
+    def apply_impl(self, input):
+        if self.combine_fn != triton.language.standard._xor_combine:
+            return known(self, input)
+        data = np.bitwise_xor.reduce(input[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(data, input[0].dtype)
+
+    monkeypatch.setattr(ReduceOps, "apply_impl", apply_impl)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Fills what new_empty gives with NaN or an impossible id, so that an output which is never written shows."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = empty(self, *args, **kwargs)
+        return out.fill_(math.nan if out.dtype.is_floating_point else -7)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 __all__ = ["ROOT", "Recipe", "small_data", "small_run"]

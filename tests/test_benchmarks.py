@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_runs import folder, rows, run
+from command_runs import rows, run
 
 from profuser.demo.verify import score as verifier
 from profuser.evaluate import benchmarks
@@ -25,16 +25,11 @@ from profuser.generate.methods import open_decoder
 from profuser.recipe.parse import parse_run
 from profuser.report.intervals import wilson
 
+pytestmark = pytest.mark.usefixtures("in_run")
+
 RUN = "runs/recipe"
 DEMO = ("demo_knowledge", "demo_safety", "demo_reasoning")
 OUT = Path("runs/benchmarks")
-
-
-@pytest.fixture(autouse=True)
-def place(good, monkeypatch):
-    with folder(good) as here:
-        monkeypatch.syspath_prepend(here)  # as `python -m` does
-        yield here
 
 
 def items_of(model: str, task: str) -> list[dict]:
@@ -68,8 +63,8 @@ def verdict(row, responses):
 """
 
 
-def test_a_fused_model_has_the_score_and_the_answers_that_the_trainer_gave_it(place):
-    Path("own.yaml").write_text(OWN_TASK.replace("HERE", str(place)))
+def test_a_fused_model_has_the_score_and_the_answers_that_the_trainer_gave_it(in_run):
+    Path("own.yaml").write_text(OWN_TASK.replace("HERE", str(in_run)))
     Path("own.py").write_text(VERDICT)
     done(RUN, "--models", "./guardian", "--tasks", "own.yaml")
     evaluation = json.loads(Path(RUN, "evaluation.json").read_text())
@@ -178,12 +173,12 @@ def test_bits_per_byte_are_those_of_the_models_own_log_probabilities():
     assert written["scores"]["demo:guardian"]["value"] == pytest.approx(bits / size, rel=1e-4)
 
 
-def test_a_task_of_log_likelihoods_is_scored_offline(place):
+def test_a_task_of_log_likelihoods_is_scored_offline(in_run):
     Path("choice.jsonl").write_text(
         "".join(json.dumps({"q": f"Q{n}", "choices": ["yes", "no"], "label": n % 2}) + "\n" for n in range(4))
     )
     Path("choice.yaml").write_text(
-        f"task: choice\ndataset_path: json\ndataset_kwargs: {{ data_files: {{ test: {place}/choice.jsonl }} }}\n"
+        f"task: choice\ndataset_path: json\ndataset_kwargs: {{ data_files: {{ test: {in_run}/choice.jsonl }} }}\n"
         'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\n'
         'doc_to_target: "{{label}}"\nmetric_list: [{ metric: acc, aggregation: mean, higher_is_better: true }]\n'
     )
@@ -372,8 +367,8 @@ def test_the_papers_tasks_are_known_to_the_harness_and_a_misspelt_one_is_not():
         ((RUN, "--shots", "2"), 2, ("--shots", "--tasks")),
     ],
 )
-def test_what_cannot_be_scored_is_said_in_one_line(arguments, code, says, place):
-    own = OWN_TASK.replace("HERE", str(place))
+def test_what_cannot_be_scored_is_said_in_one_line(arguments, code, says, in_run):
+    own = OWN_TASK.replace("HERE", str(in_run))
     Path("own.py").write_text(VERDICT)
     Path("own.yaml").write_text(own)
     Path("copy.yaml").write_text(own.replace("doc_to_text: prompt", 'doc_to_text: "Say: {{prompt}}"'))
@@ -394,9 +389,9 @@ def test_two_models_of_one_name_are_told_apart():
     assert [c.name for c in contestants_of(["guardian", "other/guardian"])] == ["guardian", "other/guardian"]
 
 
-def test_tasks_of_a_folder_are_taken_together(place):
+def test_tasks_of_a_folder_are_taken_together(in_run):
     Path("mine").mkdir()
-    Path("mine/own.yaml").write_text(OWN_TASK.replace("HERE", str(place)))
+    Path("mine/own.yaml").write_text(OWN_TASK.replace("HERE", str(in_run)))
     Path("mine/own.py").write_text(VERDICT)
     found, columns = select(["./mine"])
     assert [benchmark.name for benchmark in found] == ["own"]

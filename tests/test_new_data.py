@@ -9,20 +9,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_runs import STORE, folder, rows, run
+from command_runs import STORE, rows, run
 
 from profuser.evaluate import contestants
 from profuser.models.fingerprint import fingerprint
 from profuser.train.run_record import EVALUATION, SCORES
 
+pytestmark = pytest.mark.usefixtures("in_run")
+
 RUN = Path("runs/recipe")
-
-
-@pytest.fixture(autouse=True)
-def place(good, monkeypatch):
-    with folder(good) as here:
-        monkeypatch.syspath_prepend(here)  # as `python -m` does
-        yield here
 
 
 def scored(*more: str, file: str = "heldout.jsonl") -> dict:
