@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from profuser.generate.answers import answer_file, finished_rows, prompts_of, se
 from profuser.generate.decoder import Decoder
 from profuser.generate.steps import Answer
 from profuser.recipe.parse import parse_run
+from profuser.recipe.places import resolve
 from profuser.store.files import DiskFull
 
 PROMPTS = ["one", "zwei \u2028 \x85 \x0c", "三"]
@@ -184,7 +186,13 @@ def test_the_key_is_that_of_what_decides_an_answer(place):
     def key(*changes):
         return settings_key(parse_run("generate", ["--config", "recipe.yaml", *changes]).recipe)
 
-    assert key() == key("--optim.steps=3", "--store=elsewhere", "--output=elsewhere")
+    template = (Path(resolve("demo:scholar")) / "chat_template.jinja").read_text(encoding="utf-8")
+    Path("other.jinja").write_text(template.replace("USER", "ASKER"), encoding="utf-8")
+    Path("dated.jinja").write_text(template.replace("USER", "{{ strftime_now('%d %b %Y') }} USER"), encoding="utf-8")
+    of_template = "--sources=[{{name: guardian, model: 'demo:guardian'}}, {{name: scholar, model: 'demo:scholar', chat_template: {}}}]"
+    dated = of_template.format("dated.jinja")
+    assert key() == key("--optim.steps=3", "--store=elsewhere", "--output=elsewhere", "--date=2026-01-31")
+    assert key(dated, "--date=2026-01-31") == key(dated, "--date=2026-01-31")
     others = [
         ("--decode.method=eva",),
         ("--decode.top_n=2",),
@@ -193,9 +201,9 @@ def test_the_key_is_that_of_what_decides_an_answer(place):
         ("--capture.dtype=bfloat16",),
         ("--sources=[{name: guardian, model: 'demo:guardian'}]",),
         ("--sources=[{name: guardian, model: 'demo:guardian'}, {name: scholar, model: 'demo:reckoner'}]",),
-        (
-            "--sources=[{name: guardian, model: 'demo:guardian'}, {name: scholar, model: 'demo:scholar', chat_template: x}]",
-        ),
+        (of_template.format("other.jinja"),),
+        (dated, "--date=2026-01-31"),
+        (dated, "--date=2026-02-01"),
     ]
     assert len({key(), *(key(*change) for change in others)}) == len(others) + 1
 

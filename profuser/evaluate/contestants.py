@@ -7,7 +7,6 @@ need be), `demo:NAME`, or `METHOD:RECIPE`, where METHOD is one of `decode.method
 from __future__ import annotations
 
 import datetime
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,6 +20,7 @@ from profuser.errors import ConfigError
 from profuser.evaluate.finished import open_run
 from profuser.generate.decoder import Decoder
 from profuser.generate.methods import METHODS, open_decoder
+from profuser.generate.voices import chats_of
 from profuser.models.fingerprint import fingerprint
 from profuser.models.load import (
     chat_format,
@@ -38,7 +38,6 @@ from profuser.recipe.parse import parse_run
 from profuser.recipe.places import RECIPES_DIR
 from profuser.recipe.schema import GenerationConfig, Reasoning, Recipe, SourceConfig
 from profuser.text.chat import ChatFormat
-from profuser.text.template import conversation
 
 
 class Answerer(Protocol):
@@ -150,7 +149,7 @@ class Alone:
         return {
             "files": fingerprint(self.source.model),
             "commit": getattr(config, "_commit_hash", None),
-            "template": None if chat is None else _rendered(chat),
+            "template": None if chat is None else chat.digest,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
@@ -184,13 +183,13 @@ class Joint:
     def identity(self) -> dict[str, Any]:
         """What decides the answers. It raises DataError where a source is missing or broken."""
         dtype = runtime_dtype(self.recipe.capture.dtype, default_device())
-        sources = [Alone(source.name, source, dtype).identity for source in self.recipe.sources]
+        date = settled_date(self.recipe.date, None)
+        sources = [Alone(source.name, source, dtype, date).identity for source in self.recipe.sources]
         return {"sources": sources, "decode": vars(self.recipe.decode)}
 
     def check_answers(self) -> None:
         """Raises DataError if one of the sources cannot answer."""
-        for source in self.recipe.sources:
-            chat_format(source)
+        chats_of(self.recipe)
 
     def load(self) -> LoadedJoint:
         """Loads the sources."""
@@ -266,9 +265,3 @@ def fused_of(directory: Path, name: str | None = None) -> Alone:
     contestant = Alone(source.name, source, dtype, date, recipe.reasoning_of(recipe.target_config), is_fused=True)
     _ = contestant.identity
     return contestant
-
-
-def _rendered(chat: ChatFormat) -> str:
-    """Returns a short hash of how a chat template shows a conversation. It holds the date where the template writes it."""
-    text = f"{chat.tokenizer.chat_template} {chat.template.text(conversation('x', 'y'))} {chat.end_ids}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -136,7 +136,7 @@ def answers_to(
             sampled = bool(settings["do_sample"]) and settings["temperature"] > 0
             if sampled and isinstance(loaded, LoadedJoint):
                 raise ConfigError(
-                    f"task {requests[0].task_name} samples its answers, {name} answers greedily; take one of the two out"
+                    f"task {requests[0].task_name} says how answers are sampled, {name} answers as its recipe says; take one of the two out"
                 )
             generation = GenerationConfig(
                 max_new_tokens=settings["max_gen_toks"],

@@ -10,7 +10,7 @@ from pathlib import Path
 from profuser.cli import main_of
 from profuser.errors import ConfigError, DataError
 
-DESCRIPTION = "Let the sources of a recipe answer prompts together, without training (Cool-Fusion)."
+DESCRIPTION = "Let the sources of a recipe answer prompts together, without training."
 
 
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -18,8 +18,9 @@ from typing import Any
 from profuser.errors import DataError, in_short
 from profuser.generate.decoder import Decoder
 from profuser.generate.steps import Answer, Step
+from profuser.generate.voices import chats_of
 from profuser.models.fingerprint import fingerprint
-from profuser.models.load import default_device, runtime_dtype, template_text
+from profuser.models.load import default_device, runtime_dtype
 from profuser.progress import Progress
 from profuser.recipe.schema import Recipe
 from profuser.recipe.utf8 import defect, read_utf8
@@ -66,16 +67,22 @@ def _prompt(where: str, line: str) -> str:
 
 
 def settings_key(recipe: Recipe) -> str:
-    """Returns a short hash of what decides an answer beside its prompt: the sources, and how they decode."""
+    """Returns a short hash of what decides an answer beside its prompt: the sources, and how they decode.
+
+    Where a chat template writes the date, that is a part of it.
+
+    Raises:
+        DataError: a source cannot be opened, or has no usable chat template.
+    """
     sources = [
         {
             "name": source.name,
             "model": source.model,
             "files": fingerprint(source.model),
             "revision": source.revision,
-            "template": source.chat_template and template_text(source.name, source.chat_template),
+            "template": chat.digest,
         }
-        for source in recipe.sources
+        for source, chat in zip(recipe.sources, chats_of(recipe), strict=True)
     ]
     dtype = str(runtime_dtype(recipe.capture.dtype, default_device()))
     decides = [sources, vars(recipe.decode), recipe.generation.max_new_tokens, dtype]

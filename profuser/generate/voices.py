@@ -7,7 +7,23 @@ import torch
 from profuser.generate.speaker import Voice
 from profuser.models.head import head_of
 from profuser.models.load import chat_format, check_vocabulary, load_model, open_model, runtime_dtype
+from profuser.prepare.inputs import settled_date
 from profuser.recipe.schema import Recipe
+from profuser.text.chat import ChatFormat
+
+
+def chats_of(recipe: Recipe) -> list[ChatFormat]:
+    """Opens every source, and returns their chat formats with the recipe's date, or today's where it has none.
+
+    Raises:
+        DataError: a source cannot be opened, or has no usable chat template.
+    """
+    date = settled_date(recipe.date, None)
+    chats = []
+    for source in recipe.sources:
+        open_model(source)
+        chats.append(chat_format(source, date=date))
+    return chats
 
 
 def load_voices(recipe: Recipe) -> list[Voice]:
@@ -16,10 +32,7 @@ def load_voices(recipe: Recipe) -> list[Voice]:
     Raises:
         DataError: a source cannot be loaded.
     """
-    chats = []
-    for source in recipe.sources:
-        open_model(source)
-        chats.append(chat_format(source))
+    chats = chats_of(recipe)
     count = torch.cuda.device_count()
     voices = []
     for n, (source, chat) in enumerate(zip(recipe.sources, chats, strict=True)):

@@ -16,6 +16,7 @@ byte, so it is always put in as it is. If it begins with reasoning, an empty blo
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,12 @@ class ChatFormat:
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([*known, closing_id]))
         end_begin = next(b for i, (b, _) in zip(ids, spans, strict=True) if b >= response_end and i == closing_id)
         self.closing: bytes = self._suffix.encode()[: end_begin - response_end]
+
+    @property
+    def digest(self) -> str:
+        """A short hash of how the template shows a conversation, and of what ends a turn. It holds the date where the template does."""
+        text = f"{self.tokenizer.chat_template} {self.template.text(conversation('x', 'y'))} {self.end_ids}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The ids that a model continues with its response: the prompt in the template, with the generation prompt."""
