@@ -172,7 +172,7 @@ def random_voice(name: str, seed: int) -> Voice:
     return Voice(name, chat, model, head_of(model))
 
 
-REAL = ("llama2", "mistral", "gpt_neox", "gpt2", "qwen2", "deepseek_v3")
+REAL = ("llama2", "mistral_v1", "gpt_neox", "gpt2", "qwen2", "deepseek_v3")
 
 
 @pytest.mark.parametrize(
