@@ -18,6 +18,7 @@ from profuser.errors import DataError
 from profuser.kernels.common import IGNORE_INDEX, check_scalars
 from profuser.kernels.tails import BUCKET
 from profuser.loss import at_temperature, check_options, check_source_temperature, fused_linear_fusion_loss
+from profuser.models.attention import uses_flash_attention
 from profuser.models.head import evaluating, head_layer, head_of, hidden_states
 
 # Collators that flatten a batch may add these for the attention. They are passed on to the model.
@@ -263,15 +264,23 @@ def packed_begins(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor
 def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
     """Whether packed examples see nothing of those before them: many architectures ignore the restarts of position_ids.
 
-    It is found by the gradient of a second example's hidden states in the embeddings of the first, which must be exactly 0.
+    It is found by the gradient of the second examples' hidden states in the embeddings of the first, which must be exactly 0.
+
+    Args:
+        flattened: whether a batch is one row and comes with what a flattening collator adds. Else it has two rows, whose examples
+            begin at different places.
     """
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flattened, return_seq_idx=flattened)
     embedding = cast("nn.Embedding", model.get_input_embeddings())
-    examples = [{"input_ids": [token % embedding.weight.shape[0] for token in range(1, 5)]}] * 2
-    collated = collate(examples, return_tensors="pt")
-    batch: dict[str, Any] = {
-        k: x.to(model.device) if isinstance(x, Tensor) else x for k, x in collated.items() if k != "labels"
+    begins = [4] if flattened else [4, 3]  # where the second example of each row begins
+    rows = []
+    for begin in begins:
+        ids = [token % embedding.weight.shape[0] for token in range(1, 9)]
+        rows.append(collate([{"input_ids": ids[:begin]}, {"input_ids": ids[begin:]}], return_tensors="pt"))
+    batch: dict[str, Any] = rows[0] | {
+        name: torch.cat([row[name] for row in rows]) for name in ("input_ids", "position_ids")
     }
+    batch = {k: x.to(model.device) if isinstance(x, Tensor) else x for k, x in batch.items() if k != "labels"}
     embedded: list[Tensor] = []
 
     def embed(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
@@ -279,9 +288,12 @@ def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
         return embedded[-1]
 
     hook = embedding.register_forward_hook(embed)
+    # flash-attention computes in 16 bits only, as it will under the trainer's autocast.
+    arithmetic = torch.autocast(model.device.type, torch.bfloat16, enabled=uses_flash_attention(model))
     try:
-        with evaluating(model), torch.enable_grad():
-            second = hidden_states(model, attention_mask=None, **batch)[:, 4:]
+        with evaluating(model), torch.enable_grad(), arithmetic:
+            hidden = hidden_states(model, attention_mask=None, **batch)
+            second = torch.cat([of_row[begin:] for of_row, begin in zip(hidden, begins, strict=True)])
             (grad,) = torch.autograd.grad(second.float().square().sum(), embedded[:1])
     except torch.OutOfMemoryError:
         raise
@@ -289,7 +301,7 @@ def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
         return False
     finally:
         hook.remove()
-    return not grad[:, :4].any()
+    return not any(of_row[:begin].any() for of_row, begin in zip(grad, begins, strict=True))
 
 
 def warn_without_sources() -> None:

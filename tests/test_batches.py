@@ -46,12 +46,11 @@ def same(a: Mapping, b: Mapping) -> bool:
 
 def test_a_batch_holds_the_winners_distributions_and_nothing_of_the_others(targets):
     sequences = [s for instruction in targets for s in instruction][:8]
-    batch = collate(sequences, ONES, ONES, pad_id=0, top_k=targets.top_k)
+    batch = collate([[s] for s in sequences], ONES, ONES, pad_id=0, top_k=targets.top_k)
     B, T, K = len(sequences), max(len(s.input_ids) for s in sequences), targets.top_k
     assert batch["source_ids"].shape == batch["source_logprobs"].shape == (1, B, T, K)
     assert len({s.winner for s in sequences}) > 1
     for b, s in enumerate(sequences):
-        assert batch["source_index"][b] == 0
         seen = np.zeros(T, bool)
         for r in np.flatnonzero(s.row_source == s.winner):
             t, part = s.row_position[r], slice(s.entry_offsets[r], s.entry_offsets[r + 1])
@@ -70,7 +69,7 @@ def test_the_chosen_source_gives_the_loss_that_all_sources_with_their_cross_entr
     _, run, _ = prepared
     model = FusionModel(load_model(SourceConfig(name="g", model=f"demo:{run.recipe.target}"), torch.float32))
     sequences = [s for instruction in targets for s in instruction][:6]
-    batch = collate(sequences, ONES, ONES, pad_id=0, top_k=targets.top_k)
+    batch = collate([[s] for s in sequences], ONES, ONES, pad_id=0, top_k=targets.top_k)
     S, shape = len(targets.sources), batch["source_ids"].shape[1:]
     dense = {
         "source_ids": np.full((S, *shape), -1, np.int32),
@@ -99,9 +98,8 @@ def test_a_sequence_that_no_source_scored_has_no_distribution(targets):
     some = targets.sequence(0)
     for ce in (np.inf, np.nan):
         alone = replace(some, source_ce=np.full_like(some.source_ce, ce))
-        batch = collate([alone], ONES, ONES, pad_id=0, top_k=targets.top_k)
+        batch = collate([[s] for s in [alone]], ONES, ONES, pad_id=0, top_k=targets.top_k)
         assert alone.winner is None
-        assert batch["source_index"].tolist() == [-1]
         assert (batch["source_ids"] == -1).all()
 
 
@@ -112,13 +110,13 @@ def test_the_first_of_equal_sources_wins_and_a_nan_does_not(targets):
 
 
 def test_without_kd_no_distribution_is_collated(targets):
-    batch = collate([targets.sequence(0)], ONES, dict.fromkeys(Mode, 0.0), pad_id=0, top_k=targets.top_k)
+    batch = collate([[s] for s in [targets.sequence(0)]], ONES, dict.fromkeys(Mode, 0.0), pad_id=0, top_k=targets.top_k)
     assert not [name for name in batch if name.startswith("source_")]
 
 
 def test_padding_carries_no_label_and_labels_are_the_masked_tokens(targets):
     sequences = [targets.sequence(0), targets.sequence(1)]
-    batch = collate(sequences, ONES, ONES, pad_id=7, top_k=targets.top_k)
+    batch = collate([[s] for s in sequences], ONES, ONES, pad_id=7, top_k=targets.top_k)
     for b, s in enumerate(sequences):
         n = len(s.input_ids)
         assert (batch["input_ids"][b, n:] == 7).all()

@@ -244,7 +244,7 @@ def test_padding_and_batch_mates_do_not_change_a_sequences_loss(prepared):
     ones = dict.fromkeys(Mode, 1.0)
 
     def losses(group):
-        batch = collate(group, ones, ones, 0, targets.top_k)
+        batch = collate([[s] for s in group], ones, ones, 0, targets.top_k)
         batch = {name: torch.from_numpy(array) for name, array in batch.items()}
         out = model(**batch, reduction="sum", return_stats=True)
         return (out["ce"] + out["kd"]).view(len(group), -1).sum(1)

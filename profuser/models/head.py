@@ -59,7 +59,8 @@ def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Linear) -> N
     product = hidden_states(model, ids, None).float() @ head.weight.float().T
     product = product if head.bias is None else product + head.bias.float()
     # The products are enlarged so that the largest is 50: the small logits of an untrained model would not show a softcap.
-    enlarge = (50 / product.abs().max()).clamp(max=torch.finfo(head.weight.dtype).max / 2)
+    most = min(torch.finfo(dtype).max for dtype in (head.weight.dtype, product.dtype))
+    enlarge = (50 / product.abs().max()).clamp(max=most / 2)
     ours = head.logit_scale * enlarge * product
     ours = ours if head.softcap is None else head.softcap * torch.tanh(ours / head.softcap)
 

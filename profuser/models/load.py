@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from profuser.errors import DataError, first_line, in_short
+from profuser.models.attention import flash_attention
 from profuser.models.gguf_header import gguf_tensors
 from profuser.models.weights import AutoModel, check_gguf_blocks, check_weights, loaded_model
 from profuser.recipe.places import is_path, resolve
@@ -248,8 +249,13 @@ KINDS: dict[AutoModel, tuple[str, str]] = {
 """What each of transformers' classes loads, and what can be done where it does not."""
 
 
-def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_model(
+    source: SourceConfig, dtype: torch.dtype, device: torch.device | str = "cpu", *, packs: bool = False
+) -> PreTrainedModel:
     """Loads a source's model, in evaluation mode.
+
+    Args:
+        packs: whether it will read packed sequences. It then uses flash-attention where that is installed and supported.
 
     Raises:
         DataError: the directory is missing or does not hold a loadable causal language model.
@@ -259,6 +265,8 @@ def load_model(source: SourceConfig, dtype: torch.dtype, device: torch.device | 
         options["quantization_config"] = GgufConfig(dequantize=True)
         # transformers shows a progress bar while it reads a GGUF file. With disable=None it appears on a terminal only.
         modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # pyrefly: ignore[bad-assignment]
+    if packs and (attention := flash_attention(AutoConfig.from_pretrained(location, **options), device)):
+        options["attn_implementation"] = attention
     model: Any = load(AutoModelForCausalLM, source.name, location, {**options, "dtype": dtype})
     return model.to(device).eval()
 

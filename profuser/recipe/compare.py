@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FREE_KEYS = (
-    "optim.micro_batch_size", "optim.gradient_checkpointing", "optim.log_every", "optim.eval_every", "optim.checkpoint_every",
+    "optim.micro_batch_size", "optim.tokens_per_micro_batch", "optim.gradient_checkpointing", "optim.log_every", "optim.eval_every", "optim.checkpoint_every",
     "optim.keep_checkpoints", "optim.data_workers", "capture.batch_size", "generation.batch_size", "evaluation",
     "decode",
 )  # fmt: skip

@@ -299,6 +299,9 @@ class OptimConfig:
     """How many instructions an optimizer step takes, over all processes (FuseLLM's value)."""
     micro_batch_size: int = 8
     """How many instructions one process takes into a forward pass."""
+    tokens_per_micro_batch: int | None = None
+    """The most tokens that one process takes into a forward pass, in which sequences are then packed, several to a row; null counts
+    instructions by micro_batch_size, and pads."""
     epochs: float = 3.0
     """How often the training instructions are passed over, all stages together (three in the paper)."""
     steps: int | None = None
@@ -327,7 +330,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_positive(
             "optim", self, "batch_size", "micro_batch_size", "lr", "epochs", "grad_clip", "temperature", "log_every",
-            "keep_checkpoints",
+            "keep_checkpoints", "tokens_per_micro_batch",
         )  # fmt: skip
         check_not_negative(
             "optim", self, "beta", "weight_decay", "warmup_ratio", "min_lr_ratio", "eval_every", "checkpoint_every",
@@ -444,6 +447,12 @@ class Recipe:
             if (judge.model is None) == (judge.function is None):
                 raise ConfigError(f"judges: {judge.name} must have either model or function; set exactly one")
         check_not_negative("", self, "seed")
+        budget, longest = self.optim.tokens_per_micro_batch, self.data.max_length
+        if budget is not None and budget < longest:
+            raise ConfigError(
+                f"optim.tokens_per_micro_batch must hold a sequence of data.max_length tokens, {longest}, got {budget}; raise it, or "
+                "lower data.max_length"
+            )
         if self.date is not None:
             check_date("date", self.date)
         if isinstance(self.schedule, list):

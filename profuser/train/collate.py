@@ -1,18 +1,19 @@
-"""Puts sequences of a store together as one rectangular batch for FusionModel.
+"""Puts sequences of a store together as one rectangular batch for FusionModel, padded or packed.
 
 The source of every sequence is chosen before anything is padded: the batch holds the winner's distributions alone, (B, T, K),
-however many sources there are. Letters: B sequences, T tokens, K kept entries.
+however many sources there are. Letters: B rows, T tokens of a row, K kept entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.ragged import slots_of
 from profuser.recipe.schedule import Mode
+from profuser.train.packing import Layout
 from profuser.train.targets import TargetSequence
 
 Weights = Mapping[Mode, float]
@@ -20,65 +21,75 @@ Weights = Mapping[Mode, float]
 
 
 def collate(
-    sequences: Sequence[TargetSequence], ce_weight: Weights, kd_weight: Weights, pad_id: int, top_k: int
+    rows: Sequence[Sequence[TargetSequence]],
+    ce_weight: Weights,
+    kd_weight: Weights,
+    pad_id: int,
+    top_k: int,
+    layout: Layout = "padded",
 ) -> dict[str, np.ndarray]:
-    """Returns a batch that is padded at the right.
+    """Returns a batch whose rows hold sequences end to end and are padded at the right.
 
-    In every array with an axis of tokens, the place (b, t) is about token t of sequence b itself. FusionModel shifts the arrays
-    against the hidden states.
+    In every array with an axis of tokens, the place (b, t) is about the token that stands there itself. FusionModel shifts the
+    arrays against the hidden states.
 
     Args:
         pad_id: the id of the padding in input_ids. top_k: K, the most entries that a distribution can have.
+        layout: with "padded" every row must hold one sequence, and the batch has an attention_mask. Else it has position_ids
+            that begin anew with every sequence, and with the padding, which keep them apart.
 
     Returns:
-        input_ids, attention_mask, labels (B, T) int64 and ce_weight, kd_weight (B, T) fp32. Unless all of `kd_weight` is 0
-        there are also source_ids (1, B, T, K) int32, where -1 is padding, source_logprobs (1, B, T, K) fp32 at temperature 1,
-        source_tail (1, B, T) fp32, and source_index (B,) int64, which is 0, or -1 where no source takes part.
+        input_ids, labels (B, T) int64 and ce_weight, kd_weight (B, T) fp32; attention_mask or position_ids (B, T) int64. Unless
+        all of `kd_weight` is 0 there are also source_ids (1, B, T, K) int32, where -1 is padding, source_logprobs (1, B, T, K)
+        fp32 at temperature 1, and source_tail (1, B, T) fp32. Where no source takes part there are no entries. With "flat"
+        cu_seq_lens_q, cu_seq_lens_k (n + 1,) int32 and max_length_q, max_length_k () are what flash-attention takes.
     """
-    shape = len(sequences), max(len(s.input_ids) for s in sequences)
+    lengths = [[len(sequence.input_ids) for sequence in row] for row in rows]
+    shape = len(rows), max(map(sum, lengths))
     input_ids = np.full(shape, pad_id, np.int64)
-    attention_mask = np.zeros(shape, np.int64)
     labels = np.full(shape, IGNORE_INDEX, np.int64)
     weights = np.zeros((2, *shape), np.float32)
-    for b, sequence in enumerate(sequences):
-        length = len(sequence.input_ids)
-        input_ids[b, :length] = sequence.input_ids
-        attention_mask[b, :length] = 1
-        labels[b, :length][sequence.label_mask] = sequence.input_ids[sequence.label_mask]
-        weights[:, b] = [[ce_weight[sequence.mode]], [kd_weight[sequence.mode]]]
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": labels,
-        "ce_weight": weights[0],
-        "kd_weight": weights[1],
-    }
+    for b, place, sequence in placed(rows):
+        input_ids[b, place] = sequence.input_ids
+        labels[b, place][sequence.label_mask] = sequence.input_ids[sequence.label_mask]
+        weights[:, b, place] = [[ce_weight[sequence.mode]], [kd_weight[sequence.mode]]]
+    batch = {"input_ids": input_ids, "labels": labels, "ce_weight": weights[0], "kd_weight": weights[1]}
+    if layout == "padded":
+        batch["attention_mask"] = (np.arange(shape[1]) < [[length] for (length,) in lengths]).astype(np.int64)
+    else:
+        parts = [[*of_row, shape[1] - sum(of_row)] for of_row in lengths]
+        batch["position_ids"] = np.stack([np.concatenate([np.arange(n) for n in of_row]) for of_row in parts])
+    if layout == "flat":
+        bounds = np.cumsum([0, *lengths[0]], dtype=np.int32)
+        longest = np.int64(max(lengths[0]))
+        batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     if any(kd_weight.values()):
-        batch |= winning_sources(sequences, *shape, top_k)
+        batch |= winning_sources(rows, *shape, top_k)
     return batch
 
 
-def winning_sources(sequences: Sequence[TargetSequence], B: int, T: int, K: int) -> dict[str, np.ndarray]:
+def winning_sources(rows: Sequence[Sequence[TargetSequence]], B: int, T: int, K: int) -> dict[str, np.ndarray]:
     """Returns the distributions of each sequence's winner. The loss expects an axis of sources in front, which is of length 1."""
     source_ids = np.full((1, B, T, K), -1, np.int32)
     source_logprobs = np.zeros((1, B, T, K), np.float32)
     source_tail = np.zeros((1, B, T), np.float32)
-    source_index = np.full(B, -1, np.int64)
-    for b, sequence in enumerate(sequences):
+    for b, place, sequence in placed(rows):
         if sequence.winner is None:
             continue
-        source_index[b] = 0
         # The entries of all sources lie end to end: keep the winner's, and put each at its position and its place there.
         of_winner = sequence.row_source == sequence.winner
         row, slot = slots_of(sequence.entry_offsets)
         kept = of_winner[row]
-        position, slot = sequence.row_position[row[kept]], slot[kept]
+        position, slot = place.start + sequence.row_position[row[kept]], slot[kept]
         source_ids[0, b, position, slot] = sequence.entry_ids[kept]
         source_logprobs[0, b, position, slot] = sequence.entry_logprobs[kept]
-        source_tail[0, b, sequence.row_position[of_winner]] = sequence.row_tail[of_winner]
-    return {
-        "source_ids": source_ids,
-        "source_logprobs": source_logprobs,
-        "source_tail": source_tail,
-        "source_index": source_index,
-    }
+        source_tail[0, b, place.start + sequence.row_position[of_winner]] = sequence.row_tail[of_winner]
+    return {"source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail}
+
+
+def placed(rows: Sequence[Sequence[TargetSequence]]) -> Iterator[tuple[int, slice, TargetSequence]]:
+    """Goes through the sequences of a batch with the row and the place in it that each of them has."""
+    for b, row in enumerate(rows):
+        begin = 0
+        for sequence in row:
+            yield b, slice(begin, begin := begin + len(sequence.input_ids)), sequence

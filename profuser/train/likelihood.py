@@ -53,7 +53,7 @@ def likelihood(model: FusionModel, targets: Targets, pad_id: int, batch_size: in
         for first in range(0, len(by_length), batch_size):
             # CE and KD of every token of one batch.
             sequences = [targets.sequence(n) for n in by_length[first : first + batch_size]]
-            batch = collate(sequences, weights, weights, pad_id, targets.top_k)
+            batch = collate([[sequence] for sequence in sequences], weights, weights, pad_id, targets.top_k)
             tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
             out = model(**tensors, reduction="sum", return_stats=True)
 

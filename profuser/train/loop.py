@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
 from profuser.fusion_model import FusionModel
+from profuser.models.attention import uses_flash_attention
 from profuser.models.head import head_layer
 from profuser.models.load import chat_format, check_vocabulary, load_model, stored_dtype
 from profuser.progress import Progress
@@ -35,7 +36,8 @@ from profuser.store.store import Store
 from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.likelihood import likelihood
 from profuser.train.metrics_log import append_line, means
-from profuser.train.steps import Origin, StepBatch, Steps, load_steps
+from profuser.train.packing import Layout
+from profuser.train.steps import MicroBatch, Origin, StepBatch, Steps, load_steps
 from profuser.train.targets import Targets
 
 
@@ -52,7 +54,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, store: Store, directory: Path, accelerator: Accelerator):
         self.recipe, self.optim, self.directory, self.accelerator = recipe, recipe.optim, directory, accelerator
 
-        # The data, and how the steps of the run divide it.
+        # The data.
         self.targets = Targets(store, "train")
         self.validation = Targets(store, "validation") if store.numbers(layout.targets("validation")) else None
         self.stages = plan(recipe, len(self.targets))
@@ -61,6 +63,19 @@ class Trainer:
         config = recipe.target_config
         self.chat = chat_format(config, date=store.date)
         self.pad_id = self.chat.end_id  # it has a row in every model, which the tokenizer's padding need not have
+
+        # The target and its optimizer. The weights are kept in fp32 and are rounded to `saved_dtype` at the end.
+        torch.manual_seed(recipe.seed)
+        packs = self.optim.tokens_per_micro_batch is not None and accelerator.mixed_precision == "bf16"
+        target = load_model(config, torch.float32, accelerator.device, packs=packs)
+        check_vocabulary(config.name, self.chat, len(head_layer(target).weight))
+        self.saved_dtype = stored_dtype(config)
+        if self.optim.gradient_checkpointing:
+            target.gradient_checkpointing_enable()
+        self.fusion = FusionModel(
+            target, temperature=self.optim.temperature, tail=self.optim.tail, source_temperature=1.0
+        ).train()
+        self.layout = self._layout()
         self.steps = Steps(
             self.targets,
             self.optim,
@@ -69,18 +84,8 @@ class Trainer:
             self.pad_id,
             accelerator.num_processes,
             accelerator.process_index,
+            self.layout,
         )
-
-        # The target and its optimizer. The weights are kept in fp32 and are rounded to `saved_dtype` at the end.
-        torch.manual_seed(recipe.seed)
-        target = load_model(config, torch.float32, accelerator.device)
-        check_vocabulary(config.name, self.chat, len(head_layer(target).weight))
-        self.saved_dtype = stored_dtype(config)
-        if self.optim.gradient_checkpointing:
-            target.gradient_checkpointing_enable()
-        self.fusion = FusionModel(
-            target, temperature=self.optim.temperature, tail=self.optim.tail, source_temperature=1.0
-        ).train()
         optimizer = torch.optim.AdamW(
             parameter_groups(self.fusion, self.optim.weight_decay), lr=self.optim.lr, betas=self.optim.betas
         )
@@ -100,6 +105,21 @@ class Trainer:
                     f"stage {i} needs training examples of its mode, {modes}, none is left "
                     f"({store.handled() or 'nothing was skipped'}); {fix}"
                 )
+
+    def _layout(self) -> Layout:
+        """Chooses how sequences are laid into passes of optim.tokens_per_micro_batch, and says so once."""
+        budget, flash = self.optim.tokens_per_micro_batch, uses_flash_attention(self.fusion.model)
+        if budget is None:
+            return "padded"
+        if not self.fusion.keeps_apart[flash]:
+            self.accelerator.print(
+                f"sequences are padded and not packed: {type(self.fusion.model).__name__} would let each see the one before it",
+                flush=True,
+            )
+            return "padded"
+        attention = "flash-attention over the bounds of the sequences" if flash else "attention with a mask of blocks"
+        self.accelerator.print(f"sequences are packed into passes of {budget:,} tokens, {attention}", flush=True)
+        return "flat" if flash else "packed"
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -145,6 +165,7 @@ class Trainer:
                         "tokens": batch.tokens,
                         "tokens_per_second": batch.tokens / seconds,
                         "data_wait": waited / seconds,
+                        "padding": 1 - batch.tokens / max(batch.computed, 1),
                     }
                 )
                 done = step + 1
@@ -182,13 +203,13 @@ class Trainer:
 
         # The forward and backward passes. Only in the last one does DDP exchange the gradients between the ranks. What each
         # sequence adds to the losses stays on the device until the end, because to read it is to wait for the pass.
-        losses = SequenceLosses([], [], [])
+        losses = SequenceLosses([], [], [], [])
         for number, micro in enumerate(batch.micro_batches, start=1):
             last = number == len(batch.micro_batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 out = self.model(**micro.tensors(self.accelerator.device), reduction="sum", return_stats=True)
                 self.accelerator.backward(out["loss"])
-            losses.add(micro.origins, out["ce"], out["kd"])
+            losses.add(micro, out["ce"], out["kd"])
 
         # The losses over all ranks and the norm of the gradient, which must be finite. To read them is the only time that a
         # step waits for the device.
@@ -247,38 +268,44 @@ class Trainer:
 
 @dataclass(frozen=True, slots=True)
 class SequenceLosses:
-    """What each sequence of a step adds to the losses on this rank: sums over the sequence's tokens, left on the device.
+    """What each token of a step adds to the losses on this rank, left on the device.
 
-    origins: where each sequence comes from. ce, kd: one tensor per forward pass with the sums of its sequences, (B,) fp64.
+    origins: where each sequence comes from. sequences: one tensor per forward pass with the sequence of each token, -1 for padding,
+    (N,) int64. ce, kd: alike, with what the tokens add, (N,).
     """
 
     origins: list[Origin]
+    sequences: list[Tensor]
     ce: list[Tensor]
     kd: list[Tensor]
 
-    def add(self, origins: Sequence[Origin], ce: Tensor, kd: Tensor) -> None:
-        """Adds a forward pass. `ce` and `kd` hold one value per token, (B * (T - 1),)."""
-        self.origins.extend(origins)
-        for sums, by_token in ((self.ce, ce), (self.kd, kd)):
-            sums.append(by_token.view(len(origins), -1).double().sum(1))
+    def add(self, micro: MicroBatch, ce: Tensor, kd: Tensor) -> None:
+        """Adds a forward pass. `ce` and `kd` hold one value per token that is predicted, (B * (T - 1),)."""
+        of_token = torch.from_numpy(micro.sequence_of_token())
+        of_token = torch.where(of_token >= 0, of_token + len(self.origins), -1)
+        self.origins.extend(micro.origins)
+        self.sequences.append(of_token.to(ce.device, non_blocking=True))
+        self.ce.append(ce)
+        self.kd.append(kd)
 
     def by_mode(self) -> Tensor:
         """Returns the sums of ce and of kd by mode, (2, modes) fp64."""
-        ce, kd = torch.cat(self.ce), torch.cat(self.kd)
-        modes = torch.tensor([origin.mode for origin in self.origins], device=ce.device)
-        sums = torch.zeros(2, len(Mode), dtype=torch.float64, device=ce.device)
-        return sums.index_add_(1, modes, torch.stack([ce, kd]))
+        both = torch.stack([torch.cat(self.ce), torch.cat(self.kd)]).double()
+        # The last one stands for padding, to which the number -1 leads.
+        modes = torch.tensor([*(origin.mode for origin in self.origins), -1], device=both.device)
+        mode = modes[torch.cat(self.sequences)]
+        return torch.stack([both.where(mode == number, 0).sum(1) for number in Mode], 1)
 
     def not_finite(self, step: int) -> NonFiniteError:
         """Returns the error that names the first sequence whose loss is not finite."""
         at = f"at step {step + 1}"
-        for name, sums in (("ce", self.ce), ("kd", self.kd)):
-            for value, origin in zip(torch.cat(sums).tolist(), self.origins):
-                if not math.isfinite(value):
-                    return NonFiniteError(
-                        f"the loss must be finite, {name} is not {at}: training example {origin.example}, {origin.mode.key} "
-                        f"mode, source {origin.source}; lower optim.lr, or look at that example in the store's samples.parquet"
-                    )
+        for name, values in (("ce", self.ce), ("kd", self.kd)):
+            bad = torch.cat(self.sequences)[~torch.cat(values).isfinite()]
+            for origin in (self.origins[number] for number in bad[:1].tolist()):
+                return NonFiniteError(
+                    f"the loss must be finite, {name} is not {at}: training example {origin.example}, {origin.mode.key} "
+                    f"mode, source {origin.source}; lower optim.lr, or look at that example in the store's samples.parquet"
+                )
         return NonFiniteError(f"the loss must be finite, another process's is not {at}; its message names the example")
 
 

@@ -11,7 +11,6 @@ import math
 import signal
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from profuser.errors import ProfuserError, first_line
 from profuser.recipe.schedule import Mode, Stage, stage_at
 from profuser.recipe.schema import OptimConfig
 from profuser.train.collate import collate
+from profuser.train.packing import Layout, Pass, by_count, by_tokens, shares, size_of
 from profuser.train.targets import Targets, TargetSequence
 
 STEPS_IN_FLIGHT = 2
@@ -42,31 +42,47 @@ class MicroBatch:
     """One forward pass of one rank: the arrays that `collate` returns, and where each sequence comes from.
 
     The arrays are NumPy's until they are used, because every tensor that comes from another process holds a file descriptor.
+
+    origins: of the sequences, row by row. lengths: the tokens of each sequence, by row.
     """
 
     arrays: Mapping[str, np.ndarray | Tensor]
     origins: list[Origin]
+    lengths: list[list[int]]
 
     def pin_memory(self) -> MicroBatch:
         """Returns the same in pinned memory, from which the GPU can copy while it computes."""
         return replace(self, arrays={name: torch.as_tensor(array).pin_memory() for name, array in self.arrays.items()})
 
-    def tensors(self, device: torch.device) -> dict[str, Tensor]:
-        """Returns what FusionModel takes, on its device."""
-        return {name: torch.as_tensor(array).to(device, non_blocking=True) for name, array in self.arrays.items()}
+    def tensors(self, device: torch.device) -> dict[str, Tensor | int]:
+        """Returns what FusionModel takes, on its device. Single numbers stay numbers."""
+        return {
+            name: torch.as_tensor(array).to(device, non_blocking=True) if array.ndim else int(array)
+            for name, array in self.arrays.items()
+        }
+
+    def sequence_of_token(self) -> np.ndarray:
+        """Returns (B * (T - 1),) int64, to which of `origins` each token belongs that is predicted, and -1 for padding."""
+        found = np.full((len(self.lengths), max(map(sum, self.lengths))), -1)
+        first = 0
+        for b, lengths in enumerate(self.lengths):
+            found[b, : sum(lengths)] = np.repeat(np.arange(first, first + len(lengths)), lengths)
+            first += len(lengths)
+        return found[:, 1:].reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """One optimizer step, as one rank takes it.
 
-    micro_batches: the forward passes of this rank. labels: the number of label tokens in the whole step, over all ranks, by
-    mode. tokens: the number of all tokens in the whole step, over all ranks.
+    micro_batches: the forward passes of this rank. The rest is about the whole step, over all ranks:
+    labels: the number of label tokens by mode. tokens: the number of all tokens. computed: that number with the padding.
     """
 
     micro_batches: list[MicroBatch]
     labels: dict[Mode, int]
     tokens: int
+    computed: int
 
     def pin_memory(self) -> StepBatch:
         """Returns the same in pinned memory. A DataLoader calls this method by its name."""
@@ -77,6 +93,7 @@ class StepBatch:
 class Steps(Dataset[StepBatch | ProfuserError]):
     """The optimizer steps of a run. Item n is step n, counted from 0, as rank `rank` of `world` takes it.
 
+    `layout` says how the sequences are laid into passes where optim.tokens_per_micro_batch limits these.
     An error is returned as the item instead of raised, because a worker process would turn it into a traceback.
     """
 
@@ -87,6 +104,7 @@ class Steps(Dataset[StepBatch | ProfuserError]):
     pad_id: int
     world: int = 1
     rank: int = 0
+    layout: Layout = "padded"
 
     def __post_init__(self) -> None:
         self._orders: dict[int, np.ndarray] = {}  # the order of the instructions, by epoch
@@ -120,16 +138,20 @@ class Steps(Dataset[StepBatch | ProfuserError]):
         ce_weight = {mode: stage.weight(mode) * self.world / count if count else 0.0 for mode, count in labels.items()}
         kd_weight = {mode: stage.beta * weight for mode, weight in ce_weight.items()}
 
-        # The forward passes of this rank.
+        # The forward passes of all ranks, and the arrays of this rank's.
+        passes = self._passes(instructions)
+        layout = self.layout if self.optim.tokens_per_micro_batch else "padded"
         micro_batches = [
             MicroBatch(
-                collate(sequences, ce_weight, kd_weight, self.pad_id, self.targets.top_k),
-                [self._origin(sequence) for sequence in sequences],
+                collate(rows, ce_weight, kd_weight, self.pad_id, self.targets.top_k, layout),
+                [self._origin(sequence) for row in rows for sequence in row],
+                [[len(sequence.input_ids) for sequence in row] for row in rows],
             )
-            for sequences in self._passes(instructions)
+            for one in shares(passes, self.world)[self.rank]
+            for rows in [one or [[self.targets.sequence(0).unlabelled()]]]
         ]
         tokens = sum(len(sequence.input_ids) for instruction in instructions for sequence in instruction)
-        return StepBatch(micro_batches, labels, tokens)
+        return StepBatch(micro_batches, labels, tokens, sum(map(size_of, passes)))
 
     def instructions(self, step: int) -> list[int]:
         """Returns the instructions that a step takes. Every epoch has an order of its own, which follows from (seed, epoch)."""
@@ -144,19 +166,18 @@ class Steps(Dataset[StepBatch | ProfuserError]):
             taken.append(int(self._orders[epoch][i]))
         return taken
 
-    def _passes(self, instructions: list[list[TargetSequence]]) -> list[list[TargetSequence]]:
-        """Divides this rank's sequences into forward passes of similar lengths, so that little is padded.
+    def _passes(self, instructions: list[list[TargetSequence]]) -> list[Pass]:
+        """Divides the sequences into the forward passes of all ranks.
 
-        Every rank must have the same number of passes, or DDP would wait for ever. A pass for which a rank has no sequence left
-        gets one without labels.
+        Every rank must have the same number of passes, or DDP would wait for ever. An empty pass is made of a sequence without
+        labels.
         """
-        passes = math.ceil(len(instructions) / (self.world * self.optim.micro_batch_size))
-        mine = sorted(
-            (sequence for instruction in instructions[self.rank :: self.world] for sequence in instruction),
-            key=lambda sequence: len(sequence.input_ids),
+        sequences = [sequence for instruction in instructions for sequence in instruction]
+        if budget := self.optim.tokens_per_micro_batch:
+            return by_tokens(sequences, budget, self.layout, self.world)
+        return by_count(
+            sequences, self.world * math.ceil(len(instructions) / (self.world * self.optim.micro_batch_size))
         )
-        bounds = [round(len(mine) * i / passes) for i in range(passes + 1)]
-        return [mine[first:stop] or [self.targets.sequence(0).unlabelled()] for first, stop in pairwise(bounds)]
 
     def _origin(self, sequence: TargetSequence) -> Origin:
         source = "none" if sequence.winner is None else self.targets.sources[sequence.winner]
