@@ -273,13 +273,10 @@ def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flattened, return_seq_idx=flattened)
     embedding = cast("nn.Embedding", model.get_input_embeddings())
     begins = [4] if flattened else [4, 3]  # where the second example of each row begins
-    rows = []
-    for begin in begins:
-        ids = [token % embedding.weight.shape[0] for token in range(1, 9)]
-        rows.append(collate([{"input_ids": ids[:begin]}, {"input_ids": ids[begin:]}], return_tensors="pt"))
-    batch: dict[str, Any] = rows[0] | {
-        name: torch.cat([row[name] for row in rows]) for name in ("input_ids", "position_ids")
-    }
+    ids = [token % embedding.weight.shape[0] for token in range(1, 9)]
+    rows = [collate([{"input_ids": ids[:n]}, {"input_ids": ids[n:]}], return_tensors="pt") for n in begins]
+    joined = {name: torch.cat([cast("Tensor", row[name]) for row in rows]) for name in ("input_ids", "position_ids")}
+    batch: dict[str, Any] = rows[0] | joined
     batch = {k: x.to(model.device) if isinstance(x, Tensor) else x for k, x in batch.items() if k != "labels"}
     embedded: list[Tensor] = []
 

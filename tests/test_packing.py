@@ -211,9 +211,8 @@ def test_no_sequence_sees_another_one_of_its_row(sequences, targets, double):
 
     def of_middle(rows):
         batch = collate(rows, ONES, ONES, 0, targets.top_k, "packed")
-        batch["input_ids"].setflags(write=True)
         out = double(**{k: torch.from_numpy(x) for k, x in batch.items()}, reduction="sum", return_stats=True)
-        begin = len(rows[0][0].input_ids)
+        begin = len(rows[0][0].input_ids)  # the first token of b is not predicted, so its losses begin here
         T = batch["input_ids"].shape[1]
         return (out["ce"] + out["kd"]).view(len(rows), T - 1)[0, begin : begin + len(b.input_ids) - 1]
 
@@ -233,7 +232,7 @@ def test_a_model_whose_rows_must_all_begin_examples_at_the_same_places_is_not_pa
     inner = type(double.model.base_model)
     forward = inner.forward
 
-    def first_rows_positions(self, *args, position_ids=None, **inputs):
+    def first_rows_positions(self, *args, position_ids, **inputs):
         return forward(self, *args, position_ids=position_ids[:1].expand_as(position_ids), **inputs)
 
     monkeypatch.setattr(inner, "forward", first_rows_positions)

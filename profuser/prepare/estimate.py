@@ -182,7 +182,10 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
     fusing = 0.0
     for stage in stages:
         steps, modes = max(0, stage.stop - max(first_step, stage.first)), len(stage.modes)
-        step = 3 * forward(target.name, modes * optim.batch_size, optim.micro_batch_size * modes)
+        in_pass = optim.micro_batch_size * modes
+        if optim.tokens_per_micro_batch is not None:
+            in_pass = max(1, int(optim.tokens_per_micro_batch / tokens[target.name]))
+        step = 3 * forward(target.name, modes * optim.batch_size, in_pass)
         # AdamW reads and writes the weights, the gradients and two moments.
         step += 16 * size.parameters * 4 / machine.bandwidth
         fusing += steps * step
