@@ -87,7 +87,10 @@ class FusionModel(nn.Module):
                 "model.config.output_router_logits = False"
             )
         self.model = model
-        self.keeps_apart = {flattened: keeps_apart(model, flattened) for flattened in (False, True)}
+        # A model without weights, on the meta device, is told by whoever loads them.
+        self.keeps_apart = (
+            {} if head.weight.is_meta else {flattened: keeps_apart(model, flattened) for flattened in (False, True)}
+        )
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
         self.beta, self.temperature, self.tail = beta, temperature, tail
         self.source_temperature = source_temperature

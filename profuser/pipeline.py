@@ -26,6 +26,7 @@ from profuser.train.loop import Trainer
 from profuser.train.parallel import launch, settled_precision
 from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, read_measured, record_files
+from profuser.train.sharding import whole_model
 
 
 def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
@@ -74,11 +75,10 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
 
     # Save the fused model, and score what was saved.
     scores: dict[str, Any] = {}
-    if is_main:
+    whole = whole_model(trainer.fusion.model, trainer.saved_dtype, accelerator)
+    if whole is not None and is_main:
         with directory.timed("evaluate"):
-            model = save_fused(
-                trainer.fusion.model, trainer.chat.tokenizer, directory.path, recipe, trainer.saved_dtype
-            )
+            model = save_fused(whole, trainer.chat.tokenizer, directory.path, recipe, trainer.saved_dtype)
             del trainer
             if recipe.data.heldout is not None:
                 scores = evaluate(run, store)

@@ -11,7 +11,7 @@ from torch import nn
 from profuser.errors import DataError
 from profuser.store.sealed import write_sealed
 from profuser.train import checkpoint
-from profuser.train.checkpoint import FILES, Checkpoint, load_newest, save_checkpoint
+from profuser.train.checkpoint import RANDOM, WHOLE, Checkpoint, load_newest, save_checkpoint
 
 
 def trained(steps=3, seed=0):
@@ -101,7 +101,7 @@ def test_a_checkpoint_under_another_steps_name_is_passed_over(tmp_path, capsys):
     assert "its name must say its step, state.json says 5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["state.json", *FILES])
+@pytest.mark.parametrize("name", ["state.json", *WHOLE, RANDOM, "metrics.jsonl"])
 def test_a_file_of_another_run_is_noticed(tmp_path, name):
     model, optimizer = trained()
     saved(tmp_path / "one", 1, model, optimizer)

@@ -72,7 +72,7 @@ def test_a_sequence_beyond_the_budget_has_a_pass_of_its_own(sequences):
     for layout in ("padded", "packed", "flat"):
         passes = by_tokens(of_lengths(sequences[0], [30, 3, 3]), 10, layout, 1)
         assert flat(passes) == [0, 1, 2]
-        assert [[len(s.input_ids) for s in one[0]] for one in passes][0] == [30]
+        assert [len(s.input_ids) for s in passes[0][0]] == [30]
         assert all(size_of(one) <= 10 for one in passes[1:]) or layout == "packed"
 
 

@@ -393,31 +393,6 @@ def test_bad_input_gets_one_line_and_its_exit_code(tmp_path, arguments, code, ex
     assert expected in errors[0]
 
 
-def test_two_ranks_take_the_same_steps_as_one(prepared, tmp_path):
-    """In data parallelism, losses, gradient norms and held-out CE of two processes equal those of one."""
-    directory, run, _ = prepared
-    arguments = [
-        f"--data.train={run.recipe.data.train}", f"--data.validation={run.recipe.data.validation}",
-        f"--data.heldout={run.recipe.data.heldout}", f"--store={directory / 'store'}", "--generation.max_new_tokens=24",
-        "--capture.shard_size=5", "--optim.steps=4", "--optim.batch_size=3", "--optim.micro_batch_size=1",
-        "--optim.log_every=1",
-    ]  # fmt: skip
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "profuser.train"]
-    lines = []
-    for name, program in (("two", launch), ("one", ["profuser.train"])):
-        result = command(*program, *arguments, f"--output={tmp_path / name}")
-        assert result.returncode == 0, result.stderr
-        assert ("2 processes" in result.stdout) == (name == "two")
-        lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
-    for two, one in zip(*lines, strict=True):
-        assert two.keys() == one.keys()
-        for key in ("loss", "ce_inference", "kd_training", "grad_norm"):
-            if key in one:
-                assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (key, one["step"])
-        if "eval" in one:
-            assert two["eval"]["ce"] == pytest.approx(one["eval"]["ce"], rel=1e-3)
-
-
 @pytest.mark.parametrize(
     ("name", "said"), [("nothing", "None"), ("a_score", "0.5"), ("a_failure", "KeyError: 'answr'")]
 )

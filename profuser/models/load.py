@@ -261,14 +261,23 @@ def load_model(
         DataError: the directory is missing or does not hold a loadable causal language model.
     """
     location, options = weights_of(source)
+    if packs and (attention := flash_attention(AutoConfig.from_pretrained(location, **options), device)):
+        options["attn_implementation"] = attention
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
         # transformers shows a progress bar while it reads a GGUF file. With disable=None it appears on a terminal only.
         modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # pyrefly: ignore[bad-assignment]
-    if packs and (attention := flash_attention(AutoConfig.from_pretrained(location, **options), device)):
-        options["attn_implementation"] = attention
     model: Any = load(AutoModelForCausalLM, source.name, location, {**options, "dtype": dtype})
     return model.to(device).eval()
+
+
+def load_without_weights(source: SourceConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a source's model on the meta device, in evaluation mode."""
+    location, options = weights_of(source)
+    config = AutoConfig.from_pretrained(location, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, dtype=dtype)
+    return model.eval()
 
 
 def stored_dtype(source: SourceConfig) -> torch.dtype:

@@ -5,29 +5,36 @@ order of the data and the learning rate follow from the seed and the step, so th
 states and the step are the whole state: on a CPU a resumed run repeats the uninterrupted one bit for bit. The metrics up to the
 step lie beside them. state.json is the checkpoint's record (profuser.store.sealed). A checkpoint of which anything is not what
 was written is passed over for the one before, and a line says why.
+
+One process writes whole tensors. Where the target is sharded, every process writes its shares (profuser.train.shard_files). Each form
+can be read by any number of processes.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from profuser.errors import DataError
 from profuser.store.files import sync_directory, temporary_beside, write_atomic
-from profuser.store.sealed import FILE, digest_of, unsealed, write_sealed
+from profuser.store.sealed import FILES, FileDigest, damaged_files, digest_of, unsealed, write_sealed
 from profuser.train.run_record import METRICS
+from profuser.train.shard_files import STEPS, load_shares, save_shares, sizes_in
+from profuser.train.sharding import agreed, is_main, is_sharded
 from profuser.typed import COUNT, parsed
 
-OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq", "step")
-FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", METRICS)
-STATE = {"step": COUNT, "targets": str, "files": {name: FILE for name in FILES}}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+RANDOM = "random.safetensors"
+WHOLE = ("model.safetensors", "optimizer.safetensors")
+"""The files of the weights and moments in the form of one process."""
+STATE = {"step": COUNT, "targets": str, "files": FILES}
 """The shape of state.json."""
 
 
@@ -47,46 +54,82 @@ class Checkpoint:
 def save_checkpoint(
     directory: Path, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
 ) -> Path:
-    """Writes the checkpoint `directory/step-NNNNNN` and deletes all but the newest `keep` checkpoints; returns its path."""
+    """Writes the checkpoint `directory/step-NNNNNN` and deletes all but the newest `keep` checkpoints; returns its path.
+
+    If the model is sharded, all processes must call it; else one.
+    """
     final = directory / f"step-{checkpoint.step:06d}"
-    temporary = temporary_beside(final)
-    _remove(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        _write(temporary, checkpoint, model, optimizer)
-        _remove(final)  # one that was passed over
-        temporary.rename(final)
-    finally:  # for instance of a full disk, which an unfinished checkpoint must not fill
+    sharded = is_sharded(model)
+    writes = is_main() or not sharded
+    temporary = agreed(temporary_beside(final)) if sharded else temporary_beside(final)
+    if writes:
         _remove(temporary)
-    sync_directory(directory)
-    # Those of later steps were passed over as well, and will be made again.
-    kept = [path for path in checkpoints(directory) if step_of(path) <= checkpoint.step][-max(1, keep) :]
-    for path in checkpoints(directory):
-        if path not in kept:
-            _remove(path)
+        temporary.mkdir(parents=True)
+    try:
+        if sharded:
+            digests = save_shares(
+                temporary, weights_of(model) | moments_of(model, optimizer), steps_of(model, optimizer)
+            )
+        else:
+            digests = _save_whole(temporary, model, optimizer)
+        if writes:
+            _finish(temporary, checkpoint, digests)
+            _remove(final)  # one that was passed over
+            temporary.rename(final)
+    finally:  # for instance of a full disk, which an unfinished checkpoint must not fill
+        if writes:
+            _remove(temporary)
+    if writes:
+        sync_directory(directory)
+        # Those of later steps were passed over as well, and will be made again.
+        kept = [path for path in checkpoints(directory) if step_of(path) <= checkpoint.step][-max(1, keep) :]
+        for path in checkpoints(directory):
+            if path not in kept:
+                _remove(path)
     return final
 
 
-def _write(directory: Path, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes the files of a checkpoint. state.json is the last of them, and records the digests of the others."""
-    # The optimizer's state is stored under the names of the parameters, which it does not know itself.
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    moments = {
-        f"{names[id(parameter)]}/{key}": torch.as_tensor(values[key]).detach().cpu().contiguous()
-        for parameter, values in optimizer.state.items()
-        for key in OPTIMIZER_KEYS
-    }
+def _save_whole(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, FileDigest]:
+    """Writes the weights and moments, and returns the digests of their files."""
+    moments = moments_of(model, optimizer) | steps_of(model, optimizer)
+    digests = {}
+    for name, tensors in zip(WHOLE, (weights_of(model), moments), strict=True):
+        data = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+        write_atomic(directory / name, data)
+        digests[name] = digest_of(data)
+    return digests
+
+
+def _finish(directory: Path, checkpoint: Checkpoint, digests: dict[str, FileDigest]) -> None:
+    """Writes the small files of a checkpoint. state.json is the last of them, and records the digests of all others."""
     random = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-    contents = [save(weights), save(moments), save(random), checkpoint.metrics]
-    digests = {}
-    for name, data in zip(FILES, contents, strict=True):
+    for name, data in ((RANDOM, save(random)), (METRICS, checkpoint.metrics)):
         write_atomic(directory / name, data)
         digests[name] = digest_of(data)
     state = {"step": checkpoint.step, "targets": checkpoint.targets, "files": digests}
     write_sealed(directory / "state.json", state)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters by their names."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns AdamW's moments as `NAME/exp_avg` and `NAME/exp_avg_sq`, by the names of the parameters."""
+    return {f"{name}/{key}": state[key].detach() for name, state in _states(model, optimizer) for key in MOMENTS}
+
+
+def steps_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns AdamW's counts of steps as `NAME/step`, single numbers on the CPU."""
+    return {f"{name}/step": torch.as_tensor(state["step"]).detach() for name, state in _states(model, optimizer)}
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, dict[str, Any]]]:
+    """Returns what the optimizer keeps of each parameter that had a gradient. It does not know their names itself."""
+    return [(name, optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state]
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -108,64 +151,78 @@ def newest_step(directory: Path) -> int:
 def load_newest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Checkpoint | None:
     """Restores the newest intact checkpoint into the model and the optimizer, and returns the rest of it.
 
-    For each checkpoint that is passed over, a line says why. Where none is intact, this returns None.
+    For each checkpoint that is passed over, a line says why. Where none is intact, this returns None. Of several processes, all of
+    which must call it, the main one chooses.
 
     Raises:
         DataError: the checkpoint holds other weights than the model has.
     """
+    found = agreed(_newest_intact(directory) if is_main() else None)
+    if found is None:
+        return None
+    path, state = found
+    _restore(path, model, optimizer)
+    return Checkpoint(state["step"], state["targets"], (path / METRICS).read_bytes())
+
+
+def _newest_intact(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     there = checkpoints(directory)
     for path in reversed(there):
         try:
-            checkpoint, files = _read(path)
+            return path, _proven_state(path)
         except (OSError, ValueError) as error:
             print(f"checkpoint {path} is damaged ({error}): trying the one before", flush=True)
-            continue
-        _restore(path, files, model, optimizer)
-        return checkpoint
     if there:
         print(f"no intact checkpoint is left in {directory}: beginning at step 0", flush=True)
     return None
 
 
-def _read(path: Path) -> tuple[Checkpoint, dict[str, bytes]]:
-    """Reads a checkpoint and its files. It raises OSError or ValueError where anything is not what was written."""
+def _proven_state(path: Path) -> dict[str, Any]:
+    """Reads the state.json of a checkpoint. It raises OSError or ValueError where anything is not what was written."""
     try:
         state = unsealed(parsed((path / "state.json").read_bytes()), STATE)
+        if missing := {RANDOM, METRICS} - set(state["files"]):
+            raise ValueError(f"the digests of all files, those of {', '.join(sorted(missing))} are missing")
     except ValueError as error:
         raise ValueError(f"state.json must hold {error}") from None
     if state["step"] != step_of(path):
         raise ValueError(f"its name must say its step, state.json says {state['step']}")
-    files = {name: (path / name).read_bytes() for name in FILES}
-    for name, data in files.items():
-        if digest_of(data) != state["files"][name]:
-            raise ValueError(f"{name} must hold what was written, its sha256 differs")
-    return Checkpoint(state["step"], state["targets"], files[METRICS]), files
+    for name in damaged_files(path, state["files"]):
+        (path / name).stat()  # one that is missing has an error of its own
+        raise ValueError(f"{name} must hold what was written, its sha256 differs")
+    return state
 
 
 @torch.no_grad()
-def _restore(path: Path, files: Mapping[str, bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Copies the contents of a checkpoint's files into the model, the optimizer and the random generators."""
-    weights, moments, random = (load(files[f"{name}.safetensors"]) for name in ("model", "optimizer", "random"))
-    parameters = dict(model.named_parameters())
-    if other := sorted(n for n in {*weights, *parameters} if _shape(weights.get(n)) != _shape(parameters.get(n))):
+    whole = all((path / name).exists() for name in WHOLE)
+    parameters = weights_of(model)
+    stored = {} if is_sharded(model) or not whole else load_file(path / WHOLE[0]) | load_file(path / WHOLE[1])
+    sizes = {name: tensor.shape for name, tensor in stored.items()} or sizes_in(path)
+    names = {name for name in sizes if "/" not in name and name not in ("torch", "cuda")}
+    if other := sorted(n for n in {*names, *parameters} if sizes.get(n) != getattr(parameters.get(n), "shape", None)):
         raise DataError(
             f"checkpoint {path} must hold the weights of the target, {other[0]} differs ({len(other)} in all); use the versions "
             "that run.json names, or start over with --fresh"
         )
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
-        if f"{name}/step" in moments:
-            # AdamW keeps its count of steps on the CPU, and the moments beside the parameter.
-            optimizer.state[parameter] = {
-                key: moments[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device) for key in OPTIMIZER_KEYS
-            }
+    # AdamW's moments are made like the parameters, and its counts of steps stay on the CPU.
+    for name, parameter in model.named_parameters():
+        if f"{name}/{MOMENTS[0]}" in sizes:
+            optimizer.state[parameter] = {key: torch.zeros_like(parameter) for key in MOMENTS}
+    tensors = parameters | moments_of(model, optimizer)
+    if stored:
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
+    else:
+        load_shares(path, tensors)
+    steps = load_file(path / (WHOLE[1] if whole else STEPS))
+    for name, state in _states(model, optimizer):
+        state["step"] = steps[f"{name}/step"].clone()
+    random = load_file(path / RANDOM)
     torch.set_rng_state(random["torch"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
-
-
-def _shape(tensor: Tensor | None) -> torch.Size | None:
-    return None if tensor is None else tensor.shape
 
 
 def _remove(path: Path) -> None:

@@ -20,15 +20,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
 from profuser.fusion_model import FusionModel
 from profuser.models.attention import uses_flash_attention
 from profuser.models.head import head_layer
-from profuser.models.load import chat_format, check_vocabulary, load_model, stored_dtype
+from profuser.models.load import chat_format, check_vocabulary, load_model, load_without_weights, stored_dtype
 from profuser.progress import Progress
 from profuser.recipe.schedule import Mode, Stage, learning_rate, plan, stage_at
-from profuser.recipe.schema import Recipe
+from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.stopping import noted
 from profuser.store import layout
 from profuser.store.files import write_atomic
@@ -37,6 +38,8 @@ from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.likelihood import likelihood
 from profuser.train.metrics_log import append_line, means
 from profuser.train.packing import Layout
+from profuser.train.parallel import agreed_stop, shards
+from profuser.train.sharding import agreed, load_into_shards, whole
 from profuser.train.steps import MicroBatch, Origin, StepBatch, Steps, load_steps
 from profuser.train.targets import Targets
 
@@ -66,15 +69,10 @@ class Trainer:
 
         # The target and its optimizer. The weights are kept in fp32 and are rounded to `saved_dtype` at the end.
         torch.manual_seed(recipe.seed)
-        packs = self.optim.tokens_per_micro_batch is not None and accelerator.mixed_precision == "bf16"
-        target = load_model(config, torch.float32, accelerator.device, packs=packs)
-        check_vocabulary(config.name, self.chat, len(head_layer(target).weight))
+        self.sharded = shards(self.optim, accelerator)
         self.saved_dtype = stored_dtype(config)
-        if self.optim.gradient_checkpointing:
-            target.gradient_checkpointing_enable()
-        self.fusion = FusionModel(
-            target, temperature=self.optim.temperature, tail=self.optim.tail, source_temperature=1.0
-        ).train()
+        self.fusion = self._load_sharded(config) if self.sharded else self._load(config)
+        self.fusion.train()
         self.layout = self._layout()
         self.steps = Steps(
             self.targets,
@@ -89,8 +87,38 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             parameter_groups(self.fusion, self.optim.weight_decay), lr=self.optim.lr, betas=self.optim.betas
         )
-        self.model, self.optimizer = accelerator.prepare(self.fusion, optimizer)
+        self.model, self.optimizer = (
+            (self.fusion, optimizer) if self.sharded else accelerator.prepare(self.fusion, optimizer)
+        )
         self.metrics = directory / "metrics.jsonl"
+
+    def _load(self, config: SourceConfig) -> FusionModel:
+        """Loads the target onto this process's device."""
+        packs = self.optim.tokens_per_micro_batch is not None and self.accelerator.mixed_precision == "bf16"
+        return self._wrapped(load_model(config, torch.float32, self.accelerator.device, packs=packs))
+
+    def _load_sharded(self, config: SourceConfig) -> FusionModel:
+        """Loads the target on the main process, which proves what it can, and divides it among all."""
+        target, keeps_apart = None, {}
+        if self.accelerator.is_main_process:
+            target = load_model(config, torch.float32)
+            keeps_apart = self._wrapped(target).keeps_apart
+        fusion = self._wrapped(load_without_weights(config, torch.float32))
+        fusion.keeps_apart = agreed(keeps_apart)
+        load_into_shards(fusion, target, self.accelerator)
+        self.accelerator.print(
+            f"FSDP2: of the processes each holds 1/{self.accelerator.num_processes} of the target's weights, gradients and "
+            "moments",
+            flush=True,
+        )
+        return fusion
+
+    def _wrapped(self, target: PreTrainedModel) -> FusionModel:
+        """Puts the loss around the target."""
+        check_vocabulary(self.recipe.target_config.name, self.chat, len(head_layer(target).weight))
+        if self.optim.gradient_checkpointing:
+            target.gradient_checkpointing_enable()
+        return FusionModel(target, temperature=self.optim.temperature, tail=self.optim.tail, source_temperature=1.0)
 
     def _check_modes(self, store: Store) -> None:
         """Raises DataError unless there are training examples for at least one mode of every stage."""
@@ -179,7 +207,7 @@ class Trainer:
                 if (self.optim.eval_every and done % self.optim.eval_every == 0) or done == stage.stop:
                     self._evaluate(done, index)
                 due = self.optim.checkpoint_every and done % self.optim.checkpoint_every == 0
-                stop = asked()
+                stop = agreed_stop(asked())
                 if due or stop is not None or done == total:
                     self._checkpoint(done)
 
@@ -201,19 +229,21 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-        # The forward and backward passes. Only in the last one does DDP exchange the gradients between the ranks. What each
-        # sequence adds to the losses stays on the device until the end, because to read it is to wait for the pass.
+        # The forward and backward passes. Only in the last one does DDP exchange the gradients between the ranks; a sharded model
+        # adds them up in every pass, because no rank has room for all of them. What each sequence adds to the losses stays on the
+        # device until the end, because to read it is to wait for the pass.
         losses = SequenceLosses([], [], [], [])
         for number, micro in enumerate(batch.micro_batches, start=1):
             last = number == len(batch.micro_batches)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            exchanged = last or self.sharded
+            with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(self.model):
                 out = self.model(**micro.tensors(self.accelerator.device), reduction="sum", return_stats=True)
                 self.accelerator.backward(out["loss"])
             losses.add(micro, out["ce"], out["kd"])
 
         # The losses over all ranks and the norm of the gradient, which must be finite. To read them is the only time that a
         # step waits for the device.
-        norm = clip_grad_norm_(self.fusion.parameters(), self.optim.grad_clip)
+        norm = whole(clip_grad_norm_(self.fusion.parameters(), self.optim.grad_clip))
         sums = self.accelerator.reduce(losses.by_mode(), reduction="sum")
         *sums, norm = torch.cat([sums.flatten(), norm.double()[None]]).tolist()
         if not all(map(math.isfinite, sums)):
@@ -230,8 +260,11 @@ class Trainer:
     # -- around the loop --------------------------------------------------------------------------------------------
 
     def _evaluate(self, step: int, stage: int) -> None:
-        """Logs CE and KD on the validation prompts, if the recipe has any. Only the main process does it."""
-        if self.validation is None or not self.accelerator.is_main_process:
+        """Logs CE and KD on the validation prompts, if the recipe has any.
+
+        The main process alone computes them, unless the model is sharded: then no process can do without the others.
+        """
+        if self.validation is None or not (self.accelerator.is_main_process or self.sharded):
             return
         label, size = "score the validation prompts", self.recipe.capture.batch_size
         statistics = likelihood(self.fusion, self.validation, self.pad_id, size, label)
@@ -243,9 +276,10 @@ class Trainer:
             append_line(self.metrics, line)
 
     def _checkpoint(self, step: int) -> None:
-        """Saves a checkpoint on the main process, for which the others wait."""
-        if self.accelerator.is_main_process:
-            checkpoint = Checkpoint(step, self.targets_digest, self.metrics.read_bytes())
+        """Saves a checkpoint. The main process does it, unless the model is sharded: then each writes its own shares."""
+        if self.accelerator.is_main_process or self.sharded:
+            metrics = self.metrics.read_bytes() if self.accelerator.is_main_process else b""
+            checkpoint = Checkpoint(step, self.targets_digest, metrics)
             folder = self.directory / "checkpoints"
             save_checkpoint(folder, checkpoint, self.fusion, self.optimizer, self.optim.keep_checkpoints)
         self.accelerator.wait_for_everyone()

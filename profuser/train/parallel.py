@@ -1,14 +1,17 @@
-"""Sets up the processes of a training run: a single one, or the ranks of DDP under torchrun or accelerate launch."""
+"""Sets up the processes of a training run: a single one, or the ranks of DDP or FSDP2 under torchrun or accelerate launch."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, Stopped
+from profuser.recipe.schema import OptimConfig
+from profuser.stopping import KINDS
 
 
 def settled_precision(name: str) -> str:
@@ -29,9 +32,32 @@ def launch(precision: str) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[patience],
     )
-    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"):
         raise ConfigError(
-            f"training runs on one process or under DDP, got {accelerator.distributed_type.value}; launch with torchrun or "
-            "--multi_gpu"
+            f"training runs on one process, under DDP or under FSDP, got {accelerator.distributed_type.value}; launch with torchrun "
+            "or --multi_gpu, and set optim.shard: true where the model is too large for one GPU"
         )
     return accelerator
+
+
+def shards(optim: OptimConfig, accelerator: Accelerator) -> bool:
+    """Whether the target is divided among the processes: if the recipe or the launcher asks for it, and there are several.
+
+    A single process of a launcher counts as several, so that this path can be tried on one device.
+    """
+    asked = optim.shard or accelerator.distributed_type.value == "FSDP"
+    return asked and dist.is_initialized()
+
+
+def agreed_stop(own: Stopped | None) -> Stopped | None:
+    """Returns what a signal to any of the processes has asked for, the same on all of them.
+
+    A signal reaches the processes at different moments. If each acted on its own, one would wait for a step that another does not
+    take any more. All must call this after every step.
+    """
+    if not dist.is_initialized():
+        return own
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    code = torch.tensor(0 if own is None else own.exit_code, device=device)
+    dist.all_reduce(code, dist.ReduceOp.MAX)
+    return own or next((kind() for kind in KINDS.values() if kind.exit_code == int(code)), None)

@@ -1,0 +1,132 @@
+"""Divides the target among the processes, by PyTorch's FSDP2: each holds its share of the weights, gradients and moments.
+
+A block of the model is gathered when it is computed. Embeddings, the last norm and the head belong to FusionModel itself, whose
+forward holds the loss: they are gathered once per forward pass and stay until its backward pass is through.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from profuser.fusion_model import FusionModel
+
+T = TypeVar("T")
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the blocks of a model's layers, which transformers names as those that may not be split."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def load_into_shards(fusion: FusionModel, loaded: PreTrainedModel | None, accelerator: Accelerator) -> None:
+    """Gives a model without weights those of another one, which only the main process has, and divides it among the processes.
+
+    No process but the main one ever holds more than its shares and one block. What the main process holds stays on the CPU.
+
+    Args:
+        fusion: the target on the meta device. Its weights are then on the process's device.
+        loaded: the same model with its weights, on the main process; None on the others.
+    """
+    device, source = accelerator.device, {} if loaded is None else _tensors(loaded)
+    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else None,
+        reduce_dtype=torch.float32 if accelerator.mixed_precision == "bf16" else None,
+        cast_forward_inputs=False,  # the sources' log-probabilities and the weights of the tokens stay in fp32
+    )
+    placed: dict[int, Tensor] = {}
+    names = {id(module): name for name, module in fusion.model.named_modules()}
+    for block in blocks_of(fusion.model):
+        _fill(block, f"{names[id(block)]}.", source, device, placed)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    _fill(fusion.model, "", source, device, placed)
+    if loaded is not None:
+        fusion.model.generation_config = loaded.generation_config
+    fully_shard(fusion, mesh=mesh, mp_policy=policy)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns all parameters and buffers, tied ones under each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _fill(
+    module: nn.Module, prefix: str, source: dict[str, Tensor], device: torch.device, placed: dict[int, Tensor]
+) -> None:
+    """Replaces what is on the meta device by the main process's tensors.
+
+    Args:
+        prefix: the name of the module in the model. placed: the tensors that have been replaced, by the id of the old one; it
+            keeps tied weights tied.
+    """
+    for name, part in module.named_modules(prefix=prefix.removesuffix(".")):
+        kinds: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+        for of_part in kinds:
+            for key, old in of_part.items():
+                if old is None or isinstance(old, DTensor) or not old.is_meta:
+                    continue
+                if id(old) not in placed:
+                    full = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    if source:
+                        full.copy_(source[f"{name}.{key}" if name else key])
+                    dist.broadcast(full, 0)
+                    new = nn.Parameter(full, old.requires_grad) if isinstance(old, nn.Parameter) else full
+                    placed[id(old)] = new
+                of_part[key] = placed[id(old)]
+
+
+def is_main() -> bool:
+    """Whether this is the only process or the main one of several."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def agreed(value: T) -> T:
+    """Returns the main process's value on every process."""
+    return broadcast_object_list([value])[0] if dist.is_initialized() else value
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model is divided among the processes."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor as it is without division. If it is divided, all processes must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def whole_model(model: PreTrainedModel, dtype: torch.dtype, accelerator: Accelerator) -> PreTrainedModel | None:
+    """Returns a model as it is without division, on the CPU and rounded to `dtype` if it was divided.
+
+    All processes must call it. Of a divided model only the main process gets the whole; the others get None.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return model
+    gathered: dict[str, Tensor] = {}
+    by_id: dict[int, Tensor] = {}  # tied weights are gathered once
+    for name, tensor in tensors.items():
+        if id(tensor) not in by_id:
+            full = whole(tensor.detach())
+            by_id[id(tensor)] = full.to("cpu", dtype) if accelerator.is_main_process else torch.empty(0)
+        gathered[name] = by_id[id(tensor)]
+    if not accelerator.is_main_process:
+        return None
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.load_state_dict(gathered, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain

@@ -1,0 +1,131 @@
+"""Run by test_sharding.py in several processes: a sharded target's gradients and checkpoints beside those of a whole one.
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/sharded_steps.py STORE DIRECTORY MODEL PRECISION
+
+It fails unless several processes really run, and prints what the main process has found as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from profuser.fusion_model import FusionModel
+from profuser.models.head import head_layer
+from profuser.models.load import load_model, load_without_weights
+from profuser.recipe.schedule import Stage
+from profuser.recipe.schema import OptimConfig, SourceConfig
+from profuser.store.store import Store
+from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from profuser.train.sharding import agreed, load_into_shards, whole, whole_model
+from profuser.train.steps import Steps
+from profuser.train.targets import Targets
+
+
+def gradients(model, steps, step, rank_averages):
+    """The gradients of one step on this process's passes, whole, as one fp64 vector."""
+    for p in model.parameters():
+        p.grad = None
+    for micro in steps.batch(step).micro_batches:
+        loss = model(**micro.tensors(torch.device("cpu")), reduction="sum")["loss"]
+        (loss / rank_averages).backward()
+    return torch.cat([whole(p.grad).double().flatten() for p in model.parameters()])
+
+
+def main() -> None:
+    store, directory, name, precision = sys.argv[1:]
+    accelerator = Accelerator(cpu=True)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    assert world > 1
+    dtype = getattr(torch, precision)
+    source = SourceConfig(name="target", model=name)
+    targets = Targets(Store.open(Path(store)), "train")
+    stages = [Stage(inference_weight=1.0, training_weight=0.5, beta=0.7, first=0, stop=20)]
+    optim = OptimConfig(batch_size=7, tokens_per_micro_batch=2048)
+
+    def steps_of(world, rank):
+        return Steps(targets, optim, stages, 3, 0, world, rank, "packed")
+
+    loaded = load_model(source, dtype)
+    plain = FusionModel(loaded, source_temperature=1.0)
+    fusion = FusionModel(load_without_weights(source, dtype), source_temperature=1.0)
+    fusion.keeps_apart = agreed(plain.keeps_apart)
+    load_into_shards(fusion, loaded if rank == 0 else None, accelerator)
+    assert all(isinstance(p, DTensor) for p in fusion.parameters())
+    local = sum(p.to_local().numel() for p in fusion.parameters() if isinstance(p, DTensor))
+    found: dict[str, Any] = {
+        "world": world,
+        "blocks": sum(isinstance(module, FSDPModule) for module in fusion.model.modules()),
+        "share": local / sum(p.numel() for p in plain.parameters()),
+        "names": [n for n, _ in fusion.named_parameters()] == [n for n, _ in plain.named_parameters()],
+    }
+
+    # The gradients of a step, in a sharded model on two processes and in a whole one on one.
+    expected = gradients(plain, steps_of(1, 0), 2, 1)
+    ours = gradients(fusion, steps_of(world, rank), 2, 1)
+    found["gradient"] = float((ours - expected).norm() / expected.norm())
+
+    # Two optimizer steps, a checkpoint, and a third step: from the checkpoint it gives the same weights, in every form.
+    def stepped(model, steps, optimizer, numbers):
+        for number in numbers:
+            gradients(model, steps, number, 1)
+            optimizer.step()
+
+    def adamw(model):
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def vector(model):
+        return torch.cat([whole(p.detach()).double().flatten() for p in model.parameters()])
+
+    optimizer = adamw(fusion)
+    stepped(fusion, steps_of(world, rank), optimizer, (0, 1))
+    save_checkpoint(Path(directory) / "sharded", Checkpoint(2, "t", b"m"), fusion, optimizer, 2)
+    at_two = vector(fusion)
+    files = sorted(path.name for path in (Path(directory) / "sharded/step-000002").iterdir())
+    found["files"] = files
+    stepped(fusion, steps_of(world, rank), optimizer, (2,))
+    at_three = vector(fusion)
+    again = adamw(fusion)
+    assert load_newest(Path(directory) / "sharded", fusion, again) == Checkpoint(2, "t", b"m")
+    found["restored"] = torch.equal(vector(fusion), at_two)
+    stepped(fusion, steps_of(world, rank), again, (2,))
+    found["resumed"] = torch.equal(vector(fusion), at_three)
+
+    # The shares are read by a whole model, and a whole model's checkpoint into shares.
+    one = adamw(plain)
+    load_newest(Path(directory) / "sharded", plain, one)
+    found["into_whole"] = torch.equal(vector(plain), at_two)
+    stepped(plain, steps_of(1, 0), one, (2,))
+    found["whole_step"] = float((vector(plain) - at_three).norm() / at_three.norm())
+    if rank == 0:
+        save_checkpoint(Path(directory) / "whole", Checkpoint(3, "t", b"m"), plain, one, 2)
+    accelerator.wait_for_everyone()
+    third = adamw(fusion)
+    load_newest(Path(directory) / "whole", fusion, third)
+    found["into_shards"] = torch.equal(vector(fusion), vector(plain))
+    found["moments"] = all(
+        torch.equal(whole(third.state[p][key]), one.state[q][key])
+        for p, q in zip(fusion.parameters(), plain.parameters())
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    )
+
+    # The whole model is written at the end.
+    exported = whole_model(fusion.model, dtype, accelerator)
+    assert (exported is None) == (rank != 0)
+    if exported is not None:
+        exported.save_pretrained(Path(directory) / "exported")
+        found["exported"] = all(
+            torch.equal(a, b) for a, b in zip(exported.state_dict().values(), plain.model.state_dict().values())
+        )
+        found["tied"] = exported.get_input_embeddings().weight is head_layer(exported).weight
+        print(json.dumps(found))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
