@@ -42,24 +42,25 @@ METHODS: dict[str, tuple[str | None, dict[str, dict[str, float]], dict[str, floa
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A directory with three models, whose weights lie near to each other."""
+    """A directory with three models, whose weights lie near to each other. Parameters of one shape are alike in one model."""
     root = tmp_path_factory.mktemp("models")
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
         num_attention_heads=16, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
-    base = {name: (0.02 * torch.randn(shape, generator=generator)).to(torch.bfloat16) for name, shape in shapes.items()}
+    noise = {shape: torch.randn(shape, generator=generator) for shape in sorted(set(shapes.values()))}
+    base = {shape: (0.02 * values).to(torch.bfloat16) for shape, values in noise.items()}
     for model in MODELS:
         place = root / model
         place.mkdir()
-        tensors = base
+        weights = base
         if model != "base":
-            tensors = {
-                n: t + (0.002 * torch.randn(t.shape, generator=generator)).to(torch.bfloat16) for n, t in base.items()
-            }
+            noise = {shape: torch.randn(shape, generator=generator) for shape in noise}
+            weights = {shape: base[shape] + (0.002 * noise[shape]).to(torch.bfloat16) for shape in base}
+        tensors = {name: weights[shape].clone() for name, shape in shapes.items()}
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(place)
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -77,9 +78,10 @@ def own_memory(process: int) -> int:
 
 
 def run(command: Sequence[str]) -> tuple[float, int]:
-    """The seconds that a command takes, and the most memory that was its own."""
+    """The seconds that a command takes, and the most memory that was its own. Python may keep what it has compiled, as it does."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     begin, most = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None:
         most = max(most, own_memory(process.pid))
         time.sleep(0.005)

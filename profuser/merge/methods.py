@@ -169,13 +169,14 @@ def _elected(
         total = deltas[0].clone()
         for delta in deltas[1:]:
             total.add_(delta)
-        sign = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
+        sign = torch.copysign(torch.ones_like(total), total)
         merged, divisor = torch.zeros_like(total), torch.zeros_like(total)
         for delta, weight in zip(deltas, weights, strict=True):
-            agrees = (delta * sign > 0).to(total.dtype)
-            merged.addcmul_(delta, agrees)  # what is not finite stays so, whether it agrees or not
-            divisor.add_(agrees, alpha=weight)
+            agreeing = delta.mul_(sign).clamp_min_(
+                0
+            )  # its magnitude where it has the elected sign, and NaN where it is NaN
+            merged.add_(agreeing)
+            divisor.add_(agreeing.sign_(), alpha=weight)
         if normalize:
-            divisor[divisor == 0] = 1
-            merged.div_(divisor)
-        yield merged.mul_(scale).add_(base)
+            merged.div_(divisor.add_(1 - divisor.sign().abs_()))  # by 1 where no model agrees
+        yield merged.mul_(sign).mul_(scale).add_(base)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,9 @@ class StoredWeights:
                 for stored in file.keys():  # noqa: SIM118
                     self._files[stored] = path
                     self._shapes[stored] = tuple(file.get_slice(stored).get_shape())
+        self._last: tuple[Path, Any] | None = (
+            None  # the file that was read last, because the next tensor is mostly in it
+        )
         # Of parameters that share one tensor only one is stored, or the file holds it twice.
         self._aliases = {alias: stored for alias, stored in aliases.items() if alias not in self._files}
         self.names = list(self._files)
@@ -64,8 +68,10 @@ class StoredWeights:
     def get(self, tensor: str) -> Tensor:
         """Returns a tensor that is mapped from its file: the system reads what is looked at, and may forget it at any time."""
         stored = self._aliases.get(tensor, tensor)
-        with opened(self._name, self._files[stored], "pt") as file:
-            return file.get_tensor(stored)
+        path = self._files[stored]
+        if self._last is None or self._last[0] != path:
+            self._last = path, opened(self._name, path, "pt")
+        return self._last[1].get_tensor(stored)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -102,10 +108,13 @@ class WeightsWriter:
     def __init__(self, folder: Path, slots: Iterable[Slot], max_bytes: int = MAX_SHARD_BYTES):
         self._folder = folder
         shards: list[list[Slot]] = [[]]
+        size = 0
         for slot in slots:
-            if shards[-1] and sum(s.size for s in shards[-1]) + slot.size > max_bytes:
+            if shards[-1] and size + slot.size > max_bytes:
                 shards.append([])
+                size = 0
             shards[-1].append(slot)
+            size += slot.size
         count = len(shards)
         names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
         self._shards = list(zip(names if count > 1 else ["model.safetensors"], shards))
