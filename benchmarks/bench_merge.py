@@ -5,7 +5,7 @@
 The models are random, of Llama's architecture, in bf16; with 26 layers they have 1 GB each, with the 2 of the default 0.2 GB. Both
 programs are started as commands, so their imports count. Memory is the most that is the process's own (RssAnon): pages of the input
 files, which the system may drop at any time, do not count. What a process owns after its imports alone is printed beside it.
-Without PROFUSER_MERGEKIT only our own merge is measured.
+Both run PROFUSER_MERGE_ROUNDS times by turns (once by default). Without PROFUSER_MERGEKIT only our own merge is measured.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.measure import surroundings
 from profuser.recipe.places import resolve
 
 LAYERS = int(os.environ.get("PROFUSER_MERGE_LAYERS", "2"))
+ROUNDS = int(os.environ.get("PROFUSER_MERGE_ROUNDS", "1"))
 HIDDEN, INNER, VOCABULARY = 1024, 4096, 32000
 MODELS = ("base", "a", "b")
 HALF = {"weight": 0.5, "density": 0.5}
@@ -90,6 +91,11 @@ def run(command: Sequence[str]) -> tuple[float, int]:
     return seconds, most
 
 
+def version_of_mergekit(python: str) -> str:
+    command = [python, "-c", "from importlib.metadata import version; print(version('mergekit'))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def recipe(method: str, root: Path) -> Path:
     """mergekit's YAML for a method."""
     base, models, parameters = METHODS[method]
@@ -122,16 +128,20 @@ def test_merging(benchmark, models, method):
             found["mergekit"].append(run([theirs, "-m", "mergekit.scripts.run_yaml", config, out]))
             shutil.rmtree(out)
 
-    benchmark.pedantic(measure, rounds=2)
+    benchmark.pedantic(measure, rounds=ROUNDS)
     size = (models / "a/model.safetensors").stat().st_size
     largest = 2 * VOCABULARY * HIDDEN
     median = {name: statistics.median(s for s, _ in runs) for name, runs in found.items() if runs}
     most = {name: max(m for _, m in runs) for name, runs in found.items() if runs}
     benchmark.extra_info.update(
         surroundings(),
+        layers=LAYERS,
+        mergekit=version_of_mergekit(theirs) if theirs else None,
+        load_1_min=round(os.getloadavg()[0], 2),
         model_bytes=size,
         largest_tensor_bytes=largest,
         memory_of_imports=imports,
+        runs=found,
         seconds=median,
         memory=most,
     )
