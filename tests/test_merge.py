@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,20 +16,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_tokenizers import pretrained_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from profuser.errors import ConfigError, DataError
 from profuser.merge import blocks, methods
+from profuser.merge import models as opened
 from profuser.merge.blocks import Blocks
 from profuser.merge.run import merge
-from profuser.merge.settings import MergedModel, MergeSettings, read_settings, settings_of
+from profuser.merge.settings import METHODS, MergedModel, MergeSettings, read_settings, settings_of
 from profuser.merge.trim import trims
 from profuser.merge.weights import Slot, WeightsWriter
 from profuser.merge.widen import widen
 from profuser.recipe.places import resolve
 from profuser.store.files import DiskFull
+from profuser.text.token_bytes import TokenBytes
 
 LAYERS = 4
 
@@ -190,6 +194,43 @@ def test_widen(tensors, by_row):
     np.testing.assert_allclose(whole(widen, [base, *models], by_row=by_row), expected, atol=1e-10)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process is read from /proc")
+@pytest.mark.parametrize("method", METHODS)
+def test_no_whole_tensor_is_in_memory(tmp_path, monkeypatch, method):
+    """A tensor has 8 MB, or 16 MB in the dtype of the computation, and a block 64 kB."""
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 14)
+    shape = (1 << 14, 1 << 8)
+    base = (0.02 * torch.randn(shape)).bfloat16()
+    save_file({"0": base, "1": base + base.flip(0) / 8, "2": base + base.flip(1) / 8}, tmp_path / "x.safetensors")
+    count = 2 if method == "slerp" else 3
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        parameter = Blocks([file.get_tensor(f"{n}") for n in range(count)], [None] * count)
+    settings: dict[str, tuple] = {
+        "linear": ([0.2, 0.3, 0.4],),
+        "slerp": (0.3,),
+        "task_arithmetic": ([0.5, 0.3],),
+        "ties": ([0.5, 0.3], [0.5, 0.3]),
+        "dare_linear": ([0.5, 0.3], [0.5, 0.3], torch.Generator()),
+        "dare_ties": ([0.5, 0.3], [0.5, 0.3], torch.Generator()),
+        "widen": (),
+    }
+    function = widen if method == "widen" else getattr(methods, method)
+    start = most = 0
+    for _ in range(2):  # the second time, no library asks for memory for the first time
+        start = most = own_memory()
+        for part in function(parameter, *settings[method]):
+            assert part.numel() <= 1 << 14
+            most = max(most, own_memory())
+    assert most - start < 4e6
+
+
+def own_memory() -> int:
+    """The bytes that belong to this process alone; what is mapped from files does not count."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
 # --- models on disk --------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +353,39 @@ def test_tokens_of_equal_bytes_are_merged_whatever_their_ids(models, tmp_path):
     straight = merged(tmp_path / "1", settings_of("linear", [models["a"], models["b"]], None, None, None, {}, None, 0))
     mapped = merged(tmp_path / "2", settings_of("linear", [models["a"], str(folder)], None, None, None, {}, None, 0))
     assert all(torch.equal(straight[name], mapped[name]) for name in straight)
+
+
+def test_a_token_that_a_model_lacks_keeps_the_bases_row_exactly(in_blocks):
+    """Also where the model is stored in a coarser dtype than the base."""
+    torch.manual_seed(0)
+    base, other = torch.randn(7, 4), torch.randn(6, 4).bfloat16()
+    rows = torch.tensor([5, -1, 0, 3, -1, 2, 1])
+    found = list(Blocks([base, other], [None, rows]))
+    (ours, theirs) = (torch.cat(parts) for parts in zip(*found, strict=True))
+    known = rows >= 0
+    assert torch.equal(ours, base)
+    assert torch.equal(theirs[known], other[rows[known]].float())
+    assert torch.equal(theirs[~known], base[~known])
+
+
+def test_equal_tokenizer_files_are_not_taken_apart(models, tmp_path, monkeypatch):
+    """Only where a file differs, be it in a space, do the tokens have to be compared."""
+    taken: list[str] = []
+
+    def tokens(tokenizer):
+        taken.append(tokenizer.name_or_path)
+        return TokenBytes(tokenizer)
+
+    monkeypatch.setattr(opened, "TokenBytes", tokens)
+    settings = settings_of("linear", [models["a"], models["b"]], None, None, None, {}, None, 0)
+    found = merged(tmp_path / "1", settings)
+    assert not taken
+    folder = changed(models["b"], tmp_path / "spaced", lambda tensors: None)
+    with open(Path(folder) / "tokenizer.json", "a") as file:
+        file.write(" ")
+    again = merged(tmp_path / "2", settings_of("linear", [models["a"], folder], None, None, None, {}, None, 0))
+    assert len(taken) == 2
+    assert all(torch.equal(found[name], again[name]) for name in found)
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
