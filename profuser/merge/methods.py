@@ -1,9 +1,8 @@
 """The merging methods. Each takes one parameter of all models in blocks, and gives the merged parameter in the same blocks.
 
-`blocks` can be iterated several times. Each time it gives the same tensors of all models, a block of rows after the other, in the
-dtype of the computation; a whole tensor is a parameter of one block. Blocks are not changed. Where a method needs a base, it is
-the first tensor of every block. A task vector is what a model adds to the base: its tensor minus the base's. `weight`, `density`,
-`scale` (mergekit's `lambda`) and `t` mean what they mean in mergekit.
+What a method has to know of whole tensors it finds by iterating over the blocks before, so that a whole tensor is the case of one
+block. Where a method needs a base, it is the first tensor of every block. A task vector is what a model adds to the base: its
+tensor minus the base's. `weight`, `density`, `scale` (mergekit's `lambda`) and `t` mean what they mean in mergekit.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from profuser.merge.blocks import Blocks
 from profuser.merge.trim import trims
 
-Blocks = Iterable[Sequence[Tensor]]
 Keep = Callable[[Tensor], Tensor] | None
 """What sets elements of a task vector to 0. It gets the vector's blocks in their order. None keeps all."""
 

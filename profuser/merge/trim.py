@@ -7,11 +7,13 @@ that were found. So a vector in fp32 is read twice, whatever is in it (radix sel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
+
+from profuser.merge.blocks import Blocks
 
 DIGIT = 16
 """So many bits are found in one pass."""
@@ -41,9 +43,8 @@ class Trim:
 
     def find_digit(self) -> None:
         """Finds the next bits from what was counted."""
-        at_least = self._counts.flip(0).cumsum(
-            0
-        )  # how many elements have the largest value, at least the second largest, ...
+        # How many elements have the largest value, at least the second largest, and so on.
+        at_least = self._counts.flip(0).cumsum(0)
         if self._left is None:
             self._left = max(1, int(self._density * int(at_least[-1])))
         smaller = int((at_least < self._left).sum())
@@ -74,7 +75,7 @@ def magnitudes(delta: Tensor) -> Tensor:
     return delta.abs().reshape(-1).view(torch.int64 if delta.dtype == torch.float64 else torch.int32)
 
 
-def trims(blocks: Iterable[Sequence[Tensor]], densities: Sequence[float]) -> list[Trim | None]:
+def trims(blocks: Blocks, densities: Sequence[float]) -> list[Trim | None]:
     """One for the task vector of every model, whose blocks stand behind those of the base. It is None for a vector that stays whole."""
     found = [Trim(density) if density < 1 else None for density in densities]
     width = next((8 * base.element_size() for base, *_ in blocks), 0)  # a parameter without elements has no block

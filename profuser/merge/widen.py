@@ -9,17 +9,19 @@ embedding, of which each belongs to a token, take the place of columns, and so d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from profuser.merge.blocks import Blocks
 
 TINY = 1e-8
 """A column that is shorter has no direction."""
 
 
-def widen(blocks: Iterable[Sequence[Tensor]], *, by_row: bool = False) -> Iterator[Tensor]:
-    """The base plus the weighted task vectors. `blocks` are as for the other methods: of matrices, or of vectors.
+def widen(blocks: Blocks, *, by_row: bool = False) -> Iterator[Tensor]:
+    """The base plus the weighted task vectors, as the other methods give it.
 
     Args:
         by_row: the tensor is a table of token embeddings, whose rows take the place of columns.
@@ -34,7 +36,7 @@ def widen(blocks: Iterable[Sequence[Tensor]], *, by_row: bool = False) -> Iterat
         begin = end
 
 
-def changes(blocks: Iterable[Sequence[Tensor]], by_row: bool) -> Tensor:
+def changes(blocks: Blocks, by_row: bool) -> Tensor:
     """Returns how much each of n columns changes in each model, (models, kinds of change, n). Norms are summed in fp64."""
     parts: list[Tensor] = []  # one after the other, or their sum
     for base, *tensors in blocks:
