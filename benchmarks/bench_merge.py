@@ -5,7 +5,7 @@
 The models are random, of Llama's architecture, in bf16; with 26 layers they have 1 GB each, with the 2 of the default 0.2 GB. Both
 programs are started as commands, so their imports count. Memory is the most that is the process's own (RssAnon): pages of the input
 files, which the system may drop at any time, do not count. What a process owns after its imports alone is printed beside it.
-Without PROFUSER_MERGEKIT only our own merge is measured.
+Both run PROFUSER_MERGE_ROUNDS times by turns (once by default). Without PROFUSER_MERGEKIT only our own merge is measured.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.measure import surroundings
 from profuser.recipe.places import resolve
 
 LAYERS = int(os.environ.get("PROFUSER_MERGE_LAYERS", "2"))
+ROUNDS = int(os.environ.get("PROFUSER_MERGE_ROUNDS", "1"))
 HIDDEN, INNER, VOCABULARY = 1024, 4096, 32000
 MODELS = ("base", "a", "b")
 HALF = {"weight": 0.5, "density": 0.5}
@@ -42,24 +43,25 @@ METHODS: dict[str, tuple[str | None, dict[str, dict[str, float]], dict[str, floa
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A directory with three models, whose weights lie near to each other."""
+    """A directory with three models, whose weights lie near to each other. Parameters of one shape are alike in one model."""
     root = tmp_path_factory.mktemp("models")
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
         num_attention_heads=16, tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
-    base = {name: (0.02 * torch.randn(shape, generator=generator)).to(torch.bfloat16) for name, shape in shapes.items()}
+    noise = {shape: torch.randn(shape, generator=generator) for shape in sorted(set(shapes.values()))}
+    base = {shape: (0.02 * values).to(torch.bfloat16) for shape, values in noise.items()}
     for model in MODELS:
         place = root / model
         place.mkdir()
-        tensors = base
+        weights = base
         if model != "base":
-            tensors = {
-                n: t + (0.002 * torch.randn(t.shape, generator=generator)).to(torch.bfloat16) for n, t in base.items()
-            }
+            noise = {shape: torch.randn(shape, generator=generator) for shape in noise}
+            weights = {shape: base[shape] + (0.002 * noise[shape]).to(torch.bfloat16) for shape in base}
+        tensors = {name: weights[shape].clone() for name, shape in shapes.items()}
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(place)
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -77,15 +79,21 @@ def own_memory(process: int) -> int:
 
 
 def run(command: Sequence[str]) -> tuple[float, int]:
-    """The seconds that a command takes, and the most memory that was its own."""
+    """The seconds that a command takes, and the most memory that was its own. Python may keep what it has compiled, as it does."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     begin, most = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None:
         most = max(most, own_memory(process.pid))
         time.sleep(0.005)
     seconds = time.perf_counter() - begin
     assert process.returncode == 0, process.stderr.read().decode()[-2000:] if process.stderr else ""
     return seconds, most
+
+
+def version_of_mergekit(python: str) -> str:
+    command = [python, "-c", "from importlib.metadata import version; print(version('mergekit'))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def recipe(method: str, root: Path) -> Path:
@@ -120,16 +128,20 @@ def test_merging(benchmark, models, method):
             found["mergekit"].append(run([theirs, "-m", "mergekit.scripts.run_yaml", config, out]))
             shutil.rmtree(out)
 
-    benchmark.pedantic(measure, rounds=2)
+    benchmark.pedantic(measure, rounds=ROUNDS)
     size = (models / "a/model.safetensors").stat().st_size
     largest = 2 * VOCABULARY * HIDDEN
     median = {name: statistics.median(s for s, _ in runs) for name, runs in found.items() if runs}
     most = {name: max(m for _, m in runs) for name, runs in found.items() if runs}
     benchmark.extra_info.update(
         surroundings(),
+        layers=LAYERS,
+        mergekit=version_of_mergekit(theirs) if theirs else None,
+        load_1_min=round(os.getloadavg()[0], 2),
         model_bytes=size,
         largest_tensor_bytes=largest,
         memory_of_imports=imports,
+        runs=found,
         seconds=median,
         memory=most,
     )

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,17 +16,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_tokenizers import pretrained_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from profuser.errors import ConfigError, DataError
-from profuser.merge import methods
+from profuser.merge import blocks, methods
+from profuser.merge import models as opened
+from profuser.merge.blocks import Blocks
 from profuser.merge.run import merge
-from profuser.merge.settings import MergedModel, MergeSettings, read_settings, settings_of
+from profuser.merge.settings import METHODS, MergedModel, MergeSettings, read_settings, settings_of
+from profuser.merge.trim import trims
 from profuser.merge.weights import Slot, WeightsWriter
+from profuser.merge.widen import widen
 from profuser.recipe.places import resolve
 from profuser.store.files import DiskFull
+from profuser.text.token_bytes import TokenBytes
 
 LAYERS = 4
 
@@ -33,8 +40,20 @@ LAYERS = 4
 # --- the methods against dense references ----------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[(6, 5), (7,), (3, 2, 4)], ids=["matrix", "vector", "kernel"])
-def tensors(request):
+def whole(method, tensors, *settings, **named):
+    """What a method gives for some tensors, put together from its blocks."""
+    parts = method(Blocks(tensors, [None] * len(tensors)), *settings, **named)
+    return torch.cat([part.reshape(-1) for part in parts]).reshape(tensors[0].shape)
+
+
+@pytest.fixture(params=[1 << 18, 10], ids=["one block", "several blocks"])
+def in_blocks(request, monkeypatch):
+    """A tensor is one block, or blocks of ten elements, by which nothing that is tested can be divided."""
+    monkeypatch.setattr(blocks, "BLOCK", request.param)
+
+
+@pytest.fixture(params=[(6, 5), (23,), (3, 2, 4)], ids=["matrix", "vector", "kernel"])
+def tensors(request, in_blocks):
     torch.manual_seed(0)
     base = torch.randn(request.param, dtype=torch.float64)
     return base, [base + 0.3 * torch.randn(request.param, dtype=torch.float64) for _ in range(3)]
@@ -43,10 +62,12 @@ def tensors(request):
 def test_linear(tensors):
     _, (a, b, c) = tensors
     expected = (0.2 * a + 0.3 * b + 1.0 * c).numpy()
-    np.testing.assert_allclose(methods.linear([a, b, c], [0.2, 0.3, 1.0]), expected / 1.5, atol=1e-12)
-    np.testing.assert_allclose(methods.linear([a, b, c], [0.2, 0.3, 1.0], normalize=False), expected, atol=1e-12)
+    merged = whole(methods.linear, [a, b, c], [0.2, 0.3, 1.0])
+    np.testing.assert_allclose(merged, expected / 1.5, atol=1e-12)
+    merged = whole(methods.linear, [a, b, c], [0.2, 0.3, 1.0], normalize=False)
+    np.testing.assert_allclose(merged, expected, atol=1e-12)
     with pytest.raises(ValueError, match="add up to 0"):
-        methods.linear([a, b], [1.0, -1.0])
+        whole(methods.linear, [a, b], [1.0, -1.0])
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
@@ -55,18 +76,20 @@ def test_slerp(tensors, t):
     x, y = a.numpy().ravel(), b.numpy().ravel()
     angle = np.arccos(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
     expected = (np.sin((1 - t) * angle) * x + np.sin(t * angle) * y) / np.sin(angle)
-    np.testing.assert_allclose(methods.slerp(a, b, t).numpy().ravel(), expected, atol=1e-9)
+    np.testing.assert_allclose(whole(methods.slerp, [a, b], t).numpy().ravel(), expected, atol=1e-9)
     # The same direction is interpolated linearly, and so is a tensor of zeros.
-    np.testing.assert_allclose(methods.slerp(a, 2 * a, t), (1 + t) * a, atol=1e-12)
-    assert torch.isfinite(methods.slerp(a, torch.zeros_like(a), t)).all()
+    np.testing.assert_allclose(whole(methods.slerp, [a, 2 * a], t), (1 + t) * a, atol=1e-12)
+    assert torch.isfinite(whole(methods.slerp, [a, torch.zeros_like(a)], t)).all()
 
 
 def test_task_arithmetic(tensors):
     base, (a, b, _) = tensors
     expected = base + 0.8 * (0.6 * (a - base) + 0.5 * (b - base))
-    np.testing.assert_allclose(methods.task_arithmetic(base, [a, b], [0.6, 0.5], scale=0.8), expected, atol=1e-12)
+    merged = whole(methods.task_arithmetic, [base, a, b], [0.6, 0.5], scale=0.8)
+    np.testing.assert_allclose(merged, expected, atol=1e-12)
     mean = base + (0.6 * (a - base) + 0.5 * (b - base)) / 1.1
-    np.testing.assert_allclose(methods.task_arithmetic(base, [a, b], [0.6, 0.5], normalize=True), mean, atol=1e-12)
+    merged = whole(methods.task_arithmetic, [base, a, b], [0.6, 0.5], normalize=True)
+    np.testing.assert_allclose(merged, mean, atol=1e-12)
 
 
 def test_ties(tensors):
@@ -83,20 +106,56 @@ def test_ties(tensors):
     total = sum(delta * mask for delta, mask in zip(weighted, agrees, strict=True))
     divisor = sum(weight * mask for weight, mask in zip(weights, agrees, strict=True))
     expected = base.numpy().ravel() + total / np.where(divisor == 0, 1, divisor)
-    np.testing.assert_allclose(methods.ties(base, models, weights, densities).numpy().ravel(), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        whole(methods.ties, [base, *models], weights, densities).numpy().ravel(), expected, atol=1e-12
+    )
 
 
 def test_dare_keeps_a_share_and_the_expected_value():
     base, model = torch.zeros(400, 500), torch.ones(400, 500)
     for method in (methods.dare_linear, methods.dare_ties):
-        merged = method(base, [model], [0.5], [0.3], torch.Generator().manual_seed(1))
+        merged = whole(method, [base, model], [0.5], [0.3], torch.Generator().manual_seed(1))
         assert merged.unique().tolist() == pytest.approx([0.0, 0.5 / 0.3])
         assert float((merged > 0).float().mean()) == pytest.approx(0.3, abs=0.005)
         assert float(merged.mean()) == pytest.approx(0.5, abs=0.01)
-        again = method(base, [model], [0.5], [0.3], torch.Generator().manual_seed(1))
+        again = whole(method, [base, model], [0.5], [0.3], torch.Generator().manual_seed(1))
         assert torch.equal(merged, again)
-    whole = methods.dare_ties(base, [model], [0.5], [1.0], torch.Generator())
-    assert torch.equal(whole, torch.full_like(base, 0.5))
+    kept = whole(methods.dare_ties, [base, model], [0.5], [1.0], torch.Generator())
+    assert torch.equal(kept, torch.full_like(base, 0.5))
+
+
+@pytest.mark.parametrize("densities", [[0.3, 0.6, 0.4], [1.0, 0.6, 1.0], [0.3, 1.0, 0.4]])
+def test_dares_random_numbers_are_those_for_one_whole_task_vector_after_the_other(tensors, densities):
+    """Whatever the blocks are, a seed gives one result."""
+    base, models = tensors
+    generator, expected = torch.Generator().manual_seed(5), base.clone()
+    for model, density in zip(models, densities, strict=True):
+        kept = torch.rand(base.shape, generator=generator) < density if density < 1 else torch.ones_like(base)
+        expected += 0.5 * kept * (model - base) / density
+    found = whole(methods.dare_linear, [base, *models], [0.5] * 3, densities, torch.Generator().manual_seed(5))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("density", [1e-9, 0.2, 0.5, 0.77, 0.999])
+@pytest.mark.parametrize("steps", [1, 3, 40, None], ids=lambda steps: f"steps {steps}")
+def test_exactly_the_share_of_largest_elements_is_kept_and_of_equal_ones_the_first(in_blocks, dtype, density, steps):
+    """`steps` different magnitudes make ties, in vectors with both signs and zeros; None gives numbers of all sizes."""
+    rng = np.random.default_rng(3)
+    values = rng.integers(-(steps or 1), (steps or 1) + 1, 211) * 0.37
+    if steps is None:
+        values = rng.standard_normal(211) * 10.0 ** rng.uniform(-40, 30, 211)
+    delta = torch.from_numpy(values).to(dtype)
+    parameter = Blocks([torch.zeros_like(delta), delta], [None, None])
+    (trim,) = trims(parameter, [density])
+    assert trim is not None
+    found = torch.cat([trim(tensor - base) for base, tensor in parameter])
+    kept = max(1, int(density * len(delta)))
+    expected = torch.zeros_like(delta)
+    first = np.argsort(-delta.abs().numpy(), kind="stable")[:kept].copy()
+    expected[first] = delta[first]
+    assert torch.equal(found, expected)
+    assert trims(parameter, [1.0]) == [None]
 
 
 def dense_widen(base: np.ndarray, models: list[np.ndarray], by_row: bool) -> np.ndarray:
@@ -132,7 +191,44 @@ def dense_widen(base: np.ndarray, models: list[np.ndarray], by_row: bool) -> np.
 def test_widen(tensors, by_row):
     base, models = tensors
     expected = dense_widen(base.numpy(), [model.numpy() for model in models], by_row)
-    np.testing.assert_allclose(methods.widen(base, models, by_row=by_row), expected, atol=1e-10)
+    np.testing.assert_allclose(whole(widen, [base, *models], by_row=by_row), expected, atol=1e-10)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process is read from /proc")
+@pytest.mark.parametrize("method", METHODS)
+def test_no_whole_tensor_is_in_memory(tmp_path, monkeypatch, method):
+    """A tensor has 8 MB, or 16 MB in the dtype of the computation, and a block 64 kB."""
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 14)
+    shape = (1 << 14, 1 << 8)
+    base = (0.02 * torch.randn(shape)).bfloat16()
+    save_file({"0": base, "1": base + base.flip(0) / 8, "2": base + base.flip(1) / 8}, tmp_path / "x.safetensors")
+    count = 2 if method == "slerp" else 3
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        parameter = Blocks([file.get_tensor(f"{n}") for n in range(count)], [None] * count)
+    settings: dict[str, tuple] = {
+        "linear": ([0.2, 0.3, 0.4],),
+        "slerp": (0.3,),
+        "task_arithmetic": ([0.5, 0.3],),
+        "ties": ([0.5, 0.3], [0.5, 0.3]),
+        "dare_linear": ([0.5, 0.3], [0.5, 0.3], torch.Generator()),
+        "dare_ties": ([0.5, 0.3], [0.5, 0.3], torch.Generator()),
+        "widen": (),
+    }
+    function = widen if method == "widen" else getattr(methods, method)
+    start = most = 0
+    for _ in range(2):  # the second time, no library asks for memory for the first time
+        start = most = own_memory()
+        for part in function(parameter, *settings[method]):
+            assert part.numel() <= 1 << 14
+            most = max(most, own_memory())
+    assert most - start < 4e6
+
+
+def own_memory() -> int:
+    """The bytes that belong to this process alone; what is mapped from files does not count."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 # --- models on disk --------------------------------------------------------------------------------------------------
@@ -187,7 +283,7 @@ def test_a_merged_model_loads_and_speaks(models, tmp_path):
     assert json.loads((tmp_path / "merged/merge.json").read_text())["method"] == "ties"
     a, b, base = (weights(models[name]) for name in ("a", "b", "base"))
     name = "model.layers.1.mlp.up_proj.weight"
-    expected = methods.ties(base[name], [a[name], b[name]], [0.5, 0.5], [0.6, 0.6])
+    expected = whole(methods.ties, [base[name], a[name], b[name]], [0.5, 0.5], [0.6, 0.6])
     assert torch.equal(weights(tmp_path / "merged")[name], expected.bfloat16())
 
 
@@ -222,7 +318,7 @@ def test_gradients_and_filters_of_mergekits_yaml(models, tmp_path):
         "lm_head.weight": 0.25,
     }
     for name, t in expected.items():
-        torch.testing.assert_close(found[name], methods.slerp(a[name], b[name], t), rtol=0, atol=1e-7)
+        torch.testing.assert_close(found[name], whole(methods.slerp, [a[name], b[name]], t), rtol=0, atol=1e-7)
 
 
 def test_a_models_own_settings_stand_before_those_for_all(models, tmp_path):
@@ -257,6 +353,39 @@ def test_tokens_of_equal_bytes_are_merged_whatever_their_ids(models, tmp_path):
     straight = merged(tmp_path / "1", settings_of("linear", [models["a"], models["b"]], None, None, None, {}, None, 0))
     mapped = merged(tmp_path / "2", settings_of("linear", [models["a"], str(folder)], None, None, None, {}, None, 0))
     assert all(torch.equal(straight[name], mapped[name]) for name in straight)
+
+
+def test_a_token_that_a_model_lacks_keeps_the_bases_row_exactly(in_blocks):
+    """Also where the model is stored in a coarser dtype than the base."""
+    torch.manual_seed(0)
+    base, other = torch.randn(7, 4), torch.randn(6, 4).bfloat16()
+    rows = torch.tensor([5, -1, 0, 3, -1, 2, 1])
+    found = list(Blocks([base, other], [None, rows]))
+    (ours, theirs) = (torch.cat(parts) for parts in zip(*found, strict=True))
+    known = rows >= 0
+    assert torch.equal(ours, base)
+    assert torch.equal(theirs[known], other[rows[known]].float())
+    assert torch.equal(theirs[~known], base[~known])
+
+
+def test_equal_tokenizer_files_are_not_taken_apart(models, tmp_path, monkeypatch):
+    """Only where a file differs, be it in a space, do the tokens have to be compared."""
+    taken: list[str] = []
+
+    def tokens(tokenizer):
+        taken.append(tokenizer.name_or_path)
+        return TokenBytes(tokenizer)
+
+    monkeypatch.setattr(opened, "TokenBytes", tokens)
+    settings = settings_of("linear", [models["a"], models["b"]], None, None, None, {}, None, 0)
+    found = merged(tmp_path / "1", settings)
+    assert not taken
+    folder = changed(models["b"], tmp_path / "spaced", lambda tensors: None)
+    with open(Path(folder) / "tokenizer.json", "a") as file:
+        file.write(" ")
+    again = merged(tmp_path / "2", settings_of("linear", [models["a"], folder], None, None, None, {}, None, 0))
+    assert len(taken) == 2
+    assert all(torch.equal(found[name], again[name]) for name in found)
 
 
 def test_tied_embeddings_stay_tied(tmp_path):

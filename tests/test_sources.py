@@ -26,6 +26,7 @@ from profuser.doctor.kinship import Moments, open_related
 from profuser.doctor.recommend import recommend
 from profuser.doctor.source_tables import describe_sources, notes_of, source_tables
 from profuser.errors import DataError, Interrupted
+from profuser.merge import blocks
 from profuser.merge.weights import StoredWeights
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
@@ -94,7 +95,7 @@ def dense(family, name: str, base: str = "base") -> np.ndarray:
 
 @pytest.mark.parametrize("block", [1 << 20, 100, 7])
 def test_kinship_is_that_of_the_whole_deltas(family, block, monkeypatch):
-    monkeypatch.setattr(kinship, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     names = ["ann", "eve", "lone", "bf16"] if block < 100 else ["ann", "ben", "eve", "lone", "other", "bf16"]
     found = relation(family, *names)
     deltas = {name: dense(family, name) for name in names}

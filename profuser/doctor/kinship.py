@@ -2,8 +2,7 @@
 
 A model's delta is what it adds to the base's weights, all parameters as one vector: the task vector that profuser.merge would
 merge. The kinship of two models is the Pearson correlation of their deltas, or the cosine. Parameters are read one after the other,
-and in each a block of elements at a time, so that never more than one parameter of every model is in memory. Means and products
-are summed in float64.
+and in each a block of rows at a time. Means and products are summed in float64.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor
 
 from profuser.errors import ConfigError, DataError
-from profuser.merge.models import Architecture, Candidate, open_models, tensor_beside
+from profuser.merge.models import Architecture, Candidate, blocks_of, open_models
 from profuser.progress import Progress
 from profuser.recipe.schema import SourceConfig
 
-BLOCK = 1 << 20  # how many elements of a parameter are compared at a time
 AS_LARGE = 1.0
 """A base is no ancestor of a model whose delta is this many times as large as the base's own weights."""
 CONSTANT = 1e-28
@@ -112,14 +110,12 @@ def kinship(related: Related) -> Kinship:
     with Progress("compare the weights", len(parameters) if names else 0, "parameters") as bar:
         for name in parameters if names else []:
             bar.update(1)
-            base = related.first.weights.get(name)
-            if not base.is_floating_point():
+            blocks = blocks_of(architecture, [related.first, *related.others.values()], name)
+            if not blocks.tensors[0].is_floating_point():
                 continue
-            tensors = [tensor_beside(base, other, architecture, name) for other in related.others.values()]
-            counts = base.dim() > 1 and name not in architecture.tables
-            flat = [tensor.reshape(-1) for tensor in (base, *tensors)]
-            for begin in range(0, base.numel(), BLOCK):
-                first, *rest = (tensor[begin : begin + BLOCK].double() for tensor in flat)
+            counts = len(architecture.shapes[name]) > 1 and name not in architecture.tables
+            for block in blocks:
+                first, *rest = (part.double().reshape(-1) for part in block)
                 if not first.isfinite().all():
                     raise DataError(f"{related.base}: {FINITE}")
                 deltas = torch.stack(rest) - first

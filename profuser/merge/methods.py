@@ -1,30 +1,30 @@
-"""The merging methods, as plain functions of the tensors of one parameter.
+"""The merging methods. Each takes one parameter of all models in blocks, and gives the merged parameter in the same blocks.
 
-All of them compute in fp32 (fp64 for fp64 tensors) and return that dtype. `weight`, `density`, `scale` (mergekit's `lambda`)
-and `t` mean what they mean in mergekit. A task vector is what a model adds to the base: its tensor minus the base's.
+What a method has to know of whole tensors it finds by iterating over the blocks before, so that a whole tensor is the case of one
+block. Where a method needs a base, it is the first tensor of every block. A task vector is what a model adds to the base: its
+tensor minus the base's. `weight`, `density`, `scale` (mergekit's `lambda`) and `t` mean what they mean in mergekit.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from profuser.merge.blocks import Blocks
+from profuser.merge.trim import trims
+
+Keep = Callable[[Tensor], Tensor] | None
+"""What sets elements of a task vector to 0. It gets the vector's blocks in their order. None keeps all."""
+
 PARALLEL = 0.9995
 """Tensors with a cosine beyond this one, or below its negative, are interpolated linearly by `slerp`, as in mergekit."""
 
-BLOCK = 1 << 20
-"""So many elements are converted to fp64 at a time."""
 
-
-def computed(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype of the computation."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def linear(tensors: Iterable[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
+def linear(blocks: Blocks, weights: Sequence[float], *, normalize: bool = True) -> Iterator[Tensor]:
     """The weighted sum (model soups, arXiv 2203.05482). With `normalize` it is divided by the sum of the weights.
 
     Raises:
@@ -33,146 +33,107 @@ def linear(tensors: Iterable[Tensor], weights: Sequence[float], *, normalize: bo
     total = sum(weights)
     if normalize and abs(total) < 1e-8:
         raise ValueError("weights must not add up to 0 where they are normalised; change one, or set normalize: false")
-    merged = _sum((weight, computed(tensor)) for weight, tensor in zip(weights, tensors, strict=True))
-    return merged.div_(total) if normalize else merged
+    for tensors in blocks:
+        merged = _sum(weights, tensors)
+        yield merged.div_(total) if normalize else merged
 
 
-def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
-    """Spherical interpolation from `first` (t = 0) to `second` (t = 1), each tensor taken as one vector.
+def slerp(blocks: Blocks, t: float) -> Iterator[Tensor]:
+    """Spherical interpolation from the first tensor (t = 0) to the second (t = 1), each taken as one vector.
 
     The angle is that between the directions; the coefficients are applied to the tensors themselves, as in mergekit.
     """
-    a, b = computed(first), computed(second)
-    norms = [norm if norm > 1e-8 else 1.0 for norm in (math.sqrt(_dot(x, x)) for x in (a, b))]
-    cosine = _dot(a, b) / norms[0] / norms[1]
-    if abs(cosine) > PARALLEL:
-        return a.mul(1 - t).add_(b, alpha=t)
-    angle = torch.acos(torch.tensor(cosine, dtype=torch.float64))
-    shares = (float(torch.sin(share * angle) / torch.sin(angle)) for share in (1 - t, t))
-    return a.mul(next(shares)).add_(b, alpha=next(shares))
+    between = cosine(blocks)
+    if abs(between) > PARALLEL:
+        shares = [1 - t, t]
+    else:
+        angle = math.acos(between)
+        shares = [math.sin(share * angle) / math.sin(angle) for share in (1 - t, t)]
+    return linear(blocks, shares, normalize=False)
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    """The inner product of two tensors in fp64, block by block, so that no copy of them is made."""
-    blocks = zip(a.flatten().split(BLOCK), b.flatten().split(BLOCK))
-    return sum(float(x.double() @ y.double()) for x, y in blocks)
+def cosine(blocks: Blocks) -> float:
+    """The cosine of two tensors that are taken as vectors, summed in fp64; 0 where one has no length."""
+    products = torch.zeros(3, dtype=torch.float64)
+    for a, b in blocks:
+        x, y = a.double().reshape(-1), b.double().reshape(-1)
+        products += torch.stack([x @ x, y @ y, x @ y])
+    xx, yy, xy = products.tolist()
+    norms = [norm if norm > 1e-8 else 1.0 for norm in (math.sqrt(xx), math.sqrt(yy))]
+    return xy / norms[0] / norms[1]
 
 
 def task_arithmetic(
-    base: Tensor, tensors: Iterable[Tensor], weights: Sequence[float], *, scale: float = 1.0, normalize: bool = False
-) -> Tensor:
+    blocks: Blocks, weights: Sequence[float], *, scale: float = 1.0, normalize: bool = False
+) -> Iterator[Tensor]:
     """The base plus the weighted sum of the task vectors (arXiv 2212.04089)."""
-    return _added(base, _deltas(base, tensors), weights, scale, normalize)
+    return _added(blocks, [None] * len(weights), weights, scale, normalize)
 
 
 def dare_linear(
-    base: Tensor,
-    tensors: Iterable[Tensor],
+    blocks: Blocks,
     weights: Sequence[float],
     densities: Sequence[float],
     generator: torch.Generator,
     *,
     scale: float = 1.0,
     normalize: bool = False,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Task arithmetic with task vectors of which a random share is kept and enlarged (DARE, arXiv 2311.03099)."""
-    return _added(base, _dropped(base, tensors, densities, generator), weights, scale, normalize)
+    return _added(blocks, drops(blocks, densities, generator), weights, scale, normalize)
 
 
 def ties(
-    base: Tensor,
-    tensors: Iterable[Tensor],
+    blocks: Blocks,
     weights: Sequence[float],
     densities: Sequence[float],
     *,
     scale: float = 1.0,
     normalize: bool = True,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """TIES (arXiv 2306.01708): trims the task vectors by magnitude, elects signs, and adds what has the elected sign."""
-    trimmed = (largest(delta, density) for delta, density in zip(_deltas(base, tensors), densities, strict=True))
-    return _elected(base, trimmed, weights, scale, normalize)
+    return _elected(blocks, trims(blocks, densities), weights, scale, normalize)
 
 
 def dare_ties(
-    base: Tensor,
-    tensors: Iterable[Tensor],
+    blocks: Blocks,
     weights: Sequence[float],
     densities: Sequence[float],
     generator: torch.Generator,
     *,
     scale: float = 1.0,
     normalize: bool = False,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """TIES with task vectors of which a random share is kept and enlarged (DARE, arXiv 2311.03099)."""
-    return _elected(base, _dropped(base, tensors, densities, generator), weights, scale, normalize)
+    return _elected(blocks, drops(blocks, densities, generator), weights, scale, normalize)
 
 
-def widen(base: Tensor, tensors: Sequence[Tensor], *, by_row: bool = False) -> Tensor:
-    """WIDEN (arXiv 2408.03092): the base plus task vectors that are weighted by how much each column changes in each model.
+def drops(blocks: Blocks, densities: Sequence[float], generator: torch.Generator) -> list[Keep]:
+    """For every task vector what keeps a random share of it.
 
-    A column is the weights that leave one input; its magnitude changes by |‖w‖ - ‖w_0‖|, its direction by 1 - cos(w, w_0).
-    Within a model both changes are ranked over the columns, as shares in [0, 1), and a softmax over the models turns the ranks
-    into importances. An importance is 1 where the rank is above the model's mean. A column's weight is the mean of the two.
-    The elements of a vector are ranked by |w - w_0|.
-
-    Args:
-        by_row: the tensor is a table of token embeddings, whose rows take the place of columns.
+    The random numbers are those that the generator gives for one whole vector after the other, whatever the blocks are. So each
+    vector has a generator of its own, which begins behind the numbers for the vectors before it.
     """
-    w0 = computed(base)
-    deltas = [computed(tensor) - w0 for tensor in tensors]
-    if w0.dim() < 2:
-        (importance,) = _importances([delta.abs().reshape(1, -1) for delta in deltas])
-        weights = [of_model.reshape(w0.shape) for of_model in importance]
-    else:
-        matrices = [w0.reshape(w0.shape[0], -1), *(computed(tensor).reshape(w0.shape[0], -1) for tensor in tensors)]
-        dim = 1 if by_row else 0
-        norms = [matrix.norm(dim=dim) for matrix in matrices]
-        magnitude = [(norm - norms[0]).abs() for norm in norms[1:]]
-        direction = [1 - torch.nn.functional.cosine_similarity(matrix, matrices[0], dim=dim) for matrix in matrices[1:]]
-        both = _importances([torch.stack(changes) for changes in zip(magnitude, direction, strict=True)])
-        shape = (-1, *[1] * (w0.dim() - 1)) if by_row else (1, *w0.shape[1:])
-        weights = [(m + d).div_(2).reshape(shape) for m, d in zip(*both, strict=True)]
-    merged = w0.clone()
-    for weight, delta in zip(weights, deltas, strict=True):
-        merged.addcmul_(weight, delta)
-    return merged
-
-
-def largest(delta: Tensor, density: float) -> Tensor:
-    """Sets all but the largest share of the elements to 0. At least one element is kept."""
-    if density >= 1:
-        return delta
-    kept = max(1, int(density * delta.numel()))
-    flat = delta.reshape(-1)
-    trimmed = torch.zeros_like(flat)
-    at = flat.abs().topk(kept).indices
-    trimmed[at] = flat[at]
-    return trimmed.reshape(delta.shape)
+    found: list[Keep] = []
+    for n, density in enumerate(densities):
+        if density >= 1:
+            found.append(None)
+            continue
+        found.append(functools.partial(dropped_at_random, density=density, generator=generator.clone_state()))
+        for base, *_ in blocks if min(densities[n + 1 :], default=1) < 1 else ():
+            torch.rand(base.shape, generator=generator)
+    return found
 
 
 def dropped_at_random(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Keeps each element with probability `density`, and enlarges what is kept so that its expected value is the same."""
-    if density >= 1:
-        return delta
     kept = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
     return (delta * kept).div_(density)
 
 
-def _deltas(base: Tensor, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    w0 = computed(base)
-    for tensor in tensors:
-        yield computed(tensor) - w0
-
-
-def _dropped(
-    base: Tensor, tensors: Iterable[Tensor], densities: Sequence[float], generator: torch.Generator
-) -> Iterator[Tensor]:
-    for delta, density in zip(_deltas(base, tensors), densities, strict=True):
-        yield dropped_at_random(delta, density, generator)
-
-
-def _sum(parts: Iterator[tuple[float, Tensor]]) -> Tensor:
-    """A weighted sum, for which only one part is in memory at a time."""
+def _sum(weights: Sequence[float], tensors: Iterable[Tensor]) -> Tensor:
+    """A weighted sum, for which only one tensor has to be in memory at a time."""
+    parts = zip(weights, tensors, strict=True)
     weight, tensor = next(parts)
     total = tensor * weight
     for weight, tensor in parts:
@@ -180,41 +141,41 @@ def _sum(parts: Iterator[tuple[float, Tensor]]) -> Tensor:
     return total
 
 
-def _added(base: Tensor, deltas: Iterable[Tensor], weights: Sequence[float], scale: float, normalize: bool) -> Tensor:
-    total = _sum(zip(weights, deltas, strict=True))
+def _deltas(keeps: Sequence[Keep], base: Tensor, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The blocks of the task vectors, or what is kept of them."""
+    for keep, tensor in zip(keeps, tensors, strict=True):
+        yield tensor - base if keep is None else keep(tensor - base)
+
+
+def _added(
+    blocks: Blocks, keeps: Sequence[Keep], weights: Sequence[float], scale: float, normalize: bool
+) -> Iterator[Tensor]:
+    """The base plus the weighted sum of what is kept of the task vectors."""
     divisor = sum(weights)
-    if normalize and abs(divisor) >= 1e-8:
-        total.div_(divisor)
-    return total.mul_(scale).add_(computed(base))
+    for base, *tensors in blocks:
+        total = _sum(weights, _deltas(keeps, base, tensors))
+        if normalize and abs(divisor) >= 1e-8:
+            total.div_(divisor)
+        yield total.mul_(scale).add_(base)
 
 
-def _elected(base: Tensor, deltas: Iterable[Tensor], weights: Sequence[float], scale: float, normalize: bool) -> Tensor:
-    """Adds of the weighted task vectors the elements that have the sign of their sum."""
-    weighted = [delta.mul(weight) for delta, weight in zip(deltas, weights, strict=True)]
-    total = weighted[0].clone()
-    for delta in weighted[1:]:
-        total.add_(delta)
-    sign = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
-    merged, divisor = torch.zeros_like(total), torch.zeros_like(total)
-    for delta, weight in zip(weighted, weights, strict=True):
-        agrees = delta.sign() == sign
-        merged.add_(delta * agrees)
-        divisor.add_(agrees, alpha=weight)
-    if normalize:
-        divisor[divisor == 0] = 1
-        merged.div_(divisor)
-    return merged.mul_(scale).add_(computed(base))
-
-
-def _importances(changes: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """For each kind of change the importance of every column in every model.
-
-    Args:
-        changes: of each model, its changes (kinds, n).
-    """
-    for of_kind in zip(*changes, strict=True):
-        n = of_kind[0].numel()
-        ranks = torch.stack([change.argsort(stable=True).argsort(stable=True) for change in of_kind])
-        importance = (ranks / n).softmax(0)
-        importance[2 * ranks > n - 1] = 1.0  # the mean of the ranks 0 to n - 1 is (n - 1) / 2
-        yield list(importance.to(of_kind[0].dtype))
+def _elected(
+    blocks: Blocks, keeps: Sequence[Keep], weights: Sequence[float], scale: float, normalize: bool
+) -> Iterator[Tensor]:
+    """The base plus those elements of the weighted task vectors that have the sign of their sum."""
+    for base, *tensors in blocks:
+        deltas = [delta.mul_(weight) for delta, weight in zip(_deltas(keeps, base, tensors), weights, strict=True)]
+        total = deltas[0].clone()
+        for delta in deltas[1:]:
+            total.add_(delta)
+        sign = torch.copysign(torch.ones_like(total), total)
+        merged, divisor = torch.zeros_like(total), torch.zeros_like(total)
+        for delta, weight in zip(deltas, weights, strict=True):
+            agreeing = delta.mul_(sign).clamp_min_(
+                0
+            )  # its magnitude where it has the elected sign, and NaN where it is NaN
+            merged.add_(agreeing)
+            divisor.add_(agreeing.sign_(), alpha=weight)
+        if normalize:
+            merged.div_(divisor.add_(1 - divisor.sign().abs_()))  # by 1 where no model agrees
+        yield merged.mul_(sign).mul_(scale).add_(base)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from profuser.alignment.vocab_map import same_tokens
 from profuser.errors import ConfigError, DataError, first_line
+from profuser.merge.blocks import Blocks
+from profuser.merge.methods import cosine
 from profuser.merge.weights import StoredWeights
 from profuser.models.load import existing, load_tokenizer, read_config
 from profuser.models.weights import HARMLESS, has_no_place
@@ -24,10 +26,12 @@ ENOUGH_SHARED = 0.9
 """A model must have at least this share of the base's tokens."""
 UNRELATED = 0.2
 """A base whose weights have a lower cosine with a model's cannot be its ancestor: trained ones keep above 0.9."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What a tokenizer is loaded from, if there is a tokenizer.json."""
 FUSE = "fuse them instead: `python -m profuser.train` with a recipe that names them as sources"
 
 
-@dataclass(slots=True)
+@dataclass
 class Candidate:
     """A model that takes part.
 
@@ -38,8 +42,15 @@ class Candidate:
     folder: Path
     config: PreTrainedConfig
     weights: StoredWeights
-    tokens: TokenBytes
-    rows: np.ndarray | None = None
+    rows: Tensor | None = None
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(SourceConfig(name=self.name, model=self.name))
+
+    @functools.cached_property
+    def tokens(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +84,11 @@ def open_models(names: list[str]) -> tuple[Architecture, list[Candidate]]:
                 ) from None
         found = architecture_of(name, config)
         architecture = architecture or found
-        weights = StoredWeights(name, folder, found.aliases)
-        tokens = TokenBytes(load_tokenizer(SourceConfig(name=name, model=name)))
-        candidate = Candidate(name, folder, config, weights, tokens)
+        candidate = Candidate(name, folder, config, StoredWeights(name, folder, found.aliases))
         if candidates:
             check_mergeable(candidates[0], candidate, architecture, found)
+        else:
+            _ = candidate.tokenizer  # the result gets it, so it must be one that can be loaded
         candidates.append(candidate)
         check_stored(candidate, found)
     assert architecture is not None
@@ -122,7 +133,7 @@ def check_stored(candidate: Candidate, architecture: Architecture) -> None:
 
 def check_mergeable(first: Candidate, other: Candidate, expected: Architecture, found: Architecture) -> None:
     """Raises ConfigError unless both have one architecture and nearly one vocabulary. Finds out how tokens correspond."""
-    same = same_tokens(first.tokens, other.tokens)
+    same = same_tokenizer_files(first.folder, other.folder) or same_tokens(first.tokens, other.tokens)
     if not same:
         other.rows = rows_of(first, other, expected.shapes[expected.embedding][0])
     for name in {**expected.shapes, **found.shapes}:
@@ -136,7 +147,17 @@ def check_mergeable(first: Candidate, other: Candidate, expected: Architecture, 
             )
 
 
-def rows_of(first: Candidate, other: Candidate, rows: int) -> np.ndarray:
+def same_tokenizer_files(first: Path, other: Path) -> bool:
+    """Whether two models have the very same tokenizer, which then need not be taken apart."""
+
+    def contents(folder: Path) -> list[bytes | None]:
+        return [path.read_bytes() if (path := folder / name).is_file() else None for name in TOKENIZER_FILES]
+
+    ours = contents(first)
+    return ours[0] is not None and ours == contents(other)
+
+
+def rows_of(first: Candidate, other: Candidate, rows: int) -> Tensor:
     """For each of the base's rows the other's row of the same bytes or the same control token, -1 where there is none."""
 
     def keys(candidate: Candidate) -> list[bytes | str | None]:
@@ -145,10 +166,10 @@ def rows_of(first: Candidate, other: Candidate, rows: int) -> np.ndarray:
 
     theirs = {key: i for i, key in reversed(list(enumerate(keys(other)))) if key is not None}
     ours = keys(first)[:rows]
-    found = np.full(rows, -1, dtype=np.int64)
-    found[: len(ours)] = [-1 if key is None else theirs.get(key, -1) for key in ours]
+    found = torch.full((rows,), -1)
+    found[: len(ours)] = torch.tensor([-1 if key is None else theirs.get(key, -1) for key in ours])
     used = [i for i, key in enumerate(ours) if key is not None]
-    share = float((found[used] >= 0).mean())
+    share = float((found[used] >= 0).double().mean())
     if share < ENOUGH_SHARED:
         raise ConfigError(
             f"models must have one vocabulary to be merged, {other.name} has {share:.0%} of the tokens of {first.name}; {FUSE}"
@@ -165,22 +186,16 @@ def check_ancestor(base: Candidate, others: list[Candidate], architecture: Archi
     ]
     for other in others:
         for name in matrices[len(matrices) // 2 :][:1]:
-            a, b = (x.weights.get(name).double().reshape(-1) for x in (base, other))
-            cosine = float((a @ b) / (a.norm() * b.norm()).clamp_min(1e-30))
-            if abs(cosine) < UNRELATED:
+            alike = cosine(blocks_of(architecture, [base, other], name))
+            if abs(alike) < UNRELATED:
                 raise ConfigError(
                     f"--base must be the model that {other.name} was trained from, {base.name} has nothing in common with it (the "
-                    f"cosine of {name} is {cosine:.2f}); name its own base, or use --method linear or slerp"
+                    f"cosine of {name} is {alike:.2f}); name its own base, or use --method linear or slerp"
                 )
 
 
-def tensor_beside(base: Tensor, other: Candidate, architecture: Architecture, name: str) -> Tensor:
-    """Returns a model's tensor of a parameter, with one row for each of the base's where the rows are tokens.
-
-    A token that the model does not have gets the base's row.
-    """
-    tensor = other.weights.get(name)
-    if name in architecture.tables and other.rows is not None:
-        known = torch.from_numpy(other.rows >= 0)
-        tensor = torch.where(known[:, None], tensor[torch.from_numpy(np.maximum(other.rows, 0))], base.to(tensor.dtype))
-    return tensor
+def blocks_of(architecture: Architecture, candidates: Sequence[Candidate], name: str) -> Blocks:
+    """A parameter of all models. Where its rows are tokens, a token's rows of all models stand beside each other."""
+    is_table = name in architecture.tables
+    rows = [candidate.rows if is_table else None for candidate in candidates]
+    return Blocks([candidate.weights.get(name) for candidate in candidates], rows)

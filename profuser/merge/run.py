@@ -1,8 +1,9 @@
-"""Merges models on disk, parameter by parameter."""
+"""Merges models on disk, parameter by parameter, and each of them block by block."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,9 +17,11 @@ from transformers import PreTrainedConfig
 
 from profuser.errors import ConfigError, DataError
 from profuser.merge import methods
-from profuser.merge.models import Architecture, Candidate, check_ancestor, open_models, tensor_beside
+from profuser.merge.blocks import Blocks
+from profuser.merge.models import Architecture, Candidate, blocks_of, check_ancestor, open_models
 from profuser.merge.settings import DTYPES, NORMALIZED, WITH_BASE, MergeSettings
 from profuser.merge.weights import NAMES, Slot, WeightsWriter
+from profuser.merge.widen import widen
 from profuser.progress import Progress
 from profuser.stopping import working
 from profuser.store.files import remove_left_over, temporary_beside, writing
@@ -65,12 +68,14 @@ def merge(settings: MergeSettings, output: Path) -> None:
 
             def merged() -> Iterator[Tensor]:
                 for number, slot in enumerate(slots):
+                    blocks = blocks_of(architecture, candidates, slot.name)
                     try:
-                        tensor = merged_tensor(settings, architecture, first, others, slot.name, number).to(dtype)
+                        for block in merged_blocks(settings, architecture, blocks, first.config, slot.name, number):
+                            rounded = block.to(dtype)
+                            check_finite(candidates, slot.name, rounded)
+                            yield rounded
                     except ValueError as error:  # the weights add up to 0
                         raise ConfigError(str(error)) from None
-                    check_finite(settings, (first, *others), slot.name, tensor)
-                    yield tensor
                     bar.update(1)
 
             WeightsWriter(part, slots).write(merged())
@@ -82,19 +87,18 @@ def merge(settings: MergeSettings, output: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def merged_tensor(
+def merged_blocks(
     settings: MergeSettings,
     architecture: Architecture,
-    first: Candidate,
-    others: list[Candidate],
+    blocks: Blocks,
+    config: PreTrainedConfig,
     name: str,
     number: int,
-) -> Tensor:
-    """One parameter of the result."""
-    base = first.weights.get(name)
-    if not base.is_floating_point():
-        return base
-    place = place_of(name, first.config)
+) -> Iterable[Tensor]:
+    """One parameter of the result, block by block. `number` is its place among all parameters."""
+    if not blocks.tensors[0].is_floating_point():
+        return blocks.tensors[:1]
+    place = place_of(name, config)
 
     def of_models(key: str, default: float) -> list[float]:
         return [settings.value(key, name, place, model, default) for model in settings.models]
@@ -102,25 +106,24 @@ def merged_tensor(
     def shared(key: str, default):
         return settings.value(key, name, place, None, default)
 
-    tensors = (tensor_beside(base, candidate, architecture, name) for candidate in others)
     normalize = shared("normalize", settings.method in NORMALIZED)
     scale = shared("lambda", 1.0)
     weights, densities = of_models("weight", 1.0), of_models("density", 1.0)
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     match settings.method:
         case "linear":
-            return methods.linear(tensors, weights, normalize=normalize)
+            return methods.linear(blocks, weights, normalize=normalize)
         case "slerp":
-            return methods.slerp(base, next(tensors), shared("t", 0.5))
+            return methods.slerp(blocks, shared("t", 0.5))
         case "task_arithmetic":
-            return methods.task_arithmetic(base, tensors, weights, scale=scale, normalize=normalize)
+            return methods.task_arithmetic(blocks, weights, scale=scale, normalize=normalize)
         case "ties":
-            return methods.ties(base, tensors, weights, densities, scale=scale, normalize=normalize)
+            return methods.ties(blocks, weights, densities, scale=scale, normalize=normalize)
         case "dare_linear":
-            return methods.dare_linear(base, tensors, weights, densities, generator, scale=scale, normalize=normalize)
+            return methods.dare_linear(blocks, weights, densities, generator, scale=scale, normalize=normalize)
         case "dare_ties":
-            return methods.dare_ties(base, tensors, weights, densities, generator, scale=scale, normalize=normalize)
-    return methods.widen(base, list(tensors), by_row=name == architecture.embedding)
+            return methods.dare_ties(blocks, weights, densities, generator, scale=scale, normalize=normalize)
+    return widen(blocks, by_row=name == architecture.embedding)
 
 
 def check_layers(settings: MergeSettings, config: PreTrainedConfig) -> None:
@@ -134,12 +137,15 @@ def check_layers(settings: MergeSettings, config: PreTrainedConfig) -> None:
             )
 
 
-def check_finite(settings: MergeSettings, models: Iterable[Candidate], name: str, merged: Tensor) -> None:
-    """Raises DataError where a parameter of the result is not finite, and says why."""
-    if not merged.is_floating_point() or bool(merged.isfinite().all()):
+def check_finite(models: Iterable[Candidate], name: str, merged: Tensor) -> None:
+    """Raises DataError where a block of a parameter of the result is not finite, and says why."""
+    if not merged.is_floating_point() or not merged.numel():
+        return
+    least, most = merged.aminmax()  # several times as fast as isfinite, and NaN where anything is
+    if math.isfinite(least) and math.isfinite(most):
         return
     for model in models:
-        if name in model.weights and not bool(model.weights.get(name).float().isfinite().all()):
+        if not all(bool(block.isfinite().all()) for (block,) in Blocks([model.weights.get(name)], [None])):
             raise DataError(
                 f"{model.name}: weights must be finite, got NaN or infinity in {name}; copy or download it again"
             )

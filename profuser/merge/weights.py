@@ -1,4 +1,4 @@
-"""The weights of a model on disk: read tensor by tensor, and written so that no more than one tensor is in memory."""
+"""The weights of a model on disk: mapped into memory tensor by tensor, and written piece by piece."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +46,15 @@ class StoredWeights:
                 f"{name}: a model that is merged must have safetensors files, {folder} has none; load it with transformers and "
                 "save it again with save_pretrained"
             )
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             with opened(name, path, "pt") as file:
-                self._files |= dict.fromkeys(file.keys(), path)
+                for stored in file.keys():  # noqa: SIM118
+                    self._files[stored] = path
+                    self._shapes[stored] = tuple(file.get_slice(stored).get_shape())
+        self._last: tuple[Path, Any] | None = (
+            None  # the file that was read last, because the next tensor is mostly in it
+        )
         # Of parameters that share one tensor only one is stored, or the file holds it twice.
         self._aliases = {alias: stored for alias, stored in aliases.items() if alias not in self._files}
         self.names = list(self._files)
@@ -56,14 +63,15 @@ class StoredWeights:
         return self._aliases.get(tensor, tensor) in self._files
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        stored = self._aliases.get(tensor, tensor)
-        with opened(self._name, self._files[stored], "pt") as file:
-            return tuple(file.get_slice(stored).get_shape())
+        return self._shapes[self._aliases.get(tensor, tensor)]
 
     def get(self, tensor: str) -> Tensor:
+        """Returns a tensor that is mapped from its file: the system reads what is looked at, and may forget it at any time."""
         stored = self._aliases.get(tensor, tensor)
-        with opened(self._name, self._files[stored], "pt") as file:
-            return file.get_tensor(stored)
+        path = self._files[stored]
+        if self._last is None or self._last[0] != path:
+            self._last = path, opened(self._name, path, "pt")
+        return self._last[1].get_tensor(stored)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -94,32 +102,37 @@ class WeightsWriter:
     """Writes tensors to safetensors files one after the other, in an order that is known before.
 
     safetensors itself writes files whose tensors are all in memory. As shapes and dtypes are known, the header can be written
-    first, and then every tensor as it comes.
+    first, and then every tensor as it comes, whole or in pieces.
     """
 
     def __init__(self, folder: Path, slots: Iterable[Slot], max_bytes: int = MAX_SHARD_BYTES):
         self._folder = folder
         shards: list[list[Slot]] = [[]]
+        size = 0
         for slot in slots:
-            if shards[-1] and sum(s.size for s in shards[-1]) + slot.size > max_bytes:
+            if shards[-1] and size + slot.size > max_bytes:
                 shards.append([])
+                size = 0
             shards[-1].append(slot)
+            size += slot.size
         count = len(shards)
         names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
         self._shards = list(zip(names if count > 1 else ["model.safetensors"], shards))
 
-    def write(self, tensors: Iterable[Tensor]) -> None:
-        """Writes the tensors of all slots, in their order, and the index of several files."""
-        given = iter(tensors)
+    def write(self, pieces: Iterable[Tensor]) -> None:
+        """Writes the tensors of all slots, in their order, and the index of several files. A piece is some elements of one tensor."""
+        given = iter(pieces)
         for name, slots in self._shards:
             with open(self._folder / name, "wb") as file:
                 file.write(_header(slots))
                 for slot in slots:
-                    tensor = next(given)
-                    assert tensor.dtype == slot.dtype, slot.name
-                    assert tuple(tensor.shape) == slot.shape, slot.name
-                    tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
-                    del tensor
+                    left = slot.size
+                    while left:
+                        piece = next(given)
+                        left -= piece.nbytes
+                        assert piece.dtype == slot.dtype, slot.name
+                        assert left >= 0, slot.name
+                        file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": sum(slot.size for _, slots in self._shards for slot in slots)},
