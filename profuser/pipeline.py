@@ -20,6 +20,7 @@ from profuser.report.page import write_report
 from profuser.store.fresh import check_fresh, start_over
 from profuser.store.sealed import is_intact
 from profuser.store.store import Store, check_place
+from profuser.train.adapter import check_adapter
 from profuser.train.checkpoint import newest_step
 from profuser.train.export import save_fused
 from profuser.train.loop import Trainer
@@ -58,6 +59,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     store: Store | None = None
     with directory.timed("prepare", is_main):
         if is_main:
+            check_adapter(recipe)
             preparation = Preparation.begin(Inputs.open(run), held)
             for example in preparation.inputs.rows.get("heldout", [])[:1]:
                 try_match(recipe.evaluation.match, example)

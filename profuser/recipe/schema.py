@@ -352,6 +352,37 @@ class OptimConfig:
             )
 
 
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """A LoRA adapter, which is trained in place of the target's weights (needs the package peft).
+
+    The fused model is written with the adapter merged into it, and the adapter alone into the run's folder `adapter`.
+    """
+
+    rank: int = 16
+    """The rank of the matrices A and B."""
+    alpha: float = 32.0
+    """The change of a layer is BA times alpha / rank."""
+    dropout: float = 0.0
+    """The share of a layer's inputs that is dropped at random before A."""
+    target_modules: str | list[str] = ALL_LINEAR
+    """The last parts of the names of the layers that are adapted, such as [q_proj, v_proj]; all-linear means all but the head."""
+
+    def __post_init__(self) -> None:
+        check_positive("adapter", self, "rank", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"adapter.dropout must be in [0, 1), got {self.dropout}; 0 drops nothing")
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
+            raise ConfigError(
+                f"adapter.target_modules must be a list of names or {ALL_LINEAR}, got {self.target_modules!r}; put it in brackets"
+            )
+        if not self.target_modules:
+            raise ConfigError(f"adapter.target_modules must have a name, got []; {ALL_LINEAR} takes all layers")
+
+
 @dataclass(kw_only=True)
 class DecodeConfig:
     """How `profuser.generate` lets the sources answer together, without training."""
@@ -418,6 +449,8 @@ class Recipe:
     schedule: ScheduleName | list[StageConfig] = "progressive"
     """The name of a schedule, or a list of its stages."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    adapter: AdapterConfig | None = None
+    """An adapter that is trained in place of the target's weights; null trains all of them."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     store: str | None = None
@@ -449,6 +482,10 @@ class Recipe:
             if (judge.model is None) == (judge.function is None):
                 raise ConfigError(f"judges: {judge.name} must have either model or function; set exactly one")
         check_not_negative("", self, "seed")
+        if self.adapter is not None and self.optim.shard:
+            raise ConfigError(
+                "optim.shard must be false with an adapter, whose few weights every process holds, got true; take one of them out"
+            )
         budget, longest = self.optim.tokens_per_micro_batch, self.data.max_length
         if budget is not None and budget < longest:
             raise ConfigError(

@@ -113,8 +113,8 @@ def _finish(directory: Path, checkpoint: Checkpoint, digests: dict[str, FileDige
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters by their names."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Returns the parameters that are trained, by their names. Those that an adapter freezes are the target's own."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from profuser.recipe.places import BUNDLED_PREFIX
 from profuser.recipe.schema import Recipe
 from profuser.store.files import move_into_place, open_to_umask, temporary_beside, writing
+from profuser.train.adapter import FOLDER as ADAPTER
+from profuser.train.adapter import is_adapted, merged, save_adapter
 
 
 def save_fused(
@@ -19,15 +21,18 @@ def save_fused(
 ) -> list[str]:
     """Writes the fused target into the run directory, from which AutoModelForCausalLM and AutoTokenizer can load it.
 
-    The weights are rounded to `dtype`, in which the target was stored before. The scores are those of the written model. The
-    names of the files are returned. They are written into a folder of their own, from which they are moved when all are there.
+    The weights are rounded to `dtype`, in which the target was stored before. The scores are those of the written model. An adapter
+    is merged into it, and also written alone. The names of the files are returned. They are written into a folder of their own, from
+    which they are moved when all are there.
     """
     folder = temporary_beside(directory / "model")
     shutil.rmtree(folder, ignore_errors=True)
     size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     try:
         with writing(folder, size):
-            save_weights(model, folder, dtype)
+            if is_adapted(model):
+                save_adapter(model, folder / ADAPTER)
+            save_weights(merged(model), folder, dtype)
             tokenizer.save_pretrained(folder)
             (folder / "README.md").write_text(model_card(recipe), encoding="utf-8")
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

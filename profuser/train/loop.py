@@ -34,6 +34,7 @@ from profuser.stopping import noted
 from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
+from profuser.train.adapter import with_adapter
 from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.likelihood import likelihood
 from profuser.train.metrics_log import append_line, means
@@ -94,8 +95,11 @@ class Trainer:
 
     def _load(self, config: SourceConfig) -> FusionModel:
         """Loads the target onto this process's device."""
-        packs = self.optim.tokens_per_micro_batch is not None and self.accelerator.mixed_precision == "bf16"
-        return self._wrapped(load_model(config, torch.float32, self.accelerator.device, packs=packs))
+        in_bf16 = self.accelerator.mixed_precision == "bf16"
+        packs = self.optim.tokens_per_micro_batch is not None and in_bf16
+        # Weights that an adapter freezes need no more digits than they are computed with.
+        dtype = torch.bfloat16 if in_bf16 and self.recipe.adapter is not None else torch.float32
+        return self._wrapped(load_model(config, dtype, self.accelerator.device, packs=packs))
 
     def _load_sharded(self, config: SourceConfig) -> FusionModel:
         """Loads the target on the main process, which proves what it can, and divides it among all."""
@@ -115,9 +119,12 @@ class Trainer:
 
     def _wrapped(self, target: PreTrainedModel) -> FusionModel:
         """Puts the loss around the target."""
-        check_vocabulary(self.recipe.target_config.name, self.chat, len(head_layer(target).weight))
+        config, adapter = self.recipe.target_config, self.recipe.adapter
+        check_vocabulary(config.name, self.chat, len(head_layer(target).weight))
         if self.optim.gradient_checkpointing:
             target.gradient_checkpointing_enable()
+        if adapter is not None:
+            target = with_adapter(target, adapter)
         return FusionModel(target, temperature=self.optim.temperature, tail=self.optim.tail, source_temperature=1.0)
 
     def _check_modes(self, store: Store) -> None:

@@ -1,0 +1,80 @@
+"""Trains an adapter instead of all weights of the target: LoRA (arXiv 2106.09685), by the package peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from profuser.errors import ConfigError
+from profuser.models.head import head_layer
+from profuser.models.load import load_without_weights
+from profuser.recipe.schema import ALL_LINEAR, AdapterConfig, Recipe
+
+FOLDER = "adapter"
+"""Where a run keeps the adapter alone, beside the model into which it is merged."""
+
+
+def check_adapter(recipe: Recipe) -> None:
+    """Raises ConfigError where a recipe's adapter does not fit its target, or peft is missing. It reads no weights."""
+    if recipe.adapter is not None:
+        with_adapter(load_without_weights(recipe.target_config, torch.float32), recipe.adapter)
+
+
+def with_adapter(target: PreTrainedModel, config: AdapterConfig) -> PreTrainedModel:
+    """Puts LoRA layers into a model, whose own weights are frozen, and returns peft's model around it.
+
+    The layers' weights are fp32. At first they change nothing: B is 0.
+
+    Raises:
+        ConfigError: adapter.target_modules names no layer of the model, or the head, which the fused loss reads itself.
+    """
+    import peft
+
+    named = dict(target.named_modules())
+    head = next(name for name, module in named.items() if module is head_layer(target))
+    linear = {name: module for name, module in named.items() if isinstance(module, torch.nn.Linear) and name != head}
+    wanted = config.target_modules
+    if wanted != ALL_LINEAR:
+        ends = sorted({name.rpartition(".")[2] for name in linear})
+        for end in wanted:
+            if end == head.rpartition(".")[2]:
+                raise ConfigError(f"adapter.target_modules must not have the head, got {end}; leave it out")
+            if end not in ends:
+                raise ConfigError(
+                    f"adapter.target_modules must name layers of the target, got {end}; it has {', '.join(ends)}"
+                )
+        linear = {name: module for name, module in linear.items() if name.rpartition(".")[2] in wanted}
+    if not linear:
+        raise ConfigError(
+            f"adapter must have linear layers to adapt, {type(target).__name__} has none; train all weights without an adapter"
+        )
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyrefly: ignore[bad-argument-type]  # it is only divided
+        lora_dropout=config.dropout,
+        target_modules=sorted(linear),
+    )
+    adapted = peft.get_peft_model(target, lora)
+    return adapted  # pyrefly: ignore[bad-return]  # it stands for the model wherever FusionModel uses it
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Whether a model is peft's around another one."""
+    return hasattr(model, "merge_and_unload")
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the adapter alone, which peft's `PeftModel.from_pretrained` puts into the target again."""
+    model.save_pretrained(folder)
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model with the adapter's changes added to its weights, in fp32. Without an adapter it is the model itself."""
+    if not is_adapted(model):
+        return model
+    whole = model.float().merge_and_unload()  # pyrefly: ignore[not-callable]  # peft's
+    whole.requires_grad_(True)
+    return whole

@@ -1,0 +1,161 @@
+"""A LoRA adapter learns in place of the target's weights; checkpoints hold it alone, and the written model has it merged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from profuser.cli import explained
+from profuser.errors import ConfigError
+from profuser.models.load import load_model
+from profuser.pipeline import train
+from profuser.recipe.places import resolve
+from profuser.recipe.schema import AdapterConfig, SourceConfig
+from profuser.train.adapter import with_adapter
+from profuser.train.loop import Trainer
+
+ADAPTER = AdapterConfig(rank=4, alpha=8.0)
+
+
+def adapted(run, directory: Path, adapter=ADAPTER, **optim):
+    recipe = replace(run.recipe, adapter=adapter, output=str(directory), optim=replace(run.recipe.optim, **optim))
+    return replace(run, recipe=recipe)
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tmp_path_factory):
+    run = adapted(prepared[1], tmp_path_factory.mktemp("lora") / "run", lr=2e-2)
+    return run, train(run)
+
+
+def test_the_written_model_is_the_target_with_the_adapter_merged(finished):
+    run, scores = finished
+    assert scores["fused"]
+    target = AutoModelForCausalLM.from_pretrained(resolve("demo:guardian"), dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    alone = PeftModel.from_pretrained(target, run.output_dir / "adapter").merge_and_unload().state_dict()
+    written = AutoModelForCausalLM.from_pretrained(run.output_dir)
+    changed = [name for name, tensor in before.items() if not torch.equal(alone[name], tensor)]
+    assert len(changed) == 4 * 7  # the linear layers of every block
+    for name, tensor in written.state_dict().items():
+        assert torch.equal(tensor, alone[name].to(tensor.dtype)), name
+    config = json.loads((run.output_dir / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == resolve("demo:guardian")
+    record = json.loads((run.output_dir / "run.json").read_text())
+    assert "adapter/adapter_model.safetensors" in record["files"]
+
+
+def test_a_checkpoint_holds_the_adapter_alone(finished):
+    run, _ = finished
+    weights = load_file(sorted((run.output_dir / "checkpoints").iterdir())[-1] / "model.safetensors")
+    assert len(weights) == 2 * 4 * 7
+    assert all(".lora_A." in name or ".lora_B." in name for name in weights)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(prepared, finished, tmp_path, monkeypatch):
+    run = adapted(prepared[1], tmp_path / "run", lr=2e-2, checkpoint_every=1)
+    step, taken = Trainer._step, []
+
+    def interrupted(self, number, *rest):
+        taken.append(number)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return step(self, number, *rest)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
+    assert train(run) == finished[1]
+    assert taken == [0, 1, 2, 2, 3]
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (run.output_dir / name).read_bytes() == (finished[0].output_dir / name).read_bytes(), name
+
+
+def test_gradient_checkpointing_keeps_the_adapters_gradients(prepared, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        run = adapted(prepared[1], tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
+        (tmp_path / str(checkpointing)).mkdir()
+        t = Trainer(run.recipe, prepared[2], tmp_path / str(checkpointing), Accelerator(cpu=True))
+        (micro, *_) = t.steps.batch(0).micro_batches
+        t.fusion(**micro.tensors(torch.device("cpu")), reduction="sum")["loss"].backward()
+        found.append({n: p.grad for n, p in t.fusion.named_parameters() if p.grad is not None})
+    assert any(bool(grad.any()) for grad in found[0].values())
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad)
+
+
+def test_the_frozen_weights_are_in_bf16_where_it_computes_in_bf16(prepared, tmp_path):
+    run = adapted(prepared[1], tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        t = Trainer(run.recipe, prepared[2], tmp_path, Accelerator(cpu=True, mixed_precision="bf16"))
+        dtypes = {p.requires_grad: p.dtype for p in t.fusion.parameters()}
+        assert dtypes == {True: torch.float32, False: torch.bfloat16}
+        assert t._step(0, t.stages[0], t.steps.batch(0))["loss"] > 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_wrong_modules_and_a_missing_package_are_found_before_anything_is_prepared(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("profuser.pipeline.Preparation.begin", lambda *_: pytest.fail("the preparation began"))
+    with pytest.raises(ConfigError, match="got q_projj"):
+        train(adapted(prepared[1], tmp_path / "a", AdapterConfig(target_modules=["q_projj"])))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModuleNotFoundError) as found:
+        train(adapted(prepared[1], tmp_path / "b"))
+    assert "profuser[lora]" in str(explained(found.value))
+
+
+def guardian():
+    return load_model(SourceConfig(name="g", model="demo:guardian"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("modules", "said"),
+    [
+        (["q_projj"], "got q_projj; it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+        (["q_proj", "lm_head"], "must not have the head, got lm_head"),
+        (["embed_tokens"], "must name layers of the target, got embed_tokens"),
+    ],
+)
+def test_modules_that_the_target_has_not_are_refused(modules, said):
+    with pytest.raises(ConfigError, match=said):
+        with_adapter(guardian(), AdapterConfig(target_modules=modules))
+
+
+def test_only_the_named_layers_are_adapted():
+    model = with_adapter(guardian(), AdapterConfig(target_modules=["q_proj", "v_proj"], rank=2))
+    trained = {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "adapter.rank must be > 0"),
+        ({"alpha": -1.0}, "adapter.alpha must be > 0"),
+        ({"dropout": 1.0}, r"adapter.dropout must be in \[0, 1\)"),
+        ({"target_modules": "q_proj"}, "must be a list of names or all-linear, got 'q_proj'"),
+        ({"target_modules": []}, r"must have a name, got \[\]"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        AdapterConfig(**options)
+
+
+def test_an_adapter_is_not_sharded(prepared):
+    recipe = prepared[1].recipe
+    with pytest.raises(ConfigError, match=r"optim\.shard must be false with an adapter"):
+        replace(recipe, adapter=ADAPTER, optim=replace(recipe.optim, shard=True))
