@@ -8,7 +8,7 @@ for all of them, none is left out. The most probable token of the weighted mean 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,18 +43,18 @@ class Eva(Decoder):
             for voice, p in zip(self.voices[1:], self.projections, strict=True)
         ]
 
-    def choices(self, speakers: Sequence[Speaker]) -> Iterator[Step]:
+    async def choices(self, speakers: Sequence[Speaker]) -> AsyncIterator[Step]:
         main, *others = speakers
         while True:
             # What another source's tokens cannot hold, it cannot go on from. It is asked again where it can.
             able = [other.response == main.response for other in others]
-            own = _top(main.row().exp())
+            own = _top((await main.row()).exp())
             said = [
                 own,
-                *(
-                    projection(_top(other.row().exp()).to(own.device)) if can else None
+                *[
+                    projection(_top((await other.row()).exp()).to(own.device)) if can else None
                     for other, projection, can in zip(others, self.projections, able, strict=True)
-                ),
+                ],
             ]
             kept = faithful(said, self.config.top_n)
             mean = torch.zeros_like(own)
@@ -62,7 +62,7 @@ class Eva(Decoder):
                 if row is not None and keep:
                     mean += weight * row
             token = int(mean.argmax())
-            text = self._append(main, token)
+            text = await self._append(main, token)
             if text is None:
                 return
             for other in others:
@@ -70,7 +70,7 @@ class Eva(Decoder):
                     other.goes_on(main.response[len(other.response) :])
             yield _step(token, text, said, kept)
 
-    def _append(self, main: Speaker, token: int) -> str | None:
+    async def _append(self, main: Speaker, token: int) -> str | None:
         """Appends a token, and those of the main source that complete its last character, which the others could not read.
 
         Returns:
@@ -81,7 +81,7 @@ class Eva(Decoder):
                 return text
             if main.tokens >= self.max_new_tokens:
                 return None
-            token = int(main.row().argmax())
+            token = int((await main.row()).argmax())
         return ""
 
 
