@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Sequence
 
+from profuser.generate.asking import each
 from profuser.generate.boundaries import word_ends
 from profuser.generate.decoder import Decoder, perplexity
 from profuser.generate.speaker import Speaker, Writing, segment_of
@@ -26,9 +27,9 @@ class CoolFusion(Decoder):
     async def together(self, speakers: Sequence[Speaker]) -> Step | None:
         """Chooses the next segment, and appends it to what each source has read. None if there is none that all can hold."""
         wanted: dict[str, list[int]] = {}
-        for number, speaker in enumerate(speakers):
-            wanted.setdefault(await self.segment(speaker, speakers), []).append(number)
-        of_speaker = [await speaker.likelihoods([text or None for text in wanted]) for speaker in speakers]
+        for number, text in enumerate(await each(self.segment(speaker, speakers) for speaker in speakers)):
+            wanted.setdefault(text, []).append(number)
+        of_speaker = await each(speaker.likelihoods([text or None for text in wanted]) for speaker in speakers)
         candidates = [
             Candidate(text, tuple(sources), tuple(map(perplexity, nlls)), self.score(nlls))
             for (text, sources), nlls in zip(wanted.items(), zip(*of_speaker, strict=True), strict=True)

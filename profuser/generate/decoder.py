@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 from profuser.errors import ConfigError, DataError, in_short
-from profuser.generate.asking import alone, side_by_side
+from profuser.generate.asking import alone, each, side_by_side
 from profuser.generate.speaker import Speaker, Voice
 from profuser.generate.steps import Answer, Step
 from profuser.models.branches import fault_together
@@ -125,11 +125,11 @@ class Decoder(ABC):
     async def _best(self, prompt: str, joint: Answer) -> Answer:
         """The best of the joint answer and of those that each source writes alone, by their mean perplexities."""
         answers = [joint]
-        for voice in self.voices:
-            writing = await Speaker(voice, prompt).writes(self.max_new_tokens)
+        writings = await each(Speaker(voice, prompt).writes(self.max_new_tokens) for voice in self.voices)
+        for voice, writing in zip(self.voices, writings, strict=True):
             answers.append(Answer(writing.text.strip(), writing.ended, (), voice.name))
         texts = [answer.text or None for answer in answers]
-        of_judge = [await Speaker(voice, prompt).likelihoods(texts) for voice in self.voices]
+        of_judge = await each(Speaker(voice, prompt).likelihoods(texts) for voice in self.voices)
         scores = [self.score(nlls) for nlls in zip(*of_judge, strict=True)]
         return answers[min(range(len(answers)), key=scores.__getitem__)]
 

@@ -7,6 +7,7 @@ for all of them, none is left out. The most probable token of the weighted mean 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import AsyncIterator, Sequence
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from profuser.errors import DataError
+from profuser.generate.asking import each
 from profuser.generate.decoder import Decoder
 from profuser.generate.speaker import Speaker, Voice
 from profuser.generate.steps import Candidate, Step
@@ -48,13 +50,15 @@ class Eva(Decoder):
         while True:
             # What another source's tokens cannot hold, it cannot go on from. It is asked again where it can.
             able = [other.response == main.response for other in others]
-            own = _top((await main.row()).exp())
+            asked = [main, *itertools.compress(others, able)]
+            own, *rows = [_top(row.exp()) for row in await each(speaker.row() for speaker in asked)]
+            of_others = iter(rows)
             said = [
                 own,
-                *[
-                    projection(_top((await other.row()).exp()).to(own.device)) if can else None
-                    for other, projection, can in zip(others, self.projections, able, strict=True)
-                ],
+                *(
+                    projection(next(of_others).to(own.device)) if can else None
+                    for projection, can in zip(self.projections, able, strict=True)
+                ),
             ]
             kept = faithful(said, self.config.top_n)
             mean = torch.zeros_like(own)
