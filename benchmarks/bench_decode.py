@@ -1,4 +1,5 @@
-"""How long one answer of several sources takes, beside the answers that the sources write one after the other.
+"""How long one answer of several sources takes, beside the answers that the sources write one after the other; and how many prompts
+are answered per second, one at a time and in batches.
 
     pytest benchmarks/bench_decode.py --benchmark-only
 
@@ -133,3 +134,24 @@ def test_one_answer_of_all_sources(benchmark, sources, segment):
         f"\n{sources}, {segment}: a joint answer takes {statistics.median(ratios):.2f} times as long as {len(voices)} answers one "
         f"after the other; a segment in its second half {statistics.median(late) if late else float('nan'):.2f} times as in its first"
     )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize("sources", ["demo", "smollm2"])
+def test_prompts_per_second(benchmark, sources, batch_size):
+    """Of 32 different prompts, with at most 32 tokens for each answer. The answers are those of one prompt at a time."""
+    fusion = CoolFusion(voices_of(sources), DecodeConfig(), 32)
+    prompts = [f"{prompt} (Question {n + 1}.)" for n, prompt in enumerate(PROMPTS * 8)]
+    alone_first = [answer.text for answer in map(fusion.answer, prompts[:4])]
+    found = []
+
+    def measure() -> None:
+        found[:] = fusion.answers(prompts, batch_size)
+
+    benchmark.pedantic(measure, rounds=1)
+    assert [answer.text for answer in found[:4]] == alone_first
+    per_second = len(prompts) / benchmark.stats.stats.median
+    benchmark.extra_info.update(
+        surroundings(), threads=torch.get_num_threads(), prompts_per_second=round(per_second, 3)
+    )
+    print(f"\n{sources}, {batch_size} at a time: {per_second:.2f} prompts per second")
