@@ -13,6 +13,7 @@ from test_follow_numbers import models
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from profuser.errors import ConfigError, DataError
+from profuser.evaluate.contestants import Joint
 from profuser.generate import asking
 from profuser.generate.answers import answer_file, finished_rows, settings_key
 from profuser.generate.asking import each, side_by_side
@@ -43,7 +44,7 @@ OF_MANY_LENGTHS = [*PROMPTS[:2], PROMPTS[3], "Hi", PROMPTS[0] + " Eve has 8 eggs
 )
 def test_every_prompt_gets_the_answer_that_it_gets_alone(demo, options, batch_size):  # noqa: F811
     voices = demo[1:] if options["method"] == "mixture" else demo
-    fusion = METHODS[options["method"]](voices, DecodeConfig(**options), 10)
+    fusion = METHODS[options["method"]](voices, DecodeConfig(**options), 7)
     found = list(fusion.answers(OF_MANY_LENGTHS, batch_size))
     for answer, expected in zip(found, map(fusion.answer, OF_MANY_LENGTHS), strict=True):
         assert (answer.text, answer.finished, answer.source) == (expected.text, expected.finished, expected.source)
@@ -103,8 +104,11 @@ def test_no_more_prompts_than_asked_for_are_answered_at_a_time_and_ended_ones_ma
 
 
 def test_two_sources_of_one_model_read_one_text_at_a_time_unless_several_are_asked_for(demo, passes):  # noqa: F811
-    CoolFusion([demo[0]] * 2, DecodeConfig(), 8).answer(PROMPTS[0])
+    fusion = CoolFusion([demo[0]] * 2, DecodeConfig(), 8)
+    fusion.answer(PROMPTS[0])
+    list(fusion.answers(PROMPTS[:1], 4))
     assert set(passes) == {1}
+    assert list(fusion.answers([], 4)) == []
 
 
 # --- coroutines ------------------------------------------------------------------------------------------------------
@@ -267,6 +271,17 @@ def test_the_batch_size_is_no_part_of_the_settings():
     assert settings_key(parse_run("generate", []).recipe) == settings_key(
         parse_run("generate", ["--decode.batch_size=8"]).recipe
     )
+
+
+def test_models_that_are_scored_together_answer_in_batches_and_are_the_same_contestant(passes):
+    recipes = [
+        parse_run("generate", [f"--decode.batch_size={n}", "--generation.max_new_tokens=4"]).recipe for n in (1, 3)
+    ]
+    alone, batched = (Joint("demo", recipe) for recipe in recipes)
+    assert alone.identity == batched.identity
+    answers = batched.load().answer(PROMPTS[:3], recipes[1].generation, max_length=512)
+    assert max(passes) == 3
+    assert answers == alone.load().answer(PROMPTS[:3], recipes[0].generation, max_length=512)
 
 
 def test_the_command_answers_a_file_in_batches(tmp_path, passes):

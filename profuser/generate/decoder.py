@@ -76,10 +76,11 @@ class Decoder(ABC):
         Raises:
             DataError: one of several that are answered at a time is too long for a source.
         """
-        if batch_size > 1 and len(prompts) > 1 and (fault := self._fault_together(prompts)):
+        batch_size = min(batch_size, len(prompts))
+        if batch_size > 1 and (fault := self._fault_together(prompts)):
             logger.warning("prompts are answered one at a time: %s", fault)
             batch_size = 1
-        if batch_size == 1:
+        if batch_size <= 1:
             yield from map(self.answer, prompts)
         else:
             yield from side_by_side(map(self._answer, prompts), batch_size)
