@@ -182,11 +182,11 @@ def _states_together(wanted: Sequence[Wanted]) -> list[torch.Tensor]:
 
 
 def fault_together(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> str | None:
-    """Why a model cannot read texts of at least three tokens together, or None if it can.
+    """Why a model cannot read texts together, or None if it can.
 
     Every text is read alone. Then its last two tokens are read again, together with those of the others, and the states compared.
     """
-    read = [Branches(model, ids, "use another model") for ids in texts]
+    read = [Branches(model, ids, "leave it out") for ids in texts]
     expected = [text.hidden[-2:] for text in read]
     for text in read:
         text.become(text.ids[:-2])
