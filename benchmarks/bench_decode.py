@@ -1,4 +1,5 @@
-"""How long one answer of several sources takes, beside the answers that the sources write one after the other.
+"""How long one answer of several sources takes, beside the answers that the sources write one after the other; and how many prompts
+are answered per second, one at a time and in batches.
 
     pytest benchmarks/bench_decode.py --benchmark-only
 
@@ -132,4 +133,35 @@ def test_one_answer_of_all_sources(benchmark, sources, segment):
     print(
         f"\n{sources}, {segment}: a joint answer takes {statistics.median(ratios):.2f} times as long as {len(voices)} answers one "
         f"after the other; a segment in its second half {statistics.median(late) if late else float('nan'):.2f} times as in its first"
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize("sources", ["demo", "smollm2"])
+def test_prompts_per_second(benchmark, sources, batch_size):
+    """Of 24 different prompts, with at most 32 tokens for each answer. The answers are those of one prompt at a time.
+
+    The CPU's time tells more than the clock's where the machine has other work, but only with one thread (OMP_NUM_THREADS=1).
+    """
+    fusion = CoolFusion(voices_of(sources), DecodeConfig(), 32)
+    prompts = [f"{prompt} (Question {n + 1}.)" for n, prompt in enumerate(PROMPTS * 6)]
+    alone_first = [answer.text for answer in map(fusion.answer, prompts[:2])]
+    found, cpu_seconds = [], []
+
+    def measure() -> None:
+        begin = time.process_time()
+        found[:] = fusion.answers(prompts, batch_size)
+        cpu_seconds.append(time.process_time() - begin)
+
+    benchmark.pedantic(measure, rounds=1)
+    assert [answer.text for answer in found[:2]] == alone_first
+    per_second, per_cpu_second = len(prompts) / benchmark.stats.stats.median, len(prompts) / cpu_seconds[0]
+    benchmark.extra_info.update(
+        surroundings(),
+        threads=torch.get_num_threads(),
+        prompts_per_second=round(per_second, 3),
+        prompts_per_cpu_second=round(per_cpu_second, 3),
+    )
+    print(
+        f"\n{sources}, {batch_size} at a time: {per_second:.2f} prompts per second, {per_cpu_second:.2f} per second of a core"
     )

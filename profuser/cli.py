@@ -140,7 +140,8 @@ def explained(error: Exception) -> ProfuserError:
     if kind.startswith("torch") and "OutOfMemoryError" in kind:
         return OutOfMemoryError(
             f"out of memory ({str(error).splitlines()[0]}); lower generation.batch_size, capture.batch_size, "
-            "optim.micro_batch_size, optim.tokens_per_micro_batch or data.max_length, or set optim.gradient_checkpointing: true"
+            "decode.batch_size, optim.micro_batch_size, optim.tokens_per_micro_batch or data.max_length, or set "
+            "optim.gradient_checkpointing: true"
         )
     if "SafetensorError" in kind:
         return ProfuserError(f"a file could not be written or read ({error}); check the disk")

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from profuser.errors import ConfigError, DataError
 from profuser.generate.__main__ import main
 from profuser.generate.answers import answer_file, finished_rows, prompts_of
+from profuser.generate.asking import alone
 from profuser.generate.boundaries import word_ends
 from profuser.generate.cool_fusion import CoolFusion
 from profuser.generate.gated import Gated
-from profuser.generate.speaker import Speaker, Voice
+from profuser.generate.speaker import Speaker, Voice, Writing
 from profuser.generate.trace import page
 from profuser.generate.voices import load_voices
 from profuser.models.head import head_of
@@ -161,6 +162,11 @@ def test_the_demos_sources_on_two_hundred_prompts(demo, segment):
     assert compare(demo, prompts, DecodeConfig(segment=segment), 40) > 1000
 
 
+def written(voice: Voice, prompt: str, tokens: int) -> Writing:
+    """What a source writes alone."""
+    return alone(Speaker(voice, prompt).writes(tokens))
+
+
 def random_voice(name: str, seed: int) -> Voice:
     chat = real_chat(name, "vicuna")
     torch.manual_seed(seed)
@@ -192,7 +198,7 @@ def test_random_models_with_real_tokenizers(pair, segment):
 def test_one_source_writes_what_it_would_write_alone(demo):
     for voice in demo:
         joint = CoolFusion([voice], DecodeConfig(), 40).answer(PROMPTS[0])
-        alone = Speaker(voice, PROMPTS[0]).writes(60)
+        alone = written(voice, PROMPTS[0], 60)
         assert alone.ended
         assert (joint.text, joint.finished) == (alone.text.strip(), True)
         copies = CoolFusion([voice] * 3, DecodeConfig(), 40).answer(PROMPTS[0])
@@ -204,14 +210,14 @@ def test_equal_scores_go_to_the_first_source(demo, monkeypatch):
     monkeypatch.setattr(CoolFusion, "score", lambda *_: 1.0)
     for order in (demo, demo[::-1]):
         joint = CoolFusion(order, DecodeConfig(), 40).answer(PROMPTS[1])
-        assert joint.text == Speaker(order[0], PROMPTS[1]).writes(60).text.strip()
+        assert joint.text == written(order[0], PROMPTS[1], 60).text.strip()
 
 
 def test_the_whole_answer_of_one_source_wins_if_it_is_better(demo):
     for prompt in PROMPTS[:3]:
         fusion = CoolFusion(demo, DecodeConfig(rerank=True), 24)
         best, joint = fusion.answer(prompt), CoolFusion(demo, DecodeConfig(), 24).answer(prompt)
-        texts = {joint.text, *(Speaker(voice, prompt).writes(24).text.strip() for voice in demo)}
+        texts = {joint.text, *(written(voice, prompt, 24).text.strip() for voice in demo)}
         assert best.text in texts
         slow = Slow(demo, DecodeConfig(), 24)
 
@@ -247,14 +253,13 @@ def test_a_gate_that_never_opens_leaves_the_first_sources_own_answer(demo):
     for prompt in PROMPTS:
         gated = Gated(demo, DecodeConfig(method="gated", gate=1e9), 40)
         steps = list(gated.steps(prompt))
-        alone = Speaker(demo[0], prompt)
-        written = alone.writes(60)
+        alone = written(demo[0], prompt, 60)
         text = "".join(step.winner.text for step in steps)
         assert text
-        assert written.text.strip().startswith(text.strip())
+        assert alone.text.strip().startswith(text.strip())
         assert all(step.winner.sources == (0,) for step in steps)
-        if written.ended and not steps[-1].winner.text:
-            assert text.strip() == written.text.strip()
+        if alone.ended and not steps[-1].winner.text:
+            assert text.strip() == alone.text.strip()
 
 
 def test_a_gate_that_is_always_open_asks_for_every_segment(demo, monkeypatch):

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from small_tokenizers import real_chat
-from test_cool_fusion import PROMPTS, demo, random_voice  # noqa: F401  (demo is a fixture)
+from test_cool_fusion import PROMPTS, demo, random_voice, written  # noqa: F401  (demo is a fixture)
 
 from profuser.errors import ConfigError
 from profuser.generate.eva import Eva, faithful
-from profuser.generate.speaker import Speaker
 from profuser.generate.vocabulary_projection import Projection, project
 from profuser.recipe.schema import DecodeConfig
 
@@ -184,7 +183,7 @@ def test_answers_equal_a_slow_implementations(demo, order, top_n):  # noqa: F811
 def test_copies_of_one_model_are_that_model(demo):  # noqa: F811
     for prompt in PROMPTS[:3]:
         answer = Eva([demo[0]] * 3, DecodeConfig(method="eva"), 40).answer(prompt)
-        alone = Speaker(demo[0], prompt).writes(40)
+        alone = written(demo[0], prompt, 40)
         assert (answer.text, answer.finished) == (alone.text.strip(), alone.ended)
 
 
@@ -193,7 +192,7 @@ def test_a_source_without_any_weight_changes_nothing_where_all_count(demo, monke
     config = DecodeConfig(method="eva", weights=[1.0, 0.0, 0.0])
     for prompt in PROMPTS[:3]:
         answer = Eva(demo, config, 40).answer(prompt)
-        alone = Speaker(demo[0], prompt).writes(40).text.strip()
+        alone = written(demo[0], prompt, 40).text.strip()
         assert answer.text
         assert answer.text == alone if answer.finished else alone.startswith(answer.text)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from test_cool_fusion import PROMPTS, demo  # noqa: F401  (demo is a fixture)
+from test_cool_fusion import PROMPTS, demo, written  # noqa: F401  (demo is a fixture)
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from profuser.errors import ConfigError, DataError
@@ -128,7 +128,7 @@ def test_an_answer_depends_on_the_seed_and_the_prompt_alone(demo):  # noqa: F811
 def test_a_cold_mixture_of_one_source_is_its_greedy_answer(demo):  # noqa: F811
     for prompt in PROMPTS[:3]:
         answer = mixture([demo[1]], 40, temperature=1e-4).answer(prompt)
-        alone = Speaker(demo[1], prompt).writes(40)
+        alone = written(demo[1], prompt, 40)
         assert (answer.text, answer.finished) == (alone.text.strip(), alone.ended)
 
 
@@ -138,7 +138,7 @@ def test_equal_tokens_may_have_other_ids(demo):  # noqa: F811
     other = shuffled(demo[1], order)
     for prompt in PROMPTS[:3]:
         answer = mixture([demo[1], other], 40, temperature=1e-4).answer(prompt)
-        assert answer.text == Speaker(demo[1], prompt).writes(40).text.strip()
+        assert answer.text == written(demo[1], prompt, 40).text.strip()
         assert {step.winner.sources for step in answer.steps} == {(0,), (1,)}
 
 

@@ -143,7 +143,11 @@ def refusal(tmp_path, recipe, *argv) -> str:
         ),
         ({"optim": {"warmup": 1}}, "a key of optim", "did you mean optim.warmup_ratio?"),
         ({"generation": {"top_k": 5}}, "a key of generation", "did you mean generation.top_p or capture.top_k?"),
-        ({"data": {"train": "x", "batch_size": 1}}, "a key of data", "capture.batch_size or optim.batch_size?"),
+        (
+            {"data": {"train": "x", "batch_size": 1}},
+            "a key of data",
+            "capture.batch_size or optim.batch_size or decode.batch_size?",
+        ),
         (
             {"data": {"train": "x", "heldout": {"path": "y", "spilt": "test"}}},
             "a key of data.heldout",
@@ -167,7 +171,10 @@ def test_an_unknown_key_is_blamed_itself_with_what_was_meant(tmp_path, change, g
         (("--optm.lr=1",), "got optm; did you mean --optim.lr?"),
         (("--optim.lrr", "1"), "a key of optim must be one of lr, "),
         (("--learning-rate", "1"), "did you mean --optim.lr?"),
-        (("--batch_size", "1"), "did you mean --generation.batch_size or --capture.batch_size or --optim.batch_size?"),
+        (
+            ("--batch_size", "1"),
+            "did you mean --generation.batch_size or --capture.batch_size or --optim.batch_size or --decode.batch_size?",
+        ),
         (("--optim.warmup", "1"), "got warmup; did you mean --optim.warmup_ratio?"),  # no key is shortened silently
         (("--fres",), "got fres; did you mean --fresh?"),
         (("--fresh=1",), "--fresh must stand alone"),

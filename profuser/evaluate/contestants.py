@@ -31,7 +31,7 @@ from profuser.models.load import (
     open_model,
     runtime_dtype,
 )
-from profuser.prepare.inputs import settled_date, settled_dtype
+from profuser.prepare.inputs import settled_date, settled_dtype, without
 from profuser.prepare.responses import generate
 from profuser.progress import silent
 from profuser.recipe.parse import parse_run
@@ -108,11 +108,11 @@ class LoadedJoint:
         seed: int = 0,
         progress: Callable[..., None] = silent,
     ) -> list[str]:
-        """Answers prompts one after the other. `decode` says how, so that of `generation` only the length counts."""
+        """Answers prompts. `decode` says how, and how many at a time, so that of `generation` only the length counts."""
         self.fusion.max_new_tokens = generation.max_new_tokens
         answers = []
-        for prompt in prompts:
-            answers.append(self.fusion.answer(prompt).text)
+        for answer in self.fusion.answers(prompts, self.fusion.config.batch_size):
+            answers.append(answer.text)
             progress(1)
         return answers
 
@@ -185,7 +185,7 @@ class Joint:
         dtype = runtime_dtype(self.recipe.capture.dtype, default_device())
         date = settled_date(self.recipe.date, None)
         sources = [Alone(source.name, source, dtype, date).identity for source in self.recipe.sources]
-        return {"sources": sources, "decode": vars(self.recipe.decode)}
+        return {"sources": sources, "decode": without(vars(self.recipe.decode), "batch_size")}
 
     def check_answers(self) -> None:
         """Raises DataError if one of the sources cannot answer."""

@@ -22,7 +22,8 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m profuser.generate",
         description=DESCRIPTION,
-        usage="%(prog)s [--config RECIPE] [--prompt TEXT | --input FILE --output FILE] [--trace FILE] [recipe overrides]",
+        usage="%(prog)s [--config RECIPE] [--prompt TEXT | --input FILE --output FILE [--batch-size N]] [--trace FILE] "
+        "[recipe overrides]",
         epilog="Without a prompt or a file it asks for prompts in the terminal. The options of decoding are the recipe's `decode`.",
     )
     parser.add_argument("--config", metavar="RECIPE", help="the recipe whose sources answer; default: the bundled demo")
@@ -31,6 +32,12 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--input", type=Path, metavar="FILE", help="answer the `prompt` of every row of this JSONL file"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answers to --input into this JSONL file")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="answer N prompts of --input at a time; the recipe's key is decode.batch_size",
+    )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write an HTML page that shows who wrote what")
     args, overrides = parser.parse_known_args(argv)
     if args.prompt is not None and args.input is not None:
@@ -39,6 +46,12 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ConfigError(
             "--input and --output must be given together, got one of them; --output is the file of the answers"
         )
+    if args.batch_size is not None:
+        if args.input is None:
+            raise ConfigError("--batch-size must go with --input, got no file of prompts; leave it out, or give one")
+        if any(override.startswith("--decode.batch_size") for override in overrides):
+            raise ConfigError("give either --batch-size or --decode.batch_size, got both")
+        overrides.append(f"--decode.batch_size={args.batch_size}")
     if args.prompt is not None and not args.prompt.strip():
         raise ConfigError("--prompt must be a text, got an empty one")
     for name, path in (("output", args.output), ("trace", args.trace)):
@@ -79,7 +92,7 @@ def main(argv: list[str]) -> None:
     with working():  # so that the page is written of what there is, and no row by half
         try:
             if args.input is not None:
-                answered += answer_file(fusion, prompts, args.output, settings)
+                answered += answer_file(fusion, prompts, args.output, settings, run.recipe.decode.batch_size)
             elif args.prompt is not None:
                 answered.append((args.prompt, streamed(fusion, args.prompt)))
             else:

@@ -21,6 +21,7 @@ from profuser.generate.steps import Answer, Step
 from profuser.generate.voices import chats_of
 from profuser.models.fingerprint import fingerprint
 from profuser.models.load import default_device, runtime_dtype
+from profuser.prepare.inputs import without
 from profuser.progress import Progress
 from profuser.recipe.schema import Recipe
 from profuser.recipe.utf8 import defect, read_utf8
@@ -85,7 +86,7 @@ def settings_key(recipe: Recipe) -> str:
         for source, chat in zip(recipe.sources, chats_of(recipe), strict=True)
     ]
     dtype = str(runtime_dtype(recipe.capture.dtype, default_device()))
-    decides = [sources, vars(recipe.decode), recipe.generation.max_new_tokens, dtype]
+    decides = [sources, without(vars(recipe.decode), "batch_size"), recipe.generation.max_new_tokens, dtype]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -116,11 +117,14 @@ def mean_perplexity(step: Step) -> float | None:
     return round(mean, 6) if math.isfinite(mean) else None
 
 
-def answer_file(fusion: Decoder, prompts: list[str], output: Path, settings: str = "") -> Iterator[tuple[str, Answer]]:
+def answer_file(
+    fusion: Decoder, prompts: list[str], output: Path, settings: str = "", batch_size: int = 1
+) -> Iterator[tuple[str, Answer]]:
     """Answers prompts and writes a row for each of them, in their order. Rows that are there already stay.
 
     Args:
         settings: the key of what the answers are made with.
+        batch_size: how many prompts are answered at a time. An answer that ends before an earlier one waits for its turn.
 
     Yields:
         every prompt that is answered now, with its answer.
@@ -139,8 +143,7 @@ def answer_file(fusion: Decoder, prompts: list[str], output: Path, settings: str
             raise DataError(f"--output must not be in use, another process writes to {output}; name another") from None
         done = finished_rows(output, prompts, settings)
         with Progress("answer", len(prompts) - done, "prompts") as bar:
-            for prompt in prompts[done:]:
-                answer = fusion.answer(prompt)
+            for prompt, answer in zip(prompts[done:], fusion.answers(prompts[done:], batch_size)):
                 row = sealed(row_of(prompt, answer, sources) | {"settings": settings})
                 line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
                 with writing(output, len(line)):

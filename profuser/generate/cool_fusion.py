@@ -8,8 +8,9 @@ the answer of all. The end of the turn is a segment of its own. Of equal segment
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 
+from profuser.generate.asking import each
 from profuser.generate.boundaries import word_ends
 from profuser.generate.decoder import Decoder, perplexity
 from profuser.generate.speaker import Speaker, Writing, segment_of
@@ -19,16 +20,16 @@ from profuser.generate.steps import Candidate, Step
 class CoolFusion(Decoder):
     """All sources are asked for every segment."""
 
-    def choices(self, speakers: Sequence[Speaker]) -> Iterator[Step]:
-        while (step := self.together(speakers)) is not None:
+    async def choices(self, speakers: Sequence[Speaker]) -> AsyncIterator[Step]:
+        while (step := await self.together(speakers)) is not None:
             yield step
 
-    def together(self, speakers: Sequence[Speaker]) -> Step | None:
+    async def together(self, speakers: Sequence[Speaker]) -> Step | None:
         """Chooses the next segment, and appends it to what each source has read. None if there is none that all can hold."""
         wanted: dict[str, list[int]] = {}
-        for number, speaker in enumerate(speakers):
-            wanted.setdefault(self.segment(speaker, speakers), []).append(number)
-        of_speaker = [speaker.likelihoods([text or None for text in wanted]) for speaker in speakers]
+        for number, text in enumerate(await each(self.segment(speaker, speakers) for speaker in speakers)):
+            wanted.setdefault(text, []).append(number)
+        of_speaker = await each(speaker.likelihoods([text or None for text in wanted]) for speaker in speakers)
         candidates = [
             Candidate(text, tuple(sources), tuple(map(perplexity, nlls)), self.score(nlls))
             for (text, sources), nlls in zip(wanted.items(), zip(*of_speaker, strict=True), strict=True)
@@ -42,11 +43,11 @@ class CoolFusion(Decoder):
                 speaker.goes_on(step.winner.text)
         return step
 
-    def segment(self, speaker: Speaker, speakers: Sequence[Speaker]) -> str:
+    async def segment(self, speaker: Speaker, speakers: Sequence[Speaker]) -> str:
         """The segment that one source would write."""
         most = self.config.max_segment_tokens
         for tokens in range(1, most + 1):
-            writing = speaker.writes(tokens)
+            writing = await speaker.writes(tokens)
             segment = segment_of(writing)
             if segment is None:
                 continue
@@ -56,7 +57,7 @@ class CoolFusion(Decoder):
                 return aligned
             if writing.ended:
                 return writing.text
-        return speaker.writes(most).text
+        return (await speaker.writes(most)).text
 
 
 def _aligned(writing: Writing, speakers: Sequence[Speaker]) -> str | None:

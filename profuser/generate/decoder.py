@@ -1,15 +1,21 @@
-"""The interface of all ways of decoding: several sources answer one prompt, step by step."""
+"""The interface of all ways of decoding: several sources answer a prompt, step by step, and several prompts side by side."""
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from profuser.errors import ConfigError, DataError, in_short
+from profuser.generate.asking import alone, each, side_by_side
 from profuser.generate.speaker import Speaker, Voice
 from profuser.generate.steps import Answer, Step
+from profuser.models.branches import fault_together
 from profuser.recipe.schema import DecodeConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Decoder(ABC):
@@ -33,7 +39,7 @@ class Decoder(ABC):
         self.weights = config.weights or [1.0] * len(voices)
 
     @abstractmethod
-    def choices(self, speakers: Sequence[Speaker]) -> Iterator[Step]:
+    def choices(self, speakers: Sequence[Speaker]) -> AsyncIterator[Step]:
         """Chooses one step after the other and appends its segment to what the speakers have read.
 
         It stops where nothing can be chosen. The caller stops it behind the end of the turn, and when the answer is long enough.
@@ -52,12 +58,9 @@ class Decoder(ABC):
 
     def steps(self, prompt: str) -> Iterator[Step]:
         """The segments of the answer to one prompt, as they are chosen. The last one is empty if the turn ended."""
-        self.check_fits(prompt)
-        speakers = [Speaker(voice, prompt) for voice in self.voices]
-        for step in self.choices(speakers):
+        steps = self._steps(prompt)
+        while (step := alone(_next(steps))) is not None:
             yield step
-            if not step.winner.text or max(speaker.tokens for speaker in speakers) >= self.max_new_tokens:
-                return
 
     def notes(self) -> list[str]:
         """Lines that a user should know of before the first answer."""
@@ -65,8 +68,22 @@ class Decoder(ABC):
 
     def answer(self, prompt: str) -> Answer:
         """Answers one prompt."""
-        joint = Answer.of(tuple(self.steps(prompt)))
-        return self._best(prompt, joint) if self.config.rerank else joint
+        return alone(self._answer(prompt))
+
+    def answers(self, prompts: Sequence[str], batch_size: int = 1) -> Iterator[Answer]:
+        """Answers prompts, `batch_size` of them at a time, and yields the answers in the order of the prompts.
+
+        Raises:
+            DataError: one of several that are answered at a time is too long for a source.
+        """
+        batch_size = min(batch_size, len(prompts))
+        if batch_size > 1 and (fault := self._fault_together(prompts)):
+            logger.warning("prompts are answered one at a time: %s", fault)
+            batch_size = 1
+        if batch_size <= 1:
+            yield from map(self.answer, prompts)
+        else:
+            yield from side_by_side(map(self._answer, prompts), batch_size)
 
     def score(self, nlls: Sequence[float]) -> float:
         """What a segment is compared by, from its mean NLLs by the sources: their mean by the criterion; lower is better.
@@ -78,16 +95,48 @@ class Decoder(ABC):
         values = nlls if self.config.criterion == "mean_nll" else [perplexity(nll) for nll in nlls]
         return sum(w * value for w, value in zip(self.weights, values, strict=True)) / sum(self.weights)
 
-    def _best(self, prompt: str, joint: Answer) -> Answer:
+    async def _steps(self, prompt: str) -> AsyncIterator[Step]:
+        self.check_fits(prompt)
+        speakers = [Speaker(voice, prompt) for voice in self.voices]
+        async for step in self.choices(speakers):
+            yield step
+            if not step.winner.text or max(speaker.tokens for speaker in speakers) >= self.max_new_tokens:
+                return
+
+    async def _answer(self, prompt: str) -> Answer:
+        joint = Answer.of(tuple([step async for step in self._steps(prompt)]))
+        return await self._best(prompt, joint) if self.config.rerank else joint
+
+    def _fault_together(self, prompts: Sequence[str]) -> str | None:
+        """Why a source cannot read several of the prompts at a time, or None if all sources can.
+
+        It is tried with the shortest prompt beside the longest one, behind which stand as many tokens as its answer may have. So a
+        model is found out whose attention has a window or whose positions depend on the longest text of a batch.
+        """
+        for prompt in prompts:
+            self.check_fits(prompt)
+        for voice in self.voices:
+            shortest, *_, longest = sorted(map(voice.chat.prompt_ids, prompts), key=len)
+            room = self.max_new_tokens + self.config.max_segment_tokens
+            answered = [*longest, *itertools.islice(itertools.cycle(longest), room)]
+            if fault := fault_together(voice.model, [shortest, answered]):
+                return f"{voice.name} cannot read several together, {fault}"
+        return None
+
+    async def _best(self, prompt: str, joint: Answer) -> Answer:
         """The best of the joint answer and of those that each source writes alone, by their mean perplexities."""
         answers = [joint]
-        for voice in self.voices:
-            writing = Speaker(voice, prompt).writes(self.max_new_tokens)
+        writings = await each(Speaker(voice, prompt).writes(self.max_new_tokens) for voice in self.voices)
+        for voice, writing in zip(self.voices, writings, strict=True):
             answers.append(Answer(writing.text.strip(), writing.ended, (), voice.name))
         texts = [answer.text or None for answer in answers]
-        of_judge = [Speaker(voice, prompt).likelihoods(texts) for voice in self.voices]
+        of_judge = await each(Speaker(voice, prompt).likelihoods(texts) for voice in self.voices)
         scores = [self.score(nlls) for nlls in zip(*of_judge, strict=True)]
         return answers[min(range(len(answers)), key=scores.__getitem__)]
+
+
+async def _next(steps: AsyncIterator[Step]) -> Step | None:
+    return await anext(steps, None)
 
 
 def perplexity(nll: float) -> float:

@@ -7,13 +7,15 @@ for all of them, none is left out. The most probable token of the weighted mean 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import torch
 from torch import Tensor
 
 from profuser.errors import DataError
+from profuser.generate.asking import each
 from profuser.generate.decoder import Decoder
 from profuser.generate.speaker import Speaker, Voice
 from profuser.generate.steps import Candidate, Step
@@ -43,17 +45,19 @@ class Eva(Decoder):
             for voice, p in zip(self.voices[1:], self.projections, strict=True)
         ]
 
-    def choices(self, speakers: Sequence[Speaker]) -> Iterator[Step]:
+    async def choices(self, speakers: Sequence[Speaker]) -> AsyncIterator[Step]:
         main, *others = speakers
         while True:
             # What another source's tokens cannot hold, it cannot go on from. It is asked again where it can.
             able = [other.response == main.response for other in others]
-            own = _top(main.row().exp())
+            asked = [main, *itertools.compress(others, able)]
+            own, *rows = [_top(row.exp()) for row in await each(speaker.row() for speaker in asked)]
+            of_others = iter(rows)
             said = [
                 own,
                 *(
-                    projection(_top(other.row().exp()).to(own.device)) if can else None
-                    for other, projection, can in zip(others, self.projections, able, strict=True)
+                    projection(next(of_others).to(own.device)) if can else None
+                    for projection, can in zip(self.projections, able, strict=True)
                 ),
             ]
             kept = faithful(said, self.config.top_n)
@@ -62,7 +66,7 @@ class Eva(Decoder):
                 if row is not None and keep:
                     mean += weight * row
             token = int(mean.argmax())
-            text = self._append(main, token)
+            text = await self._append(main, token)
             if text is None:
                 return
             for other in others:
@@ -70,7 +74,7 @@ class Eva(Decoder):
                     other.goes_on(main.response[len(other.response) :])
             yield _step(token, text, said, kept)
 
-    def _append(self, main: Speaker, token: int) -> str | None:
+    async def _append(self, main: Speaker, token: int) -> str | None:
         """Appends a token, and those of the main source that complete its last character, which the others could not read.
 
         Returns:
@@ -81,7 +85,7 @@ class Eva(Decoder):
                 return text
             if main.tokens >= self.max_new_tokens:
                 return None
-            token = int(main.row().argmax())
+            token = int((await main.row()).argmax())
         return ""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from profuser.generate.cool_fusion import CoolFusion
 from profuser.generate.speaker import Speaker
@@ -23,11 +23,11 @@ LEAST_TOKENS = 8
 class Gated(CoolFusion):
     """Cool-Fusion with a gate."""
 
-    def choices(self, speakers: Sequence[Speaker]) -> Iterator[Step]:
+    async def choices(self, speakers: Sequence[Speaker]) -> AsyncIterator[Step]:
         main, *others = speakers
         entropies: list[float] = []
         while True:
-            segment = self.segment(main, [main])
+            segment = await self.segment(main, [main])
             sure = main.entropy <= self._threshold(entropies)
             # What another source's tokens cannot hold, it cannot go on from either.
             if sure or (main.response and not all(other.encoded(main.response) for other in others)):
@@ -38,7 +38,7 @@ class Gated(CoolFusion):
             for other in others:
                 if missed := main.response[len(other.response) :]:
                     other.goes_on(missed)
-            if (step := self.together(speakers)) is None:
+            if (step := await self.together(speakers)) is None:
                 return
             yield step
 

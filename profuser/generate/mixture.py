@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import torch
 
@@ -43,7 +43,7 @@ class Mixture(Decoder):
         self.ids = [[{i: others[key] for key, i in own.items()} for others in spellings] for own in spellings]
         self.barred = [_barred(voice, set(own.values())) for voice, own in zip(voices, spellings)]
 
-    def choices(self, speakers: Sequence[Speaker]) -> Iterator[Step]:
+    async def choices(self, speakers: Sequence[Speaker]) -> AsyncIterator[Step]:
         prompt = speakers[0].prompt
         seed = hashlib.sha256(f"{self.config.seed} {prompt}".encode()).digest()
         random = torch.Generator().manual_seed(int.from_bytes(seed[:8], "big", signed=True))
@@ -51,7 +51,7 @@ class Mixture(Decoder):
         while speakers[0].tokens < self.max_new_tokens:
             chosen = int(weights.multinomial(1, generator=random))
             speaker = speakers[chosen]
-            row = speaker.row().cpu().double().masked_fill(self.barred[chosen], -math.inf)
+            row = (await speaker.row()).cpu().double().masked_fill(self.barred[chosen], -math.inf)
             row = (row / self.config.temperature).softmax(0)
             token = int(row.multinomial(1, generator=random))
             ended = token in speaker.voice.chat.end_ids

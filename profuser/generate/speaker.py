@@ -2,7 +2,8 @@
 
 What all sources have written together, the response, is the same text for all of them, and each reads it in its own tokens
 and chat template. When a segment is added, the whole conversation is tokenised again, because a tokenizer may merge across the
-seam. The key-value cache keeps what stays the same, so only the tokens from the first change on are read.
+seam. The key-value cache keeps what stays the same, so only the tokens from the first change on are read. What a source has to
+compute is asked for (`asking.py`), so that its model may do it for several prompts at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from profuser.generate.asking import Ask
 from profuser.generate.boundaries import word_ends
-from profuser.kernels.head import ChunkedHead, Head
+from profuser.kernels.head import Head
 from profuser.models.branches import Branches
 from profuser.text.chat import ChatFormat
 from profuser.text.encoded import Encoded
@@ -67,16 +69,15 @@ class Speaker:
         self._checked: set[bool] = (
             set()
         )  # whether the model can judge segments as branches, before and behind its window
-        self._logits = ChunkedHead(voice.head, torch.float32, 64)
 
-    def writes(self, at_least: int) -> Writing:
+    async def writes(self, at_least: int) -> Writing:
         """What the source writes greedily behind the response: `at_least` tokens, unless it ends its turn before."""
         ends, ended = set(self.voice.chat.end_ids), False
         while True:
             ended = bool(self._said) and self._said[-1] in ends
             if ended or len(self._said) >= at_least:
                 break
-            row = self.row()
+            row = await self.row()
             self._said.append(int(row.argmax()))
             self._entropies.append(float(-(row.exp() * row).nan_to_num().sum()))
         data = self.voice.chat.token_bytes
@@ -84,10 +85,10 @@ class Speaker:
         text = said.decode(errors="ignore") if ended else _whole_characters(said)
         return Writing(text if self.response else text.lstrip(), ended)
 
-    def row(self) -> torch.Tensor:
+    async def row(self) -> torch.Tensor:
         """(V,) fp32, the log-probabilities of the next token behind what the source has read and written."""
-        self._read.become([*self._base, *self._said])
-        return self._log_probabilities(self._read.hidden[-1:])[0]
+        ids = [*self._base, *self._said]
+        return (await Ask(self.voice.head, self._read, ids, [(len(ids), ())]))[0]
 
     def says(self, token: int) -> str:
         """Appends one of the source's own tokens to the response, in place of what it has written itself.
@@ -120,7 +121,7 @@ class Speaker:
         except TokenBytesMismatch:
             return None
 
-    def likelihoods(self, segments: Sequence[str | None]) -> list[float]:
+    async def likelihoods(self, segments: Sequence[str | None]) -> list[float]:
         """The mean NLL of each segment behind the response, in nats per own token; None is the end of the turn.
 
         The tokens of a segment are all that hold a byte of it. It is +inf for a segment that the source's tokens cannot hold.
@@ -148,7 +149,7 @@ class Speaker:
         nlls: list[float] = []
         ends = list(self.voice.chat.end_ids)
         if branches:
-            log_probabilities = self._log_probabilities(self._read.states(branches))
+            log_probabilities = await Ask(self.voice.head, self._read, read, branches)
             for row, label in zip(log_probabilities, labels, strict=True):
                 nlls.append(-float(row[ends].logsumexp(0) if label == END else row[label]))
         means, begin = [], 0
@@ -194,12 +195,6 @@ class Speaker:
         # What the source has written beyond the segment stays, if its own tokens are those of the segment.
         self._said = known[len(ids) :] if known[: len(ids)] == ids else []
         self._entropies = self._entropies[len(self._entropies) - len(self._said) :]
-
-    @torch.no_grad()
-    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(n, V) fp32, of the next token behind each of n states."""
-        logits = torch.empty(len(hidden), len(self.voice.head.weight), device=hidden.device)
-        return self._logits.logits_into(logits, hidden.float()).log_softmax(-1)
 
 
 def segment_of(writing: Writing) -> str | None:

@@ -409,9 +409,11 @@ class DecodeConfig:
     """With mixture, the seed of the sampling."""
     rerank: bool = False
     """Whether the joint answer is compared with each source's own, and the best of all is taken."""
+    batch_size: int = 1
+    """How many prompts are answered at a time, each of which keeps a cache in every source. It decides the time, not the answers."""
 
     def __post_init__(self) -> None:
-        check_positive("decode", self, "max_segment_tokens", "top_n", "temperature")
+        check_positive("decode", self, "max_segment_tokens", "top_n", "temperature", "batch_size")
         if self.weights is not None and (not self.weights or min(self.weights) < 0 or sum(self.weights) <= 0):
             raise ConfigError(
                 f"decode.weights must be >= 0 and not all 0, got {self.weights}; leave them out to let all count alike"
