@@ -24,6 +24,7 @@ from profuser.train.adapter import check_adapter
 from profuser.train.checkpoint import newest_step
 from profuser.train.export import save_fused
 from profuser.train.loop import Trainer
+from profuser.train.model_card import CARD, write_card
 from profuser.train.parallel import launch, settled_precision
 from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, read_measured, record_files
@@ -84,6 +85,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
             del trainer
             if recipe.data.heldout is not None:
                 scores = evaluate(run, store)
+                write_card(directory.path, recipe, scores)
         directory.finish(model)
     accelerator.wait_for_everyone()
     return scores
@@ -166,6 +168,9 @@ def score_again(run: Run) -> None:
         return
     if names:
         print("evaluation changed, or scores missing or damaged: scoring again", flush=True)
-        evaluate(run, Store.open(run.store_dir))
+        scores = evaluate(run, Store.open(run.store_dir))
         record_files(directory.path, *names)
+        if is_intact(directory.path / CARD, record.get("files", {}).get(CARD)):  # else somebody has edited it
+            write_card(directory.path, run.recipe, scores)
+            record_files(directory.path, CARD)
     directory.update(recipe=now)

@@ -36,6 +36,7 @@ from profuser.store.files import write_atomic
 from profuser.store.store import Store
 from profuser.train.adapter import with_adapter
 from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
 from profuser.train.metrics_log import append_line, means
 from profuser.train.packing import Layout
@@ -43,6 +44,9 @@ from profuser.train.parallel import agreed_stop, shards
 from profuser.train.sharding import agreed, load_into_shards, whole
 from profuser.train.steps import MicroBatch, Origin, StepBatch, Steps, load_steps
 from profuser.train.targets import Targets
+
+NOTICES = "notices.jsonl"
+"""The file of a run with the steps that stood out. Nothing is read from it."""
 
 
 class Trainer:
@@ -86,12 +90,16 @@ class Trainer:
             self.layout,
         )
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.fusion, self.optim.weight_decay), lr=self.optim.lr, betas=self.optim.betas
+            parameter_groups(self.fusion, self.optim.weight_decay),
+            lr=self.optim.lr,
+            betas=self.optim.betas,
+            fused=accelerator.device.type == "cuda",  # one kernel for all parameters
         )
         self.model, self.optimizer = (
             (self.fusion, optimizer) if self.sharded else accelerator.prepare(self.fusion, optimizer)
         )
         self.metrics = directory / "metrics.jsonl"
+        self.health = Health()
 
     def _load(self, config: SourceConfig) -> FusionModel:
         """Loads the target onto this process's device."""
@@ -193,7 +201,7 @@ class Trainer:
                 metrics = self._step(step, stage, batch)
                 seconds = time.monotonic() - began
 
-                # Log it, validate and save where that is due. A stage always ends with a line and a validation.
+                # Say what stands out in it. Log it, validate and save where that is due. A stage always ends with a line and a validation.
                 window.append(
                     metrics
                     | {
@@ -208,6 +216,7 @@ class Trainer:
                 if "loss" in metrics:
                     note += f", loss {metrics['loss']:.3f}"
                 bar.update(1, tokens=batch.tokens, note=note)
+                self._say_what_stands_out(step, index, metrics.get("loss"), seconds)
                 if done % self.optim.log_every == 0 or done == stage.stop:
                     self._log({"step": done, "stage": index, **means(window)})
                     window = []
@@ -263,6 +272,16 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**step_losses(sums, batch, stage), "lr": lr, "grad_norm": norm}
+
+    def _say_what_stands_out(self, step: int, stage: int, loss: float | None, seconds: float) -> None:
+        """Prints what stands out in a step with the examples in it, and adds it to notices.jsonl."""
+        for what in self.health.notices(stage, loss, seconds):
+            taken = self.steps.instructions(step)
+            examples = sorted({sequence.example for i in taken for sequence in self.targets[i]})
+            if self.accelerator.is_main_process:
+                shown = ", ".join(map(str, examples[:12])) + (" …" if len(examples) > 12 else "")
+                print(f"step {step + 1} stands out: {what}; training examples {shown}", flush=True)
+                append_line(self.directory / NOTICES, {"step": step + 1, "what": what, "examples": examples})
 
     # -- around the loop --------------------------------------------------------------------------------------------
 
