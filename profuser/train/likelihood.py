@@ -14,6 +14,7 @@ from profuser.fusion_model import FusionModel
 from profuser.progress import Progress
 from profuser.recipe.schedule import Mode
 from profuser.train.collate import collate
+from profuser.train.sharding import is_main
 from profuser.train.targets import Targets
 
 
@@ -49,7 +50,7 @@ def likelihood(model: FusionModel, targets: Targets, pad_id: int, batch_size: in
     response_bytes: dict[int, int] = {}
     kd_sum = ce_sum = 0.0
     kd_rows = tokens = 0
-    with Progress(label, len(by_length), "examples", brief=True) as bar:
+    with Progress(label, len(by_length), "examples", show=is_main(), brief=True) as bar:
         for first in range(0, len(by_length), batch_size):
             # CE and KD of every token of one batch.
             sequences = [targets.sequence(n) for n in by_length[first : first + batch_size]]

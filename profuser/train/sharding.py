@@ -45,12 +45,11 @@ def load_into_shards(fusion: FusionModel, loaded: PreTrainedModel | None, accele
         reduce_dtype=torch.float32 if accelerator.mixed_precision == "bf16" else None,
         cast_forward_inputs=False,  # the sources' log-probabilities and the weights of the tokens stay in fp32
     )
-    placed: dict[int, Tensor] = {}
     names = {id(module): name for name, module in fusion.model.named_modules()}
     for block in blocks_of(fusion.model):
-        _fill(block, f"{names[id(block)]}.", source, device, placed)
+        _fill(block, f"{names[id(block)]}.", source, device)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    _fill(fusion.model, "", source, device, placed)
+    _fill(fusion.model, "", source, device)
     if loaded is not None:
         fusion.model.generation_config = loaded.generation_config
     fully_shard(fusion, mesh=mesh, mp_policy=policy)
@@ -61,15 +60,13 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _fill(
-    module: nn.Module, prefix: str, source: dict[str, Tensor], device: torch.device, placed: dict[int, Tensor]
-) -> None:
-    """Replaces what is on the meta device by the main process's tensors.
+def _fill(module: nn.Module, prefix: str, source: dict[str, Tensor], device: torch.device) -> None:
+    """Replaces what is on the meta device by the main process's tensors. Weights that are tied within the module stay tied.
 
-    Args:
-        prefix: the name of the module in the model. placed: the tensors that have been replaced, by the id of the old one; it
-            keeps tied weights tied.
+    `prefix` is the name of the module in the model.
     """
+    # The old and the new tensors, by the id of the old one, which is kept so that no other tensor gets this id.
+    placed: dict[int, tuple[Tensor, Tensor]] = {}
     for name, part in module.named_modules(prefix=prefix.removesuffix(".")):
         kinds: tuple[dict[str, Any], ...] = part._parameters, part._buffers
         for of_part in kinds:
@@ -82,8 +79,8 @@ def _fill(
                         full.copy_(source[f"{name}.{key}" if name else key])
                     dist.broadcast(full, 0)
                     new = nn.Parameter(full, old.requires_grad) if isinstance(old, nn.Parameter) else full
-                    placed[id(old)] = new
-                of_part[key] = placed[id(old)]
+                    placed[id(old)] = old, new
+                of_part[key] = placed[id(old)][1]
 
 
 def is_main() -> bool:
