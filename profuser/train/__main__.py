@@ -2,19 +2,81 @@
 
 from __future__ import annotations
 
+import os
+
 from profuser.cli import main_of
+from profuser.errors import ConfigError, OutOfMemoryError, ProfuserError, first_line, is_lack_of_memory
+
+FLAGS = {
+    "fresh": "rename an existing run aside and start over (the store stays)",
+    "dry-run": "only print the plan: memory, disk, steps, time and commands; loads and writes nothing",
+}
 
 
 def main(argv: list[str]) -> None:
-    from profuser.recipe.parse import parse_run
+    from profuser.recipe.parse import OwnValue, parse_run
 
-    flags = {"fresh": "rename an existing run aside and start over (the store stays)"}
+    values = {
+        "processes": OwnValue("with --dry-run: plan for this many processes instead of 1, 8 and 16"),
+        "instructions": OwnValue(
+            "with --dry-run: how many training instructions there will be, if the data are not here"
+        ),
+        "tokens": OwnValue("with --dry-run: the mean length of a conversation, instead of that of the data"),
+        "tflops": OwnValue("with --dry-run: the speed of a process in 10^12 operations per second", float),
+        "device": OwnValue("with --dry-run: plan for cuda or cpu instead of what is here", words=("cuda", "cpu")),
+    }
     description = "Prepare what is missing, fuse, score, report. Without arguments: the bundled demo."
-    run = parse_run("train", argv, flags, description)
+    run = parse_run("train", argv, FLAGS, description, values)
+    options = {name: run.options[name] for name in values}
+    if run.options["dry-run"]:
+        from profuser.plan.plan import PROCESSES, TFLOPS, make_plan
+        from profuser.plan.text import plan_text
+
+        if run.options["fresh"]:
+            raise ConfigError("--dry-run must stand without --fresh, got both; it touches no run, so leave --fresh out")
+        tflops, processes = options.pop("tflops"), options.pop("processes")
+        plan = make_plan(run, processes=(processes,) if processes else PROCESSES, **options)
+        print(plan_text(plan, without_own(argv, values), tflops, TFLOPS))
+        return
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ConfigError(f"--{given[0]} must come with --dry-run, got it alone; add --dry-run, or leave it out")
 
     from profuser.pipeline import train_and_report
 
-    train_and_report(run)
+    try:
+        train_and_report(run)
+    except Exception as error:
+        if not is_lack_of_memory(error):
+            raise
+        advice = advice_of(run)
+        if advice is None:
+            raise
+        raise OutOfMemoryError(f"out of memory ({first_line(error)}); {advice}") from error
+
+
+def without_own(argv: list[str], values: dict) -> list[str]:
+    """Returns a command line without what asks for the plan."""
+    kept, waiting = [], list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if name in values and not equals:
+            waiting.pop(0)
+        elif name not in values and name != "dry-run":
+            kept.append(word)
+    return kept
+
+
+def advice_of(run) -> str | None:
+    """Returns the estimate of a run's memory, and three settings to change; None where it cannot be estimated."""
+    from profuser.plan.plan import make_plan
+    from profuser.plan.text import remedies
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        return remedies(make_plan(run, processes=(processes,), timed=False), processes)
+    except (ProfuserError, MemoryError):
+        return None
 
 
 if __name__ == "__main__":
