@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -66,11 +65,14 @@ def peak_memory() -> dict[str, int]:
     peak_rss_bytes is all of it. peak_owned_bytes leaves out the mapped files, which are libraries and shards: the system can drop and
     share these. peak_device_bytes is what torch took of the GPU, if there is one.
     """
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     status = Path("/proc/self/status")
-    text = status.read_text(encoding="utf-8") if status.exists() else ""
-    mapped = sum(1024 * int(kib) for kib in re.findall(r"^RssFile:\s+(\d+) kB", text, re.MULTILINE))
+    if status.exists():
+        # ru_maxrss would also count the process that this one was started from, as it was before the program was loaded.
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        peak, mapped = (1024 * int(lines[name].split()[0]) for name in ("VmHWM", "RssFile"))
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        mapped = 0
     found = {"peak_rss_bytes": peak, "peak_owned_bytes": max(0, peak - mapped)}
     return found | ({"peak_device_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
 

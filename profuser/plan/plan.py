@@ -305,6 +305,10 @@ def store_bytes(
     examples: dict[Split, int] = {"train": instructions}
     if inputs is not None:
         examples = {split: len(rows) for split, rows in inputs.rows.items()}
+
+    def shards(number: int) -> int:
+        return math.ceil(number / recipe.capture.shard_size)
+
     parts = {}
     for source in recipe.sources:
         vocabulary, of = models[source.name].vocabulary, lengths[source.name]
@@ -312,16 +316,19 @@ def store_bytes(
         if recipe.judges:  # every source has a row per prompt, and tokens for those that it won
             captured.append((instructions, instructions / sources, of["train"]))
         parts[source.name] = sum(
-            capture_bytes(Counts(number, won * one.response, won * one.ranges), vocabulary, k)
+            capture_bytes(Counts(number, won * one.response, won * one.ranges, shards(number)), vocabulary, k)
             for number, won, one in captured
         )
+    # A shard of targets holds both modes. In inference mode the winner alone is captured on its response.
     vocabulary, of = models[recipe.target_config.name].vocabulary, lengths[recipe.target_config.name]
-    written = [(number, sources, of[split]) for split, number in examples.items()]
-    if recipe.judges:  # the winner alone is captured on its response
-        written.append((instructions, 1, of["train"]))
+    written = [(number, sources, of[split], shards(number)) for split, number in examples.items()]
+    if recipe.judges:
+        written.append((instructions, 1, of["train"], 0))
     parts["targets"] = sum(
-        targets_bytes(Counts(number, number * one.mean, number * one.response * speak), vocabulary, k, sources)
-        for number, speak, one in written
+        targets_bytes(
+            Counts(number, number * one.mean, number * one.response * speakers, files), vocabulary, k, sources
+        )
+        for number, speakers, one, files in written
     )
     return parts
 

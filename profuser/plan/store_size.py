@@ -18,15 +18,22 @@ PER_SEQUENCE = {"example", "mode", "response_bytes", "source_ce", "offsets", "ro
 PER_TOKEN, PER_ENTRY = {"input_ids", "label_mask"}, {"entry_ids", "entry_logprobs"}
 PER_ROW = {"row_position", "row_source", "row_tail", "row_reliability", "entry_offsets"}
 
+HEADER = 66
+"""How many bytes of a shard's header are about one column."""
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How much there is of a split in one mode: examples, and their sums of tokens, rows or ranges."""
+    """How much there is of a kind of shard.
+
+    examples: or sequences, of targets. tokens: of all of them. more: the prefix ranges of captures, or the rows of targets.
+    shards: in how many files they are.
+    """
 
     examples: float
     tokens: float
     more: float
-    """The prefix ranges of a capture, or the rows of targets."""
+    shards: int
 
 
 def capture_bytes(counts: Counts, vocabulary: int, top_k: int) -> int:
@@ -39,7 +46,8 @@ def capture_bytes(counts: Counts, vocabulary: int, top_k: int) -> int:
     tokens = CAPTURE_COLUMNS.keys() - ranges - PER_EXAMPLE
     of_token = _width(CAPTURE_COLUMNS, tokens - ENTRIES, vocabulary, k)
     of_token += k * _width(CAPTURE_COLUMNS, tokens & ENTRIES, vocabulary, k)
-    return round(counts.examples * of_example + counts.tokens * of_token + counts.more * of_range)
+    sizes = counts.examples * of_example + counts.tokens * of_token + counts.more * of_range
+    return round(sizes + counts.shards * HEADER * len(CAPTURE_COLUMNS))
 
 
 def targets_bytes(counts: Counts, vocabulary: int, top_k: int, sources: int) -> int:
@@ -53,7 +61,9 @@ def targets_bytes(counts: Counts, vocabulary: int, top_k: int, sources: int) -> 
     of_sequence += (sources - 1) * _width(TARGET_COLUMNS, {"source_ce"}, vocabulary, k)
     of_token = _width(TARGET_COLUMNS, PER_TOKEN, vocabulary, k)
     of_row = _width(TARGET_COLUMNS, PER_ROW, vocabulary, k) + k * _width(TARGET_COLUMNS, PER_ENTRY, vocabulary, k)
-    return round(counts.examples * of_sequence + counts.tokens * of_token + counts.more * of_row)
+    of_shard = 18 * 8 + sources * 2 * (4 + 1 + 1 + 10) * 8  # the alignment's counts by mode and source
+    sizes = counts.examples * of_sequence + counts.tokens * of_token + counts.more * of_row
+    return round(sizes + counts.shards * (of_shard + HEADER * len(TARGET_COLUMNS)))
 
 
 def _width(columns, names: Iterable[str], vocabulary: int, top_k: int) -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from profuser.cli import main_of
 from profuser.errors import ConfigError, OutOfMemoryError, ProfuserError, first_line, is_lack_of_memory
+
+if TYPE_CHECKING:
+    from profuser.recipe.parse import Run
 
 FLAGS = {
     "fresh": "rename an existing run aside and start over (the store stays)",
@@ -13,7 +17,12 @@ FLAGS = {
 }
 
 
-def main(argv: list[str]) -> None:
+OWN = ("processes", "instructions", "tokens", "tflops", "device")
+"""The options of --dry-run, which have values."""
+
+
+def run_of(argv: list[str]) -> Run:
+    """Reads the command line."""
     from profuser.recipe.parse import OwnValue, parse_run
 
     values = {
@@ -26,8 +35,12 @@ def main(argv: list[str]) -> None:
         "device": OwnValue("with --dry-run: plan for cuda or cpu instead of what is here", words=("cuda", "cpu")),
     }
     description = "Prepare what is missing, fuse, score, report. Without arguments: the bundled demo."
-    run = parse_run("train", argv, FLAGS, description, values)
-    options = {name: run.options[name] for name in values}
+    return parse_run("train", argv, FLAGS, description, values)
+
+
+def main(argv: list[str]) -> None:
+    run = run_of(argv)
+    options = {name: run.options[name] for name in OWN}
     if run.options["dry-run"]:
         from profuser.plan.plan import PROCESSES, TFLOPS, make_plan
         from profuser.plan.text import plan_text
@@ -36,7 +49,7 @@ def main(argv: list[str]) -> None:
             raise ConfigError("--dry-run must stand without --fresh, got both; it touches no run, so leave --fresh out")
         tflops, processes = options.pop("tflops"), options.pop("processes")
         plan = make_plan(run, processes=(processes,) if processes else PROCESSES, **options)
-        print(plan_text(plan, without_own(argv, values), tflops, TFLOPS))
+        print(plan_text(plan, without_own(argv), tflops, TFLOPS))
         return
     if given := [name for name, value in options.items() if value is not None]:
         raise ConfigError(f"--{given[0]} must come with --dry-run, got it alone; add --dry-run, or leave it out")
@@ -54,20 +67,20 @@ def main(argv: list[str]) -> None:
         raise OutOfMemoryError(f"out of memory ({first_line(error)}); {advice}") from error
 
 
-def without_own(argv: list[str], values: dict) -> list[str]:
+def without_own(argv: list[str]) -> list[str]:
     """Returns a command line without what asks for the plan."""
     kept, waiting = [], list(argv)
     while waiting:
         word = waiting.pop(0)
         name, equals, _ = word.removeprefix("--").partition("=")
-        if name in values and not equals:
+        if name in OWN and not equals:
             waiting.pop(0)
-        elif name not in values and name != "dry-run":
+        elif name not in OWN and name != "dry-run":
             kept.append(word)
     return kept
 
 
-def advice_of(run) -> str | None:
+def advice_of(run: Run) -> str | None:
     """Returns the estimate of a run's memory, and three settings to change; None where it cannot be estimated."""
     from profuser.plan.plan import make_plan
     from profuser.plan.text import remedies
