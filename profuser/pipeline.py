@@ -120,15 +120,18 @@ def train_and_report(run: Run) -> None:
 
         # The report, and what a person wants to know in the terminal.
         if accelerator.is_main_process:
-            print_report(run, accelerator.num_processes)
+            print_report(run, None if complete else accelerator.num_processes)
 
     # DDP is freed before its process group. If it were the last to hold the group, it could wait for gloo's thread for ever.
     accelerator.free_memory()
     accelerator.end_training()
 
 
-def print_report(run: Run, processes: int) -> None:
-    """Writes the report of a complete run, and prints its scores, what it took beside the estimate, and where everything is."""
+def print_report(run: Run, processes: int | None) -> None:
+    """Writes the report of a complete run, and prints its scores and where everything is.
+
+    `processes` says how many have just trained it, so that what it took is set beside the estimate; None where none has.
+    """
     directory = RunDirectory(run)
     page = write_report(directory.path, run.store_dir)
     if run.recipe.data.heldout is not None:
@@ -137,10 +140,11 @@ def print_report(run: Run, processes: int) -> None:
         print(closing_examples(read_measured(directory.path, record, EVALUATION), 3))
     if (run.store_dir / "manifest.json").exists() and (line := Store.open(run.store_dir, complete=False).handled()):
         print(line)
-    record = directory.read()
-    print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in record['seconds'].items())}")
-    with contextlib.suppress(ProfuserError):  # a model that cannot be planned has been trained all the same
-        print(beside(make_plan(run, processes=(processes,)), record, processes))
+    seconds = directory.read()["seconds"]
+    print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in seconds.items())}")
+    if processes is not None:
+        with contextlib.suppress(ProfuserError):  # a model that cannot be planned has been trained all the same
+            print(beside(make_plan(run, processes=(processes,)), directory.read(), processes))
     print(f"fused model: {directory.path}\nreport: {page}")
 
 

@@ -111,6 +111,11 @@ class Architecture:
         return self.config.get_text_config().hidden_size
 
     @property
+    def inner(self) -> int:
+        """The width of the largest activation, that inside of an MLP."""
+        return getattr(self.config.get_text_config(), "intermediate_size", None) or 4 * self.width
+
+    @property
     def cache(self) -> int:
         """How many numbers generation keeps for a token: the keys and values of all layers."""
         config = self.config.get_text_config()

@@ -180,9 +180,7 @@ def answering(source: Architecture, name: str, itemsize: int, rows: int, length:
 
 def reading(model: Architecture, name: str, doing: str, itemsize: int, rows: int, length: int) -> Preparing:
     """A source or judge that reads `rows` texts at a time: the widest activations of a layer, and of a source a chunk of logits."""
-    text = model.config.get_text_config()
-    inner = getattr(text, "intermediate_size", None) or 4 * model.width
-    working = rows * length * (4 * model.width + 3 * inner) * itemsize
+    working = rows * length * (4 * model.width + 3 * model.inner) * itemsize
     if model.kind == "generates":
         working += 2048 * model.vocabulary * FP32
-    return Preparing(name, doing, model.parameters * itemsize, working, rows * length * inner * itemsize)
+    return Preparing(name, doing, model.parameters * itemsize, working, rows * length * model.inner * itemsize)

@@ -19,6 +19,7 @@ from profuser.plan.architecture import Architecture, open_architecture
 from profuser.plan.lengths import RANGES, RESPONSE_SHARE, TOKENS, Lengths, assumed, measured
 from profuser.plan.memory import (
     PROCESS,
+    RETURNED,
     Pass,
     Preparing,
     TrainingMemory,
@@ -103,15 +104,18 @@ class Plan:
     def peak(self, processes: int) -> int:
         """The most memory that the main process takes on its device: on a CPU also what is no tensor, and a checkpoint's bytes.
 
-        What a process has freed in small pieces stays its own on a CPU: the gradients count while a checkpoint is written, and
-        what made the store counts beside the training.
+        What a process has freed in small pieces stays its own on a CPU. So a checkpoint is written beside what the training took at
+        its peak, and the training takes its memory beside what made the store.
         """
         memory = self.memory(processes)
         if self.device != "cpu":
             return max([memory.peak, *(model.peak for model in self.preparing)])
-        training = max(memory.peak, memory.lasting + memory.gradients + self.checkpoint)
+        stays = self.one.tokens * self.target.inner * 4 < RETURNED
+        held = memory.peak if stays else memory.lasting + memory.gradients
         kept = max((model.kept for model in self.preparing), default=0)
-        return PROCESS + max([training + kept, *(model.peak for model in self.preparing)])
+        return PROCESS + max(
+            [max(memory.peak, held + self.checkpoint) + kept, *(model.peak for model in self.preparing)]
+        )
 
 
 def is_sharded(recipe: Recipe) -> bool:

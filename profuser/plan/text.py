@@ -182,7 +182,7 @@ def beside(plan: Plan, record: dict[str, Any], processes: int) -> str:
 
     The estimated time is that of a run which begins with nothing.
     """
-    measured = record["peak_device_bytes"] if plan.device == "cuda" else record["peak_owned_bytes"]
+    measured = record["peak_device_bytes" if plan.device == "cuda" else "peak_owned_bytes"]
     line = f"memory: {size(measured)} at most, estimated {size(plan.peak(processes))}"
     if plan.seconds is None:
         return line
