@@ -22,7 +22,7 @@ from profuser.models.load import load_model
 from profuser.plan.architecture import CONFIGS, Architecture, open_architecture
 from profuser.plan.lengths import Lengths
 from profuser.plan.memory import checkpoint_bytes, loss_bytes
-from profuser.plan.plan import PROCESSES, largest_pass, make_plan
+from profuser.plan.plan import largest_pass, make_plan
 from profuser.plan.store_size import Counts, capture_bytes, targets_bytes
 from profuser.plan.text import plan_text, remedies, size
 from profuser.recipe.parse import parse_run
@@ -405,5 +405,11 @@ def test_a_training_of_a_hundred_million_parameters_takes_what_was_estimated(tmp
     assert measured > checkpoint_bytes(model, cuda=False)
 
 
-def test_every_number_of_processes_is_planned_for():
-    assert PROCESSES == (1, 8, 16)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page shows the plan of a machine without a GPU")
+def test_the_page_shows_what_is_printed(monkeypatch):
+    page = (ROOT / "docs/plan.md").read_text()
+    (block,) = re.findall(
+        r"^<!-- printed by python -m profuser\.train (.*?) -->\n```text\n(.*?)^```$", page, re.M | re.S
+    )
+    monkeypatch.chdir(ROOT)
+    assert run("train", *block[0].split()) == (0, block[1], "")
