@@ -88,7 +88,7 @@ def advice_of(run: Run) -> str | None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         return remedies(make_plan(run, processes=(processes,), timed=False), processes)
-    except (ProfuserError, MemoryError):
+    except (ProfuserError, MemoryError, RuntimeError):  # there may be too little memory for the plan, too
         return None
 
 
