@@ -24,6 +24,7 @@ from profuser.errors import (
     ProfuserError,
     Stopped,
     first_line,
+    is_lack_of_memory,
 )
 
 COMMANDS = {
@@ -137,11 +138,10 @@ def explained(error: Exception) -> ProfuserError:
         return OutOfMemoryError(
             "out of memory; a file may be far larger than it should be, or there is too little memory"
         )
-    if kind.startswith("torch") and "OutOfMemoryError" in kind:
+    if is_lack_of_memory(error):
         return OutOfMemoryError(
-            f"out of memory ({str(error).splitlines()[0]}); lower generation.batch_size, capture.batch_size, "
-            "decode.batch_size, optim.micro_batch_size, optim.tokens_per_micro_batch or data.max_length, or set "
-            "optim.gradient_checkpointing: true"
+            f"out of memory ({first_line(error)}); lower generation.batch_size, capture.batch_size, decode.batch_size, "
+            "optim.micro_batch_size, optim.tokens_per_micro_batch or data.max_length, or set optim.gradient_checkpointing: true"
         )
     if "SafetensorError" in kind:
         return ProfuserError(f"a file could not be written or read ({error}); check the disk")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,24 @@ def hardware() -> str:
             cpu,
         )
     return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def peak_memory() -> dict[str, int]:
+    """Returns the most memory that this process has taken, in bytes.
+
+    peak_rss_bytes is all of it. peak_owned_bytes leaves out the mapped files, which are libraries and shards: the system can drop and
+    share these. peak_device_bytes is what torch took of the GPU, if there is one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        # ru_maxrss would also count the process that this one was started from, as it was before the program was loaded.
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        peak, mapped = (1024 * int(lines[name].split()[0]) for name in ("VmHWM", "RssFile"))
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        mapped = 0
+    found = {"peak_rss_bytes": peak, "peak_owned_bytes": max(0, peak - mapped)}
+    return found | ({"peak_device_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
 
 
 def commit() -> str | None:

@@ -66,6 +66,20 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the machine ran out of memory.
+
+    torch's errors are recognised by their names and texts, so that torch need not be imported only to ask. For a lack of a CPU's
+    memory it raises a plain RuntimeError.
+    """
+    kind = f"{type(error).__module__}.{type(error).__name__}"
+    return (
+        isinstance(error, MemoryError)
+        or (kind.startswith("torch") and "OutOfMemoryError" in kind)
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
 def in_short(value: object) -> str:
     """Returns a value as Python spells it, in one line and not too long for a message."""
     return " ".join(repr(value).split())[:200]

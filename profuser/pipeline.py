@@ -8,9 +8,12 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from profuser.errors import ProfuserError
 from profuser.evaluate.match import try_match
 from profuser.evaluate.scores import evaluate
 from profuser.evaluate.terminal import closing_examples, score_table
+from profuser.plan.plan import make_plan
+from profuser.plan.text import beside
 from profuser.prepare.announce import announce
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
@@ -121,15 +124,18 @@ def train_and_report(run: Run) -> None:
 
         # The report, and what a person wants to know in the terminal.
         if accelerator.is_main_process:
-            print_report(run)
+            print_report(run, None if complete else accelerator.num_processes)
 
     # DDP is freed before its process group. If it were the last to hold the group, it could wait for gloo's thread for ever.
     accelerator.free_memory()
     accelerator.end_training()
 
 
-def print_report(run: Run) -> None:
-    """Writes the report of a complete run, and prints its scores and where everything is."""
+def print_report(run: Run, processes: int | None) -> None:
+    """Writes the report of a complete run, and prints its scores and where everything is.
+
+    `processes` says how many have just trained it, so that what it took is set beside the estimate; None where none has.
+    """
     directory = RunDirectory(run)
     page = write_report(directory.path, run.store_dir)
     if run.recipe.data.heldout is not None:
@@ -140,6 +146,9 @@ def print_report(run: Run) -> None:
         print(line)
     seconds = directory.read()["seconds"]
     print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in seconds.items())}")
+    if processes is not None:
+        with contextlib.suppress(ProfuserError):  # a model that cannot be planned has been trained all the same
+            print(beside(make_plan(run, processes=(processes,)), directory.read(), processes))
     print(f"fused model: {directory.path}\nreport: {page}")
 
 

@@ -38,6 +38,7 @@ def ends(error: BaseException) -> int | str | None:
         (Terminated("x"), 75),
         (KeyboardInterrupt(), 130),
         (torch.OutOfMemoryError("CUDA out of memory\nmore"), 5),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 5),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1),
         (SafetensorError("I/O error"), 1),
         (ModuleNotFoundError("No module named 'datasets'", name="datasets"), 2),

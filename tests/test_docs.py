@@ -176,7 +176,10 @@ def check_module(module: str, arguments: list[str], block: Block, tmp_path: Path
             recipe = next(b for b in of("yaml") if b.page in (block.page, "models.md"))
             (tmp_path / name).write_text(recipe.code)
         monkeypatch.chdir(tmp_path if "my.yaml" in arguments else ROOT)
-        parse_run("train", arguments)
+        if module == "profuser.train":
+            importlib.import_module("profuser.train.__main__").run_of(arguments)
+        else:
+            parse_run("prepare", arguments)
     elif module in ("profuser.generate", "profuser.merge", "profuser.evaluate") or "--sources" in arguments:
         importlib.import_module(f"{module}.__main__").arguments(arguments)
     elif module == "profuser.doctor":

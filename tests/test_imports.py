@@ -23,7 +23,7 @@ FLOORS = (
     ("models", "store"),
     ("alignment", "fusion_model"),
     ("prepare", "train"),
-    ("report", "merge", "generate"),
+    ("report", "merge", "generate", "plan"),
     ("evaluate",),
     ("doctor", "pipeline", "cli"),
     ("demo",),

@@ -8,7 +8,7 @@ import torch
 from profuser import progress
 from profuser.models.load import load_model
 from profuser.prepare.announce import announce
-from profuser.prepare.estimate import Size, expected, probe, sentence, size_of
+from profuser.prepare.estimate import Machine, Size, expected, probe, sentence, size_of
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
 from profuser.progress import Progress, in_words
@@ -111,6 +111,19 @@ def test_what_is_done_already_is_not_expected_again(prepared, tmp_path):
     assert todo is not None
     assert all(todo[phase] > 0 for phase in ("score", "answer", "fuse", "evaluate"))
     assert todo["fuse"] > done["fuse"]
+
+
+def test_gradient_checkpointing_takes_another_forward_pass(prepared, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setattr("profuser.prepare.estimate.probe", lambda *_: Machine(flops=1e9, bandwidth=1e30, op=0.0))
+    inputs = Inputs.open(prepared[1])
+    inputs = replace(inputs, rows={"train": inputs.rows["train"]})
+    saving = replace(inputs.recipe, optim=replace(inputs.recipe.optim, gradient_checkpointing=True))
+    plain, saved = (expected(replace(inputs, recipe=recipe), lambda _: 0, 0) for recipe in (inputs.recipe, saving))
+    assert plain is not None
+    assert saved is not None
+    assert saved["fuse"] == pytest.approx(plain["fuse"] * 4 / 3)
 
 
 def test_the_first_line_says_what_on_what_and_how_long(prepared, capsys):

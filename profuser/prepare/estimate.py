@@ -185,7 +185,8 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
         in_pass = optim.micro_batch_size * modes
         if optim.tokens_per_micro_batch is not None:
             in_pass = max(1, int(optim.tokens_per_micro_batch / tokens[target.name]))
-        step = 3 * forward(target.name, modes * optim.batch_size, in_pass)
+        passes = 4 if optim.gradient_checkpointing else 3  # which computes every activation once more
+        step = passes * forward(target.name, modes * optim.batch_size, in_pass)
         # AdamW reads and writes the weights, the gradients and two moments.
         step += 16 * size.parameters * 4 / machine.bandwidth
         fusing += steps * step

@@ -19,7 +19,7 @@ import yaml
 from profuser.errors import ConfigError, ProfuserError, first_line
 from profuser.recipe.keys import Argument, argument_mistake, as_argument, completed, completed_argument, mistake
 from profuser.recipe.places import DEFAULT_RECIPE
-from profuser.recipe.schema import Recipe
+from profuser.recipe.schema import LARGEST, Recipe
 from profuser.recipe.utf8 import read_utf8
 from profuser.recipe.yaml_text import CHARACTERS, load_yaml
 
@@ -28,6 +28,37 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PRINT = "print_config"
 """jsonargparse's own switch, which prints the recipe with all its defaults."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnValue:
+    """An option of a command itself, with a value: a number above 0, or one of a few words.
+
+    help: what it means. kind: the type of a number. words: the words that there are, instead of a number.
+    """
+
+    help: str
+    kind: type[int] | type[float] = int
+    words: tuple[str, ...] = ()
+
+    def parsed(self, name: str, text: str | None) -> int | float | str | None:
+        """Returns the value of a text, None for None.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if text is None or text in self.words:
+            return text
+        if self.words:
+            raise ConfigError(f"--{name} must be one of {', '.join(self.words)}, got {text}; name one")
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < LARGEST:
+            number = "a number" if self.kind is float else "a whole number"
+            raise ConfigError(f"--{name} must be {number} above 0 and below 2**63, got {text}; correct it")
+        return value
 
 
 @dataclass(kw_only=True)
@@ -51,7 +82,11 @@ class Run:
 
 
 def parse_run(
-    command: str, argv: Sequence[str], flags: Mapping[str, str] | None = None, description: str | None = None
+    command: str,
+    argv: Sequence[str],
+    flags: Mapping[str, str] | None = None,
+    description: str | None = None,
+    values: Mapping[str, OwnValue] | None = None,
 ) -> Run:
     """Reads a command line and returns its recipe. Without `--config` it is the bundled demo's.
 
@@ -59,18 +94,21 @@ def parse_run(
         command: the command's name, which the help shows.
         flags: the command's own switches, each with its help text.
         description: what the command does, for the help.
+        values: the command's own options with a value.
 
     Raises:
         ConfigError: a key is unknown, missing or of the wrong type, or keys contradict each other.
     """
     # The options: the recipe's path, the command's own switches, and every key of a recipe.
-    flags = flags or {}
+    flags, values = flags or {}, values or {}
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m profuser.{command}", description=description, exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="a recipe (YAML); the bundled demo's if there is none")
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
+    for option, own in values.items():
+        parser.add_argument(f"--{option}", type=str, metavar="|".join(own.words) or "NUMBER", help=own.help)
     parser.add_class_arguments(Recipe, None, as_group=False)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
@@ -88,7 +126,11 @@ def parse_run(
             value = _checked_recipe(value or "", hint, over_another=any(word.startswith("--config=") for word in words))
         elif name in flags and value is not None:
             raise ConfigError(f"--{name} must stand alone, got the value {value}; leave it out")
-        elif name not in (*flags, PRINT) and (wrong := argument_mistake(name, value, ["config", *flags])):
+        elif name in values:
+            if value is None:
+                raise ConfigError(f"--{name} must have a value behind it, got none; write --{name} VALUE")
+            values[name].parsed(name, value)  # raises an error where it is wrong
+        elif name not in (*flags, PRINT) and (wrong := argument_mistake(name, value, ["config", *flags, *values])):
             raise ConfigError(wrong + hint)
         elif value is not None:
             value = completed_argument(name, value)
@@ -107,7 +149,8 @@ def parse_run(
         recipe=_recipe(namespace),
         name=Path(configs[0] or "").stem,
         files=[Path(config) for config in configs if config],
-        options={flag: getattr(namespace, flag.replace("-", "_")) for flag in flags},
+        options={flag: getattr(namespace, flag.replace("-", "_")) for flag in flags}
+        | {option: own.parsed(option, getattr(namespace, option)) for option, own in values.items()},
     )
 
 

@@ -8,7 +8,6 @@ its report.
 from __future__ import annotations
 
 import contextlib
-import resource
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from profuser.environment import environment
+from profuser.environment import environment, peak_memory
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.compare import deciding_keys
 from profuser.recipe.parse import Run
@@ -140,7 +139,7 @@ class RunDirectory:
             "complete",
             precision=record["precision"],
             seconds=record["seconds"],
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **peak_memory(),
             demo_data=demo_data(self.run.recipe),
             files={name: digest_of_file(self.path / name) for name in names},
         )

@@ -52,6 +52,8 @@ RUN = {
     "hardware": str,
     "commit": (str, None),
     "peak_rss_bytes?": COUNT,
+    "peak_owned_bytes?": COUNT,
+    "peak_device_bytes?": COUNT,
     "demo_data?": ({"terse?": SHARE, "wrong?": SHARE, "rows?": {str: COUNT}}, None),
 }
 """The shape of run.json."""

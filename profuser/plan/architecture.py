@@ -1,0 +1,195 @@
+"""What the models of a recipe are made of: how many parameters they have, and what a pass through one keeps in memory.
+
+A model is built on no device: its tensors have shapes and no content. So no weights are read and nothing is computed, and every
+architecture that transformers knows is counted as it is, tied embeddings included. The configurations of the paper's models are
+bundled, so that its recipe can be planned without a network.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import Node, saved_tensors_hooks
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from profuser.errors import DataError, first_line
+from profuser.models.load import read_config, weights_of
+from profuser.recipe.schema import SourceConfig
+from profuser.typed import read_json
+
+CONFIGS = Path(__file__).parent / "configs"
+"""Configurations of models on the Hub, with the sizes alone, as OWNER--NAME.json."""
+
+CLASSES: dict[str, Any] = {"generates": AutoModelForCausalLM, "scores": AutoModelForSequenceClassification}
+COPIES = {"TBackward0", "ToCopyBackward0"}
+"""What autograd calls the two steps by which a weight becomes the 16-bit operand of a linear layer."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model without its weights.
+
+    name: the model's name in the recipe. here: whether its files are on this machine.
+    bundled: whether the configuration is the one that comes with profuser.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    kind: Literal["generates", "scores"]
+    here: bool
+    bundled: bool
+    trust_remote_code: bool = False
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model on torch's meta device.
+
+        Raises:
+            DataError: transformers cannot build it.
+        """
+        try:
+            with torch.device("meta"):
+                return self._build()
+        except Exception as error:  # the configuration may ask for anything, and the model's own code raise anything
+            raise DataError(
+                f"{self.name}: the plan needs a model that transformers can build, {self.config.model_type!r} failed "
+                f"({first_line(error)}); check its config.json"
+            ) from error
+
+    def _build(self) -> PreTrainedModel:
+        return CLASSES[self.kind].from_config(
+            self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+        )
+
+    @cached_property
+    def parameters(self) -> int:
+        """The number of parameters. Tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def largest(self) -> int:
+        """The number of parameters of the largest tensor, as a rule the embeddings or the head."""
+        return max(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def block(self) -> int:
+        """The number of parameters of a decoder block, the largest of them if they differ."""
+        lists = [m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == self.layers]
+        return max((sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks), default=0)
+
+    @property
+    def root(self) -> int:
+        """The number of parameters outside of the decoder blocks: embeddings, head and the last norm."""
+        return self.parameters - self.block * self.layers
+
+    @property
+    def layers(self) -> int:
+        """The number of decoder blocks."""
+        return self.config.get_text_config().num_hidden_layers
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of rows of the head."""
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def width(self) -> int:
+        """The number of columns of the head."""
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def inner(self) -> int:
+        """The width of the largest activation, that inside of an MLP."""
+        return getattr(self.config.get_text_config(), "intermediate_size", None) or 4 * self.width
+
+    @property
+    def cache(self) -> int:
+        """How many numbers generation keeps for a token: the keys and values of all layers."""
+        config = self.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * self.layers * heads * size
+
+    def saved(self, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> tuple[int, int]:
+        """What a forward pass keeps for its backward pass, in bytes.
+
+        Args:
+            rows, length: the shape of the batch, in sequences and in tokens.
+            bf16: whether it runs under autocast.
+        Returns:
+            The bytes of activations, and those of the weights' 16-bit copies.
+        Raises:
+            DataError: the model cannot be traced without values.
+        """
+        try:
+            with FakeTensorMode():
+                return saved_bytes(self._build(), rows, length, bf16, checkpointing)
+        except Exception as error:  # a model that looks at its activations' values, in whatever way
+            raise DataError(
+                f"{self.name}: the plan needs a model whose shapes follow from its configuration, {self.config.model_type!r} "
+                f"failed ({first_line(error)}); plan with another target"
+            ) from error
+
+
+def saved_bytes(model: PreTrainedModel, rows: int, length: int, bf16: bool, checkpointing: bool) -> tuple[int, int]:
+    """Does what `Architecture.saved` does, with a model of fake tensors."""
+    model.train()
+    if checkpointing:
+        with warnings.catch_warnings():  # some versions of transformers have a new name for it
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable()
+    # A storage counts once, however many tensors look at it, and the model's own count elsewhere.
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+    copies: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            (copies if is_copy_of_weight(tensor) else kept)[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model.base_model(input_ids=ids, use_cache=False)
+    return sum(s.nbytes() for s in kept.values()), sum(s.nbytes() for s in copies.values())
+
+
+def is_copy_of_weight(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a parameter in another dtype, transposed or not."""
+    node: Node | None = tensor.grad_fn
+    while node is not None and node.name() in COPIES:
+        node = node.next_functions[0][0]
+    return node is not None and node is not tensor.grad_fn and type(node).__name__ == "AccumulateGrad"
+
+
+def open_architecture(model: SourceConfig, kind: Literal["generates", "scores"] = "generates") -> Architecture:
+    """Opens the configuration of a source, the target or a judge: the model's own or, where that is not here, a bundled one.
+
+    Raises:
+        DataError: neither is there, or it cannot be read.
+    """
+    location, options = weights_of(model)
+    here = Path(location).exists() or isinstance(
+        try_to_load_from_cache(location, "config.json", revision=model.revision), str
+    )
+    bundled = CONFIGS / f"{location.replace('/', '--')}.json"
+    if not here and bundled.is_file():
+        content = read_json(bundled)
+        config = AutoConfig.for_model(**content)
+        return Architecture(model.name, config, kind, here=False, bundled=True)
+    config = read_config(model.name, location, options)
+    return Architecture(model.name, config, kind, here, bundled=False, trust_remote_code=model.trust_remote_code)

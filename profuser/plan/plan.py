@@ -1,0 +1,384 @@
+"""The plan of a run: what it will need, found before any weights are read and any directory is touched.
+
+What is on this machine is opened as a run would open it, so that the plan finds the same mistakes. A recipe whose models are not
+here is planned for GPUs, by the models' configurations alone, with assumptions that the plan lists.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from profuser.models.load import default_device
+from profuser.plan.architecture import Architecture, open_architecture
+from profuser.plan.lengths import RANGES, RESPONSE_SHARE, TOKENS, Lengths, assumed, measured
+from profuser.plan.memory import (
+    PROCESS,
+    RETURNED,
+    Pass,
+    Preparing,
+    TrainingMemory,
+    answering,
+    checkpoint_bytes,
+    reading,
+    training_memory,
+)
+from profuser.plan.store_size import Counts, capture_bytes, targets_bytes
+from profuser.prepare.estimate import expected
+from profuser.prepare.inputs import Inputs, load_split
+from profuser.recipe.parse import Run
+from profuser.recipe.places import resolve
+from profuser.recipe.schedule import Stage, plan
+from profuser.recipe.schema import SPLITS, Recipe, SourceConfig, Split
+
+PROCESSES = (1, 8, 16)
+INSTRUCTIONS = 100_000
+"""How many instructions are assumed where neither the data nor a number is there."""
+TFLOPS = 100.0
+"""The assumed speed of a GPU in 10^12 operations per second, a bit more than a third of what an A100 can do at most in bf16."""
+
+AllLengths = dict[str, dict[Split, Lengths]]
+"""The lengths of every split's conversations in every model's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a phase computes: operations, and over how many processes they are divided.
+
+    rounds: of answering, how many tokens are written one after the other. Each round reads all weights, `read` bytes.
+    """
+
+    phase: str
+    flops: float
+    divided: bool = False
+    rounds: int = 0
+    read: float = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will need. Sizes are in bytes and times in seconds.
+
+    device: what it is planned for, cuda or cpu. available: the memory of that device, None where it is not here.
+    one: the largest forward pass with one process. other_activations: what it keeps with gradient checkpointing, if the recipe has
+    none, or without.
+    training: the memory of a process, for every number of processes, whole and sharded.
+    checkpoint: what writing one adds. preparing: the models that make the store.
+    store: the bytes of its parts. seconds: of each phase on this machine, None where no probe fits.
+    """
+
+    name: str
+    recipe: Recipe
+    device: str
+    bf16: bool
+    available: int | None
+    instructions: int
+    lengths: Lengths
+    models: dict[str, Architecture]
+    stages: list[Stage]
+    one: Pass
+    other_activations: int
+    training: list[TrainingMemory]
+    checkpoint: int
+    preparing: list[Preparing]
+    store: dict[str, int]
+    seconds: dict[str, float] | None
+    work: list[Work]
+    assumed: list[str] = field(default_factory=list)
+
+    @property
+    def target(self) -> Architecture:
+        """The target's model."""
+        return self.models[self.recipe.target_config.name]
+
+    def memory(self, processes: int) -> TrainingMemory:
+        """The memory of each of so many processes, sharded if the recipe says so."""
+        sharded = is_sharded(self.recipe) and processes > 1
+        return next(m for m in self.training if (m.processes, m.sharded) == (processes, sharded))
+
+    def peak(self, processes: int) -> int:
+        """The most memory that the main process takes on its device: on a CPU also what is no tensor, and a checkpoint's bytes.
+
+        What a process has freed in small pieces stays its own on a CPU. So a checkpoint is written beside what the training took at
+        its peak, and the training takes its memory beside what made the store.
+        """
+        memory = self.memory(processes)
+        if self.device != "cpu":
+            return max([memory.peak, *(model.peak for model in self.preparing)])
+        stays = self.one.tokens * self.target.inner * 4 < RETURNED
+        held = memory.peak if stays else memory.lasting + memory.gradients
+        kept = max((model.kept for model in self.preparing), default=0)
+        return PROCESS + max(
+            [max(memory.peak, held + self.checkpoint) + kept, *(model.peak for model in self.preparing)]
+        )
+
+
+def is_sharded(recipe: Recipe) -> bool:
+    """Whether the recipe shards weights, gradients and moments over the processes."""
+    return bool(getattr(recipe.optim, "shard", False))
+
+
+def make_plan(
+    run: Run,
+    *,
+    processes: Sequence[int] = PROCESSES,
+    instructions: int | None = None,
+    tokens: int | None = None,
+    device: str | None = None,
+    timed: bool = True,
+) -> Plan:
+    """Plans a run.
+
+    Args:
+        processes: the numbers of processes to plan for.
+        instructions: how many there are to train on; None counts those of the data.
+        tokens: the mean length of a conversation; None measures it.
+        device: cuda or cpu; None takes the one that is here.
+        timed: whether this machine is probed for how long it will take.
+    Raises:
+        ConfigError, DataError: what a run would raise, as far as it is seen without loading a model.
+    """
+    recipe, notes = run.recipe, []
+    models = {model.name: open_architecture(model) for model in (*recipe.sources, recipe.target_config)}
+    judges = [
+        open_architecture(
+            SourceConfig(name=judge.name, model=judge.model, trust_remote_code=judge.trust_remote_code), "scores"
+        )
+        for judge in recipe.judges
+        if judge.model is not None
+    ]
+    here = all(model.here for model in (*models.values(), *judges))
+    if bundled := [model.name for model in (*models.values(), *judges) if model.bundled]:
+        notes.append(
+            f"{', '.join(bundled)}: not on this machine, counted by the configuration that comes with profuser"
+        )
+
+    # What the run's device will be, and in which arithmetic the target is trained there.
+    if device is None:
+        device = default_device().type if here else "cuda"
+        if not here and not torch.cuda.is_available():
+            notes.append("it runs on GPUs, because the models are not on this machine; --device cpu plans for a CPU")
+    cuda = device == "cuda"
+    bf16 = recipe.optim.precision == "bf16" or (recipe.optim.precision == "auto" and cuda)
+
+    # How many instructions there are, and how long they are.
+    inputs = Inputs.open(run) if here and instructions is None else None
+    if instructions is None:
+        instructions = len(inputs.rows["train"]) if inputs else count_instructions(recipe, notes)
+    target = models[recipe.target_config.name]
+    limit = recipe.data.max_length
+    if inputs is not None and tokens is None:
+        chats = {**inputs.chats, target.name: inputs.target}
+        lengths = {
+            name: {
+                split: measured(inputs.target, chats[name], rows, models[name].vocabulary, limit)
+                for split, rows in inputs.rows.items()
+            }
+            for name in models
+        }
+    else:
+        mean = min(tokens or TOKENS, limit)
+        lengths = {
+            name: dict.fromkeys(SPLITS, assumed(mean, limit, model.vocabulary == target.vocabulary))
+            for name, model in models.items()
+        }
+        notes.append(
+            f"a conversation has {mean:,} tokens, {RESPONSE_SHARE:.0%} of them in the response, and at most {limit:,} (data.max_length)"
+            "; --tokens changes the mean"
+        )
+        if others := [name for name, model in models.items() if model.vocabulary != target.vocabulary]:
+            notes.append(f"{', '.join(others)}: {RANGES} prefix ranges for every token, as between two tokenizers")
+    if recipe.judges:
+        notes.append("the sources' answers are as long as the ground truth, for training and in the store")
+
+    # The parts of the plan.
+    of_target = lengths[target.name]["train"]
+    stages = plan(recipe, instructions)
+    modes = max(len(stage.modes) for stage in stages)
+    length = longest_row(recipe, of_target)
+    whole, copies = target.saved(1, length, bf16=bf16, checkpointing=False)
+    saved = {False: whole, True: target.saved(1, length, bf16=bf16, checkpointing=True)[0]}
+    checkpointing = recipe.optim.gradient_checkpointing
+    own = saved[checkpointing], copies  # autocast keeps its copies until the forward pass ends, also with checkpointing
+    training = []
+    for n in processes:
+        one = largest_pass(recipe, modes, of_target, own, n)
+        training.extend(
+            training_memory(
+                target, recipe.optim, one, processes=n, sharded=sharded, cuda=cuda, top_k=recipe.capture.top_k
+            )
+            for sharded in ((False, True) if n > 1 else (False,))
+        )
+    one = largest_pass(recipe, modes, of_target, own, processes[0])
+    seconds = None
+    if timed and inputs is not None and device == default_device().type:
+        opened = inputs
+        seconds = expected(opened, lambda kind: len(opened.rows[kind.split]), 0)
+    return Plan(
+        name=run.name,
+        recipe=recipe,
+        device=device,
+        bf16=bf16,
+        available=available_memory(device),
+        instructions=instructions,
+        lengths=of_target,
+        models=models,
+        stages=stages,
+        one=one,
+        other_activations=one.rows * saved[not checkpointing],
+        training=training,
+        checkpoint=checkpoint_bytes(target, cuda=cuda),
+        preparing=preparing_memory(recipe, models, judges, lengths, cuda),
+        store=store_bytes(recipe, models, lengths, instructions, inputs),
+        seconds=seconds,
+        work=work_of(recipe, models, judges, lengths, stages, instructions, 2 if cuda else 4),
+        assumed=notes,
+    )
+
+
+def count_instructions(recipe: Recipe, notes: list[str]) -> int:
+    """Counts the training instructions of a recipe whose models are elsewhere, or assumes a number and notes that."""
+    location = recipe.data.location("train")
+    if location is not None and Path(resolve(location.path)).exists():
+        return len(load_split(recipe, "train"))
+    notes.append(f"{location} is not here: {INSTRUCTIONS:,} instructions; --instructions changes that")
+    return INSTRUCTIONS
+
+
+def longest_row(recipe: Recipe, lengths: Lengths) -> int:
+    """Returns the length of a forward pass's rows where it is largest."""
+    budget = recipe.optim.tokens_per_micro_batch
+    return max(1, lengths.longest if budget is None else min(lengths.longest, budget))
+
+
+def largest_pass(recipe: Recipe, modes: int, lengths: Lengths, of_row: tuple[int, int], processes: int) -> Pass:
+    """Returns the largest forward pass of a process.
+
+    Args:
+        modes: how many sequences an instruction has at most. of_row: what the pass keeps for each row, and in 16-bit copies.
+    """
+    optim, length = recipe.optim, longest_row(recipe, lengths)
+    if budget := optim.tokens_per_micro_batch:
+        rows = math.ceil(budget / length)
+        passes = math.ceil(optim.batch_size * modes * lengths.mean / (budget * processes))
+    else:
+        passes = math.ceil(optim.batch_size / (processes * optim.micro_batch_size))
+        rows = math.ceil(optim.batch_size * modes / (processes * passes))
+    return Pass(rows, length, rows * of_row[0], of_row[1], max(1, passes))
+
+
+def preparing_memory(
+    recipe: Recipe,
+    models: dict[str, Architecture],
+    judges: Sequence[Architecture],
+    lengths: AllLengths,
+    cuda: bool,
+) -> list[Preparing]:
+    """Returns what each source and judge needs while the store is made. One process has one model at a time."""
+    generation, capture = recipe.generation, recipe.capture
+    itemsize = 2 if capture.dtype == "bfloat16" or (capture.dtype == "auto" and cuda) else 4
+    found = []
+    for source in recipe.sources:
+        own, of = models[source.name], lengths[source.name]["train"]
+        prompt = of.longest if recipe.data.max_length <= of.longest else of.longest - round(of.response)
+        length = min(recipe.data.max_length, prompt + generation.max_new_tokens)
+        if recipe.judges or recipe.data.heldout is not None:
+            rows = generation.batch_size * generation.responses_per_source
+            found.append(answering(own, source.name, itemsize, rows, length))
+        found.append(reading(own, source.name, "is captured", itemsize, capture.batch_size, of.longest))
+    sizes = {judge.name: judge.batch_size for judge in recipe.judges}
+    longest = lengths[recipe.target_config.name]["train"].longest
+    # Judges are loaded in fp32.
+    return found + [reading(judge, judge.name, "judges", 4, sizes[judge.name], longest) for judge in judges]
+
+
+def store_bytes(
+    recipe: Recipe,
+    models: dict[str, Architecture],
+    lengths: AllLengths,
+    instructions: int,
+    inputs: Inputs | None,
+) -> dict[str, int]:
+    """Returns the bytes of the parts of a store: of every source's captures, and of the targets. Answers and scores are small."""
+    k, sources = recipe.capture.top_k, len(recipe.sources)
+    examples: dict[Split, int] = {"train": instructions}
+    if inputs is not None:
+        examples = {split: len(rows) for split, rows in inputs.rows.items()}
+
+    def shards(number: int) -> int:
+        return math.ceil(number / recipe.capture.shard_size)
+
+    parts = {}
+    for source in recipe.sources:
+        vocabulary, of = models[source.name].vocabulary, lengths[source.name]
+        captured: list[tuple[int, float, Lengths]] = [(number, number, of[split]) for split, number in examples.items()]
+        if recipe.judges:  # every source has a row per prompt, and tokens for those that it won
+            captured.append((instructions, instructions / sources, of["train"]))
+        parts[source.name] = sum(
+            capture_bytes(Counts(number, won * one.response, won * one.ranges, shards(number)), vocabulary, k)
+            for number, won, one in captured
+        )
+    # A shard of targets holds both modes. In inference mode the winner alone is captured on its response.
+    vocabulary, of = models[recipe.target_config.name].vocabulary, lengths[recipe.target_config.name]
+    written = [(number, sources, of[split], shards(number)) for split, number in examples.items()]
+    if recipe.judges:
+        written.append((instructions, 1, of["train"], 0))
+    parts["targets"] = sum(
+        targets_bytes(
+            Counts(number, number * one.mean, number * one.response * speakers, files), vocabulary, k, sources
+        )
+        for number, speakers, one, files in written
+    )
+    return parts
+
+
+def work_of(
+    recipe: Recipe,
+    models: dict[str, Architecture],
+    judges: Sequence[Architecture],
+    lengths: AllLengths,
+    stages: Sequence[Stage],
+    instructions: int,
+    itemsize: int,
+) -> list[Work]:
+    """Returns what each phase computes. A forward pass of n tokens through P parameters costs 2 P n operations."""
+    score = answer = 0.0
+    rounds, read = 0, 0.0
+    for source in recipe.sources:
+        own, of = models[source.name], lengths[source.name]["train"]
+        captured = instructions * (1 + (1 / len(recipe.sources) if recipe.judges else 0))
+        score += 2 * own.parameters * captured * of.mean
+        if recipe.judges:
+            responses = instructions * recipe.generation.responses_per_source
+            answer += 2 * own.parameters * responses * of.response
+            of_source = math.ceil(instructions / recipe.generation.batch_size) * recipe.generation.max_new_tokens
+            rounds, read = rounds + of_source, read + of_source * own.parameters * itemsize
+    shown = instructions * len(recipe.sources) * recipe.generation.responses_per_source
+    target = recipe.target_config.name
+    judging = sum(2 * judge.parameters * shown * lengths[target]["train"].mean for judge in judges)
+    # A backward pass costs two forward passes, and gradient checkpointing one more.
+    passes = 4 if recipe.optim.gradient_checkpointing else 3
+    sequences = sum((stage.stop - stage.first) * len(stage.modes) for stage in stages) * recipe.optim.batch_size
+    fuse = passes * 2 * models[target].parameters * sequences * lengths[target]["train"].mean
+    work = [
+        Work("score", score),
+        Work("answer", answer, rounds=rounds, read=read),
+        Work("judge", judging),
+        Work("fuse", fuse, divided=True),
+    ]
+    return [one for one in work if one.flops]
+
+
+def available_memory(device: str) -> int | None:
+    """Returns the memory of the device that is here, in bytes; None where there is none of its kind."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # a system that does not say
+        return None

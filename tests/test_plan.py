@@ -1,0 +1,425 @@
+"""The plan of a run: its counts are those of real models and stores, its memory is what training takes, and it touches nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_runs import folder, prepared_files, rows, run, write_rows
+from conftest import ROOT
+from safetensors.numpy import load_file
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from profuser.models.load import load_model
+from profuser.plan.architecture import CONFIGS, Architecture, open_architecture
+from profuser.plan.lengths import Lengths
+from profuser.plan.memory import checkpoint_bytes, loss_bytes
+from profuser.plan.plan import Plan, largest_pass, make_plan
+from profuser.plan.store_size import Counts, capture_bytes, targets_bytes
+from profuser.plan.text import plan_text, remedies, size
+from profuser.recipe.parse import parse_run
+from profuser.recipe.places import resolve
+from profuser.recipe.schema import OptimConfig, SourceConfig
+from profuser.train.__main__ import without_own
+from profuser.train.loop import parameter_groups
+
+PAPER = str(ROOT / "profuser/recipes/paper-7b.yaml")
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+}
+
+
+@pytest.fixture(scope="module")
+def paper() -> Plan:
+    """The plan of the paper's recipe, without its models and data."""
+    return make_plan(parse_run("train", ["--config", PAPER]), timed=False)
+
+
+def small(model_type: str, **sizes) -> Architecture:
+    return Architecture(model_type, AutoConfig.for_model(model_type, **(SMALL | sizes)), "generates", True, False)
+
+
+def demo(name: str) -> Architecture:
+    return open_architecture(SourceConfig(name=name, model=f"demo:{name}"))
+
+
+class TestArchitectures:
+    @pytest.mark.parametrize(
+        "model",
+        [
+            small("llama", tie_word_embeddings=False),
+            small("llama", tie_word_embeddings=True, num_key_value_heads=2),
+            small("qwen2", tie_word_embeddings=True),
+            small("gemma2", head_dim=8, num_key_value_heads=2),
+            small("gpt_neox"),
+            small("gpt2", n_embd=32, n_layer=3, n_head=4),
+            small("mpt", d_model=32, n_layers=3, n_heads=4, no_bias=True),
+        ],
+        ids=lambda model: model.name,
+    )
+    def test_parameters_are_those_of_the_real_model(self, model):
+        real = AutoModelForCausalLM.from_config(model.config)
+        assert model.parameters == sum(p.numel() for p in real.parameters())
+        assert model.largest == max(p.numel() for p in real.parameters())
+        assert model.block * model.layers + model.root == model.parameters
+        assert 0 < model.block < model.parameters / 3
+
+    def test_a_tied_head_counts_once(self):
+        tied, untied = (small("llama", tie_word_embeddings=t).parameters for t in (True, False))
+        assert untied - tied == 101 * 32
+
+    @pytest.mark.parametrize("name", ["guardian", "scholar", "reckoner"])
+    def test_parameters_are_those_of_the_loaded_weights(self, name):
+        source = SourceConfig(name=name, model=f"demo:{name}")
+        assert demo(name).parameters == sum(p.numel() for p in load_model(source, torch.float32).parameters())
+
+    @pytest.mark.parametrize(
+        ("model", "parameters"),
+        [
+            ("lmsys/vicuna-7b-v1.5", 6_738_415_616),
+            ("meta-llama/Llama-2-7b-chat-hf", 6_738_415_616),
+            ("mosaicml/mpt-7b-8k-chat", 6_649_286_656),
+        ],
+    )
+    def test_the_papers_models_have_their_published_sizes(self, model, parameters):
+        found = open_architecture(SourceConfig(name="m", model=model))
+        assert (found.parameters, found.bundled, found.here) == (parameters, True, False)
+
+    def test_every_hub_model_of_the_papers_recipe_is_bundled(self):
+        recipe = parse_run("train", ["--config", PAPER]).recipe
+        names = [model.model for model in (*recipe.sources, *recipe.judges)]
+        assert all((CONFIGS / f"{str(name).replace('/', '--')}.json").is_file() for name in names)
+
+    def test_the_cache_of_keys_and_values(self):
+        assert small("llama", num_key_value_heads=2).cache == 2 * 3 * 2 * 8
+        assert small("llama", num_key_value_heads=2, head_dim=16).cache == 2 * 3 * 2 * 16
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize("bf16", [False, True])
+    def test_activations_are_what_a_real_pass_keeps(self, checkpointing, bf16):
+        model = small("llama", num_key_value_heads=2, head_dim=8)
+        real = AutoModelForCausalLM.from_config(model.config).train()
+        if checkpointing:
+            real.gradient_checkpointing_enable()
+        own = {t.untyped_storage().data_ptr() for t in (*real.parameters(), *real.buffers())}
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        ids = torch.arange(3 * 40).reshape(3, 40) % 101
+        with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = real.base_model(input_ids=ids, attention_mask=(ids > 0).long(), use_cache=False)
+        total = sum(storage.nbytes() for storage in kept.values())
+        assert hidden is not None  # what it keeps lives as long as its graph
+        activations, copies = model.saved(3, 40, bf16=bf16, checkpointing=checkpointing)
+        assert activations + copies == pytest.approx(total, rel=0.05)
+        linear = 2 * (model.block - 2 * 32) * model.layers  # all of a block but its two norms
+        assert copies == (linear if bf16 and not checkpointing else 0)
+
+
+class TestMemory:
+    def test_the_optimizers_state_is_what_torch_holds(self):
+        model = load_model(SourceConfig(name="g", model="demo:guardian"), torch.float32)
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
+        model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        optimizer.step()
+        moments = sum(state[key].nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        memory = make_plan(parse_run("train", []), processes=(1,), instructions=700, timed=False).training[0]
+        assert (memory.weights, memory.gradients, memory.moments) == (gradients, gradients, moments)
+
+    def test_shards_divide_what_the_optimizer_holds(self, paper):
+        by = {(m.processes, m.sharded): m for m in paper.training}
+        assert set(by) == {(1, False), (8, False), (8, True), (16, False), (16, True)}
+        whole = 4 * 6_738_415_616
+        for (n, sharded), memory in by.items():
+            share = whole / n if sharded else whole
+            assert (memory.weights, memory.gradients, memory.moments) == pytest.approx((share, share, 2 * share))
+        assert by[1, False].peak > 16 * 6_738_415_616
+        assert by[8, False].peak - by[1, False].peak == whole  # the copy of the gradients that is exchanged
+        assert by[16, True].peak < by[8, True].peak < by[1, False].peak / 6
+        assert paper.one.tokens == 4096
+
+    def test_a_recipe_that_shards_is_judged_by_its_shards(self, paper):
+        assert not paper.memory(8).sharded
+        recipe = copy.deepcopy(paper.recipe)
+        vars(recipe.optim)["shard"] = True  # the key may not be there yet
+        sharding = replace(paper, recipe=recipe)
+        assert sharding.memory(8).sharded
+        assert not sharding.memory(1).sharded
+        assert sharding.peak(8) < paper.peak(8)
+
+    def test_gradient_checkpointing_and_fewer_tokens_save_activations(self, paper):
+        def activations(*overrides: str) -> tuple[int, int]:
+            plan = make_plan(parse_run("train", [*overrides]), processes=(1,), instructions=700, timed=False)
+            return plan.training[0].activations, plan.other_activations
+
+        off, on = activations()
+        assert activations("--optim.gradient_checkpointing=true") == (on, off)
+        assert on < off / 8
+        assert activations("--optim.micro_batch_size=12")[0] == off / 2
+        assert paper.training[0].activations < paper.other_activations / 8
+
+    def test_a_pass_without_a_budget_has_the_longest_rows_of_both_modes(self):
+        recipe = parse_run("train", []).recipe  # 48 instructions in passes of 24
+        lengths = Lengths(30.0, 50, 12.0, 0.0)
+        one = largest_pass(recipe, 2, lengths, (1000, 7), 1)
+        assert (one.rows, one.length, one.activations, one.copies, one.in_step) == (48, 50, 48000, 7, 2)
+        assert largest_pass(recipe, 2, lengths, (1000, 7), 2).in_step == 1
+        assert largest_pass(recipe, 1, lengths, (1000, 7), 2).rows == 24
+
+    @pytest.mark.parametrize("cuda", [False, True])
+    def test_the_loss_is_far_from_tokens_times_vocabulary(self, cuda):
+        model, optim = open_architecture(SourceConfig(name="m", model="lmsys/vicuna-7b-v1.5")), OptimConfig()
+        sizes = [loss_bytes(model, optim, n, top_k=10, cuda=cuda, bf16=cuda) for n in (65_536, 131_072)]
+        assert sizes[1] - sizes[0] < 65_536 * 32_000 * 4 / 3  # what grows are the gradients of the hidden states
+        hot = loss_bytes(
+            model, replace(optim, temperature=2.0, tail="renormalize"), 65_536, top_k=10, cuda=cuda, bf16=cuda
+        )
+        assert (hot > sizes[0]) == (not cuda and hot != 2 * 4 * (32_000 + 65_536) * 4096)
+
+
+class TestStore:
+    def test_captures_have_the_bytes_that_their_counts_say(self, prepared):
+        directory, _, _ = prepared
+        for name, vocabulary in (("guardian", 1152), ("scholar", 448), ("reckoner", 448)):
+            files = [path for part in ("truth", "winners") for path in directory.glob(f"store/{part}/*-{name}-*")]
+            shards = [load_file(path) for path in files]
+            examples, tokens, ranges = (
+                sum(count(shard) for shard in shards)
+                for count in (lambda s: len(s["reason"]), lambda s: len(s["ids"]), lambda s: len(s["range_rows"]))
+            )
+            counts = Counts(examples, tokens, ranges, len(files))
+            assert capture_bytes(counts, vocabulary, 10) == pytest.approx(size_of(files), rel=0.03)
+
+    def test_targets_have_the_bytes_that_their_counts_say(self, prepared):
+        files = list(prepared[0].glob("store/targets/*"))
+        shards = [load_file(path) for path in files]
+        sequences, tokens, rows_, entries = (
+            sum(len(shard[name]) for shard in shards) for name in ("example", "input_ids", "row_source", "entry_ids")
+        )
+        counts = Counts(sequences, tokens, rows_, len(files))
+        missing = (10 * rows_ - entries) * 4  # not every row has top_k entries
+        assert targets_bytes(counts, 1152, 10, 3) - missing == pytest.approx(size_of(files), rel=0.03)
+
+    def test_the_plan_is_near_a_prepared_store(self, prepared):
+        directory, of, _ = prepared
+        plan = make_plan(of, processes=(1,), timed=False)
+        found = {
+            name: size_of(
+                [path for part in ("truth", "winners") for path in directory.glob(f"store/{part}/*-{name}-*")]
+            )
+            for name in ("guardian", "scholar", "reckoner")
+        }
+        found["targets"] = size_of(list(directory.glob("store/targets/*")))
+        assert plan.store["targets"] == pytest.approx(found["targets"], rel=0.05)
+        # Who wins the vote cannot be known: the sources get equal shares.
+        assert sum(plan.store.values()) == pytest.approx(sum(found.values()), rel=0.05)
+
+    def test_more_entries_and_larger_vocabularies_take_more(self):
+        counts = Counts(1000, 50_000, 20_000, 1)
+        assert capture_bytes(counts, 1 << 16, 20) - capture_bytes(counts, 1 << 16, 10) == 10 * (50_000 * 4 + 20_000 * 6)
+        assert capture_bytes(counts, (1 << 16) + 1, 10) - capture_bytes(counts, 1 << 16, 10) == 50_000 * 2 * 11
+        assert capture_bytes(counts, 7, 10) < capture_bytes(counts, 10, 10)
+
+
+def size_of(files: list[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
+
+
+class TestCommand:
+    def test_what_is_assumed_is_said(self, paper):
+        text = plan_text(paper, ["--config", PAPER], 200.0, 100.0)
+        assert all(note in text for note in paper.assumed)
+        for said in ("not on this machine", "100,000 instructions", "512 tokens", "200 TFLOP/s", "as given"):
+            assert said in text
+
+    def test_what_is_given_is_not_assumed(self):
+        given = make_plan(parse_run("train", []), processes=(1,), instructions=7_000, tokens=90, timed=False)
+        assert (given.instructions, given.lengths.mean, given.lengths.longest) == (7_000, 90, 256)
+        assert given.store["targets"] > 7_000 * 90
+
+    def test_the_time_is_that_of_the_operations_at_the_speed(self, paper):
+        fuse = next(work for work in paper.work if work.phase == "fuse")
+        sequences = 128 * (1172 * 1 + 1172 * 2)  # stages of one and of two modes
+        assert fuse.flops == 4 * 2 * 6_738_415_616 * sequences * 512  # 4: gradient checkpointing
+        assert "35 h with 1, 4 h with 8, 2 h with 16" in plan_text(paper, [], None, 100.0)
+
+    def test_nothing_is_written_and_no_weights_are_read(self, good, monkeypatch):
+        with folder(good):
+            shutil.rmtree("runs")
+            before = sorted(map(str, Path().rglob("*")))
+            monkeypatch.setattr("safetensors.torch.load_file", lambda *args: pytest.fail("weights were read"))
+            code, out, err = run("train", "--config", "recipe.yaml", "--dry-run", "--processes", "2")
+            assert (code, err) == (0, "")
+            assert sorted(map(str, Path().rglob("*"))) == before
+            command = "torchrun --nproc-per-node 2 -m profuser.train --config recipe.yaml"
+            for said in ("2, DDP", "2, sharded", "by short probes", command):
+                assert said in out
+            assert "--dry-run" not in out
+
+    def test_a_finished_run_is_left_as_it_is(self, good):
+        with folder(good):
+            before = prepared_files()
+            assert run("train", "--config", "recipe.yaml", "--dry-run")[0] == 0
+            assert prepared_files() == before
+
+    def test_the_plan_finds_what_a_run_would_refuse(self, good):
+        with folder(good):
+            code, _, err = run("train", "--config", "recipe.yaml", "--dry-run", "--target=./nowhere")
+            assert (code, err.count("\n"), "nowhere" in err) == (3, 1, True)
+            Path("train.jsonl").unlink()
+            code, _, err = run("train", "--config", "recipe.yaml", "--dry-run")
+            assert (code, err.count("\n"), "train.jsonl" in err) == (3, 1, True)
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["--dry-run", "--processes", "0"], "--processes must be a whole number above 0"),
+            (["--dry-run", "--processes", "many"], "--processes must be a whole number above 0"),
+            (["--dry-run", "--processes"], "--processes must have a value"),
+            (["--dry-run", "--tflops=nan"], "--tflops must be a number above 0"),
+            (["--dry-run", "--instructions=1e5"], "--instructions must be a whole number"),
+            (["--dry-run", "--device", "tpu"], "--device must be one of cuda, cpu, got tpu"),
+            (["--dry-run=yes"], "--dry-run must stand alone"),
+            (["--dry-run", "--fresh"], "--dry-run must stand without --fresh"),
+            (["--tflops", "100"], "--tflops must come with --dry-run"),
+            (["--dry_run"], "did you mean --dry-run?"),
+        ],
+    )
+    def test_wrong_options_are_refused_in_one_line(self, arguments, says):
+        code, _, err = run("train", *arguments)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert says in err
+
+    def test_the_commands_keep_all_other_arguments(self):
+        argv = ["--config", "a b.yaml", "--dry-run", "--processes", "4", "--optim.lr=1e-5", "--tflops=3", "--seed", "1"]
+        assert without_own(argv) == ["--config", "a b.yaml", "--optim.lr=1e-5", "--seed", "1"]
+
+
+class TestLackOfMemory:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            MemoryError(),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_the_message_names_the_estimate_and_three_settings(self, good, monkeypatch, error):
+        def fail(run):
+            raise error
+
+        monkeypatch.setattr("profuser.pipeline.train_and_report", fail)
+        with folder(good):
+            code, _, err = run("train", "--config", "recipe.yaml")
+        assert (code, err.count("\n")) == (5, 1), err
+        assert re.search(r"the estimate was [\d.]+ MiB of the [\d.]+ GiB", err)
+        settings = re.findall(r"(?:optim|data|generation|capture)\.\w+", err.partition("set ")[2])
+        assert len(settings) == len(set(settings)) == 3
+
+    def test_the_settings_are_those_that_the_recipe_has(self, paper):
+        text = remedies(paper, 1)
+        assert "optim.tokens_per_micro_batch (now 4096)" in text
+        assert not {"micro_batch_size", "gradient_checkpointing"} & set(re.findall(r"optim\.(\w+)", text))
+
+    def test_another_error_stays_what_it_is(self, good, monkeypatch):
+        def fail(run):
+            raise RuntimeError("a defect")
+
+        monkeypatch.setattr("profuser.pipeline.train_and_report", fail)
+        with folder(good), pytest.raises(RuntimeError, match="a defect"):
+            run("train", "--config", "recipe.yaml")
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, TESTS)
+from command_runs import without_pictures
+from profuser.cli import main_of
+from profuser.train.__main__ import main
+with without_pictures():
+    main_of(main, ["--config", "recipe.yaml"])
+"""
+
+
+def train_in_a_process(place: Path) -> tuple[dict, str]:
+    """Trains in a process of its own, without a report's pictures, and returns its run.json and what it printed."""
+    command = [sys.executable, "-c", PROGRAM.replace("TESTS", repr(str(ROOT / "tests")))]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((place / "runs/recipe/run.json").read_text()), done.stdout
+
+
+RECIPE = """\
+sources: [{ name: guardian, model: "demo:guardian" }]
+target: TARGET
+data: { train: train.jsonl, max_length: 256 }
+schedule: fusellm
+optim: { steps: 2, batch_size: 4, micro_batch_size: 4, data_workers: 0 }
+"""
+
+
+def make_folder(place: Path, target: str) -> None:
+    (place / "recipe.yaml").write_text(RECIPE.replace("TARGET", target))
+    write_rows(str(place / "train.jsonl"), rows("fusion", 8))
+
+
+def estimate_beside(place: Path, monkeypatch) -> tuple[float, int]:
+    """The estimate of a folder's recipe, and what its training took, in bytes."""
+    record, out = train_in_a_process(place)
+    monkeypatch.chdir(place)
+    plan = make_plan(parse_run("train", ["--config", "recipe.yaml"]), processes=(1,), timed=False)
+    estimated = plan.peak(1)
+    assert f"memory: {size(record['peak_owned_bytes'])} at most, estimated {size(estimated)}; time: " in out
+    return estimated, record["peak_owned_bytes"]
+
+
+def test_a_small_training_takes_what_was_estimated(tmp_path, monkeypatch):
+    make_folder(tmp_path, "guardian")
+    estimated, measured = estimate_beside(tmp_path, monkeypatch)
+    assert estimated == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.long
+def test_a_training_of_a_hundred_million_parameters_takes_what_was_estimated(tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    shutil.copytree(resolve("demo:guardian"), target, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, dtype="float32", bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(target)
+    make_folder(tmp_path, "./target")
+    estimated, measured = estimate_beside(tmp_path, monkeypatch)
+    assert estimated == pytest.approx(measured, rel=0.1)
+    model = open_architecture(SourceConfig(name="target", model=str(target)))
+    assert measured > checkpoint_bytes(model, cuda=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page shows the plan of a machine without a GPU")
+def test_the_page_shows_what_is_printed_without_network_and_data(monkeypatch):
+    page = (ROOT / "docs/plan.md").read_text()
+    (block,) = re.findall(
+        r"^<!-- printed by python -m profuser\.train (.*?) -->\n```text\n(.*?)^```$", page, re.M | re.S
+    )
+    monkeypatch.chdir(ROOT)
+    assert run("train", *block[0].split()) == (0, block[1], "")
