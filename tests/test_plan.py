@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
@@ -28,8 +27,9 @@ from profuser.plan.store_size import Counts, capture_bytes, targets_bytes
 from profuser.plan.text import plan_text, remedies, size
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import resolve
-from profuser.recipe.schema import OptimConfig, SourceConfig
+from profuser.recipe.schema import AdapterConfig, OptimConfig, SourceConfig
 from profuser.train.__main__ import without_own
+from profuser.train.adapter import with_adapter
 from profuser.train.loop import parameter_groups
 
 PAPER = str(ROOT / "profuser/recipes/paper-7b.yaml")
@@ -158,13 +158,25 @@ class TestMemory:
         assert paper.one.tokens == 4096
 
     def test_a_recipe_that_shards_is_judged_by_its_shards(self, paper):
-        assert not paper.memory(8).sharded
-        recipe = copy.deepcopy(paper.recipe)
-        vars(recipe.optim)["shard"] = True  # the key may not be there yet
-        sharding = replace(paper, recipe=recipe)
-        assert sharding.memory(8).sharded
-        assert not sharding.memory(1).sharded
-        assert sharding.peak(8) < paper.peak(8)
+        assert paper.memory(8).sharded
+        recipe = replace(paper.recipe, optim=replace(paper.recipe.optim, shard=False))
+        whole = replace(paper, recipe=recipe)
+        assert not whole.memory(8).sharded
+        assert not paper.memory(1).sharded
+        assert paper.peak(8) < whole.peak(8)
+
+    def test_an_adapter_has_the_gradients_and_moments_of_its_own_weights(self):
+        adapter = AdapterConfig(rank=4)
+        adapted = with_adapter(load_model(SourceConfig(name="g", model="demo:guardian"), torch.float32), adapter)
+        trained = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
+        frozen = sum(p.nbytes for p in adapted.parameters() if not p.requires_grad)
+        command = ["--adapter.rank=4"]
+        plan = make_plan(parse_run("train", command), processes=(1,), instructions=700, timed=False)
+        whole = make_plan(parse_run("train", []), processes=(1,), instructions=700, timed=False)
+        memory = plan.training[0]
+        assert (memory.weights, memory.gradients, memory.moments) == (trained + frozen, trained, 2 * trained)
+        assert memory.loss < whole.training[0].loss  # the head has no gradient
+        assert plan.checkpoint < whole.checkpoint / 10
 
     def test_gradient_checkpointing_and_fewer_tokens_save_activations(self, paper):
         def activations(*overrides: str) -> tuple[int, int]:

@@ -26,8 +26,10 @@ from transformers import (
 )
 
 from profuser.errors import DataError, first_line
+from profuser.models.head import hidden_states
 from profuser.models.load import read_config, weights_of
-from profuser.recipe.schema import SourceConfig
+from profuser.recipe.schema import AdapterConfig, SourceConfig
+from profuser.train.adapter import with_adapter
 from profuser.typed import read_json
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -44,6 +46,7 @@ class Architecture:
 
     name: the model's name in the recipe. here: whether its files are on this machine.
     bundled: whether the configuration is the one that comes with profuser.
+    adapter: the LoRA adapter that is trained in place of the weights, if the model is a target that has one.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Architecture:
     here: bool
     bundled: bool
     trust_remote_code: bool = False
+    adapter: AdapterConfig | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -62,7 +66,7 @@ class Architecture:
         """
         try:
             with torch.device("meta"):
-                return self._build()
+                return self._build() if self.adapter is None else with_adapter(self._build(), self.adapter)
         except Exception as error:  # the configuration may ask for anything, and the model's own code raise anything
             raise DataError(
                 f"{self.name}: the plan needs a model that transformers can build, {self.config.model_type!r} failed "
@@ -80,9 +84,14 @@ class Architecture:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @cached_property
+    def trained(self) -> int:
+        """The number of parameters that are trained: all, or those of the adapter."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    @cached_property
     def largest(self) -> int:
-        """The number of parameters of the largest tensor, as a rule the embeddings or the head."""
-        return max(parameter.numel() for parameter in self.model.parameters())
+        """The number of parameters of the largest tensor that is trained, as a rule the embeddings or the head."""
+        return max(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     @cached_property
     def block(self) -> int:
@@ -124,7 +133,7 @@ class Architecture:
         return 2 * self.layers * heads * size
 
     def saved(self, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> tuple[int, int]:
-        """What a forward pass keeps for its backward pass, in bytes.
+        """What a forward pass keeps for its backward pass, in bytes. An adapter keeps the same inputs, and little beside them.
 
         Args:
             rows, length: the shape of the batch, in sequences and in tokens.
@@ -164,7 +173,7 @@ def saved_bytes(model: PreTrainedModel, rows: int, length: int, bf16: bool, chec
 
     ids = torch.zeros(rows, length, dtype=torch.long)
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        model.base_model(input_ids=ids, use_cache=False)
+        hidden_states(model, ids, None)
     return sum(s.nbytes() for s in kept.values()), sum(s.nbytes() for s in copies.values())
 
 

@@ -90,7 +90,9 @@ def training_memory(
     Args:
         one: the largest forward pass. top_k: how many entries a source's distribution has.
     """
-    whole = FP32 * target.parameters
+    # Weights that an adapter freezes have neither gradients nor moments, and are in 16 bits where the passes are.
+    frozen = (target.parameters - target.trained) * (BF16 if one.copies else FP32)
+    whole = FP32 * target.trained
     share = -(-whole // processes) if sharded else whole
     head = FP32 * target.vocabulary * target.width
     exchange = copies = 0
@@ -99,12 +101,12 @@ def training_memory(
         gathered = 2 * target.block + target.root
         exchange = (BF16 if one.copies else FP32) * gathered + FP32 * target.block
     else:
-        copies = one.copies
+        copies = 0 if frozen else one.copies
         exchange = whole if processes > 1 else 0
     return TrainingMemory(
         processes=processes,
         sharded=sharded,
-        weights=share,
+        weights=share + frozen,
         gradients=share,
         moments=2 * share,
         exchange=exchange,
@@ -112,7 +114,7 @@ def training_memory(
         copies=copies,
         loss=loss_bytes(target, optim, one.tokens, top_k=top_k, cuda=cuda, bf16=one.copies > 0),
         # The embeddings' gradient is dense, and is added to that of the tied head or of the pass before.
-        ending=head if target.config.get_text_config().tie_word_embeddings or one.in_step > 1 else 0,
+        ending=head if not frozen and (target.config.get_text_config().tie_word_embeddings or one.in_step > 1) else 0,
         # On a GPU AdamW takes all parameters at a time, on a CPU one after the other.
         update=share if cuda else 2 * FP32 * target.largest,
         single=one.in_step == 1,
@@ -126,7 +128,8 @@ def loss_bytes(target: Architecture, optim: OptimConfig, tokens: int, *, top_k: 
     tensors. The logits of a chunk of tokens exist in the forward pass only.
     """
     vocabulary, width = target.vocabulary, target.width
-    gradients = FP32 * (vocabulary * width + tokens * width)
+    learns = target.trained == target.parameters  # else the head is frozen
+    gradients = FP32 * (learns * vocabulary * width + tokens * width)
     if cuda:
         rows = chunk_rows_gpu(tokens, vocabulary, width)
         chunk = rows * vocabulary * (FP32 + BF16)  # logits, and their gradient in 16 bits
@@ -144,7 +147,7 @@ def loss_bytes(target: Architecture, optim: OptimConfig, tokens: int, *, top_k: 
 
 def checkpoint_bytes(target: Architecture, *, cuda: bool) -> int:
     """Returns what a checkpoint adds to the memory of the machine's first process, not of its GPU, while it is written."""
-    return (SAVE + (3 * FP32 if cuda else 0)) * target.parameters
+    return (SAVE + (3 * FP32 if cuda else 0)) * target.trained
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -120,7 +120,7 @@ class Plan:
 
 def is_sharded(recipe: Recipe) -> bool:
     """Whether the recipe shards weights, gradients and moments over the processes."""
-    return bool(getattr(recipe.optim, "shard", False))
+    return recipe.optim.shard
 
 
 def make_plan(
@@ -170,7 +170,7 @@ def make_plan(
     inputs = Inputs.open(run) if here and instructions is None else None
     if instructions is None:
         instructions = len(inputs.rows["train"]) if inputs else count_instructions(recipe, notes)
-    target = models[recipe.target_config.name]
+    target = replace(models[recipe.target_config.name], adapter=recipe.adapter)
     limit = recipe.data.max_length
     if inputs is not None and tokens is None:
         chats = {**inputs.chats, target.name: inputs.target}
