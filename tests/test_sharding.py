@@ -30,7 +30,8 @@ from transformers import (
 
 from profuser.fusion_model import FusionModel, tied_names
 from profuser.recipe.places import resolve
-from profuser.train.sharding import blocks_of, load_into_shards, whole_model
+from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from profuser.train.sharding import blocks_of, load_into_shards, whole, whole_model
 
 
 def launched(processes: int, *arguments: str) -> subprocess.CompletedProcess:
@@ -170,6 +171,33 @@ def test_a_sharded_model_is_the_loaded_one_whatever_its_config_says_of_ties(grou
     assert exported.state_dict().keys() == expected.keys()
     for name, tensor in exported.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)  # dtypes included
+
+
+@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "llama, tied", "biogpt"])
+def test_a_checkpoint_after_a_validation_holds_the_moments_of_every_weight(group, tmp_path, kind, validated):
+    loaded = small(kind)
+    with torch.device("meta"):
+        empty = type(loaded)(loaded.config).eval()
+    plain, fusion = FusionModel(loaded, beta=0), FusionModel(empty, beta=0)
+    load_into_shards(fusion, loaded, Accelerator(cpu=True))
+    ids = torch.arange(3, 12)[None]
+    optimizer, again = (torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (fusion, plain))
+    for _ in range(2):
+        optimizer.zero_grad()
+        fusion(ids, labels=ids)["loss"].backward()
+        optimizer.step()
+    if validated:
+        with torch.no_grad():
+            fusion(ids, labels=ids)
+    save_checkpoint(tmp_path, Checkpoint(2, "t", b""), fusion, optimizer, 1)
+    load_newest(tmp_path, plain, again)
+    for ours, other in zip(fusion.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(whole(ours.detach()), other.detach())
+        expected = optimizer.state[ours]
+        assert again.state[other].keys() == expected.keys()
+        assert all(torch.equal(again.state[other][key], whole(expected[key])) for key in expected)
+        assert expected["step"] == 2
 
 
 # -- whole runs ---------------------------------------------------------------------------------------------------------

@@ -134,6 +134,15 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def divide_again(model: nn.Module) -> None:
+    """Frees what a forward pass without a backward pass, such as a validation's, has left gathered.
+
+    The parameters of a module that is gathered are not those that the optimizer knows.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Returns a tensor as it is without division. If it is divided, all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
