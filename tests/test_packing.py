@@ -23,8 +23,8 @@ from profuser.train.targets import Targets
 
 ONES = dict.fromkeys(Mode, 1.0)
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "initializer_range": 0.3,
-    "max_position_embeddings": 16,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+    "initializer_range": 0.3, "max_position_embeddings": 16,
 }  # fmt: skip
 ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 16}
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
@@ -111,6 +112,7 @@ def small(kind: str) -> PreTrainedModel:
     """An untrained model of two or more layers."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 63}
+    config: Any
     match kind:
         case "llama":
             config = LlamaConfig(**sizes, num_hidden_layers=2)
@@ -122,10 +124,10 @@ def small(kind: str) -> PreTrainedModel:
             config = BioGptConfig(**sizes, num_hidden_layers=2)
         case "mamba":  # its blocks lie in each other
             config = MambaConfig(hidden_size=32, state_size=8, num_hidden_layers=2, vocab_size=63)
-        case "zamba":  # two of its layers share an attention block
-            kinds = ["mamba", "mamba", "hybrid"] * 2
-            more = {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4, "mamba_d_state": 8}
-            config = ZambaConfig(**sizes, num_hidden_layers=6, layer_types=kinds, **more)
+        case _:  # Zamba: two of its layers share an attention block
+            more: dict[str, Any] = {"layer_types": ["mamba", "mamba", "hybrid"] * 2, "mamba_d_state": 8}
+            more |= {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4}
+            config = ZambaConfig(**sizes, num_hidden_layers=6, **more)
     if kind == "llama":
         model = CountingLlama(config).eval()
         model.config.tie_word_embeddings = True  # which its head of its own contradicts
@@ -167,7 +169,7 @@ def test_a_sharded_model_is_the_loaded_one_whatever_its_config_says_of_ties(grou
     exported = whole_model(fusion.model, torch.bfloat16, accelerator)
     assert exported is not None
     assert tied_names(exported) == tied_names(loaded)
-    expected = loaded.to(torch.bfloat16).state_dict()
+    expected = nn.Module.to(loaded, torch.bfloat16).state_dict()
     assert exported.state_dict().keys() == expected.keys()
     for name, tensor in exported.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)  # dtypes included
