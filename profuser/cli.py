@@ -143,6 +143,10 @@ def explained(error: Exception) -> ProfuserError:
             f"out of memory ({first_line(error)}); lower generation.batch_size, capture.batch_size, decode.batch_size, "
             "optim.micro_batch_size, optim.tokens_per_micro_batch or data.max_length, or set optim.gradient_checkpointing: true"
         )
+    if "DistBackendError" in kind or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return ProfuserError(
+            "the other processes of a run must live as long as it, one has ended; its own line says why"
+        )
     if "SafetensorError" in kind:
         return ProfuserError(f"a file could not be written or read ({error}); check the disk")
     raise error

@@ -76,6 +76,10 @@ def main() -> None:
             gradients(model, steps, number, 1)
             optimizer.step()
 
+    @torch.no_grad()
+    def validated(model, steps):  # it gathers what no backward pass divides again
+        model(**steps.batch(0).micro_batches[0].tensors(torch.device("cpu")), reduction="sum")
+
     def adamw(model):
         return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
@@ -84,6 +88,7 @@ def main() -> None:
 
     optimizer = adamw(fusion)
     stepped(fusion, steps_of(world, rank), optimizer, (0, 1))
+    validated(fusion, steps_of(world, rank))
     save_checkpoint(Path(directory) / "sharded", Checkpoint(2, "t", b"m"), fusion, optimizer, 2)
     at_two = vector(fusion)
     files = sorted(path.name for path in (Path(directory) / "sharded/step-000002").iterdir())
@@ -91,6 +96,7 @@ def main() -> None:
     stepped(fusion, steps_of(world, rank), optimizer, (2,))
     at_three = vector(fusion)
     again = adamw(fusion)
+    validated(fusion, steps_of(world, rank))
     assert load_newest(Path(directory) / "sharded", fusion, again) == Checkpoint(2, "t", b"m")
     found["restored"] = torch.equal(vector(fusion), at_two)
     stepped(fusion, steps_of(world, rank), again, (2,))
@@ -115,6 +121,7 @@ def main() -> None:
     )
 
     # The whole model is written at the end.
+    validated(fusion, steps_of(world, rank))
     exported = whole_model(fusion.model, dtype, accelerator)
     assert (exported is None) == (rank != 0)
     if exported is not None:

@@ -52,6 +52,14 @@ def test_every_kind_of_failure_has_its_exit_code_and_one_line(error, code, capsy
     assert "\n" not in err
 
 
+def test_a_process_whose_neighbour_has_ended_says_so_in_one_line():
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1")
+    for error in (lost, torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1.")):
+        assert "one has ended; its own line says why" in str(explained(error))
+    with pytest.raises(RuntimeError, match="shapes"):  # a defect of our own stays as it is
+        explained(RuntimeError("shapes cannot be multiplied"))
+
+
 @pytest.mark.parametrize(
     ("module", "extra"), [("datasets", "train"), ("gguf", "gguf"), ("reasoning_gym.utils", "recipes")]
 )

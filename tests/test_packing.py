@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
 from profuser.errors import ConfigError, NonFiniteError
 from profuser.fusion_model import FusionModel, keeps_apart
@@ -21,6 +22,11 @@ from profuser.train.steps import Steps
 from profuser.train.targets import Targets
 
 ONES = dict.fromkeys(Mode, 1.0)
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+    "initializer_range": 0.3, "max_position_embeddings": 16,
+}  # fmt: skip
+ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 16}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +129,7 @@ def test_a_packed_batch_says_of_each_sequence_what_a_batch_of_its_own_says(seque
             assert packed["position_ids"][b, place].tolist() == list(range(len(sequence.input_ids)))
         assert (packed["labels"][b, begin:] == IGNORE_INDEX).all()
         assert (packed["source_ids"][0, b, begin:] == -1).all()
-        assert packed["position_ids"][b, begin:].tolist() == list(range(packed["input_ids"].shape[1] - begin))
+        assert not packed["position_ids"][b, begin:].any()
 
 
 def test_a_flat_batch_gives_the_bounds_of_its_sequences(sequences, targets):
@@ -224,6 +230,50 @@ def test_no_sequence_sees_another_one_of_its_row(sequences, targets, double):
         )
         for rows in ([[a, b, c]], [longer], [[a, b], [c]], [[a, b, c, other], [other]]):
             torch.testing.assert_close(of_middle(rows), expected["ce"] + expected["kd"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=64),
+        LlamaConfig(**SIZES, rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 4.0}),
+        Phi3Config(
+            **SIZES,
+            original_max_position_embeddings=16,
+            pad_token_id=0,
+            rope_parameters=ROPE
+            | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0},
+        ),
+    ],
+    ids=["learned positions", "dynamic", "longrope"],
+)
+def test_padding_that_is_longer_than_the_models_positions_changes_nothing(sequences, config):
+    """Sequences fit into 16 positions, but the padding behind the last of them is of 30 tokens."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    rng = np.random.default_rng(0)
+    rows = [
+        [
+            replace(
+                sequences[0],
+                input_ids=rng.integers(1, 64, length),
+                label_mask=np.ones(length, bool),
+            )
+            for length in lengths
+        ]
+        for lengths in ([14, 15, 16], [1, 5, 9])
+    ]
+    zeros = dict.fromkeys(Mode, 0.0)
+    batch = collate(rows, ONES, zeros, pad_id=0, top_k=1, layout="packed")
+    assert batch["input_ids"].shape == (2, 45)
+    fusion = FusionModel(model, beta=0.0)
+    assert fusion.keeps_apart[False]
+
+    def loss(batch):
+        return float(fusion(**{k: torch.from_numpy(x) for k, x in batch.items()}, reduction="sum")["loss"].detach())
+
+    alone = [loss(collate([[sequence]], ONES, zeros, pad_id=0, top_k=1)) for row in rows for sequence in row]
+    assert loss(batch) == pytest.approx(sum(alone), rel=1e-6)
 
 
 def test_a_model_whose_rows_must_all_begin_examples_at_the_same_places_is_not_packed(double, monkeypatch):

@@ -14,10 +14,25 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
-from transformers import AutoModelForCausalLM
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    BioGptConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedModel,
+    ZambaConfig,
+)
 
+from profuser.fusion_model import FusionModel, tied_names
 from profuser.recipe.places import resolve
+from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from profuser.train.sharding import blocks_of, load_into_shards, whole, whole_model
 
 
 def launched(processes: int, *arguments: str) -> subprocess.CompletedProcess:
@@ -80,6 +95,111 @@ def test_a_sharded_targets_gradients_and_checkpoints_are_those_of_a_whole_one(
     ]  # fmt: skip
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert isinstance(again.get_output_embeddings().weight, torch.Tensor)
+
+
+# -- other architectures, in one process that counts as several --------------------------------------------------------
+
+
+class CountingLlama(LlamaForCausalLM):
+    """A model with a buffer of integers, which bf16 would round."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("seen", torch.tensor(2**24 + 1))
+
+
+def small(kind: str) -> PreTrainedModel:
+    """An untrained model of two or more layers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 63}
+    config: Any
+    match kind:
+        case "llama":
+            config = LlamaConfig(**sizes, num_hidden_layers=2)
+        case "llama, tied":
+            config = LlamaConfig(**sizes, num_hidden_layers=2, tie_word_embeddings=True)
+        case "gpt2":
+            config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=63)
+        case "biogpt":  # it names no blocks
+            config = BioGptConfig(**sizes, num_hidden_layers=2)
+        case "mamba":  # its blocks lie in each other
+            config = MambaConfig(hidden_size=32, state_size=8, num_hidden_layers=2, vocab_size=63)
+        case _:  # Zamba: two of its layers share an attention block
+            more: dict[str, Any] = {"layer_types": ["mamba", "mamba", "hybrid"] * 2, "mamba_d_state": 8}
+            more |= {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4}
+            config = ZambaConfig(**sizes, num_hidden_layers=6, **more)
+    if kind == "llama":
+        model = CountingLlama(config).eval()
+        model.config.tie_word_embeddings = True  # which its head of its own contradicts
+        return model
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("llama", ["LlamaDecoderLayer"] * 2),
+        ("biogpt", []),
+        ("mamba", ["MambaBlock"] * 2),
+        ("zamba", ["ZambaMambaDecoderLayer"] * 4),
+    ],
+)
+def test_the_blocks_neither_lie_in_each_other_nor_share_weights(kind, expected):
+    assert [type(block).__name__ for block in blocks_of(small(kind))] == expected
+
+
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama, tied", "gpt2", "biogpt", "mamba", "zamba"])
+def test_a_sharded_model_is_the_loaded_one_whatever_its_config_says_of_ties(group, kind):
+    loaded, accelerator = small(kind), Accelerator(cpu=True)
+    with torch.device("meta"):
+        empty = type(loaded)(loaded.config).eval()
+    plain, fusion = FusionModel(loaded, beta=0), FusionModel(empty, beta=0)
+    load_into_shards(fusion, loaded, accelerator)
+    assert all(isinstance(p, DTensor) for p in fusion.parameters())
+    ids = torch.arange(3, 12)[None]
+    assert torch.equal(*(model(ids, labels=ids)["loss"] for model in (fusion, plain)))
+    assert tied_names(fusion.model) == tied_names(loaded)
+    exported = whole_model(fusion.model, torch.bfloat16, accelerator)
+    assert exported is not None
+    assert tied_names(exported) == tied_names(loaded)
+    expected = nn.Module.to(loaded, torch.bfloat16).state_dict()
+    assert exported.state_dict().keys() == expected.keys()
+    for name, tensor in exported.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)  # dtypes included
+
+
+@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "llama, tied", "biogpt"])
+def test_a_checkpoint_after_a_validation_holds_the_moments_of_every_weight(group, tmp_path, kind, validated):
+    loaded = small(kind)
+    with torch.device("meta"):
+        empty = type(loaded)(loaded.config).eval()
+    plain, fusion = FusionModel(loaded, beta=0), FusionModel(empty, beta=0)
+    load_into_shards(fusion, loaded, Accelerator(cpu=True))
+    ids = torch.arange(3, 12)[None]
+    optimizer, again = (torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (fusion, plain))
+    for _ in range(2):
+        optimizer.zero_grad()
+        fusion(ids, labels=ids)["loss"].backward()
+        optimizer.step()
+    if validated:
+        with torch.no_grad():
+            fusion(ids, labels=ids)
+    save_checkpoint(tmp_path, Checkpoint(2, "t", b""), fusion, optimizer, 1)
+    load_newest(tmp_path, plain, again)
+    for ours, other in zip(fusion.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(whole(ours.detach()), other.detach())
+        expected = optimizer.state[ours]
+        assert again.state[other].keys() == expected.keys()
+        assert all(torch.equal(again.state[other][key], whole(expected[key])) for key in expected)
+        assert expected["step"] == 2
 
 
 # -- whole runs ---------------------------------------------------------------------------------------------------------

@@ -158,6 +158,23 @@ def test_resuming_after_an_interruption_equals_the_uninterrupted_run(prepared, t
         assert a | timing == b | timing
 
 
+def test_what_dropout_draws_follows_from_the_step_and_not_from_what_was_drawn_before(prepared, tmp_path):
+    """A checkpoint holds one random state, but every process has its own."""
+    _, run, store = prepared
+    seen: list[list[int]] = []
+    for before in (1, 2):
+        t = trainer(run, store, tmp_path / str(before), eval_every=0)
+        states: list[int] = []
+        t.fusion.register_forward_pre_hook(
+            lambda module, args, states=states: states.append(torch.initial_seed()) if module.training else None
+        )
+        torch.manual_seed(before)
+        t.train()
+        seen.append(states)
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == 4  # one for each step
+
+
 def test_an_interruption_while_scoring_costs_only_the_scoring(prepared, tmp_path, monkeypatch):
     _, run, _ = prepared
     run = replace(run, recipe=replace(run.recipe, output=str(tmp_path / "run")))

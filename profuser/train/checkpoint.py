@@ -27,7 +27,7 @@ from profuser.store.files import sync_directory, temporary_beside, write_atomic
 from profuser.store.sealed import FILES, FileDigest, damaged_files, digest_of, unsealed, write_sealed
 from profuser.train.run_record import METRICS
 from profuser.train.shard_files import STEPS, load_shares, save_shares, sizes_in
-from profuser.train.sharding import agreed, is_main, is_sharded
+from profuser.train.sharding import agreed, divide_again, is_main, is_sharded
 from profuser.typed import COUNT, parsed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -61,6 +61,7 @@ def save_checkpoint(
     final = directory / f"step-{checkpoint.step:06d}"
     sharded = is_sharded(model)
     writes = is_main() or not sharded
+    divide_again(model)
     temporary = agreed(temporary_beside(final)) if sharded else temporary_beside(final)
     if writes:
         _remove(temporary)
@@ -161,6 +162,7 @@ def load_newest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimi
     if found is None:
         return None
     path, state = found
+    divide_again(model)
     _restore(path, model, optimizer)
     return Checkpoint(state["step"], state["targets"], (path / METRICS).read_bytes())
 

@@ -36,7 +36,8 @@ def collate(
     Args:
         pad_id: the id of the padding in input_ids. top_k: K, the most entries that a distribution can have.
         layout: with "padded" every row must hold one sequence, and the batch has an attention_mask. Else it has position_ids
-            that begin anew with every sequence, and with the padding, which keep them apart.
+            that begin anew with every sequence, which keep them apart. Padding is at position 0, because it can be longer than
+            any sequence, and the longest position decides about some models' frequencies.
 
     Returns:
         input_ids, labels (B, T) int64 and ce_weight, kd_weight (B, T) fp32; attention_mask or position_ids (B, T) int64. Unless
@@ -57,8 +58,9 @@ def collate(
     if layout == "padded":
         batch["attention_mask"] = (np.arange(shape[1]) < [[length] for (length,) in lengths]).astype(np.int64)
     else:
-        parts = [[*of_row, shape[1] - sum(of_row)] for of_row in lengths]
-        batch["position_ids"] = np.stack([np.concatenate([np.arange(n) for n in of_row]) for of_row in parts])
+        batch["position_ids"] = np.zeros(shape, np.int64)
+        for b, place, sequence in placed(rows):
+            batch["position_ids"][b, place] = np.arange(len(sequence.input_ids))
     if layout == "flat":
         bounds = np.cumsum([0, *lengths[0]], dtype=np.int32)
         longest = np.int64(max(lengths[0]))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -244,6 +245,9 @@ class Trainer:
             return {"lr": lr}
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # Dropout follows from the step and the rank: a checkpoint holds the main process's random state alone.
+        drawn = np.random.SeedSequence((self.recipe.seed, step, self.accelerator.process_index))
+        torch.manual_seed(int(drawn.generate_state(1)[0]))
 
         # The forward and backward passes. Only in the last one does DDP exchange the gradients between the ranks; a sharded model
         # adds them up in every pass, because no rank has room for all of them. What each sequence adds to the losses stays on the

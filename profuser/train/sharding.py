@@ -6,6 +6,7 @@ forward holds the loss: they are gathered once per forward pass and stay until i
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, TypeVar
 
 import torch
@@ -18,15 +19,31 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from profuser.fusion_model import FusionModel
+from profuser.fusion_model import FusionModel, tied_names
 
 T = TypeVar("T")
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the blocks of a model's layers, which transformers names as those that may not be split."""
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    """Returns the blocks of a model's layers, which transformers names as those that may not be split.
+
+    Of blocks that lie in each other, such as a Mamba's layer and its mixer, the outer one is taken. Those that share weights with
+    another part of the model, as some of Zamba's do, are left out: FSDP2 gathers a weight in one place.
+    """
+    names, blocks = set(model._no_split_modules or ()), []
+    inside: set[nn.Module] = set()
+    everywhere = _uses(model)
+    for module in model.modules():  # the outer ones come first
+        if type(module).__name__ in names and module not in inside:
+            inside.update(module.modules())
+            if all(everywhere[weight] == count for weight, count in _uses(module).items()):
+                blocks.append(module)
+    return blocks
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """Returns under how many names a module has each of its parameters, by their ids."""
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def load_into_shards(fusion: FusionModel, loaded: PreTrainedModel | None, accelerator: Accelerator) -> None:
@@ -45,6 +62,7 @@ def load_into_shards(fusion: FusionModel, loaded: PreTrainedModel | None, accele
         reduce_dtype=torch.float32 if accelerator.mixed_precision == "bf16" else None,
         cast_forward_inputs=False,  # the sources' log-probabilities and the weights of the tokens stay in fp32
     )
+    tie_as(fusion.model, agreed({} if loaded is None else tied_names(loaded)))
     names = {id(module): name for name, module in fusion.model.named_modules()}
     for block in blocks_of(fusion.model):
         _fill(block, f"{names[id(block)]}.", source, device)
@@ -53,6 +71,21 @@ def load_into_shards(fusion: FusionModel, loaded: PreTrainedModel | None, accele
     if loaded is not None:
         fusion.model.generation_config = loaded.generation_config
     fully_shard(fusion, mesh=mesh, mp_policy=policy)
+
+
+def tie_as(model: nn.Module, ties: dict[str, str]) -> None:
+    """Ties the parameters of a model that are tied in another one, and no others.
+
+    What a configuration says of ties does not always hold: a head of its own beside the embedding is loaded as such.
+
+    Args:
+        ties: tied_names of the other model.
+    """
+    for name in {**tied_names(model), **ties}:
+        part, _, key = name.rpartition(".")
+        old = model.get_parameter(name)
+        alone = nn.Parameter(torch.empty_like(old), old.requires_grad)
+        setattr(model.get_submodule(part), key, model.get_parameter(ties[name]) if name in ties else alone)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -98,6 +131,15 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def divide_again(model: nn.Module) -> None:
+    """Frees what a forward pass without a backward pass, such as a validation's, has left gathered.
+
+    The parameters of a module that is gathered are not those that the optimizer knows.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Returns a tensor as it is without division. If it is divided, all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -117,13 +159,15 @@ def whole_model(model: PreTrainedModel, dtype: torch.dtype, accelerator: Acceler
     for name, tensor in tensors.items():
         if id(tensor) not in by_id:
             full = whole(tensor.detach())
-            by_id[id(tensor)] = full.to("cpu", dtype) if accelerator.is_main_process else torch.empty(0)
+            rounded = dtype if full.is_floating_point() else full.dtype
+            by_id[id(tensor)] = full.to("cpu", rounded) if accelerator.is_main_process else torch.empty(0)
         gathered[name] = by_id[id(tensor)]
     if not accelerator.is_main_process:
         return None
     with torch.device("meta"):
         plain = type(model)(model.config)
+    tie_as(plain, ties := tied_names(model))
     plain.load_state_dict(gathered, assign=True)
-    plain.tie_weights()
+    tie_as(plain, ties)  # assigning has given each name a parameter of its own
     plain.generation_config = model.generation_config
     return plain
