@@ -265,6 +265,27 @@ def test_changes_of_a_stage_are_tenths_of_its_lines_and_the_passes_around_it():
     ]
 
 
+def test_a_stage_with_one_point_shows_no_change(tmp_path):
+    run_dir, store_dir = make_run(tmp_path)
+    lines = [
+        {"step": 10, "stage": 0, "loss": 1.0, "ce_inference": 0.3111, "kd_inference": 0.0},
+        {"step": 12, "stage": 1, "loss": 1.0, "ce_training": 0.3, "ce_inference": 0.25},
+        {"step": 24, "stage": 1, "loss": 1.0, "ce_training": 0.2},
+        {"step": 0, "stage": 0, "eval": {"ce": 0.6, "kd": None}},
+        {"step": 24, "stage": 1, "eval": {"ce": 0.5, "kd": None}},
+    ]
+    write_lines(run_dir / "metrics.jsonl", lines)
+    record_files(run_dir, "metrics.jsonl")
+    with without_pictures():
+        _, *rows = Page(write_report(run_dir, store_dir)).tables["Stages"]
+    assert rows[5:] == [
+        ["Cross-entropy"],
+        ["inference", "0.311 (one point)", "0.250 (one point)"],
+        ["training", "–", "0.300 → 0.200"],
+        ["validation", "–", "0.600 → 0.500"],
+    ]
+
+
 # The matrices of Machado, Oliveira and Fernandes (2009) at severity 1, for linear RGB.
 SEEN_BY = {
     "anybody": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),

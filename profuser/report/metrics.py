@@ -27,6 +27,12 @@ class Change(NamedTuple):
     last: float
 
 
+class OnePoint(NamedTuple):
+    """The only value that a stage has of a quantity, from which no change can be told."""
+
+    value: float
+
+
 @dataclass(frozen=True, slots=True)
 class Metrics:
     """The content of metrics.jsonl: its training and validation lines by ascending step, and how many lines are damaged."""
@@ -38,7 +44,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
-    """A row of the table of stages: one quantity, with a number, a text, a Change or None for every stage."""
+    """A row of the table of stages: one quantity, with a number, a text, a Change, a OnePoint or None for every stage."""
 
     group: str
     label: str
@@ -88,12 +94,14 @@ def stage_table(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
     return [row for row in rows if any(value is not None for value in row.values)]
 
 
-def _tenths(lines: Sequence[Mapping[str, Any]], key: str) -> Change | None:
+def _tenths(lines: Sequence[Mapping[str, Any]], key: str) -> Change | OnePoint | None:
     """Returns a quantity's mean over the first and over the last tenth of some training lines; None where it has no values."""
     # A value of 0 means that the mode had no tokens, or that there was no KL.
     values = [line[key] for line in lines if line.get(key)]
     if not values:
         return None
+    if len(values) == 1:
+        return OnePoint(values[0])
     tenth = max(1, len(values) // 10)
     return Change(sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth)
 

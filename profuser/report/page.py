@@ -26,7 +26,7 @@ from profuser.report import figures
 from profuser.report.evaluations import read_evaluations
 from profuser.report.figures import Model
 from profuser.report.intervals import Score, difference, mean_score, wilson
-from profuser.report.metrics import Change, read_metrics, stage_table
+from profuser.report.metrics import Change, OnePoint, read_metrics, stage_table
 from profuser.report.theme import DARK, LIGHT, Theme
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
@@ -159,6 +159,8 @@ def _change(value: Any) -> str:
     """Formats a cell of the table of stages."""
     if isinstance(value, Change):
         return f"{value.first:.3f} → {value.last:.3f}"
+    if isinstance(value, OnePoint):
+        return f"{value.value:.3f} (one point)"
     return "–" if value is None else value if isinstance(value, str) else f"{value:.3g}"
 
 
