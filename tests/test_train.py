@@ -23,6 +23,8 @@ from profuser.evaluate.__main__ import main as evaluate_command
 from profuser.evaluate.scores import evaluate
 from profuser.fusion_model import FusionModel
 from profuser.pipeline import train
+from profuser.prepare.data import data_hash
+from profuser.prepare.inputs import load_split
 from profuser.prepare.phases import prepare
 from profuser.recipe.schedule import Mode, Stage
 from profuser.store.store import Store
@@ -99,6 +101,13 @@ def test_the_evaluation_shows_training_prompts_of_every_skill_with_votes_and_the
     assert len(votes) == run.recipe.evaluation.examples
     assert len({example["skill"] for example in votes}) == 3
     assert all(len(example["sources"]) == 3 and isinstance(example["fused"], str) for example in votes)
+
+
+def test_the_evaluation_records_which_prompts_it_was_made_on(finished):
+    run, _ = finished
+    recorded = json.loads((run.output_dir / "evaluation.json").read_text())["data"]
+    assert recorded == data_hash(load_split(run.recipe, "heldout"))
+    assert recorded != data_hash(load_split(run.recipe, "validation"))
 
 
 def test_changed_training_data_are_refused_when_scoring(finished, tmp_path):

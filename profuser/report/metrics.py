@@ -65,7 +65,28 @@ def read_metrics(content: bytes) -> Metrics:
 
 
 def stage_table(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
-    """Returns the table of stages: how each weighed the modes, and how it changed CE and KL. A row without values is left out.
+    """Returns the table of a run's stages: how each weighed the modes, and how it changed CE and KL."""
+    return compared_stages([(metrics, recipe)])
+
+
+def compared_stages(runs: Sequence[tuple[Metrics, Mapping[str, Any]]]) -> list[StageRow]:
+    """Returns the tables of several runs, given by their metrics and recipes, as one, in which a run's stages follow those of the run
+    before it. A row without values is left out.
+    """
+    rows = [
+        StageRow(of_runs[0].group, of_runs[0].label, [value for row in of_runs for value in row.values])
+        for of_runs in zip(*(_all_rows(metrics, recipe) for metrics, recipe in runs))
+    ]
+    return [row for row in rows if any(value is not None for value in row.values)]
+
+
+def count_stages(metrics: Metrics) -> int:
+    """Returns how many stages were logged."""
+    return sum(1 for _ in groupby(metrics.training, key=itemgetter("stage")))
+
+
+def _all_rows(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
+    """Returns all rows of the table of a run's stages, also those without values.
 
     In training, a change goes from the mean of the first tenth of a stage's lines to the mean of its last tenth; in validation,
     from the last pass before the stage to the last pass in it.
@@ -91,7 +112,7 @@ def stage_table(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
             rows.append(StageRow(quantity, mode.key, [_tenths(lines, f"{key}_{mode.key}") for lines in stages]))
         changes = [_passes(metrics.validation, key, start, stop) for start, stop in zip(starts, stops)]
         rows.append(StageRow(quantity, "validation", changes))
-    return [row for row in rows if any(value is not None for value in row.values)]
+    return rows
 
 
 def _tenths(lines: Sequence[Mapping[str, Any]], key: str) -> Change | OnePoint | None:
