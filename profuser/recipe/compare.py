@@ -22,8 +22,9 @@ def differing_values(mappings: Sequence[Mapping[str, Any]], prefix: str = "") ->
     differing: dict[str, list[Any]] = {}
     for key in sorted({key for mapping in mappings for key in mapping}):
         values = [mapping.get(key) for mapping in mappings]
-        if all(isinstance(value, dict) for value in values):
-            differing |= differing_values(values, f"{prefix}{key}.")
+        nested = [value for value in values if isinstance(value, dict)]
+        if len(nested) == len(values):
+            differing |= differing_values(nested, f"{prefix}{key}.")
         elif any(_plain(value) != _plain(values[0]) for value in values):
             differing[f"{prefix}{key}"] = values
     return differing

@@ -42,7 +42,7 @@ class ComparedRun:
 
     name: str
     directory: Path
-    record: Mapping[str, Any]
+    record: dict[str, Any]
     metrics: Metrics
     models: list[Model]
     evaluation: Mapping[str, Any]
@@ -119,7 +119,7 @@ def compare_runs(directories: Sequence[Path], output: Path | None = None) -> Pat
         unscored=[run for run in runs if not run.models],
         own_losses=sorted({key.split(".")[0] for key in differing} & set(LOSSES_DEPEND_ON)),
         damaged={run.name: run.metrics.unreadable for run in runs if run.metrics.unreadable},
-        validates=any(run.metrics.validation for run in runs),
+        caption=figures.compared_caption([run.metrics for run in runs]),
         stage_counts={run.name: count for run in runs if (count := count_stages(run.metrics))},
         stages=compared_stages([(run.metrics, run.record["recipe"]) for run in runs]),
         facts=_facts(runs),
@@ -186,8 +186,10 @@ def _group(runs: list[ComparedRun]) -> Group:
     skills = [skill for skill in dict.fromkeys(skill for run in runs for skill in run.scores) if skill != "mean"]
     means = {run.name: run.scores["mean"].value for run in runs if "mean" in run.scores}
     ranked = sorted((run for run in runs if means.get(run.name, math.nan) >= 0), key=lambda run: -means[run.name])
-    best = ranked[:2]
-    lead = (*best, difference(best[0].scores["mean"], best[1].scores["mean"])) if len(best) == 2 else None
+    lead = None
+    if len(ranked) > 1:
+        best, second, *_ = ranked
+        lead = best, second, difference(best.scores["mean"], second.scores["mean"])
     heldout = recipe.get("data", {}).get("heldout", "")
     return Group(
         heldout=heldout if isinstance(heldout, str) else json.dumps(heldout, ensure_ascii=False),

@@ -312,6 +312,7 @@ def _plot_training(
     label: str,
     color: str,
     dash: str | tuple[int, tuple[float, ...]],
+    *,
     as_logged: bool = True,
 ) -> None:
     """Plots one quantity of the training lines: the moving mean and, if `as_logged`, thinly the values themselves.
@@ -457,8 +458,7 @@ def draw_compared_curves(runs: Mapping[str, Metrics], theme: Theme) -> Figure:
             # Where the stages begin: at the same steps in all runs, or else in each run's own colour.
             for name in list(runs)[:1] if alike else runs:
                 for _, start, _ in spans[name][1:]:
-                    style = {"color": theme.soft, "lw": 1.2} if alike else {"color": looks[name][0], "lw": 0.9}
-                    axis.axvline(start, ls=(0, (4, 3)), **style)
+                    axis.axvline(start, ls=(0, (4, 3)), color=theme.soft if alike else looks[name][0], lw=1.1)
             axis.set_title(title, loc="left")
             axis.grid(axis="y")
             axis.margins(x=0.02, y=0.12)
@@ -469,3 +469,18 @@ def draw_compared_curves(runs: Mapping[str, Metrics], theme: Theme) -> Figure:
         handles = [Line2D([], [], color=color, ls=dash, lw=1.8) for color, dash in looks.values()]
         figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=2.6, borderpad=0.2)
         return figure
+
+
+def compared_caption(runs: Sequence[Metrics]) -> str:
+    """Returns what a reader of several runs' curves must know, as far as it applies to them."""
+    spans = [_stage_spans(metrics.training) for metrics in runs]
+    lines = [Counter(line["stage"] for line in metrics.training) for metrics in runs]
+    parts = ["In nats per target token."]
+    if any(_window(count) > 1 for of_run in lines for count in of_run.values()):
+        parts.append("In training: moving means.")
+    if any(len(of_run) > 1 for of_run in spans):
+        alike = "" if all(of_run == spans[0] for of_run in spans) else " of the run in this colour"
+        parts.append(f"Dashed: a new stage{alike} begins, with its own weights, so the loss does not compare across.")
+    if any(metrics.validation for metrics in runs):
+        parts.append("Validation at step 0 is the target before fusion; its KL is to the Min-CE winner.")
+    return " ".join(parts)

@@ -78,12 +78,17 @@ def _shorten(text: str) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"
 
 
+def _nats(value: float) -> str:
+    """Formats a loss. That of a stage in which nothing was left to learn may be a little below 0, which is shown as 0."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
 def _change(value: Any) -> str:
     """Formats a cell of the table of stages."""
     if isinstance(value, Change):
-        return f"{value.first:.3f} → {value.last:.3f}"
+        return f"{_nats(value.first)} → {_nats(value.last)}"
     if isinstance(value, OnePoint):
-        return f"{value.value:.3f} (one point)"
+        return f"{_nats(value.value)} (one point)"
     return "–" if value is None else value if isinstance(value, str) else f"{value:.3g}"
 
 

@@ -12,7 +12,7 @@ from profuser.report.intervals import difference, mean_score, wilson
 from profuser.train.run_record import EVALUATION, SCORES, read_measured
 
 
-def read_scores(run_dir: Path, record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_scores(run_dir: Path, record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads scores.json and evaluation.json of a complete run. Without held-out prompts there are none, and both say nothing.
 
     Raises:
