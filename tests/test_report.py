@@ -212,7 +212,10 @@ def test_a_response_that_stood_alone_did_not_win_a_vote(tmp_path):
 
 def test_a_summary_from_before_the_abstentions_still_gives_a_report(tmp_path):
     run_dir, store_dir = make_run(tmp_path)
-    edit(store_dir / "summary.json", lambda summary: [summary.pop(key) for key in ("abstentions", "no_signal")])
+    edit(
+        store_dir / "summary.json",
+        lambda summary: [summary.pop(key) for key in ("abstentions", "no_signal", "seconds")],
+    )
     page = Page(write_report(run_dir, store_dir))
     assert {row[-1] for row in page.tables["First choices per judge"][1:]} == {"–"}
     assert "no judge preferred a response (" not in page.text
