@@ -72,7 +72,11 @@ def run(command: str, *arguments: str) -> tuple[int, str, str]:
 @contextlib.contextmanager
 def without_pictures() -> Generator[None]:
     """Leaves the pictures out of reports. They take most of a command's time, and tests/test_report.py looks at them."""
-    with mock.patch("profuser.report.page._draw", return_value={"light": "", "dark": ""}):
+    nothing = {"light": "", "dark": ""}
+    with (
+        mock.patch("profuser.report.page._draw", return_value=nothing),
+        mock.patch("profuser.report.comparison._curves", return_value=nothing),
+    ):
         yield
 
 

@@ -1,8 +1,16 @@
-"""The control of the comparison that moves every KD row by one token."""
+"""The comparison with baselines: the control that moves every KD row by one token, and what is said of which data."""
+
+from dataclasses import replace
 
 import numpy as np
+import pytest
+from conftest import ROOT
 
-from profuser.experiments.compare import shifted
+from profuser.errors import ConfigError
+from profuser.experiments.compare import ARMS, chosen_arms, main, shifted, table
+from profuser.recipe.parse import parse_run
+from profuser.recipe.places import DEFAULT_RECIPE
+from profuser.train.run_directory import demo_data
 
 
 def test_shifted_rows_stand_one_label_later_and_lose_nothing_else():
@@ -25,3 +33,68 @@ def test_shifted_rows_stand_one_label_later_and_lose_nothing_else():
     assert out["entry_offsets"].tolist() == [0, 2, 3, 4]
     assert out["entry_ids"].tolist() == [0, 1, 2, 6]
     assert out["input_ids"] is shard["input_ids"]
+
+
+def demo_recipe(**data):
+    recipe = parse_run("train", ["--config", str(DEFAULT_RECIPE)]).recipe
+    return replace(recipe, data=replace(recipe.data, **data))
+
+
+RESULTS = {
+    "seeds": [0],
+    "sources": {"guardian": {"safety": 0.5, "mean": 0.5}},
+    "target_before": {"safety": 0.5, "mean": 0.5},
+    "kd_before": 0.6,
+    "arms": {"progressive": [{"fused": {"safety": 0.75, "mean": 0.75}, "kd": 0.1, "ce": 0.2}]},
+    "hardware": "a CPU",
+    "versions": {"torch": "2", "transformers": "5"},
+    "commit": "0123",
+}
+
+
+@pytest.mark.parametrize("train", ["mine.jsonl", "org/demo", "demo:fusion_clean.jsonl", "./demo/fusion.jsonl"])
+def test_the_demos_flaws_are_not_said_of_other_data(train):
+    demo = demo_data(demo_recipe(train=train))
+    assert demo is None
+    text = table(RESULTS, "guardian", "command", demo)
+    assert "terse" not in text
+    assert "Ground truth" not in text
+    assert "exact match" not in text
+    assert "for each seed: +25.0 points" in text
+
+
+def test_the_demos_flaws_are_said_of_the_demos_data():
+    text = table(RESULTS, "guardian", "command", demo_data(demo_recipe()))
+    assert "Ground truth of the fusion data: 40 % terse, 10 % wrong." in text
+    assert "Held-out exact match in %" in text
+
+
+def test_without_the_progressive_arm_nothing_is_said_of_it():
+    text = table(RESULTS | {"arms": {"sft": RESULTS["arms"]["progressive"]}}, "guardian", "command", None)
+    assert "ProFuser" not in text
+    assert "| SFT | 75.0 | 75.0 | 0.100 |" in text
+
+
+def test_arms_on_the_demos_own_files_are_not_run_on_other_data():
+    mine = demo_recipe(train="mine.jsonl")
+    assert [arm.name for arm in chosen_arms(None, demo_recipe())] == [arm.name for arm in ARMS]
+    assert {arm.name for arm in ARMS} - {arm.name for arm in chosen_arms(None, mine)} == {
+        "sft-wellformed",
+        "sft-clean",
+        "progressive-clean",
+    }
+    assert [arm.name for arm in chosen_arms(["sft", "shifted"], mine)] == ["sft", "shifted"]
+    with pytest.raises(ConfigError, match=r"--arms sft-clean must come with the demo's data, .* mine\.jsonl; leave"):
+        chosen_arms(["sft", "sft-clean"], mine)
+    with pytest.raises(ConfigError, match=r"needs data\.heldout"):
+        chosen_arms(["sft"], demo_recipe(heldout=None))
+
+
+def test_the_demos_section_of_a_page_is_not_overwritten_with_other_data(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    text = DEFAULT_RECIPE.read_text().replace("train: demo:fusion.jsonl", f"train: {tmp_path}/mine.jsonl")
+    assert "mine.jsonl" in text
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match="--write puts the demo's results into a page"):
+        main(["--config", str(recipe), "--output", str(tmp_path / "out"), "--write", str(ROOT / "docs/results.md")])
+    assert not (tmp_path / "out").exists()

@@ -30,6 +30,7 @@ from profuser.prepare.responses import read_responses
 from profuser.prepare.summary import no_signal_warning
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
+from profuser.report.comparison import compare_runs
 from profuser.report.metrics import read_metrics
 from profuser.report.page import write_report
 from profuser.store import lease
@@ -157,6 +158,28 @@ def report_of(name: str):
                 record_summary(store_dir) if name == "summary.json" else record_files(run_dir, name)
             with without_pictures():
                 write_report(run_dir, store_dir)
+
+        return original, use
+
+    return make
+
+
+def comparison_of(name: str):
+    """The comparison of a run with one of which a file is changed."""
+
+    def make(root: Path):
+        (whole, _), (run_dir, _) = make_run(root / "whole"), make_run(root / "changed")
+        path = run_dir / name
+        original = read_run(run_dir) if name == "run.json" else json.loads(path.read_text())
+
+        def use(value):
+            if name == "run.json":
+                seal(path, value)
+            else:
+                path.write_text(json.dumps(value))
+                record_files(run_dir, name)
+            with without_pictures():
+                compare_runs([whole, run_dir])
 
         return original, use
 
@@ -293,6 +316,7 @@ DEAR = {
         f"{name} in the report": report_of(name)
         for name in ("run.json", "scores.json", "evaluation.json", "summary.json")
     },
+    **{f"{name} in a comparison": comparison_of(name) for name in ("run.json", "scores.json", "evaluation.json")},
     **{
         f"{name} of a model": model_file(name)
         for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")

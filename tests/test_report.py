@@ -212,7 +212,10 @@ def test_a_response_that_stood_alone_did_not_win_a_vote(tmp_path):
 
 def test_a_summary_from_before_the_abstentions_still_gives_a_report(tmp_path):
     run_dir, store_dir = make_run(tmp_path)
-    edit(store_dir / "summary.json", lambda summary: [summary.pop(key) for key in ("abstentions", "no_signal")])
+    edit(
+        store_dir / "summary.json",
+        lambda summary: [summary.pop(key) for key in ("abstentions", "no_signal", "seconds")],
+    )
     page = Page(write_report(run_dir, store_dir))
     assert {row[-1] for row in page.tables["First choices per judge"][1:]} == {"–"}
     assert "no judge preferred a response (" not in page.text
@@ -262,6 +265,27 @@ def test_changes_of_a_stage_are_tenths_of_its_lines_and_the_passes_around_it():
         StageRow("Weight", "KL (β)", [0.5, 2.0]),
         StageRow("Cross-entropy", "training", [Change(1.5, 19.5), Change(21.0, 30.0)]),
         StageRow("Cross-entropy", "validation", [Change(9.0, 7.0), Change(7.0, 6.0)]),
+    ]
+
+
+def test_a_stage_with_one_point_shows_no_change(tmp_path):
+    run_dir, store_dir = make_run(tmp_path)
+    lines = [
+        {"step": 10, "stage": 0, "loss": 1.0, "ce_inference": 0.3111, "kd_inference": 0.0},
+        {"step": 12, "stage": 1, "loss": 1.0, "ce_training": 0.3, "ce_inference": 0.25},
+        {"step": 24, "stage": 1, "loss": 1.0, "ce_training": 0.2},
+        {"step": 0, "stage": 0, "eval": {"ce": 0.6, "kd": None}},
+        {"step": 24, "stage": 1, "eval": {"ce": 0.5, "kd": None}},
+    ]
+    write_lines(run_dir / "metrics.jsonl", lines)
+    record_files(run_dir, "metrics.jsonl")
+    with without_pictures():
+        _, *rows = Page(write_report(run_dir, store_dir)).tables["Stages"]
+    assert rows[5:] == [
+        ["Cross-entropy"],
+        ["inference", "0.311 (one point)", "0.250 (one point)"],
+        ["training", "–", "0.300 → 0.200"],
+        ["validation", "–", "0.600 → 0.500"],
     ]
 
 

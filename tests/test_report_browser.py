@@ -1,4 +1,4 @@
-"""The report in a real browser, for what only its layout shows.
+"""The report and the comparison in a real browser, for what only its layout shows.
 
 These tests need the system's Chromium, which `.ci/run` installs.
 """
@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report_runs import rich_run
+from report_runs import make_run, rich_run
 
+from profuser.report.comparison import compare_runs
 from profuser.report.page import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install -e ".[test]"')
@@ -52,6 +53,14 @@ TOO_WIDE = """() => [...document.querySelectorAll("main, main *")].filter(e => e
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     return write_report(*rich_run(tmp_path_factory.mktemp("report")))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory) -> Path:
+    """Four runs, of which one is hard to lay out and was scored on other prompts."""
+    root = tmp_path_factory.mktemp("comparison")
+    runs = [make_run(root / name, seed=n)[0] for n, name in enumerate(("demo", "a-long_name_of_a_run" * 3, "sft"))]
+    return compare_runs([*runs, rich_run(root / "rich")[0]], root / "comparison.html")
 
 
 @pytest.fixture(scope="module")
@@ -122,4 +131,28 @@ def test_print_is_light_and_cuts_nothing_off(browser, report):
     assert page.evaluate("document.documentElement.scrollWidth") <= A4_WIDTH
     assert page.evaluate("document.querySelector('details pre').offsetHeight") > 100  # the recipe is closed on a screen
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
+    page.close()
+
+
+@pytest.mark.parametrize(("view", "scheme"), [("desktop", "light"), ("phone", "dark")])
+def test_a_comparison_loads_fits_and_can_be_read(browser, comparison, view, scheme):
+    page, wrong = load(browser, comparison, *VIEWS[view], scheme)
+    (picture,) = page.evaluate(PICTURES)
+    assert picture["complete"]
+    assert picture["dark"] == (scheme == "dark")
+    assert set(page.evaluate(TOO_WIDE)) <= {"DIV.scroll"}
+    width, room = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert width <= room
+    texts = page.evaluate(TEXTS)
+    assert len(texts) > 200
+    assert [t for t in texts if t["pixels"] < 14 or t["contrast"] < 7] == []
+    assert wrong == []
+    page.close()
+
+
+def test_a_printed_comparison_cuts_nothing_off(browser, comparison):
+    page, _ = load(browser, comparison, A4_WIDTH, 900, "light")
+    page.emulate_media(media="print", color_scheme="light")
+    assert page.evaluate(TOO_WIDE) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= A4_WIDTH
     page.close()

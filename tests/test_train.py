@@ -23,11 +23,14 @@ from profuser.evaluate.__main__ import main as evaluate_command
 from profuser.evaluate.scores import evaluate
 from profuser.fusion_model import FusionModel
 from profuser.pipeline import train
+from profuser.prepare.data import data_hash
+from profuser.prepare.inputs import load_split
 from profuser.prepare.phases import prepare
 from profuser.recipe.schedule import Mode, Stage
 from profuser.store.store import Store
 from profuser.train.collate import collate
 from profuser.train.loop import Trainer
+from profuser.train.metrics_log import is_due
 from profuser.train.run_directory import RunDirectory
 from profuser.train.steps import StepBatch
 from profuser.train.targets import Targets
@@ -100,6 +103,13 @@ def test_the_evaluation_shows_training_prompts_of_every_skill_with_votes_and_the
     assert all(len(example["sources"]) == 3 and isinstance(example["fused"], str) for example in votes)
 
 
+def test_the_evaluation_records_which_prompts_it_was_made_on(finished):
+    run, _ = finished
+    recorded = json.loads((run.output_dir / "evaluation.json").read_text())["data"]
+    assert recorded == data_hash(load_split(run.recipe, "heldout"))
+    assert recorded != data_hash(load_split(run.recipe, "validation"))
+
+
 def test_changed_training_data_are_refused_when_scoring(finished, tmp_path):
     run, _ = finished
     data = tmp_path / "fusion.jsonl"
@@ -122,6 +132,40 @@ def test_the_run_directory_says_what_was_done(finished):
     assert "ce_training" not in first
     assert {"ce_training", "kd_training", "ce_inference", "kd_inference"} <= set(last)
     assert 0 <= last["data_wait"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("first", "stop", "log_every", "lines"),
+    [
+        (0, 12, 10, 12),  # it had two lines, or one
+        (7, 19, 10, 12),
+        (0, 10, 10, 10),
+        (3, 8, 10, 5),  # five steps have five points
+        (0, 1, 10, 1),
+        (0, 25, 10, 13),
+        (5, 99, 10, 11),
+        (0, 100, 10, 10),
+        (103, 203, 10, 11),
+        (0, 99, 1000, 11),
+        (0, 1000, 1, 1000),
+        (0, 1234, 10, 124),
+    ],
+)
+def test_a_stage_has_ten_logged_points_whatever_its_length(first, stop, log_every, lines):
+    stage = Stage(1.0, 0.0, 0.1, first, stop)
+    logged = [done for done in range(first + 1, stop + 1) if is_due(done, stage, log_every)]
+    assert len(logged) == lines
+    assert logged[-1] == stop
+    if (stop - first) // 10 >= log_every:  # a stage that is long enough is logged where log_every says
+        assert logged[:-1] == [done for done in range(first + 1, stop) if done % log_every == 0]
+
+
+def test_a_short_run_logs_every_step(prepared, tmp_path):
+    _, run, store = prepared
+    t = trainer(run, store, tmp_path / "t", log_every=10, eval_every=0)
+    t.train()
+    lines = [json.loads(line) for line in t.metrics.read_text().splitlines()]
+    assert [(line["step"], line["stage"]) for line in lines if "eval" not in line] == [(1, 0), (2, 0), (3, 1), (4, 1)]
 
 
 def test_a_complete_run_is_not_run_again_and_another_recipe_is_refused(finished):

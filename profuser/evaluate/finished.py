@@ -9,7 +9,7 @@ from typing import Any
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.parse import Run, load_recipe
 from profuser.store.sealed import damaged_files
-from profuser.train.run_record import check_own, model_files, read_run
+from profuser.train.run_record import check_own, model_files, read_finished
 
 
 def open_run(directory: Path) -> tuple[Run, dict[str, Any]]:
@@ -20,11 +20,7 @@ def open_run(directory: Path) -> tuple[Run, dict[str, Any]]:
     Raises:
         DataError: the directory holds no run, one that is not finished, or another run's files.
     """
-    record = read_run(directory)
-    if record["status"] != "complete":
-        raise DataError(
-            f"RUN_DIR must hold a finished run, {directory} is not complete; run `python -m profuser.train` with its recipe again"
-        )
+    record = read_finished(directory)
     check_own(directory, record)
     try:
         recipe = replace(load_recipe(record["recipe"]), output=str(directory), store=record["store"])

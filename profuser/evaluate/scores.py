@@ -135,6 +135,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
         "bits_per_byte": by_model(names, bits),
         "kd": {key: of_model.kd for key, of_model in statistics.items()},
         "ce": {key: of_model.ce for key, of_model in statistics.items()},
+        "data": data_hash(rows),
         "counts": dict(Counter(row["skill"] for row in asked_rows)),
         "examples": [
             {

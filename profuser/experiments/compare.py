@@ -1,9 +1,10 @@
-"""`python -m profuser.experiments.compare`: compares progressive fusion of the demo with baselines and controls.
+"""`python -m profuser.experiments.compare`: compares progressive fusion with baselines and controls, of the demo by default.
 
 Every arm trains for the same number of optimizer steps on each seed, and arms on the same data share one store. The
 baselines are SFT, FuseLLM, SimulFuse, ReverseFuse, SFT on the well-formed ground truths alone, and SFT and progressive
 fusion on clean ground truths. Two controls show what the distributions contribute: progressive fusion without KD
-(beta = 0), and with every KD row moved to the next token. Finished runs are kept, so after an interruption the same command
+(beta = 0), and with every KD row moved to the next token. The arms on well-formed and on clean ground truths train on the demo's
+own files, so that a recipe on other data has none of them. Finished runs are kept, so after an interruption the same command
 goes on where it stopped.
 """
 
@@ -13,7 +14,7 @@ import argparse
 import json
 import multiprocessing
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,17 +25,18 @@ import torch
 
 from profuser.cli import main_of
 from profuser.environment import environment
+from profuser.errors import ConfigError
 from profuser.experiments.page import write_section
 from profuser.pipeline import train
 from profuser.prepare.phases import prepare
 from profuser.recipe.parse import Run, parse_run
 from profuser.recipe.places import DEFAULT_RECIPE, resolve
-from profuser.recipe.schema import DataLocation, ScheduleName
+from profuser.recipe.schema import DataLocation, Recipe, ScheduleName
 from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.files import write_atomic, write_json
 from profuser.store.store import Store
-from profuser.train.run_directory import RunDirectory
+from profuser.train.run_directory import RunDirectory, demo_data
 from profuser.typed import read_json
 
 
@@ -48,6 +50,9 @@ class Arm:
     schedule: ScheduleName = "progressive"
     beta: float | None = None
 
+
+DEMOS_OWN = ("wellformed", "clean")
+"""The data of arms that there are of the demo alone."""
 
 ARMS = (
     Arm("progressive", "ProFuser (progressive)"),
@@ -63,12 +68,31 @@ ARMS = (
 )
 
 
-def wellformed_data(directory: Path) -> str:
-    """Writes the demo's training rows whose ground truth is a worked one to a file of their own, and returns its path."""
+WELLFORMED = "fusion_wellformed.jsonl"
+
+
+def write_wellformed(path: Path) -> None:
+    """Writes the demo's training rows whose ground truth is a worked one to a file of their own."""
     lines = Path(resolve("demo:fusion.jsonl")).read_text(encoding="utf-8").splitlines()
-    path = directory / "fusion_wellformed.jsonl"
     write_atomic(path, "".join(f"{line}\n" for line in lines if json.loads(line)["form"] == "worked").encode())
-    return str(path)
+
+
+def chosen_arms(names: Sequence[str] | None, recipe: Recipe) -> list[Arm]:
+    """Returns the arms of these names, or all that a recipe can have.
+
+    Raises:
+        ConfigError: an arm needs the demo's data and the recipe has others, or the recipe has no held-out prompts.
+    """
+    if recipe.data.heldout is None:
+        raise ConfigError("the comparison needs data.heldout, the recipe names none; add it")
+    others = [arm.name for arm in ARMS if arm.data in DEMOS_OWN and demo_data(recipe) is None]
+    if names is None:
+        return [arm for arm in ARMS if arm.name not in others]
+    if wrong := [name for name in names if name in others]:
+        raise ConfigError(
+            f"--arms {' '.join(wrong)} must come with the demo's data, the recipe trains on {recipe.data.train}; leave them out"
+        )
+    return [arm for arm in ARMS if arm.name in names]
 
 
 def shift_rows(store: Store, directory: Path) -> Store:
@@ -152,8 +176,8 @@ def collect(runs: dict[tuple[str, int], Run], seeds: list[int]) -> dict[str, Any
     }
 
 
-def table(results: dict[str, Any], target: str, command: str, demo: dict[str, Any]) -> str:
-    """The results as Markdown."""
+def table(results: dict[str, Any], target: str, command: str, demo: dict[str, Any] | None) -> str:
+    """The results as Markdown. `demo` says how the demo's fusion data were made; it is None for other data."""
     skills = [s for s in results["target_before"] if s != "mean"]
     head = ["", *skills, "mean", "held-out KD"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
@@ -176,19 +200,21 @@ def table(results: dict[str, Any], target: str, command: str, demo: dict[str, An
     progressive = results["arms"].get("progressive", [])
     gains = ", ".join(f"{100 * (s['fused']['mean'] - best):+.1f}" for s in progressive)
     after = ", ".join(f"{100 * s['fused'][strong]:.1f}" for s in progressive)
+    of_each_seed = (
+        f"ProFuser's mean minus that of the best single source, for each seed: {gains} points. The target's strongest skill "
+        f"({strong}): {100 * results['target_before'][strong]:.1f} before, {after} after (for each seed)."
+    )
     return "\n".join(
         [
-            f"Held-out exact match in %, mean ± standard deviation over fusion seeds {results['seeds']} (sources and store are "
-            "fixed). Held-out KD is the KL of the fused model to the Min-CE winner on held-out ground truths, in nats per "
-            "covered token.",
-            f"Ground truth of the fusion data: {demo_line(demo)}.",
+            f"Held-out {'exact match' if demo else 'correct answers'} in %, mean ± standard deviation over fusion seeds "
+            f"{results['seeds']} (sources and store are fixed). Held-out KD is the KL of the fused model to the Min-CE winner on "
+            "held-out ground truths, in nats per covered token.",
+            *([f"Ground truth of the fusion data: {demo_line(demo)}."] if demo else []),
             f"Command: `{command}`; {results['hardware']}; torch {results['versions']['torch']}, transformers "
             f"{results['versions']['transformers']}; commit {results['commit']}.",
             "",
             *lines,
-            "",
-            f"ProFuser's mean minus that of the best single source, for each seed: {gains} points. The target's strongest skill "
-            f"({strong}): {100 * results['target_before'][strong]:.1f} before, {after} after (for each seed).",
+            *(["", of_each_seed] if progressive else []),
         ]
     )
 
@@ -202,7 +228,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", default=str(DEFAULT_RECIPE), help="the recipe that the arms change")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the seeds of the fusion runs")
     parser.add_argument(
-        "--arms", nargs="+", default=[a.name for a in ARMS], choices=[a.name for a in ARMS], help="which arms to run"
+        "--arms",
+        nargs="+",
+        choices=[a.name for a in ARMS],
+        help="which arms to run; by default all, or of a recipe on other data than the demo's all that do not need these",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/compare"), help="the directory of the runs and of results.json"
@@ -211,13 +240,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--write", type=Path, help="replace the demo section of this Markdown file by the table")
     args = parser.parse_args(argv)
     base = parse_run("train", ["--config", args.config])
+    demo = demo_data(base.recipe)
+    arms = chosen_arms(args.arms, base.recipe)
+    if args.write and demo is None:
+        raise ConfigError(
+            f"--write puts the demo's results into a page, {args.config} trains on {base.recipe.data.train}; leave it out, the "
+            "table is printed"
+        )
     stores: dict[str, tuple[str | DataLocation, str]] = {
         "fusion": (base.recipe.data.train, str(base.store_dir)),
-        "wellformed": (wellformed_data(args.output), str(args.output / "store-wellformed")),
+        "wellformed": (str(args.output / WELLFORMED), str(args.output / "store-wellformed")),
         "clean": ("demo:fusion_clean.jsonl", str(args.output / "store-clean")),
         "shifted": (base.recipe.data.train, str(args.output / "store-shifted")),
     }
-    arms = [a for a in ARMS if a.name in args.arms]
+    if any(arm.data == "wellformed" for arm in arms):
+        write_wellformed(args.output / WELLFORMED)
     for data in dict.fromkeys("fusion" if a.data == "shifted" else a.data for a in arms):
         print(f"store for {data} ground truth: {stores[data][1]}", flush=True)
         arm = Arm(data, data, data=data, schedule="sft")
@@ -239,7 +276,6 @@ def main(argv: list[str]) -> None:
             print(f"{n}/{len(runs)}: {done.result()}", flush=True)
     results = collect(runs, args.seeds)
     write_json(args.output / "results.json", results)
-    demo = read_json(Path(resolve("demo:demo_data.json")))
     text = table(results, base.recipe.target, "python -m profuser.experiments.compare " + " ".join(argv), demo)
     print(text)
     if args.write:

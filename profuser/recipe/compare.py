@@ -1,9 +1,9 @@
-"""Compares two recipes, or the settings of two stores: which keys differ, and which of those change the outcome of a run."""
+"""Compares recipes, or the settings of two stores: which keys differ, and which of those change the outcome of a run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 FREE_KEYS = (
@@ -14,23 +14,35 @@ FREE_KEYS = (
 """Keys that may change before a run is resumed. They decide how it is computed or shown, but not what its result is."""
 
 
+def differing_values(mappings: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, list[Any]]:
+    """Returns the dotted keys in which some nested mappings differ, each with the value that every mapping has for it.
+
+    A key that is missing counts as null. `prefix` is put in front of every key.
+    """
+    differing: dict[str, list[Any]] = {}
+    for key in sorted({key for mapping in mappings for key in mapping}):
+        values = [mapping.get(key) for mapping in mappings]
+        nested = [value for value in values if isinstance(value, dict)]
+        if len(nested) == len(values):
+            differing |= differing_values(nested, f"{prefix}{key}.")
+        elif any(_plain(value) != _plain(values[0]) for value in values):
+            differing[f"{prefix}{key}"] = values
+    return differing
+
+
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Returns the dotted keys in which two nested mappings differ. `prefix` is put in front of every key."""
-    keys = []
-    for key in sorted(set(a) | set(b)):
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            keys += differing_keys(x, y, f"{prefix}{key}.")
-        elif _plain(x) != _plain(y):
-            keys.append(f"{prefix}{key}")
-    return keys
+    return list(differing_values([a, b], prefix))
+
+
+def decides(key: str) -> bool:
+    """Whether a dotted key decides the outcome of a run."""
+    return not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
 
 
 def deciding_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Returns those of the differing keys that decide the outcome of a run."""
-    return [
-        key for key in differing_keys(a, b) if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-    ]
+    return [key for key in differing_keys(a, b) if decides(key)]
 
 
 def _plain(value: Any) -> Any:

@@ -325,7 +325,8 @@ class OptimConfig:
     keep_checkpoints: int = 2
     """How many checkpoints are kept; older ones are deleted."""
     log_every: int = 10
-    """A line is added to metrics.jsonl every so many steps."""
+    """A line is added to metrics.jsonl every so many steps; in a short stage more often, so that it has ten lines, or one for every step
+    if it has fewer than ten."""
     data_workers: int = 1
     """How many processes prepare the next batches during a step; with 0 the trainer prepares each batch between two steps."""
 

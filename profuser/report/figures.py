@@ -1,4 +1,5 @@
-"""Draws the five pictures of a run's report from plain numbers; page.py reads the files.
+"""Draws the five pictures of a run's report, and the curves of several runs, from plain numbers; page.py and comparison.py read the
+files.
 
 Every picture is a matplotlib Figure on a canvas of its own (Agg), so that there is no global state and no display is needed.
 All are 4.2 inches wide with text of 11 points, to stay legible when a phone shows them 350 pixels wide. They come in the light
@@ -24,6 +25,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from profuser.recipe.schedule import Mode
 from profuser.report.intervals import Score
@@ -303,8 +305,17 @@ def _window(lines: int) -> int:
     return max(1, lines // 25)
 
 
-def _plot_training(axis: Axes, lines: Sequence[Mapping[str, Any]], key: str, label: str, color: str, dash: str) -> None:
-    """Plots one quantity of the training lines: the values as logged thinly, and their moving mean.
+def _plot_training(
+    axis: Axes,
+    lines: Sequence[Mapping[str, Any]],
+    key: str,
+    label: str,
+    color: str,
+    dash: str | tuple[int, tuple[float, ...]],
+    *,
+    as_logged: bool = True,
+) -> None:
+    """Plots one quantity of the training lines: the moving mean and, if `as_logged`, thinly the values themselves.
 
     Every stage is smoothed for itself, because the loss may jump between two stages. At most about 1000 points are drawn.
     """
@@ -316,10 +327,27 @@ def _plot_training(axis: Axes, lines: Sequence[Mapping[str, Any]], key: str, lab
         smooth = np.convolve(values, np.ones(window) / window, "valid")
         middle = np.convolve(steps, np.ones(window) / window, "valid")
         keep = slice(None, None, max(1, len(values) // 1000))
-        if window > 1:
+        if window > 1 and as_logged:
             axis.plot(steps[keep], values[keep], color=color, lw=0.6, alpha=0.3)
         dot = "o" if len(middle) == 1 else None  # a line through a single point would not be seen
         axis.plot(middle[keep], smooth[keep], color=color, ls=dash, lw=1.6, marker=dot, ms=5, label=label)
+
+
+def _stage_spans(training: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
+    """Returns every stage with the steps at which its curves begin and end.
+
+    A line is the mean since the line before it, so that a stage begins where the last line of the stage before it stands.
+    """
+    stages = itertools.groupby(training, key=itemgetter("stage"))
+    spans = [(stage, [line["step"] for line in lines]) for stage, lines in stages]
+    return [(stage, spans[i - 1][1][-1] if i else steps[0], steps[-1]) for i, (stage, steps) in enumerate(spans)]
+
+
+def _name_stages(axis: Axes, spans: Sequence[tuple[int, int, int]], theme: Theme) -> None:
+    """Writes the stages' names at the top of a panel, if there are several."""
+    place = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 10}
+    for stage, start, stop in spans if len(spans) > 1 else ():
+        axis.text((start + stop) / 2, 0.97, f"stage {stage - spans[0][0] + 1}", color=theme.soft, **place)
 
 
 def draw_curves(metrics: Metrics, theme: Theme) -> Figure:
@@ -341,12 +369,8 @@ def draw_curves(metrics: Metrics, theme: Theme) -> Figure:
         if not panels:
             return _note("No curves: metrics.jsonl holds no training step.", theme)
 
-        # Where the stages begin. A line is the mean since the line before it, so that a stage begins where the last line of
-        # the stage before it stands.
         figure, axes = _figure(1.0 + 1.5 * len(panels), (1,) * len(panels), sharex=True)
-        stages = itertools.groupby(training, key=itemgetter("stage"))
-        spans = [(stage, [line["step"] for line in lines]) for stage, lines in stages]
-        starts = [(stage, spans[i - 1][1][-1] if i else steps[0]) for i, (stage, steps) in enumerate(spans)]
+        spans = _stage_spans(training)
 
         # The curves of training and validation, with a dashed line at each new stage.
         for axis, (title, (key, lines)) in zip(axes, panels.items()):
@@ -357,17 +381,12 @@ def draw_curves(metrics: Metrics, theme: Theme) -> Figure:
                 axis.plot(steps, values, color=theme.text, marker="o", ms=4, lw=1.0, label="validation")
             axis.set_title(title, loc="left")
             axis.grid(axis="y")
-            for _, start in starts[1:]:
+            for _, start, _ in spans[1:]:
                 axis.axvline(start, color=theme.soft, ls=(0, (4, 3)), lw=1.2)
             axis.margins(x=0.02, y=0.12)
 
         # The stages' names in the first panel, and one legend for all panels. "loss" needs none: it is alone in its panel.
-        if len(starts) > 1:
-            first = min((stage for stage, _ in starts if isinstance(stage, int)), default=0)
-            place = {"transform": axes[0].get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 10}
-            for (stage, start), (_, steps) in zip(starts, spans):
-                name = f"stage {stage - first + 1}" if isinstance(stage, int) else visible(str(stage))
-                axes[0].text((start + steps[-1]) / 2, 0.97, name, color=theme.soft, **place)
+        _name_stages(axes[0], spans, theme)
         axes[-1].set_xlabel("optimizer step")
         axes[-1].locator_params(axis="x", integer=True, min_n_ticks=1)
         handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
@@ -390,4 +409,78 @@ def curves_caption(metrics: Metrics) -> str:
         parts.append("Validation at step 0 is the target before fusion.")
     if any(line["eval"].get("kd") for line in metrics.validation):
         parts.append("Its KL is to the Min-CE winner.")
+    return " ".join(parts)
+
+
+_DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
+
+
+def draw_compared_curves(runs: Mapping[str, Metrics], theme: Theme) -> Figure:
+    """Draws the loss, CE and KD of several runs over the optimizer steps, a line for each run and a panel for each quantity.
+
+    The lines are moving means, and of validation the values themselves. A panel without data is left out.
+    """
+    # The quantities: for each a title, its key, and whether it stands in the validation lines.
+    quantities = [("Loss as optimised", "loss", False)]
+    for title, key in (("Cross-entropy", "ce"), ("KL to the source", "kd")):
+        quantities += [
+            (f"{title}, {mode.key} mode", f"{key}_{mode.key}", False) for mode in (Mode.INFERENCE, Mode.TRAINING)
+        ]
+        quantities += [(f"{title}, validation", key, True)]
+    looks = dict(zip(runs, zip(itertools.cycle((theme.fused, *theme.sources)), itertools.cycle(_DASHES))))
+    with matplotlib.rc_context(theme.style):
+        # The panels that have data, each with the lines of every run.
+        panels = {}
+        for title, key, validates in quantities:
+            of_run = {
+                name: [{**line, **line["eval"]} for line in metrics.validation] if validates else metrics.training
+                for name, metrics in runs.items()
+            }
+            if any(len(_series(lines, key)[0]) for lines in of_run.values()):
+                panels[title, key, validates] = of_run
+        if not panels:
+            return _note("No curves: no metrics.jsonl holds a training step.", theme)
+
+        names = [_short(name, 44) for name in runs]
+        columns = 2 if max(map(len, names)) <= 20 else 1
+        figure, axes = _figure(
+            0.8 + 0.2 * -(-len(names) // columns) + 1.5 * len(panels), (1,) * len(panels), sharex=True
+        )
+        spans = {name: _stage_spans(metrics.training) for name, metrics in runs.items()}
+        alike = all(of_run == next(iter(spans.values())) for of_run in spans.values())
+        for axis, ((title, key, validates), of_run) in zip(axes, panels.items()):
+            for name, lines in of_run.items():
+                color, dash = looks[name]
+                if validates:
+                    axis.plot(*_series(lines, key), color=color, ls=dash, marker="o", ms=3.5, lw=1.3)
+                else:
+                    _plot_training(axis, lines, key, name, color, dash, as_logged=False)
+            # Where the stages begin: at the same steps in all runs, or else in each run's own colour.
+            for name in list(runs)[:1] if alike else runs:
+                for _, start, _ in spans[name][1:]:
+                    axis.axvline(start, ls=(0, (4, 3)), color=theme.soft if alike else looks[name][0], lw=1.1)
+            axis.set_title(title, loc="left")
+            axis.grid(axis="y")
+            axis.margins(x=0.02, y=0.12)
+        if alike:
+            _name_stages(axes[0], next(iter(spans.values())), theme)
+        axes[-1].set_xlabel("optimizer step")
+        axes[-1].locator_params(axis="x", integer=True, min_n_ticks=1)
+        handles = [Line2D([], [], color=color, ls=dash, lw=1.8) for color, dash in looks.values()]
+        figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=2.6, borderpad=0.2)
+        return figure
+
+
+def compared_caption(runs: Sequence[Metrics]) -> str:
+    """Returns what a reader of several runs' curves must know, as far as it applies to them."""
+    spans = [_stage_spans(metrics.training) for metrics in runs]
+    lines = [Counter(line["stage"] for line in metrics.training) for metrics in runs]
+    parts = ["In nats per target token."]
+    if any(_window(count) > 1 for of_run in lines for count in of_run.values()):
+        parts.append("In training: moving means.")
+    if any(len(of_run) > 1 for of_run in spans):
+        alike = "" if all(of_run == spans[0] for of_run in spans) else " of the run in this colour"
+        parts.append(f"Dashed: a new stage{alike} begins, with its own weights, so the loss does not compare across.")
+    if any(metrics.validation for metrics in runs):
+        parts.append("Validation at step 0 is the target before fusion; its KL is to the Min-CE winner.")
     return " ".join(parts)

@@ -27,6 +27,12 @@ class Change(NamedTuple):
     last: float
 
 
+class OnePoint(NamedTuple):
+    """The only value that a stage has of a quantity, from which no change can be told."""
+
+    value: float
+
+
 @dataclass(frozen=True, slots=True)
 class Metrics:
     """The content of metrics.jsonl: its training and validation lines by ascending step, and how many lines are damaged."""
@@ -38,7 +44,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
-    """A row of the table of stages: one quantity, with a number, a text, a Change or None for every stage."""
+    """A row of the table of stages: one quantity, with a number, a text, a Change, a OnePoint or None for every stage."""
 
     group: str
     label: str
@@ -59,7 +65,28 @@ def read_metrics(content: bytes) -> Metrics:
 
 
 def stage_table(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
-    """Returns the table of stages: how each weighed the modes, and how it changed CE and KL. A row without values is left out.
+    """Returns the table of a run's stages: how each weighed the modes, and how it changed CE and KL."""
+    return compared_stages([(metrics, recipe)])
+
+
+def compared_stages(runs: Sequence[tuple[Metrics, Mapping[str, Any]]]) -> list[StageRow]:
+    """Returns the tables of several runs, given by their metrics and recipes, as one, in which a run's stages follow those of the run
+    before it. A row without values is left out.
+    """
+    rows = [
+        StageRow(of_runs[0].group, of_runs[0].label, [value for row in of_runs for value in row.values])
+        for of_runs in zip(*(_all_rows(metrics, recipe) for metrics, recipe in runs))
+    ]
+    return [row for row in rows if any(value is not None for value in row.values)]
+
+
+def count_stages(metrics: Metrics) -> int:
+    """Returns how many stages were logged."""
+    return sum(1 for _ in groupby(metrics.training, key=itemgetter("stage")))
+
+
+def _all_rows(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
+    """Returns all rows of the table of a run's stages, also those without values.
 
     In training, a change goes from the mean of the first tenth of a stage's lines to the mean of its last tenth; in validation,
     from the last pass before the stage to the last pass in it.
@@ -85,15 +112,17 @@ def stage_table(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
             rows.append(StageRow(quantity, mode.key, [_tenths(lines, f"{key}_{mode.key}") for lines in stages]))
         changes = [_passes(metrics.validation, key, start, stop) for start, stop in zip(starts, stops)]
         rows.append(StageRow(quantity, "validation", changes))
-    return [row for row in rows if any(value is not None for value in row.values)]
+    return rows
 
 
-def _tenths(lines: Sequence[Mapping[str, Any]], key: str) -> Change | None:
+def _tenths(lines: Sequence[Mapping[str, Any]], key: str) -> Change | OnePoint | None:
     """Returns a quantity's mean over the first and over the last tenth of some training lines; None where it has no values."""
     # A value of 0 means that the mode had no tokens, or that there was no KL.
     values = [line[key] for line in lines if line.get(key)]
     if not values:
         return None
+    if len(values) == 1:
+        return OnePoint(values[0])
     tenth = max(1, len(values) // 10)
     return Change(sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth)
 

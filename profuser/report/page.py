@@ -3,62 +3,29 @@
 The report is made from run.json, metrics.jsonl, scores.json, evaluation.json and evaluations/ of the run directory and from
 summary.json of its store. It computes nothing but intervals and shares. The page contains each picture as two SVGs, for light and for dark
 screens; the run directory gets the light ones as PNG files as well. The intervals say how much the choice of the held-out
-prompts matters, not how much the seed does. Comparisons between runs are left out on purpose: profuser.experiments.compare
-makes them.
+prompts matters, not how much the seed does. comparison.py, beside this file, sets several runs side by side.
 """
 
 from __future__ import annotations
 
-import base64
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from profuser.errors import DataError
 from profuser.report import figures
 from profuser.report.evaluations import read_evaluations
-from profuser.report.figures import Model
-from profuser.report.intervals import Score, difference, mean_score, wilson
-from profuser.report.metrics import Change, read_metrics, stage_table
+from profuser.report.metrics import read_metrics, stage_table
+from profuser.report.rendering import embedded, render
+from profuser.report.scores import answer_of, models_of, read_scores
 from profuser.report.theme import DARK, LIGHT, Theme
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
-from profuser.text.display import visible
-from profuser.train.run_record import EVALUATION, METRICS, SCORES, read_measured, read_proven, read_run
-
-MAX_TEXT = 2000  # how many characters of a prompt or response the page shows
-
-
-def _models(scores: Mapping[str, Any], counts: Mapping[str, int], target: str) -> list[Model]:
-    """Returns the models in the order in which the page shows them: fused, target before, sources.
-
-    A target that is also a source, with the same scores, appears only once.
-    """
-    before = scores["target_before"]
-    rows = [("fused", "fused", scores["fused"])] + ([(target, "target", before)] if before else [])
-    for name, values in scores["sources"].items():
-        if name != target or values != before:
-            rows.append((name, "source", values))
-    models = []
-    for name, role, values in rows:
-        per_skill = {
-            skill: wilson(_number(value), counts.get(skill)) for skill, value in values.items() if skill != "mean"
-        }
-        mean = mean_score(_number(values["mean"]), list(per_skill.values())) if "mean" in values else None
-        models.append(Model(name, role, per_skill | ({"mean": mean} if mean else {})))
-    return models
-
-
-def _number(value: float | None) -> float:
-    """Returns a value of a JSON file as a number, NaN for null."""
-    return math.nan if value is None else float(value)
+from profuser.train.run_record import METRICS, read_proven, read_run
 
 
 def _title(sources: Sequence[str], target: str, distilled: bool) -> str:
@@ -67,40 +34,6 @@ def _title(sources: Sequence[str], target: str, distilled: bool) -> str:
         return f"{target} fine-tuned on the ground truth, without its sources"
     names = f"{', '.join(sources[:-1])} and {sources[-1]}" if len(sources) > 1 else sources[0]
     return f"{names} fused into {target}"
-
-
-def _answer(models: Sequence[Model], skills: Sequence[str]) -> dict[str, Any] | None:
-    """Returns what the page begins with: how the fused model compares with the best single one, and what the target forgot.
-
-    It is None where nothing was scored.
-    """
-    # The fused model against the best of the others.
-    fused, others = models[0], [model for model in models[1:] if "mean" in model.scores]
-    if "mean" not in fused.scores or not others:
-        return None
-    best = max(others, key=lambda model: (not math.isnan(model.scores["mean"].value), model.scores["mean"].value))
-    before = next((model for model in models if model.role == "target"), None)
-    answer: dict[str, Any] = {
-        "fused": fused.scores["mean"],
-        "best": best.scores["mean"],
-        "best_name": best.name,
-    }
-    answer["gain"] = difference(answer["fused"], answer["best"])
-    points = abs(100 * answer["gain"].value)
-    answer["verdict"] = (
-        f"{points:.1f} points {'above' if answer['gain'].value > 0 else 'below'}" if round(points, 1) else "level with"
-    )
-    answer["certain"] = answer["gain"].low > 0 or answer["gain"].high < 0
-
-    # The target before and after: its change in the skill that was its best, and the others in which it got worse.
-    if before:
-        pairs = {skill: (before.scores[skill], fused.scores[skill]) for skill in skills if skill in before.scores}
-        changes = {skill: (*pair, difference(pair[1], pair[0])) for skill, pair in pairs.items()}
-        strongest = max(changes, key=lambda skill: changes[skill][0].value, default=None)
-        fell = [(skill, change[2]) for skill, change in changes.items() if skill != strongest and change[2].value < 0]
-        answer["strongest"] = strongest and (strongest, *changes[strongest])
-        answer["fell"] = sorted(fell, key=lambda item: item[1].value)
-    return answer
 
 
 def _demo(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,73 +61,11 @@ def _examples(entries: Sequence[Mapping[str, Any]], sources: Sequence[str], targ
     return shown
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
-    """Formats a share in percent, without the sign; a dash stands for a missing value."""
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
-
-
-def _points(change: Score) -> str:
-    """Formats a difference as `+3.1 points (95 % interval -0.4 to +6.6)`, with a true minus sign."""
-    value, low, high = (round(100 * part, 1) + 0.0 for part in change)  # adding 0.0 turns -0.0 into 0.0
-    text = f"{value:+.1f} points"
-    if not math.isnan(low):
-        text += f" (95 % interval {low:+.1f} to {high:+.1f})"
-    return text.replace("-", "−")
-
-
-def _duration(seconds: float) -> str:
-    """Formats a duration in seconds, minutes or hours."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _shorten(text: str) -> str:
-    """Cuts a text that is too long for the page, and says how much was cut off."""
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"
-
-
-def _change(value: Any) -> str:
-    """Formats a cell of the table of stages."""
-    if isinstance(value, Change):
-        return f"{value.first:.3f} → {value.last:.3f}"
-    return "–" if value is None else value if isinstance(value, str) else f"{value:.3g}"
-
-
-def _breakable(name: str) -> Markup:
-    """Returns a name as HTML in which a line may break after an underscore or a slash."""
-    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(visible(name)))))
-
-
 def _draw(draw: Callable[[Theme], Figure], path: Path) -> dict[str, Markup]:
     """Draws a picture in both themes. The light one is written to `path`; both are returned for the page, as SVG in base64."""
     light, dark = draw(LIGHT), draw(DARK)
     figures.save_png(light, path)
-    pictures = {"light": figures.to_svg(light), "dark": figures.to_svg(dark)}
-    return {theme: Markup(base64.b64encode(svg).decode()) for theme, svg in pictures.items()}
-
-
-def _render(**values: Any) -> str:
-    """Fills the template of the page with these values."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        # Everything that the page prints goes through here. Whatever a model wrote, it cannot hide or reorder other text.
-        finalize=lambda value: visible(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": _percent,
-        "points": _points,
-        "duration": _duration,
-        "shorten": _shorten,
-        "change": _change,
-        "breakable": _breakable,
-    }
-    return environment.get_template("report.html.j2").render(values)
+    return embedded(light, dark)
 
 
 def write_report(run_dir: Path, store_dir: Path) -> Path:
@@ -217,18 +88,14 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
             )
     run = read_run(run_dir)
     run.setdefault("peak_rss_bytes", None)
-    scores: dict[str, Any] = {"sources": {}, "target_before": {}, "fused": {}}
-    evaluation: dict[str, Any] = {"counts": {}}
-    if run["recipe"].get("data", {}).get("heldout", "") is not None:
-        scores = read_measured(run_dir, run, SCORES)
-        evaluation = read_measured(run_dir, run, EVALUATION)
+    scores, evaluation = read_scores(run_dir, run)
     metrics = read_metrics(read_proven(run_dir, run, METRICS))
     summary = Store.open(store_dir, complete=False).summary
 
     # What the pictures show.
     sources, target, counts = summary["sources"], summary["target"], evaluation["counts"]
     skills = [skill for skill in scores["fused"] if skill != "mean"]
-    models = _models(scores, counts, target)
+    models = models_of(scores, counts, target)
     single = {model.name for model in models if model.role == "source"}  # all but one that is shown as the target
     min_ce, vote = summary.get("min_ce_wins") or {}, summary.get("vote_wins") or {}
     alignment = {mode: rows for mode, rows in (summary.get("alignment") or {}).items() if rows}
@@ -248,9 +115,10 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
     handled = {reason.replace("_", " "): count for reason, count in (summary.get("handled") or {}).items()}
     if metrics.unreadable:
         handled["damaged lines of metrics.jsonl, left out"] = metrics.unreadable
-    html = _render(
+    html = render(
+        "report.html.j2",
         title=_title(sources, target, distilled=run["recipe"].get("schedule") != "sft"),
-        answer=_answer(models, skills),
+        answer=answer_of(models, skills),
         run=run,
         summary=summary,
         total_seconds=sum(run["seconds"].values()),

@@ -39,7 +39,7 @@ from profuser.train.adapter import with_adapter
 from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
-from profuser.train.metrics_log import append_line, means
+from profuser.train.metrics_log import append_line, is_due, means
 from profuser.train.packing import Layout
 from profuser.train.parallel import agreed_stop, shards
 from profuser.train.sharding import agreed, load_into_shards, whole
@@ -218,7 +218,7 @@ class Trainer:
                     note += f", loss {metrics['loss']:.3f}"
                 bar.update(1, tokens=batch.tokens, note=note)
                 self._say_what_stands_out(step, index, metrics.get("loss"), seconds)
-                if done % self.optim.log_every == 0 or done == stage.stop:
+                if is_due(done, stage, self.optim.log_every):
                     self._log({"step": done, "stage": index, **means(window)})
                     window = []
                 if (self.optim.eval_every and done % self.optim.eval_every == 0) or done == stage.stop:

@@ -12,8 +12,22 @@ from typing import Any
 
 import numpy as np
 
+from profuser.recipe.schedule import Stage
 from profuser.store.files import writing
 from profuser.store.sealed import sealed
+
+FEWEST = 10
+"""How many lines a stage has at least, if it has so many steps."""
+
+
+def is_due(done: int, stage: Stage, log_every: int) -> bool:
+    """Whether a line is due after so many steps of the run, the last of which is one of this stage.
+
+    In a stage that is too short for FEWEST lines every `log_every` steps, lines come as much more often as it needs. A stage always
+    ends with one.
+    """
+    every = min(log_every, max((stage.stop - stage.first) // FEWEST, 1))
+    return done % every == 0 or done == stage.stop
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from profuser.environment import environment, peak_memory
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.compare import deciding_keys
 from profuser.recipe.parse import Run
-from profuser.recipe.places import BUNDLED_PREFIX, resolve
+from profuser.recipe.places import resolve
 from profuser.recipe.schema import Recipe
 from profuser.stopping import working
 from profuser.store.files import TEMPORARY, remove_temporary
@@ -194,8 +194,8 @@ def _is_readable(path: Path) -> bool:
 
 
 def demo_data(recipe: Recipe) -> dict[str, Any] | None:
-    """Returns the record of how the bundled demo's data were made, flaws included; None for other data."""
+    """Returns the record of how the bundled demo's fusion data were made, flaws included; None for other data."""
     location = recipe.data.location("train")
-    if location is None or not location.path.startswith(BUNDLED_PREFIX):
+    if location is None or location.path != "demo:fusion.jsonl":
         return None
     return read_json(Path(resolve("demo:demo_data.json")))

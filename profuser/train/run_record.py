@@ -36,6 +36,8 @@ STAGE = {"inference_weight?": NUMBER, "training_weight?": NUMBER, "beta?": (NUMB
 RECIPE = {
     "schedule": (Rule("a schedule", lambda x: isinstance(x, str) and x in NAMED), [STAGE]),
     "data?": {},
+    "target?": str,
+    "evaluation?": {"match?": (str, None)},
     "align?": {"mode?": str},
     "optim?": {"beta?": (NUMBER, None)},
 }
@@ -79,6 +81,7 @@ BEFORE_AND_AFTER = ({"target_before": float, "fused": float}, None)
 SHAPES: dict[str, Any] = {
     SCORES: {"sources": {str: BY_SKILL}, "target_before": BY_SKILL, "fused": BY_SKILL},
     EVALUATION: {
+        "data?": str,
         "counts": {str: COUNT},
         "bits_per_byte?": {"sources": {str: BITS}, "target_before": BITS, "fused": BITS},
         "ce?": BEFORE_AND_AFTER,
@@ -104,6 +107,16 @@ def read_run(directory: Path) -> dict[str, Any]:
         else "give the directory of a run, or move this one away and run `python -m profuser.train` with its recipe"
     )
     return read_record(path, RUN, SCHEMA_VERSION, what="run", fix=fix, again=again)
+
+
+def read_finished(directory: Path) -> dict[str, Any]:
+    """Reads the run.json of a finished run. It raises what `read_run` raises, and DataError where the run is not complete."""
+    record = read_run(directory)
+    if record["status"] != "complete":
+        raise DataError(
+            f"RUN_DIR must hold a finished run, {directory} is not complete; run `python -m profuser.train` with its recipe again"
+        )
+    return record
 
 
 def write_run(directory: Path, record: dict[str, Any]) -> None:
