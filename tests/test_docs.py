@@ -22,6 +22,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from torch.distributed.run import get_args_parser
 
 from profuser.cli import COMMANDS
 from profuser.evaluate.terminal import score_table
@@ -142,7 +143,7 @@ def shell_lines() -> list[tuple[Block, str]]:
     return [
         (block, line.partition("  #")[0].strip())
         for block in of("bash")
-        for line in block.code.splitlines()
+        for line in block.code.replace("\\\n", " ").splitlines()
         if line.strip() and not line.startswith("#")
     ]
 
@@ -161,6 +162,10 @@ def test_a_shell_line_names_a_command_that_exists_and_takes_its_arguments(block,
     elif words[0] == "profuser" or words[:2] == ["python", "-m"]:
         command, arguments = (f"profuser.{words[1]}", words[2:]) if words[0] == "profuser" else (words[2], words[3:])
         check_module(command, arguments, block, tmp_path, monkeypatch)
+    elif words[0] == "torchrun":
+        launched = get_args_parser().parse_args(words[1:])
+        assert launched.module
+        check_module(launched.training_script, launched.training_script_args, block, tmp_path, monkeypatch)
     elif words[0] in ("pytest", "bash"):
         assert all((ROOT / word).exists() for word in words[1:] if "/" in word and not word.startswith("-"))
     else:
@@ -180,7 +185,10 @@ def check_module(module: str, arguments: list[str], block: Block, tmp_path: Path
             importlib.import_module("profuser.train.__main__").run_of(arguments)
         else:
             parse_run("prepare", arguments)
-    elif module in ("profuser.generate", "profuser.merge", "profuser.evaluate") or "--sources" in arguments:
+    elif (
+        module in ("profuser.generate", "profuser.merge", "profuser.evaluate", "profuser.report")
+        or "--sources" in arguments
+    ):
         importlib.import_module(f"{module}.__main__").arguments(arguments)
     elif module == "profuser.doctor":
         (tmp_path / "FILE").write_text("A bozun is a stone.\n")
