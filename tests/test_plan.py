@@ -153,7 +153,7 @@ class TestMemory:
             share = whole / n if sharded else whole
             assert (memory.weights, memory.gradients, memory.moments) == pytest.approx((share, share, 2 * share))
         assert by[1, False].peak > 16 * 6_738_415_616
-        assert by[8, False].peak - by[1, False].peak == whole  # the copy of the gradients that is exchanged
+        assert by[8, False].peak == by[1, False].peak  # the gradients are exchanged where they lie
         assert by[16, True].peak < by[8, True].peak < by[1, False].peak / 6
         assert paper.one.tokens == 4096
 

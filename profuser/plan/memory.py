@@ -4,7 +4,7 @@ A process holds the weights and, while it learns, AdamW's two moments and the gr
 its backward pass comes on top, and so does the loss, of which no part is as large as [tokens, vocabulary]. There are three
 moments at which a step may need the most memory: when the backward pass begins, when it ends, and when AdamW changes the weights.
 
-Under DDP a process holds all of that for the whole model, and a second copy of the gradients, which the processes exchange. Sharded
+Under DDP a process holds all of that for the whole model; its gradients lie in the buffers that the processes exchange. Sharded
 (FSDP2), it holds its share of weights, gradients and moments, and gathers what it computes with: a decoder block, the next one,
 and all that is outside of the blocks.
 """
@@ -51,7 +51,7 @@ class TrainingMemory:
     """The memory of one process at training, in bytes.
 
     processes: how many there are. sharded: whether they share weights, gradients and moments.
-    exchange: the gradients that DDP sends, or what FSDP2 gathers. activations: what a pass keeps. copies: the weights in 16 bits.
+    exchange: what FSDP2 gathers. activations: what a pass keeps. copies: the weights in 16 bits.
     loss, ending, update: what is added by the loss, the end of the backward pass, and AdamW's step.
     single: whether a step has one forward pass, which begins without gradients.
     """
@@ -102,7 +102,6 @@ def training_memory(
         exchange = (BF16 if one.copies else FP32) * gathered + FP32 * target.block
     else:
         copies = 0 if frozen else one.copies
-        exchange = whole if processes > 1 else 0
     return TrainingMemory(
         processes=processes,
         sharded=sharded,
@@ -117,7 +116,7 @@ def training_memory(
         ending=head if not frozen and (target.config.get_text_config().tie_word_embeddings or one.in_step > 1) else 0,
         # On a GPU AdamW takes all parameters at a time, on a CPU one after the other.
         update=share if cuda else 2 * FP32 * target.largest,
-        single=one.in_step == 1,
+        single=one.in_step == 1 and (sharded or processes == 1),  # DDP's buffers are always there
     )
 
 

@@ -105,7 +105,7 @@ def training(plan: Plan) -> list[str]:
     ]
     processes = plan.training[0].processes
     host = "" if plan.device == "cpu" else " of the machine's memory, not the GPU's,"
-    lines.append(f"  a checkpoint takes another {size(plan.checkpoint)}{host} while process 0 writes it")
+    lines.append(f"  a checkpoint takes another {size(plan.checkpoint)}{host} while it is written")
     if plan.device == "cpu":
         lines.append(
             f"  the process with {size(PROCESS)} of Python and libraries, and all else: {size(plan.peak(processes))}"

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from profuser.errors import ConfigError, Stopped
 from profuser.recipe.schema import OptimConfig
@@ -30,7 +30,8 @@ def launch(precision: str) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[patience],
+        # The gradients lie in the buffers that DDP sends, so that there is no second copy of them.
+        kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"):
         raise ConfigError(
