@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from profuser import cli
 from profuser.cli import main_of
+from profuser.errors import DataError
 from profuser.recipe.places import resolve
 
 RECIPE = """\
@@ -78,6 +79,11 @@ def without_pictures() -> Generator[None]:
         mock.patch("profuser.report.comparison._curves", return_value=nothing),
     ):
         yield
+
+
+def without_plan() -> contextlib.AbstractContextManager[object]:
+    """Leaves out the plan that is set beside what a training took. It takes a second, and tests/test_plan.py looks at it."""
+    return mock.patch("profuser.pipeline.make_plan", side_effect=DataError("left out"))
 
 
 @contextlib.contextmanager

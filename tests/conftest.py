@@ -93,10 +93,10 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="session")
 def good(tmp_path_factory):
     """A folder with a recipe, its data, a model of its own and a finished run. Tests copy it with `command_runs.folder`."""
-    from command_runs import make_good, without_pictures
+    from command_runs import make_good, without_pictures, without_plan
 
     place = tmp_path_factory.mktemp("good")
-    with without_pictures():
+    with without_pictures(), without_plan():
         make_good(place)
     return place
 
@@ -112,14 +112,14 @@ def in_run(good, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(request):
-    """Tests of what commands do with the files of a finished run need no pictures."""
+def lean_commands(request):
+    """Tests of what commands do with the files of a finished run need neither pictures nor a plan."""
     if not {"good", "places"} & set(request.fixturenames):
         yield
         return
-    from command_runs import without_pictures
+    from command_runs import without_pictures, without_plan
 
-    with without_pictures():
+    with without_pictures(), without_plan():
         yield
 
 

@@ -32,7 +32,7 @@ from profuser.store import files
 from profuser.store.files import DiskFull, write_atomic, writing
 from profuser.train.checkpoint import Checkpoint, load_newest
 
-SAMPLE = 10
+SAMPLE = 6
 """How many of the trials `make test` makes."""
 PARTS = 8
 

@@ -234,7 +234,7 @@ def alone(arguments, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "way",
     [
-        pytest.param([], id="ddp"),
+        pytest.param([], id="ddp", marks=pytest.mark.long),
         pytest.param(
             ["--optim.shard=true", "--data.max_length=256", "--optim.tokens_per_micro_batch=256"], id="fsdp-packed"
         ),

@@ -35,7 +35,11 @@ OF_MANY_LENGTHS = [*PROMPTS[:2], PROMPTS[3], "Hi", PROMPTS[0] + " Eve has 8 eggs
     "options",
     [
         {"method": "cool", "weights": [0.2, 3.0, 1.0], "max_segment_tokens": 2},
-        {"method": "cool", "segment": "aligned", "rerank": True, "criterion": "mean_nll"},
+        pytest.param(
+            {"method": "cool", "segment": "aligned", "rerank": True, "criterion": "mean_nll"},
+            marks=pytest.mark.long,
+            id="aligned",
+        ),
         {"method": "gated", "gate": 0.5},
         {"method": "eva"},
         {"method": "mixture", "seed": 3},

@@ -80,7 +80,9 @@ def make_maps(ranges, V, seed=0) -> Ranges:
     return rows, lo, hi, order, map_begin, mapped
 
 
-@pytest.mark.parametrize(("V", "k"), [(83, 4), (83, 64), (700, 10)])
+@pytest.mark.parametrize(
+    ("V", "k"), [(83, 64), *(pytest.param(*both, marks=pytest.mark.long) for both in ((83, 4), (700, 10)))]
+)
 @pytest.mark.parametrize(
     ("temperature", "vocabulary_too"),
     [(1.0, False), (2.5, True), *(pytest.param(*both, marks=pytest.mark.long) for both in ((1.0, True), (2.5, False)))],
@@ -93,7 +95,7 @@ def test_merged_ranges_are_as_accurate_as_the_dense_reference(device, V, k, temp
     check_logits(device, logits, labels, k, chunk_size=3, temperature=temperature, **options)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, None])
+@pytest.mark.parametrize("chunk_size", [2, *(pytest.param(size, marks=pytest.mark.long) for size in (1, None))])
 def test_whole_vocabulary_maps_of_every_row_give_the_reference(device, chunk_size):
     """As alignment uses them: one range of every row over the whole order, with one of two maps, beside small ranges."""
     case = make_case(V=300) | {"bias": torch.randn(300, generator=torch.Generator().manual_seed(5))}
