@@ -101,6 +101,22 @@ def good(tmp_path_factory):
     return place
 
 
+@pytest.fixture(scope="session")
+def mergeable(tmp_path_factory):
+    """The directories of a base and of three models, a, b and c, that were trained from it. No test may change them."""
+    from merge_models import make_models
+
+    return make_models(tmp_path_factory.mktemp("mergeable"))
+
+
+@pytest.fixture(params=[1 << 18, 10], ids=["one block", "several blocks"])
+def in_blocks(request, monkeypatch):
+    """A tensor that is merged is one block, or blocks of ten elements, by which nothing that is tested can be divided."""
+    from profuser.merge import blocks
+
+    monkeypatch.setattr(blocks, "BLOCK", request.param)
+
+
 @pytest.fixture
 def in_run(good, monkeypatch):
     """A copy of `good` as the working directory, from which functions can be imported as by `python -m`."""

@@ -142,24 +142,35 @@ def run_record(root: Path):
     return read_run(run_dir), use
 
 
+def put(run_dir: Path, name: str, value) -> None:
+    """Gives a file of a run another content, under a right seal and digest."""
+    if name == "run.json":
+        seal(run_dir / name, value)
+    else:
+        (run_dir / name).write_text(json.dumps(value))
+        record_files(run_dir, name)
+
+
+def content_of(run_dir: Path, name: str):
+    return read_run(run_dir) if name == "run.json" else json.loads((run_dir / name).read_text())
+
+
 def report_of(name: str):
     """The report over a changed file of the run or the store."""
 
     def make(root: Path):
         run_dir, store_dir = make_run(root)
-        path = (store_dir if name == "summary.json" else run_dir) / name
-        original = read_run(run_dir) if name == "run.json" else json.loads(path.read_text())
 
         def use(value):
-            if name == "run.json":
-                seal(path, value)
+            if name == "summary.json":
+                (store_dir / name).write_text(json.dumps(value))
+                record_summary(store_dir)
             else:
-                path.write_text(json.dumps(value))
-                record_summary(store_dir) if name == "summary.json" else record_files(run_dir, name)
+                put(run_dir, name, value)
             with without_pictures():
                 write_report(run_dir, store_dir)
 
-        return original, use
+        return content_of(store_dir if name == "summary.json" else run_dir, name), use
 
     return make
 
@@ -169,19 +180,13 @@ def comparison_of(name: str):
 
     def make(root: Path):
         (whole, _), (run_dir, _) = make_run(root / "whole"), make_run(root / "changed")
-        path = run_dir / name
-        original = read_run(run_dir) if name == "run.json" else json.loads(path.read_text())
 
         def use(value):
-            if name == "run.json":
-                seal(path, value)
-            else:
-                path.write_text(json.dumps(value))
-                record_files(run_dir, name)
+            put(run_dir, name, value)
             with without_pictures():
                 compare_runs([whole, run_dir])
 
-        return original, use
+        return content_of(run_dir, name), use
 
     return make
 
@@ -192,8 +197,7 @@ def measured(name: str):
         show = {SCORES: score_table, EVALUATION: lambda content: closing_examples(content, 3)}[name]
 
         def use(value):
-            (run_dir / name).write_text(json.dumps(value))
-            record_files(run_dir, name)
+            put(run_dir, name, value)
             show(read_measured(run_dir, read_run(run_dir), name)).encode()
 
         return json.loads((run_dir / name).read_text()), use

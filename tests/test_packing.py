@@ -15,8 +15,8 @@ from profuser.kernels.common import IGNORE_INDEX
 from profuser.models.load import load_model
 from profuser.recipe.schedule import Mode, plan
 from profuser.recipe.schema import SourceConfig
-from profuser.train import loop
 from profuser.train.collate import collate
+from profuser.train.losses import SequenceLosses
 from profuser.train.packing import Layout, by_count, by_tokens, first_fit, shares, size_of, tokens_of
 from profuser.train.steps import Steps
 from profuser.train.targets import Targets
@@ -296,7 +296,7 @@ def test_a_model_whose_rows_must_all_begin_examples_at_the_same_places_is_not_pa
 def test_a_non_finite_loss_in_a_packed_row_names_its_own_example(prepared, targets):
     micro = steps_of(prepared, targets, "packed", tokens_per_micro_batch=2000).batch(0).micro_batches[0]
     for number in range(len(micro.origins)):
-        losses = loop.SequenceLosses([], [], [], [])
+        losses = SequenceLosses()
         ce = torch.zeros(len(micro.sequence_of_token()))
         losses.add(micro, ce, ce)
         of_token = micro.sequence_of_token() == number

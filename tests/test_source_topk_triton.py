@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from new_tensors import NewTensors
 from topk_triton_checks import (
+    MARKS,
     check_hidden,
     check_logits,
     make_case,
@@ -21,11 +22,7 @@ from profuser.kernels.source_topk import source_topk, source_topk_from_logits
 
 triton = pytest.importorskip("triton", reason="Triton exists on Linux alone")
 
-# The interpreter computes with NumPy, which warns. Where a result is an infinity or a NaN, a test asserts it.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.usefixtures("numpy_xor", "poisoned_memory"),
-]
+pytestmark = MARKS
 
 
 # V is below, at, one above, or ragged against GROUP = 16, its square, and BLOCK_V = 2048. k is below and above the number of

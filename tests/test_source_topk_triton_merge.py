@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from topk_triton_checks import (
+    MARKS,
     NAMES,
     assert_as_accurate_as_fp32,
     check_hidden,
@@ -22,11 +23,7 @@ from profuser.kernels.source_topk import Ranges, source_topk_from_logits
 
 triton = pytest.importorskip("triton", reason="Triton exists on Linux alone")
 
-# The interpreter computes with NumPy, which warns. Where a result is an infinity or a NaN, a test asserts it.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.usefixtures("numpy_xor", "poisoned_memory"),
-]
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

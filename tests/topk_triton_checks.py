@@ -2,12 +2,18 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.kernels.reference import logits_topk_reference, source_topk_reference
 from profuser.kernels.source_topk import Ranges, source_topk, source_topk_from_logits
 
+# The interpreter computes with NumPy, which warns. Where a result is an infinity or a NaN, a test asserts it.
+MARKS = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("numpy_xor", "poisoned_memory"),
+]
 NAMES = ("ids", "logprobs", "lse", "ce", "range_ids", "range_logprobs", "range_logmass")
 FLOOR = 1e-6  # a few roundings of fp32 and of a GPU's exp2, relative to the largest true entry
 

@@ -11,39 +11,32 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
-from profuser.fusion_model import FusionModel
-from profuser.models.attention import uses_flash_attention
-from profuser.models.head import head_layer
-from profuser.models.load import chat_format, check_vocabulary, load_model, load_without_weights, stored_dtype
+from profuser.models.load import chat_format, stored_dtype
 from profuser.progress import Progress
 from profuser.recipe.schedule import Mode, Stage, learning_rate, plan, stage_at
-from profuser.recipe.schema import Recipe, SourceConfig
+from profuser.recipe.schema import Recipe
 from profuser.stopping import noted
 from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
-from profuser.train.adapter import with_adapter
 from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
+from profuser.train.losses import SequenceLosses, step_losses
 from profuser.train.metrics_log import append_line, is_due, means
-from profuser.train.packing import Layout
 from profuser.train.parallel import agreed_stop, shards
-from profuser.train.sharding import agreed, load_into_shards, whole
-from profuser.train.steps import MicroBatch, Origin, StepBatch, Steps, load_steps
+from profuser.train.sharding import whole
+from profuser.train.steps import StepBatch, Steps, load_steps
+from profuser.train.target import layout_for, load_target
 from profuser.train.targets import Targets
 
 NOTICES = "notices.jsonl"
@@ -77,9 +70,8 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.sharded = shards(self.optim, accelerator)
         self.saved_dtype = stored_dtype(config)
-        self.fusion = self._load_sharded(config) if self.sharded else self._load(config)
-        self.fusion.train()
-        self.layout = self._layout()
+        self.fusion = load_target(recipe, self.chat, accelerator, sharded=self.sharded).train()
+        self.layout = layout_for(self.fusion, self.optim.tokens_per_micro_batch)
         self.steps = Steps(
             self.targets,
             self.optim,
@@ -102,40 +94,6 @@ class Trainer:
         self.metrics = directory / "metrics.jsonl"
         self.health = Health()
 
-    def _load(self, config: SourceConfig) -> FusionModel:
-        """Loads the target onto this process's device."""
-        in_bf16 = self.accelerator.mixed_precision == "bf16"
-        packs = self.optim.tokens_per_micro_batch is not None and in_bf16
-        # Weights that an adapter freezes need no more digits than they are computed with.
-        dtype = torch.bfloat16 if in_bf16 and self.recipe.adapter is not None else torch.float32
-        return self._wrapped(load_model(config, dtype, self.accelerator.device, packs=packs))
-
-    def _load_sharded(self, config: SourceConfig) -> FusionModel:
-        """Loads the target on the main process, which proves what it can, and divides it among all."""
-        target, keeps_apart = None, {}
-        if self.accelerator.is_main_process:
-            target = load_model(config, torch.float32)
-            keeps_apart = self._wrapped(target).keeps_apart
-        fusion = self._wrapped(load_without_weights(config, torch.float32))
-        fusion.keeps_apart = agreed(keeps_apart)
-        load_into_shards(fusion, target, self.accelerator)
-        self.accelerator.print(
-            f"FSDP2: of the processes each holds 1/{self.accelerator.num_processes} of the target's weights, gradients and "
-            "moments",
-            flush=True,
-        )
-        return fusion
-
-    def _wrapped(self, target: PreTrainedModel) -> FusionModel:
-        """Puts the loss around the target."""
-        config, adapter = self.recipe.target_config, self.recipe.adapter
-        check_vocabulary(config.name, self.chat, len(head_layer(target).weight))
-        if self.optim.gradient_checkpointing:
-            target.gradient_checkpointing_enable()
-        if adapter is not None:
-            target = with_adapter(target, adapter)
-        return FusionModel(target, temperature=self.optim.temperature, tail=self.optim.tail, source_temperature=1.0)
-
     def _check_modes(self, store: Store) -> None:
         """Raises DataError unless there are training examples for at least one mode of every stage."""
         there = set(self.targets.modes.tolist())
@@ -149,21 +107,6 @@ class Trainer:
                     f"stage {i} needs training examples of its mode, {modes}, none is left "
                     f"({store.handled() or 'nothing was skipped'}); {fix}"
                 )
-
-    def _layout(self) -> Layout:
-        """Chooses how sequences are laid into passes of optim.tokens_per_micro_batch, and says so once."""
-        budget, flash = self.optim.tokens_per_micro_batch, uses_flash_attention(self.fusion.model)
-        if budget is None:
-            return "padded"
-        if not self.fusion.keeps_apart[flash]:
-            self.accelerator.print(
-                f"sequences are padded and not packed: {type(self.fusion.model).__name__} would let each see the one before it",
-                flush=True,
-            )
-            return "padded"
-        attention = "flash-attention over the bounds of the sequences" if flash else "attention with a mask of blocks"
-        self.accelerator.print(f"sequences are packed into passes of {budget:,} tokens, {attention}", flush=True)
-        return "flat" if flash else "packed"
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -202,7 +145,8 @@ class Trainer:
                 metrics = self._step(step, stage, batch)
                 seconds = time.monotonic() - began
 
-                # Say what stands out in it. Log it, validate and save where that is due. A stage always ends with a line and a validation.
+                # Say what stands out in it. Log it, validate and save where that is due. A stage always ends with a line and a
+                # validation.
                 window.append(
                     metrics
                     | {
@@ -252,7 +196,7 @@ class Trainer:
         # The forward and backward passes. Only in the last one does DDP exchange the gradients between the ranks; a sharded model
         # adds them up in every pass, because no rank has room for all of them. What each sequence adds to the losses stays on the
         # device until the end, because to read it is to wait for the pass.
-        losses = SequenceLosses([], [], [], [])
+        losses = SequenceLosses()
         for number, micro in enumerate(batch.micro_batches, start=1):
             last = number == len(batch.micro_batches)
             exchanged = last or self.sharded
@@ -279,13 +223,14 @@ class Trainer:
 
     def _say_what_stands_out(self, step: int, stage: int, loss: float | None, seconds: float) -> None:
         """Prints what stands out in a step with the examples in it, and adds it to notices.jsonl."""
+        if not self.accelerator.is_main_process:
+            return
         for what in self.health.notices(stage, loss, seconds):
             taken = self.steps.instructions(step)
             examples = sorted({sequence.example for i in taken for sequence in self.targets[i]})
-            if self.accelerator.is_main_process:
-                shown = ", ".join(map(str, examples[:12])) + (" …" if len(examples) > 12 else "")
-                print(f"step {step + 1} stands out: {what}; training examples {shown}", flush=True)
-                append_line(self.directory / NOTICES, {"step": step + 1, "what": what, "examples": examples})
+            shown = ", ".join(map(str, examples[:12])) + (" …" if len(examples) > 12 else "")
+            print(f"step {step + 1} stands out: {what}; training examples {shown}", flush=True)
+            append_line(self.directory / NOTICES, {"step": step + 1, "what": what, "examples": examples})
 
     # -- around the loop --------------------------------------------------------------------------------------------
 
@@ -328,64 +273,6 @@ class Trainer:
                 print(f"resuming at step {step} of {self.stages[-1].stop}", flush=True)
             write_atomic(self.metrics, metrics)
         return step
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceLosses:
-    """What each token of a step adds to the losses on this rank, left on the device.
-
-    origins: where each sequence comes from. sequences: one tensor per forward pass with the sequence of each token, -1 for padding,
-    (N,) int64. ce, kd: alike, with what the tokens add, (N,).
-    """
-
-    origins: list[Origin]
-    sequences: list[Tensor]
-    ce: list[Tensor]
-    kd: list[Tensor]
-
-    def add(self, micro: MicroBatch, ce: Tensor, kd: Tensor) -> None:
-        """Adds a forward pass. `ce` and `kd` hold one value per token that is predicted, (B * (T - 1),)."""
-        of_token = torch.from_numpy(micro.sequence_of_token())
-        of_token = torch.where(of_token >= 0, of_token + len(self.origins), -1)
-        self.origins.extend(micro.origins)
-        self.sequences.append(of_token.to(ce.device, non_blocking=True))
-        self.ce.append(ce)
-        self.kd.append(kd)
-
-    def by_mode(self) -> Tensor:
-        """Returns the sums of ce and of kd by mode, (2, modes) fp64."""
-        both = torch.stack([torch.cat(self.ce), torch.cat(self.kd)]).double()
-        # The last one stands for padding, to which the number -1 leads.
-        modes = torch.tensor([*(origin.mode for origin in self.origins), -1], device=both.device)
-        mode = modes[torch.cat(self.sequences)]
-        return torch.stack([both.where(mode == number, 0).sum(1) for number in Mode], 1)
-
-    def not_finite(self, step: int) -> NonFiniteError:
-        """Returns the error that names the first sequence whose loss is not finite."""
-        at = f"at step {step + 1}"
-        for name, values in (("ce", self.ce), ("kd", self.kd)):
-            bad = torch.cat(self.sequences)[~torch.cat(values).isfinite()]
-            for origin in (self.origins[number] for number in bad[:1].tolist()):
-                return NonFiniteError(
-                    f"the loss must be finite, {name} is not {at}: training example {origin.example}, {origin.mode.key} "
-                    f"mode, source {origin.source}; lower optim.lr, or look at that example in the store's samples.parquet"
-                )
-        return NonFiniteError(f"the loss must be finite, another process's is not {at}; its message names the example")
-
-
-def step_losses(sums: Sequence[float], batch: StepBatch, stage: Stage) -> dict[str, float]:
-    """Returns the mean losses of a step's label tokens by mode, and the loss as it was optimised.
-
-    Args:
-        sums: the sum of ce for each mode, then the sum of kd for each mode, over all ranks.
-    """
-    metrics, loss = {}, 0.0
-    for mode, count in batch.labels.items():
-        if count:
-            ce, kd = sums[mode] / count, sums[len(Mode) + mode] / count
-            metrics |= {f"ce_{mode.key}": ce, f"kd_{mode.key}": kd, f"loss_{mode.key}": ce + stage.beta * kd}
-            loss += stage.weight(mode) * (ce + stage.beta * kd)
-    return {"loss": loss, **metrics}
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,0 +1,76 @@
+"""Loads the target as a process trains it: all of it or its share, with an adapter if the recipe has one, and the loss around it."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from profuser.fusion_model import FusionModel
+from profuser.models.attention import uses_flash_attention
+from profuser.models.head import head_layer
+from profuser.models.load import check_vocabulary, load_model, load_without_weights
+from profuser.recipe.schema import Recipe
+from profuser.text.chat import ChatFormat
+from profuser.train.adapter import with_adapter
+from profuser.train.packing import Layout
+from profuser.train.sharding import agreed, is_main, load_into_shards
+
+
+def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, sharded: bool) -> FusionModel:
+    """Loads the target onto this process's device, or divides it among the processes if it is to be `sharded`.
+
+    Raises:
+        ConfigError: the recipe's adapter does not fit the target.
+        DataError: the target cannot be loaded, or does not fit its tokenizer or the loss.
+    """
+    config = recipe.target_config
+    if not sharded:
+        in_bf16 = accelerator.mixed_precision == "bf16"
+        packs = recipe.optim.tokens_per_micro_batch is not None and in_bf16
+        # Weights that an adapter freezes need no more digits than they are computed with.
+        dtype = torch.bfloat16 if in_bf16 and recipe.adapter is not None else torch.float32
+        return _with_loss(load_model(config, dtype, accelerator.device, packs=packs), recipe, chat)
+
+    # The main process has the weights. What has to be proven with them, it proves for all.
+    target, keeps_apart = None, {}
+    if is_main():
+        target = load_model(config, torch.float32)
+        keeps_apart = _with_loss(target, recipe, chat).keeps_apart
+    fusion = _with_loss(load_without_weights(config, torch.float32), recipe, chat)
+    fusion.keeps_apart = agreed(keeps_apart)
+    load_into_shards(fusion, target, accelerator)
+    accelerator.print(
+        f"FSDP2: of the processes each holds 1/{accelerator.num_processes} of the target's weights, gradients and moments",
+        flush=True,
+    )
+    return fusion
+
+
+def _with_loss(target: PreTrainedModel, recipe: Recipe, chat: ChatFormat) -> FusionModel:
+    check_vocabulary(recipe.target_config.name, chat, len(head_layer(target).weight))
+    if recipe.optim.gradient_checkpointing:
+        target.gradient_checkpointing_enable()
+    if recipe.adapter is not None:
+        target = with_adapter(target, recipe.adapter)
+    return FusionModel(target, temperature=recipe.optim.temperature, tail=recipe.optim.tail, source_temperature=1.0)
+
+
+def layout_for(fusion: FusionModel, budget: int | None) -> Layout:
+    """Chooses how sequences are laid into passes of `budget` tokens, and says so once. None pads passes of instructions."""
+    if budget is None:
+        return "padded"
+    flash = uses_flash_attention(fusion.model)
+    if not fusion.keeps_apart[flash]:
+        layout: Layout = "padded"
+        said = f"padded and not packed: {type(fusion.model).__name__} would let each see the one before it"
+    elif flash:
+        layout, said = (
+            "flat",
+            f"packed into passes of {budget:,} tokens, flash-attention over the bounds of the sequences",
+        )
+    else:
+        layout, said = "packed", f"packed into passes of {budget:,} tokens, attention with a mask of blocks"
+    if is_main():
+        print(f"sequences are {said}", flush=True)
+    return layout
