@@ -28,7 +28,7 @@ from profuser.train.checkpoint import newest_step
 from profuser.train.export import save_fused
 from profuser.train.loop import Trainer
 from profuser.train.model_card import CARD, write_card
-from profuser.train.parallel import launch, settled_precision
+from profuser.train.parallel import launch, settled_precision, shards
 from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, read_measured, record_files
 from profuser.train.sharding import whole_model
@@ -63,7 +63,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     store: Store | None = None
     with directory.timed("prepare", is_main):
         if is_main:
-            check_adapter(recipe)
+            check_adapter(recipe, sharded=shards(recipe.optim, accelerator))
             preparation = Preparation.begin(Inputs.open(run), held)
             for example in preparation.inputs.rows.get("heldout", [])[:1]:
                 try_match(recipe.evaluation.match, example)

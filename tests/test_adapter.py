@@ -21,7 +21,7 @@ from profuser.models.load import load_model
 from profuser.pipeline import train
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import AdapterConfig, SourceConfig
-from profuser.train.adapter import with_adapter
+from profuser.train.adapter import check_adapter, with_adapter
 from profuser.train.loop import Trainer
 
 ADAPTER = AdapterConfig(rank=4, alpha=8.0)
@@ -156,6 +156,11 @@ def test_settings_out_of_range_are_refused(options, said):
 
 
 def test_an_adapter_is_not_sharded(prepared):
+    """Neither where the recipe asks for it nor where the launcher does."""
     recipe = prepared[1].recipe
+    with pytest.raises(ConfigError, match="got a launcher that asks for FSDP; launch with torchrun"):
+        check_adapter(replace(recipe, adapter=ADAPTER), sharded=True)
+    check_adapter(recipe, sharded=True)
+    check_adapter(replace(recipe, adapter=ADAPTER), sharded=False)
     with pytest.raises(ConfigError, match=r"optim\.shard must be false with an adapter"):
         replace(recipe, adapter=ADAPTER, optim=replace(recipe.optim, shard=True))

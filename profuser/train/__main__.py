@@ -15,8 +15,6 @@ FLAGS = {
     "fresh": "rename an existing run aside and start over (the store stays)",
     "dry-run": "only print the plan: memory, disk, steps, time and commands; loads and writes nothing",
 }
-
-
 OWN = ("processes", "instructions", "tokens", "tflops", "device")
 """The options of --dry-run, which have values."""
 

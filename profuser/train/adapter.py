@@ -16,9 +16,18 @@ FOLDER = "adapter"
 """Where a run keeps the adapter alone, beside the model into which it is merged."""
 
 
-def check_adapter(recipe: Recipe) -> None:
-    """Raises ConfigError where a recipe's adapter does not fit its target, or peft is missing. It reads no weights."""
+def check_adapter(recipe: Recipe, *, sharded: bool) -> None:
+    """Finds out before anything is prepared whether a recipe's adapter can be trained. It reads no weights.
+
+    Raises:
+        ConfigError: the adapter does not fit the target, or the target is to be sharded.
+        ModuleNotFoundError: peft is missing.
+    """
     if recipe.adapter is not None:
+        if sharded:
+            raise ConfigError(
+                "a target with an adapter must not be sharded, got a launcher that asks for FSDP; launch with torchrun or --multi_gpu"
+            )
         with_adapter(load_without_weights(recipe.target_config, torch.float32), recipe.adapter)
 
 

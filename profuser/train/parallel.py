@@ -23,7 +23,7 @@ def launch(precision: str) -> Accelerator:
     """Returns the Accelerator of this run, in the arithmetic fp32 or bf16.
 
     Raises:
-        ConfigError: the launcher asked for something else than one process or DDP, such as FSDP or DeepSpeed.
+        ConfigError: the launcher asked for something else than one process, DDP or FSDP, such as DeepSpeed.
     """
     # The main process prepares the store, which may take days, while the other ranks wait for it.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))

@@ -16,6 +16,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from profuser.store.files import write_atomic, writing
 from profuser.store.sealed import FileDigest, digest_of_file
@@ -60,7 +61,7 @@ def sizes_in(directory: Path) -> dict[str, Size]:
 
 def load_shares(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Reads tensors in place, each process its own shares. If they are sharded, all processes must call it."""
-    sharded = any(hasattr(tensor, "device_mesh") for tensor in tensors.values())
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads, and that is meant
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=not sharded)
