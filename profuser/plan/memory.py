@@ -19,7 +19,7 @@ from profuser.recipe.schema import OptimConfig
 
 FP32, BF16 = 4, 2
 
-PROCESS = 400 << 20
+PROCESS = 375 << 20
 """What Python, torch, transformers and a recipe's opened inputs take of a process's memory before any model is loaded."""
 
 SAVE = 5 * FP32
