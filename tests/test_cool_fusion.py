@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from profuser.generate.voices import load_voices
 from profuser.models.head import head_of
 from profuser.recipe.parse import parse_run
 from profuser.recipe.schema import DecodeConfig
+from profuser.text.conversation import Conversation, Prompt, Turn
 from profuser.text.token_bytes import TokenBytesMismatch
 
 PROMPTS = [
@@ -34,6 +37,14 @@ PROMPTS = [
     "你好，世界！",
     "def f(x):\n    return x + 1",
 ]
+CONVERSATIONS = [
+    Conversation(tuple(Turn(("user", "assistant")[n % 2], text) for n, text in enumerate(texts)))
+    for texts in (
+        (PROMPTS[0], "Eve has 8-4=4 eggs, then 4+5=9. Answer: 9.", "Bob has 3 eggs, gets 2. How many?"),
+        ("你好", " 好。 ", "How do I beat the dragon? ", "With a sword.", PROMPTS[4]),
+    )
+]
+CONVERSATIONS.append(Conversation((Turn("system", "Be brief."), *CONVERSATIONS[0].turns)))
 
 
 # --- the slow implementation -----------------------------------------------------------------------------------------
@@ -51,15 +62,26 @@ class Slow:
         with torch.no_grad():
             return voice.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
 
-    def encoded(self, voice: Voice, prompt: str, text: str):
+    def encoded(self, voice: Voice, prompt: Prompt, text: str):
         try:
+            if isinstance(prompt, Conversation) and text:
+                return voice.chat.encode_messages(
+                    [*messages_for(voice, prompt), {"role": "assistant", "content": text}], complete=False
+                )
             return voice.chat.encode(prompt, text, complete=False)
         except TokenBytesMismatch:
             return None
 
-    def segment(self, voice: Voice, prompt: str, response: str) -> str:
+    def opening(self, voice: Voice, prompt: Prompt) -> list[int]:
+        """What the first segment is written behind."""
+        if isinstance(prompt, Conversation):
+            render: Any = voice.chat.tokenizer.apply_chat_template
+            return render(messages_for(voice, prompt), add_generation_prompt=True, return_dict=False)
+        return voice.chat.prompt_ids(prompt)
+
+    def segment(self, voice: Voice, prompt: Prompt, response: str) -> str:
         encoded = self.encoded(voice, prompt, response) if response else None
-        ids = encoded.input_ids[: encoded.stop] if encoded else voice.chat.prompt_ids(prompt)
+        ids = encoded.input_ids[: encoded.stop] if encoded else self.opening(voice, prompt)
         said: list[int] = []
         text, ended = "", False
         for _ in range(self.config.max_segment_tokens):
@@ -86,15 +108,15 @@ class Slow:
                 return text if text.strip() else ""
         return text
 
-    def cut(self, voice: Voice, prompt: str, response: str, text: str, place: int) -> bool:
+    def cut(self, voice: Voice, prompt: Prompt, response: str, text: str, place: int) -> bool:
         encoded = self.encoded(voice, prompt, response + text)
         byte = len((response + text[:place]).encode())
         return encoded is not None and byte in [stop for _, stop in encoded.spans]
 
-    def nll(self, voice: Voice, prompt: str, response: str, segment: str) -> float:
+    def nll(self, voice: Voice, prompt: Prompt, response: str, segment: str) -> float:
         if not segment:
             encoded = self.encoded(voice, prompt, response) if response else None
-            ids = encoded.input_ids[: encoded.stop] if encoded else voice.chat.prompt_ids(prompt)
+            ids = encoded.input_ids[: encoded.stop] if encoded else self.opening(voice, prompt)
             return -float(self.logits(voice, ids)[-1][list(voice.chat.end_ids)].logsumexp(0))
         encoded = self.encoded(voice, prompt, response + segment)
         if encoded is None:
@@ -109,7 +131,7 @@ class Slow:
         ]
         return sum(nlls) / len(nlls)
 
-    def answer(self, prompt: str) -> list[str]:
+    def answer(self, prompt: Prompt) -> list[str]:
         segments: list[str] = []
         response = ""
         while True:
@@ -132,7 +154,17 @@ class Slow:
             response += best
 
 
-def compare(voices: list[Voice], prompts: list[str], config: DecodeConfig, max_new_tokens: int) -> int:
+def messages_for(voice: Voice, prompt: Conversation) -> list[dict[str, str]]:
+    """The messages as a source gets them: where its template knows no system message, in front of the user's text."""
+    turns = list(prompt.turns)
+    if turns[0].role == "system" and "system" not in str(voice.chat.tokenizer.chat_template).replace(
+        "<|im_start|>", "system"
+    ):
+        turns[:2] = [Turn("user", f"{turns[0].text}\n\n{turns[1].text}")]
+    return [{"role": turn.role, "content": turn.text} for turn in turns]
+
+
+def compare(voices: list[Voice], prompts: Sequence[Prompt], config: DecodeConfig, max_new_tokens: int) -> int:
     """Checks that both implementations choose the same segments, and returns how many these are."""
     chosen = 0
     for prompt in prompts:
@@ -150,6 +182,12 @@ def demo() -> list[Voice]:
 @pytest.mark.parametrize("segment", ["shortest", "aligned"])
 def test_the_demos_sources(demo, segment):
     assert compare(demo, PROMPTS, DecodeConfig(segment=segment), 24) > 20
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.long)])
+def test_the_demos_sources_in_conversations(demo, count):
+    for segment in ("shortest", "aligned")[:count]:
+        assert compare(demo, CONVERSATIONS[-count:], DecodeConfig(segment=segment), 10) > 3
 
 
 @pytest.mark.long
@@ -306,12 +344,12 @@ def test_a_file_of_prompts_is_answered_in_order_and_goes_on_where_it_stopped(dem
     rows = [{"prompt": PROMPTS[0]}, {"messages": [{"role": "user", "content": PROMPTS[1]}]}, {"prompt": PROMPTS[2]}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = prompts_of(source)
-    assert prompts == PROMPTS[:3]
+    assert [str(prompt) for prompt in prompts] == PROMPTS[:3]
     fusion = CoolFusion(demo, DecodeConfig(), 24)
     whole = list(answer_file(fusion, prompts, output))
     expected = output.read_bytes()
     found = [json.loads(line) for line in expected.splitlines()]
-    assert [row["prompt"] for row in found] == prompts
+    assert [{key: row[key] for key in given} for row, given in zip(found, rows, strict=True)] == rows
     for row in found:
         assert "".join(segment["text"] for segment in row["segments"]).strip() == row["response"]
         assert {segment["source"] for segment in row["segments"]} <= {voice.name for voice in demo}
@@ -333,7 +371,6 @@ def test_a_file_of_prompts_is_answered_in_order_and_goes_on_where_it_stopped(dem
         ("[1]", "text as `prompt`"),
         ('{"prompt": 7}', "text as `prompt`"),
         ('{"prompt": "  "}', "text as `prompt`"),
-        ('{"messages": []}', "one message of the user"),
         ('{"prompt": "\\ud83d"}', "lone surrogate"),
     ],
 )

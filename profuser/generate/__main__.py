@@ -22,14 +22,23 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m profuser.generate",
         description=DESCRIPTION,
-        usage="%(prog)s [--config RECIPE] [--prompt TEXT | --input FILE --output FILE [--batch-size N]] [--trace FILE] "
+        usage="%(prog)s [--config RECIPE] [--prompt TEXT | --input FILE --output FILE [--batch-size N] | --chat] [--trace FILE] "
         "[recipe overrides]",
-        epilog="Without a prompt or a file it asks for prompts in the terminal. The options of decoding are the recipe's `decode`.",
+        epilog="Without a prompt or a file it asks for prompts in the terminal, each of which is answered by itself. "
+        "The options of decoding are the recipe's `decode`.",
     )
     parser.add_argument("--config", metavar="RECIPE", help="the recipe whose sources answer; default: the bundled demo")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this")
     parser.add_argument(
-        "--input", type=Path, metavar="FILE", help="answer the `prompt` of every row of this JSONL file"
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="answer the `prompt`, or the conversation `messages`, of every row of this JSONL file",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="what is asked for in the terminal is one conversation; an empty line begins another",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answers to --input into this JSONL file")
     parser.add_argument(
@@ -42,6 +51,10 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, overrides = parser.parse_known_args(argv)
     if args.prompt is not None and args.input is not None:
         raise ConfigError("give either --prompt or --input, got both")
+    if args.chat and (args.prompt is not None or args.input is not None):
+        raise ConfigError(
+            "--chat must be given without --prompt and --input, because it asks in the terminal; take it out"
+        )
     if (args.input is None) != (args.output is None):
         raise ConfigError(
             "--input and --output must be given together, got one of them; --output is the file of the answers"
@@ -76,6 +89,7 @@ def main(argv: list[str]) -> None:
     from profuser.recipe.parse import parse_run
     from profuser.stopping import working
     from profuser.store.files import write_atomic
+    from profuser.text.conversation import Conversation, Prompt, Turn
 
     run = parse_run("generate", [*(["--config", args.config] if args.config else []), *overrides], {}, DESCRIPTION)
     if args.prompt is not None:
@@ -88,7 +102,7 @@ def main(argv: list[str]) -> None:
     for note in fusion.notes():
         print(note, file=sys.stderr, flush=True)
     sources = [voice.name for voice in fusion.voices]
-    answered: list[tuple[str, Answer]] = []
+    answered: list[tuple[Prompt, Answer]] = []
     with working():  # so that the page is written of what there is, and no row by half
         try:
             if args.input is not None:
@@ -96,10 +110,18 @@ def main(argv: list[str]) -> None:
             elif args.prompt is not None:
                 answered.append((args.prompt, streamed(fusion, args.prompt)))
             else:
+                earlier: tuple[Turn, ...] = ()  # of this conversation
                 for line in piped() if not sys.stdin.isatty() else terminal():
-                    if line.strip():
-                        check_unicode("a prompt", line)
-                        answered.append((line.rstrip("\n"), streamed(fusion, line.rstrip("\n"))))
+                    if not line.strip():
+                        earlier = ()
+                        continue
+                    check_unicode("a prompt", line)
+                    text = line.rstrip("\n")
+                    prompt = Conversation((*earlier, Turn("user", text))) if earlier else text
+                    answer = streamed(fusion, prompt)
+                    answered.append((prompt, answer))
+                    if args.chat:
+                        earlier = (*earlier, Turn("user", text), Turn("assistant", answer.text))
         finally:
             if args.trace is not None and answered:
                 write_atomic(args.trace, page(sources, answered).encode())
@@ -131,7 +153,7 @@ def terminal():
             return
 
 
-def streamed(fusion, prompt: str):
+def streamed(fusion, prompt):
     """Answers a prompt and prints its segments as they come. With `rerank` the answer is printed when it is settled."""
     from profuser.generate.steps import Answer
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from profuser.models.load import default_device, runtime_dtype
 from profuser.prepare.inputs import without
 from profuser.progress import Progress
 from profuser.recipe.schema import Recipe
-from profuser.recipe.utf8 import defect, read_utf8
+from profuser.recipe.utf8 import defect, read_utf8, texts_in
 from profuser.store.files import writing
 from profuser.store.sealed import sealed, unsealed
+from profuser.text.conversation import Conversation, Prompt
 from profuser.typed import parsed
 
 
-def prompts_of(path: Path) -> list[str]:
-    """The prompts in a JSONL file, one row each, as `prompt` or as `messages` with one message of the user.
+def prompts_of(path: Path) -> list[Prompt]:
+    """The prompts in a JSONL file, one row each: a text as `prompt`, or a conversation as `messages`.
 
     Raises:
         DataError: the file is missing or not UTF-8, or a row is not of that kind.
@@ -48,23 +49,37 @@ def prompts_of(path: Path) -> list[str]:
     return prompts
 
 
-def _prompt(where: str, line: str) -> str:
+def _prompt(where: str, line: str) -> Prompt:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parsed(line)
+    except ValueError as error:
         raise DataError(f"{where} must be a JSON object, got {in_short(line)} ({error}); fix the row") from None
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if isinstance(row, dict) and prompt is None and isinstance(messages := row.get("messages"), list):
-        if len(messages) != 1 or not isinstance(messages[0], dict) or messages[0].get("role") != "user":
-            raise DataError(
-                f"{where}: messages must be one message of the user, got {in_short(messages)}; give a `prompt`"
-            )
-        prompt = messages[0].get("content")
+    given = _given(row)
+    if any(map(defect, texts_in(given))):
+        raise DataError(f"{where}: a prompt must be Unicode, got a lone surrogate; fix the row")
+    prompt = given.get("prompt")
+    if "messages" in given:
+        try:
+            conversation = Conversation.of(given["messages"])
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        if prompt is None or (conversation.is_prompt and prompt == str(conversation)):
+            return conversation
+        raise DataError(f"{where} must have a `prompt` or `messages`, got both, which differ; take one out")
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError(f"{where} must have a text as `prompt`, got {in_short(row)}; fix the row")
-    if defect(prompt):
-        raise DataError(f"{where}: a prompt must be Unicode, got a lone surrogate; fix the row")
     return prompt
+
+
+def _given(row: Any) -> dict[str, Any]:
+    """What a row has of a prompt."""
+    row = row if isinstance(row, dict) else {}
+    return {key: row[key] for key in ("prompt", "messages") if row.get(key) is not None}
+
+
+def given_as(prompt: Prompt) -> dict[str, Any]:
+    """What a row has of its prompt, by which it is known again: the text, or the messages as they stood in the input."""
+    return {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt.given}
 
 
 def settings_key(recipe: Recipe) -> str:
@@ -90,11 +105,11 @@ def settings_key(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def row_of(prompt: str, answer: Answer, sources: list[str]) -> dict[str, Any]:
+def row_of(prompt: Prompt, answer: Answer, sources: list[str]) -> dict[str, Any]:
     """The row of an answer. With `eva` it also counts the steps in which a source was asked but left out."""
     left_out = Counter(sources[number] for step in answer.steps for number in step.left_out)
     return {
-        "prompt": prompt,
+        **given_as(prompt),
         "response": answer.text,
         "finished": answer.finished,
         "source": answer.source,
@@ -118,8 +133,8 @@ def mean_perplexity(step: Step) -> float | None:
 
 
 def answer_file(
-    fusion: Decoder, prompts: list[str], output: Path, settings: str = "", batch_size: int = 1
-) -> Iterator[tuple[str, Answer]]:
+    fusion: Decoder, prompts: Sequence[Prompt], output: Path, settings: str = "", batch_size: int = 1
+) -> Iterator[tuple[Prompt, Answer]]:
     """Answers prompts and writes a row for each of them, in their order. Rows that are there already stay.
 
     Args:
@@ -130,10 +145,14 @@ def answer_file(
         every prompt that is answered now, with its answer.
 
     Raises:
-        DataError: a prompt is too long for a source; the file holds other rows, or another process writes to it.
+        DataError: a prompt is too long for a source, or its chat template cannot show it; the file holds other rows, or another
+            process writes to it.
     """
-    for prompt in prompts:
-        fusion.check_fits(prompt)
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            fusion.check_fits(prompt)
+        except DataError as error:
+            raise DataError(f"row {number} of --input: {error}") from None
     sources = [voice.name for voice in fusion.voices]
     finished_rows(output, prompts, settings)  # before anything of the file is touched
     with open(output, "ab") as file:
@@ -153,7 +172,7 @@ def answer_file(
                 yield prompt, answer
 
 
-def finished_rows(output: Path, prompts: list[str], settings: str = "") -> int:
+def finished_rows(output: Path, prompts: Sequence[Prompt], settings: str = "") -> int:
     """How many rows an output file has already. A last row that was not written to its end is taken off.
 
     Raises:
@@ -171,10 +190,10 @@ def finished_rows(output: Path, prompts: list[str], settings: str = "") -> int:
         where = f"{output} has another row in line {n + 1}"
         try:
             row = parsed(line)
-            prompt = row.get("prompt") if isinstance(row, dict) else None
         except ValueError:
-            row = prompt = None
-        if n >= len(prompts) or (prompt is not None and prompt != prompts[n]):
+            row = None
+        given = _given(row)
+        if n >= len(prompts) or (given and given != given_as(prompts[n])):
             raise DataError(
                 f"--output must be a new file, or one with answers to the same prompts, {where}; name another"
             )

@@ -14,6 +14,7 @@ from profuser.generate.speaker import Speaker, Voice
 from profuser.generate.steps import Answer, Step
 from profuser.models.branches import fault_together
 from profuser.recipe.schema import DecodeConfig
+from profuser.text.conversation import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +46,21 @@ class Decoder(ABC):
         It stops where nothing can be chosen. The caller stops it behind the end of the turn, and when the answer is long enough.
         """
 
-    def check_fits(self, prompt: str) -> None:
-        """Raises DataError where a prompt and the longest answer have more tokens than a source has positions."""
+    def check_fits(self, prompt: Prompt) -> None:
+        """Raises DataError where a prompt and the longest answer have more tokens than a source has positions.
+
+        It does the same where a source's chat template does not render a conversation.
+        """
         room = self.max_new_tokens + self.config.max_segment_tokens
         for voice in self.voices:
             limit = getattr(voice.model.config.get_text_config(), "max_position_embeddings", None)
             if isinstance(limit, int) and (tokens := len(voice.chat.prompt_ids(prompt)) + room) > limit:
                 raise DataError(
-                    f"{voice.name}: a prompt and its answer must have at most {limit:,} tokens, {in_short(prompt)[:60]} may take "
+                    f"{voice.name}: a prompt and its answer must have at most {limit:,} tokens, {in_short(str(prompt))[:60]} may take "
                     f"{tokens:,}; shorten it, or lower generation.max_new_tokens"
                 )
 
-    def steps(self, prompt: str) -> Iterator[Step]:
+    def steps(self, prompt: Prompt) -> Iterator[Step]:
         """The segments of the answer to one prompt, as they are chosen. The last one is empty if the turn ended."""
         steps = self._steps(prompt)
         while (step := alone(_next(steps))) is not None:
@@ -66,11 +70,11 @@ class Decoder(ABC):
         """Lines that a user should know of before the first answer."""
         return []
 
-    def answer(self, prompt: str) -> Answer:
+    def answer(self, prompt: Prompt) -> Answer:
         """Answers one prompt."""
         return alone(self._answer(prompt))
 
-    def answers(self, prompts: Sequence[str], batch_size: int = 1) -> Iterator[Answer]:
+    def answers(self, prompts: Sequence[Prompt], batch_size: int = 1) -> Iterator[Answer]:
         """Answers prompts, `batch_size` of them at a time, and yields the answers in the order of the prompts.
 
         Raises:
@@ -95,7 +99,7 @@ class Decoder(ABC):
         values = nlls if self.config.criterion == "mean_nll" else [perplexity(nll) for nll in nlls]
         return sum(w * value for w, value in zip(self.weights, values, strict=True)) / sum(self.weights)
 
-    async def _steps(self, prompt: str) -> AsyncIterator[Step]:
+    async def _steps(self, prompt: Prompt) -> AsyncIterator[Step]:
         self.check_fits(prompt)
         speakers = [Speaker(voice, prompt) for voice in self.voices]
         async for step in self.choices(speakers):
@@ -103,11 +107,11 @@ class Decoder(ABC):
             if not step.winner.text or max(speaker.tokens for speaker in speakers) >= self.max_new_tokens:
                 return
 
-    async def _answer(self, prompt: str) -> Answer:
+    async def _answer(self, prompt: Prompt) -> Answer:
         joint = Answer.of(tuple([step async for step in self._steps(prompt)]))
         return await self._best(prompt, joint) if self.config.rerank else joint
 
-    def _fault_together(self, prompts: Sequence[str]) -> str | None:
+    def _fault_together(self, prompts: Sequence[Prompt]) -> str | None:
         """Why a source cannot read several of the prompts at a time, or None if all sources can.
 
         It is tried with the shortest prompt beside the longest one, behind which stand as many tokens as its answer may have. So a
@@ -123,7 +127,7 @@ class Decoder(ABC):
                 return f"{voice.name} cannot read several together, {fault}"
         return None
 
-    async def _best(self, prompt: str, joint: Answer) -> Answer:
+    async def _best(self, prompt: Prompt, joint: Answer) -> Answer:
         """The best of the joint answer and of those that each source writes alone, by their mean perplexities."""
         answers = [joint]
         writings = await each(Speaker(voice, prompt).writes(self.max_new_tokens) for voice in self.voices)

@@ -20,6 +20,7 @@ from profuser.generate.boundaries import word_ends
 from profuser.kernels.head import Head
 from profuser.models.branches import Branches
 from profuser.text.chat import ChatFormat
+from profuser.text.conversation import Prompt
 from profuser.text.encoded import Encoded
 from profuser.text.token_bytes import TokenBytesMismatch
 
@@ -56,7 +57,7 @@ class Speaker:
         tokens: how many tokens it is in the source's own vocabulary.
     """
 
-    def __init__(self, voice: Voice, prompt: str):
+    def __init__(self, voice: Voice, prompt: Prompt):
         self.voice, self.prompt = voice, prompt
         self.response = ""
         self.tokens = 0

@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 from profuser.generate.steps import Answer, Candidate
+from profuser.text.conversation import Prompt
 
 COLORS = ("#cfe3f7", "#f9dcc4", "#d5ecd0", "#ecd6f2", "#f7eebb", "#d0ece9", "#f7d0d7", "#dfe0ee")
 
@@ -28,7 +29,7 @@ point at it to see the candidates with the perplexities that the sources gave th
 """
 
 
-def page(sources: Sequence[str], answers: Iterable[tuple[str, Answer]]) -> str:
+def page(sources: Sequence[str], answers: Iterable[tuple[Prompt, Answer]]) -> str:
     """The page as HTML.
 
     Args:
@@ -48,7 +49,7 @@ def page(sources: Sequence[str], answers: Iterable[tuple[str, Answer]]) -> str:
                 f'title="{html.escape(lines, quote=True)}">{text}</span>'
             )
         whole = f"<p>Taken instead: the whole answer of {html.escape(answer.source)}.</p>" if answer.source else ""
-        shown.append(f"<h2>{html.escape(prompt)}</h2>\n<p>{''.join(segments)}</p>{whole}")
+        shown.append(f"<h2>{html.escape(str(prompt))}</h2>\n<p>{''.join(segments)}</p>{whole}")
     return PAGE.format(key=key, answers="\n".join(shown))
 
 

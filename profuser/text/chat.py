@@ -7,26 +7,28 @@ the response. If a text contains the string of a control token, this string stay
 control tokens are control tokens. The end of turn is found by its role and not by its string. The template's bytes between
 the response and the end of turn are part of no label, and what follows the end of turn is dropped.
 
-Conversations of several turns are in `turns.py`. Left out on purpose is what a template does to a prompt and a response, but
-for the stripping of the prompt (some templates also cut the reasoning out of a response). The response is compared byte by
-byte, so it is always put in as it is. If it begins with reasoning, an empty block of reasoning does not stand before it
-(`reasoning.py`).
+Conversations of several turns are rendered as they are (`turns.py`). Left out on purpose is what a template does to a prompt and
+a response, but for the stripping of the prompt (some templates also cut the reasoning out of a response). The response is
+compared byte by byte, so it is always put in as it is. If it begins with reasoning, an empty block of reasoning does not stand
+before it (`reasoning.py`).
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from profuser.errors import DataError
+from profuser.text.conversation import Conversation, Prompt
 from profuser.text.encoded import Encoded, encode_response
 from profuser.text.reasoning import opening_of
 from profuser.text.template import FIX_IN_RECIPE, ChatTemplate, conversation
 from profuser.text.token_bytes import TokenBytes
-from profuser.text.turns import around_response
+from profuser.text.turns import Waiting, around_response, waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 PROMPT = "profuserPROMPTsentinel"
 RESPONSE = "profuserRESPONSEsentinel"
+
+RENDERED = 1024
+"""So many conversations are kept as the template shows them, because each is encoded again for every segment of its answer."""
 
 
 class ChatFormat:
@@ -78,6 +83,7 @@ class ChatFormat:
         self._strip_left = not padded_before.endswith(before + " \n")
         self._strip_right = not padded_after.startswith("\n " + after)
         self._generation = self._generation_frame(name)
+        self._rendered = functools.lru_cache(RENDERED)(self._render)
         self.opening = opening_of(
             self.template,
             finished=self._between,
@@ -108,15 +114,18 @@ class ChatFormat:
         text = f"{self.tokenizer.chat_template} {self.template.text(conversation('x', 'y'))} {self.end_ids}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids that a model continues with its response: the prompt in the template, with the generation prompt."""
-        before, after = self._generation
-        parts = [(before, False), (self._prompt(prompt), True), (after, False)]
-        if self.token_bytes.has_control(prompt):
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that a model continues with its response: the prompt in the template, with the generation prompt.
+
+        Raises:
+            DataError: the template does not render a conversation, or does not show all of it.
+        """
+        parts = self._waiting(prompt).generation
+        if any(literal and self.token_bytes.has_control(text) for text, literal in parts):
             return self.token_bytes.encode_parts(parts)[0]
         return self.token_bytes.encode("".join(text for text, _ in parts))
 
-    def encode(self, prompt: str, response: str, *, complete: bool = True) -> Encoded:
+    def encode(self, prompt: Prompt, response: str, *, complete: bool = True) -> Encoded:
         """Tokenises the conversation of a prompt and a response.
 
         Args:
@@ -124,12 +133,12 @@ class ChatFormat:
                 strip it.
             complete: False for a response that was cut. Nothing follows it, and it has no end of turn.
         Raises:
+            DataError: as in `prompt_ids`.
             TokenBytesMismatch: the tokens do not hold the response's bytes exactly (reason "normaliser" or "decoder").
         """
-        # The prompt is used in the form that its tokens hold, because only the response must be kept byte by byte.
-        prompt = self.token_bytes.seen(self._prompt(prompt))
-        before = [(self._before, False), (prompt, True), (self.opening.before(response), False)]
-        return encode_response(self.token_bytes, before, response, self._suffix if complete else "", self.end_ids)
+        around = self._waiting(prompt)
+        before = around.finished if self.opening.before(response) == self.opening.finished else around.bare
+        return encode_response(self.token_bytes, before, response, around.behind if complete else "", self.end_ids)
 
     def encode_messages(self, messages: Sequence[Mapping[str, Any]], *, complete: bool = True) -> Encoded:
         """Tokenises a conversation of any number of turns, the last of which is the response.
@@ -145,6 +154,39 @@ class ChatFormat:
             self.template, self.token_bytes, self.opening, messages, complete=complete
         )
         return encode_response(self.token_bytes, before, response, after, self.end_ids)
+
+    def _waiting(self, prompt: Prompt) -> Waiting:
+        """The template's text around the response to a prompt. A single turn is put into the frame and not rendered again."""
+        if isinstance(prompt, Conversation) and not prompt.is_prompt:
+            return self._rendered(prompt)
+        text = self._prompt(str(prompt))
+        before, after = self._generation
+        # The prompt is used in the form that its tokens hold, because only the response must be kept byte by byte.
+        seen = self.token_bytes.seen(text)
+        finished, bare = (
+            [(self._before, False), (seen, True), (between, False)]
+            for between in (self.opening.finished, self.opening.bare)
+        )
+        return Waiting([(before, False), (text, True), (after, False)], finished, bare, self._suffix)
+
+    def _render(self, prompt: Conversation) -> Waiting:
+        """The template's text around the response to a conversation."""
+        turns = prompt.turns
+        if turns[0].role == "system" and not self._has_system:
+            turns = prompt.without_system()
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return waiting(self.template, self.token_bytes, self.opening, messages)
+
+    @functools.cached_property
+    def _has_system(self) -> bool:
+        """Whether the template has a place for a system message. If it has none, this is said once."""
+        has_system = self.template.has_system()
+        if not has_system:
+            logger.warning(
+                "%s's chat template has no system role: the text of a system message is put in front of the first user message",
+                self.template.name,
+            )
+        return has_system
 
     def _prompt(self, prompt: str) -> str:
         """The prompt without the whitespace that the template strips."""

@@ -31,6 +31,8 @@ FIX_IN_RECIPE = (
 )
 """What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
 
+SYSTEM = "profuserSYSTEMsentinel"
+
 TEMPLATE_CHARACTERS = 1 << 20
 """The most characters that a chat template may have. The longest in use have some 20,000."""
 TOGETHER = 64
@@ -105,6 +107,20 @@ class ChatTemplate:
                 texts = list(map(self._text_of, conversations[first : first + TOGETHER]))
             ids.extend(cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
         return ids
+
+    def has_system(self) -> bool:
+        """Whether it has a place for a system message, and shows one otherwise than what the user or the assistant says."""
+
+        def shown(role: str) -> str | None:
+            try:
+                return self.text([{"role": role, "content": SYSTEM}, {"role": "user", "content": "x"}], generation=True)
+            except DataError:
+                raise
+            except Exception:  # a template's code may raise anything
+                return None
+
+        text = shown("system")
+        return text is not None and SYSTEM in text and text not in (shown("user"), shown("assistant"))
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         """Returns messages with an empty system message in front, if the template needs one and there is none."""

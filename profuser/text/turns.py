@@ -1,4 +1,4 @@
-"""Conversations of any number of turns, of which the last is the response: the template's text before and behind it.
+"""Conversations of any number of turns, of which the last is the response, or waits for one: the template's text around it.
 
 The messages are rendered with a sentinel in place of the response, and once more with sentinels in place of the other texts,
 because strings of control tokens in these are plain text. The whitespace around a text stays where it is, for the template to
@@ -9,10 +9,11 @@ conversation counts, and the texts cannot be told from it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from profuser.errors import DataError, first_line
+from profuser.errors import DataError, first_line, in_short
 from profuser.text.encoded import Part
 from profuser.text.reasoning import Opening
 from profuser.text.template import ChatTemplate, Message
@@ -38,20 +39,10 @@ def around_response(
         DataError: the last message is no response, or the template does not render the messages or alters the response.
     """
     *earlier, last = checked(messages)
-    response, sentinel = last["content"], TURN.format(len(earlier))
-
-    def before_and_behind(turns: list[Message]) -> tuple[str, str]:
-        """Renders the turns before the response and a sentinel for it. The text around the sentinel is returned."""
-        text = _rendered(template, [*turns, last | {"content": sentinel}])
-        if text.count(sentinel) != 1:
-            raise DataError(
-                f"a chat template must show the response once, {template.name}'s renders {text!r}; {template.fix}"
-            )
-        before, behind = text.split(sentinel)
-        return before, behind
+    response = last["content"]
 
     # A response that brings a block of reasoning of its own gets no empty one beside it.
-    before, behind = before_and_behind(earlier)
+    before, behind = _around(template, earlier, last)
     bare = _bare(before, opening, response)
     # Nothing was written behind a response that was cut, so that the template may strip the whitespace with which it ends.
     shown = response if complete else response.rstrip()
@@ -64,27 +55,106 @@ def around_response(
             f"of {expected[max(n - 20, 0) : n + 20]!r}; give the response as the template shows it, without whitespace around it"
         )
 
-    # Put sentinels in place of the other texts as well.
-    contents = [m["content"] if isinstance(m["content"], str) else "" for m in earlier]
+    def render(turns: list[Message]) -> str:
+        return _bare(_around(template, turns, last)[0], opening, response)
+
+    return _in_parts(template, tokens, earlier, bare, render), response, behind if complete else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A conversation that waits for its response: the template's text before it, in parts.
+
+    generation: what a model continues. finished: what stands before a response in a finished turn. bare: the same before a
+    response that begins with reasoning of its own. behind: the text behind the response.
+    """
+
+    generation: list[Part]
+    finished: list[Part]
+    bare: list[Part]
+    behind: str
+
+
+def waiting(
+    template: ChatTemplate, tokens: TokenBytes, opening: Opening, messages: Sequence[Mapping[str, Any]]
+) -> Waiting:
+    """Returns the template's text around the response to messages, the last of which is the user's.
+
+    Raises:
+        DataError: the template does not render the messages, or does not show all of them.
+    """
+    earlier, last = [dict(message) for message in messages], {"role": "assistant"}
+
+    def generation(turns: list[Message]) -> str:
+        text = _rendered(template, turns, generation=True)
+        if text == _rendered(template, turns):
+            before = _around(template, turns, last)[0]
+            if text.rstrip() != before.rstrip():  # the template ignores add_generation_prompt
+                return before.rstrip(" ")
+        return text
+
+    def in_parts(render: Callable[[list[Message]], str]) -> list[Part]:
+        return _in_parts(template, tokens, earlier, render(earlier), render, whole=True)
+
+    def before(response: str) -> Callable[[list[Message]], str]:
+        return lambda turns: _bare(_around(template, turns, last)[0], opening, response)
+
+    finished = in_parts(before(""))
+    bare = finished if opening.empty is None else in_parts(before(opening.empty.begin))
+    return Waiting(in_parts(generation), finished, bare, _around(template, earlier, last)[1])
+
+
+def _around(template: ChatTemplate, turns: list[Message], last: Message) -> tuple[str, str]:
+    """Renders turns and a sentinel in place of the last message's content. The text around the sentinel is returned."""
+    sentinel = TURN.format(len(turns))
+    text = _rendered(template, [*turns, last | {"content": sentinel}])
+    if text.count(sentinel) != 1:
+        raise DataError(
+            f"a chat template must show the response once, {template.name}'s renders {text!r}; {template.fix}"
+        )
+    before, behind = text.split(sentinel)
+    return before, behind
+
+
+def _in_parts(
+    template: ChatTemplate,
+    tokens: TokenBytes,
+    messages: list[Message],
+    text: str,
+    render: Callable[[list[Message]], str],
+    *,
+    whole: bool = False,
+) -> list[Part]:
+    """Returns in parts the text that `render` makes of messages, by rendering them with sentinels in place of their texts.
+
+    Args:
+        whole: whether every message must be seen in it.
+    Raises:
+        DataError: the template alters a text in which there is the string of a control token, or leaves out a message.
+    """
+    contents = [m["content"] if isinstance(m["content"], str) else "" for m in messages]
     texts = {TURN.format(n): text.strip() for n, text in enumerate(contents) if text.strip()}
+    if not texts:
+        return [(text, False)]
     framed = [
         m | {"content": text.replace(text.strip(), TURN.format(n))} if text.strip() else m
-        for n, (m, text) in enumerate(zip(earlier, contents))
+        for n, (m, text) in enumerate(zip(messages, contents))
     ]
-    pieces = (
-        re.split(f"({'|'.join(texts)})", _bare(before_and_behind(framed)[0], opening, response)) if texts else [bare]
-    )
+    pieces = re.split(f"({'|'.join(texts)})", render(framed))
+    if whole and (unseen := next((text for turn, text in texts.items() if turn not in pieces), None)) is not None:
+        raise DataError(
+            f"a chat template must show every message, {template.name}'s leaves out {in_short(unseen)[:60]}; {template.fix}, or leave "
+            "the model out"
+        )
     parts = [(texts.get(piece, piece), piece in texts) for piece in pieces]
-    if "".join(text for text, _ in parts) == bare:
-        parts = [(tokens.seen(text) if literal else text, literal) for text, literal in parts]
-    elif any(map(tokens.has_control, texts.values())):
+    if "".join(part for part, _ in parts) == text:
+        return [(tokens.seen(part) if literal else part, literal) for part, literal in parts]
+    if any(map(tokens.has_control, texts.values())):
         raise DataError(
             f"a chat template must show messages as they are where they hold strings of control tokens, {template.name}'s alters one; "
             "skip this conversation"
         )
-    else:
-        parts = [(tokens.seen_rendered(bare), False)]
-    return parts, response, behind if complete else ""
+    return [(tokens.seen_rendered(text), False)]
 
 
 def checked(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -120,9 +190,9 @@ def _bare(before: str, opening: Opening, response: str) -> str:
     return before.removesuffix(opening.finished) + opening.before(response)
 
 
-def _rendered(template: ChatTemplate, messages: list[Message]) -> str:
+def _rendered(template: ChatTemplate, messages: list[Message], *, generation: bool = False) -> str:
     try:
-        return template.text(messages)
+        return template.text(messages, generation=generation)
     except DataError:
         raise
     except Exception as error:  # a template's code may raise anything
