@@ -278,10 +278,15 @@ def _merged(
     # Transposed, so that all rows add a token at a time, and in blocks that stay in the cache.
     width = z.shape[1] if merge.tokens is None else len(merge.tokens)
     masses = z.new_empty(width, len(rows), dtype=dtype)
+    first = int(rows[0])
+    neighbours = torch.equal(
+        rows, torch.arange(first, first + len(rows), device=rows.device)
+    )  # they need not be gathered
     for begin in range(0, width, COLUMNS_AT_ONCE):
         block = masses[begin : begin + COLUMNS_AT_ONCE]
         if merge.tokens is None:
-            below = z[:, begin : begin + len(block)].index_select(0, rows)
+            columns = z[:, begin : begin + len(block)]
+            below = columns[first : first + len(rows)] if neighbours else columns.index_select(0, rows)
         else:
             below = z[rows[:, None], merge.tokens[begin : begin + len(block)]]
         block.copy_(below.t())

@@ -7,7 +7,9 @@ once.
 
 This is a program. It needs a process of its own, because Triton's interpreter and compiler cannot share one.
 
-    python tests/lowered_launches.py      # JSON: kernel -> variants, and what did not compile: message -> cases
+    python tests/lowered_launches.py [EVERY]     # JSON: kernel -> variants, and what did not compile: message -> cases
+
+With EVERY only each EVERY-th variant of a kernel is lowered, from the first on.
 
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, R ranges.
 """
@@ -34,10 +36,11 @@ ENTRIES = (1, 10, 64, 128)
 class Launches:
     """Stands in for a driver of Triton, as a GPU that compiles and never runs, and for a hook, which lowers each launch."""
 
-    def __init__(self):
+    def __init__(self, every: int = 1):
         from triton.backends.compiler import GPUTarget
         from triton.compiler.compiler import make_backend
 
+        self.every = every
         self.target = GPUTarget("cuda", 90, 32)
         self.backend: Any = make_backend(self.target)
         self.case = ""
@@ -64,6 +67,8 @@ class Launches:
             return True
         self.seen.add(variant)
         self.variants[fn.name] += 1
+        if (self.variants[fn.name] - 1) % self.every:
+            return True
         source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
         options = self.backend.parse_options({"num_warps": compile["num_warps"]})
         context = ir.context()
@@ -231,7 +236,7 @@ def launch_everything(launches: Launches) -> None:
 def main() -> None:
     import triton.knobs
 
-    launches: Any = Launches()  # Triton sees a DriverBase, and a JITHook
+    launches: Any = Launches(*map(int, sys.argv[1:]))  # Triton sees a DriverBase, and a JITHook
     triton.runtime.driver.set_active(launches)
     triton.knobs.runtime.jit_cache_hook = launches.lower
     launch_everything(launches)

@@ -157,7 +157,9 @@ def test_looking_leaves_every_byte_of_the_store_and_needs_no_lease_on_it(command
         assert store_files() == before
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "command", ["train", *(pytest.param(c, marks=pytest.mark.long) for c in ("evaluate", "report"))]
+)
 def test_looking_does_not_drop_what_newer_rules_or_another_judge_would_make_anew(command, monkeypatch):
     monkeypatch.setattr("profuser.prepare.inputs.ALIGNMENT_RULES", 99)
     monkeypatch.setattr("profuser.prepare.inputs.judge_fingerprint", lambda judge: "another")
@@ -255,7 +257,10 @@ def flip(path: Path, at: float = 0.5) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", *(pytest.param(n, marks=pytest.mark.long) for n in ("README.md", "chat_template.jinja"))],
+)
 def test_a_model_that_was_edited_is_said_to_differ_and_stays(name):
     whole = (RUN / name).read_bytes()
     flip(RUN / name, 0.9)
@@ -270,7 +275,9 @@ def test_a_model_that_was_edited_is_said_to_differ_and_stays(name):
     assert (RUN / name).read_bytes() == whole
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("model.safetensors", marks=pytest.mark.long), "config.json", "tokenizer.json"]
+)
 def test_a_model_that_cannot_be_read_is_made_again(name):
     whole = (RUN / name).read_bytes()
     (RUN / name).write_bytes(whole[:-9])
@@ -328,7 +335,9 @@ def test_another_runs_record_is_noticed():
         assert "must describe the files beside it" in err
 
 
-@pytest.mark.parametrize("damage", ["flipped", pytest.param("missing", marks=pytest.mark.long), "a directory"])
+@pytest.mark.parametrize(
+    "damage", [*(pytest.param(d, marks=pytest.mark.long) for d in ("flipped", "missing")), "a directory"]
+)
 def test_a_fresh_start_needs_nothing_of_a_damaged_manifest(damage):
     path = Path(STORE) / "manifest.json"
     flip(path) if damage == "flipped" else path.unlink()

@@ -136,6 +136,7 @@ def test_another_alignment_rebuilds_the_targets_from_the_captures(prepared, tmp_
         prepare(replace(run, recipe=other))
 
 
+@pytest.mark.long
 def test_sources_are_asked_again_when_it_changes_whether_their_numbers_are_followed(prepared, tmp_path, capsys):
     """A store that goes on with the setting changed holds what a new store would. The answers and scores stay."""
     _, run, _ = prepared

@@ -282,8 +282,8 @@ def learnt(run, store) -> list[str]:
     ("overrides", "source", "expected"),
     [
         ([], {}, THOUGHT),
-        (["--generation.reasoning", "strip"], {}, "Answer: 4."),
-        ([], {"reasoning": "strip"}, "Answer: 4."),
+        pytest.param(["--generation.reasoning", "strip"], {}, "Answer: 4.", marks=pytest.mark.long),
+        pytest.param([], {"reasoning": "strip"}, "Answer: 4.", marks=pytest.mark.long),
         (["--generation.reasoning", "strip"], {"reasoning": "keep"}, THOUGHT),
     ],
 )

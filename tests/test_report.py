@@ -378,9 +378,9 @@ MANY_SOURCES = tuple(f"Llama-{i}-7b-chat-hf" for i in range(6))
     "shape",
     [
         {"method": "sft"},
-        {"method": "fusellm"},
+        pytest.param({"method": "fusellm"}, marks=pytest.mark.long),
         {"method": "simultaneous", "sources": ("one",), "skills": ("all",)},
-        {"method": "reverse", "target": "another/model-7b", "demo": False},
+        pytest.param({"method": "reverse", "target": "another/model-7b", "demo": False}, marks=pytest.mark.long),
         {"method": "progressive", "skills": MANY_SKILLS, "sources": MANY_SOURCES},
         {"method": "progressive", "scored": False},
     ],

@@ -31,7 +31,7 @@ SHAPES = [(1, 1), (7, 7), (16, 10), (83, 64), (128, 128), (257, 17), (1000, 64),
 
 
 @pytest.mark.parametrize(("V", "k"), SHAPES)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.long), 2.5])
 def test_every_shape_is_as_accurate_as_the_dense_reference(device, V, k, temperature):
     logits, labels = random_logits(3, V)
     check_logits(device, logits, labels, k, temperature=temperature)
@@ -183,8 +183,8 @@ def test_logits_may_have_half_precision(device, dtype):
     check_logits(device, logits.to(dtype), labels, 10)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0, 30.0])
-@pytest.mark.parametrize("logit_scale", [1.0, 0.3])
+@pytest.mark.parametrize("softcap", [None, 3.0, pytest.param(30.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("logit_scale", [pytest.param(1.0, marks=pytest.mark.long), 0.3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_softcap_scale_and_bias_are_those_of_the_reference(device, softcap, logit_scale, bias):
     case = make_case(N=3)
@@ -204,7 +204,7 @@ def test_labels_and_bias_may_have_any_stride(device):
 
 
 @pytest.mark.parametrize(("V", "k"), [(83, 4), (83, 64), (2500, 10)])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.long), 2.5])
 def test_ranges_are_as_accurate_as_the_dense_reference(device, V, k, temperature):
     logits, labels = random_logits(4, V)
     check_logits(device, logits, labels, k, chunk_size=3, ranges=make_ranges(4, V, 6), temperature=temperature)

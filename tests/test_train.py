@@ -327,9 +327,8 @@ def test_a_damaged_store_is_repaired_before_training(prepared, tmp_path):
     assert victim.read_bytes() == original
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 75)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_keeps_what_was_finished_and_the_same_command_goes_on(tmp_path, number, code):
     run = small_run(tmp_path)
     arguments = [

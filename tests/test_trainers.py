@@ -121,6 +121,7 @@ def test_trls_trainer_with_a_loss_of_its_own_is_an_error(tmp_path):
         trained(FusionModel(demo_model()), tmp_path, 2, trl.SFTTrainer, trl.SFTConfig, **columns)
 
 
+@pytest.mark.long
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
