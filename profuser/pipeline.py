@@ -86,7 +86,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
         with directory.timed("evaluate"):
             model = save_fused(whole, trainer.chat.tokenizer, directory.path, recipe, trainer.saved_dtype)
             del trainer
-            if recipe.data.heldout is not None:
+            if recipe.data.location("heldout") is not None:
                 scores = evaluate(run, store)
                 write_card(directory.path, recipe, scores)
         directory.finish(model)
@@ -138,7 +138,7 @@ def print_report(run: Run, processes: int | None) -> None:
     """
     directory = RunDirectory(run)
     page = write_report(directory.path, run.store_dir)
-    if run.recipe.data.heldout is not None:
+    if run.recipe.data.location("heldout") is not None:
         record = directory.read()
         print(score_table(read_measured(directory.path, record, SCORES)))
         print(closing_examples(read_measured(directory.path, record, EVALUATION), 3))
@@ -171,7 +171,7 @@ def score_again(run: Run) -> None:
     """Scores a complete run again if its scores are missing or damaged, or were made with other settings of `evaluation`."""
     directory, now = RunDirectory(run), run.recipe.to_dict()
     record = directory.read()
-    names = (SCORES, EVALUATION) if run.recipe.data.heldout is not None else ()
+    names = (SCORES, EVALUATION) if run.recipe.data.location("heldout") is not None else ()
     scored = record["recipe"].get("evaluation") == now["evaluation"]
     if scored and all(is_intact(directory.path / name, record.get("files", {}).get(name)) for name in names):
         return

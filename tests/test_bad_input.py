@@ -140,7 +140,7 @@ def alpaca() -> None:
 
 
 def conversations() -> None:
-    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    turns = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "f"}, {"from": "gpt", "value": "Ho"}]
     Path("train.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
 
 
@@ -225,11 +225,10 @@ CASES = [
     Case("a revision of a local model", 3, ("guardian", "revision", "Hub"), replace("recipe.yaml", "./guardian }", "./guardian, revision: v1 }"), NEW),
     Case("a bundled model that does not exist", 3, ("demo:scolar", "guardian, "), replace("recipe.yaml", "demo:scholar", "demo:scolar")),
     Case("a data file that does not exist", 3, ("missing.jsonl",), arguments=("--data.train", "missing.jsonl")),
-    Case("a column that is missing", 3, ("'response'", "prompt, output, skill", "data.response_column"), rename_column("response", "output")),
+    Case("a column that is missing", 3, ("prompt and response", "prompt, output, skill", "data.response_column"), rename_column("response", "output")),
     Case("a column that is misnamed", 3, ("'question'", "prompt, response, skill"), arguments=("--data.prompt_column", "question")),
     Case("a skill column that is misnamed", 3, ("'topic'", "data.skill_column", "prompt, response, skill"), arguments=("--data.skill_column", "topic")),
-    Case("conversations", 3, ("train.jsonl", "'conversations'", "not read yet"), conversations),
-    Case("Alpaca's columns", 3, ("train.jsonl", "data.prompt_column: instruction", "data.response_column: output"), alpaca),
+    Case("a conversation with the call of a function", 3, ("train.jsonl", "row 0", "'conversations'", "'function_call'"), conversations),
     Case("Alpaca's columns, named without the input", 3, ("train.jsonl", "'input'", "row 0"), alpaca, ("--data.prompt_column", "instruction", "--data.response_column", "output")),
     Case("held-out data in a folder of two splits", 3, ("data.heldout", "train, test", "{ path: set, split: test }"), folder_of_two_splits, ("--data.heldout", "set")),
     Case("a split that is not there", 3, ("data.heldout", "train, test", "got tset"), folder_of_two_splits, ("--data.heldout", "{ path: set, split: tset }")),

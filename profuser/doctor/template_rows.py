@@ -13,6 +13,7 @@ from typing import Any
 
 from profuser.doctor.token_rows import LABEL, paint
 from profuser.text.chat import ChatFormat
+from profuser.text.conversation import Prompt
 from profuser.text.display import column_width, printable
 from profuser.text.encoded import Encoded
 
@@ -23,7 +24,7 @@ MASK_LEGEND = (
 COLORED = {RESPONSE: 0, END: 2}  # the marks that have a colour, each with its index in token_rows.COLORS
 
 
-def describe(chat: ChatFormat, prompt: str, response: str, *, complete: bool = True) -> dict[str, Any]:
+def describe(chat: ChatFormat, prompt: Prompt, response: str, *, complete: bool = True) -> dict[str, Any]:
     """Returns what `--json` prints about one conversation.
 
     Args:
@@ -47,7 +48,7 @@ def describe(chat: ChatFormat, prompt: str, response: str, *, complete: bool = T
 
 
 def conversation_rows(
-    chat: ChatFormat, prompt: str, response: str, *, color: bool, width: int, complete: bool = True
+    chat: ChatFormat, prompt: Prompt, response: str, *, color: bool, width: int, complete: bool = True
 ) -> list[str]:
     """Returns the same for a person: the rows of tokens and marks, broken at the width, and two lines that sum them up.
 

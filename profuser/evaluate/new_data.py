@@ -26,7 +26,7 @@ from profuser.evaluate.scores import accuracies, by_model
 from profuser.evaluate.statistics import Sample
 from profuser.models.load import default_device, runtime_dtype
 from profuser.prepare.data import Row, data_hash, load_examples, shared_prompts
-from profuser.prepare.data_sets import read_table
+from profuser.prepare.data_sets import read_tables
 from profuser.prepare.inputs import load_split, settled_date, settled_dtype
 from profuser.progress import Progress
 from profuser.recipe.schema import DataConfig, DataLocation, Recipe, SourceConfig
@@ -97,7 +97,7 @@ def score_on(directory: Path, file: str, specs: Sequence[str]) -> tuple[dict[str
         "rows": [
             {
                 "skill": row["skill"],
-                "prompt": row["prompt"],
+                "prompt": str(row["prompt"]),
                 "ground_truth": row["response"],
                 "responses": {n: texts[i] for n, texts in (answers | more).items()},
                 "correct": {n: values[k] for n, values in (right | right_of_more).items()},
@@ -131,15 +131,18 @@ def result_path(directory: Path, file: str, rows: Sequence[Row]) -> Path:
 
 
 def new_rows(recipe: Recipe, file: str) -> list[Row]:
-    """Reads the rows of a new file, in the columns that the recipe names or else in `prompt` and `response`.
+    """Reads the rows of a new file, in the columns that the recipe names or else in those of the usual names.
 
     Raises:
         DataError: it is missing or broken, or has no rows.
     """
     location, data, usual = DataLocation(path=file), recipe.data, DataConfig(train=file)
-    columns = {column for row in read_table(location, "heldout") for column in row}
-    if not {data.prompt_column, data.response_column} <= columns and {"prompt", "response"} <= columns:
-        data = replace(data, prompt_column=usual.prompt_column, response_column=usual.response_column)
+    columns = {column for _, table in read_tables(location, "heldout") for row in table for column in row}
+    named = {data.messages_column} if data.messages_column else {data.prompt_column, data.response_column}
+    if not named <= columns:
+        data = replace(
+            data, messages_column=None, prompt_column=usual.prompt_column, response_column=usual.response_column
+        )
     if data.skill_column not in columns:
         data = replace(data, skill_column=usual.skill_column if usual.skill_column in columns else None)
     return load_examples(data, location, None, "heldout")

@@ -79,7 +79,7 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
     """
     # The data, and everything that can be wrong before a model is loaded.
     recipe, directory = run.recipe, run.output_dir
-    if recipe.data.heldout is None:
+    if recipe.data.location("heldout") is None:
         raise DataError(
             "evaluation needs data.heldout, the recipe of the run names none; add it, and train with another --output"
         )
@@ -140,14 +140,14 @@ def evaluate(run: Run, store: Store) -> dict[str, Any]:
         "examples": [
             {
                 "skill": rows[i]["skill"],
-                "prompt": rows[i]["prompt"],
+                "prompt": str(rows[i]["prompt"]),
                 "ground_truth": rows[i]["response"],
                 "responses": {name: texts[i] for name, texts in answers.items()},
                 "correct": {name: right[i] for name, right in correct.items()},
             }
             for i in shown
         ],
-        "votes": votes,
+        "votes": [example | {"prompt": str(example["prompt"])} for example in votes],
     }
     write_json(directory / SCORES, scores)
     write_json(directory / EVALUATION, evaluation)

@@ -83,7 +83,7 @@ def chosen_arms(names: Sequence[str] | None, recipe: Recipe) -> list[Arm]:
     Raises:
         ConfigError: an arm needs the demo's data and the recipe has others, or the recipe has no held-out prompts.
     """
-    if recipe.data.heldout is None:
+    if recipe.data.location("heldout") is None:
         raise ConfigError("the comparison needs data.heldout, the recipe names none; add it")
     others = [arm.name for arm in ARMS if arm.data in DEMOS_OWN and demo_data(recipe) is None]
     if names is None:
@@ -134,7 +134,7 @@ def shifted(shard: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def run_of(
-    base: Run, arm: Arm, seed: int, directory: Path, stores: Mapping[str, tuple[str | DataLocation, str]]
+    base: Run, arm: Arm, seed: int, directory: Path, stores: Mapping[str, tuple[str | list[str] | DataLocation, str]]
 ) -> Run:
     train_data, store = stores[arm.data]
     optim = base.recipe.optim if arm.beta is None else replace(base.recipe.optim, beta=arm.beta)
@@ -247,7 +247,7 @@ def main(argv: list[str]) -> None:
             f"--write puts the demo's results into a page, {args.config} trains on {base.recipe.data.train}; leave it out, the "
             "table is printed"
         )
-    stores: dict[str, tuple[str | DataLocation, str]] = {
+    stores: dict[str, tuple[str | list[str] | DataLocation, str]] = {
         "fusion": (base.recipe.data.train, str(base.store_dir)),
         "wellformed": (str(args.output / WELLFORMED), str(args.output / "store-wellformed")),
         "clean": ("demo:fusion_clean.jsonl", str(args.output / "store-clean")),

@@ -244,7 +244,7 @@ def make_plan(
 def count_instructions(recipe: Recipe, notes: list[str]) -> int:
     """Counts the training instructions of a recipe whose models are elsewhere, or assumes a number and notes that."""
     location = recipe.data.location("train")
-    if location is not None and Path(resolve(location.path)).exists():
+    if location is not None and all(Path(resolve(path)).exists() for path in location.paths):
         return len(load_split(recipe, "train"))
     notes.append(f"{location} is not here: {INSTRUCTIONS:,} instructions; --instructions changes that")
     return INSTRUCTIONS
@@ -287,7 +287,7 @@ def preparing_memory(
         own, of = models[source.name], lengths[source.name]["train"]
         prompt = of.longest if recipe.data.max_length <= of.longest else of.longest - round(of.response)
         length = min(recipe.data.max_length, prompt + generation.max_new_tokens)
-        if recipe.judges or recipe.data.heldout is not None:
+        if recipe.judges or recipe.data.location("heldout") is not None:
             rows = generation.batch_size * generation.responses_per_source
             found.append(answering(own, source.name, itemsize, rows, length))
         found.append(reading(own, source.name, "is captured", itemsize, capture.batch_size, of.longest))

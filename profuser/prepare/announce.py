@@ -30,6 +30,9 @@ def announce(command: str, preparation: Preparation, processes: int = 1, first_s
         f"{torch.get_num_threads()} threads{ranks}; alignment: {ENGINE}; {time}",
         flush=True,
     )
+    # How the data were read. Splits that share their examples were read alike.
+    for note in dict.fromkeys(note for examples in inputs.rows.values() for note in examples.notes):
+        print(note, flush=True)
     # What is computed on prompts that are trained on says nothing about new ones.
     for split in [split for split in inputs.rows if split != "train"]:
         if shared := shared_prompts(inputs.rows[split], rows):

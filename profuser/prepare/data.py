@@ -1,137 +1,141 @@
-"""Reads the examples of a split: prompts with their ground truth, one row per example."""
+"""Reads the examples of a split: prompts or conversations with their ground truth, one row per example."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from profuser.errors import DataError
-from profuser.prepare.data_sets import read_table
-from profuser.prepare.tables import Table
+from profuser.prepare.columns import check_none_left_out, examples_of, find_columns, text_of
+from profuser.prepare.data_sets import read_tables
 from profuser.recipe.schema import DataConfig, DataLocation, Split
+from profuser.text.conversation import Conversation, Prompt
 
 Row = dict[str, Any]
-"""One example: its `prompt`, its `response` (the ground truth, stripped), its `skill`, and all other columns of the data."""
+"""One example: its `prompt`, a text or a Conversation, its `response` (the ground truth, stripped), its `skill`, and all other
+columns of the data."""
 
-CONVERSATIONS = ("messages", "conversations", "conversation")
-"""What data sets call a column of conversations, which we do not read."""
 
-TWO_TEXTS = "give the prompt and the response of a row as texts, in a column each"
-"""What is understood today."""
+class Examples(list[Row]):
+    """The rows of a split. `notes` are lines on how they were read, which a user should see."""
 
-PARTS_OF_PROMPTS = ("instruction", "input", "context", "system", "system_prompt", "history")
-"""What data sets call a column with a part of the prompt, in small or capital letters, beside that of the rest of it."""
+    def __init__(self, rows: Sequence[Row], notes: Sequence[str]):
+        super().__init__(rows)
+        self.notes = list(notes)
 
 
 def load_examples(
-    config: DataConfig, location: str | DataLocation, limit: int | None = None, split: Split = "train"
-) -> list[Row]:
+    config: DataConfig,
+    location: str | DataLocation,
+    limit: int | None = None,
+    split: Split = "train",
+    part: tuple[float, float] = (0.0, 1.0),
+) -> Examples:
     """Reads the rows of a split.
 
     Args:
-        config: the recipe's group `data`, which names the columns.
+        config: the recipe's group `data`, which names the columns and says which examples are used.
         location: the file, folder or data set, or a place in one.
-        limit: how many rows are read, counted from the first; None reads all.
+        limit: how many examples are read, counted from the first; None reads all.
         split: the recipe's split that the rows are for.
+        part: only examples are read whose prompts have a hash from the first of these numbers on and below the second; 0 is the
+            smallest hash, and all are below 1.
 
     Raises:
-        DataError: the data is missing, broken or empty; a column is missing or holds something other than text; a part of the
-            prompts would be left out.
+        DataError: the data is missing, broken or empty; a column is missing or holds something other than text or conversations;
+            a part of the prompts would be left out.
     """
     location = DataLocation(path=location) if isinstance(location, str) else location
-    table = read_table(location, split)
-    columns = list(dict.fromkeys(column for row in table for column in row))
-    if not table:
+    tables = read_tables(location, split)
+    there = list(dict.fromkeys(column for _, table in tables for row in table for column in row))
+    if not there:
         raise DataError(f"data {location} must have at least one row, got none; fix the file")
-
-    # Check that the columns which the recipe names are there, and that no other holds a part of the prompts.
-    wanted = {"prompt": config.prompt_column, "response": config.response_column}
-    # A skill column that the recipe names must be there; the default one may be missing.
-    if config.skill_column is not None and config.skill_column != DataConfig.skill_column:
-        wanted["skill"] = config.skill_column
-    for key, column in wanted.items():
-        if column not in columns:
-            raise DataError(
-                f"data {location} must have the column {column!r} (data.{key}_column), found: {', '.join(columns)}; "
-                f"{_advice(key, columns)}"
-            )
-    _check_parts_of_prompts(location, table, columns, config)
-
-    # Name the three columns as everything else expects them, and keep the others beside them.
-    has_skill = config.skill_column is not None and config.skill_column in columns
-    rows = []
-    for row in table[:limit]:
-        row = dict.fromkeys(columns) | row
-        rows.append(
-            {
-                **row,
-                "prompt": _text(row, config.prompt_column, len(rows), location),
-                "response": _text(row, config.response_column, len(rows), location).strip(),
-                "skill": (_text(row, str(config.skill_column), len(rows), location) if has_skill else "") or "all",
-            }
+    columns = find_columns(str(location), there, config)
+    skill = config.skill_column if config.skill_column in there else None
+    if config.skill_column not in (skill, DataConfig.skill_column):  # one that the recipe names must be there
+        raise DataError(
+            f"data {location} must have the column {config.skill_column!r} (data.skill_column), found: {', '.join(there)}; set "
+            "data.skill_column to the right one, or to null"
         )
+
+    # Name what an example has as everything else expects it, and keep the other columns beside it. What was found by its name
+    # is not kept twice, so that the rows are the same however the data set writes them down.
+    counts: Counter[str] = Counter()
+    dropped = columns.all if columns.by_name else (columns.system,)
+    kept = [column for column in there if column not in dropped]
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for name, table in tables:
+        for number, cells in enumerate(table):
+            cells = dict.fromkeys(there) | cells
+            try:
+                check_none_left_out(columns, cells)
+                examples = examples_of(columns, cells, config, counts)
+                of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
+            except DataError as error:
+                raise DataError(f"data {name}, row {number} (from 0): {error}") from None
+            for prompt, response in examples:
+                if not part[0] <= place_of(prompt) < part[1]:
+                    continue
+                if split == "train" and config.drop_duplicates and _is_twice(prompt, seen, counts):
+                    continue
+                others = {column: cells[column] for column in kept}
+                rows.append(others | {"prompt": prompt, "response": response.strip(), "skill": of_skill})
+        if limit is not None and len(rows) >= limit:
+            break
+    rows = rows[:limit]
     if any(row["skill"] == "mean" for row in rows):
         raise DataError(
             f'data {location}: a skill must not be called "mean", which stands for the mean over skills; rename it, or set '
             "data.skill_column: null"
         )
-    return rows
+    if not rows:
+        raise DataError(
+            f"data.{split} must have at least one example, none of {location} is in its share; change data.heldout_share or "
+            "data.validation_share"
+        )
+    notes = [f"data {location}: {columns}"] if columns.by_name or columns.system else []
+    return Examples(rows, notes + [f"data {location}: {count} {what}" for what, count in counts.items()])
+
+
+def _is_twice(prompt: Prompt, seen: set[str], counts: Counter[str]) -> bool:
+    """Whether an earlier example had the same prompt. It is then counted, and else remembered."""
+    text = plain(prompt)
+    if text in seen:
+        counts["examples with the prompt of an earlier one, dropped"] += 1
+        return True
+    seen.add(text)
+    return False
+
+
+def plain(prompt: Prompt) -> str:
+    """A prompt without differences in whitespace, to be compared with others."""
+    return " ".join(str(prompt).split())
+
+
+def place_of(prompt: Prompt) -> float:
+    """A hash in [0, 1) of the user's first turn, which is the same for all examples of one conversation."""
+    if isinstance(prompt, Conversation):
+        prompt = next(turn.text for turn in prompt.turns if turn.role == "user")
+    return int(hashlib.sha256(plain(prompt).encode()).hexdigest()[:12], 16) / 16**12
 
 
 def shared_prompts(rows: Sequence[Row], training: Sequence[Row]) -> int:
     """Counts the rows whose prompt is a training prompt as well. Differences in whitespace alone do not count."""
-    known = {" ".join(row["prompt"].split()) for row in training}
-    return sum(" ".join(row["prompt"].split()) in known for row in rows)
+    known = {plain(row["prompt"]) for row in training}
+    return sum(plain(row["prompt"]) in known for row in rows)
 
 
 def data_hash(rows: Sequence[Row]) -> str:
     """Returns a short hash of all rows. It covers every column, because judges may read all of them."""
+
+    def spelt(value: object) -> object:
+        return value.turns if isinstance(value, Conversation) else str(value)
+
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(row, sort_keys=True, default=spelt).encode())
     return digest.hexdigest()[:16]
-
-
-def _advice(key: str, columns: Sequence[str]) -> str:
-    """Says what to do about a column that is missing. `key` says what it holds: the prompt, the response or the skill."""
-    if conversations := next((column for column in CONVERSATIONS if column in columns), None):
-        return f"conversations (here in {conversations!r}) are not read yet: {TWO_TEXTS}"
-    if key != "skill" and {"instruction", "output"} <= set(columns):
-        join = ", once every input is joined with its instruction and dropped" if "input" in columns else ""
-        return f"set data.prompt_column: instruction and data.response_column: output{join}"
-    return f"set data.{key}_column to the right one" + (", or to null" if key == "skill" else ", or add it to the data")
-
-
-def _check_parts_of_prompts(location: DataLocation, table: Table, columns: Sequence[str], config: DataConfig) -> None:
-    """Raises DataError where a column that belongs to the prompts holds text and no key of the recipe names it."""
-    unused = set(columns) - {config.prompt_column, config.response_column, config.skill_column}
-    for column in columns:
-        if column not in unused or column.lower() not in PARTS_OF_PROMPTS:
-            continue
-        number = next((n for n, row in enumerate(table) if _is_filled(row.get(column))), None)
-        if number is not None:
-            raise DataError(
-                f"data {location}: the column {column!r} must be a part of the prompts, row {number} (from 0) has one that would be left "
-                f"out; join it with {config.prompt_column!r} in one column and drop it, or rename it if it is no part of them"
-            )
-
-
-def _is_filled(value: object) -> bool:
-    """Whether a cell holds anything but whitespace."""
-    return bool(value.strip() if isinstance(value, str) else value)
-
-
-def _text(row: Row, column: str, number: int, location: DataLocation) -> str:
-    """Returns a cell as the text that stands in the file; null becomes an empty text. `number` is the row's, for the message."""
-    value = row[column]
-    if isinstance(value, (list, dict, bytes)):
-        is_conversation = isinstance(value, list) and value and isinstance(value[0], dict)
-        fix = f"conversations are not read yet: {TWO_TEXTS}" if is_conversation else "take the text out of it"
-        raise DataError(
-            f"data {location}: the column {column!r} must hold text, row {number} (from 0) holds a {type(value).__name__}; {fix}"
-        )
-    if isinstance(value, bool):
-        return json.dumps(value)
-    return "" if value is None else str(value)

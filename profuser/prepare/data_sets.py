@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +35,42 @@ NO_EXAMPLES = {"config.json", "dataset_info.json", "dataset_infos.json", "datase
 """Files that the library `datasets` writes beside the data."""
 
 
-def read_table(location: DataLocation, split: Split) -> Table:
-    """Reads all rows of a location that the recipe names for a split.
+def read_tables(location: DataLocation, split: Split) -> list[tuple[str, Table]]:
+    """Reads the files of a location that the recipe names for a split, each with what messages call it.
 
     A folder or data set may have several splits of its own. Where the location names none of them, it is the only one, or the
     one that is called as in the recipe. Any other has to be named, so that no score is computed on training rows unnoticed.
 
     Raises:
         DataError: the location is missing or broken, or holds no data that we read; its configuration or split is unknown, or
-            one has to be named.
+            one has to be named; a pattern fits no file.
     """
-    path = Path(resolve(location.path))
-    if not path.exists() and is_path(location.path):
+    return [table for path in location.paths for table in _tables(replace(location, path=path), path, split)]
+
+
+def _tables(location: DataLocation, named: str, split: Split) -> list[tuple[str, Table]]:
+    """Reads the files of one file, folder, data set or pattern."""
+    path = Path(resolve(named))
+    if not path.exists() and is_path(named):
+        if found := sorted(glob(str(path), recursive=True)):
+            return [table for file in found for table in _tables(replace(location, path=file), file, split)]
+        kind = "no file fits the pattern" if set(named) & set("*?[") else "no such file"
         raise DataError(
-            f"data must be an existing file or folder, or a Hub data set, got {location.path} (no such file); fix the path"
+            f"data must be an existing file or folder, or a Hub data set, got {named} ({kind}); fix the path"
         )
-    if not location.path or path == Path():
-        raise DataError(f"data must be a file, a folder or a Hub data set, got {location.path!r}; name one")
+    if not named or path == Path():
+        raise DataError(f"data must be a file, a folder or a Hub data set, got {named!r}; name one")
     if not path.is_file():
-        return [row for file in _files(location, split, path) for row in read_file(*file)]
+        return [
+            (name, read_file(file, name, delimiter)) for file, name, delimiter in _files(location, named, split, path)
+        ]
     for key in ("config", "split"):
         if (value := getattr(location, key)) is not None:
-            raise DataError(f"data.{split}: a file has no {key}, got {value} of {location.path}; take {key} out")
-    return read_file(path, location.path)
+            raise DataError(f"data.{split}: a file has no {key}, got {value} of {named}; take {key} out")
+    return [(named, read_file(path, named))]
 
 
-def _files(location: DataLocation, split: Split, path: Path) -> Iterator[tuple[Path, str, str | None]]:
+def _files(location: DataLocation, named: str, split: Split, path: Path) -> Iterator[tuple[Path, str, str | None]]:
     """Yields the files of a split, which are then on this machine, each with its name and what separates its cells."""
     import datasets
 
@@ -67,7 +78,7 @@ def _files(location: DataLocation, split: Split, path: Path) -> Iterator[tuple[P
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our own errors say in one line what is wrong
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every README without settings
-    place = str(path.resolve()) if path.is_dir() else location.path
+    place = str(path.resolve()) if path.is_dir() else named
     if path.is_dir() and (wild := sorted(set(place) & set("*?[]"))):  # the library would take it for a pattern
         raise DataError(
             f"data.{split}: a folder's path must be without {' '.join(wild)}, got {place}; rename it, or name a file in it"
@@ -104,7 +115,7 @@ def _files(location: DataLocation, split: Split, path: Path) -> Iterator[tuple[P
     # Fetch the files of all splits, so that they are found again without a network. Those of a folder are here already.
     fetched: Any = datasets.DownloadManager(record_checksums=False).download(files)
     for file, here in zip(files[name], fetched[name]):
-        yield Path(here), f"{location.path}/{file.removeprefix(builder.base_path).lstrip('/')}", delimiter
+        yield Path(here), f"{named}/{file.removeprefix(builder.base_path).lstrip('/')}", delimiter
 
 
 def _check_none_left_out(location: DataLocation, folder: Path, found: set[str]) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from profuser.errors import ConfigError, DataError
 from profuser.models.fingerprint import fingerprint
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
-from profuser.prepare.data import Row, data_hash, load_examples
+from profuser.prepare.data import Examples, Row, data_hash, load_examples
 from profuser.prepare.judges import judge_fingerprint, open_judge, try_function_judge
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
@@ -67,7 +67,7 @@ class Inputs:
     recipe: Recipe
     name: str
     store_dir: Path
-    rows: dict[Split, list[Row]]
+    rows: dict[Split, Examples]
     chats: dict[str, ChatFormat]
     target: ChatFormat
     device: torch.device
@@ -160,10 +160,15 @@ class Inputs:
     def fitted(self) -> dict[Split, list[Fitted]]:
         """The ground truths of every split. A long one is cut once for all sources, so that they score the same bytes."""
         sources, max_length = list(self.chats.values()), self.recipe.data.max_length
-        return {
-            split: [fit(self.target, sources, row["prompt"], row["response"], max_length) for row in rows]
-            for split, rows in self.rows.items()
-        }
+
+        def fitted(split: Split, number: int, row: Row) -> Fitted:
+            try:
+                return fit(self.target, sources, row["prompt"], row["response"], max_length)
+            except DataError as error:  # a template that cannot show this conversation
+                location = self.recipe.data.location(split)
+                raise DataError(f"data {location}, example {number} (from 0): {error}") from None
+
+        return {split: [fitted(split, n, row) for n, row in enumerate(rows)] for split, rows in self.rows.items()}
 
     def settings(self) -> StoreSettings:
         """Returns the settings that decide each layer of the store, for its manifest. Batch sizes are not among them."""
@@ -230,12 +235,13 @@ def check_head(name: str, chat: ChatFormat, config: PreTrainedConfig) -> None:
         check_vocabulary(name, chat, rows_of_head)
 
 
-def load_split(recipe: Recipe, split: Split) -> list[Row]:
+def load_split(recipe: Recipe, split: Split) -> Examples:
     """Reads the rows of one split of a recipe's data. Only the training split obeys data.limit."""
     location = recipe.data.location(split)
     if location is None:
         raise ConfigError(f"data.{split} must name a data file or set, the recipe names none; add it")
-    return load_examples(recipe.data, location, recipe.data.limit if split == "train" else None, split)
+    limit = recipe.data.limit if split == "train" else None
+    return load_examples(recipe.data, location, limit, split, recipe.data.part(split))
 
 
 def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:

@@ -25,6 +25,7 @@ from profuser.prepare.data import Row
 from profuser.progress import silent
 from profuser.recipe.places import load_function
 from profuser.recipe.schema import JudgeConfig, SourceConfig
+from profuser.text.conversation import Conversation, Prompt
 from profuser.text.template import ChatTemplate, conversation
 
 
@@ -192,7 +193,8 @@ def _reward_model_judge(
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         cells = [(e, c) for e, responses in enumerate(candidates) for c, text in enumerate(responses) if text]
-        conversations = [conversation(examples[e]["prompt"], candidates[e][c]) for e, c in cells]
+        prompts = [_seen_by(template, example["prompt"]) for example in examples]
+        conversations = [conversation(prompts[e], candidates[e][c]) for e, c in cells]
         for cell, ids in zip(cells, template.many_ids(conversations)):
             places.setdefault(tuple(ids[-limit:]), []).append(cell)
 
@@ -208,6 +210,13 @@ def _reward_model_judge(
         return scores
 
     return score
+
+
+def _seen_by(template: ChatTemplate, prompt: Prompt) -> Prompt:
+    """A prompt as a template can show it: the text of a system message goes in front of the user's where there is no place for it."""
+    if isinstance(prompt, Conversation) and prompt.turns[0].role == "system" and not template.has_system():
+        return Conversation(prompt.without_system())
+    return prompt
 
 
 def _pad_id(model: PreTrainedModel) -> int | None:

@@ -115,7 +115,7 @@ def audit_table(inputs: Inputs, store: Store, ballots: Ballots | None) -> dict[s
     rows, names = inputs.rows["train"], inputs.source_names
     min_ce = min_ce_winners(target_shards(store), len(rows))
     table: dict[str, list] = {
-        "prompt": [row["prompt"] for row in rows],
+        "prompt": [str(row["prompt"]) for row in rows],
         "ground_truth": [row["response"] for row in rows],
         "skill": [row["skill"] for row in rows],
         "min_ce_winner": [None if winner == NOBODY else names[winner] for winner in min_ce],
@@ -221,10 +221,10 @@ def handled(inputs: Inputs, store: Store) -> dict[str, int]:
         if split != "train":
             name = {"heldout": "held-out"}.get(split, split)
             counts[f"{name} prompt that is trained on as well, kept"] += shared_prompts(rows, inputs.rows["train"])
-        counts["empty prompt, kept"] += sum(not row["prompt"].strip() for row in rows)
+        counts["empty prompt, kept"] += sum(not str(row["prompt"]).strip() for row in rows)
         held = [chat.token_bytes.has_control for chat in (inputs.target, *inputs.chats.values())]
         counts["control token spelt out in a text, kept as text"] += sum(
-            any(has(row["prompt"]) or has(row["response"]) for has in held) for row in rows
+            any(has(str(row["prompt"])) or has(row["response"]) for has in held) for row in rows
         )
     return {name: n for name, n in counts.items() if n}
 

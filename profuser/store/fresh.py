@@ -70,9 +70,14 @@ def needed(run: Run, what: Directory) -> Iterator[tuple[str, Path]]:
     yield ("the run", run.output_dir.resolve()) if what == "store" else ("the store", run.store_dir.resolve())
     models = {model.name: model.model for model in (*recipe.sources, recipe.target_config)}
     models |= {f"judge {judge.name}": judge.model for judge in recipe.judges if judge.model is not None}
-    data = {f"data.{split}": place.path for split in SPLITS if (place := recipe.data.location(split)) is not None}
     templates = {f"the chat template of {m.name}": m.chat_template for m in (*recipe.sources, *recipe.judges)}
-    for name, location in [*models.items(), *data.items(), *templates.items()]:
+    data = [
+        (f"data.{split}", path)
+        for split in SPLITS
+        if (place := recipe.data.location(split)) is not None
+        for path in place.paths
+    ]
+    for name, location in [*models.items(), *data, *templates.items()]:
         if location is not None and "\n" not in location and is_path(location):
             yield name, Path(resolve(location)).resolve()
 

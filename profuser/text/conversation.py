@@ -95,14 +95,22 @@ def _turn(number: int, message: object) -> Turn:
         )
     _check_keys(where, message, ("role", "content"))
     content = message.get("content")
-    text = content if isinstance(content, str) else _joined(where, content)
+    text = content_text(where, content)
     if not text.strip() and role != "system":
         raise DataError(f"the content of {where} must be a text, got {in_short(content)}; fill it in, or take it out")
     return Turn(role, text)
 
 
-def _joined(where: str, content: object) -> str:
-    """The text of a content that is a list of parts."""
+def content_text(where: str, content: object) -> str:
+    """The text of a message's content, which may be a list of parts: their texts are then joined as they are.
+
+    Args:
+        where: what messages call the message.
+    Raises:
+        DataError: it is something else, or has a part that is no text.
+    """
+    if isinstance(content, str):
+        return content
     if not isinstance(content, list):
         raise DataError(f"the content of {where} must be a text, got {in_short(content)}; fill it in, or take it out")
     texts = []

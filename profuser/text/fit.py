@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from profuser.text.chat import ChatFormat
+from profuser.text.conversation import Prompt
 from profuser.text.encoded import Encoded
 from profuser.text.token_bytes import TokenBytesMismatch
 
@@ -70,7 +71,7 @@ class Fitted:
         return cls("", False, verdict)
 
 
-def fit(target: ChatFormat, sources: Sequence[ChatFormat], prompt: str, response: str, max_length: int) -> Fitted:
+def fit(target: ChatFormat, sources: Sequence[ChatFormat], prompt: Prompt, response: str, max_length: int) -> Fitted:
     """Returns the response if it fits every tokenizer, else its longest prefix that does and ends where a target token ends.
 
     A text that the target's own tokenizer changes cannot be aligned at all. A text that only a source's tokenizer changes is

@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 
 from profuser.errors import DataError, first_line
 from profuser.text.bounded import BoundedRenderer
+from profuser.text.conversation import Conversation, Prompt, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,9 +40,10 @@ TOGETHER = 64
 """How many conversations are rendered together."""
 
 
-def conversation(prompt: str, response: str) -> list[Message]:
-    """Returns a prompt and a response as the two messages of a conversation."""
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+def conversation(prompt: Prompt, response: str) -> list[Message]:
+    """Returns a prompt and a response as the messages of a conversation, two where the prompt is a text."""
+    turns = prompt.turns if isinstance(prompt, Conversation) else (Turn("user", prompt),)
+    return [{"role": role, "content": text} for role, text in (*turns, Turn("assistant", response))]
 
 
 class ChatTemplate:

@@ -196,6 +196,6 @@ def _is_readable(path: Path) -> bool:
 def demo_data(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the record of how the bundled demo's fusion data were made, flaws included; None for other data."""
     location = recipe.data.location("train")
-    if location is None or location.path != "demo:fusion.jsonl":
+    if location is None or location.paths != ["demo:fusion.jsonl"]:
         return None
     return read_json(Path(resolve("demo:demo_data.json")))

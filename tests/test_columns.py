@@ -1,0 +1,304 @@
+"""The columns of a data set: found by their names, in whatever form it writes its examples down."""
+
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset, DatasetDict
+
+from profuser.errors import ConfigError, DataError
+from profuser.prepare.data import data_hash, load_examples
+from profuser.recipe.schema import DataConfig, DataLocation
+from profuser.text.conversation import Conversation, Turn
+from profuser.text.template import conversation
+
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+TWO_TURNS = [
+    {"role": "system", "content": "Be brief."},
+    *HELLO,
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": " A model. "},
+]
+ALPACA = {"prompt_column": "instruction", "response_column": "output"}
+
+
+def written(path, *rows: dict):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def examples(place, split="train", **settings) -> list[dict]:
+    return load_examples(DataConfig(train=str(place), **settings), str(place), split=split)
+
+
+def refusal(place, **settings) -> str:
+    with pytest.raises(DataError) as error:
+        examples(place, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def sharegpt(messages) -> list[dict]:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[message["role"]], "value": message["content"]} for message in messages]
+
+
+# -- the forms -----------------------------------------------------------------------------------------------------------
+
+FORMS = {
+    "prompt, response": lambda q, a: {"prompt": q, "response": a},
+    "prompt, completion": lambda q, a: {"prompt": q, "completion": a},
+    "prompt, completion as messages": lambda q, a: {
+        "prompt": [{"role": "user", "content": q}],
+        "completion": [{"role": "assistant", "content": a}],
+    },
+    "Alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
+    "Alpaca, in two parts": lambda q, a: {"instruction": q[: q.index("\n\n")], "input": q[q.index("\n\n") + 2 :], "output": a},
+    "Dolly": lambda q, a: {"instruction": q, "context": None, "response": a},
+    "question, answer": lambda q, a: {"question": q, "answer": a},
+    "messages": lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
+    "messages in parts": lambda q, a: {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": q[:3]}, {"type": "text", "text": q[3:]}]},
+            {"role": "assistant", "content": [{"type": "text", "text": a}], "weight": 1, "tool_calls": None},
+        ]
+    },
+    "ShareGPT": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+    "ShareGPT, begun by the assistant": lambda q, a: {
+        "conversations": [{"from": "gpt", "value": "?"}, {"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    },
+    "a conversation": lambda q, a: {"conversation": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_rows(tmp_path, form):
+    """The requirement is exact: a hash of all rows is equal, and so is a store that is made of them."""
+    texts = [(f"What is {n}\n\nand {n}? é\u2028", f" {2 * n}.\n") for n in range(5)]
+    usual = examples(written(tmp_path / "usual.jsonl", *(FORMS["prompt, response"](*pair) for pair in texts)))
+    rows = [FORMS[form](*pair) for pair in texts]
+    path = written(tmp_path / "other.jsonl", *rows)
+    found = examples(path)
+    assert found == usual
+    assert data_hash(found) == data_hash(usual)
+
+    # The same in other files.
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert examples(tmp_path / "rows.json") == usual
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert examples(tmp_path / "rows.parquet") == usual
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    assert examples(tmp_path / "saved") == usual
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "dict"))
+    assert examples(tmp_path / "dict") == usual
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(
+            {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows
+        )
+    if "as messages" not in form:  # two texts stay texts
+        assert examples(tmp_path / "rows.csv") == usual
+
+
+def test_what_was_found_is_said_in_one_line(tmp_path):
+    assert examples(written(tmp_path / "a.jsonl", {"prompt": "q", "response": "a"})).notes == []
+    found = examples(written(tmp_path / "b.jsonl", {"instruction": "q", "input": "x", "output": "a"}))
+    assert found.notes == [f"data {tmp_path / 'b.jsonl'}: prompts in 'instruction' and 'input', responses in 'output'"]
+    begun = [*HELLO[1:], *HELLO]
+    found = examples(written(tmp_path / "c.jsonl", *[{"conversations": sharegpt(begun), "system": ""}] * 3))
+    assert found.notes == [
+        f"data {tmp_path / 'c.jsonl'}: conversations in 'conversations', system messages in 'system'",
+        f"data {tmp_path / 'c.jsonl'}: 3 conversations begin with the assistant's turn, which is left out",
+    ]
+
+
+def test_other_columns_are_kept_and_those_of_the_recipe_are_read_as_they_were(tmp_path):
+    path = written(tmp_path / "a.jsonl", {"messages": HELLO, "id": 7, "skill": "greeting"})
+    assert examples(path) == [{"id": 7, "prompt": "Hi", "response": "Hello.", "skill": "greeting"}]
+    named = written(tmp_path / "b.jsonl", {"q": "Hi", "a": "Hello.", "answer": 1})
+    assert examples(named, prompt_column="q", response_column="a") == [
+        {"q": "Hi", "a": "Hello.", "answer": 1, "prompt": "Hi", "response": "Hello.", "skill": "all"}
+    ]
+
+
+# -- conversations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [lambda m: {"messages": m}, lambda m: {"conversations": sharegpt(m)}])
+def test_the_last_turn_is_learnt_or_all_are(tmp_path, form):
+    path = written(tmp_path / "a.jsonl", form(TWO_TURNS), form(HELLO))
+    last = examples(path)
+    assert [row["response"] for row in last] == ["A model.", "Hello."]
+    first = Turn("system", "Be brief."), Turn("user", "Hi")
+    whole = Conversation((*first, Turn("assistant", "Hello."), Turn("user", "Who are you?")))
+    assert [row["prompt"] for row in last] == [whole, "Hi"]
+    every = examples(path, turns="all")
+    assert [row["response"] for row in every] == ["Hello.", "A model.", "Hello."]
+    assert [row["prompt"] for row in every] == [Conversation(first), whole, "Hi"]
+    assert conversation(whole, "A model.") == [*TWO_TURNS[:-1], {"role": "assistant", "content": "A model."}]
+    assert len(examples(path, turns="all", limit=None)) == 3
+    assert len(load_examples(DataConfig(train="x", turns="all"), str(path), limit=2)) == 2
+
+
+def test_a_system_column_is_the_first_message(tmp_path):
+    path = written(
+        tmp_path / "a.jsonl",
+        {"system": "Be brief.", "instruction": "Hi", "output": "Ho"},
+        {"instruction": "Hi", "output": "Ho"},
+    )
+    one, two = examples(path)
+    assert one["prompt"] == Conversation((Turn("system", "Be brief."), Turn("user", "Hi")))
+    assert two["prompt"] == "Hi"
+    messages = written(tmp_path / "b.jsonl", {"system_prompt": "Be brief.", "messages": HELLO}, {"messages": TWO_TURNS})
+    assert [row["prompt"].turns[0] for row in examples(messages)] == [Turn("system", "Be brief.")] * 2
+    assert "one system message" in refusal(written(tmp_path / "c.jsonl", {"system": "Be long.", "messages": TWO_TURNS}))
+
+
+def test_two_conversations_with_the_same_text_have_different_hashes(tmp_path):
+    """What the roles are decides what a model sees, though the texts in a row are the same."""
+    two = [{"role": "user", "content": "a\nassistant: b\nuser: c"}, {"role": "assistant", "content": "d"}]
+    three = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd")]
+    found = [examples(written(tmp_path / f"{n}.jsonl", {"messages": m})) for n, m in enumerate((two, three))]
+    assert len({data_hash(rows) for rows in found}) == 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([], "must end with the assistant's turn"),
+        (HELLO[:1], "must end with the assistant's turn, the ground truth, got 'user'"),
+        ([*HELLO, *HELLO[1:]], "speak in turn"),
+        ([HELLO[0], HELLO[0], HELLO[1]], "speak in turn"),
+        ([HELLO[0], {"role": "tool", "content": "7"}, HELLO[1]], "got 'tool'"),
+        ([*sharegpt(HELLO[:1]), {"from": "tool_result", "value": "f"}, *sharegpt(HELLO[1:])], "got 'tool_result'"),
+        ([HELLO[0], HELLO[1] | {"tool_calls": [{"name": "f"}]}], "'tool_calls'"),
+        ([HELLO[0], HELLO[1] | {"reasoning_content": "So."}], "'reasoning_content'"),
+        ([HELLO[0], HELLO[1] | {"weight": 0}], "'weight'"),
+        ([HELLO[0], HELLO[1] | {"train": False}], "'train'"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, HELLO[1]], "image_url"),
+        ([{"role": "user", "content": 7}, HELLO[1]], "must be a text"),
+        ([{"role": "user", "content": ""}, HELLO[1]], "must be a text"),
+        ([{"content": "Hi"}, HELLO[1]], "the role of message 1"),
+        (["Hi", "Hello."], "must hold a list of messages"),
+        ({"role": "user"}, "must hold a list of messages"),
+        ("[1", "must hold a list of messages"),
+        (None, "must hold a list of messages"),
+    ],
+)  # fmt: skip
+def test_a_conversation_that_is_none_is_named_with_file_row_and_column(tmp_path, messages, expected):
+    message = refusal(written(tmp_path / "a.jsonl", {"messages": HELLO}, {"messages": messages}))
+    assert expected in message
+    assert f"data {tmp_path / 'a.jsonl'}, row 1 (from 0): " in message
+    assert "messages'" in message
+
+
+# -- which columns -------------------------------------------------------------------------------------------------------
+
+
+def test_columns_of_two_kinds_are_ambiguous(tmp_path):
+    path = written(tmp_path / "a.jsonl", {"prompt": "Hi", "response": "Hello.", "messages": HELLO})
+    assert "data.messages_column: messages" in refusal(path)
+    assert [row["response"] for row in examples(path, messages_column="messages")] == ["Hello."]
+    only_prompts = written(tmp_path / "b.jsonl", {"prompt": "Hi", "prompt_id": "x", "messages": HELLO})
+    assert [row["response"] for row in examples(only_prompts)] == ["Hello."]
+
+
+def test_a_column_of_another_name_has_to_be_named(tmp_path):
+    path = written(tmp_path / "a.jsonl", {"dialogue": HELLO, "source": "web"})
+    message = refusal(path)
+    assert "found: dialogue, source" in message
+    assert "messages or conversations or conversation" in message
+    assert [row["prompt"] for row in examples(path, messages_column="dialogue")] == ["Hi"]
+    assert "data.messages_column" in refusal(path, messages_column="dialog")
+    assert "data.response_column" in refusal(written(tmp_path / "b.jsonl", {"q": "a", "a": "b"}), prompt_column="q")
+    with pytest.raises(ConfigError, match="must stand alone"):
+        DataConfig(train="a", messages_column="m", prompt_column="q")
+
+
+def test_a_part_of_the_prompt_is_not_dropped(tmp_path):
+    """Where the recipe names the columns, a part of the prompt beside them is an error, and the fix is to name none."""
+    whole, empty = (
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Hi", "input": " ", "output": "Ho"},
+    )
+    path = written(tmp_path / "a.jsonl", empty, whole)
+    message = refusal(path, **ALPACA)
+    assert "row 1 (from 0): the column 'input'" in message
+    assert "take data.prompt_column and data.response_column out" in message
+    assert [row["prompt"] for row in examples(path)] == ["Hi", "Add.\n\n1 2"]
+    assert len(examples(written(tmp_path / "b.jsonl", empty, empty), **ALPACA)) == 2
+    inputs = written(tmp_path / "c.jsonl", {"input": "1 2", "output": "3"})
+    assert len(examples(inputs, prompt_column="input", response_column="output")) == 1
+    for column in ("history", "Input", "System"):
+        row = {"instruction": "Add 1 2.", "output": "3", column: "Be brief."}
+        assert f"the column '{column}'" in refusal(written(tmp_path / f"{column}.jsonl", row))
+    renamed = written(tmp_path / "e.jsonl", {"instruction": "Add 1 2.", "was_input": "1 2", "output": "3"})
+    assert len(examples(renamed, **ALPACA)) == 1
+
+
+# -- several files, and which examples -----------------------------------------------------------------------------------
+
+
+def test_several_files_and_patterns(tmp_path):
+    (tmp_path / "more").mkdir()
+    written(tmp_path / "a.jsonl", {"prompt": "a", "response": "a"})
+    written(tmp_path / "more" / "c.jsonl", {"prompt": "c", "response": "c"})
+    written(tmp_path / "more" / "b.jsonl", {"prompt": "b", "response": "b"})
+    config = DataConfig(train=[str(tmp_path / "a.jsonl"), str(tmp_path / "more" / "*.jsonl")])
+    location = config.location("train")
+    assert location is not None
+    assert [row["prompt"] for row in load_examples(config, location)] == ["a", "b", "c"]
+    assert [row["prompt"] for row in examples(tmp_path / "**" / "[ab].jsonl")] == ["a", "b"]
+    assert "no file fits the pattern" in refusal(tmp_path / "*.csv")
+    assert (
+        DataConfig(train=["a.jsonl"]) == DataConfig(train="a.jsonl") == DataConfig(train=DataLocation(path=["a.jsonl"]))
+    )
+    with pytest.raises(ConfigError, match="an empty list"):
+        DataConfig(train=[])
+    written(tmp_path / "more" / "b.jsonl", {"prompt": "b", "response": "b"}, {"prompt": "b", "response": ["b"]})
+    message = refusal(tmp_path / "more" / "*.jsonl")
+    assert f"data {tmp_path / 'more' / 'b.jsonl'}, row 1 (from 0): the column 'response'" in message
+
+
+def test_of_equal_prompts_the_first_is_used(tmp_path):
+    rows = [{"prompt": p, "response": str(n)} for n, p in enumerate(("a b", "c", "a  b\n", "C", "c"))]
+    path = written(tmp_path / "a.jsonl", *rows)
+    assert [row["response"] for row in examples(path)] == list("01234")
+    found = examples(path, drop_duplicates=True)
+    assert [row["response"] for row in found] == list("013")
+    assert found.notes == [f"data {path}: 2 examples with the prompt of an earlier one, dropped"]
+    assert len(examples(path, "heldout", drop_duplicates=True)) == 5  # a score is over all that was asked
+
+
+def test_shares_are_held_out_by_a_hash_of_the_first_prompt(tmp_path):
+    """Splits do not overlap, whatever the order of the rows, and a conversation is in one of them with all its turns."""
+    talks = [
+        [{"role": r, "content": f"{c} {n}"} for c, r in zip("abcd", ("user", "assistant") * 2)] for n in range(400)
+    ]
+    path = written(tmp_path / "a.jsonl", *({"messages": m, "skill": str(n)} for n, m in enumerate(talks)))
+    back = written(
+        tmp_path / "b.jsonl", *({"messages": m, "skill": str(n)} for n, m in reversed(list(enumerate(talks))))
+    )
+    found = {}
+    for split in ("train", "heldout", "validation"):
+        of_files = []
+        for file in (path, back):
+            config = DataConfig(train=str(file), heldout_share=0.1, validation_share=0.2, turns="all")
+            location = config.location(split)
+            assert location is not None
+            rows = load_examples(config, location, None, split, config.part(split))
+            of_files.append(sorted(row["skill"] for row in rows))
+        assert of_files[0] == of_files[1]
+        found[split] = set(of_files[0])
+        assert len(of_files[0]) == 2 * len(found[split])
+    assert sum(map(len, found.values())) == len(set.union(*found.values())) == 400
+    assert 20 < len(found["heldout"]) < 60 < len(found["validation"]) < 110
+    assert DataConfig(train="a", heldout="b").location("validation") is None
+    assert DataConfig(train="a", heldout="b", validation_share=0.1).part("heldout") == (0.0, 1.0)
+    settings = [{"heldout_share": 1.0}, {"heldout_share": -0.1}, {"heldout_share": 0.6, "validation_share": 0.5}]
+    for wrong in (*settings, {"heldout": "b", "heldout_share": 0.1}):
+        with pytest.raises(ConfigError):
+            DataConfig(train="a", **wrong)
