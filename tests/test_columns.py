@@ -2,6 +2,7 @@
 
 import csv
 import json
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -9,8 +10,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from profuser.errors import ConfigError, DataError
-from profuser.prepare.data import data_hash, load_examples
-from profuser.recipe.schema import DataConfig, DataLocation
+from profuser.prepare.data import Examples, data_hash, load_examples
+from profuser.recipe.schema import DataConfig, DataLocation, Split
 from profuser.text.conversation import Conversation, Turn
 from profuser.text.template import conversation
 
@@ -29,7 +30,7 @@ def written(path, *rows: dict):
     return path
 
 
-def examples(place, split="train", **settings) -> list[dict]:
+def examples(place, split: Split = "train", **settings) -> Examples:
     return load_examples(DataConfig(train=str(place), **settings), str(place), split=split)
 
 
@@ -298,7 +299,11 @@ def test_shares_are_held_out_by_a_hash_of_the_first_prompt(tmp_path):
     assert 20 < len(found["heldout"]) < 60 < len(found["validation"]) < 110
     assert DataConfig(train="a", heldout="b").location("validation") is None
     assert DataConfig(train="a", heldout="b", validation_share=0.1).part("heldout") == (0.0, 1.0)
-    settings = [{"heldout_share": 1.0}, {"heldout_share": -0.1}, {"heldout_share": 0.6, "validation_share": 0.5}]
+    settings: list[dict[str, Any]] = [
+        {"heldout_share": 1.0},
+        {"heldout_share": -0.1},
+        {"heldout_share": 0.6, "validation_share": 0.5},
+    ]
     for wrong in (*settings, {"heldout": "b", "heldout_share": 0.1}):
         with pytest.raises(ConfigError):
-            DataConfig(train="a", **wrong)
+            DataConfig(**{"train": "a", **wrong})

@@ -8,6 +8,7 @@ import pytest
 from conftest import small_run
 
 from profuser.errors import DataError
+from profuser.prepare.data import for_functions
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
 from profuser.recipe.places import resolve
@@ -23,7 +24,7 @@ def shards(store) -> dict[str, bytes]:
     }
 
 
-def rewritten(path: str, row) -> None:
+def rewritten(path, row) -> None:
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     Path(path).write_text("".join(json.dumps(row(old)) + "\n" for old in rows))
 
@@ -84,6 +85,15 @@ def test_every_turn_of_the_assistant_is_learnt_behind_those_before_it(of_turns):
         assert tuple(encoded.input_ids) in learnt
 
 
+def test_functions_get_the_last_turn_and_all_messages(of_turns):
+    run, _ = of_turns
+    first, second, *_ = Inputs.open(run).rows["train"]
+    assert for_functions(second)["prompt"] == second["prompt"].turns[-1].text
+    assert [m["content"] for m in for_functions(second)["messages"]][:3] == ["Be brief.", "What is 8-4?", "Answer: 4."]
+    assert for_functions(first)["messages"][-1] == {"role": "user", "content": "What is 8-4?"}
+    assert for_functions({"prompt": "x", "a": 1}) == {"prompt": "x", "a": 1}
+
+
 def test_judges_and_tables_see_the_conversation(of_turns):
     _, store = of_turns
     rows = pq.read_table(store.directory / "samples.parquet").to_pylist()
@@ -101,7 +111,7 @@ def test_a_conversation_that_a_template_refuses_is_named(tmp_path):
     run.recipe.sources[0].chat_template = strict
     turns = ["Go.", "Going.", "Stop.", "Stopping."]
     messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, turns)]
-    Path(run.recipe.data.train).write_text(
+    Path(str(run.recipe.data.train)).write_text(
         json.dumps({"messages": messages[:2]}) + "\n" + json.dumps({"messages": messages}) + "\n"
     )
     with pytest.raises(DataError, match=r"fusion\.jsonl, example 1 \(from 0\): .*too long a talk"):

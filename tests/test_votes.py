@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from profuser.prepare.data import load_examples
-from profuser.prepare.votes import NOBODY, judged_examples, vote
+from profuser.prepare.vote_rules import NOBODY, borda, mean_z_scores, vote
+from profuser.prepare.votes import judged_examples
 from profuser.recipe.schedule import Mode
 from profuser.store import layout
 
@@ -19,8 +20,8 @@ NAN = float("nan")
 def winner(scores, eligible=None, floors=None):
     scores = np.array(scores, dtype=np.float32)[None]
     eligible = np.ones(scores.shape[2], bool) if eligible is None else np.array(eligible)
-    w, votes = vote(scores, eligible[None], None if floors is None else np.array(floors, float))
-    return int(w[0]), votes[0].tolist()
+    found = vote(scores, eligible[None], None if floors is None else np.array(floors, float))
+    return int(found.winner[0]), found.votes[0].tolist()
 
 
 def test_most_votes_win():
@@ -38,7 +39,7 @@ def test_a_judge_with_a_nan_or_with_equal_scores_abstains():
 def test_a_tie_in_votes_goes_to_the_higher_mean_z_score():
     # Each response has one vote. In units of its own spread, judge 1 prefers response 1 by far more than judge 0 prefers 0.
     scores = np.array([[[1.0, 0.9], [0.0, 1.0]], [[5.0, 0.0], [0.4, 0.5]]])
-    w, votes = vote(scores, np.ones((2, 2), bool))
+    w, votes, _ = vote(scores, np.ones((2, 2), bool))
     assert votes[0].tolist() == [1, 1]
     assert w[0] == 1
 
@@ -113,7 +114,7 @@ def test_z_scores_are_standardised_over_the_whole_data_set_not_per_example():
     # The judges' scales differ by a factor of 1000. Without standardisation judge 0 would decide every tie.
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(200, 2, 2)) * np.array([1000.0, 1.0])[:, None]
-    w, votes = vote(scores, np.ones((200, 2), bool))
+    w, votes, _ = vote(scores, np.ones((200, 2), bool))
     tied = votes[:, 0] == votes[:, 1]
     z = scores / scores.std(axis=(0, 2), keepdims=True)
     agree = (z.mean(1).argmax(1) == w)[tied].mean()
@@ -157,3 +158,63 @@ def test_without_judges_there_is_the_cross_entropy_alone(prepared):
     (found,) = judged_examples(store, replace(run.recipe, judges=[], schedule="fusellm"), rows, [2])
     assert all(source["responses"] == [] and source["ce"] > 0 for source in found["sources"])
     assert sum(source["wins_min_ce"] for source in found["sources"]) == 1
+
+
+# -- other rules -----------------------------------------------------------------------------------------------------------
+
+
+def points(rule, scores, eligible=None, floors=None):
+    scores = np.array(scores, dtype=np.float32)[None]
+    eligible = np.ones(scores.shape[2], bool) if eligible is None else np.array(eligible)
+    found = vote(scores, eligible[None], None if floors is None else np.array(floors, float), rule)
+    return int(found.winner[0]), found.votes[0].round(6).tolist(), bool(found.tied[0])
+
+
+@pytest.mark.parametrize(
+    ("scores", "eligible", "expected"),
+    [
+        # Two judges love 0, two prefer 1 to 2 to 0 by a hair: the majority is divided, by ranks 1 is in front.
+        ([[9, 5, 1], [9, 5, 1], [0, 5, 4], [0, 5, 4]], None, (1, [2, 3, 1], False)),
+        ([[1, 1, 0]], None, (0, [0.75, 0.75, 0], True)),
+        ([[NAN, 5, 9], [2, 1, 0]], None, (0, [1, 0.5, 0], False)),
+        ([[3, 3, 3], [0, 1, 2]], None, (2, [0, 0.5, 1], False)),
+        ([[9, 1, 2]], [False, True, True], (2, [0, 0, 1], False)),
+        ([[NAN, 1, 2]], [False, True, True], (2, [0, 0, 1], False)),
+        ([[1, 1]], None, (NOBODY, [0, 0], False)),
+        ([[3]], None, (0, [0], True)),
+    ],
+)
+def test_bordas_count(scores, eligible, expected):
+    winner_, votes, tied = points("borda", scores, eligible)
+    assert (winner_, votes) == expected[:2]
+    if len(votes) > 1:
+        assert tied == expected[2]
+
+
+def test_a_floor_keeps_a_response_from_winning_by_any_rule():
+    for rule, worst in (("borda", 0), ("mean_z", NOBODY)):
+        assert points(rule, [[9, 5, 1], [0, 5, 1]], floors=[-np.inf, 1])[0] == 1
+        assert points(rule, [[9, 5, 1]], floors=[10])[0] == NOBODY
+        # The only one that may win is beaten on the whole, but one judge prefers it.
+        assert points(rule, [[1, 2], [2, 5], [3, 1]], floors=[-np.inf, -np.inf, 2])[0] == worst
+        assert points(rule, [[1, 2], [2, 5]], floors=[-np.inf, 6])[0] == NOBODY
+
+
+def test_the_mean_of_z_scores_weighs_how_much_a_judge_prefers():
+    """Two judges prefer 1 a little, one prefers 0 by far. The majority is for 1, the mean for 0."""
+    scores = np.array([[[9.0, 0.0], [4.9, 5.0], [4.9, 5.0]], [[5.0, 4.0], [9.0, 0.0], [9.0, 0.0]]])
+    both = np.ones((2, 2), bool)
+    assert vote(scores, both).winner[0] == 1
+    found = vote(scores, both, rule="mean_z")
+    assert found.winner[0] == 0
+    z = mean_z_scores(scores, both)
+    assert found.votes[0].tolist() == pytest.approx([z[0, 0] - z[0, 1], 0])
+    assert vote(np.ones((1, 2, 3)), np.ones((1, 3), bool), rule="mean_z").winner[0] == NOBODY
+
+
+def test_bordas_points_are_those_of_ranks():
+    rng = np.random.default_rng(1)
+    scores = rng.random((30, 3, 4))
+    ranks = scores.argsort(-1).argsort(-1)  # how many are lower
+    expected = (ranks / 3).sum(1)
+    np.testing.assert_allclose(borda(scores, np.ones((30, 4), bool)), expected)

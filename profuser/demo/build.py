@@ -32,7 +32,7 @@ from profuser.demo.skills import SKILLS, DataSettings, World, row_of
 from profuser.demo.tokenizers import position_kinds, tokenizer_texts, train_narrow, train_wide, with_template
 from profuser.demo.verify import exact_match
 from profuser.prepare.judges import load_judge
-from profuser.prepare.votes import NOBODY, vote
+from profuser.prepare.vote_rules import NOBODY, vote
 from profuser.recipe.schema import JudgeConfig
 from profuser.text.chat import ChatFormat
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from profuser.errors import DataError, first_line, in_short
-from profuser.prepare.data import Row
+from profuser.prepare.data import Row, for_functions
 from profuser.recipe.places import load_function
 
 Match = Callable[[Row, str], bool]
@@ -37,8 +37,9 @@ def load_match(path: str | None, fix: str = AGAIN) -> Match:
 
     def match(example: Row, response: str) -> bool:
         """Calls the user's function, and checks that it returns True or False."""
+        example = for_functions(example)
         try:
-            right = function(dict(example), response)
+            right = function(example, response)
         except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
             right = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(right, (bool, np.bool_)):

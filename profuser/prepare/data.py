@@ -123,6 +123,15 @@ def place_of(prompt: Prompt) -> float:
     return int(hashlib.sha256(plain(prompt).encode()).hexdigest()[:12], 16) / 16**12
 
 
+def for_functions(row: Row) -> dict[str, Any]:
+    """Returns a row as functions of the user's own get it. A conversation is its last turn as `prompt`, and all of it as `messages`."""
+    prompt = row["prompt"]
+    if not isinstance(prompt, Conversation):
+        return dict(row)
+    messages = [{"role": role, "content": text} for role, text in prompt.turns]
+    return row | {"prompt": prompt.turns[-1].text, "messages": messages}
+
+
 def shared_prompts(rows: Sequence[Row], training: Sequence[Row]) -> int:
     """Counts the rows whose prompt is a training prompt as well. Differences in whitespace alone do not count."""
     known = {plain(row["prompt"]) for row in training}

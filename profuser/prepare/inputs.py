@@ -199,6 +199,8 @@ class Inputs:
         targets = vars(recipe.align) | {"rules": ALIGNMENT_RULES}
         if recipe.judges:
             votes |= {"rules": VOTE_RULES, "floors": {j.name: j.floor for j in recipe.judges if j.floor is not None}}
+            if recipe.judging.rule != "majority":
+                votes |= {"judging.rule": recipe.judging.rule}
             targets |= {"judging.no_signal": recipe.judging.no_signal}
         return StoreSettings(sources=sources, votes=votes, targets=targets)
 

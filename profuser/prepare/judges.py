@@ -21,7 +21,7 @@ from profuser.errors import DataError, first_line, in_short
 from profuser.models.fingerprint import fingerprint
 from profuser.models.load import check_ids, load_reward_model, load_tokenizer, open_reward_model, template_text
 from profuser.models.padding import padded
-from profuser.prepare.data import Row
+from profuser.prepare.data import Row, for_functions
 from profuser.progress import silent
 from profuser.recipe.places import load_function
 from profuser.recipe.schema import JudgeConfig, SourceConfig
@@ -143,9 +143,10 @@ def _function_judge(config: JudgeConfig, path: str) -> Judge:
 
 def _numbers(judge: str, path: str, function: Callable, example: Row, responses: Sequence[str]) -> list[float]:
     """Calls a judge's function, and checks that it gives one number per response."""
+    example = for_functions(example)
     rule = f"judge {judge}: {path} must return one number per response, on the prompt {example['prompt']!r} it"
     try:
-        given = function(dict(example), list(responses))
+        given = function(example, list(responses))
     except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
         raise DataError(f"{rule} raised {type(error).__name__}: {first_line(error)}; fix the function") from error
     try:

@@ -33,6 +33,7 @@ from profuser.alignment.vocab_map import ByteOrder
 from profuser.kernels.head import Head
 from profuser.models.head import head_of
 from profuser.models.load import check_vocabulary, load_model
+from profuser.prepare.agreement import warnings_of
 from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.data import Row
 from profuser.prepare.inputs import Inputs, Part
@@ -40,7 +41,8 @@ from profuser.prepare.judges import load_judge
 from profuser.prepare.responses import generate
 from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
-from profuser.prepare.votes import NOBODY, Ballots, candidates_of, count_votes
+from profuser.prepare.vote_rules import NOBODY
+from profuser.prepare.votes import Ballots, candidates_of, count_votes
 from profuser.progress import Progress
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
@@ -121,8 +123,9 @@ class Preparation:
                 self._write_summary(self.store.seconds)
         if self.lease is not None:
             self.lease.share()
-        if warning := no_signal_warning(self.store.summary):
-            print(warning, flush=True)
+        for warning in (no_signal_warning(self.store.summary), *warnings_of(self.store.summary)):
+            if warning:
+                print(warning, flush=True)
         return self.store
 
     def _make(self) -> None:

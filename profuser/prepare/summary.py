@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from profuser.alignment.types import KINDS
+from profuser.prepare.agreement import agreement
 from profuser.prepare.data import Row, shared_prompts
 from profuser.prepare.inputs import Inputs
-from profuser.prepare.votes import NOBODY, Ballots, Candidate
+from profuser.prepare.vote_rules import NOBODY
+from profuser.prepare.votes import Ballots, Candidate
 from profuser.recipe.schedule import Mode
 from profuser.store import layout
 from profuser.store.files import as_json
@@ -53,6 +55,7 @@ def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Ma
         "judges": {},
         "abstentions": {},
         "no_signal": None,
+        "agreement": None,
         "alignment": alignment_summary(shards, names),
         "handled": handled(inputs, store),
         "seconds": dict(seconds),
@@ -70,6 +73,7 @@ def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Ma
                 name: float(shares[ballots.places_of(source)].sum()) for source, name in enumerate(names)
             }
             summary["abstentions"][judge.name] = 1 - float(voted[judged].mean()) if len(judged) else 0.0
+        summary["agreement"] = agreement(ballots, [judge.name for judge in inputs.recipe.judges])
         rule, reasons = inputs.recipe.judging.no_signal, ballots.no_signal()
         summary["no_signal"] = {"prompts": sum(reasons.values()), "rule": rule, "reasons": reasons}
         if reasons:

@@ -1,13 +1,4 @@
-"""The vote of the inference mode: R judges score the responses of all sources, and each has one vote (ProFuser, section 3).
-
-A judge votes for the response that it scores highest; if several are equal, it divides its vote among them. It abstains where
-one of its scores is NaN, or where it prefers no response to any other because all of its scores are equal. A response that a
-judge scores below its floor is not admitted: it cannot win, and the judges vote for the others. The response with most votes
-wins. Of several, the one with the highest mean z-score wins, where each judge's scores are standardised over the whole data
-set; then the one with the lowest index.
-
-Where no judge votes, nobody wins: the prompt has no signal. Only a response that is the one eligible one, so that there is
-nothing to prefer it to, wins without a vote, if it is admitted.
+"""The vote of the inference mode over a whole store: who took part, who won, and what the report and the tables show of it.
 
 Letters: E examples, R judges, C candidates. The candidates of an example are all responses to its prompt, source by source.
 """
@@ -24,13 +15,11 @@ import numpy as np
 from profuser.errors import DataError
 from profuser.prepare.data import Row
 from profuser.prepare.responses import read_responses
+from profuser.prepare.vote_rules import NOBODY, admitted, choices_of, vote
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import Recipe, Split
 from profuser.store import layout
 from profuser.store.store import Store
-
-NOBODY = -1
-"""The number that stands in place of a candidate's or source's where none has won."""
 
 
 class Candidate(NamedTuple):
@@ -44,78 +33,11 @@ class Candidate(NamedTuple):
     left_out: str = ""
 
 
-class Tally(NamedTuple):
-    """The outcome of the vote.
-
-    winner: (E,) int, the candidate that won, or NOBODY where there is no signal. votes: (E, C) float, summed over the judges.
-    """
-
-    winner: np.ndarray
-    votes: np.ndarray
-
-
-def admitted(scores: np.ndarray, eligible: np.ndarray, floors: np.ndarray) -> np.ndarray:
-    """Returns which candidates can win, (E, C) bool: those that are eligible and that no judge scores below its floor.
-
-    Args:
-        scores: (E, R, C) float. eligible: (E, C) bool. floors: (R,) float, -inf for a judge without a floor.
-    """
-    # In the precision of the scores, so that a score of 0.7 reaches a floor of 0.7.
-    return eligible & ~(scores < floors.astype(scores.dtype)[:, None]).any(1)
-
-
-def choices_of(scores: np.ndarray, eligible: np.ndarray, floors: np.ndarray) -> np.ndarray:
-    """Returns how every judge divides its vote among the candidates, (E, R, C) float. A judge that abstains gives nothing.
-
-    The arguments are those of `admitted`.
-    """
-    shown, can_win = eligible[:, None, :], admitted(scores, eligible, floors)[:, None, :]
-    best = np.where(can_win, scores, -np.inf).max(-1, keepdims=True)
-    worst = np.where(shown, scores, np.inf).min(-1, keepdims=True)
-    # What a judge votes for, it must prefer to some other response. A NaN makes this false as well.
-    votes = can_win & (scores == best) & (best > worst)
-    return votes / np.maximum(votes.sum(-1, keepdims=True), 1)
-
-
-def vote(scores: np.ndarray, eligible: np.ndarray, floors: np.ndarray | None = None) -> Tally:
-    """Counts the votes of all examples.
-
-    Args:
-        scores: (E, R, C) float, one score per example, judge and candidate. Scores of candidates that are not eligible are
-            ignored.
-        eligible: (E, C) bool, the candidates that take part.
-        floors: (R,) float, each judge's floor; without it there are none.
-    """
-    floors = np.full(scores.shape[1], -np.inf) if floors is None else floors
-    can_win = admitted(scores, eligible, floors)
-    votes = choices_of(scores, eligible, floors).sum(1)
-
-    # The z-scores, (E, R, C). They are standardised per judge over all scores of examples in which it gave no NaN.
-    scores = np.where(eligible[:, None, :], scores.astype(np.float64), -np.inf)
-    broken = np.any(np.isnan(scores), axis=-1)  # (E, R): the judge gave NaN to a candidate of the example
-    counted = eligible[:, None, :] & ~broken[..., None] & np.isfinite(scores)
-    safe = np.where(counted, scores, 0.0)
-    count = np.maximum(counted.sum((0, 2)), 1)
-    mean = safe.sum((0, 2)) / count
-    std = np.sqrt(np.where(counted, (safe - mean[:, None]) ** 2, 0.0).sum((0, 2)) / count)
-    z = np.where(counted, (safe - mean[:, None]) / np.where(std > 0, std, 1.0)[:, None], 0.0)
-
-    # The winners. Rounding makes sums equal that differ only by the order in which they were added up.
-    judging = np.maximum((~broken).sum(1), 1)
-    mean_z = z.sum(1) / judging[:, None]
-    winner = np.full(len(scores), NOBODY)
-    for e in range(len(scores)):
-        open_to: list[int] = np.flatnonzero(can_win[e]).tolist()
-        if open_to and (votes[e].any() or eligible[e].sum() == 1):
-            winner[e] = min(open_to, key=lambda c: (-round(votes[e, c], 9), -round(mean_z[e, c], 9), c))
-    return Tally(winner, votes)
-
-
 @dataclass(frozen=True, slots=True)
 class Ballots:
     """The vote over the whole training split.
 
-    candidates: the C candidates of every example. winner (E,), votes (E, C): the outcome, as in Tally.
+    candidates: the C candidates of every example. winner (E,), votes (E, C), tied (E,): the outcome, as in Tally.
     scores, choices: (E, R, C), the judges' scores, and how each of them divided its vote.
     eligible, admitted: (E, C), the candidates that the judges saw, and those that could win.
     responses_per_source: how many responses each source gave to a prompt. The first so many candidates are the first
@@ -125,6 +47,7 @@ class Ballots:
     candidates: list[list[Candidate]]
     winner: np.ndarray
     votes: np.ndarray
+    tied: np.ndarray
     scores: np.ndarray
     choices: np.ndarray
     eligible: np.ndarray
@@ -137,9 +60,21 @@ class Ballots:
         return NOBODY if winner == NOBODY else winner // self.responses_per_source
 
     def preferred(self, example: int) -> bool:
-        """Whether some judge voted for the response that won, which is not so where it was the only one, or where nobody won."""
+        """Whether the response that won has points, which is not so where it was the only one, or where nobody won."""
         winner = int(self.winner[example])
         return winner != NOBODY and bool(self.votes[example, winner] > 0)
+
+    def is_tie(self, example: int) -> bool:
+        """Whether the response that won had no more points than one with another text."""
+        if not (self.tied[example] and self.preferred(example)):
+            return False
+        winner, votes = int(self.winner[example]), self.votes[example]
+        texts = {
+            candidate.text
+            for c, candidate in enumerate(self.candidates[example])
+            if self.admitted[example, c] and round(float(votes[c] - votes[winner]), 9) == 0
+        }
+        return len(texts) > 1
 
     def winning_text(self, example: int) -> str:
         """Returns the response that won. There must be one."""
@@ -201,11 +136,12 @@ def count_votes(store: Store, recipe: Recipe) -> Ballots:
                 "take it out"
             )
     floors = np.array([-np.inf if judge.floor is None else judge.floor for judge in recipe.judges])
-    tally = vote(scores, eligible, floors)
+    tally = vote(scores, eligible, floors, recipe.judging.rule)
     return Ballots(
         candidates,
         tally.winner,
         tally.votes,
+        tally.tied,
         scores,
         choices_of(scores, eligible, floors),
         eligible,

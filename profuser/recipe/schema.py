@@ -22,6 +22,8 @@ SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
 Reasoning = Literal["keep", "strip"]
 
+VoteRule = Literal["majority", "borda", "mean_z"]
+
 Split = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -260,8 +262,11 @@ class JudgeConfig:
 
 @dataclass(kw_only=True)
 class JudgingConfig:
-    """What the votes of the judges lead to."""
+    """How the scores of the judges decide which response wins, and what that leads to."""
 
+    rule: VoteRule = "majority"
+    """majority: each judge votes for its best response, as in the paper. borda: it gives every response the share of the others that it
+    scores lower. mean_z: the mean of the judges' standardised scores decides."""
     no_signal: Literal["skip", "ground_truth"] = "skip"
     """What inference mode teaches on a prompt where no judge prefers any response: nothing, or the ground truth as in training mode."""
 

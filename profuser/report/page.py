@@ -130,6 +130,7 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
         wins={"min_ce": min_ce, "vote": vote},
         judges=summary.get("judges") or {},
         abstentions=summary.get("abstentions") or {},
+        agreement=summary.get("agreement"),
         no_signal=summary.get("no_signal") or {"prompts": 0},
         alignment=alignment,
         heldout={key: evaluation.get(key) for key in ("ce", "kd")},

@@ -36,6 +36,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters |= {
         "percent": _percent,
         "points": _points,
+        "signed": _signed,
         "duration": duration,
         "shorten": _shorten,
         "change": _change,
@@ -54,6 +55,11 @@ def embedded(light: Figure, dark: Figure) -> dict[str, Markup]:
 def _percent(value: float | None, digits: int = 1) -> str:
     """Formats a share in percent, without the sign; a dash stands for a missing value."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def _signed(value: float | None) -> str:
+    """Formats a number between -1 and 1 with a true minus sign; a dash stands for a missing value."""
+    return "–" if value is None else f"{value:.2f}".replace("-", "−")
 
 
 def _points(change: Score) -> str:

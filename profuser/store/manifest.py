@@ -60,6 +60,15 @@ SUMMARY = {
         },
         None,
     ),
+    "agreement?": (
+        {
+            "pairs": [{"judges": [str], "tau": (NUMBER, None)}],
+            "length": {str: (NUMBER, None)},
+            "alone": {str: SHARE},
+            "ties": SHARE,
+        },
+        None,
+    ),
     "alignment?": {str: {str: ALIGNED}},
     "handled": {str: COUNT},
     "seconds?": {str: SECONDS},
