@@ -299,11 +299,12 @@ def test_shares_are_held_out_by_a_hash_of_the_first_prompt(tmp_path):
     assert 20 < len(found["heldout"]) < 60 < len(found["validation"]) < 110
     assert DataConfig(train="a", heldout="b").location("validation") is None
     assert DataConfig(train="a", heldout="b", validation_share=0.1).part("heldout") == (0.0, 1.0)
-    settings: list[dict[str, Any]] = [
+    wrong: list[dict[str, Any]] = [
         {"heldout_share": 1.0},
         {"heldout_share": -0.1},
         {"heldout_share": 0.6, "validation_share": 0.5},
+        {"heldout": "b", "heldout_share": 0.1},
     ]
-    for wrong in (*settings, {"heldout": "b", "heldout_share": 0.1}):
+    for settings in wrong:
         with pytest.raises(ConfigError):
-            DataConfig(**{"train": "a", **wrong})
+            DataConfig(train="a", **settings)

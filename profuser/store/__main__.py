@@ -1,8 +1,10 @@
-"""`python -m profuser.store info | verify DIR` says what a store holds, or checks that its files are still what was written."""
+"""`python -m profuser.store info | verify | export | diff` says what a store holds, and whether it is what was written or what another is."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,24 +16,37 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m profuser.store", description="Look at a store; nothing is changed."
+        prog="python -m profuser.store", description="Look at stores, in which nothing is changed."
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in (
         ("info", "what it holds: shards, examples and bytes by kind, and what it was made from"),
         ("verify", "whether every file is what was written"),
+        ("export", "write its responses, and its votes as preferences, as a data set with a card"),
+        ("diff", "in which settings and shards two stores differ; the exit code is 1 if they do"),
     ):
-        actions.add_parser(name, help=text, description=text).add_argument(
-            "directory", type=Path, metavar="DIR", help="a store, for instance runs/demo-store"
-        )
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("directory", type=Path, metavar="DIR", help="a store, for instance runs/demo-store")
+        if name == "export":
+            action.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
+        elif name == "diff":
+            action.add_argument("other", type=Path, metavar="OTHER", help="another store")
     args = parser.parse_args(argv)
 
     from profuser.errors import DataError
+    from profuser.store.export import export
     from profuser.store.store import Store
 
-    store = Store.open(args.directory, complete=False)
+    store = Store.open(args.directory, complete=args.action == "export")
     if args.action == "info":
         print(info(store))
+    elif args.action == "export":
+        counts = export(store, args.output)
+        print(f"{args.output}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+    elif args.action == "diff":
+        lines = difference(store, Store.open(args.other, complete=False))
+        print("\n".join(lines) or "the stores are the same")
+        sys.exit(bool(lines))
     elif damaged := [*store.damaged(), *store.damaged_findings()]:
         raise DataError(
             f"store {store.directory} must hold what was written, {len(damaged)} of {len(store) + 2} files are damaged or missing "
@@ -39,6 +54,21 @@ def main(argv: list[str]) -> None:
         )
     else:
         print(f"{store.directory}: all {len(store) + 2} files are what was written")
+
+
+def difference(one: Store, other: Store) -> list[str]:
+    """Says in which settings and shards two stores differ, by what their manifests record; nothing where they are the same."""
+    from profuser.store.store import differing_settings
+
+    lines = [f"settings differ: {key}" for key in differing_settings(asdict(one.settings), asdict(other.settings))]
+    digests = [store.digests for store in (one, other)]
+    for name in sorted({*digests[0], *digests[1]}):
+        here, there = (of_store.get(name) for of_store in digests)
+        if here is None or there is None:
+            lines.append(f"only in {(other if here is None else one).directory}: {name}")
+        elif here != there:
+            lines.append(f"shards differ: {name}")
+    return lines
 
 
 def info(store: Store) -> str:

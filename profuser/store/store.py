@@ -308,6 +308,11 @@ class Store:
         shards = self._manifest["shards"]
         return sha256("".join(shards[kind.shard(n)]["sha256"] for n in self.numbers(kind)).encode())[:16]
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of every shard, by its name."""
+        return {name: entry["sha256"] for name, entry in self._manifest["shards"].items()}
+
     def totals(self) -> list[Total]:
         """Adds up the shards, examples and bytes by folder and split."""
         totals: dict[tuple[str, str], Total] = {}

@@ -1,0 +1,79 @@
+"""`store export` writes what the audit table holds, in the columns of preference trainers; `store diff` names what differs."""
+
+import json
+import shutil
+
+import datasets
+import pytest
+
+from profuser.errors import ConfigError, DataError
+from profuser.prepare.inputs import Inputs
+from profuser.prepare.summary import audit_table
+from profuser.prepare.votes import count_votes
+from profuser.store.__main__ import difference, main
+from profuser.store.export import export
+from profuser.store.store import Store
+
+
+def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
+    _, run, store = prepared
+    main(["export", str(store.directory), "--output", str(tmp_path / "out")])
+    ballots = count_votes(store, run.recipe)
+    table = audit_table(Inputs.open(run), store, ballots)
+    responses = datasets.load_dataset(str(tmp_path / "out"), "responses", split="train")
+    examples, sources = len(table["prompt"]), [source.name for source in run.recipe.sources]
+    assert len(responses) == examples * len(sources)
+    for row in responses.to_list():
+        e, name = row["example"], row["source"]
+        assert row["response"] == table[f"response_{name}"][e]
+        assert row["votes"] == table[f"votes_{name}"][e]
+        assert row["prompt"] == table["prompt"][e]
+        for judge in run.recipe.judges:
+            score = table[f"score_{judge.name}_{name}"][e]
+            assert row[f"score_{judge.name}"] == score or score != score
+    preferences = datasets.load_dataset(str(tmp_path / "out"), "preferences", split="train")
+    kept = [e for e in range(examples) if table["chosen"][e] and table["rejected"][e]]
+    assert len(preferences) == len(kept) > 0
+    for row, e in zip(preferences.to_list(), kept):
+        assert [*row["prompt"], *row["chosen"]] == table["chosen"][e]
+        assert [*row["prompt"], *row["rejected"]] == table["rejected"][e]
+        assert [message["role"] for message in (*row["chosen"], *row["rejected"])] == ["assistant"] * 2
+    assert f"{len(responses)} responses, {len(kept)} preferences" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"- {name}: `demo:{name}`" in card for name in sources)
+    with pytest.raises(ConfigError, match="new or empty folder"):
+        export(store, tmp_path / "out")
+
+
+def test_a_damaged_table_is_not_exported(prepared, tmp_path):
+    _, _, store = prepared
+    shutil.copytree(store.directory, tmp_path / "store")
+    path = tmp_path / "store" / "samples.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"samples\.parquet is damaged"):
+        export(Store.open(tmp_path / "store"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_difference_names_settings_and_shards(prepared, tmp_path, capsys):
+    _, _, store = prepared
+    shutil.copytree(store.directory, tmp_path / "store")
+    with pytest.raises(SystemExit) as end:
+        main(["diff", str(store.directory), str(tmp_path / "store")])
+    assert not end.value.code
+    assert "the stores are the same" in capsys.readouterr().out
+
+    changed = Store.open(tmp_path / "store")
+    changed._manifest["settings"]["targets"]["min_reliability"] = 0.5
+    changed._manifest["shards"]["targets/train-00000"]["sha256"] = "0" * 64
+    del changed._manifest["shards"]["truth/train-scholar-00000"]
+    assert difference(store, changed) == [
+        "settings differ: align.min_reliability",
+        "shards differ: targets/train-00000",
+        f"only in {store.directory}: truth/train-scholar-00000",
+    ]
+    changed._save()
+    with pytest.raises(SystemExit) as end:
+        main(["diff", str(tmp_path / "store"), str(store.directory)])
+    assert end.value.code == 1
+    assert json.loads((tmp_path / "store" / "manifest.json").read_text())  # nothing but what was changed above
