@@ -1,4 +1,4 @@
-"""`python -m profuser.store info | verify | export | diff` says what a store holds, and whether it is what was written or what another is."""
+"""`python -m profuser.store info | verify | export | diff` says what a store holds, writes it for others, or compares it."""
 
 from __future__ import annotations
 
