@@ -62,8 +62,12 @@ class Interrupted(Stopped, KeyboardInterrupt):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of another library's error message, or the error's type where it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """Returns the first line of another library's error message, or the error's type where it has no message.
+
+    A line that only announces the next one is followed by it.
+    """
+    line, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{line} {others[0].strip()}" if others and line.endswith(":") else line)[:300]
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

@@ -220,6 +220,12 @@ def test_the_key_is_that_of_what_decides_an_answer(place):
         (("--input", "/dev/zero", "--output", "a.jsonl"), 3, "--input must be an existing JSONL file"),
         (("--prompt", "x", "--trace", "folder"), 2, "--trace must be a file"),
         (("--prompt", "x", "--trace", "."), 2, "--trace must be a file"),
+        (
+            ("--prompt", "x", "--trace", "pipe/new/t.html"),
+            2,
+            "--trace must be in a directory, got pipe/new/t.html, for which pipe is",
+        ),
+        (("--input", "prompts.jsonl", "--output", "recipe.yaml/a.jsonl"), 2, "--output must be in a directory"),
         (("--prompt", "x\udcff"), 3, "--prompt must be Unicode"),
         (("--prompt", "word " * 999), 3, "must have at most 512 tokens"),
     ],

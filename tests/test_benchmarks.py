@@ -363,6 +363,16 @@ def test_the_papers_tasks_are_known_to_the_harness_and_a_misspelt_one_is_not():
         (("--models", "demo:guardian", "--tasks", "nameless.yaml"), 3, ("nameless.yaml", "could not be loaded")),
         (("--models", "demo:guardian", "--tasks", "bits_per_byte:missing.txt"), 3, ("missing.txt",)),
         (("--models", "demo:guardian", "--tasks", "demo", "--limit", "0"), 2, ("--limit",)),
+        (
+            ("--models", "demo:guardian", "--tasks", "demo", "--output", "recipe.yaml"),
+            2,
+            ("--output must be a directory",),
+        ),
+        (
+            ("--models", "demo:guardian", "--tasks", "demo", "--output", "recipe.yaml/a/b"),
+            2,
+            ("recipe.yaml is in the way",),
+        ),
         ((RUN, "--data", "heldout.jsonl", "--tasks", "demo"), 2, ("--data", "--tasks")),
         ((RUN, "--shots", "2"), 2, ("--shots", "--tasks")),
     ],

@@ -383,8 +383,19 @@ def test_a_row_without_a_prompt_is_named(tmp_path, line, message):
 def test_wrong_settings(demo):
     with pytest.raises(ConfigError, match="one weight for each of the 3 sources, got 2"):
         CoolFusion(demo, DecodeConfig(weights=[1, 2]), 10)
-    with pytest.raises(ConfigError, match="not all 0"):
-        DecodeConfig(weights=[0.0, 0.0])
+    for weights in ([0.0, 0.0], [], [-1.0, 1.0], [math.nan, 1.0], [1.0, math.nan], [math.inf, 1.0], [-math.inf, 1.0]):
+        with pytest.raises(ConfigError, match="not all 0"):
+            DecodeConfig(weights=weights)
+    for gate in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ConfigError, match=r"decode\.gate must be a number"):
+            DecodeConfig(gate=gate)
+
+
+@pytest.mark.parametrize("nll", [2.0, 699.0, 701.0, 1e6])
+def test_a_source_without_weight_does_not_count_however_surprised_it_is(demo, nll):
+    fusion = CoolFusion(demo, DecodeConfig(weights=[1.0, 3.0, 0.0]), 8)
+    assert fusion.score([1.0, 2.0, nll]) == pytest.approx((math.e + 3 * math.e**2) / 4)
+    assert fusion.score([1.0, 2.0, math.inf]) == math.inf
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,16 @@ from small_tokenizers import CHATML, byte_level, wrap
 
 from profuser.errors import ConfigError, DataError
 from profuser.evaluate import scores
+from profuser.evaluate.contestants import Joint
+from profuser.generate.answers import settings_key
+from profuser.generate.voices import chats_of
 from profuser.models.load import chat_format
 from profuser.pipeline import train
 from profuser.prepare.phases import prepare
 from profuser.recipe.parse import Run, parse_run
 from profuser.store.store import Store
 from profuser.text.chat import ChatFormat
+from profuser.text.conversation import Conversation, Turn
 from profuser.text.template import ChatTemplate, conversation
 from profuser.train.targets import Targets
 
@@ -123,6 +127,29 @@ def test_the_recipes_date_comes_first_and_must_be_the_stores(run, monkeypatch):
         prepare(run)
     run.recipe.date = None
     assert prepare(run).date == datetime.date(2025, 12, 31)
+
+
+def test_sources_that_answer_together_get_the_recipes_date(run, monkeypatch):
+    turns = Conversation((Turn("user", "x"), Turn("assistant", "y"), Turn("user", "z")))
+
+    def dates() -> set[str]:
+        """The dates that a source sees, before and behind its first segment."""
+        (chat,) = chats_of(run.recipe)
+        ids = [chat.prompt_ids(prompt) for prompt in ("x", turns)]
+        ids += [chat.encode(prompt, "w").input_ids for prompt in ("x", turns)]
+        return {chat.token_bytes.of(i).decode().partition(".")[0] for i in ids}
+
+    set_clock(monkeypatch, LATER)
+    assert dates() == {"Today is 2026-03-02 00:00"}
+    run.recipe.date = "2025-12-31"
+    keys = set()
+    for day in (FIRST, LATER):
+        set_clock(monkeypatch, day)
+        assert dates() == {"Today is 2025-12-31 00:00"}
+        keys.add((settings_key(run.recipe), str(Joint("joint", run.recipe).identity)))
+    assert len(keys) == 1
+    run.recipe.date = None
+    assert (settings_key(run.recipe), str(Joint("joint", run.recipe).identity)) not in keys
 
 
 def test_a_chat_format_keeps_the_date_that_it_was_made_with(monkeypatch):

@@ -129,9 +129,11 @@ def on_benchmarks(args: argparse.Namespace) -> str:
     from profuser.report.figures import save_png
     from profuser.report.theme import LIGHT
     from profuser.stopping import working
-    from profuser.store.files import write_atomic, write_json
+    from profuser.store.files import in_the_way, write_atomic, write_json
 
     output = args.output or Path("runs/benchmarks")
+    if (other := in_the_way(output)) is not None:  # before anything is asked that could not be kept
+        raise ConfigError(f"--output must be a directory, got {output}, for which {other} is in the way; name another")
     with working():
         specs = [*([str(args.run_dir)] if args.run_dir is not None else []), *args.models]
         contestants = contestants_of(specs, args.dtype)

@@ -67,9 +67,16 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         overrides.append(f"--decode.batch_size={args.batch_size}")
     if args.prompt is not None and not args.prompt.strip():
         raise ConfigError("--prompt must be a text, got an empty one")
+
+    from profuser.store.files import in_the_way
+
     for name, path in (("output", args.output), ("trace", args.trace)):
         if path is not None and path.exists() and not path.is_file():
             raise ConfigError(f"--{name} must be a file, got {path}, which is none; name another")
+        if path is not None and (other := in_the_way(path.parent)) is not None:
+            raise ConfigError(
+                f"--{name} must be in a directory, got {path}, for which {other} is in the way; name another"
+            )
     # Each is read or written, and none may take the place of another.
     given = {path.resolve(): path for path in (args.input, args.output, args.trace) if path is not None}
     if len(given) < sum(path is not None for path in (args.input, args.output, args.trace)):

@@ -97,7 +97,8 @@ class Decoder(ABC):
         if math.inf in nlls:
             return math.inf
         values = nlls if self.config.criterion == "mean_nll" else [perplexity(nll) for nll in nlls]
-        return sum(w * value for w, value in zip(self.weights, values, strict=True)) / sum(self.weights)
+        # A perplexity may be too large for a float, and 0 times infinity is no number.
+        return sum(w * value for w, value in zip(self.weights, values, strict=True) if w) / sum(self.weights)
 
     async def _steps(self, prompt: Prompt) -> AsyncIterator[Step]:
         self.check_fits(prompt)

@@ -18,6 +18,7 @@ from profuser.merge.blocks import Blocks
 from profuser.merge.methods import cosine
 from profuser.merge.weights import StoredWeights
 from profuser.models.load import existing, load_tokenizer, read_config
+from profuser.models.token_ids import check_token_ids
 from profuser.models.weights import HARMLESS, has_no_place
 from profuser.recipe.schema import SourceConfig
 from profuser.text.token_bytes import TokenBytes
@@ -74,6 +75,7 @@ def open_models(names: list[str]) -> tuple[Architecture, list[Candidate]]:
     for name in names:
         location = existing(name, name)
         config = read_config(name, location, {})
+        check_token_ids(name, location, config)
         folder = Path(location)
         if not folder.is_dir():
             try:

@@ -31,6 +31,7 @@ from transformers import (
 from profuser.errors import DataError, first_line, in_short
 from profuser.models.attention import flash_attention
 from profuser.models.gguf_header import gguf_tensors
+from profuser.models.token_ids import check_token_ids, configuration_file
 from profuser.models.weights import AutoModel, check_gguf_blocks, check_weights, loaded_model
 from profuser.recipe.places import is_path, resolve
 from profuser.recipe.schema import SourceConfig
@@ -138,11 +139,12 @@ def open_model(source: SourceConfig) -> PreTrainedConfig:
     """Opens a source or the target without loading it, which may take place hours later, and returns its configuration.
 
     Raises:
-        DataError: the configuration cannot be read, or is of no causal language model; a local model has no weights, or
-            damaged ones.
+        DataError: the configuration cannot be read, names a token that the model has not, or is of no causal language model; a
+            local model has no weights, or damaged ones.
     """
     location, options = weights_of(source)
     config = read_config(source.name, location, options)
+    check_token_ids(source.name, location, config, source.revision)
     check_kind(source.name, location, config, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING)
     if "gguf_file" in options:
         check_gguf_blocks(source.name, Path(location) / options["gguf_file"], config)
@@ -347,10 +349,7 @@ def end_tokens(source: SourceConfig) -> list[int]:
     except (
         Exception
     ) as error:  # transformers raises an OSError where the file is not there, and any kind for a broken one
-        file = Path(location) / "generation_config.json"
-        if not file.parent.is_dir():
-            file = try_to_load_from_cache(location, file.name, revision=revision)
-        if isinstance(error, OSError) and not (isinstance(file, (str, Path)) and Path(file).exists()):
+        if isinstance(error, OSError) and configuration_file(location, "generation_config.json", revision) is None:
             return []
         raise DataError(
             f"{source.name}: generation_config.json of {location} cannot be read ({first_line(error)}); {again}"

@@ -477,9 +477,13 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         check_positive("decode", self, "max_segment_tokens", "top_n", "temperature", "batch_size")
-        if self.weights is not None and (not self.weights or min(self.weights) < 0 or sum(self.weights) <= 0):
+        if self.weights is not None and not (all(0 <= w < LARGEST for w in self.weights) and any(self.weights)):
             raise ConfigError(
-                f"decode.weights must be >= 0 and not all 0, got {self.weights}; leave them out to let all count alike"
+                f"decode.weights must be >= 0 and not all 0, and below 2**63, got {self.weights}; leave them out to let all count alike"
+            )
+        if not abs(self.gate) < LARGEST:
+            raise ConfigError(
+                f"decode.gate must be a number and its size below 2**63, got {self.gate}; set a large one to ask nobody"
             )
 
 

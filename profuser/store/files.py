@@ -218,3 +218,9 @@ def tensors_of(data: bytes | mmap) -> dict[str, np.ndarray]:
         ).reshape(entry["shape"])
         for name, entry in header.items()
     }
+
+
+def in_the_way(directory: Path) -> Path | None:
+    """Returns what keeps a directory from being made: of its path and those above it the nearest that exists, if that is none."""
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    return None if nearest.is_dir() else nearest
