@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from profuser.errors import ConfigError, DataError
 from profuser.models.fingerprint import fingerprint
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.prepare.data import Examples, Row, data_hash, load_examples
+from profuser.prepare.given import GivenResponses, file_digest
 from profuser.prepare.judges import judge_fingerprint, open_judge, try_function_judge
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
@@ -114,6 +116,8 @@ class Inputs:
             date=date,
         )
 
+        for source, split in product(recipe.sources, rows):
+            inputs.given(source, split)
         for name, config in configs.items():
             check_head(name, chats.get(name) or inputs.target, config)
 
@@ -151,6 +155,23 @@ class Inputs:
         """Divides a split into the parts that the shards of a store cover."""
         size, total = self.recipe.capture.shard_size, len(self.rows[split])
         return [Part(number, first, min(first + size, total)) for number, first in enumerate(range(0, total, size))]
+
+    def given(self, source: SourceConfig, split: Split) -> GivenResponses | None:
+        """The file that has a source's responses to a split's prompts; None where the source answers them itself.
+
+        Raises:
+            DataError: the file is missing or broken, or has not the number of responses that it should.
+        """
+        if source.responses is None or not self.answered(split):
+            return None
+        if source.name not in self._given:
+            self._given[source.name] = GivenResponses(source.name, source.responses)
+        given, count = self._given[source.name], self.recipe.generation.responses_per_source if split == "train" else 1
+        return given if given.check(split, self.rows[split], count) else None
+
+    @cached_property
+    def _given(self) -> dict[str, GivenResponses]:
+        return {}
 
     def answered(self, split: Split) -> bool:
         """Whether the sources answer the prompts of a split: held-out prompts for the scores, training prompts for the vote."""
@@ -193,6 +214,7 @@ class Inputs:
             "asked": [judge.name for judge in recipe.judges],
             "judges": {
                 judge.name: {"model": judge.model, "function": judge.function, "files": judge_fingerprint(judge)}
+                | ({} if judge.scores is None else {"scores": judge.scores})
                 for judge in recipe.judges
             },
         }
@@ -207,12 +229,14 @@ class Inputs:
 
 def source_settings(recipe: Recipe, source: SourceConfig, chat: ChatFormat) -> dict[str, Any]:
     """Returns what decides what a source says: its model, its chat template, and what becomes of its reasoning."""
+    given = {} if source.responses is None else {"responses": file_digest(source.responses)}
     return {
         "model": source.model,
         "files": fingerprint(source.model),
         "revision": source.revision,
         "template": template_hash(chat),
         "reasoning": recipe.reasoning_of(source),
+        **given,
     }
 
 

@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from profuser.models.fingerprint import fingerprint
 from profuser.models.load import check_ids, load_reward_model, load_tokenizer, open_reward_model, template_text
 from profuser.models.padding import padded
 from profuser.prepare.data import Row, for_functions
+from profuser.prepare.given import GivenScores, file_digest
 from profuser.progress import silent
 from profuser.recipe.places import load_function
 from profuser.recipe.schema import JudgeConfig, SourceConfig
@@ -33,8 +35,10 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     """Returns a short hash that changes whenever the judge may give other scores.
 
     For a reward model it covers the model's files; for a function it covers the code of the whole module that defines it, since
-    the function may call others there.
+    the function may call others there. For scores it covers their file.
     """
+    if config.scores is not None:
+        return file_digest(config.scores)
     if config.model is not None:
         files = fingerprint(config.model)
         if config.chat_template is None:
@@ -60,6 +64,8 @@ def open_judge(config: JudgeConfig) -> None:
     """
     if config.function is not None:
         load_function(config.function, f"judges: {config.name}: function")
+    if config.scores is not None:
+        GivenScores(config.name, config.scores)
     if config.model is not None:
         model = open_reward_model(config.name, config.model, config.trust_remote_code)
         template = reward_template(config, config.model)
@@ -119,8 +125,27 @@ def load_judge(config: JudgeConfig, device: torch.device | str = "cpu", *, date:
     """Loads the judge that a recipe names. `date` is what its chat template gets; None means today."""
     if config.function is not None:
         return _function_judge(config, config.function)
+    if config.scores is not None:
+        return _given_judge(config.name, config.scores)
     assert config.model is not None
     return _reward_model_judge(config, config.model, device, date)
+
+
+def _given_judge(name: str, path: str) -> Judge:
+    """Makes a judge of the scores in a file."""
+    given = GivenScores(name, path)
+
+    def score(
+        examples: Sequence[Row], candidates: Sequence[Sequence[str]], progress: Callable[..., None] = silent
+    ) -> np.ndarray:
+        of_all = [
+            [given.score(example, text) if text else math.nan for text in texts]
+            for example, texts in zip(examples, candidates, strict=True)
+        ]
+        progress(len(examples))
+        return np.array(of_all, dtype=np.float32).reshape(len(examples), len(candidates[0]))
+
+    return score
 
 
 def _function_judge(config: JudgeConfig, path: str) -> Judge:

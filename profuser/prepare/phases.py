@@ -160,6 +160,8 @@ class Preparation:
                 for split in splits
                 if self.inputs.answered(split)
             }
+            for split in [split for split in answers if self.inputs.given(source, split) is not None]:
+                self._take(split, answers.pop(split), source)
             to_score, to_answer = sum(map(examples_in, truth.values())), sum(map(examples_in, answers.values()))
             if not to_score + to_answer:
                 continue
@@ -178,6 +180,19 @@ class Preparation:
             if line := self._left_out(source, left_out):
                 print(line, flush=True)
             del loaded  # frees the memory before the next source is loaded
+
+    def _take(self, split: Split, parts: Sequence[Part], source: SourceConfig) -> None:
+        """Writes the shards of a source's responses that the user has given."""
+        given = self.inputs.given(source, split)
+        assert given is not None
+        for part in parts:
+            responses = given.of(part.of(self.inputs.rows[split]))
+            self.store.put_json(layout.responses(split, source.name), part.number, responses, examples=len(part))
+        if parts:
+            print(
+                f"{source.name}: {examples_in(parts)} {split} prompts have their responses from {source.responses}",
+                flush=True,
+            )
 
     def _load(self, source: SourceConfig) -> LoadedSource:
         """Loads a source's model and checks that it fits its tokenizer."""

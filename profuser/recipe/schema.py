@@ -83,6 +83,8 @@ class SourceConfig:
     """Whether Python code from the model's repository may be run."""
     reasoning: Reasoning | None = None
     """What becomes of the reasoning before this source's answers; null takes generation.reasoning."""
+    responses: str | None = None
+    """A file with this source's responses, which it is then not asked for: rows with `prompt`, `response` and, optionally, `finished`."""
 
 
 @dataclass(kw_only=True)
@@ -234,7 +236,7 @@ class GenerationConfig:
 
 @dataclass(kw_only=True)
 class JudgeConfig:
-    """One judge of the inference mode. It has one vote, and is either a reward model or a function."""
+    """One judge of the inference mode. It has one vote, and is a reward model, a function or a file of scores."""
 
     name: str
     """A short, unique name that is used in the store and in the report."""
@@ -242,6 +244,8 @@ class JudgeConfig:
     """The directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME for a bundled one."""
     function: str | None = None
     """A function as `module:function`. `function(example, responses)` returns one score per response, NaN to abstain."""
+    scores: str | None = None
+    """A file with this judge's scores, such as those of people: rows with `prompt`, `response` and `score`; null abstains."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of a .jinja file, for a reward model whose tokenizer has none, or to replace its own."""
     floor: float | None = None
@@ -256,7 +260,7 @@ class JudgeConfig:
             raise ConfigError(f"judges: {self.name}: floor must be finite, got {self.floor:g}; null sets none")
         if self.chat_template is not None and self.model is None:
             raise ConfigError(
-                f"judges: {self.name}: chat_template is for a reward model, a function has none; take it out"
+                f"judges: {self.name}: chat_template is for a reward model, functions and scores have none; take it out"
             )
 
 
@@ -548,8 +552,8 @@ class Recipe:
                 f"target must be a source's name or a model, got {self.target!r} (sources: {', '.join(names)}); fix target"
             )
         for judge in self.judges:
-            if (judge.model is None) == (judge.function is None):
-                raise ConfigError(f"judges: {judge.name} must have either model or function; set exactly one")
+            if sum(value is not None for value in (judge.model, judge.function, judge.scores)) != 1:
+                raise ConfigError(f"judges: {judge.name} must have one of model, function and scores; set exactly one")
         check_not_negative("", self, "seed")
         if self.adapter is not None and self.optim.shard:
             raise ConfigError(

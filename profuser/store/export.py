@@ -106,7 +106,7 @@ def card(store: Store, counts: dict[str, int]) -> str:
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in TABLES)
     sources = "".join(f"- {name}: `{source['model']}`\n" for name, source in settings.sources["sources"].items())
     judges = "".join(
-        f"- {name}: `{judge['model'] or judge['function']}`\n"
+        f"- {name}: `{judge['model'] or judge['function'] or judge['scores']}`\n"
         for name, judge in settings.votes["judges"].items()
         if name in settings.votes["asked"]
     )

@@ -77,6 +77,8 @@ def needed(run: Run, what: Directory) -> Iterator[tuple[str, Path]]:
         if (place := recipe.data.location(split)) is not None
         for path in place.paths
     ]
+    data += [(f"the responses of {source.name}", source.responses) for source in recipe.sources]
+    data += [(f"the scores of judge {judge.name}", judge.scores) for judge in recipe.judges]
     for name, location in [*models.items(), *data, *templates.items()]:
         if location is not None and "\n" not in location and is_path(location):
             yield name, Path(resolve(location)).resolve()

@@ -1,0 +1,142 @@
+"""Reads what a user has already: the responses of a source, and the scores of a judge, which are then not asked for.
+
+The files are tables as the data are, in any of their kinds. A row names its prompt as the data do: by `prompt`, or by the `messages`
+before the response. Whitespace in a prompt does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from profuser.errors import DataError, in_short
+from profuser.prepare.data import Row, plain
+from profuser.prepare.data_sets import read_tables
+from profuser.prepare.responses import Response
+from profuser.recipe.places import resolve
+from profuser.recipe.schema import DataLocation, Split
+from profuser.store.files import sha256
+from profuser.text.conversation import Conversation
+from profuser.text.fit import Verdict
+
+
+class GivenResponses:
+    """The responses of one source, from a file with `prompt` or `messages`, `response`, and `finished` (true where it is missing).
+
+    Args:
+        source: the source's name, for messages. path: the file.
+    Raises:
+        DataError: the file is missing or broken, or a row lacks a part.
+    """
+
+    def __init__(self, source: str, path: str):
+        self.place = f"sources: {source}: responses {path}"
+        self._of_prompt: dict[str, list[Response]] = {}
+        for where, row in _rows(path):
+            response, finished = row.get("response"), row.get("finished")
+            if not isinstance(response, str):
+                raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
+            if finished is None:
+                finished = True
+            if not isinstance(finished, bool):
+                raise DataError(f"{where}: `finished` must be true or false, got {in_short(finished)}; fix the row")
+            answer = Response(response.strip(), finished, Verdict.OK)
+            self._of_prompt.setdefault(_prompt_of(where, row), []).append(answer)
+
+    def check(self, split: Split, rows: Sequence[Row], count: int) -> bool:
+        """Whether the file has the responses to a split's prompts. It is false where it has none of them.
+
+        Args:
+            count: how many responses each prompt must have.
+        Raises:
+            DataError: it has some, or another number.
+        """
+        found = [len(self._of_prompt.get(plain(row["prompt"]), ())) for row in rows]
+        if not any(found) and split == "heldout":
+            return False
+        wrong = next((n for n, of_prompt in enumerate(found) if of_prompt != count), None)
+        if wrong is not None:
+            raise DataError(
+                f"{self.place} must have {count} response{'s' * (count != 1)} to each {split} prompt, it has {found[wrong]} to example "
+                f"{wrong} (from 0), {in_short(str(rows[wrong]['prompt']))}; add or take out rows, or set "
+                "generation.responses_per_source"
+            )
+        return True
+
+    def of(self, rows: Sequence[Row]) -> list[list[Response]]:
+        """Returns the responses to the prompts of some rows, which `check` has found."""
+        return [self._of_prompt[plain(row["prompt"])] for row in rows]
+
+
+class GivenScores:
+    """The scores of one judge, from a file with `prompt` or `messages`, `response` and `score`; null or NaN abstains.
+
+    Args:
+        judge: the judge's name, for messages. path: the file.
+    Raises:
+        DataError: the file is missing or broken, a row lacks a part, or two rows score a response differently.
+    """
+
+    def __init__(self, judge: str, path: str):
+        self.place = f"judges: {judge}: scores {path}"
+        self._of: dict[tuple[str, str], float] = {}
+        for where, row in _rows(path):
+            response, score = row.get("response"), row.get("score")
+            if not isinstance(response, str):
+                raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
+            try:
+                if isinstance(score, bool):
+                    raise TypeError
+                value = float("nan") if score is None else float(score)
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"{where}: `score` must be a number or null, got {in_short(score)}; fix the row"
+                ) from None
+            key = _prompt_of(where, row), response.strip()
+            known = self._of.setdefault(key, value)
+            if known != value and not (known != known and value != value):
+                raise DataError(
+                    f"{where}: a response must have one score, got {value:g} after {known:g}; take one of them out"
+                )
+
+    def score(self, example: Row, response: str) -> float:
+        """Returns the score of a response to an example's prompt.
+
+        Raises:
+            DataError: there is none.
+        """
+        key = plain(example["prompt"]), response
+        if key not in self._of:
+            raise DataError(
+                f"{self.place} must have a score for every finished response, it has none for {in_short(response)} to "
+                f"{in_short(str(example['prompt']))}; add the row"
+            )
+        return self._of[key]
+
+
+def file_digest(path: str) -> str:
+    """Returns a short hash of a file that a user has given. It raises DataError where there is none."""
+    try:
+        return sha256(Path(resolve(path)).read_bytes())[:16]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); fix the path") from None
+
+
+def _rows(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a file, each with what messages call it."""
+    tables = read_tables(DataLocation(path=path), "train")
+    return [(f"{name}, row {n} (from 0)", row) for name, table in tables for n, row in enumerate(table)]
+
+
+def _prompt_of(where: str, row: dict[str, Any]) -> str:
+    """The row's prompt, in the form in which prompts are compared."""
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if messages is not None:
+        try:
+            return plain(str(Conversation.of(messages)))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+    if not isinstance(prompt, str):
+        raise DataError(f"{where} must have a text as `prompt`, or `messages`, got {in_short(row)}; fix the row")
+    return plain(prompt)

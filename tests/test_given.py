@@ -1,0 +1,161 @@
+"""Responses and scores that a user has already take the place of sources and judges: nobody is asked, and the store is the same."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import small_run
+
+from profuser.errors import ConfigError, DataError
+from profuser.prepare.data import plain
+from profuser.prepare.given import GivenResponses, GivenScores
+from profuser.prepare.inputs import Inputs
+from profuser.prepare.phases import prepare
+from profuser.prepare.votes import candidates_of, count_votes
+from profuser.recipe.schema import JudgeConfig
+from profuser.store import layout
+from profuser.store.export import export
+from profuser.text.conversation import Conversation
+
+
+def written(path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_nobody_is_asked_and_the_targets_are_the_same(prepared, tmp_path, monkeypatch, capsys):
+    _, run, expected = prepared
+    inputs = Inputs.open(run)
+    rows, names = inputs.rows["train"], inputs.source_names
+    ballots = count_votes(expected, run.recipe)
+
+    # What the store holds, as a user would have it: a table of responses for each source, and one of scores for each judge.
+    held = {row["prompt"]: row for row in inputs.rows["heldout"]}
+    sources, judges = [], []
+    for source in run.recipe.sources:
+        answers = {
+            split: [
+                answer
+                for number in expected.numbers(layout.responses(split, source.name))
+                for answer in expected.get_json(layout.responses(split, source.name), number)
+            ]
+            for split in ("train", "heldout")
+        }
+        table = [
+            {"prompt": f" {row['prompt']}\n", "response": text, "finished": finished}
+            for split, examples in (("train", rows), ("heldout", inputs.rows["heldout"]))
+            for row, ((text, finished, _),) in zip(examples, answers[split], strict=True)
+            if split == "train" or row["prompt"] in held
+        ]
+        sources.append(replace(source, responses=written(tmp_path / f"{source.name}.jsonl", *table)))
+    for r, judge in enumerate(run.recipe.judges):
+        table = [
+            {
+                "prompt": row["prompt"],
+                "response": ballots.candidates[e][c].text,
+                "score": float(ballots.scores[e, r, c]),
+            }
+            for e, row in enumerate(rows)
+            for c in range(len(names))
+            if ballots.eligible[e, c]
+        ]
+        given = written(tmp_path / f"{judge.name}.jsonl", *table)
+        judges.append(JudgeConfig(name=judge.name, scores=given, floor=judge.floor))
+
+    def asked(*args, **kwargs):
+        raise AssertionError("a source was asked")
+
+    monkeypatch.setattr("profuser.prepare.phases.generate", asked)
+    monkeypatch.setattr("profuser.prepare.judges._reward_model_judge", asked)
+    monkeypatch.setattr("profuser.prepare.judges._function_judge", asked)
+    recipe = replace(run.recipe, sources=sources, judges=judges, store=str(tmp_path / "store"))
+    store = prepare(replace(run, recipe=recipe))
+    for kind in (layout.targets("train"), layout.targets("heldout"), *map(layout.winners, names)):
+        assert store.digest(kind) == expected.digest(kind), kind
+    assert [candidates_of(store, names, n) for n in store.numbers(layout.responses("train", names[0]))] == [
+        candidates_of(expected, names, n) for n in expected.numbers(layout.responses("train", names[0]))
+    ]
+    assert "12 train prompts have their responses from" in capsys.readouterr().out
+
+    # Another file is another store: neither is taken for the other.
+    Path(str(sources[0].responses)).write_text(Path(str(sources[0].responses)).read_text().replace("Answer", "answer"))
+    with pytest.raises(ConfigError, match="responses differ"):
+        prepare(replace(run, recipe=recipe))
+    export(store, tmp_path / "out")
+    assert f"`{tmp_path / judges[0].name}.jsonl`" in (tmp_path / "out" / "README.md").read_text()
+
+
+ROWS = [{"prompt": "a  b"}, {"prompt": "c"}]
+
+
+def test_responses_are_found_by_their_prompts(tmp_path):
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
+    path = written(
+        tmp_path / "a.jsonl",
+        {"prompt": "c", "response": " two \n", "finished": False},
+        {"prompt": "a b", "response": "one"},
+        {"messages": talk, "response": "three"},
+    )
+    given = GivenResponses("s", path)
+    rows = [*ROWS, {"prompt": Conversation.of(talk)}]
+    assert given.check("train", rows, 1)
+    assert [(r.text, r.finished) for (r,) in given.of(rows)] == [("one", True), ("two", False), ("three", True)]
+    assert not given.check("heldout", [{"prompt": "other"}], 1)
+    with pytest.raises(DataError, match=r"1 response to each heldout prompt, it has 0 to example 1 \(from 0\)"):
+        given.check("heldout", [ROWS[0], {"prompt": "other"}], 1)
+    with pytest.raises(DataError, match="1 response to each train prompt, it has 0 to example 0"):
+        given.check("train", [{"prompt": "other"}], 1)
+    with pytest.raises(DataError, match="2 responses to each train prompt, it has 1"):
+        given.check("train", ROWS, 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a"}, "`response` must be a text"),
+        ({"prompt": "a", "response": 7}, "`response` must be a text"),
+        ({"response": "a"}, "must have a text as `prompt`, or `messages`"),
+        ({"messages": [{"role": "assistant", "content": "a"}], "response": "a"}, "the user first"),
+        ({"prompt": "a", "response": "b", "finished": "yes"}, "`finished` must be true or false"),
+    ],
+)
+def test_a_wrong_row_of_responses_is_named(tmp_path, row, expected):
+    path = written(tmp_path / "a.jsonl", {"prompt": "b", "response": "c"}, row)
+    with pytest.raises(DataError, match=r"a\.jsonl, row 1 \(from 0\)") as error:
+        GivenResponses("s", path)
+    assert expected in str(error.value)
+
+
+def test_scores_are_found_by_prompt_and_response(tmp_path):
+    rows = [("a b", "x", 1), ("a b", "y", None), ("c", "x", "2.5"), ("c", " x\n", 2.5)]
+    path = written(tmp_path / "a.jsonl", *({"prompt": p, "response": r, "score": s} for p, r, s in rows))
+    given = GivenScores("j", path)
+    assert given.score(ROWS[0], "x") == 1
+    assert given.score(ROWS[0], "y") != given.score(ROWS[0], "y")
+    assert given.score(ROWS[1], "x") == 2.5
+    with pytest.raises(DataError, match="it has none for 'y' to 'c'"):
+        given.score(ROWS[1], "y")
+    for bad, expected in (
+        ({"score": True}, "must be a number"),
+        ({"score": "high"}, "must be a number"),
+        ({"score": 3}, "one score"),
+    ):
+        path = written(
+            tmp_path / "b.jsonl", {"prompt": "a", "response": "x", "score": 1}, {"prompt": "a", "response": "x"} | bad
+        )
+        with pytest.raises(DataError, match="row 1") as error:
+            GivenScores("j", path)
+        assert expected in str(error.value)
+    with pytest.raises(DataError, match="no such file"):
+        GivenScores("j", str(tmp_path / "none.jsonl"))
+
+
+def test_a_judge_is_one_of_three(tmp_path):
+    for wrong in ("scores: s.jsonl, model: m", "floor: 1"):
+        with pytest.raises(ConfigError, match="one of model, function and scores"):
+            small_run(tmp_path, "--judges", f"[{{name: j, {wrong}}}]")
+
+
+def test_prompts_are_compared_without_whitespace():
+    assert plain(" a\n b ") == plain("a b") == "a b"
