@@ -19,6 +19,7 @@ from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
 from profuser.progress import in_words
 from profuser.recipe.parse import Run
+from profuser.recipe.schema import Recipe
 from profuser.report.page import write_report
 from profuser.store.fresh import check_fresh, start_over
 from profuser.store.sealed import is_intact
@@ -32,6 +33,7 @@ from profuser.train.parallel import launch, settled_precision, shards
 from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, read_measured, record_files
 from profuser.train.sharding import whole_model
+from profuser.train.trackers import check_trackers
 
 
 def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
@@ -51,7 +53,9 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
 
 
 def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict[str, Any]:
-    """Does the work of `train` in a run directory that the main process holds. It adds the hold on the store to `held`."""
+    """Does the work of `train` in a run directory that the main process holds. It adds to `held` the hold on the store, and
+    the end of the trackers.
+    """
     # Begin the run, or go on with one.
     recipe, directory, is_main = run.recipe, RunDirectory(run), accelerator.is_main_process
     if is_main:
@@ -63,7 +67,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     store: Store | None = None
     with directory.timed("prepare", is_main):
         if is_main:
-            check_adapter(recipe, sharded=shards(recipe.optim, accelerator))
+            check_training(recipe, accelerator)
             preparation = Preparation.begin(Inputs.open(run), held)
             for example in preparation.inputs.rows.get("heldout", [])[:1]:
                 try_match(recipe.evaluation.match, example)
@@ -77,6 +81,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     # Train the target.
     with directory.timed("train", is_main):
         trainer = Trainer(recipe, store, directory.path, accelerator)
+        held.callback(trainer.trackers.close)  # last of all, because a tracker may wait for its network
         trainer.train()
 
     # Save the fused model, and score what was saved.
@@ -107,6 +112,7 @@ def train_and_report(run: Run) -> None:
                 # Whatever is wrong is found before anything is moved.
                 check_fresh(run, "run")
                 inputs = check_unchanged(run)
+                check_training(run.recipe, accelerator)
                 for example in inputs.rows.get("heldout", [])[:1]:
                     try_match(run.recipe.evaluation.match, example)
                 start_over(run, "run")
@@ -129,6 +135,17 @@ def train_and_report(run: Run) -> None:
     # DDP is freed before its process group. If it were the last to hold the group, it could wait for gloo's thread for ever.
     accelerator.free_memory()
     accelerator.end_training()
+
+
+def check_training(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Finds out before anything is prepared or moved whether the target can be trained as the recipe says. It reads no weights.
+
+    Raises:
+        ConfigError: the adapter does not fit the target or the launcher, or a tracker's package is missing.
+        ModuleNotFoundError: peft is missing.
+    """
+    check_adapter(recipe, sharded=shards(recipe.optim, accelerator))
+    check_trackers(recipe.optim.trackers)
 
 
 def print_report(run: Run, processes: int | None) -> None:

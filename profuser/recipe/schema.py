@@ -327,6 +327,8 @@ class OptimConfig:
     log_every: int = 10
     """A line is added to metrics.jsonl every so many steps; in a short stage more often, so that it has ten lines, or one for every step
     if it has fewer than ten."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
+    """Where the lines of metrics.jsonl are shown as well; each needs its package, as in `pip install 'profuser[tensorboard]'`."""
     data_workers: int = 1
     """How many processes prepare the next batches during a step; with 0 the trainer prepares each batch between two steps."""
 
@@ -339,6 +341,7 @@ class OptimConfig:
             "optim", self, "beta", "weight_decay", "warmup_ratio", "min_lr_ratio", "eval_every", "checkpoint_every",
             "data_workers",
         )  # fmt: skip
+        check_names("optim.trackers", self.trackers)
         for name in ("warmup_ratio", "min_lr_ratio"):
             if (share := getattr(self, name)) > 1:
                 raise ConfigError(f"optim.{name} is a share and must be <= 1, got {share}; give a share")

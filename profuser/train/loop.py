@@ -38,6 +38,7 @@ from profuser.train.sharding import whole
 from profuser.train.steps import StepBatch, Steps, load_steps
 from profuser.train.target import layout_for, load_target
 from profuser.train.targets import Targets
+from profuser.train.trackers import Trackers
 
 NOTICES = "notices.jsonl"
 """The file of a run with the steps that stood out. Nothing is read from it."""
@@ -93,6 +94,8 @@ class Trainer:
         )
         self.metrics = directory / "metrics.jsonl"
         self.health = Health()
+        shown = self.optim.trackers if accelerator.is_main_process else ()
+        self.trackers = Trackers(shown, directory, recipe.to_dict())
 
     def _check_modes(self, store: Store) -> None:
         """Raises DataError unless there are training examples for at least one mode of every stage."""
@@ -121,6 +124,8 @@ class Trainer:
             ProfuserError: a process that prepares batches was killed.
         """
         start, total = self._resume(), self.stages[-1].stop
+        if start < total:
+            self.trackers.start(start)
         if start == 0:
             self._evaluate(0, 0)  # the target before fusion
         batches = load_steps(
@@ -246,9 +251,10 @@ class Trainer:
         self._log({"step": step, "stage": stage, "eval": {"ce": statistics.ce, "kd": statistics.kd}})
 
     def _log(self, line: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl, on the main process."""
+        """Adds a line to metrics.jsonl, on the main process, and shows it in the trackers."""
         if self.accelerator.is_main_process:
             append_line(self.metrics, line)
+            self.trackers.log(line)
 
     def _checkpoint(self, step: int) -> None:
         """Saves a checkpoint. The main process does it, unless the model is sharded: then each writes its own shares."""
