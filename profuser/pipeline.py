@@ -83,6 +83,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
         trainer = Trainer(recipe, store, directory.path, accelerator)
         held.callback(trainer.trackers.close)  # last of all, because a tracker may wait for its network
         trainer.train()
+        step = trainer.restore_exported()
 
     # Save the fused model, and score what was saved.
     scores: dict[str, Any] = {}
@@ -94,7 +95,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
             if recipe.data.heldout is not None:
                 scores = evaluate(run, store)
                 write_card(directory.path, recipe, scores)
-        directory.finish(model)
+        directory.finish(model, step)
     accelerator.wait_for_everyone()
     return scores
 
@@ -154,19 +155,18 @@ def print_report(run: Run, processes: int | None) -> None:
     `processes` says how many have just trained it, so that what it took is set beside the estimate; None where none has.
     """
     directory = RunDirectory(run)
-    page = write_report(directory.path, run.store_dir)
+    page, record = write_report(directory.path, run.store_dir), directory.read()
     if run.recipe.data.heldout is not None:
-        record = directory.read()
         print(score_table(read_measured(directory.path, record, SCORES)))
         print(closing_examples(read_measured(directory.path, record, EVALUATION), 3))
     if (run.store_dir / "manifest.json").exists() and (line := Store.open(run.store_dir, complete=False).handled()):
         print(line)
-    seconds = directory.read()["seconds"]
-    print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in seconds.items())}")
+    print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in record['seconds'].items())}")
     if processes is not None:
         with contextlib.suppress(ProfuserError):  # a model that cannot be planned has been trained all the same
-            print(beside(make_plan(run, processes=(processes,)), directory.read(), processes))
-    print(f"fused model: {directory.path}\nreport: {page}")
+            print(beside(make_plan(run, processes=(processes,)), record, processes))
+    of_step = f" (after step {record['exported_step']}, the best)" if run.recipe.optim.export == "best" else ""
+    print(f"fused model: {directory.path}{of_step}\nreport: {page}")
 
 
 def check_unchanged(run: Run) -> Inputs:

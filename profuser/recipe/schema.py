@@ -323,7 +323,11 @@ class OptimConfig:
     checkpoint_every: int = 500
     """A checkpoint is saved every so many steps; 0 saves one only at the end and on interruption."""
     keep_checkpoints: int = 2
-    """How many checkpoints are kept; older ones are deleted."""
+    """How many checkpoints are kept; older ones are deleted, apart from the best."""
+    keep_best: bool = True
+    """Whether the checkpoint with the lowest CE on data.validation is kept, too. It is saved as soon as that CE is measured."""
+    export: Literal["last", "best"] = "last"
+    """Which weights the run writes at its end: the last ones, or those with the lowest CE on data.validation."""
     log_every: int = 10
     """A line is added to metrics.jsonl every so many steps; in a short stage more often, so that it has ten lines, or one for every step
     if it has fewer than ten."""
@@ -342,6 +346,8 @@ class OptimConfig:
             "data_workers",
         )  # fmt: skip
         check_names("optim.trackers", self.trackers)
+        if self.export == "best" and not self.keep_best:
+            raise ConfigError("optim.export: best needs optim.keep_best: true, got false; take one of them out")
         for name in ("warmup_ratio", "min_lr_ratio"):
             if (share := getattr(self, name)) > 1:
                 raise ConfigError(f"optim.{name} is a share and must be <= 1, got {share}; give a share")
@@ -491,6 +497,10 @@ class Recipe:
         if self.adapter is not None and self.optim.shard:
             raise ConfigError(
                 "optim.shard must be false with an adapter, whose few weights every process holds, got true; take one of them out"
+            )
+        if self.optim.export == "best" and self.data.validation is None:
+            raise ConfigError(
+                "optim.export: best needs data.validation, got none; name a file with validation prompts, or export the last weights"
             )
         budget, longest = self.optim.tokens_per_micro_batch, self.data.max_length
         if budget is not None and budget < longest:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,16 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    directory: Path, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+    directory: Path,
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Writes the checkpoint `directory/step-NNNNNN` and deletes all but the newest `keep` checkpoints; returns its path.
+    """Writes the checkpoint `directory/step-NNNNNN` and deletes all but the newest `keep` checkpoints and that of step `best`.
 
-    If the model is sharded, all processes must call it; else one.
+    If the model is sharded, all processes must call it; else one. Returns the path of the checkpoint.
     """
     final = directory / f"step-{checkpoint.step:06d}"
     sharded = is_sharded(model)
@@ -85,7 +91,7 @@ def save_checkpoint(
         # Those of later steps were passed over as well, and will be made again.
         kept = [path for path in checkpoints(directory) if step_of(path) <= checkpoint.step][-max(1, keep) :]
         for path in checkpoints(directory):
-            if path not in kept:
+            if path not in kept and step_of(path) != best:
                 _remove(path)
     return final
 
@@ -158,7 +164,26 @@ def load_newest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimi
     Raises:
         DataError: the checkpoint holds other weights than the model has.
     """
-    found = agreed(_newest_intact(directory) if is_main() else None)
+    there = list(reversed(checkpoints(directory)))
+    found = _load_first(there, "the one before", model, optimizer)
+    if found is None and there and is_main():
+        print(f"no intact checkpoint is left in {directory}: beginning at step 0", flush=True)
+    return found
+
+
+def load_best(
+    directory: Path, ranking: Sequence[int], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Checkpoint | None:
+    """Does what `load_newest` does with the first intact checkpoint of the steps of a ranking, best first."""
+    there = {step_of(path): path for path in checkpoints(directory)}
+    return _load_first([there[step] for step in ranking if step in there], "the next best", model, optimizer)
+
+
+def _load_first(
+    paths: Sequence[Path], then: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Checkpoint | None:
+    """Restores the first intact one of some checkpoints. `then` says what is tried instead of one that is damaged."""
+    found = agreed(_first_intact(paths, then) if is_main() else None)
     if found is None:
         return None
     path, state = found
@@ -167,15 +192,12 @@ def load_newest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimi
     return Checkpoint(state["step"], state["targets"], (path / METRICS).read_bytes())
 
 
-def _newest_intact(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    there = checkpoints(directory)
-    for path in reversed(there):
+def _first_intact(paths: Sequence[Path], then: str) -> tuple[Path, dict[str, Any]] | None:
+    for path in paths:
         try:
             return path, _proven_state(path)
         except (OSError, ValueError) as error:
-            print(f"checkpoint {path} is damaged ({error}): trying the one before", flush=True)
-    if there:
-        print(f"no intact checkpoint is left in {directory}: beginning at step 0", flush=True)
+            print(f"checkpoint {path} is damaged ({error}): trying {then}", flush=True)
     return None
 
 
