@@ -45,7 +45,8 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
         The content of scores.json. It is empty without held-out data, and on all processes but the main one.
     """
     directory = RunDirectory(run)
-    accelerator = accelerator or launch(settled_precision(directory.precision()))
+    if accelerator is None:
+        accelerator = launch(settled_precision(directory.precision()), deterministic=run.recipe.optim.deterministic)
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(directory.held())
@@ -104,7 +105,8 @@ def train_and_report(run: Run) -> None:
     """Does what the command `train` does: fuses unless the run is complete, writes the report and prints the scores."""
     directory = RunDirectory(run)
     fresh = bool(run.options.get("fresh"))
-    accelerator = launch(settled_precision(run.recipe.optim.precision if fresh else directory.precision()))
+    precision = run.recipe.optim.precision if fresh else directory.precision()
+    accelerator = launch(settled_precision(precision), deterministic=run.recipe.optim.deterministic)
     with contextlib.ExitStack() as held:
         # Find out whether there is anything to do. The main process decides it for all.
         complete = False

@@ -314,6 +314,8 @@ class OptimConfig:
     """What becomes of the mass outside the kept entries: bucket matches it as one entry, renormalize divides it out."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """The arithmetic of the target. auto means bf16 on CUDA and fp32 on the CPU; it is settled when a run is begun."""
+    deterministic: bool = False
+    """Whether only deterministic algorithms are used in training, so that a GPU gives the same bits each time. Some are slower."""
     shard: bool = False
     """Whether the processes share the target's weights, gradients and moments (FSDP2) instead of each holding all of them."""
     gradient_checkpointing: bool = False

@@ -29,6 +29,7 @@ from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
 from profuser.train.checkpoint import Checkpoint, load_best, load_newest, save_checkpoint
+from profuser.train.determinism import deterministic
 from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
 from profuser.train.losses import SequenceLosses, step_losses
@@ -128,10 +129,14 @@ class Trainer:
         Raises:
             Interrupted, Terminated: after Ctrl-C or SIGTERM, at the end of the step and with a checkpoint of it.
             NonFiniteError: a loss or gradient is not finite.
-            ConfigError: the checkpoint was trained on other targets.
+            ConfigError: the checkpoint was trained on other targets; or the training is to be deterministic, and cannot be.
             DataError: a shard is damaged.
             ProfuserError: a process that prepares batches was killed.
         """
+        with deterministic(self.optim.deterministic, say=self.accelerator.is_main_process):
+            self._train()
+
+    def _train(self) -> None:
         start, total = self._resume(), self.stages[-1].stop
         if start < total:
             self.trackers.start(start)
