@@ -30,6 +30,7 @@ from profuser.store.files import write_atomic
 from profuser.store.store import Store
 from profuser.train.checkpoint import Checkpoint, load_best, load_newest, save_checkpoint
 from profuser.train.determinism import deterministic
+from profuser.train.flops import cost_of, peak_flops, utilisation
 from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
 from profuser.train.losses import SequenceLosses, step_losses
@@ -102,6 +103,8 @@ class Trainer:
         self.model, self.optimizer = (
             (self.fusion, optimizer) if self.sharded else accelerator.prepare(self.fusion, optimizer)
         )
+        self.cost = cost_of(self.fusion.model)
+        self.peak = peak_flops(accelerator.device, bf16=accelerator.mixed_precision == "bf16")
         self.metrics = directory / "metrics.jsonl"
         self.health = Health()
         shown = self.optim.trackers if accelerator.is_main_process else ()
@@ -173,6 +176,7 @@ class Trainer:
                         "tokens_per_second": batch.tokens / seconds,
                         "data_wait": waited / seconds,
                         "padding": 1 - batch.tokens / max(batch.computed, 1),
+                        **self._utilisation(batch, seconds),
                     }
                 )
                 done = step + 1
@@ -241,6 +245,13 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**step_losses(sums, batch, stage), "lr": lr, "grad_norm": norm}
+
+    def _utilisation(self, batch: StepBatch, seconds: float) -> dict[str, float]:
+        """Returns the model FLOP utilisation of a step, as far as it can be known."""
+        if self.cost is None or self.peak is None:
+            return {}
+        flops = self.cost.flops(batch.tokens, batch.squares)
+        return {"mfu": utilisation(flops, seconds, self.accelerator.num_processes, self.peak)}
 
     def _say_what_stands_out(self, step: int, stage: int, loss: float | None, seconds: float) -> None:
         """Prints what stands out in a step with the examples in it, and adds it to notices.jsonl."""
