@@ -1,5 +1,6 @@
 """The checkpoint with the lowest CE in validation is kept beside the last ones, and can be what a run writes."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -217,6 +218,25 @@ def test_a_finished_run_writes_its_other_weights_without_training_again(
     (tmp_path / "run/checkpoints").rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match=r"optim.export must be best as it was"):
         RunDirectory(run).complete()
+
+
+def test_a_line_of_metrics_is_a_mean_over_the_steps_before_and_after_a_kill(prepared, tmp_path, scripted, monkeypatch):
+    """The best checkpoint is saved where it is measured, which may be between two lines."""
+    _, run, store = prepared
+    scripted.update({2: 1.0})
+    monkeypatch.setattr("profuser.train.metrics_log.FEWEST", 1)
+    for name, stops in (("whole", (99,)), ("part", (4, 99))):
+        for stop in stops:
+            t = trainer(run, store, tmp_path / name, eval_every=2, log_every=3)
+            with contextlib.nullcontext() if stop == 99 else pytest.raises(RuntimeError, match="killed"):
+                train_and_watch(t, stop)
+    untimed = {"tokens_per_second": 0, "data_wait": 0, "sha256": ""}
+    whole, part = (
+        [json.loads(line) | untimed for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "part")
+    )
+    assert part == whole
+    assert [line["step"] for line in whole if "eval" not in line] == [3, 6]
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,13 @@ from profuser.store.sealed import FILES, FileDigest, damaged_files, digest_of, u
 from profuser.train.run_record import METRICS
 from profuser.train.shard_files import STEPS, load_shares, save_shares, sizes_in
 from profuser.train.sharding import agreed, divide_again, is_main, is_sharded
-from profuser.typed import COUNT, parsed
+from profuser.typed import COUNT, NUMBER, parsed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RANDOM = "random.safetensors"
 WHOLE = ("model.safetensors", "optimizer.safetensors")
 """The files of the weights and moments in the form of one process."""
-STATE = {"step": COUNT, "targets": str, "files": FILES}
+STATE = {"step": COUNT, "targets": str, "files": FILES, "window?": [{str: NUMBER}]}
 """The shape of state.json."""
 
 
@@ -44,12 +44,14 @@ class Checkpoint:
     """What a checkpoint holds beside the state of the model, the optimizer and the random generators.
 
     step: how many steps are done. targets: the digest of the targets that they were trained on.
-    metrics: the content of metrics.jsonl up to this step.
+    metrics: the content of metrics.jsonl up to this step. window: the metrics of the steps since its last line, which the next line
+    will be a mean of.
     """
 
     step: int
     targets: str
     metrics: bytes
+    window: tuple[dict[str, float], ...] = ()
 
 
 def save_checkpoint(
@@ -116,6 +118,8 @@ def _finish(directory: Path, checkpoint: Checkpoint, digests: dict[str, FileDige
         write_atomic(directory / name, data)
         digests[name] = digest_of(data)
     state = {"step": checkpoint.step, "targets": checkpoint.targets, "files": digests}
+    if checkpoint.window:
+        state["window"] = list(checkpoint.window)
     write_sealed(directory / "state.json", state)
 
 
@@ -189,7 +193,7 @@ def _load_first(
     path, state = found
     divide_again(model)
     _restore(path, model, optimizer)
-    return Checkpoint(state["step"], state["targets"], (path / METRICS).read_bytes())
+    return Checkpoint(state["step"], state["targets"], (path / METRICS).read_bytes(), tuple(state.get("window", ())))
 
 
 def _first_intact(paths: Sequence[Path], then: str) -> tuple[Path, dict[str, Any]] | None:

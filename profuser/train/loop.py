@@ -106,6 +106,7 @@ class Trainer:
         self.cost = cost_of(self.fusion.model)
         self.peak = peak_flops(accelerator.device, bf16=accelerator.mixed_precision == "bf16")
         self.metrics = directory / "metrics.jsonl"
+        self.window: list[dict[str, float]] = []  # the metrics of the steps since the last line of metrics.jsonl
         self.health = Health()
         shown = self.optim.trackers if accelerator.is_main_process else ()
         self.trackers = Trackers(shown, directory, recipe.to_dict())
@@ -156,7 +157,6 @@ class Trainer:
             Progress("fuse", total, "steps", self.accelerator.is_main_process, start) as bar,
             noted() as asked,
         ):
-            window: list[dict[str, float]] = []  # the metrics of the steps since the last line of metrics.jsonl
             for step in range(start, total):
                 # One optimizer step. The time that it waits for its batch is measured separately.
                 index = stage_at(self.stages, step)
@@ -169,7 +169,7 @@ class Trainer:
 
                 # Say what stands out in it. Log it, validate and save where that is due. A stage always ends with a line and a
                 # validation.
-                window.append(
+                self.window.append(
                     metrics
                     | {
                         "tokens": batch.tokens,
@@ -186,8 +186,8 @@ class Trainer:
                 bar.update(1, tokens=batch.tokens, note=note)
                 self._say_what_stands_out(step, index, metrics.get("loss"), seconds)
                 if is_due(done, stage, self.optim.log_every):
-                    self._log({"step": done, "stage": index, **means(window)})
-                    window = []
+                    self._log({"step": done, "stage": index, **means(self.window)})
+                    self.window = []
                 best = False
                 if (self.optim.eval_every and done % self.optim.eval_every == 0) or done == stage.stop:
                     self._evaluate(done, index)
@@ -293,7 +293,7 @@ class Trainer:
         """Saves a checkpoint. The main process does it, unless the model is sharded: then each writes its own shares."""
         if self.accelerator.is_main_process or self.sharded:
             metrics = self.metrics.read_bytes() if self.accelerator.is_main_process else b""
-            checkpoint = Checkpoint(step, self.targets_digest, metrics)
+            checkpoint = Checkpoint(step, self.targets_digest, metrics, tuple(self.window))
             folder = self.directory / "checkpoints"
             save_checkpoint(folder, checkpoint, self.fusion, self.optimizer, self.optim.keep_checkpoints, self._best())
         self.accelerator.wait_for_everyone()
@@ -325,6 +325,7 @@ class Trainer:
         """Restores the newest checkpoint, if there is one, and returns the number of steps that are done."""
         found = load_newest(self.directory / "checkpoints", self.fusion, self.optimizer)
         step, metrics = (0, b"") if found is None else (found.step, found.metrics)
+        self.window = [] if found is None else list(found.window)
         if found is not None and found.targets != self.targets_digest:
             raise ConfigError(
                 f"{self.directory} was trained on other targets than the store holds now; start over with --fresh, or restore "
