@@ -117,7 +117,7 @@ def _finish(directory: Path, checkpoint: Checkpoint, digests: dict[str, FileDige
     for name, data in ((RANDOM, save(random)), (METRICS, checkpoint.metrics)):
         write_atomic(directory / name, data)
         digests[name] = digest_of(data)
-    state = {"step": checkpoint.step, "targets": checkpoint.targets, "files": digests}
+    state: dict[str, Any] = {"step": checkpoint.step, "targets": checkpoint.targets, "files": digests}
     if checkpoint.window:
         state["window"] = list(checkpoint.window)
     write_sealed(directory / "state.json", state)
