@@ -19,6 +19,7 @@ from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
 from profuser.progress import in_words
 from profuser.recipe.parse import Run
+from profuser.recipe.schema import Recipe
 from profuser.report.page import write_report
 from profuser.store.fresh import check_fresh, start_over
 from profuser.store.sealed import is_intact
@@ -32,6 +33,7 @@ from profuser.train.parallel import launch, settled_precision, shards
 from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, read_measured, record_files
 from profuser.train.sharding import whole_model
+from profuser.train.trackers import check_trackers
 
 
 def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
@@ -43,7 +45,8 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
         The content of scores.json. It is empty without held-out data, and on all processes but the main one.
     """
     directory = RunDirectory(run)
-    accelerator = accelerator or launch(settled_precision(directory.precision()))
+    if accelerator is None:
+        accelerator = launch(settled_precision(directory.precision()), deterministic=run.recipe.optim.deterministic)
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(directory.held())
@@ -51,7 +54,9 @@ def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
 
 
 def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict[str, Any]:
-    """Does the work of `train` in a run directory that the main process holds. It adds the hold on the store to `held`."""
+    """Does the work of `train` in a run directory that the main process holds. It adds to `held` the hold on the store, and
+    the end of the trackers.
+    """
     # Begin the run, or go on with one.
     recipe, directory, is_main = run.recipe, RunDirectory(run), accelerator.is_main_process
     if is_main:
@@ -63,7 +68,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     store: Store | None = None
     with directory.timed("prepare", is_main):
         if is_main:
-            check_adapter(recipe, sharded=shards(recipe.optim, accelerator))
+            check_training(recipe, accelerator)
             preparation = Preparation.begin(Inputs.open(run), held)
             for example in preparation.inputs.rows.get("heldout", [])[:1]:
                 try_match(recipe.evaluation.match, example)
@@ -77,7 +82,9 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     # Train the target.
     with directory.timed("train", is_main):
         trainer = Trainer(recipe, store, directory.path, accelerator)
+        held.callback(trainer.trackers.close)  # last of all, because a tracker may wait for its network
         trainer.train()
+        step = trainer.restore_exported()
 
     # Save the fused model, and score what was saved.
     scores: dict[str, Any] = {}
@@ -89,7 +96,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
             if recipe.data.location("heldout") is not None:
                 scores = evaluate(run, store)
                 write_card(directory.path, recipe, scores)
-        directory.finish(model)
+        directory.finish(model, step)
     accelerator.wait_for_everyone()
     return scores
 
@@ -98,7 +105,8 @@ def train_and_report(run: Run) -> None:
     """Does what the command `train` does: fuses unless the run is complete, writes the report and prints the scores."""
     directory = RunDirectory(run)
     fresh = bool(run.options.get("fresh"))
-    accelerator = launch(settled_precision(run.recipe.optim.precision if fresh else directory.precision()))
+    precision = run.recipe.optim.precision if fresh else directory.precision()
+    accelerator = launch(settled_precision(precision), deterministic=run.recipe.optim.deterministic)
     with contextlib.ExitStack() as held:
         # Find out whether there is anything to do. The main process decides it for all.
         complete = False
@@ -107,6 +115,7 @@ def train_and_report(run: Run) -> None:
                 # Whatever is wrong is found before anything is moved.
                 check_fresh(run, "run")
                 inputs = check_unchanged(run)
+                check_training(run.recipe, accelerator)
                 for example in inputs.rows.get("heldout", [])[:1]:
                     try_match(run.recipe.evaluation.match, example)
                 start_over(run, "run")
@@ -131,25 +140,35 @@ def train_and_report(run: Run) -> None:
     accelerator.end_training()
 
 
+def check_training(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Finds out before anything is prepared or moved whether the target can be trained as the recipe says. It reads no weights.
+
+    Raises:
+        ConfigError: the adapter does not fit the target or the launcher, or a tracker's package is missing.
+        ModuleNotFoundError: peft is missing.
+    """
+    check_adapter(recipe, sharded=shards(recipe.optim, accelerator))
+    check_trackers(recipe.optim.trackers)
+
+
 def print_report(run: Run, processes: int | None) -> None:
     """Writes the report of a complete run, and prints its scores and where everything is.
 
     `processes` says how many have just trained it, so that what it took is set beside the estimate; None where none has.
     """
     directory = RunDirectory(run)
-    page = write_report(directory.path, run.store_dir)
+    page, record = write_report(directory.path, run.store_dir), directory.read()
     if run.recipe.data.location("heldout") is not None:
-        record = directory.read()
         print(score_table(read_measured(directory.path, record, SCORES)))
         print(closing_examples(read_measured(directory.path, record, EVALUATION), 3))
     if (run.store_dir / "manifest.json").exists() and (line := Store.open(run.store_dir, complete=False).handled()):
         print(line)
-    seconds = directory.read()["seconds"]
-    print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in seconds.items())}")
+    print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in record['seconds'].items())}")
     if processes is not None:
         with contextlib.suppress(ProfuserError):  # a model that cannot be planned has been trained all the same
-            print(beside(make_plan(run, processes=(processes,)), directory.read(), processes))
-    print(f"fused model: {directory.path}\nreport: {page}")
+            print(beside(make_plan(run, processes=(processes,)), record, processes))
+    of_step = f" (after step {record['exported_step']}, the best)" if run.recipe.optim.export == "best" else ""
+    print(f"fused model: {directory.path}{of_step}\nreport: {page}")
 
 
 def check_unchanged(run: Run) -> Inputs:

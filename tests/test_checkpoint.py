@@ -29,8 +29,8 @@ def train(model, optimizer, steps):
         optimizer.zero_grad()
 
 
-def saved(directory, step, model, optimizer, keep=2):
-    return save_checkpoint(directory, Checkpoint(step, "targets", b"metrics"), model, optimizer, keep)
+def saved(directory, step, model, optimizer, keep=2, best=None):
+    return save_checkpoint(directory, Checkpoint(step, "targets", b"metrics"), model, optimizer, keep, best)
 
 
 def loaded_step(directory, model, optimizer) -> int:

@@ -25,7 +25,7 @@ from profuser.report.metrics import Change, Metrics, StageRow, read_metrics, sta
 from profuser.report.page import write_report
 from profuser.report.theme import DARK, LIGHT, luminance
 from profuser.text.display import visible
-from profuser.train.run_record import record_files
+from profuser.train.run_record import read_run, record_files, write_run
 
 PICTURES = ("win_min_ce.png", "win_vote.png", "alignment.png", "curves.png", "scores.png")
 
@@ -227,6 +227,16 @@ def test_a_run_directory_from_before_the_votes_still_gives_a_report(tmp_path):
     page = Page(write_report(run_dir, store_dir))
     assert "How the sources were judged" not in page.text
     assert "Side by side" in page.text
+
+
+def test_the_page_says_which_weights_were_exported_where_the_run_knows(tmp_path):
+    run_dir, store_dir = make_run(tmp_path)
+    with without_pictures():
+        assert "the weights after step" not in Page(write_report(run_dir, store_dir)).text  # an older run does not know
+        record = read_run(run_dir)
+        record["recipe"].setdefault("optim", {})["export"] = "best"
+        write_run(run_dir, record | {"exported_step": 140})
+        assert "the weights after step 140 (optim.export: best)" in Page(write_report(run_dir, store_dir)).text
 
 
 def test_stages_are_told_with_their_weights_and_changes(reported):

@@ -25,7 +25,7 @@ SYNONYMS = {
     "learning_rate": "optim.lr", "num_epochs": "optim.epochs", "num_train_epochs": "optim.epochs", "max_steps": "optim.steps",
     "max_grad_norm": "optim.grad_clip", "kd_weight": "optim.beta", "per_device_train_batch_size": "optim.micro_batch_size",
     "max_seq_length": "data.max_length", "dataset": "data", "models": "sources", "teachers": "sources", "student": "target",
-    "reward_models": "judges",
+    "reward_models": "judges", "report_to": "optim.trackers", "log_with": "optim.trackers",
 }  # fmt: skip
 """What other trainers call a key, or a reader might."""
 
@@ -69,6 +69,8 @@ def mistake(value: object, kind: Any, place: str = "", whole: bool = False) -> s
         fix = "; give it a value, or leave it out if it has a default"
     elif str in kinds and not isinstance(value, (dict, list)):
         fix = "; put quotes around it"
+    elif entries is not None and fits(value, get_args(entries)[0]):
+        fix = "; put it in brackets"
     elif isinstance(value, str) and (near := nearest(value, choices)):
         fix = f"; did you mean {near}?"
     return f"{place} must be {' or '.join(map(in_words, kinds))}, got {as_yaml(value)}{fix}"
@@ -191,7 +193,7 @@ def every_key(group: Any = Recipe, place: str = "") -> Iterator[str]:
         for part in alternatives(kind):
             if is_dataclass(part):
                 yield from every_key(part, here)
-            elif get_origin(part) is list:
+            elif get_origin(part) is list and is_dataclass(get_args(part)[0]):
                 yield from every_key(get_args(part)[0], f"{here}[]")
 
 
@@ -250,7 +252,8 @@ def in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:
-        return "a list of mappings"
+        (entry,) = get_args(kind)
+        return "a list of mappings" if is_dataclass(entry) else f"a list, each entry {in_words(entry)}"
     if get_origin(kind) is tuple:
         return f"a list of {len(get_args(kind))} numbers"
     if is_dataclass(kind):

@@ -102,7 +102,7 @@ def in_words(kind: Any) -> str:
 def default_of(field: Field) -> str:
     """Returns a field's default as YAML would spell it, "required" where it has none, and nothing for a group of keys."""
     if field.default is MISSING:
-        return "required" if field.default_factory is MISSING else ""
+        return "required" if field.default_factory is MISSING else "[]" if field.default_factory is list else ""
     if field.default is None or isinstance(field.default, bool):
         return {None: "null", True: "true", False: "false"}[field.default]
     if isinstance(field.default, tuple):

@@ -380,6 +380,8 @@ class OptimConfig:
     """What becomes of the mass outside the kept entries: bucket matches it as one entry, renormalize divides it out."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """The arithmetic of the target. auto means bf16 on CUDA and fp32 on the CPU; it is settled when a run is begun."""
+    deterministic: bool = False
+    """Whether only deterministic algorithms are used in training, so that a GPU gives the same bits each time. Some are slower."""
     shard: bool = False
     """Whether the processes share the target's weights, gradients and moments (FSDP2) instead of each holding all of them."""
     gradient_checkpointing: bool = False
@@ -389,10 +391,16 @@ class OptimConfig:
     checkpoint_every: int = 500
     """A checkpoint is saved every so many steps; 0 saves one only at the end and on interruption."""
     keep_checkpoints: int = 2
-    """How many checkpoints are kept; older ones are deleted."""
+    """How many checkpoints are kept; older ones are deleted, apart from the best."""
+    keep_best: bool = True
+    """Whether the checkpoint with the lowest CE on data.validation is kept, too. It is saved as soon as that CE is measured."""
+    export: Literal["last", "best"] = "last"
+    """Which weights the run writes at its end: the last ones, or those with the lowest CE on data.validation."""
     log_every: int = 10
     """A line is added to metrics.jsonl every so many steps; in a short stage more often, so that it has ten lines, or one for every step
     if it has fewer than ten."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
+    """Where the lines of metrics.jsonl are shown as well; each needs its package, as in `pip install 'profuser[tensorboard]'`."""
     data_workers: int = 1
     """How many processes prepare the next batches during a step; with 0 the trainer prepares each batch between two steps."""
 
@@ -405,6 +413,9 @@ class OptimConfig:
             "optim", self, "beta", "weight_decay", "warmup_ratio", "min_lr_ratio", "eval_every", "checkpoint_every",
             "data_workers",
         )  # fmt: skip
+        check_names("optim.trackers", self.trackers)
+        if self.export == "best" and not self.keep_best:
+            raise ConfigError("optim.export: best needs optim.keep_best: true, got false; take one of them out")
         for name in ("warmup_ratio", "min_lr_ratio"):
             if (share := getattr(self, name)) > 1:
                 raise ConfigError(f"optim.{name} is a share and must be <= 1, got {share}; give a share")
@@ -558,6 +569,10 @@ class Recipe:
         if self.adapter is not None and self.optim.shard:
             raise ConfigError(
                 "optim.shard must be false with an adapter, whose few weights every process holds, got true; take one of them out"
+            )
+        if self.optim.export == "best" and self.data.validation is None:
+            raise ConfigError(
+                "optim.export: best needs data.validation, got none; name a file with validation prompts, or export the last weights"
             )
         budget, longest = self.optim.tokens_per_micro_batch, self.data.max_length
         if budget is not None and budget < longest:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,13 @@ from profuser.store.sealed import FILES, FileDigest, damaged_files, digest_of, u
 from profuser.train.run_record import METRICS
 from profuser.train.shard_files import STEPS, load_shares, save_shares, sizes_in
 from profuser.train.sharding import agreed, divide_again, is_main, is_sharded
-from profuser.typed import COUNT, parsed
+from profuser.typed import COUNT, NUMBER, parsed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RANDOM = "random.safetensors"
 WHOLE = ("model.safetensors", "optimizer.safetensors")
 """The files of the weights and moments in the form of one process."""
-STATE = {"step": COUNT, "targets": str, "files": FILES}
+STATE = {"step": COUNT, "targets": str, "files": FILES, "window?": [{str: NUMBER}]}
 """The shape of state.json."""
 
 
@@ -43,20 +44,27 @@ class Checkpoint:
     """What a checkpoint holds beside the state of the model, the optimizer and the random generators.
 
     step: how many steps are done. targets: the digest of the targets that they were trained on.
-    metrics: the content of metrics.jsonl up to this step.
+    metrics: the content of metrics.jsonl up to this step. window: the metrics of the steps since its last line, which the next line
+    will be a mean of.
     """
 
     step: int
     targets: str
     metrics: bytes
+    window: tuple[dict[str, float], ...] = ()
 
 
 def save_checkpoint(
-    directory: Path, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+    directory: Path,
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Writes the checkpoint `directory/step-NNNNNN` and deletes all but the newest `keep` checkpoints; returns its path.
+    """Writes the checkpoint `directory/step-NNNNNN` and deletes all but the newest `keep` checkpoints and that of step `best`.
 
-    If the model is sharded, all processes must call it; else one.
+    If the model is sharded, all processes must call it; else one. Returns the path of the checkpoint.
     """
     final = directory / f"step-{checkpoint.step:06d}"
     sharded = is_sharded(model)
@@ -85,7 +93,7 @@ def save_checkpoint(
         # Those of later steps were passed over as well, and will be made again.
         kept = [path for path in checkpoints(directory) if step_of(path) <= checkpoint.step][-max(1, keep) :]
         for path in checkpoints(directory):
-            if path not in kept:
+            if path not in kept and step_of(path) != best:
                 _remove(path)
     return final
 
@@ -109,7 +117,9 @@ def _finish(directory: Path, checkpoint: Checkpoint, digests: dict[str, FileDige
     for name, data in ((RANDOM, save(random)), (METRICS, checkpoint.metrics)):
         write_atomic(directory / name, data)
         digests[name] = digest_of(data)
-    state = {"step": checkpoint.step, "targets": checkpoint.targets, "files": digests}
+    state: dict[str, Any] = {"step": checkpoint.step, "targets": checkpoint.targets, "files": digests}
+    if checkpoint.window:
+        state["window"] = list(checkpoint.window)
     write_sealed(directory / "state.json", state)
 
 
@@ -158,24 +168,40 @@ def load_newest(directory: Path, model: nn.Module, optimizer: torch.optim.Optimi
     Raises:
         DataError: the checkpoint holds other weights than the model has.
     """
-    found = agreed(_newest_intact(directory) if is_main() else None)
+    there = list(reversed(checkpoints(directory)))
+    found = _load_first(there, "the one before", model, optimizer)
+    if found is None and there and is_main():
+        print(f"no intact checkpoint is left in {directory}: beginning at step 0", flush=True)
+    return found
+
+
+def load_best(
+    directory: Path, ranking: Sequence[int], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Checkpoint | None:
+    """Does what `load_newest` does with the first intact checkpoint of the steps of a ranking, best first."""
+    there = {step_of(path): path for path in checkpoints(directory)}
+    return _load_first([there[step] for step in ranking if step in there], "the next best", model, optimizer)
+
+
+def _load_first(
+    paths: Sequence[Path], then: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Checkpoint | None:
+    """Restores the first intact one of some checkpoints. `then` says what is tried instead of one that is damaged."""
+    found = agreed(_first_intact(paths, then) if is_main() else None)
     if found is None:
         return None
     path, state = found
     divide_again(model)
     _restore(path, model, optimizer)
-    return Checkpoint(state["step"], state["targets"], (path / METRICS).read_bytes())
+    return Checkpoint(state["step"], state["targets"], (path / METRICS).read_bytes(), tuple(state.get("window", ())))
 
 
-def _newest_intact(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    there = checkpoints(directory)
-    for path in reversed(there):
+def _first_intact(paths: Sequence[Path], then: str) -> tuple[Path, dict[str, Any]] | None:
+    for path in paths:
         try:
             return path, _proven_state(path)
         except (OSError, ValueError) as error:
-            print(f"checkpoint {path} is damaged ({error}): trying the one before", flush=True)
-    if there:
-        print(f"no intact checkpoint is left in {directory}: beginning at step 0", flush=True)
+            print(f"checkpoint {path} is damaged ({error}): trying {then}", flush=True)
     return None
 
 

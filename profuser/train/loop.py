@@ -28,16 +28,19 @@ from profuser.stopping import noted
 from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
-from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from profuser.train.checkpoint import Checkpoint, load_best, load_newest, save_checkpoint
+from profuser.train.determinism import deterministic
+from profuser.train.flops import cost_of, peak_flops, utilisation
 from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
 from profuser.train.losses import SequenceLosses, step_losses
-from profuser.train.metrics_log import append_line, is_due, means
+from profuser.train.metrics_log import append_line, is_due, means, ranking, validations
 from profuser.train.parallel import agreed_stop, shards
-from profuser.train.sharding import whole
+from profuser.train.sharding import agreed, whole
 from profuser.train.steps import StepBatch, Steps, load_steps
 from profuser.train.target import layout_for, load_target
 from profuser.train.targets import Targets
+from profuser.train.trackers import Trackers
 
 NOTICES = "notices.jsonl"
 """The file of a run with the steps that stood out. Nothing is read from it."""
@@ -50,7 +53,8 @@ class Trainer:
         directory: the run directory, for checkpoints and metrics.
     Raises:
         ConfigError: a stage would have no step.
-        DataError: a stage has no training examples; the target cannot be loaded, or does not fit its tokenizer.
+        DataError: a stage has no training examples; the best weights are to be written, and no validation example is left; the
+            target cannot be loaded, or does not fit its tokenizer.
     """
 
     def __init__(self, recipe: Recipe, store: Store, directory: Path, accelerator: Accelerator):
@@ -58,9 +62,17 @@ class Trainer:
 
         # The data.
         self.targets = Targets(store, "train")
-        self.validation = Targets(store, "validation") if store.numbers(layout.targets("validation")) else None
+        self.validation = validation_truths(store)
+        self.validated: dict[
+            int, float
+        ] = {}  # the CE of every validation, by the number of steps done, on the main process
         self.stages = plan(recipe, len(self.targets))
         self._check_modes(store)
+        if self.optim.export == "best" and self.validation is None:
+            raise DataError(
+                f"optim.export: best needs a validation example that can be used, none is left ({store.handled() or 'none was read'}); "
+                "raise data.max_length or check data.validation"
+            )
         self.targets_digest = store.digest(layout.targets("train"))
         config = recipe.target_config
         self.chat = chat_format(config, date=store.date)
@@ -91,8 +103,13 @@ class Trainer:
         self.model, self.optimizer = (
             (self.fusion, optimizer) if self.sharded else accelerator.prepare(self.fusion, optimizer)
         )
+        self.cost = cost_of(self.fusion.model)
+        self.peak = peak_flops(accelerator.device, bf16=accelerator.mixed_precision == "bf16")
         self.metrics = directory / "metrics.jsonl"
+        self.window: list[dict[str, float]] = []  # the metrics of the steps since the last line of metrics.jsonl
         self.health = Health()
+        shown = self.optim.trackers if accelerator.is_main_process else ()
+        self.trackers = Trackers(shown, directory, recipe.to_dict())
 
     def _check_modes(self, store: Store) -> None:
         """Raises DataError unless there are training examples for at least one mode of every stage."""
@@ -116,11 +133,17 @@ class Trainer:
         Raises:
             Interrupted, Terminated: after Ctrl-C or SIGTERM, at the end of the step and with a checkpoint of it.
             NonFiniteError: a loss or gradient is not finite.
-            ConfigError: the checkpoint was trained on other targets.
+            ConfigError: the checkpoint was trained on other targets; or the training is to be deterministic, and cannot be.
             DataError: a shard is damaged.
             ProfuserError: a process that prepares batches was killed.
         """
+        with deterministic(self.optim.deterministic, say=self.accelerator.is_main_process):
+            self._train()
+
+    def _train(self) -> None:
         start, total = self._resume(), self.stages[-1].stop
+        if start < total:
+            self.trackers.start(start)
         if start == 0:
             self._evaluate(0, 0)  # the target before fusion
         batches = load_steps(
@@ -134,7 +157,6 @@ class Trainer:
             Progress("fuse", total, "steps", self.accelerator.is_main_process, start) as bar,
             noted() as asked,
         ):
-            window: list[dict[str, float]] = []  # the metrics of the steps since the last line of metrics.jsonl
             for step in range(start, total):
                 # One optimizer step. The time that it waits for its batch is measured separately.
                 index = stage_at(self.stages, step)
@@ -147,13 +169,14 @@ class Trainer:
 
                 # Say what stands out in it. Log it, validate and save where that is due. A stage always ends with a line and a
                 # validation.
-                window.append(
+                self.window.append(
                     metrics
                     | {
                         "tokens": batch.tokens,
                         "tokens_per_second": batch.tokens / seconds,
                         "data_wait": waited / seconds,
                         "padding": 1 - batch.tokens / max(batch.computed, 1),
+                        **self._utilisation(batch, seconds),
                     }
                 )
                 done = step + 1
@@ -163,13 +186,15 @@ class Trainer:
                 bar.update(1, tokens=batch.tokens, note=note)
                 self._say_what_stands_out(step, index, metrics.get("loss"), seconds)
                 if is_due(done, stage, self.optim.log_every):
-                    self._log({"step": done, "stage": index, **means(window)})
-                    window = []
+                    self._log({"step": done, "stage": index, **means(self.window)})
+                    self.window = []
+                best = False
                 if (self.optim.eval_every and done % self.optim.eval_every == 0) or done == stage.stop:
                     self._evaluate(done, index)
+                    best = agreed(self._best() == done)
                 due = self.optim.checkpoint_every and done % self.optim.checkpoint_every == 0
                 stop = agreed_stop(asked())
-                if due or stop is not None or done == total:
+                if due or best or stop is not None or done == total:
                     self._checkpoint(done)
 
                 # Ctrl-C or SIGTERM came during the step, whose state is saved now.
@@ -221,6 +246,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return {**step_losses(sums, batch, stage), "lr": lr, "grad_norm": norm}
 
+    def _utilisation(self, batch: StepBatch, seconds: float) -> dict[str, float]:
+        """Returns the model FLOP utilisation of a step, as far as it can be known."""
+        if self.cost is None or self.peak is None:
+            return {}
+        flops = self.cost.flops(batch.tokens, batch.squares)
+        return {"mfu": utilisation(flops, seconds, self.accelerator.num_processes, self.peak)}
+
     def _say_what_stands_out(self, step: int, stage: int, loss: float | None, seconds: float) -> None:
         """Prints what stands out in a step with the examples in it, and adds it to notices.jsonl."""
         if not self.accelerator.is_main_process:
@@ -244,35 +276,75 @@ class Trainer:
         label, size = "score the validation prompts", self.recipe.capture.batch_size
         statistics = likelihood(self.fusion, self.validation, self.pad_id, size, label)
         self._log({"step": step, "stage": stage, "eval": {"ce": statistics.ce, "kd": statistics.kd}})
+        if step > 0 and math.isfinite(statistics.ce):  # what was there before the training is no result of it
+            self.validated[step] = statistics.ce
+
+    def _best(self) -> int | None:
+        """Returns the step whose checkpoint is kept beside the last ones, on the main process; None where there is none."""
+        return next(iter(ranking(self.validated)), None) if self.optim.keep_best else None
 
     def _log(self, line: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl, on the main process."""
+        """Adds a line to metrics.jsonl, on the main process, and shows it in the trackers."""
         if self.accelerator.is_main_process:
             append_line(self.metrics, line)
+            self.trackers.log(line)
 
     def _checkpoint(self, step: int) -> None:
         """Saves a checkpoint. The main process does it, unless the model is sharded: then each writes its own shares."""
         if self.accelerator.is_main_process or self.sharded:
             metrics = self.metrics.read_bytes() if self.accelerator.is_main_process else b""
-            checkpoint = Checkpoint(step, self.targets_digest, metrics)
+            checkpoint = Checkpoint(step, self.targets_digest, metrics, tuple(self.window))
             folder = self.directory / "checkpoints"
-            save_checkpoint(folder, checkpoint, self.fusion, self.optimizer, self.optim.keep_checkpoints)
+            save_checkpoint(folder, checkpoint, self.fusion, self.optimizer, self.optim.keep_checkpoints, self._best())
         self.accelerator.wait_for_everyone()
+
+    def restore_exported(self) -> int:
+        """Puts the weights that optim.export asks for into the trained model, and returns the step that they are of.
+
+        With `best` they are those of the intact checkpoint with the lowest CE in validation, and the last ones where these were not
+        worse. All processes must call it.
+        """
+        total = self.stages[-1].stop
+        if self.optim.export == "last":
+            return total
+        ranks = agreed(ranking(self.validated))
+        better = ranks[: ranks.index(total)] if total in ranks else ranks
+        found = load_best(self.directory / "checkpoints", better, self.fusion, self.optimizer) if better else None
+        step = total if found is None else found.step
+        said = f"the weights after step {step} of {total} are exported"
+        if found is not None:
+            said += f", with the lowest CE in validation, {self.validated.get(step, math.nan):.4f}"
+        elif better:
+            said += f", because no intact checkpoint is left of a step with a lower CE in validation ({', '.join(map(str, better))})"
+        else:
+            said += ", the last ones, with the lowest CE in validation"
+        self.accelerator.print(said, flush=True)
+        return step
 
     def _resume(self) -> int:
         """Restores the newest checkpoint, if there is one, and returns the number of steps that are done."""
         found = load_newest(self.directory / "checkpoints", self.fusion, self.optimizer)
         step, metrics = (0, b"") if found is None else (found.step, found.metrics)
+        self.window = [] if found is None else list(found.window)
         if found is not None and found.targets != self.targets_digest:
             raise ConfigError(
                 f"{self.directory} was trained on other targets than the store holds now; start over with --fresh, or restore "
                 "the store"
             )
         if self.accelerator.is_main_process:
+            self.validated = validations(metrics)
             if step:
                 print(f"resuming at step {step} of {self.stages[-1].stop}", flush=True)
             write_atomic(self.metrics, metrics)
         return step
+
+
+def validation_truths(store: Store) -> Targets | None:
+    """Returns the validation split; None where it has no ground truth that can be measured."""
+    if not store.numbers(layout.targets("validation")):
+        return None
+    targets = Targets(store, "validation")
+    return targets if (targets.modes == Mode.TRAINING).any() else None
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ Every checkpoint keeps a copy of the file, which a resumed run goes on with.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,21 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
     text = json.dumps(sealed(line)) + "\n"
     with writing(path, len(text)), open(path, "a", encoding="utf-8") as file:
         file.write(text)
+
+
+def validations(content: bytes) -> dict[int, float]:
+    """Returns the CE of every validation after a step of training, by the number of steps done, from the file's content.
+
+    One that is not finite is left out. The file must be as it was written, as that of a checkpoint is.
+    """
+    lines = [json.loads(line) for line in content.splitlines()]
+    found = {line["step"]: line["eval"]["ce"] for line in lines if "eval" in line and line["step"] > 0}
+    return {step: ce for step, ce in found.items() if math.isfinite(ce)}
+
+
+def ranking(validated: Mapping[int, float]) -> list[int]:
+    """Returns the steps of some validations by their CE, the lowest first; of equal ones the earlier."""
+    return sorted(validated, key=lambda step: (validated[step], step))
 
 
 def means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:

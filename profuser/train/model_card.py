@@ -55,12 +55,14 @@ def model_card(recipe: Recipe, scores: Mapping[str, Any] | None = None) -> str:
         f"{recipe.optim.beta if stage.beta is None else stage.beta:.4g} |"
         for number, stage in enumerate(stages_of(recipe), start=1)
     )
-    adapter = "" if recipe.adapter is None else f" A LoRA adapter of rank {recipe.adapter.rank} was trained and merged."
+    details = "" if recipe.adapter is None else f" A LoRA adapter of rank {recipe.adapter.rank} was trained and merged."
+    if recipe.optim.export == "best":
+        details += " The weights are those with the lowest cross-entropy in validation; `run.json` names their step."
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
         f"# {recipe.target}, fused with profuser\n\n"
         f"`{recipe.target}` after fusion of {len(recipe.sources)} sources by the schedule **{schedule}** "
-        f"(ProFuser, [arXiv 2408.04998](https://arxiv.org/abs/2408.04998)) on {recipe.data.location('train')}.{adapter}\n\n"
+        f"(ProFuser, [arXiv 2408.04998](https://arxiv.org/abs/2408.04998)) on {recipe.data.location('train')}.{details}\n\n"
         f"| source | model | licence |\n|---|---|---|\n{rows}\n\n"
         "The licences of the sources and of the training data apply to this model.\n\n"
         "| stage | weight of the inference mode | weight of the training mode | weight of KL (beta) |\n|---|---:|---:|---:|\n"

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from profuser.errors import ConfigError, Stopped
 from profuser.recipe.schema import OptimConfig
 from profuser.stopping import KINDS
+from profuser.train.determinism import set_environment
 
 
 def settled_precision(name: str) -> str:
@@ -19,12 +20,15 @@ def settled_precision(name: str) -> str:
     return name if name != "auto" else ("bf16" if torch.cuda.is_available() else "fp32")
 
 
-def launch(precision: str) -> Accelerator:
+def launch(precision: str, *, deterministic: bool = False) -> Accelerator:
     """Returns the Accelerator of this run, in the arithmetic fp32 or bf16.
 
     Raises:
-        ConfigError: the launcher asked for something else than one process, DDP or FSDP, such as DeepSpeed.
+        ConfigError: the environment rules out what is to be `deterministic`; or the launcher asked for something else than one
+            process, DDP or FSDP, such as DeepSpeed.
     """
+    if deterministic:
+        set_environment()
     # The main process prepares the store, which may take days, while the other ranks wait for it.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(

@@ -100,6 +100,17 @@ class RunDirectory:
             )
         if not complete:
             return False
+        written, now = old["recipe"].get("optim", {}).get("export", "last"), self.run.recipe.optim.export
+        if written != now:
+            if not self.begun:
+                raise ConfigError(
+                    f"optim.export must be {written} as it was, or {self.checkpoints} must hold the run's checkpoints, got {now} and "
+                    "none; set it back, or start over with --fresh"
+                )
+            print(
+                f"{self.path} was written with optim.export: {written}, now {now}: making the model again", flush=True
+            )
+            return False
 
         # The record alone is not enough: the model must be there. One that was edited on purpose can still be read.
         differing = damaged_files(self.path, model_files(old))
@@ -131,14 +142,15 @@ class RunDirectory:
         seconds = (self.read().get("seconds") or {}) if self.exists else {}
         self._write("running", precision=precision, seconds=seconds)
 
-    def finish(self, model: Sequence[str]) -> None:
-        """Writes the record of a complete run. `model` names the files of the fused model."""
+    def finish(self, model: Sequence[str], step: int) -> None:
+        """Writes the record of a complete run. `model` names the files of the fused model, whose weights are those after `step`."""
         record = self.read()
         names = [*model, *(name for name in MEASURED if (self.path / name).exists())]
         self._write(
             "complete",
             precision=record["precision"],
             seconds=record["seconds"],
+            exported_step=step,
             **peak_memory(),
             demo_data=demo_data(self.run.recipe),
             files={name: digest_of_file(self.path / name) for name in names},

@@ -39,7 +39,7 @@ RECIPE = {
     "target?": str,
     "evaluation?": {"match?": (str, None)},
     "align?": {"mode?": str},
-    "optim?": {"beta?": (NUMBER, None)},
+    "optim?": {"beta?": (NUMBER, None), "export?": str},
 }
 """The shape of what the report reads of a recipe. Whoever runs the recipe checks all of it."""
 RUN = {
@@ -50,6 +50,7 @@ RUN = {
     "seconds": {str: SECONDS},
     "precision": Rule("fp32 or bf16", lambda x: x in ("fp32", "bf16")),
     "files?": FILES,
+    "exported_step?": COUNT,
     "versions": {str: str},
     "hardware": str,
     "commit": (str, None),

@@ -77,12 +77,14 @@ class StepBatch:
 
     micro_batches: the forward passes of this rank. The rest is about the whole step, over all ranks:
     labels: the number of label tokens by mode. tokens: the number of all tokens. computed: that number with the padding.
+    squares: the sum of the sequences' squared lengths, with which attention grows.
     """
 
     micro_batches: list[MicroBatch]
     labels: dict[Mode, int]
     tokens: int
     computed: int
+    squares: int
 
     def pin_memory(self) -> StepBatch:
         """Returns the same in pinned memory. A DataLoader calls this method by its name."""
@@ -150,8 +152,10 @@ class Steps(Dataset[StepBatch | ProfuserError]):
             for one in shares(passes, self.world)[self.rank]
             for rows in [one or [[self.targets.sequence(0).unlabelled()]]]
         ]
-        tokens = sum(len(sequence.input_ids) for instruction in instructions for sequence in instruction)
-        return StepBatch(micro_batches, labels, tokens, sum(map(size_of, passes)))
+        lengths = [len(sequence.input_ids) for instruction in instructions for sequence in instruction]
+        return StepBatch(
+            micro_batches, labels, sum(lengths), sum(map(size_of, passes)), sum(length**2 for length in lengths)
+        )
 
     def instructions(self, step: int) -> list[int]:
         """Returns the instructions that a step takes. Every epoch has an order of its own, which follows from (seed, epoch)."""
