@@ -25,6 +25,7 @@ from profuser.store.sealed import is_intact
 from profuser.store.store import Store, check_place
 from profuser.train.adapter import check_adapter
 from profuser.train.checkpoint import newest_step
+from profuser.train.compiled import check_compile
 from profuser.train.export import save_fused
 from profuser.train.loop import Trainer
 from profuser.train.model_card import CARD, write_card
@@ -64,6 +65,8 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     with directory.timed("prepare", is_main):
         if is_main:
             check_adapter(recipe, sharded=shards(recipe.optim, accelerator))
+            if recipe.optim.compile:
+                check_compile(accelerator.device, sharded=shards(recipe.optim, accelerator))
             preparation = Preparation.begin(Inputs.open(run), held)
             for example in preparation.inputs.rows.get("heldout", [])[:1]:
                 try_match(recipe.evaluation.match, example)

@@ -316,6 +316,9 @@ class OptimConfig:
     """The arithmetic of the target. auto means bf16 on CUDA and fp32 on the CPU; it is settled when a run is begun."""
     shard: bool = False
     """Whether the processes share the target's weights, gradients and moments (FSDP2) instead of each holding all of them."""
+    compile: bool = False
+    """Whether torch.compile makes one graph of the target without its head. It takes a minute or so at the start and needs a C++ compiler
+    (with a GPU: Triton); the loss is not compiled, which has kernels of its own."""
     gradient_checkpointing: bool = False
     """Whether activations are computed again in the backward pass, which saves memory and costs another forward pass."""
     eval_every: int = 100
@@ -488,6 +491,11 @@ class Recipe:
         if self.adapter is not None and self.optim.shard:
             raise ConfigError(
                 "optim.shard must be false with an adapter, whose few weights every process holds, got true; take one of them out"
+            )
+        if self.optim.compile and self.optim.shard:
+            raise ConfigError(
+                "optim.compile must be false with optim.shard, whose blocks are gathered outside of any graph, got true; take one of "
+                "them out"
             )
         budget, longest = self.optim.tokens_per_micro_batch, self.data.max_length
         if budget is not None and budget < longest:
