@@ -64,7 +64,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     store: Store | None = None
     with directory.timed("prepare", is_main):
         if is_main:
-            check_adapter(recipe, sharded=shards(recipe.optim, accelerator))
+            check_adapter(recipe, accelerator.device, sharded=shards(recipe.optim, accelerator))
             if recipe.optim.compile:
                 check_compile(accelerator.device, sharded=shards(recipe.optim, accelerator))
             preparation = Preparation.begin(Inputs.open(run), held)

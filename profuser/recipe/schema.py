@@ -361,7 +361,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """A LoRA adapter, which is trained in place of the target's weights (needs the package peft).
+    """A LoRA adapter, which is trained in place of the target's weights (needs the package peft, and bitsandbytes for quantize).
 
     The fused model is written with the adapter merged into it, and the adapter alone into the run's folder `adapter`.
     """
@@ -372,6 +372,9 @@ class AdapterConfig:
     """The change of a layer is BA times alpha / rank."""
     dropout: float = 0.0
     """The share of a layer's inputs that is dropped at random before A."""
+    quantize: Literal["nf4"] | None = None
+    """How the frozen weights are held: nf4 takes 4 bits for each weight of a linear layer (QLoRA), null keeps them as they are. The
+    adapter is merged into the weights as they were before that."""
     target_modules: str | list[str] = ALL_LINEAR
     """The last parts of the names of the layers that are adapted, such as [q_proj, v_proj]; all-linear means all but the head."""
 

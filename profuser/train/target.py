@@ -15,6 +15,7 @@ from profuser.text.chat import ChatFormat
 from profuser.train.adapter import with_adapter
 from profuser.train.compiled import compile_target
 from profuser.train.packing import Layout
+from profuser.train.quantized import load_quantized
 from profuser.train.sharding import agreed, is_main, load_into_shards
 
 
@@ -31,7 +32,9 @@ def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, s
         packs = recipe.optim.tokens_per_micro_batch is not None and in_bf16
         # Weights that an adapter freezes need no more digits than they are computed with.
         dtype = torch.bfloat16 if in_bf16 and recipe.adapter is not None else torch.float32
-        fusion = _with_loss(load_model(config, dtype, accelerator.device, packs=packs), recipe, chat)
+        in_4_bits = recipe.adapter is not None and recipe.adapter.quantize is not None
+        loaded = (load_quantized if in_4_bits else load_model)(config, dtype, accelerator.device, packs=packs)
+        fusion = _with_loss(loaded, recipe, chat)
         if recipe.optim.compile:
             compile_target(fusion)
         return fusion
