@@ -27,6 +27,7 @@ from profuser.train.adapter import check_adapter
 from profuser.train.checkpoint import newest_step
 from profuser.train.compiled import check_compile
 from profuser.train.export import save_fused
+from profuser.train.hub import check_hub, upload
 from profuser.train.loop import Trainer
 from profuser.train.model_card import CARD, write_card
 from profuser.train.parallel import launch, settled_precision, shards
@@ -102,6 +103,9 @@ def train_and_report(run: Run) -> None:
     directory = RunDirectory(run)
     fresh = bool(run.options.get("fresh"))
     accelerator = launch(settled_precision(run.recipe.optim.precision if fresh else directory.precision()))
+    is_main = accelerator.is_main_process
+    if is_main:
+        check_hub(run.recipe.hub)
     with contextlib.ExitStack() as held:
         # Find out whether there is anything to do. The main process decides it for all.
         complete = False
@@ -132,6 +136,10 @@ def train_and_report(run: Run) -> None:
     # DDP is freed before its process group. If it were the last to hold the group, it could wait for gloo's thread for ever.
     accelerator.free_memory()
     accelerator.end_training()
+
+    if is_main and run.recipe.hub is not None:
+        with directory.held():
+            upload(directory, run.recipe.hub)
 
 
 def print_report(run: Run, processes: int | None) -> None:

@@ -441,6 +441,16 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
+class HubConfig:
+    """Where the fused model is uploaded to when the run is complete. Only the model's files and its card are."""
+
+    repository: str
+    """The repository on the Hugging Face Hub, as org/model. It is created if there is none."""
+    private: bool = True
+    """Whether the repository must be private. With true, nothing is uploaded to a public one."""
+
+
+@dataclass(kw_only=True)
 class Recipe:
     """A recipe holds everything that decides the outcome of a run."""
 
@@ -462,6 +472,8 @@ class Recipe:
     """An adapter that is trained in place of the target's weights; null trains all of them."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    hub: HubConfig | None = None
+    """Where the fused model is uploaded to; null keeps it here."""
     store: str | None = None
     """The directory of the store, which holds the prepared targets; null means runs/NAME-store with the recipe's name."""
     output: str | None = None
