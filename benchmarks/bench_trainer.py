@@ -20,11 +20,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -34,11 +32,10 @@ from torch import Tensor
 from benchmarks.bench_train_step import make_model
 from benchmarks.cases import DEVICE
 from benchmarks.measure import in_process, reset_peak, resident_mib, surroundings, synchronize
-from benchmarks.synthetic_store import SETTINGS, SOURCES, demo_recipe, demo_sequences, shard_of
-from profuser.models.load import chat_format, load_model
+from benchmarks.synthetic_store import demo_fusion
+from profuser.models.load import load_model
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import Recipe, SourceConfig
-from profuser.store import layout
 from profuser.store.store import Store
 from profuser.train.loop import Trainer
 from profuser.train.steps import StepBatch
@@ -54,15 +51,7 @@ def fusion_of(model: str, scratch: Path) -> tuple[Recipe, Store]:
     """A recipe with three sources and a store for it. `scratch` is a folder for the store and the small model."""
     directory = os.environ["PROFUSER_SMOLLM2"] if model == "smollm2" else small_model(scratch / "model")
     source = SourceConfig(name="guardian", model=str(directory))
-    chat, count = chat_format(source), SEQUENCES[model]
-    sequences = demo_sequences(chat, np.random.default_rng(0), count * STEPS, SOURCES)
-    store = Store.build(scratch / "store", SETTINGS)
-    shard = shard_of(sequences, len(chat.token_bytes.pieces))
-    store.put(layout.targets("train"), 0, shard, examples=len(sequences))
-    store.finish()
-    recipe = demo_recipe(STEPS)
-    optim = replace(recipe.optim, batch_size=count, tokens_per_micro_batch=BUDGET, lr=1e-5)
-    return replace(recipe, sources=[source], target=source.name, optim=optim), Store.open(store.directory)
+    return demo_fusion(source, scratch, steps=STEPS, batch_size=SEQUENCES[model], budget=BUDGET)
 
 
 def small_model(directory: Path) -> Path:

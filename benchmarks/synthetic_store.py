@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+from profuser.models.load import chat_format
 from profuser.ragged import offsets_of
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import resolve
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import Recipe
+from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.store import layout
 from profuser.store.layout import TARGET_COLUMNS, shard_arrays
 from profuser.store.store import Store, StoreSettings
@@ -158,6 +159,25 @@ def demo_recipe(steps: int) -> Recipe:
     recipe = parse_run("train", []).recipe
     optim = replace(recipe.optim, steps=steps, log_every=1, eval_every=0, checkpoint_every=0)
     return replace(recipe, judges=[], schedule="fusellm", optim=optim)
+
+
+def demo_fusion(
+    source: SourceConfig, directory: Path, *, steps: int, batch_size: int, budget: int
+) -> tuple[Recipe, Store]:
+    """A recipe whose target is a model, and a store with the demo's prompts in it and made-up distributions of SOURCES sources.
+
+    Args:
+        directory: where the store is written. batch_size: how many sequences a step takes. budget: optim.tokens_per_micro_batch.
+    """
+    chat = chat_format(source)
+    sequences = demo_sequences(chat, np.random.default_rng(0), batch_size * steps, SOURCES)
+    store = Store.build(directory / "store", SETTINGS)
+    shard = shard_of(sequences, len(chat.token_bytes.pieces))
+    store.put(layout.targets("train"), 0, shard, examples=len(sequences))
+    store.finish()
+    recipe = demo_recipe(steps)
+    optim = replace(recipe.optim, batch_size=batch_size, tokens_per_micro_batch=budget, lr=1e-5)
+    return replace(recipe, sources=[source], target=source.name, optim=optim), Store.open(store.directory)
 
 
 def private_bytes() -> int:

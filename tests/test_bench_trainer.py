@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import bench_trainer
+from benchmarks import bench_trainer, trainer_steps
 from benchmarks.synthetic_store import SETTINGS, SOURCES, TOP_K, demo_sequences, shard_of
 from profuser.models.load import chat_format
 from profuser.recipe.schema import SourceConfig
@@ -59,3 +59,11 @@ def test_a_store_of_made_up_sequences_holds_each_of_them(tmp_path):
             "entry_logprobs",
         ):
             assert np.array_equal(getattr(read, name), getattr(made, name)), name
+
+
+def test_the_steps_for_a_gpu_print_their_losses_and_then_the_share_of_the_loss(tmp_path, capsys):
+    trainer_steps.measure(2, False, tmp_path)
+    steps, share = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert len(steps["losses"]) == 2
+    assert steps["tokens_per_second"] > 0
+    assert 0 < share["share_of_loss"] < 1
