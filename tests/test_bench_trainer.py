@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import bench_trainer, trainer_steps
@@ -67,3 +68,19 @@ def test_the_steps_for_a_gpu_print_their_losses_and_then_the_share_of_the_loss(t
     assert len(steps["losses"]) == 2
     assert steps["tokens_per_second"] > 0
     assert 0 < share["share_of_loss"] < 1
+
+
+@pytest.mark.parametrize("model", ["small", "smollm2"])
+def test_the_page_says_what_the_result_says_which_is_within_its_bounds(model):
+    """A fusion step takes at most 1.05 of the time of a plain one, with less memory."""
+    result = json.loads((ROOT / f"benchmarks/results/bench_trainer_{model}.json").read_text())
+    info = result["benchmarks"][0]["extra_info"]
+    seconds = {side: np.median(info[f"{side}_cpu_ms"]) / 1e3 for side in ("ours", "theirs")}
+    peak = info["peak_mib"]
+    assert info["steps"] >= 10
+    assert seconds["ours"] <= 1.05 * seconds["theirs"]
+    assert peak["ours"] < peak["theirs"]
+    page = (ROOT / "docs/results.md").read_text()
+    for unit, digits, values in (("s", 2, seconds), ("MiB", 0, peak)):
+        cells = [f"{values[side]:.{digits}f} {unit}" for side in ("ours", "theirs")]
+        assert f"| {' | '.join(cells)} | {values['ours'] / values['theirs']:.2f} |" in page
