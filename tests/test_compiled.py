@@ -33,6 +33,7 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 def test_a_compiled_run_writes_what_an_uncompiled_one_does_from_a_few_graphs(traced, prepared, tmp_path):
     options = {"tokens_per_micro_batch": prepared[1].recipe.data.max_length, "steps": 2, "batch_size": 5}
     plain, graphs = (with_optim(prepared[1], tmp_path / str(on), compile=on, **options) for on in (False, True))

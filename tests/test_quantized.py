@@ -20,6 +20,7 @@ from profuser.pipeline import train
 from profuser.plan.architecture import Architecture
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import AdapterConfig, SourceConfig
+from profuser.train import compiled
 from profuser.train.adapter import with_adapter
 from profuser.train.loop import Trainer
 from profuser.train.quantized import check_quantize, load_quantized
@@ -112,6 +113,27 @@ class TestWithBitsandbytes:
         assert loss == pytest.approx(true_loss, rel=1e-5)
         assert gradients.norm() > 0
         assert (gradients - true_gradients).norm() < 1e-4 * true_gradients.norm()
+
+    def test_compiled_it_is_one_graph_with_the_same_gradients(self, monkeypatch):
+        from torch._dynamo.utils import counters
+
+        monkeypatch.setattr(compiled, "BACKEND", "eager")
+        torch._dynamo.reset()
+        counters.clear()
+        held = load_quantized(GUARDIAN, torch.float32, CPU, packs=False)
+        fusion = FusionModel(with_adapter(held, AdapterConfig(rank=2)), beta=0.0).train()
+        ids = torch.arange(5, 45)[None].repeat(2, 1)
+        found = []
+        for on in (False, True):
+            if on:
+                compiled.compile_target(fusion)
+            fusion.zero_grad()
+            fusion(ids, labels=ids)["loss"].backward()
+            found.append(torch.cat([p.grad.flatten() for p in fusion.parameters() if p.grad is not None]))
+        torch._dynamo.reset()
+        assert found[0].norm() > 0
+        assert torch.equal(*found)
+        assert counters["stats"]["unique_graphs"] == 1
 
     def test_the_plan_counts_as_many_bytes_as_the_weights_have(self, prepared, tmp_path):
         run = quantized(prepared[1], tmp_path)
