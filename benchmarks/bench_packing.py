@@ -10,11 +10,9 @@ both, so that they share the load of the machine.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,49 +20,18 @@ import torch
 
 from benchmarks.cases import DEVICE
 from benchmarks.measure import surroundings, synchronize
+from benchmarks.synthetic_store import TOP_K, demo_sequences
 from profuser.fusion_model import FusionModel
 from profuser.models.load import chat_format, load_model
-from profuser.ragged import offsets_of
-from profuser.recipe.places import resolve
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import SourceConfig
 from profuser.train.collate import collate
 from profuser.train.packing import Layout, by_count, by_tokens, size_of
-from profuser.train.targets import TargetSequence
 
 TARGETS = {"demo": "demo:guardian", "smollm2": os.environ.get("PROFUSER_SMOLLM2", "")}
-SEQUENCES, ROUNDS, TOP_K = 32, 3, 10
+SEQUENCES, ROUNDS = 32, 3
 BUDGETS = {"demo": 2048, "smollm2": 1024}
 ONES = dict.fromkeys(Mode, 1.0)
-
-
-def sequences_of(chat, rng: np.random.Generator) -> list[TargetSequence]:
-    """The first examples of the demo, each with a made-up distribution for every token of its response."""
-    found = []
-    lines = Path(resolve("demo:fusion.jsonl")).read_text(encoding="utf-8").splitlines()
-    for number in rng.choice(len(lines), SEQUENCES, replace=False).tolist():
-        example = json.loads(lines[number])
-        encoded = chat.encode(example["prompt"], example["response"], complete=True)
-        ids = np.array(encoded.input_ids)
-        labels = np.arange(encoded.start, len(ids))
-        entries = len(labels) * TOP_K
-        found.append(
-            TargetSequence(
-                example=number,
-                mode=Mode.TRAINING,
-                input_ids=ids,
-                label_mask=np.arange(len(ids)) >= encoded.start,
-                source_ce=np.ones(1, np.float32),
-                response_bytes=len(example["response"].encode()),
-                row_position=labels,
-                row_source=np.zeros(len(labels), int),
-                row_tail=np.full(len(labels), 0.05, np.float32),
-                entry_offsets=offsets_of(np.full(len(labels), TOP_K)),
-                entry_ids=rng.integers(0, len(chat.token_bytes.pieces), entries),
-                entry_logprobs=np.full(entries, np.log(0.95 / TOP_K), np.float16),
-            )
-        )
-    return found
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -73,7 +40,7 @@ def test_packing(benchmark, target):
         pytest.skip("no SmolLM2: set PROFUSER_SMOLLM2 to its directory")
     source = SourceConfig(name=target, model=TARGETS[target])
     chat = chat_format(source)
-    sequences = sequences_of(chat, np.random.default_rng(0))
+    sequences = demo_sequences(chat, np.random.default_rng(0), SEQUENCES)
     model = FusionModel(load_model(source, torch.float32, DEVICE), source_temperature=1.0).train()
     budget = BUDGETS[target]
     tokens = sum(len(sequence.input_ids) for sequence in sequences)

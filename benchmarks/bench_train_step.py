@@ -24,7 +24,7 @@ from profuser.kernels.reference import fusion_loss_reference
 from profuser.models.head import hidden_states
 
 S, K = 3, 10
-# B sequences of T tokens, for a Llama of about 13M parameters on a CPU and of about 1.2B on CUDA.
+# B sequences of T tokens, for a Llama of about 5M parameters on a CPU and of about 1.2B on CUDA.
 B, T, ROUNDS = {"cpu": (4, 256, 3), "cuda": (4, 2048, 5)}[DEVICE]
 CONFIG: dict[str, Any] = {
     "cpu": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests marked `gpu` and the benchmarks of loss, top-k and training step on a CUDA machine, in nine minutes at most.
+# Runs the tests marked `gpu`, the benchmarks of loss, top-k and training step, and a few steps of the trainer on a CUDA machine, in nine
+# minutes at most.
 #
 #     [OUT=DIR] [PYTHON=python3] [PROFUSER_COMMIT=HASH] benchmarks/gpu.sh [WHEELS]
 #
@@ -10,6 +11,7 @@
 # >= 2.11 and triton >= 3.6, transformers 5, matplotlib, jinja2, psutil, pytest and pytest-benchmark >= 5.1. Packages that this
 # Python lacks can be given as WHEELS, a folder of wheels. They are installed into a temporary folder and not into that Python:
 #     always       jsonargparse docstring-parser typeshed-client (and pytest, pytest-benchmark, py-cpuinfo)
+#     the trainer  accelerate, datasets, filelock, tqdm, pyyaml and what they need: without them its steps fail, and the others run
 #     to compare   liger-kernel cut-cross-entropy; quack-kernels with nvidia-cutlass-dsl and its libs, apache-tvm-ffi,
 #                  torch-c-dlpack-ext, einops: without them these implementations are skipped, and the result says so
 # PROFUSER_COMMIT names the commit if the checkout came without its history.
@@ -55,6 +57,12 @@ step 50 native_tests "$PYTHON" -m pytest -q -k "triton" tests/test_fused_loss.py
 bench 140 loss benchmarks/bench_fused_loss.py -k "not compiled and not quack"
 bench 50 topk benchmarks/bench_source_topk.py
 bench 60 train_step benchmarks/bench_train_step.py
+# The trainer on the bundled demo: in bf16 with the Triton kernels, the same sharded (FSDP2) on one device, and in fp32 on the CPU, whose
+# losses should be nearly the same.
+trainer=(-m benchmarks.trainer_steps)
+step 45 trainer "$PYTHON" "${trainer[@]}"
+step 45 trainer_sharded "$PYTHON" -m torch.distributed.run --nproc-per-node 1 "${trainer[@]}" --shard
+CUDA_VISIBLE_DEVICES='' step 45 trainer_cpu "$PYTHON" "${trainer[@]}"
 # What compiles and tunes itself for long is a step of its own, so that it can use up only its own time.
 bench 80 loss_tuned benchmarks/bench_fused_loss.py -k "compiled or quack"
 if command -v compute-sanitizer >/dev/null; then

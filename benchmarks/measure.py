@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -134,32 +135,46 @@ def cuda_peak_mib(step: Callable[[], object]) -> float:
 def process_peaks_mib(make_step: Callable[..., Callable[[], object]], arguments: list[tuple]) -> list[float | None]:
     """How many MiB `make_step(*each)()` adds at most to the resident set of a process, for each of the arguments.
 
-    All are measured in one process of their own, in which malloc returns freed memory at once. The second call of each step
-    counts, because the first loads libraries and compiles. Without /proc the results are None.
+    All are measured in one process of their own. The second call of each step counts, because the first loads libraries and
+    compiles. Without /proc the results are None.
     """
     if platform.system() != "Linux":
         return [None] * len(arguments)
+    return in_process(_peaks, make_step, arguments)
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what a function returns in a process of its own with one thread, in which malloc returns freed memory at once."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
-        process = context.Process(target=_put_peaks, args=(queue, make_step, arguments))
+        process = context.Process(target=_put, args=(queue, function, arguments))
         process.start()
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
-    peaks = queue.get(timeout=900)
+    result = queue.get(timeout=900)
     process.join()
-    return peaks
+    return result
 
 
-def _put_peaks(queue, make_step, arguments):
+def _put(queue, function, arguments):
     torch.set_num_threads(1)
+    queue.put(function(*arguments))
+
+
+def _peaks(make_step, arguments):
     peaks = []
     for each in arguments:
         step = make_step(*each)
         step()
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
+        reset_peak()
         before = resident_mib("VmRSS")
         step()
         peaks.append(round(resident_mib("VmHWM") - before, 1))
-    queue.put(peaks)
+    return peaks
+
+
+def reset_peak() -> None:
+    """Lets the high-water mark of this process, VmHWM, begin anew at what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

@@ -12,17 +12,23 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from profuser.models.load import chat_format
 from profuser.ragged import offsets_of
 from profuser.recipe.parse import parse_run
-from profuser.recipe.schema import Recipe
+from profuser.recipe.places import resolve
+from profuser.recipe.schedule import Mode
+from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.store import layout
 from profuser.store.layout import TARGET_COLUMNS, shard_arrays
 from profuser.store.store import Store, StoreSettings
+from profuser.text.chat import ChatFormat
+from profuser.train.targets import TargetSequence
 
 SOURCES, TOP_K, VOCABULARY = 3, 10, 1152
 PROMPT_TOKENS, RESPONSE_TOKENS = 20, 200
@@ -48,7 +54,6 @@ def synthetic_shard(first: int, examples: int) -> dict[str, np.ndarray]:
     mask = np.zeros((examples, tokens), np.uint8)
     mask[:, PROMPT_TOKENS:] = 1
     entries = examples * rows * TOP_K
-    counts = {"skipped": (2, 6), "kinds": (2, SOURCES, 4), "covered": (2, SOURCES), "mapped_mass": (2, SOURCES)}
     arrays = {
         "example": np.arange(first, first + examples),
         "mode": np.zeros(examples),
@@ -65,10 +70,77 @@ def synthetic_shard(first: int, examples: int) -> dict[str, np.ndarray]:
         "entry_offsets": offsets_of(np.full(examples * rows, TOP_K)),
         "entry_ids": rng.integers(10, VOCABULARY, entries),
         "entry_logprobs": np.full(entries, np.log(0.95 / TOP_K)),
-        **{name: np.zeros(shape) for name, shape in counts.items()},
-        "reliability": np.zeros((2, SOURCES, 10)),
+        **counts_of(examples, SOURCES),
     }
     return shard_arrays(TARGET_COLUMNS, arrays, VOCABULARY)
+
+
+def demo_sequences(chat: ChatFormat, rng: np.random.Generator, count: int, sources: int = 1) -> list[TargetSequence]:
+    """Some of the demo's prompts with their ground truths, as a target's chat template writes them.
+
+    Each source has a made-up distribution of TOP_K entries for every token of the response.
+    """
+    found = []
+    lines = Path(resolve("demo:fusion.jsonl")).read_text(encoding="utf-8").splitlines()
+    for number in rng.choice(len(lines), count, replace=False).tolist():
+        example = json.loads(lines[number])
+        encoded = chat.encode(example["prompt"], example["response"], complete=True)
+        ids = np.array(encoded.input_ids)
+        labels = np.arange(encoded.start, len(ids))
+        rows = sources * len(labels)
+        found.append(
+            TargetSequence(
+                example=number,
+                mode=Mode.TRAINING,
+                input_ids=ids,
+                label_mask=np.arange(len(ids)) >= encoded.start,
+                source_ce=rng.uniform(0.3, 1.0, sources).astype(np.float32),
+                response_bytes=len(example["response"].encode()),
+                row_position=np.tile(labels, sources),
+                row_source=np.repeat(np.arange(sources), len(labels)),
+                row_tail=np.full(rows, 0.05, np.float32),
+                entry_offsets=offsets_of(np.full(rows, TOP_K)),
+                entry_ids=rng.integers(0, len(chat.token_bytes.pieces), rows * TOP_K),
+                entry_logprobs=np.full(rows * TOP_K, np.log(0.95 / TOP_K), np.float16),
+            )
+        )
+    return found
+
+
+def shard_of(sequences: Sequence[TargetSequence], vocabulary: int) -> dict[str, np.ndarray]:
+    """Targets that hold these sequences of training mode, each an instruction of its own."""
+    examples, sources = len(sequences), len(sequences[0].source_ce)
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(sequence, name) for sequence in sequences])
+
+    def bounds(name: str) -> np.ndarray:
+        return offsets_of(np.array([len(getattr(sequence, name)) for sequence in sequences]))
+
+    entries = np.concatenate([np.diff(sequence.entry_offsets) for sequence in sequences])
+    arrays = {
+        "example": np.arange(examples),
+        "mode": np.full(examples, int(Mode.TRAINING)),
+        "response_bytes": np.array([sequence.response_bytes for sequence in sequences]),
+        "source_ce": np.stack([sequence.source_ce for sequence in sequences]),
+        "offsets": bounds("input_ids"),
+        "row_offsets": bounds("row_position"),
+        "entry_offsets": offsets_of(entries),
+        "row_reliability": np.full(len(entries), 255),
+        **{
+            name: joined(name)
+            for name in ("input_ids", "label_mask", "row_position", "row_source", "row_tail", "entry_ids")
+        },
+        "entry_logprobs": joined("entry_logprobs"),
+        **counts_of(examples, sources),
+    }
+    return shard_arrays(TARGET_COLUMNS, arrays, vocabulary)
+
+
+def counts_of(examples: int, sources: int) -> dict[str, np.ndarray]:
+    """The columns that only the summary of a store reads, as zeros."""
+    counts = {"skipped": (2, 6), "kinds": (2, sources, 4), "covered": (2, sources), "mapped_mass": (2, sources)}
+    return {name: np.zeros(shape) for name, shape in counts.items()} | {"reliability": np.zeros((2, sources, 10))}
 
 
 def make_store(directory: Path, instructions: int) -> Store:
@@ -87,6 +159,25 @@ def demo_recipe(steps: int) -> Recipe:
     recipe = parse_run("train", []).recipe
     optim = replace(recipe.optim, steps=steps, log_every=1, eval_every=0, checkpoint_every=0)
     return replace(recipe, judges=[], schedule="fusellm", optim=optim)
+
+
+def demo_fusion(
+    source: SourceConfig, directory: Path, *, steps: int, batch_size: int, budget: int
+) -> tuple[Recipe, Store]:
+    """A recipe whose target is a model, and a store with the demo's prompts in it and made-up distributions of SOURCES sources.
+
+    Args:
+        directory: where the store is written. batch_size: how many sequences a step takes. budget: optim.tokens_per_micro_batch.
+    """
+    chat = chat_format(source)
+    sequences = demo_sequences(chat, np.random.default_rng(0), batch_size * steps, SOURCES)
+    store = Store.build(directory / "store", SETTINGS)
+    shard = shard_of(sequences, len(chat.token_bytes.pieces))
+    store.put(layout.targets("train"), 0, shard, examples=len(sequences))
+    store.finish()
+    recipe = demo_recipe(steps)
+    optim = replace(recipe.optim, batch_size=batch_size, tokens_per_micro_batch=budget, lr=1e-5)
+    return replace(recipe, sources=[source], target=source.name, optim=optim), Store.open(store.directory)
 
 
 def private_bytes() -> int:

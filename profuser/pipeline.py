@@ -26,7 +26,9 @@ from profuser.store.sealed import is_intact
 from profuser.store.store import Store, check_place
 from profuser.train.adapter import check_adapter
 from profuser.train.checkpoint import newest_step
+from profuser.train.compiled import check_compile
 from profuser.train.export import save_fused
+from profuser.train.hub import check_hub, upload
 from profuser.train.loop import Trainer
 from profuser.train.model_card import CARD, write_card
 from profuser.train.parallel import launch, settled_precision, shards
@@ -107,6 +109,9 @@ def train_and_report(run: Run) -> None:
     fresh = bool(run.options.get("fresh"))
     precision = run.recipe.optim.precision if fresh else directory.precision()
     accelerator = launch(settled_precision(precision), deterministic=run.recipe.optim.deterministic)
+    is_main = accelerator.is_main_process
+    if is_main:
+        check_hub(run.recipe.hub)
     with contextlib.ExitStack() as held:
         # Find out whether there is anything to do. The main process decides it for all.
         complete = False
@@ -139,15 +144,23 @@ def train_and_report(run: Run) -> None:
     accelerator.free_memory()
     accelerator.end_training()
 
+    if is_main and run.recipe.hub is not None:
+        with directory.held():
+            upload(directory, run.recipe.hub)
+
 
 def check_training(recipe: Recipe, accelerator: Accelerator) -> None:
     """Finds out before anything is prepared or moved whether the target can be trained as the recipe says. It reads no weights.
 
     Raises:
-        ConfigError: the adapter does not fit the target or the launcher, or a tracker's package is missing.
+        ConfigError: the adapter does not fit the target or the launcher, the target cannot be compiled here, or a tracker's package is
+            missing.
         ModuleNotFoundError: peft is missing.
     """
-    check_adapter(recipe, sharded=shards(recipe.optim, accelerator))
+    sharded = shards(recipe.optim, accelerator)
+    check_adapter(recipe, accelerator.device, sharded=sharded)
+    if recipe.optim.compile:
+        check_compile(accelerator.device, sharded=sharded)
     check_trackers(recipe.optim.trackers)
 
 

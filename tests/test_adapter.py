@@ -24,6 +24,7 @@ from profuser.recipe.schema import AdapterConfig, SourceConfig
 from profuser.train.adapter import check_adapter, with_adapter
 from profuser.train.loop import Trainer
 
+CPU = torch.device("cpu")
 ADAPTER = AdapterConfig(rank=4, alpha=8.0)
 
 
@@ -159,8 +160,8 @@ def test_an_adapter_is_not_sharded(prepared):
     """Neither where the recipe asks for it nor where the launcher does."""
     recipe = prepared[1].recipe
     with pytest.raises(ConfigError, match="got a launcher that asks for FSDP; launch with torchrun"):
-        check_adapter(replace(recipe, adapter=ADAPTER), sharded=True)
-    check_adapter(recipe, sharded=True)
-    check_adapter(replace(recipe, adapter=ADAPTER), sharded=False)
+        check_adapter(replace(recipe, adapter=ADAPTER), CPU, sharded=True)
+    check_adapter(recipe, CPU, sharded=True)
+    check_adapter(replace(recipe, adapter=ADAPTER), CPU, sharded=False)
     with pytest.raises(ConfigError, match=r"optim\.shard must be false with an adapter"):
         replace(recipe, adapter=ADAPTER, optim=replace(recipe.optim, shard=True))

@@ -140,6 +140,17 @@ def hidden_states(
     Raises:
         DataError: the model does not say which part of it is the model without its head.
     """
+    inputs = {name: value for name, value in inputs.items() if value is not None}  # not every model takes every input
+    out = without_head(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    return out.last_hidden_state
+
+
+def without_head(model: PreTrainedModel) -> nn.Module:
+    """Returns the part of a causal language model that computes its hidden states.
+
+    Raises:
+        DataError: the model does not say which part that is.
+    """
     unwrap: Any = getattr(model, "get_base_model", None)
     if unwrap is not None:  # peft wraps a model whose layers hold the adapters, so nothing is lost without the wrapper
         model = unwrap()
@@ -147,6 +158,4 @@ def hidden_states(
         raise DataError(
             f"a model must be a base model and a head, {type(model).__name__} names no base model; use another model"
         )
-    inputs = {name: value for name, value in inputs.items() if value is not None}  # not every model takes every input
-    out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
-    return out.last_hidden_state
+    return model.base_model

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
@@ -252,12 +253,18 @@ KINDS: dict[AutoModel, tuple[str, str]] = {
 
 
 def load_model(
-    source: SourceConfig, dtype: torch.dtype, device: torch.device | str = "cpu", *, packs: bool = False
+    source: SourceConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    packs: bool = False,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """Loads a source's model, in evaluation mode.
 
     Args:
         packs: whether it will read packed sequences. It then uses flash-attention where that is installed and supported.
+        quantization: how its linear layers are quantised while they are loaded.
 
     Raises:
         DataError: the directory is missing or does not hold a loadable causal language model.
@@ -269,8 +276,10 @@ def load_model(
         options["quantization_config"] = GgufConfig(dequantize=True)
         # transformers shows a progress bar while it reads a GGUF file. With disable=None it appears on a terminal only.
         modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # pyrefly: ignore[bad-assignment]
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
     model: Any = load(AutoModelForCausalLM, source.name, location, {**options, "dtype": dtype})
-    return model.to(device).eval()
+    return model.eval() if quantization is not None else model.to(device).eval()
 
 
 def load_without_weights(source: SourceConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from profuser.errors import DataError, first_line
-from profuser.models.head import hidden_states
+from profuser.models.head import head_layer, hidden_states
 from profuser.models.load import read_config, weights_of
 from profuser.recipe.schema import AdapterConfig, SourceConfig
 from profuser.train.adapter import with_adapter
@@ -87,6 +87,15 @@ class Architecture:
     def trained(self) -> int:
         """The number of parameters that are trained: all, or those of the adapter."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    @cached_property
+    def quantized(self) -> int:
+        """The number of parameters that an adapter freezes in 4 bits: those of all linear layers but the head."""
+        if self.adapter is None or self.adapter.quantize is None:
+            return 0
+        head = head_layer(self.model)
+        linear = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        return sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
 
     @cached_property
     def largest(self) -> int:

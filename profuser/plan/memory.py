@@ -19,6 +19,9 @@ from profuser.recipe.schema import OptimConfig
 
 FP32, BF16 = 4, 2
 
+NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+"""The bytes of a weight in NF4: 4 bits, one of 8 bits for each block of 64, and one of 32 for each 256 of those."""
+
 PROCESS = 375 << 20
 """What Python, torch, transformers and a recipe's opened inputs take of a process's memory before any model is loaded."""
 
@@ -91,7 +94,8 @@ def training_memory(
         one: the largest forward pass. top_k: how many entries a source's distribution has.
     """
     # Weights that an adapter freezes have neither gradients nor moments, and are in 16 bits where the passes are.
-    frozen = (target.parameters - target.trained) * (BF16 if one.copies else FP32)
+    frozen = (target.parameters - target.trained - target.quantized) * (BF16 if one.copies else FP32)
+    frozen += round(NF4 * target.quantized)
     whole = FP32 * target.trained
     share = -(-whole // processes) if sharded else whole
     head = FP32 * target.vocabulary * target.width

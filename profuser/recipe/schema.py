@@ -384,6 +384,9 @@ class OptimConfig:
     """Whether only deterministic algorithms are used in training, so that a GPU gives the same bits each time. Some are slower."""
     shard: bool = False
     """Whether the processes share the target's weights, gradients and moments (FSDP2) instead of each holding all of them."""
+    compile: bool = False
+    """Whether torch.compile makes one graph of the target without its head. It takes a minute or so at the start and needs a C++ compiler
+    (with a GPU: Triton); the loss is not compiled, which has kernels of its own."""
     gradient_checkpointing: bool = False
     """Whether activations are computed again in the backward pass, which saves memory and costs another forward pass."""
     eval_every: int = 100
@@ -435,7 +438,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """A LoRA adapter, which is trained in place of the target's weights (needs the package peft).
+    """A LoRA adapter, which is trained in place of the target's weights (needs the package peft, and bitsandbytes for quantize).
 
     The fused model is written with the adapter merged into it, and the adapter alone into the run's folder `adapter`.
     """
@@ -446,6 +449,9 @@ class AdapterConfig:
     """The change of a layer is BA times alpha / rank."""
     dropout: float = 0.0
     """The share of a layer's inputs that is dropped at random before A."""
+    quantize: Literal["nf4"] | None = None
+    """How the frozen weights are held: nf4 takes 4 bits for each weight of a linear layer (QLoRA), null keeps them as they are. The
+    adapter is merged into the weights as they were before that."""
     target_modules: str | list[str] = ALL_LINEAR
     """The last parts of the names of the layers that are adapted, such as [q_proj, v_proj]; all-linear means all but the head."""
 
@@ -516,6 +522,16 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
+class HubConfig:
+    """Where the fused model is uploaded to when the run is complete. Only the model's files and its card are."""
+
+    repository: str
+    """The repository on the Hugging Face Hub, as org/model. It is created if there is none."""
+    private: bool = True
+    """Whether the repository must be private. With true, nothing is uploaded to a public one."""
+
+
+@dataclass(kw_only=True)
 class Recipe:
     """A recipe holds everything that decides the outcome of a run."""
 
@@ -537,6 +553,8 @@ class Recipe:
     """An adapter that is trained in place of the target's weights; null trains all of them."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    hub: HubConfig | None = None
+    """Where the fused model is uploaded to; null keeps it here."""
     store: str | None = None
     """The directory of the store, which holds the prepared targets; null means runs/NAME-store with the recipe's name."""
     output: str | None = None
@@ -570,9 +588,14 @@ class Recipe:
             raise ConfigError(
                 "optim.shard must be false with an adapter, whose few weights every process holds, got true; take one of them out"
             )
-        if self.optim.export == "best" and self.data.validation is None:
+        if self.optim.export == "best" and self.data.location("validation") is None:
             raise ConfigError(
                 "optim.export: best needs data.validation, got none; name a file with validation prompts, or export the last weights"
+            )
+        if self.optim.compile and self.optim.shard:
+            raise ConfigError(
+                "optim.compile must be false with optim.shard, whose blocks are gathered outside of any graph, got true; take one of "
+                "them out"
             )
         budget, longest = self.optim.tokens_per_micro_batch, self.data.max_length
         if budget is not None and budget < longest:

@@ -9,19 +9,20 @@ from transformers import PreTrainedModel
 
 from profuser.errors import ConfigError
 from profuser.models.head import head_layer
-from profuser.models.load import load_without_weights
+from profuser.models.load import load_model, load_without_weights
 from profuser.recipe.schema import ALL_LINEAR, AdapterConfig, Recipe
+from profuser.train.quantized import check_quantize
 
 FOLDER = "adapter"
 """Where a run keeps the adapter alone, beside the model into which it is merged."""
 
 
-def check_adapter(recipe: Recipe, *, sharded: bool) -> None:
+def check_adapter(recipe: Recipe, device: torch.device, *, sharded: bool) -> None:
     """Finds out before anything is prepared whether a recipe's adapter can be trained. It reads no weights.
 
     Raises:
-        ConfigError: the adapter does not fit the target, or the target is to be sharded.
-        ModuleNotFoundError: peft is missing.
+        ConfigError: the adapter does not fit the target, or the target is to be sharded or cannot be quantised here.
+        ModuleNotFoundError: peft is missing, or bitsandbytes for a quantised target.
     """
     if recipe.adapter is not None:
         if sharded:
@@ -29,6 +30,8 @@ def check_adapter(recipe: Recipe, *, sharded: bool) -> None:
                 "a target with an adapter must not be sharded, got a launcher that asks for FSDP; launch with torchrun or --multi_gpu"
             )
         with_adapter(load_without_weights(recipe.target_config, torch.float32), recipe.adapter)
+        if recipe.adapter.quantize is not None:
+            check_quantize(recipe.target_config, device)
 
 
 def with_adapter(target: PreTrainedModel, config: AdapterConfig) -> PreTrainedModel:
@@ -80,10 +83,20 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the model with the adapter's changes added to its weights, in fp32. Without an adapter it is the model itself."""
+def merged(model: PreTrainedModel, recipe: Recipe, folder: Path) -> PreTrainedModel:
+    """Returns the model with the adapter's changes added to its weights, in fp32. Without an adapter it is the model itself.
+
+    If the model was quantised for the training, the changes are added to its weights as they were before, on the CPU.
+
+    Args:
+        folder: where the adapter alone has been written.
+    """
     if not is_adapted(model):
         return model
+    if recipe.adapter is not None and recipe.adapter.quantize is not None:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(load_model(recipe.target_config, torch.float32), folder)  # pyrefly: ignore[bad-assignment]  # as in with_adapter
     whole = model.float().merge_and_unload()  # pyrefly: ignore[not-callable]  # peft's
     whole.requires_grad_(True)
     return whole

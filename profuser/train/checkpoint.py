@@ -234,7 +234,7 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
             f"checkpoint {path} must hold the weights of the target, {other[0]} differs ({len(other)} in all); use the versions "
             "that run.json names, or start over with --fresh"
         )
-    # AdamW's moments are made like the parameters, and its counts of steps stay on the CPU.
+    # AdamW's moments are made like the parameters. Its counts of steps are on the CPU, unless it is fused.
     for name, parameter in model.named_parameters():
         if f"{name}/{MOMENTS[0]}" in sizes:
             optimizer.state[parameter] = {key: torch.zeros_like(parameter) for key in MOMENTS}
@@ -246,7 +246,8 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         load_shares(path, tensors)
     steps = load_file(path / (WHOLE[1] if whole else STEPS))
     for name, state in _states(model, optimizer):
-        state["step"] = steps[f"{name}/step"].clone()
+        device = state[MOMENTS[0]].device if optimizer.defaults.get("fused") else "cpu"
+        state["step"] = steps[f"{name}/step"].to(device, copy=True)
     random = load_file(path / RANDOM)
     torch.set_rng_state(random["torch"])
     if "cuda" in random and torch.cuda.is_available():

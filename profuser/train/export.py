@@ -29,12 +29,12 @@ def save_fused(
     """
     folder = temporary_beside(directory / "model")
     shutil.rmtree(folder, ignore_errors=True)
-    size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    size = model.num_parameters() * dtype.itemsize  # which counts quantised weights one by one
     try:
         with writing(folder, size):
             if is_adapted(model):
                 save_adapter(model, folder / ADAPTER)
-            save_weights(merged(model), folder, dtype)
+            save_weights(merged(model, recipe, folder / ADAPTER), folder, dtype)
             tokenizer.save_pretrained(folder)
             (folder / CARD).write_text(model_card(recipe), encoding="utf-8")
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -68,7 +68,8 @@ def model_card(recipe: Recipe, scores: Mapping[str, Any] | None = None) -> str:
         "| stage | weight of the inference mode | weight of the training mode | weight of KL (beta) |\n|---|---:|---:|---:|\n"
         f"{stages}\n\n"
         f"{score_rows(scores) if scores else ''}"
-        "Held-out scores are in `scores.json`, the whole account in `report.html`, the recipe and versions in `run.json`.\n\n"
+        "In the directory of the run, held-out scores are in `scores.json`, the whole account is in `report.html`, and the recipe and "
+        "the versions are in `run.json`.\n\n"
         f"{LOADING}"
     )
 

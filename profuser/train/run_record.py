@@ -54,6 +54,7 @@ RUN = {
     "versions": {str: str},
     "hardware": str,
     "commit": (str, None),
+    "uploaded?": str,
     "peak_rss_bytes?": COUNT,
     "peak_owned_bytes?": COUNT,
     "peak_device_bytes?": COUNT,

@@ -13,7 +13,9 @@ from profuser.models.load import check_vocabulary, load_model, load_without_weig
 from profuser.recipe.schema import Recipe
 from profuser.text.chat import ChatFormat
 from profuser.train.adapter import with_adapter
+from profuser.train.compiled import compile_target
 from profuser.train.packing import Layout
+from profuser.train.quantized import load_quantized
 from profuser.train.sharding import agreed, is_main, load_into_shards
 
 
@@ -30,7 +32,12 @@ def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, s
         packs = recipe.optim.tokens_per_micro_batch is not None and in_bf16
         # Weights that an adapter freezes need no more digits than they are computed with.
         dtype = torch.bfloat16 if in_bf16 and recipe.adapter is not None else torch.float32
-        return _with_loss(load_model(config, dtype, accelerator.device, packs=packs), recipe, chat)
+        in_4_bits = recipe.adapter is not None and recipe.adapter.quantize is not None
+        loaded = (load_quantized if in_4_bits else load_model)(config, dtype, accelerator.device, packs=packs)
+        fusion = _with_loss(loaded, recipe, chat)
+        if recipe.optim.compile:
+            compile_target(fusion)
+        return fusion
 
     # The main process has the weights. What has to be proven with them, it proves for all.
     target, keeps_apart = None, {}
@@ -49,10 +56,10 @@ def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, s
 
 def _with_loss(target: PreTrainedModel, recipe: Recipe, chat: ChatFormat) -> FusionModel:
     check_vocabulary(recipe.target_config.name, chat, len(head_layer(target).weight))
-    if recipe.optim.gradient_checkpointing:
-        target.gradient_checkpointing_enable()
     if recipe.adapter is not None:
         target = with_adapter(target, recipe.adapter)
+    if recipe.optim.gradient_checkpointing:
+        target.gradient_checkpointing_enable()
     return FusionModel(target, temperature=recipe.optim.temperature, tail=recipe.optim.tail, source_temperature=1.0)
 
 
