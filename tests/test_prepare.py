@@ -230,7 +230,7 @@ def test_changed_judge_columns_make_another_store(prepared, tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"prompt": "p"}', "must have the column 'response'"),
+        ('{"prompt": "p"}', "must have the columns prompt and response, "),
         ('{"prompt": ["p"], "response": "r"}', "must hold text"),
         ('{"prompt": "p", "response": "r", "skill": "mean"}', "mean"),
         ('{"prompt": "p", "resp', "cannot be read"),

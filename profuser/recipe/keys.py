@@ -253,7 +253,9 @@ def in_words(kind: Any) -> str:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:
         (entry,) = get_args(kind)
-        return "a list of mappings" if is_dataclass(entry) else f"a list, each entry {in_words(entry)}"
+        if isinstance(entry, type):
+            return "a list of mappings" if is_dataclass(entry) else f"a list of {in_words(entry)}"
+        return f"a list, each entry {in_words(entry)}"
     if get_origin(kind) is tuple:
         return f"a list of {len(get_args(kind))} numbers"
     if is_dataclass(kind):
