@@ -176,7 +176,7 @@ def test_looking_does_not_drop_what_newer_rules_or_another_judge_would_make_anew
     ("command", "shard"),
     [
         ("evaluate", "targets/heldout-00000.safetensors"),
-        ("evaluate", "responses/heldout-scholar-00000.json"),
+        pytest.param("evaluate", "responses/heldout-scholar-00000.json", marks=pytest.mark.long),
         ("report", "manifest.json"),
         ("report", "summary.json"),
         ("store verify", "winners/train-scholar-00000.safetensors"),

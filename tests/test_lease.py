@@ -305,6 +305,7 @@ PREPARE = ["profuser.prepare", "--config", "recipe.yaml"]
 TRAIN = ["profuser.train", "--config", "recipe.yaml"]
 
 
+@pytest.mark.long
 def test_two_alignments_at_once_on_one_store_end_with_one_of_them(fresh):
     results = both(PREPARE, [*PREPARE, "--align.mode", "fusellm"], fresh)
     assert sorted(code for code, _, _ in results) == [0, 2], results

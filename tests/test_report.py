@@ -389,7 +389,7 @@ MANY_SOURCES = tuple(f"Llama-{i}-7b-chat-hf" for i in range(6))
     [
         {"method": "sft"},
         pytest.param({"method": "fusellm"}, marks=pytest.mark.long),
-        {"method": "simultaneous", "sources": ("one",), "skills": ("all",)},
+        pytest.param({"method": "simultaneous", "sources": ("one",), "skills": ("all",)}, marks=pytest.mark.long),
         pytest.param({"method": "reverse", "target": "another/model-7b", "demo": False}, marks=pytest.mark.long),
         {"method": "progressive", "skills": MANY_SKILLS, "sources": MANY_SOURCES},
         {"method": "progressive", "scored": False},

@@ -234,10 +234,11 @@ def alone(arguments, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "way",
     [
-        pytest.param([], id="ddp", marks=pytest.mark.long),
+        pytest.param([], id="ddp"),
         pytest.param(
             ["--optim.shard=true", "--data.max_length=256", "--optim.tokens_per_micro_batch=256"], id="fsdp-packed"
         ),

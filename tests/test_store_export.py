@@ -20,7 +20,9 @@ def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
     main(["export", str(store.directory), "--output", str(tmp_path / "out")])
     ballots = count_votes(store, run.recipe)
     table = audit_table(Inputs.open(run), store, ballots)
-    responses = datasets.load_dataset(str(tmp_path / "out"), "responses", split="train")
+    responses = datasets.load_dataset(
+        str(tmp_path / "out"), "responses", split="train", cache_dir=str(tmp_path / "cache")
+    )
     examples, sources = len(table["prompt"]), [source.name for source in run.recipe.sources]
     assert len(responses) == examples * len(sources)
     for row in responses.to_list():
@@ -31,7 +33,9 @@ def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
         for judge in run.recipe.judges:
             score = table[f"score_{judge.name}_{name}"][e]
             assert row[f"score_{judge.name}"] == score or score != score
-    preferences = datasets.load_dataset(str(tmp_path / "out"), "preferences", split="train")
+    preferences = datasets.load_dataset(
+        str(tmp_path / "out"), "preferences", split="train", cache_dir=str(tmp_path / "cache")
+    )
     kept = [e for e in range(examples) if table["chosen"][e] and table["rejected"][e]]
     assert len(preferences) == len(kept) > 0
     for row, e in zip(preferences.to_list(), kept):

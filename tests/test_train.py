@@ -437,7 +437,12 @@ def command(*arguments, cwd=ROOT):
     ("arguments", "code", "expected"),
     [
         (["--no-such-key", "1"], 2, "no-such-key"),
-        (["--data.train", "missing.jsonl", "--output", "{tmp}/r", "--store", "{tmp}/s"], 3, "missing.jsonl"),
+        pytest.param(
+            ["--data.train", "missing.jsonl", "--output", "{tmp}/r", "--store", "{tmp}/s"],
+            3,
+            "missing.jsonl",
+            marks=pytest.mark.long,
+        ),
         (["--config", "{tmp}/missing_model.yaml", "--output", "{tmp}/r", "--store", "{tmp}/s"], 3, "/no/such/model"),
     ],
 )
