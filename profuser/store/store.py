@@ -458,7 +458,13 @@ def check_place(directory: Path) -> None:
     """Raises DataError if a directory holds something else than a store. Hidden files may be there."""
     if (directory / "manifest.json").exists() or not directory.exists():
         return
-    if any(path for path in directory.iterdir() if not path.name.startswith(".")):
+    names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    if names.intersection(FOLDERS):
+        raise DataError(
+            f"{directory} must have the manifest.json of its shards, which is missing; restore it, or start over with "
+            "`python -m profuser.prepare --fresh` and this recipe"
+        )
+    if names:
         raise DataError(
             f"store must be a profuser store or an empty directory, got {directory} without manifest.json; give another --store"
         )
