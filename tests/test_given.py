@@ -100,7 +100,7 @@ def test_responses_are_found_by_their_prompts(tmp_path):
     given = GivenResponses("s", path)
     rows = [*ROWS, {"prompt": Conversation.of(talk)}]
     assert given.check("train", rows, 1)
-    assert [(r.text, r.finished) for (r,) in given.of(rows)] == [("one", True), ("two", False), ("three", True)]
+    assert [(r.text, r.finished) for (r,) in given.of(rows, 1)] == [("one", True), ("two", False), ("three", True)]
     assert not given.check("heldout", [{"prompt": "other"}], 1)
     with pytest.raises(DataError, match=r"1 response to each heldout prompt, it has 0 to example 1 \(from 0\)"):
         given.check("heldout", [ROWS[0], {"prompt": "other"}], 1)

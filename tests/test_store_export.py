@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
@@ -11,7 +13,7 @@ from profuser.prepare.inputs import Inputs
 from profuser.prepare.summary import audit_table
 from profuser.prepare.votes import count_votes
 from profuser.store.__main__ import difference, main
-from profuser.store.export import export
+from profuser.store.export import export, responses_of
 from profuser.store.store import Store
 
 
@@ -43,6 +45,23 @@ def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
     assert all(f"- {name}: `demo:{name}`" in card for name in sources)
     with pytest.raises(ConfigError, match="new or empty folder"):
         export(store, tmp_path / "out")
+
+
+def test_an_export_says_which_responses_were_finished():
+    """A user who takes them as given responses would otherwise let those vote that were cut."""
+    answers = {"a": [[["x", True, 0], ["y", False, 0]]], "b": [[["z", False, 0], ["x", True, 0]]]}
+    store: Any = SimpleNamespace(
+        settings=SimpleNamespace(
+            sources={"source_names": ["a", "b"], "generation": {"responses_per_source": 2}}, votes={"asked": ["j"]}
+        ),
+        numbers=lambda kind: [0, 1],
+        get_json=lambda kind, number: answers[kind.of] if number == 0 else [row[::-1] for row in answers[kind.of]],
+    )
+    row = {"prompt": "p", "skill": "all", "ground_truth": "t"}
+    for label, text in (("a_0", "x"), ("a_1", "y"), ("b_0", "z"), ("b_1", "x")):
+        row |= {f"response_{label}": text, f"votes_{label}": 0.0, f"score_j_{label}": 0.0}
+    rows = list(responses_of(store, [row, row]))
+    assert [row["finished"] for row in rows] == [True, False, False, True, False, True, True, False]
 
 
 def test_a_damaged_table_is_not_exported(prepared, tmp_path):

@@ -36,7 +36,7 @@ from profuser.text.fit import Fitted, fit
 ALIGNMENT_RULES = 3
 """The version of the alignment's rules. It is part of a store's settings, so that another version aligns the captures again."""
 
-VOTE_RULES = 2
+VOTE_RULES = 3
 """The version of the vote's rules. Another version votes again on the scores that are there."""
 
 
@@ -166,8 +166,12 @@ class Inputs:
             return None
         if source.name not in self._given:
             self._given[source.name] = GivenResponses(source.name, source.responses)
-        given, count = self._given[source.name], self.recipe.generation.responses_per_source if split == "train" else 1
-        return given if given.check(split, self.rows[split], count) else None
+        given = self._given[source.name]
+        return given if given.check(split, self.rows[split], self.responses_per_prompt(split)) else None
+
+    def responses_per_prompt(self, split: Split) -> int:
+        """How many responses each source gives to a prompt of a split: several only to those that are voted on."""
+        return self.recipe.generation.responses_per_source if split == "train" else 1
 
     @cached_property
     def _given(self) -> dict[str, GivenResponses]:
@@ -267,7 +271,8 @@ def load_split(recipe: Recipe, split: Split) -> Examples:
     if location is None:
         raise ConfigError(f"data.{split} must name a data file or set, the recipe names none; add it")
     limit = recipe.data.limit if split == "train" else None
-    return load_examples(recipe.data, location, limit, split, recipe.data.part(split))
+    named = "train" if getattr(recipe.data, split) is None else split
+    return load_examples(recipe.data, location, limit, split, recipe.data.part(split), named)
 
 
 def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:
