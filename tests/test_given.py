@@ -1,9 +1,12 @@
 """Responses and scores that a user has already take the place of sources and judges: nobody is asked, and the store is the same."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 from conftest import small_run
 
@@ -159,3 +162,47 @@ def test_a_judge_is_one_of_three(tmp_path):
 
 def test_prompts_are_compared_without_whitespace():
     assert plain(" a\n b ") == plain("a b") == "a b"
+
+
+def test_files_of_every_kind_are_read_alike(tmp_path):
+    """A CSV file has nothing but texts, and a conversation in it is the JSON text of its messages."""
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
+    rows = [
+        {"prompt": "a", "messages": None, "response": "one", "finished": None, "score": None},
+        {"prompt": "b", "messages": None, "response": "two", "finished": False, "score": 1.5},
+        {"prompt": None, "messages": talk, "response": "three, \n3", "finished": True, "score": -2.0},
+    ]
+    examples = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": Conversation.of(talk)}]
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(row | {"messages": row["messages"] and json.dumps(row["messages"])} for row in rows)
+    pq.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    sharegpt = [
+        {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"], "id": 1} for m in talk
+    ]
+    written(tmp_path / "a.jsonl", *rows[:2], rows[2] | {"messages": sharegpt})
+    for name in ("a.csv", "a.parquet", "a.jsonl"):
+        given = GivenResponses("s", str(tmp_path / name))
+        assert given.check("train", examples, 1)
+        found = [(r.text, r.finished) for (r,) in given.of(examples, 1)]
+        assert found == [("one", True), ("two", False), ("three, \n3", True)]
+        scores = GivenScores("j", str(tmp_path / name))
+        assert str([scores.score(*pair) for pair in zip(examples, ("one", "two", "three, \n3"))]) == "[nan, 1.5, -2.0]"
+
+
+def test_a_file_may_have_as_many_rows_as_the_data(tmp_path):
+    """Where a prompt stands in the data twice, the response to it stands in the file once or twice, and is the same."""
+    row = {"prompt": "a", "response": "one"}
+    twice = [{"prompt": "a"}, {"prompt": "a\n"}]
+    given = GivenResponses("s", written(tmp_path / "a.jsonl", row, row | {"response": "one\n"}))
+    assert given.check("train", twice, 1)
+    assert given.check("heldout", twice[:1], 1)
+    assert [[r.text for r in answers] for answers in given.of(twice, 1)] == [["one"]] * 2
+    # Of several responses to a prompt, two may be equal.
+    assert given.check("train", twice, 2)
+    assert [[r.text for r in answers] for answers in given.of(twice, 2)] == [["one", "one"]] * 2
+    for other in ({"response": "two"}, {"finished": False}):
+        given = GivenResponses("s", written(tmp_path / "b.jsonl", row, row | other))
+        with pytest.raises(DataError, match="1 response to each train prompt, it has 2 to example 0"):
+            given.check("train", twice, 1)

@@ -584,7 +584,7 @@ class Recipe:
             )
         if self.optim.export == "best" and self.data.location("validation") is None:
             raise ConfigError(
-                "optim.export: best needs data.validation or data.validation_share, got none; name a file with validation prompts, or "
+                "optim.export: best needs data.validation, got none; name a file with validation prompts, set data.validation_share, or "
                 "export the last weights"
             )
         budget, longest = self.optim.tokens_per_micro_batch, self.data.max_length
