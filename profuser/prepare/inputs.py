@@ -23,7 +23,7 @@ from profuser.models.fingerprint import fingerprint
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.prepare.data import Examples, Row, data_hash, load_examples
 from profuser.prepare.given import GivenResponses, file_digest
-from profuser.prepare.judges import judge_fingerprint, open_judge, try_function_judge
+from profuser.prepare.judges import check_conversations, judge_fingerprint, open_judge, try_function_judge
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
@@ -118,6 +118,8 @@ class Inputs:
 
         for source, split in product(recipe.sources, rows):
             inputs.given(source, split)
+        for judge in recipe.judges:
+            check_conversations(judge, rows["train"])
         for name, config in configs.items():
             check_head(name, chats.get(name) or inputs.target, config)
 
