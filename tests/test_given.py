@@ -12,13 +12,14 @@ from conftest import small_run
 
 from profuser.errors import ConfigError, DataError
 from profuser.prepare.data import plain
-from profuser.prepare.given import GivenResponses, GivenScores
+from profuser.prepare.given import GivenResponses, GivenScores, file_digest
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
 from profuser.prepare.votes import candidates_of, count_votes
 from profuser.recipe.schema import JudgeConfig
 from profuser.store import layout
 from profuser.store.export import export
+from profuser.store.files import sha256
 from profuser.text.conversation import Conversation
 
 
@@ -141,6 +142,7 @@ def test_scores_are_found_by_prompt_and_response(tmp_path):
         given.score(ROWS[1], "y")
     for bad, expected in (
         ({"score": True}, "must be a number"),
+        ({"scores": 2}, "must be a number or null, got None"),  # a name that is not read would be an abstention
         ({"score": "high"}, "must be a number"),
         ({"score": 3}, "one score"),
     ):
@@ -206,3 +208,31 @@ def test_a_file_may_have_as_many_rows_as_the_data(tmp_path):
         given = GivenResponses("s", written(tmp_path / "b.jsonl", row, row | other))
         with pytest.raises(DataError, match="1 response to each train prompt, it has 2 to example 0"):
             given.check("train", twice, 1)
+
+
+def test_a_prompt_is_named_as_the_data_name_it(tmp_path):
+    path = written(
+        tmp_path / "a.jsonl",
+        {"prompt": [{"role": "user", "content": "a"}], "response": "one"},
+        {"prompt": 7, "response": "two"},
+        {"prompt": "", "response": "three"},
+    )
+    given = GivenResponses("s", path)
+    assert [r.text for (r,) in given.of([{"prompt": "a"}, {"prompt": "7"}, {"prompt": ""}], 1)] == [
+        "one",
+        "two",
+        "three",
+    ]
+
+
+def test_the_digest_of_a_pattern_is_that_of_all_its_files(tmp_path):
+    one = written(tmp_path / "1.jsonl", {"prompt": "a", "response": "x"})
+    assert file_digest(str(tmp_path / "*.jsonl")) == file_digest(one) == sha256(Path(one).read_bytes())[:16]
+    written(tmp_path / "2.jsonl", {"prompt": "b", "response": "y"})
+    both = file_digest(str(tmp_path / "*.jsonl"))
+    assert GivenResponses("s", str(tmp_path / "*.jsonl")).check("train", [{"prompt": "a"}, {"prompt": "b"}], 1)
+    written(tmp_path / "2.jsonl", {"prompt": "b", "response": "z"})
+    assert len({both, file_digest(one), file_digest(str(tmp_path / "*.jsonl"))}) == 3
+    for wrong in ("none.jsonl", "*.csv", ""):
+        with pytest.raises(DataError, match="cannot be read"):
+            file_digest(str(tmp_path / wrong))

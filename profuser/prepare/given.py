@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError, in_short
-from profuser.prepare.columns import messages_of, prompt_of
+from profuser.prepare.columns import messages_of, prompt_of, text_of
 from profuser.prepare.data import Row, plain
 from profuser.prepare.data_sets import read_tables
 from profuser.prepare.responses import Response
-from profuser.recipe.places import resolve
+from profuser.recipe.places import files_of
 from profuser.recipe.schema import DataLocation, Split
 from profuser.store.files import sha256
 from profuser.text.fit import Verdict
@@ -91,7 +91,7 @@ class GivenScores:
             if not isinstance(response, str):
                 raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
             try:
-                if isinstance(score, bool):
+                if isinstance(score, bool) or "score" not in row:
                     raise TypeError
                 value = float("nan") if score is None else float(score)
             except (TypeError, ValueError):
@@ -121,11 +121,14 @@ class GivenScores:
 
 
 def file_digest(path: str) -> str:
-    """Returns a short hash of a file that a user has given. It raises DataError where there is none."""
+    """Returns a short hash of a file that a user has given, or of all that fit a pattern. It raises DataError where there is none."""
     try:
-        return sha256(Path(resolve(path)).read_bytes())[:16]
+        digests = [sha256(Path(file).read_bytes()) for file in files_of(path)]
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); fix the path") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); name a file, or a pattern of files") from None
+    if not digests:
+        raise DataError(f"{path} cannot be read (no such file); fix the path")
+    return (digests[0] if len(digests) == 1 else sha256("".join(digests).encode()))[:16]
 
 
 def _rows(path: str) -> list[tuple[str, dict[str, Any]]]:
@@ -143,12 +146,12 @@ def _from_text(cell: Any) -> Any:
 
 def _prompt_of(where: str, row: dict[str, Any]) -> str:
     """The row's prompt, in the form in which prompts are compared."""
-    prompt, messages = row.get("prompt"), row.get("messages")
-    if messages is not None and messages != "":
-        try:
-            return plain(prompt_of("messages", messages_of("messages", messages, {})))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-    if not isinstance(prompt, str):
+    column = "messages" if row.get("messages") not in (None, "") else "prompt"
+    cell = row.get(column)
+    if cell is None:
         raise DataError(f"{where} must have a text as `prompt`, or `messages`, got {in_short(row)}; fix the row")
-    return plain(prompt)
+    try:
+        is_text = column == "prompt" and not isinstance(cell, list)
+        return plain(text_of(column, cell) if is_text else prompt_of(column, messages_of(column, cell, {})))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
