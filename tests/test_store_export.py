@@ -12,6 +12,7 @@ from profuser.errors import ConfigError, DataError
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.summary import audit_table
 from profuser.prepare.votes import count_votes
+from profuser.store import layout
 from profuser.store.__main__ import difference, main
 from profuser.store.export import export, responses_of
 from profuser.store.store import Store
@@ -20,20 +21,30 @@ from profuser.store.store import Store
 def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
     _, run, store = prepared
     main(["export", str(store.directory), "--output", str(tmp_path / "out")])
+
+    def loaded(
+        name,
+    ):  # the library's cache knows a folder by its last name alone, so that it may hold another folder of this name
+        folder, cache = str(tmp_path / "out"), str(tmp_path / "cache")
+        return datasets.load_dataset(folder, name, split="train", cache_dir=cache)
+
     ballots = count_votes(store, run.recipe)
     table = audit_table(Inputs.open(run), store, ballots)
-    responses = datasets.load_dataset(str(tmp_path / "out"), "responses", split="train")
+    responses = loaded("responses")
+    kinds = {source.name: layout.responses("train", source.name) for source in run.recipe.sources}
+    written = {name: [a for n in store.numbers(kind) for a in store.get_json(kind, n)] for name, kind in kinds.items()}
     examples, sources = len(table["prompt"]), [source.name for source in run.recipe.sources]
     assert len(responses) == examples * len(sources)
     for row in responses.to_list():
         e, name = row["example"], row["source"]
         assert row["response"] == table[f"response_{name}"][e]
+        assert row["finished"] == written[name][e][0][1]
         assert row["votes"] == table[f"votes_{name}"][e]
         assert row["prompt"] == table["prompt"][e]
         for judge in run.recipe.judges:
             score = table[f"score_{judge.name}_{name}"][e]
             assert row[f"score_{judge.name}"] == score or score != score
-    preferences = datasets.load_dataset(str(tmp_path / "out"), "preferences", split="train")
+    preferences = loaded("preferences")
     kept = [e for e in range(examples) if table["chosen"][e] and table["rejected"][e]]
     assert len(preferences) == len(kept) > 0
     for row, e in zip(preferences.to_list(), kept):
