@@ -70,6 +70,13 @@ def test_correlation_with_length_is_within_a_prompt():
     assert correlation_within(np.full((2, 2), NAN), np.ones((2, 2))) is None
 
 
+def test_without_prompts_or_with_one_response_there_is_nothing_to_say():
+    nothing = {"pairs": [{"judges": ["a", "b"], "tau": None}], "length": {"a": None, "b": None}}
+    nothing |= {"alone": {"a": 0.0, "b": 0.0}, "ties": 0.0}
+    for scores in (np.zeros((0, 2, 3)), [[[1], [2]]]):
+        assert agreement(ballots(scores), ["a", "b"]) == nothing
+
+
 def test_ties_and_who_decides_alone():
     scores = [
         [[1, 2], [0, 0], [0, 0]],  # the first judge alone

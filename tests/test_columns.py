@@ -11,7 +11,9 @@ from datasets import Dataset, DatasetDict
 
 from profuser.errors import ConfigError, DataError
 from profuser.prepare.data import Examples, data_hash, load_examples
-from profuser.recipe.schema import DataConfig, DataLocation, Split
+from profuser.prepare.inputs import load_split
+from profuser.recipe.parse import parse_run
+from profuser.recipe.schema import SPLITS, DataConfig, DataLocation, Split
 from profuser.text.conversation import Conversation, Turn
 from profuser.text.template import conversation
 
@@ -196,6 +198,135 @@ def test_a_conversation_that_is_none_is_named_with_file_row_and_column(tmp_path,
     assert "messages'" in message
 
 
+# -- layouts of data sets on the Hub -------------------------------------------------------------------------------------
+
+
+def user(text, **keys):
+    return {"role": "user", "content": text} | keys
+
+
+def assistant(text, **keys):
+    return {"role": "assistant", "content": text} | keys
+
+
+GPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+PUBLISHED = {
+    "WildChat": {
+        "conversation": [
+            user("Hi", country="US", header={"user-agent": "x"}, redacted=False, timestamp=None, turn_identifier=1),
+            assistant("Hello.", country=None, header=None, redacted=False, timestamp="t", turn_identifier=1),
+        ],
+        "openai_moderation": [{"categories": {"harassment": False}}], "turn": 1, "toxic": False,
+    },
+    "LMSYS-Chat-1M": {"conversation_id": "x", "conversation": HELLO, "openai_moderation": [{"flagged": False}], "redacted": False},
+    "UltraChat": {"prompt": "Hi", "prompt_id": "x", "messages": HELLO},
+    "UltraFeedback, binarized": {"prompt": "Hi", "chosen": HELLO, "rejected": HELLO, "messages": HELLO, "score_chosen": 1.0},
+    "Tulu": {"id": "x", "messages": HELLO, "source": "s"},
+    "OpenHermes": {"conversations": [m | {"weight": None} for m in GPT], "system_prompt": None, "idx": None, "source": "s"},
+    "SlimOrca": {"conversations": [GPT[0] | {"weight": 0.0}, GPT[1] | {"weight": 1.0}]},
+    "ShareGPT of Vicuna": {"id": "x", "conversations": [m | {"markdown": None, "text": None} for m in GPT]},
+    "LLaMA-Factory": {"conversations": GPT, "system": "", "tools": "[]", "images": []},
+    "OpenOrca": {"id": "x", "system_prompt": "", "question": "Hi", "response": "Hello."},
+    "MetaMathQA": {"type": "t", "query": "Hi", "original_question": "H", "response": "Hello."},
+    "GSM8K": {"question": "Hi", "answer": "Hello."},
+    "TRL, ShareGPT's keys": {"prompt": GPT[:1], "completion": GPT[1:]},
+    "TRL, a message alone": {"prompt": HELLO[:1], "completion": HELLO[1]},
+    "roles in capital letters": {"messages": [{"role": "User", "content": "Hi"}, {"role": "Assistant", "content": "Hello."}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_layouts_of_published_data_sets_are_read(tmp_path, name):
+    rows = [PUBLISHED[name]] * 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in (written(tmp_path / "a.jsonl", *rows), tmp_path / "a.parquet"):
+        assert [(row["prompt"], row["response"]) for row in examples(path)] == [("Hi", "Hello.")] * 2
+
+
+REFUSED = {
+    "Anthropic's HH": ({"chosen": "\n\nHuman: Hi", "rejected": "x"}, {}, "preferences, found: chosen, rejected"),
+    "HH, named": ({"chosen": "\n\nHuman: Hi", "rejected": "x"}, {"messages_column": "chosen"}, "got '\\n\\nHuman: Hi'; write a list"),
+    "DPO": ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, {}, "data.response_column: chosen"),
+    "UltraFeedback": ({"instruction": "Hi", "completions": []}, {}, "found: instruction, completions"),
+    "Capybara": ({"conversation": [{"input": "Hi", "output": "a"}]}, {}, "the role of message 1 in the column 'conversation'"),
+    "LIMA": ({"conversations": ["Hi", "a"]}, {}, "each has a role and a content"),
+    "Magpie": ({"instruction": "Hi", "response": "a", "conversations": GPT}, {}, "data.messages_column: conversations"),
+    "two conversations": ({"messages": HELLO, "conversations": GPT}, {}, "'messages' beside 'conversations'"),
+    "SQuAD": ({"context": "c", "question": "q", "answer": "a"}, {}, "join it with 'question'"),
+    "an input beside a prompt": ({"prompt": "c", "input": 0, "response": "a"}, {}, "join it with 'prompt'"),
+    "OpenOrca, named": (
+        {"system_prompt": "Be.", "question": "q", "response": "a"}, {"prompt_column": "question"}, "take data.prompt_column",
+    ),
+    "tools": ({"messages": HELLO, "tools": [{"function": {"name": "f"}}]}, {}, "the column 'tools' must be empty"),
+    "tools in a text": ({"messages": HELLO, "tools": '[{"name": "f"}]'}, {}, "the column 'tools' must be empty"),
+    "images": ({"messages": HELLO, "Images": ["x.png"]}, {}, "the column 'Images' must be empty"),
+    "of a template": ({"messages": HELLO, "chat_template_kwargs": {"custom_instructions": "Be."}}, {}, "must be empty"),
+    "written by pandas": ({"messages": str(HELLO)}, {}, "write it as JSON"),
+    "text in another key": ({"messages": [*HELLO[:1], {"role": "assistant", "text": "a"}]}, {}, "it has one in 'text'"),
+    "keys of both kinds": ({"messages": [*HELLO[:1], {"role": "assistant", "value": "a"}]}, {}, "it has one in 'value'"),
+    "weight of a half": ({"messages": [HELLO[0], HELLO[1] | {"weight": 0.5}]}, {}, "'weight', which is not read, got 0.5"),
+    "not learnt": ({"prompt": "Hi", "completion": [HELLO[1] | {"train": False}]}, {}, "'train' that says it is not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_layouts_that_would_lose_something_lead_on(tmp_path, name):
+    row, settings, expected = REFUSED[name]
+    assert expected in refusal(written(tmp_path / "a.jsonl", row), **settings)
+
+
+def test_a_turn_that_is_not_learnt_is_context(tmp_path):
+    """A weight of 0 is what every earlier turn has anyway where the last is learnt, and leaves a turn out where all are."""
+    talk = [
+        user("a", weight=0),
+        assistant("b", weight=0),
+        user("c"),
+        assistant("d", weight=1),
+        user("e"),
+        assistant("f"),
+    ]
+    path = written(tmp_path / "a.jsonl", {"messages": talk}, {"messages": talk[:4]})
+    assert [row["response"] for row in examples(path)] == ["f", "d"]
+    assert [row["response"] for row in examples(path, turns="all")] == ["d", "f", "d"]
+    muted = written(tmp_path / "b.jsonl", {"messages": [*talk[2:4], user("e"), assistant("f", loss=False)]})
+    assert [row["response"] for row in examples(muted, turns="all")] == ["d"]
+    assert "'loss' that says it is not" in refusal(muted)
+    assert "'weight' that says it is not" in refusal(written(tmp_path / "c.jsonl", {"messages": talk[:2]}), turns="all")
+
+
+def test_rows_that_are_written_in_two_ways_are_refused(tmp_path):
+    """A row would otherwise have an empty prompt or ground truth, and the text in a column that is not read."""
+    rows = {"prompt": "Hi", "response": "Hello."}, {"prompt": "Hi", "completion": "Hello."}
+    both = [written(tmp_path / f"{n}.jsonl", row) for n, row in enumerate(rows)]
+    assert "1.jsonl, row 0 (from 0): the column 'response' must be filled" in refusal(tmp_path / "?.jsonl")
+    message = refusal(written(tmp_path / "two.jsonl", rows[0], {"question": "Hi", "response": "Hello."}))
+    assert "row 1 (from 0): the column 'prompt' must be filled in every row, it has nothing and 'question'" in message
+    empty = written(tmp_path / "empty.jsonl", rows[0], {"prompt": "Hi", "response": None}, {"prompt": "Hi"})
+    assert [row["response"] for row in examples(empty)] == ["Hello.", "", ""]
+    alike = written(tmp_path / "alike.jsonl", rows[0] | {"answer": "x"}, {"prompt": "a", "response": "", "answer": "x"})
+    assert [row["response"] for row in examples(alike)] == ["Hello.", ""]
+    with pytest.raises(DataError, match="must name every file once"):
+        load_examples(DataConfig(train="a"), DataLocation(path=[str(both[0]), str(tmp_path / "?.jsonl")]))
+
+
+def test_one_system_message_in_two_places_is_one(tmp_path):
+    row = {"system": " Be brief.\n", "messages": TWO_TURNS}
+    assert examples(written(tmp_path / "a.jsonl", row)) == examples(
+        written(tmp_path / "b.jsonl", {"messages": TWO_TURNS})
+    )
+
+
+def test_shares_are_taken_of_the_split_that_is_trained_on(tmp_path):
+    """A folder's own split of the name `validation` is not read where a share of the training data is asked for."""
+    for split in ("train", "validation", "test"):
+        written(tmp_path / f"{split}.jsonl", *({"prompt": f"{split} {n}", "response": "a"} for n in range(40)))
+    settings = {"heldout_share": 0.3, "validation_share": 0.3, "train": str(tmp_path)}
+    run = parse_run("prepare", [f"--data={json.dumps(settings)}", "--data.heldout=null", "--data.validation=null"])
+    found = {split: [row["prompt"] for row in load_split(run.recipe, split)] for split in SPLITS}
+    assert sorted(prompt for prompts in found.values() for prompt in prompts) == sorted(f"train {n}" for n in range(40))
+    assert all(found.values())
+
+
 # -- which columns -------------------------------------------------------------------------------------------------------
 
 
@@ -257,8 +388,13 @@ def test_several_files_and_patterns(tmp_path):
     assert (
         DataConfig(train=["a.jsonl"]) == DataConfig(train="a.jsonl") == DataConfig(train=DataLocation(path=["a.jsonl"]))
     )
-    with pytest.raises(ConfigError, match="an empty list"):
-        DataConfig(train=[])
+    for empty in ([], DataLocation(path=[], split="train")):
+        with pytest.raises(ConfigError, match="an empty list"):
+            DataConfig(train=empty)
+    assert DataConfig(train=DataLocation(path=["a"], split="x")) == DataConfig(train=DataLocation(path="a", split="x"))
+    with pytest.raises(ConfigError, match="write each of them in quotes"):
+        DataConfig(train="[*.jsonl, b.jsonl]")  # what YAML makes of it on a command line
+    assert "no file fits the pattern" in refusal("part-*")
     written(tmp_path / "more" / "b.jsonl", {"prompt": "b", "response": "b"}, {"prompt": "b", "response": ["b"]})
     message = refusal(tmp_path / "more" / "*.jsonl")
     assert f"data {tmp_path / 'more' / 'b.jsonl'}, row 1 (from 0): the column 'response'" in message

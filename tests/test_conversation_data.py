@@ -10,8 +10,10 @@ from conftest import small_run
 from profuser.errors import DataError
 from profuser.prepare.data import for_functions
 from profuser.prepare.inputs import Inputs
+from profuser.prepare.judges import check_conversations
 from profuser.prepare.phases import prepare
 from profuser.recipe.places import resolve
+from profuser.recipe.schema import JudgeConfig
 from profuser.text.conversation import Conversation, Turn
 from profuser.text.template import conversation
 from profuser.train.targets import Targets
@@ -116,3 +118,36 @@ def test_a_conversation_that_a_template_refuses_is_named(tmp_path):
     )
     with pytest.raises(DataError, match=r"fusion\.jsonl, example 1 \(from 0\): .*too long a talk"):
         prepare(run)
+
+
+SHOWN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+SHOWN_IF = "{% for m in messages %}{% if CONDITION %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+ONLY_LAST_ANSWER = SHOWN_IF.replace("CONDITION", "m.role != 'assistant' or loop.last")
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + SHOWN
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (SHOWN, None),
+        (NO_SYSTEM, None),  # the system message is in front of the first user message
+        (SHOWN.replace("in messages", "in messages[-2:]"), "leaves out the system's where there are 2"),
+        (ONLY_LAST_ANSWER, "leaves out the assistant's where there are 3"),
+        ("{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + SHOWN, "too long"),
+    ],
+)
+def test_a_reward_model_that_would_not_see_all_of_a_conversation_is_named_at_the_start(template, says):
+    judge = JudgeConfig(name="j", model="demo:judge-a", chat_template=template)
+    turns = (Turn("user", "Go."), Turn("assistant", "Going."), Turn("user", "Stop."))
+    rows = [
+        {"prompt": "x"},
+        {"prompt": Conversation((Turn("system", "Be brief."), *turns[:1]))},
+        {"prompt": Conversation(turns)},
+    ]
+    check_conversations(judge, rows[:1])
+    if says is None:
+        check_conversations(judge, rows)
+        return
+    with pytest.raises(DataError, match="judge j: ") as error:
+        check_conversations(judge, rows)
+    assert says in str(error.value)

@@ -12,7 +12,7 @@ import yaml
 
 from profuser.errors import DataError
 from profuser.prepare.data import load_examples, shared_prompts
-from profuser.prepare.tables import READERS
+from profuser.prepare.tables import READERS, read_file
 from profuser.recipe.places import FILE_SUFFIXES, is_path
 from profuser.recipe.schema import DataConfig, DataLocation, Split
 
@@ -71,6 +71,39 @@ def with_configurations(folder):
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_other_tools_write_are_read(tmp_path):
+    row = {"prompt": "007", "response": "NA"}
+    table = pyarrow.table({key: [value] for key, value in row.items()})
+    with (
+        pyarrow.OSFile(str(tmp_path / "indexed.arrow"), "wb") as file,
+        pyarrow.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    (tmp_path / "joined.jsonl").write_text(
+        f"\ufeff{json.dumps(row)}\r\n\r\n\ufeff{json.dumps(row)}\r\n \r\n", newline=""
+    )
+    (tmp_path / "blank.csv").write_text("\ufeffprompt,response\r\n007,NA\r\n\r\n\r\n", newline="")
+    for name, count in (("indexed.arrow", 1), ("joined.jsonl", 2), ("blank.csv", 1)):
+        assert read_file(tmp_path / name, name) == [row] * count, name
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{\n "data": [\n  {"prompt": "a"}\n ]\n}', "it is one object with the keys data"),
+        ('{\n "prompt": "a",\n "response": "b"\n}', "with the keys prompt, response"),
+        ('[{"prompt": "a"}, {"prompt": "b", "prompt": "c"}]', "'prompt' stands in an object twice, {'prompt': 'c'}"),
+        ('{"prompt": "a"}\n{"prompt": "b",}', "line 2: "),
+    ],
+)
+def test_json_of_another_shape_says_what_it_is(tmp_path, content, expected):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=r"a\.json cannot be read") as error:
+        read_file(tmp_path / "a.json", "a.json")
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_texts_that_look_like_something_else_stay_texts(tmp_path):

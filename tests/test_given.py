@@ -1,21 +1,25 @@
 """Responses and scores that a user has already take the place of sources and judges: nobody is asked, and the store is the same."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 from conftest import small_run
 
 from profuser.errors import ConfigError, DataError
 from profuser.prepare.data import plain
-from profuser.prepare.given import GivenResponses, GivenScores
+from profuser.prepare.given import GivenResponses, GivenScores, file_digest
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
 from profuser.prepare.votes import candidates_of, count_votes
 from profuser.recipe.schema import JudgeConfig
 from profuser.store import layout
 from profuser.store.export import export
+from profuser.store.files import sha256
 from profuser.text.conversation import Conversation
 
 
@@ -100,7 +104,7 @@ def test_responses_are_found_by_their_prompts(tmp_path):
     given = GivenResponses("s", path)
     rows = [*ROWS, {"prompt": Conversation.of(talk)}]
     assert given.check("train", rows, 1)
-    assert [(r.text, r.finished) for (r,) in given.of(rows)] == [("one", True), ("two", False), ("three", True)]
+    assert [(r.text, r.finished) for (r,) in given.of(rows, 1)] == [("one", True), ("two", False), ("three", True)]
     assert not given.check("heldout", [{"prompt": "other"}], 1)
     with pytest.raises(DataError, match=r"1 response to each heldout prompt, it has 0 to example 1 \(from 0\)"):
         given.check("heldout", [ROWS[0], {"prompt": "other"}], 1)
@@ -138,6 +142,7 @@ def test_scores_are_found_by_prompt_and_response(tmp_path):
         given.score(ROWS[1], "y")
     for bad, expected in (
         ({"score": True}, "must be a number"),
+        ({"scores": 2}, "must be a number or null, got None"),  # a name that is not read would be an abstention
         ({"score": "high"}, "must be a number"),
         ({"score": 3}, "one score"),
     ):
@@ -159,3 +164,75 @@ def test_a_judge_is_one_of_three(tmp_path):
 
 def test_prompts_are_compared_without_whitespace():
     assert plain(" a\n b ") == plain("a b") == "a b"
+
+
+def test_files_of_every_kind_are_read_alike(tmp_path):
+    """A CSV file has nothing but texts, and a conversation in it is the JSON text of its messages."""
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
+    rows = [
+        {"prompt": "a", "messages": None, "response": "one", "finished": None, "score": None},
+        {"prompt": "b", "messages": None, "response": "two", "finished": False, "score": 1.5},
+        {"prompt": None, "messages": talk, "response": "three, \n3", "finished": True, "score": -2.0},
+    ]
+    examples = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": Conversation.of(talk)}]
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(row | {"messages": row["messages"] and json.dumps(row["messages"])} for row in rows)
+    pq.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    sharegpt = [
+        {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"], "id": 1} for m in talk
+    ]
+    written(tmp_path / "a.jsonl", *rows[:2], rows[2] | {"messages": sharegpt})
+    for name in ("a.csv", "a.parquet", "a.jsonl"):
+        given = GivenResponses("s", str(tmp_path / name))
+        assert given.check("train", examples, 1)
+        found = [(r.text, r.finished) for (r,) in given.of(examples, 1)]
+        assert found == [("one", True), ("two", False), ("three, \n3", True)]
+        scores = GivenScores("j", str(tmp_path / name))
+        assert str([scores.score(*pair) for pair in zip(examples, ("one", "two", "three, \n3"))]) == "[nan, 1.5, -2.0]"
+
+
+def test_a_file_may_have_as_many_rows_as_the_data(tmp_path):
+    """Where a prompt stands in the data twice, the response to it stands in the file once or twice, and is the same."""
+    row = {"prompt": "a", "response": "one"}
+    twice = [{"prompt": "a"}, {"prompt": "a\n"}]
+    given = GivenResponses("s", written(tmp_path / "a.jsonl", row, row | {"response": "one\n"}))
+    assert given.check("train", twice, 1)
+    assert given.check("heldout", twice[:1], 1)
+    assert [[r.text for r in answers] for answers in given.of(twice, 1)] == [["one"]] * 2
+    # Of several responses to a prompt, two may be equal.
+    assert given.check("train", twice, 2)
+    assert [[r.text for r in answers] for answers in given.of(twice, 2)] == [["one", "one"]] * 2
+    for other in ({"response": "two"}, {"finished": False}):
+        given = GivenResponses("s", written(tmp_path / "b.jsonl", row, row | other))
+        with pytest.raises(DataError, match="1 response to each train prompt, it has 2 to example 0"):
+            given.check("train", twice, 1)
+
+
+def test_a_prompt_is_named_as_the_data_name_it(tmp_path):
+    path = written(
+        tmp_path / "a.jsonl",
+        {"prompt": [{"role": "user", "content": "a"}], "response": "one"},
+        {"prompt": 7, "response": "two"},
+        {"prompt": "", "response": "three"},
+    )
+    given = GivenResponses("s", path)
+    assert [r.text for (r,) in given.of([{"prompt": "a"}, {"prompt": "7"}, {"prompt": ""}], 1)] == [
+        "one",
+        "two",
+        "three",
+    ]
+
+
+def test_the_digest_of_a_pattern_is_that_of_all_its_files(tmp_path):
+    one = written(tmp_path / "1.jsonl", {"prompt": "a", "response": "x"})
+    assert file_digest(str(tmp_path / "*.jsonl")) == file_digest(one) == sha256(Path(one).read_bytes())[:16]
+    written(tmp_path / "2.jsonl", {"prompt": "b", "response": "y"})
+    both = file_digest(str(tmp_path / "*.jsonl"))
+    assert GivenResponses("s", str(tmp_path / "*.jsonl")).check("train", [{"prompt": "a"}, {"prompt": "b"}], 1)
+    written(tmp_path / "2.jsonl", {"prompt": "b", "response": "z"})
+    assert len({both, file_digest(one), file_digest(str(tmp_path / "*.jsonl"))}) == 3
+    for wrong in ("none.jsonl", "*.csv", ""):
+        with pytest.raises(DataError, match="cannot be read"):
+            file_digest(str(tmp_path / wrong))

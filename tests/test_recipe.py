@@ -12,6 +12,8 @@ from profuser.recipe.compare import differing_keys
 from profuser.recipe.parse import load_recipe, parse_run
 from profuser.recipe.places import RECIPES_DIR, is_path, load_function, resolve
 from profuser.recipe.schema import DataLocation
+from profuser.report.scores import has_heldout
+from profuser.train.run_directory import differing_runs
 
 MINIMAL = {"sources": [{"name": "a", "model": "demo:guardian"}], "target": "a", "data": {"train": "demo:fusion.jsonl"}}
 
@@ -97,7 +99,7 @@ def test_every_bundled_recipe_parses(recipe):
         ({"sources": [{"name": "a", "model": "m"}, {"name": "a", "model": "n"}]}, "'a' twice"),
         ({"sources": [{"name": "../a", "model": "m"}]}, "'../a'"),
         ({"target": "b"}, "sources: a"),
-        ({"judges": [{"name": "j"}]}, "one of model, function and scores"),
+        ({"judges": [{"name": "j"}]}, "must have one of model, function and scores"),
         ({"align": {"min_reliability": 3.0}}, "min_reliability"),
         ({"sources": [{"name": "fused", "model": "m"}]}, "'fused'"),
         ({"generation": {"responses_per_source": 2}}, "temperature"),
@@ -360,3 +362,45 @@ def test_a_function_that_cannot_be_loaded_says_what_to_fix(tmp_path, monkeypatch
 
 def test_differing_keys_are_dotted_and_see_through_tuples():
     assert differing_keys({"a": {"b": (1, 2), "c": 1}}, {"a": {"b": [1, 2], "c": 2}, "d": 3}) == ["a.c", "d"]
+
+
+def test_the_record_of_a_run_is_read_and_left_as_it_is(tmp_path):
+    recipe = parse(
+        tmp_path, MINIMAL | {"data": {"train": ["a.jsonl", "b.jsonl"], "heldout": {"path": ["x", "y"], "split": "t"}}}
+    ).recipe
+    record = recipe.to_dict()
+    assert load_recipe(record) == load_recipe(record) == recipe
+    assert record == recipe.to_dict()
+
+
+def test_a_run_that_was_begun_before_a_key_existed_has_its_default(tmp_path):
+    """Its record lacks the key, which must not make it another run. One that has another value is another run."""
+    new = {"recipe": parse(tmp_path, MINIMAL).recipe.to_dict(), "store": "s"}
+    old = copy.deepcopy(new)
+    for key in ("heldout_share", "validation_share", "messages_column", "turns", "drop_duplicates"):
+        del old["recipe"]["data"][key]
+    del old["recipe"]["judging"], old["recipe"]["sources"][0]["responses"]
+    assert differing_runs(old, new) == []
+    other = {"recipe": parse(tmp_path, MINIMAL, "--data.turns=all").recipe.to_dict(), "store": "s"}
+    assert differing_runs(old, other) == ["data.turns"]
+    unknown = copy.deepcopy(old)
+    unknown["recipe"]["optim"]["momentum"] = 0.9  # a key that there is no longer
+    assert "optim.momentum" in differing_runs(unknown, new)
+
+
+def test_a_share_of_the_data_is_a_split_as_others_are(tmp_path):
+    shares = MINIMAL | {"data": {"train": "demo:fusion.jsonl", "heldout_share": 0.1, "validation_share": 0.1}}
+    recipe = parse(tmp_path, shares, "--optim.export=best").recipe
+    assert has_heldout({"recipe": recipe.to_dict()})
+    assert not has_heldout({"recipe": parse(tmp_path, MINIMAL).recipe.to_dict()})
+    assert has_heldout({"recipe": parse(tmp_path, MINIMAL, "--data.heldout=demo:heldout.jsonl").recipe.to_dict()})
+
+
+def test_two_scores_never_have_one_column(tmp_path):
+    """The audit table calls a score by the judge and the source."""
+    recipe = MINIMAL | {
+        "sources": [{"name": name, "model": "demo:guardian"} for name in ("a", "b_a")],
+        "judges": [{"name": name, "function": "m:f"} for name in ("j", "j_b")],
+    }
+    with pytest.raises(ConfigError, match="score_j_b_a twice"):
+        parse(tmp_path, recipe)

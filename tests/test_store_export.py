@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
@@ -10,32 +12,38 @@ from profuser.errors import ConfigError, DataError
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.summary import audit_table
 from profuser.prepare.votes import count_votes
+from profuser.store import layout
 from profuser.store.__main__ import difference, main
-from profuser.store.export import export
+from profuser.store.export import export, responses_of
 from profuser.store.store import Store
 
 
 def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
     _, run, store = prepared
     main(["export", str(store.directory), "--output", str(tmp_path / "out")])
+
+    def loaded(name):
+        # The library's own cache knows a folder by its last name alone, so that it may hold another folder of this name.
+        folder, cache = str(tmp_path / "out"), str(tmp_path / "cache")
+        return datasets.load_dataset(folder, name, split="train", cache_dir=cache)
+
     ballots = count_votes(store, run.recipe)
     table = audit_table(Inputs.open(run), store, ballots)
-    responses = datasets.load_dataset(
-        str(tmp_path / "out"), "responses", split="train", cache_dir=str(tmp_path / "cache")
-    )
+    responses = loaded("responses")
+    kinds = {source.name: layout.responses("train", source.name) for source in run.recipe.sources}
+    written = {name: [a for n in store.numbers(kind) for a in store.get_json(kind, n)] for name, kind in kinds.items()}
     examples, sources = len(table["prompt"]), [source.name for source in run.recipe.sources]
     assert len(responses) == examples * len(sources)
     for row in responses.to_list():
         e, name = row["example"], row["source"]
         assert row["response"] == table[f"response_{name}"][e]
+        assert row["finished"] == written[name][e][0][1]
         assert row["votes"] == table[f"votes_{name}"][e]
         assert row["prompt"] == table["prompt"][e]
         for judge in run.recipe.judges:
             score = table[f"score_{judge.name}_{name}"][e]
             assert row[f"score_{judge.name}"] == score or score != score
-    preferences = datasets.load_dataset(
-        str(tmp_path / "out"), "preferences", split="train", cache_dir=str(tmp_path / "cache")
-    )
+    preferences = loaded("preferences")
     kept = [e for e in range(examples) if table["chosen"][e] and table["rejected"][e]]
     assert len(preferences) == len(kept) > 0
     for row, e in zip(preferences.to_list(), kept):
@@ -47,6 +55,23 @@ def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
     assert all(f"- {name}: `demo:{name}`" in card for name in sources)
     with pytest.raises(ConfigError, match="new or empty folder"):
         export(store, tmp_path / "out")
+
+
+def test_an_export_says_which_responses_were_finished():
+    """A user who takes them as given responses would otherwise let those vote that were cut."""
+    answers = {"a": [[["x", True, 0], ["y", False, 0]]], "b": [[["z", False, 0], ["x", True, 0]]]}
+    store: Any = SimpleNamespace(
+        settings=SimpleNamespace(
+            sources={"source_names": ["a", "b"], "generation": {"responses_per_source": 2}}, votes={"asked": ["j"]}
+        ),
+        numbers=lambda kind: [0, 1],
+        get_json=lambda kind, number: answers[kind.of] if number == 0 else [row[::-1] for row in answers[kind.of]],
+    )
+    row = {"prompt": "p", "skill": "all", "ground_truth": "t"}
+    for label, text in (("a_0", "x"), ("a_1", "y"), ("b_0", "z"), ("b_1", "x")):
+        row |= {f"response_{label}": text, f"votes_{label}": 0.0, f"score_j_{label}": 0.0}
+    rows = list(responses_of(store, [row, row]))
+    assert [row["finished"] for row in rows] == [True, False, False, True, False, True, True, False]
 
 
 def test_a_damaged_table_is_not_exported(prepared, tmp_path):

@@ -218,3 +218,26 @@ def test_bordas_points_are_those_of_ranks():
     ranks = scores.argsort(-1).argsort(-1)  # how many are lower
     expected = (ranks / 3).sum(1)
     np.testing.assert_allclose(borda(scores, np.ones((30, 4), bool)), expected)
+
+
+def test_an_infinite_score_is_beyond_all_finite_ones():
+    """A judge may score what it cannot use with minus infinity. Such a response must not count as an average one."""
+    inf = np.inf
+    for rule in ("majority", "borda", "mean_z"):
+        assert points(rule, [[-inf, -5]])[0] == 1
+        assert points(rule, [[-inf, -5], [0, 0]])[0] == 1
+        assert points(rule, [[3, inf, 2]])[0] == 1
+        assert points(rule, [[-inf, inf]])[0] == 1
+        assert points(rule, [[inf, inf]])[0] == points(rule, [[-inf, -inf]])[0] == NOBODY
+        # One that is left out takes no part, whatever it has.
+        assert points(rule, [[inf, 1, 2]], [False, True, True])[0] == 2
+    scores = np.array([[[1.0, 3.0]], [[-inf, inf]], [[NAN, inf]]])
+    assert mean_z_scores(scores, np.ones((3, 2), bool)).tolist() == [[-1, 1], [-2, 2], [0, 0]]
+
+
+@pytest.mark.parametrize("rule", ["majority", "borda", "mean_z"])
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_no_examples_have_no_winners(rule, candidates):
+    found = vote(np.zeros((0, 2, candidates)), np.zeros((0, candidates), bool), rule=rule)
+    assert found.winner.shape == found.tied.shape == (0,)
+    assert found.votes.shape == (0, candidates)

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -32,7 +31,7 @@ from profuser.plan.store_size import Counts, capture_bytes, targets_bytes
 from profuser.prepare.estimate import expected
 from profuser.prepare.inputs import Inputs, load_split
 from profuser.recipe.parse import Run
-from profuser.recipe.places import resolve
+from profuser.recipe.places import files_of
 from profuser.recipe.schedule import Stage, plan
 from profuser.recipe.schema import SPLITS, Recipe, SourceConfig, Split
 
@@ -244,7 +243,7 @@ def make_plan(
 def count_instructions(recipe: Recipe, notes: list[str]) -> int:
     """Counts the training instructions of a recipe whose models are elsewhere, or assumes a number and notes that."""
     location = recipe.data.location("train")
-    if location is not None and all(Path(resolve(path)).exists() for path in location.paths):
+    if location is not None and all(map(files_of, location.paths)):
         return len(load_split(recipe, "train"))
     notes.append(f"{location} is not here: {INSTRUCTIONS:,} instructions; --instructions changes that")
     return INSTRUCTIONS

@@ -6,23 +6,23 @@ a conversation: as OpenAI's API takes it, with `role` and `content`, or as Share
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from profuser.errors import DataError, in_short
 from profuser.prepare.tables import from_json
 from profuser.recipe.schema import DataConfig
 from profuser.text.conversation import Conversation, Prompt, content_text
-from profuser.text.template import Message
 
 MESSAGES = ("messages", "conversations", "conversation")
 """What data sets call a column of conversations."""
 
 PAIRS = (
     ("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"),
-    ("question", "answer"),
+    ("question", "answer"), ("question", "response"), ("query", "response"),
 )  # fmt: skip
 """What data sets call the columns of prompts and responses, the first pair first."""
 
@@ -35,27 +35,43 @@ SYSTEM = ("system", "system_prompt")
 LEFT_OUT = (*INPUTS, *SYSTEM, "history")
 """Columns, in small or capital letters, whose text belongs to a prompt and would be missing in it."""
 
+NO_TEXT = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "chat_template_kwargs")
+"""Columns, in small or capital letters, that say something of a prompt which is no text, and which is not read."""
+
+EMPTY_JSON = ("[]", "{}", "null")
+"""What stands for nothing where a list or mapping is written as text."""
+
+PREFERENCES = {"chosen", "rejected"}
+"""What data sets of preferences call a better response and a worse one, or whole conversations that end with them."""
+
 SHAREGPT = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
     "bard": "assistant", "bing": "assistant", "system": "system",
 }  # fmt: skip
-"""Who speaks, as ShareGPT calls it."""
+"""Who speaks, as ShareGPT calls it, in small or capital letters."""
 
-WEIGHTS = {"weight": 1, "train": True, "loss": True}
-"""Keys of a message that say whether it is learnt, with the value that says so. Another value would be lost."""
+TEXTS = ("content", "value", "text")
+"""Keys of a message under which data sets write what is said."""
+
+WEIGHTS = ("weight", "train", "loss")
+"""Keys of a message that say whether it is learnt: 1 or true, and 0 or false. Another weight would be lost."""
 
 UNREAD = (
-    "tool_calls",
-    "tool_call_id",
-    "function_call",
-    "tools",
-    "images",
-    "audio",
-    "refusal",
-    "reasoning_content",
-    "thinking",
-)
+    "tool_calls", "tool_call_id", "function_call", "tools", "images", "image", "videos", "video", "audio", "refusal",
+    "reasoning_content", "thinking",
+)  # fmt: skip
 """Keys of a message that say something which is not read."""
+
+
+class Spoken(NamedTuple):
+    """A message as it was read: who speaks, which may be nobody that we know, and what is said.
+
+    unlearnt: the key that says that the message is not learnt; empty where it is.
+    """
+
+    role: Any
+    text: str
+    unlearnt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +126,21 @@ def find_columns(location: str, there: Sequence[str], config: DataConfig) -> Col
         return Columns(prompt=config.prompt_column, response=config.response_column)
 
     # The recipe names none of them.
-    messages = next((column for column in MESSAGES if column in there), "")
+    messages, *others = [column for column in MESSAGES if column in there] or [""]
     pair = next((pair for pair in PAIRS if set(pair) <= set(there)), None)
-    if messages and pair:
+    if messages and (beside := others or pair):
         raise DataError(
-            f"data {location} must say in one way what its examples are, it has {messages!r} beside {pair[0]!r} and {pair[1]!r}; set "
-            f"data.messages_column: {messages}, or take it out of the data"
+            f"data {location} must say in one way what its examples are, it has {messages!r} beside {' and '.join(map(repr, beside))}; "
+            f"set data.messages_column: {messages}, or take it out of the data"
         )
     if messages:
         return Columns(messages=messages, system=system, by_name=True)
+    if pair is None and set(there) >= PREFERENCES:
+        raise DataError(
+            f"data {location} must have one ground truth for each prompt, it has preferences, found: {', '.join(there)}; to learn "
+            "'chosen', set data.messages_column: chosen where it holds conversations, or data.response_column: chosen (and "
+            "data.prompt_column) where it holds responses"
+        )
     if pair is None:
         shown = ", ".join(f"{prompt} and {response}" for prompt, response in PAIRS)
         raise DataError(
@@ -142,60 +164,107 @@ def examples_of(
         DataError: the row does not hold what it should.
     """
     if columns.messages:
-        messages = _messages(columns.messages, row[columns.messages], notes)
-        if not messages or messages[-1]["role"] != "assistant":
-            role = messages[-1]["role"] if messages else None
-            raise DataError(
-                f"the column {columns.messages!r} must end with the assistant's turn, the ground truth, got {in_short(role)}; add it, or "
-                "take the row out"
-            )
-        messages = _with_system(columns, row, messages)
-        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(turns) > 1 and turns[-2] == turns[-1] - 1:
-            raise DataError(
-                f"the column {columns.messages!r}: the user and the assistant must speak in turn, the last two messages are the "
-                "assistant's; join them"
-            )
-        return [
-            (_prompt(columns.messages, messages[:n]), messages[n]["content"])
-            for n in (turns if config.turns == "all" else turns[-1:])
-        ]
+        messages = _with_system(columns, row, messages_of(columns.messages, row[columns.messages], notes))
+        return _learnt(columns.messages, messages, config)
 
     # The response, as a text or as one message.
+    _check_written_alike(columns, row)
     response = row[columns.response]
-    if isinstance(response, list) and response and isinstance(response[0], dict):
-        found = _messages(columns.response, response, notes)
-        if [message["role"] for message in found] != ["assistant"]:
+    if _holds_messages(response) or isinstance(response, Mapping):
+        found = messages_of(columns.response, [response] if isinstance(response, Mapping) else response)
+        if [message.role for message in found] != ["assistant"]:
             raise DataError(
                 f"the column {columns.response!r} must be a text or one message of the assistant, got {in_short(response)}; fix it"
             )
-        response = found[0]["content"]
+        _check_learnt(columns.response, found[0])
+        response = found[0].text
     else:
         response = text_of(columns.response, response)
 
     # The prompt, as messages or as a text with its parts. A text alone may also be empty.
     prompt = row[columns.prompt]
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-        messages = _with_system(columns, row, _messages(columns.prompt, prompt, notes))
-        return [(_prompt(columns.prompt, messages), response)]
+    if _holds_messages(prompt):
+        messages = _with_system(columns, row, messages_of(columns.prompt, prompt, notes))
+        return [(prompt_of(columns.prompt, messages), response)]
     first, *others = (text_of(column, row[column]) for column in (columns.prompt, *columns.inputs))
     text = "\n\n".join([first, *(text for text in others if text.strip())])
-    messages = _with_system(columns, row, [{"role": "user", "content": text}])
-    return [(text if len(messages) == 1 else _prompt(columns.prompt, messages), response)]
+    messages = _with_system(columns, row, [Spoken("user", text)])
+    return [(text if len(messages) == 1 else prompt_of(columns.prompt, messages), response)]
+
+
+def _learnt(column: str, messages: list[Spoken], config: DataConfig) -> list[tuple[Prompt, str]]:
+    """The turns of the assistant that are learnt from a conversation, each with what stands before it."""
+    if not messages or messages[-1].role != "assistant":
+        role = messages[-1].role if messages else None
+        raise DataError(
+            f"the column {column!r} must end with the assistant's turn, the ground truth, got {in_short(role)}; add it, or take the row "
+            "out"
+        )
+    turns = [n for n, message in enumerate(messages) if message.role == "assistant"]
+    if len(turns) > 1 and turns[-2] == turns[-1] - 1:
+        raise DataError(
+            f"the column {column!r}: the user and the assistant must speak in turn, the last two messages are the assistant's; join them"
+        )
+    learnt = turns[-1:] if config.turns == "last" else [n for n in turns if not messages[n].unlearnt]
+    _check_learnt(column, messages[(learnt or turns)[-1]])
+    return [(prompt_of(column, messages[:n]), messages[n].text) for n in learnt]
+
+
+def _check_learnt(column: str, message: Spoken) -> None:
+    """Raises DataError where a message that would be learnt says that it is not."""
+    if message.unlearnt:
+        raise DataError(
+            f"the column {column!r} must have a message that is learnt, the assistant's last has a {message.unlearnt!r} that says it is "
+            f"not; take {message.unlearnt!r} out, or the row"
+        )
+
+
+def _check_written_alike(columns: Columns, row: Mapping[str, Any]) -> None:
+    """Raises DataError where a row has nothing in a column and something in another that is called as such columns are."""
+    prompts, responses = zip(*PAIRS)
+    for column, names in ((columns.prompt, prompts), (columns.response, responses)):
+        others = [name for name in (*names, *MESSAGES) if name not in columns.all and _says_something(row.get(name))]
+        if row[column] is None and others:
+            raise DataError(
+                f"the column {column!r} must be filled in every row, it has nothing and {others[0]!r} has something; write all rows alike"
+            )
 
 
 def check_none_left_out(columns: Columns, row: Mapping[str, Any]) -> None:
     """Raises DataError where a column that belongs to the prompts holds text and no key of the recipe names it."""
     for column, value in row.items():
-        if column in columns.all or column.lower() not in LEFT_OUT:
+        if column in columns.all or not _says_something(value):
             continue
-        if value.strip() if isinstance(value, str) else value:
+        if column.lower() in NO_TEXT and value not in EMPTY_JSON:
+            raise DataError(
+                f"the column {column!r} must be empty, it would be left out, as nothing but text is read; take the row out, or rename the "
+                "column if it is no part of the prompts"
+            )
+        if column.lower() in LEFT_OUT:
             fix = f"join it with {columns.messages or columns.prompt!r} in one column and drop it"
-            if (columns.prompt, columns.response) in PAIRS and column in (*INPUTS, *SYSTEM):
+            if _is_found_without_names(columns, row, column):
                 fix = "take data.prompt_column and data.response_column out of the recipe, so that it is read"
             raise DataError(
                 f"the column {column!r} must be a part of the prompts, it would be left out; {fix}, or rename it if it is no part of them"
             )
+
+
+def _says_something(value: object) -> bool:
+    """Whether there is anything in a cell but whitespace, or in the lists and mappings in it. A 0 is a text as others are."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, (list, Mapping)):
+        return any(map(_says_something, value.values() if isinstance(value, Mapping) else value))
+    return value is not None
+
+
+def _is_found_without_names(columns: Columns, row: Mapping[str, Any], column: str) -> bool:
+    """Whether a column would be read if the recipe did not name any, and the others as well."""
+    try:
+        found = find_columns("", list(row), DataConfig(train=""))
+    except DataError:
+        return False
+    return column in found.all and set(columns.all) <= set(found.all)
 
 
 def text_of(column: str, value: object) -> str:
@@ -219,55 +288,82 @@ def _check_there(location: str, there: Sequence[str], key: str, column: str) -> 
         )
 
 
-def _messages(column: str, value: object, notes: dict[str, int]) -> list[Message]:
-    """Reads messages, as a list or as the JSON text of one, which a CSV file has."""
+def _holds_messages(cell: object) -> bool:
+    """Whether a cell holds messages in place of a text."""
+    return isinstance(cell, list) and bool(cell) and isinstance(cell[0], Mapping)
+
+
+def messages_of(column: str, value: object, notes: dict[str, int] | None = None) -> list[Spoken]:
+    """Reads messages, as a list or as the JSON text of one, which a CSV file has.
+
+    Args:
+        notes: counts the conversations that begin with the assistant's turn, which is then left out. Without it, it is kept.
+    Raises:
+        DataError: they are none, or say something that would be lost.
+    """
+    given = value
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = from_json(value)
-        except (ValueError, RecursionError):
-            value = {}
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        raise DataError(f"the column {column!r} must hold a list of messages, got {in_short(value)}; fix it")
+        is_spelt = isinstance(given, str) and given.lstrip().startswith("[")
+        fix = "write it as JSON" if is_spelt else "write a list in which each has a role and a content"
+        raise DataError(f"the column {column!r} must hold a list of messages, got {in_short(given)}; {fix}")
     messages = [_message(column, number, message) for number, message in enumerate(value, start=1)]
-    sharegpt = any("from" in message for message in value)
-    if sharegpt and messages and messages[0]["role"] == "assistant":  # many of ShareGPT's do
-        notes["conversations begin with the assistant's turn, which is left out"] += 1
+    sharegpt = any(message.get("from") is not None for message in value)
+    if notes is not None and sharegpt and messages and messages[0].role == "assistant":  # many of ShareGPT's do
+        what = "conversations begin with the assistant's turn, which is left out"
+        notes[what] = notes.get(what, 0) + 1
         messages = messages[1:]
     return messages
 
 
-def _message(column: str, number: int, message: Mapping[str, Any]) -> Message:
+def _message(column: str, number: int, message: Mapping[str, Any]) -> Spoken:
     where = f"message {number} in the column {column!r}"
+    unlearnt = ""
     for key in (*WEIGHTS, *UNREAD):
         value = message.get(key)
-        if value not in (None, "", [], {}) and value != WEIGHTS.get(key):
+        if value in (None, "", [], {}) or (key in WEIGHTS and value == 1):
+            continue
+        if key not in WEIGHTS or value != 0:
             raise DataError(
                 f"{where} must say nothing in {key!r}, which is not read, got {in_short(value)}; take it out"
             )
-    role, content = message.get("role"), message.get("content")
-    if role is None and "from" in message:
-        role, content = message["from"], message.get("value")
-        role = SHAREGPT.get(role.lower(), role) if isinstance(role, str) else role
+        unlearnt = key
+    role_key, text_key = ("role", "content") if message.get("role") is not None else ("from", "value")
+    role, content = message.get(role_key), message.get(text_key)
+    if role is None:
+        raise DataError(
+            f"the role of {where} must be given in 'role', beside 'content', or in 'from', beside 'value', got {in_short(message)}; rename "
+            "its keys"
+        )
+    if content is None and (other := next((key for key in TEXTS if message.get(key) not in (None, "", [])), None)):
+        raise DataError(
+            f"{where} must have its text in {text_key!r}, beside {role_key!r}, it has one in {other!r}; rename the key"
+        )
+    role = SHAREGPT.get(role.lower(), role) if isinstance(role, str) else role
     # What is wrong with a role is found where the conversation is read. A ground truth may be empty.
-    return {"role": role, "content": "" if content is None else content_text(where, content)}
+    return Spoken(role, "" if content is None else content_text(where, content), unlearnt)
 
 
-def _with_system(columns: Columns, row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """Puts the text of the system column in front."""
+def _with_system(columns: Columns, row: Mapping[str, Any], messages: list[Spoken]) -> list[Spoken]:
+    """Puts the text of the system column in front, unless the messages begin with the same one."""
     text = text_of(columns.system, row[columns.system]) if columns.system else ""
     if not text.strip():
         return messages
-    if messages and messages[0]["role"] == "system":
+    if messages and messages[0].role == "system":
+        if messages[0].text.strip() == text.strip():
+            return messages
         raise DataError(
             f"a row must have one system message, it has one in its messages and another in {columns.system!r}; take one out"
         )
-    return [{"role": "system", "content": text}, *messages]
+    return [Spoken("system", text), *messages]
 
 
-def _prompt(column: str, messages: list[Message]) -> Prompt:
-    """What is to be answered: a text where there is nothing but one turn of the user."""
+def prompt_of(column: str, messages: list[Spoken]) -> Prompt:
+    """What is to be answered: a text where there is nothing but one turn of the user. It raises DataError where it is none."""
     try:
-        conversation = Conversation.of(messages)
+        conversation = Conversation.of([{"role": message.role, "content": message.text} for message in messages])
     except DataError as error:
         raise DataError(f"the column {column!r}: {error}") from None
     return str(conversation) if conversation.is_prompt else conversation

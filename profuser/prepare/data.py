@@ -33,6 +33,7 @@ def load_examples(
     limit: int | None = None,
     split: Split = "train",
     part: tuple[float, float] = (0.0, 1.0),
+    of_split: Split | None = None,
 ) -> Examples:
     """Reads the rows of a split.
 
@@ -43,13 +44,14 @@ def load_examples(
         split: the recipe's split that the rows are for.
         part: only examples are read whose prompts have a hash from the first of these numbers on and below the second; 0 is the
             smallest hash, and all are below 1.
+        of_split: the recipe's split that names the location, where it is another one.
 
     Raises:
         DataError: the data is missing, broken or empty; a column is missing or holds something other than text or conversations;
             a part of the prompts would be left out.
     """
     location = DataLocation(path=location) if isinstance(location, str) else location
-    tables = read_tables(location, split)
+    tables = read_tables(location, of_split or split)
     there = list(dict.fromkeys(column for _, table in tables for row in table for column in row))
     if not there:
         raise DataError(f"data {location} must have at least one row, got none; fix the file")

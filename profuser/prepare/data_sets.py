@@ -9,16 +9,17 @@ from __future__ import annotations
 import ast
 import difflib
 import logging
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError, first_line
 from profuser.prepare.tables import READERS, Table, read_file
-from profuser.recipe.places import file_suffix, is_path, resolve
+from profuser.recipe.places import file_suffix, files_of, is_path, resolve
 from profuser.recipe.schema import DataLocation, Split
 from profuser.recipe.utf8 import decode
 
@@ -45,29 +46,37 @@ def read_tables(location: DataLocation, split: Split) -> list[tuple[str, Table]]
         DataError: the location is missing or broken, or holds no data that we read; its configuration or split is unknown, or
             one has to be named; a pattern fits no file.
     """
-    return [table for path in location.paths for table in _tables(replace(location, path=path), path, split)]
+    found = [file for path in location.paths for file in _located(location, path, split)]
+    times = Counter(os.path.abspath(file) for file, _, _ in found)
+    if twice := next((name for file, name, _ in found if times[os.path.abspath(file)] > 1), None):
+        raise DataError(
+            f"data.{split} must name every file once, {twice} is named more than once in {location}; take it out of one place"
+        )
+    return [(name, read_file(file, name, delimiter)) for file, name, delimiter in found]
 
 
-def _tables(location: DataLocation, named: str, split: Split) -> list[tuple[str, Table]]:
-    """Reads the files of one file, folder, data set or pattern."""
-    path = Path(resolve(named))
-    if not path.exists() and is_path(named):
-        if found := sorted(glob(str(path), recursive=True)):
-            return [table for file in found for table in _tables(replace(location, path=file), file, split)]
-        kind = "no file fits the pattern" if set(named) & set("*?[") else "no such file"
+def _located(location: DataLocation, named: str, split: Split) -> Iterator[tuple[Path, str, str | None]]:
+    """Yields the files of one file, folder, data set or pattern, each with its name and what separates its cells."""
+    path, is_pattern = Path(resolve(named)), bool(set(named) & set("*?["))
+    if not path.exists() and (is_path(named) or is_pattern):
+        found = files_of(named)
+        for file in found:
+            yield from _located(location, file, split)
+        if found:
+            return
+        kind = "no file fits the pattern" if is_pattern else "no such file"
         raise DataError(
             f"data must be an existing file or folder, or a Hub data set, got {named} ({kind}); fix the path"
         )
     if not named or path == Path():
         raise DataError(f"data must be a file, a folder or a Hub data set, got {named!r}; name one")
     if not path.is_file():
-        return [
-            (name, read_file(file, name, delimiter)) for file, name, delimiter in _files(location, named, split, path)
-        ]
+        yield from _files(location, named, split, path)
+        return
     for key in ("config", "split"):
         if (value := getattr(location, key)) is not None:
             raise DataError(f"data.{split}: a file has no {key}, got {value} of {named}; take {key} out")
-    return [(named, read_file(path, named))]
+    yield path, named, None
 
 
 def _files(location: DataLocation, named: str, split: Split, path: Path) -> Iterator[tuple[Path, str, str | None]]:
@@ -87,17 +96,17 @@ def _files(location: DataLocation, named: str, split: Split, path: Path) -> Iter
         builder = _builder(place, location.config)
         files: dict[str, list[str]] = {str(name): list(found) for name, found in builder.config.data_files.items()}
     except Exception as error:  # a Hub out of reach, a broken README and unknown names each raise their own kinds
-        raise _explained(error, location, split, place) from None
+        raise _explained(error, location, named, split, place) from None
 
     if path.is_dir():
-        _check_none_left_out(location, Path(place), {file for found in files.values() for file in found})
+        _check_none_left_out(named, Path(place), {file for found in files.values() for file in found})
 
     # Choose the split.
     name = location.split or next((name for name in files if len(files) == 1 or name == split), "")
     if name not in files:
         (nearest,) = difflib.get_close_matches(name or USUAL_NAMES[split], files, n=1, cutoff=0)
         raise DataError(
-            f"data.{split} must name one of the splits of {location.path} ({', '.join(files)}), got {name or 'none'}; set "
+            f"data.{split} must name one of the splits of {named} ({', '.join(files)}), got {name or 'none'}; set "
             f"data.{split}: {_mapping(replace(location, split=nearest))}"
         )
 
@@ -108,7 +117,7 @@ def _files(location: DataLocation, named: str, split: Split, path: Path) -> Iter
     delimiter = options.pop("sep", None)
     if unknown := sorted(set(options) - NOT_ABOUT_READING):
         raise DataError(
-            f"data {location.path} must be readable as it is, its README sets {', '.join(unknown)}; download its files, "
+            f"data {named} must be readable as it is, its README sets {', '.join(unknown)}; download its files, "
             "convert them and name them"
         )
 
@@ -118,7 +127,7 @@ def _files(location: DataLocation, named: str, split: Split, path: Path) -> Iter
         yield Path(here), f"{named}/{file.removeprefix(builder.base_path).lstrip('/')}", delimiter
 
 
-def _check_none_left_out(location: DataLocation, folder: Path, found: set[str]) -> None:
+def _check_none_left_out(named: str, folder: Path, found: set[str]) -> None:
     """Raises DataError where a data file of a folder is in none of its splits, so that its rows would be lost unnoticed.
 
     The library takes the files of the most frequent kind only, and leaves out those that are not called after a split where
@@ -129,7 +138,7 @@ def _check_none_left_out(location: DataLocation, folder: Path, found: set[str]) 
         return
     if left_out := [file for file in _data_files(folder) if str(folder / file) not in found]:
         raise DataError(
-            f"data {location.path}: every data file of a folder must belong to a split, {left_out[0]} would not be read "
+            f"data {named}: every data file of a folder must belong to a split, {left_out[0]} would not be read "
             f"({len(left_out)} of {len(left_out) + len(found)} files); give all files one kind and the names of splits, as in "
             "train-1.jsonl, take it out of the folder, or name one file in place of the folder"
         )
@@ -171,21 +180,19 @@ def _builder(place: str, config: str | None) -> Any:
         return datasets.load_dataset_builder(downloaded, config)
 
 
-def _explained(error: Exception, location: DataLocation, split: Split, place: str) -> DataError:
+def _explained(error: Exception, location: DataLocation, named: str, split: Split, place: str) -> DataError:
     """Returns the error of one line for a folder or data set that could not be opened."""
     # The library's message lists the configurations where one is unknown or missing.
     listed = re.search(r"available\b[^:]*: (\[.*\])", str(error), re.IGNORECASE)
     configs: list[str] = ast.literal_eval(listed[1]) if listed else []
     if configs == ["default"]:  # what the library calls the whole, where there are none
         inside = Path(place) / str(location.config)
-        other = f", or set path: {location.path}/{location.config}" if inside.is_dir() else ""
-        return DataError(
-            f"data.{split}: {location.path} has no configurations, got {location.config}; take config out{other}"
-        )
+        other = f", or set path: {named}/{location.config}" if inside.is_dir() else ""
+        return DataError(f"data.{split}: {named} has no configurations, got {location.config}; take config out{other}")
     if configs:
         (nearest,) = difflib.get_close_matches(location.config or configs[0], configs, n=1, cutoff=0)
         return DataError(
-            f"data.{split} must name one of the configurations of {location.path} ({', '.join(configs)}), got "
+            f"data.{split} must name one of the configurations of {named} ({', '.join(configs)}), got "
             f"{location.config or 'none'}; set data.{split}: {_mapping(replace(location, config=nearest))}"
         )
     reason = "its README.md is not UTF-8" if isinstance(error, UnicodeDecodeError) else first_line(error)
@@ -197,7 +204,7 @@ def _explained(error: Exception, location: DataLocation, split: Split, place: st
             fix = f"write the ending of {readable[0]} in small letters, or name this file in place of the folder"
     elif not Path(place).is_dir():
         fix = "fix the id, or run once where the Hub can be reached"
-    return DataError(f"data {location.path} cannot be read ({reason}); {fix}")
+    return DataError(f"data {named} cannot be read ({reason}); {fix}")
 
 
 def _mapping(location: DataLocation) -> str:

@@ -1,7 +1,7 @@
 """Reads what a user has already: the responses of a source, and the scores of a judge, which are then not asked for.
 
 The files are tables as the data are, in any of their kinds. A row names its prompt as the data do: by `prompt`, or by the `messages`
-before the response. Whitespace in a prompt does not count.
+before the response. Whitespace in a prompt does not count. In a CSV file everything is a text, and an empty cell is null.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError, in_short
+from profuser.prepare.columns import messages_of, prompt_of, text_of
 from profuser.prepare.data import Row, plain
 from profuser.prepare.data_sets import read_tables
 from profuser.prepare.responses import Response
-from profuser.recipe.places import resolve
+from profuser.recipe.places import files_of
 from profuser.recipe.schema import DataLocation, Split
 from profuser.store.files import sha256
-from profuser.text.conversation import Conversation
 from profuser.text.fit import Verdict
 
 
@@ -34,7 +34,7 @@ class GivenResponses:
         self.place = f"sources: {source}: responses {path}"
         self._of_prompt: dict[str, list[Response]] = {}
         for where, row in _rows(path):
-            response, finished = row.get("response"), row.get("finished")
+            response, finished = row.get("response"), _from_text(row.get("finished"))
             if not isinstance(response, str):
                 raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
             if finished is None:
@@ -52,7 +52,7 @@ class GivenResponses:
         Raises:
             DataError: it has some, or another number.
         """
-        found = [len(self._of_prompt.get(plain(row["prompt"]), ())) for row in rows]
+        found = [len(self._answers(row, count)) for row in rows]
         if not any(found) and split == "heldout":
             return False
         wrong = next((n for n, of_prompt in enumerate(found) if of_prompt != count), None)
@@ -64,9 +64,14 @@ class GivenResponses:
             )
         return True
 
-    def of(self, rows: Sequence[Row]) -> list[list[Response]]:
+    def of(self, rows: Sequence[Row], count: int) -> list[list[Response]]:
         """Returns the responses to the prompts of some rows, which `check` has found."""
-        return [self._of_prompt[plain(row["prompt"])] for row in rows]
+        return [self._answers(row, count) for row in rows]
+
+    def _answers(self, row: Row, count: int) -> list[Response]:
+        """The responses to a row's prompt. Where each prompt has one, equal ones are one: a file may have as many rows as the data."""
+        answers = self._of_prompt.get(plain(row["prompt"]), [])
+        return list(dict.fromkeys(answers)) if count == 1 else answers
 
 
 class GivenScores:
@@ -82,11 +87,11 @@ class GivenScores:
         self.place = f"judges: {judge}: scores {path}"
         self._of: dict[tuple[str, str], float] = {}
         for where, row in _rows(path):
-            response, score = row.get("response"), row.get("score")
+            response, score = row.get("response"), _from_text(row.get("score"))
             if not isinstance(response, str):
                 raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
             try:
-                if isinstance(score, bool):
+                if isinstance(score, bool) or "score" not in row:
                     raise TypeError
                 value = float("nan") if score is None else float(score)
             except (TypeError, ValueError):
@@ -116,11 +121,14 @@ class GivenScores:
 
 
 def file_digest(path: str) -> str:
-    """Returns a short hash of a file that a user has given. It raises DataError where there is none."""
+    """Returns a short hash of a file that a user has given, or of all that fit a pattern. It raises DataError where there is none."""
     try:
-        return sha256(Path(resolve(path)).read_bytes())[:16]
+        digests = [sha256(Path(file).read_bytes()) for file in files_of(path)]
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); fix the path") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); name a file, or a pattern of files") from None
+    if not digests:
+        raise DataError(f"{path} cannot be read (no such file); fix the path")
+    return (digests[0] if len(digests) == 1 else sha256("".join(digests).encode()))[:16]
 
 
 def _rows(path: str) -> list[tuple[str, dict[str, Any]]]:
@@ -129,14 +137,21 @@ def _rows(path: str) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{name}, row {n} (from 0)", row) for name, table in tables for n, row in enumerate(table)]
 
 
+def _from_text(cell: Any) -> Any:
+    """What a cell of a CSV file says where it is no text: nothing if it is empty, true or false; anything else is left as it is."""
+    if not isinstance(cell, str):
+        return cell
+    return {"": None, "true": True, "false": False}.get(cell.strip().lower(), cell)
+
+
 def _prompt_of(where: str, row: dict[str, Any]) -> str:
     """The row's prompt, in the form in which prompts are compared."""
-    prompt, messages = row.get("prompt"), row.get("messages")
-    if messages is not None:
-        try:
-            return plain(str(Conversation.of(messages)))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-    if not isinstance(prompt, str):
+    column = "messages" if row.get("messages") not in (None, "") else "prompt"
+    cell = row.get(column)
+    if cell is None:
         raise DataError(f"{where} must have a text as `prompt`, or `messages`, got {in_short(row)}; fix the row")
-    return plain(prompt)
+    try:
+        is_text = column == "prompt" and not isinstance(cell, list)
+        return plain(text_of(column, cell) if is_text else prompt_of(column, messages_of(column, cell, {})))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None

@@ -23,7 +23,7 @@ from profuser.models.fingerprint import fingerprint
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.prepare.data import Examples, Row, data_hash, load_examples
 from profuser.prepare.given import GivenResponses, file_digest
-from profuser.prepare.judges import judge_fingerprint, open_judge, try_function_judge
+from profuser.prepare.judges import check_conversations, judge_fingerprint, open_judge, try_function_judge
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
@@ -36,7 +36,7 @@ from profuser.text.fit import Fitted, fit
 ALIGNMENT_RULES = 3
 """The version of the alignment's rules. It is part of a store's settings, so that another version aligns the captures again."""
 
-VOTE_RULES = 2
+VOTE_RULES = 3
 """The version of the vote's rules. Another version votes again on the scores that are there."""
 
 
@@ -118,6 +118,8 @@ class Inputs:
 
         for source, split in product(recipe.sources, rows):
             inputs.given(source, split)
+        for judge in recipe.judges:
+            check_conversations(judge, rows["train"])
         for name, config in configs.items():
             check_head(name, chats.get(name) or inputs.target, config)
 
@@ -166,8 +168,12 @@ class Inputs:
             return None
         if source.name not in self._given:
             self._given[source.name] = GivenResponses(source.name, source.responses)
-        given, count = self._given[source.name], self.recipe.generation.responses_per_source if split == "train" else 1
-        return given if given.check(split, self.rows[split], count) else None
+        given = self._given[source.name]
+        return given if given.check(split, self.rows[split], self.responses_per_prompt(split)) else None
+
+    def responses_per_prompt(self, split: Split) -> int:
+        """How many responses each source gives to a prompt of a split: several only to those that are voted on."""
+        return self.recipe.generation.responses_per_source if split == "train" else 1
 
     @cached_property
     def _given(self) -> dict[str, GivenResponses]:
@@ -267,7 +273,8 @@ def load_split(recipe: Recipe, split: Split) -> Examples:
     if location is None:
         raise ConfigError(f"data.{split} must name a data file or set, the recipe names none; add it")
     limit = recipe.data.limit if split == "train" else None
-    return load_examples(recipe.data, location, limit, split, recipe.data.part(split))
+    named = "train" if getattr(recipe.data, split) is None else split
+    return load_examples(recipe.data, location, limit, split, recipe.data.part(split), named)
 
 
 def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:

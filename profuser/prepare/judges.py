@@ -27,8 +27,10 @@ from profuser.prepare.given import GivenScores, file_digest
 from profuser.progress import silent
 from profuser.recipe.places import load_function
 from profuser.recipe.schema import JudgeConfig, SourceConfig
-from profuser.text.conversation import Conversation, Prompt
+from profuser.text.chat import RESPONSE
+from profuser.text.conversation import Conversation, Prompt, Turn
 from profuser.text.template import ChatTemplate, conversation
+from profuser.text.turns import TURN
 
 
 def judge_fingerprint(config: JudgeConfig) -> str:
@@ -102,6 +104,32 @@ def reward_template(config: JudgeConfig, location: str, *, date: datetime.date |
     except DataError as error:
         prefix = "" if source.name in str(error) else f"{source.name}: "
         raise DataError(f"{prefix}{error}") from error
+
+
+def check_conversations(config: JudgeConfig, rows: Sequence[Row]) -> None:
+    """Checks that a reward model's template shows all turns of conversations, so that no response is judged without its context.
+
+    Of the conversations with a system message, and of those without, the longest stands for all.
+
+    Raises:
+        DataError: it does not.
+    """
+    talks = [row["prompt"] for row in rows if isinstance(row["prompt"], Conversation)]
+    if config.model is None or not talks:
+        return
+    template = reward_template(config, config.model)
+    longest = {talk.turns[0].role: talk for talk in sorted(talks, key=lambda talk: len(talk.turns))}
+    for talk in longest.values():
+        turns = Conversation(tuple(Turn(turn.role, TURN.format(n)) for n, turn in enumerate(talk.turns)))
+        try:
+            (text,) = template.many_texts([conversation(_seen_by(template, turns), RESPONSE)])
+        except DataError as error:
+            raise DataError(f"judge {config.name}: {error}") from None
+        if unseen := [turn for turn in turns.turns if turn.text not in text]:
+            raise DataError(
+                f"judge {config.name}: a chat template must show every message, {template.name}'s leaves out the {unseen[0].role}'s where "
+                f"there are {len(turns.turns)}; {template.fix}, or take the judge out"
+            )
 
 
 class Judge(Protocol):
@@ -240,7 +268,7 @@ def _reward_model_judge(
 
 def _seen_by(template: ChatTemplate, prompt: Prompt) -> Prompt:
     """A prompt as a template can show it: the text of a system message goes in front of the user's where there is no place for it."""
-    if isinstance(prompt, Conversation) and prompt.turns[0].role == "system" and not template.has_system():
+    if isinstance(prompt, Conversation) and prompt.turns[0].role == "system" and not template.has_system:
         return Conversation(prompt.without_system())
     return prompt
 

@@ -186,7 +186,7 @@ class Preparation:
         given = self.inputs.given(source, split)
         assert given is not None
         for part in parts:
-            responses = given.of(part.of(self.inputs.rows[split]))
+            responses = given.of(part.of(self.inputs.rows[split]), self.inputs.responses_per_prompt(split))
             self.store.put_json(layout.responses(split, source.name), part.number, responses, examples=len(part))
         if parts:
             print(
@@ -220,7 +220,7 @@ class Preparation:
             generation,
             max_length=self.recipe.data.max_length,
             seed=self.recipe.seed + part.first,
-            responses=generation.responses_per_source if split == "train" else 1,
+            responses=self.inputs.responses_per_prompt(split),
             reasoning=source.reasoning,
             progress=bar.update,
         )

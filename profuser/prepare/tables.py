@@ -6,6 +6,7 @@ missing value and a date into a timestamp.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from profuser.errors import DataError, first_line
+from profuser.errors import DataError, first_line, in_short
 from profuser.recipe.places import COMPRESSIONS, file_suffix
 from profuser.recipe.utf8 import decode, defect, texts_in
 
@@ -46,7 +47,8 @@ def from_json(text: str) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands in an object twice")
+            key = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {key!r} stands in an object twice, {in_short(found)}")
         return found
 
     return json.loads(text, parse_float=SpeltNumber, parse_constant=SpeltNumber, object_pairs_hook=once)
@@ -60,7 +62,17 @@ def read_jsonl(file: Any) -> Table:
 def read_json(file: Any) -> Table:
     """Reads a JSON file that holds a list of objects, or one object per line."""
     text = decode(file.read())
-    return [_object(row) for row in from_json(text)] if text.lstrip().startswith("[") else _json_lines(text)
+    if text.lstrip().startswith("["):
+        return [_object(row) for row in from_json(text)]
+    try:
+        return _json_lines(text)
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            keys = ", ".join(_object(from_json(text)))
+            raise TypeError(
+                f"it is one object with the keys {keys}, where a list of rows is needed, or one row per line"
+            ) from None
+        raise
 
 
 def read_csv(file: Any, delimiter: str = ",") -> Table:
@@ -88,10 +100,12 @@ def read_parquet(file: Any) -> Table:
 
 
 def read_arrow(file: Any) -> Table:
-    """Reads an Arrow file, such as `save_to_disk` of the library `datasets` writes."""
+    """Reads an Arrow file: a stream, such as `save_to_disk` of the library `datasets` writes, or one with an index at its end."""
     import pyarrow
 
-    return _arrow_rows(pyarrow.ipc.open_stream(file).read_all())
+    content = file.read()
+    reader = pyarrow.ipc.open_file if content.startswith(b"ARROW1") else pyarrow.ipc.open_stream
+    return _arrow_rows(reader(content).read_all())
 
 
 READERS: dict[str, Reader] = {
@@ -137,6 +151,7 @@ def _json_lines(text: str) -> Table:
     """Reads one JSON object per line."""
     rows = []
     for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
+        line = line.lstrip("\ufeff")  # two files that were joined have a second mark
         if line.strip():
             try:
                 rows.append(_object(from_json(line)))

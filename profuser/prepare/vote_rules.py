@@ -77,16 +77,20 @@ def borda(scores: np.ndarray, eligible: np.ndarray) -> np.ndarray:
 def mean_z_scores(scores: np.ndarray, eligible: np.ndarray) -> np.ndarray:
     """Returns the mean of each candidate's z-scores over the judges that gave no NaN to its prompt, (E, C) float.
 
-    A judge's scores are standardised over all prompts to which it gave no NaN. It is 0 for who is not eligible.
+    A judge's scores are standardised over all prompts to which it gave no NaN. One that is infinite counts as a standard deviation
+    beyond the judge's highest or lowest finite one. It is 0 for who is not eligible.
     """
-    scores = np.where(eligible[:, None, :], scores.astype(np.float64), -np.inf)
+    scores = np.where(eligible[:, None, :], scores.astype(np.float64), 0.0)
     broken = np.any(np.isnan(scores), axis=-1)  # (E, R): the judge gave NaN to a candidate of the example
-    counted = eligible[:, None, :] & ~broken[..., None] & np.isfinite(scores)
+    given = eligible[:, None, :] & ~broken[..., None]
+    counted = given & np.isfinite(scores)
     safe = np.where(counted, scores, 0.0)
     count = np.maximum(counted.sum((0, 2)), 1)
     mean = safe.sum((0, 2)) / count
     std = np.sqrt(np.where(counted, (safe - mean[:, None]) ** 2, 0.0).sum((0, 2)) / count)
     z = np.where(counted, (safe - mean[:, None]) / np.where(std > 0, std, 1.0)[:, None], 0.0)
+    highest, lowest = z.max((0, 2), initial=0.0) + 1, z.min((0, 2), initial=0.0) - 1
+    z = np.where(given & np.isinf(scores), np.where(scores > 0, highest[:, None], lowest[:, None]), z)
     return z.sum(1) / np.maximum((~broken).sum(1), 1)[:, None]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,7 @@ def load_recipe(record: dict[str, Any]) -> Recipe:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, None, as_group=False)
     try:
-        namespace = parser.instantiate(parser.parse_object(record))
+        namespace = parser.instantiate(parser.parse_object(deepcopy(record)))  # it is changed there
     except (jsonargparse.ArgumentError, TypeError, AttributeError) as error:
         raise ConfigError(f"{_one_line(error)} (recipe: run.json)") from None
     return _recipe(namespace)

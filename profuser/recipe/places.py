@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 
 from profuser.errors import ConfigError, first_line
@@ -52,6 +53,12 @@ def resolve(location: str) -> str:
             f"{BUNDLED_PREFIX}NAME must stay inside the bundled demo, got {location!r}; give a plain path"
         )
     return str(path)
+
+
+def files_of(location: str) -> list[str]:
+    """Returns the local files and folders that a path or a pattern stands for; none where there are none."""
+    path = resolve(location)
+    return [path] if Path(path).exists() else sorted(glob(path, recursive=True))
 
 
 def load_function(path: str, key: str) -> Callable:

@@ -156,15 +156,21 @@ class DataConfig:
         # how they say it.
         for split in SPLITS:
             location = getattr(self, split)
-            if isinstance(location, DataLocation) and location.config is None and location.split is None:
-                location = location.path
-            if isinstance(location, list) and not location:
+            path = location.path if isinstance(location, DataLocation) else location
+            if isinstance(path, list) and not path:
                 raise ConfigError(
                     f"data.{split} must name a file, a folder or a Hub data set, got an empty list; name one"
                 )
-            if isinstance(location, list) and len(location) == 1:
-                (location,) = location
-            setattr(self, split, location)
+            if isinstance(path, str) and path.startswith("[") and path.endswith("]"):
+                raise ConfigError(
+                    f"data.{split} must be a path or a list of paths, got the text {path}; write each of them in quotes, as in "
+                    "'[\"a*.jsonl\", b.jsonl]'"
+                )
+            if isinstance(path, list) and len(path) == 1:
+                (path,) = path
+            if isinstance(location, DataLocation) and (location.config is not None or location.split is not None):
+                path = DataLocation(path=path, config=location.config, split=location.split)
+            setattr(self, split, path)
         for split in ("heldout", "validation"):
             share = getattr(self, f"{split}_share")
             if not 0 <= share < 1:
@@ -572,6 +578,12 @@ class Recipe:
             )
         check_names("sources", names)
         check_names("judges", [judge.name for judge in self.judges])
+        columns = [f"{judge.name}_{name}" for judge in self.judges for name in names]
+        if twice := next((column for column in columns if columns.count(column) > 1), None):
+            raise ConfigError(
+                f"judges: a judge's and a source's name must not make the same column for two pairs of them, got score_{twice} twice; "
+                "rename one"
+            )
         if taken := sorted(set(names) & RESERVED_NAMES):
             raise ConfigError(
                 f"sources: a name must not be one of {', '.join(sorted(RESERVED_NAMES))}, got {taken[0]!r}; rename it"
@@ -590,7 +602,8 @@ class Recipe:
             )
         if self.optim.export == "best" and self.data.location("validation") is None:
             raise ConfigError(
-                "optim.export: best needs data.validation, got none; name a file with validation prompts, or export the last weights"
+                "optim.export: best needs data.validation, got none; name a file with validation prompts, set data.validation_share, or "
+                "export the last weights"
             )
         if self.optim.compile and self.optim.shard:
             raise ConfigError(

@@ -190,7 +190,10 @@ def _group(runs: list[ComparedRun]) -> Group:
     if len(ranked) > 1:
         best, second, *_ = ranked
         lead = best, second, difference(best.scores["mean"], second.scores["mean"])
-    heldout = recipe.get("data", {}).get("heldout", "")
+    data = recipe.get("data", {})
+    heldout = data.get("heldout", "")
+    if heldout is None:
+        heldout = f"a share of {data['heldout_share']:g} of {data['train']}"
     return Group(
         heldout=heldout if isinstance(heldout, str) else json.dumps(heldout, ensure_ascii=False),
         match=recipe.get("evaluation", {}).get("match"),

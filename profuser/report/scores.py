@@ -18,9 +18,15 @@ def read_scores(run_dir: Path, record: dict[str, Any]) -> tuple[dict[str, Any], 
     Raises:
         DataError: a file is missing, or is not what was written.
     """
-    if record["recipe"].get("data", {}).get("heldout", "") is None:
+    if not has_heldout(record):
         return {"sources": {}, "target_before": {}, "fused": {}}, {"counts": {}}
     return read_measured(run_dir, record, SCORES), read_measured(run_dir, record, EVALUATION)
+
+
+def has_heldout(record: dict[str, Any]) -> bool:
+    """Whether a run has held-out prompts: in a file of their own, or as a share of its training data."""
+    data = record["recipe"].get("data", {})
+    return data.get("heldout", "") is not None or bool(data.get("heldout_share"))
 
 
 def models_of(scores: Mapping[str, Any], counts: Mapping[str, int], target: str) -> list[Model]:

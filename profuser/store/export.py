@@ -1,7 +1,7 @@
 """Writes what others can use of a store: the responses, and the vote as preferences, as a data set with a card.
 
-It reads the audit table alone, so that neither models nor judges are needed. The preferences have the columns of TRL's preference
-trainers (DPO and its kin): `prompt`, `chosen` and `rejected`, each a list of messages.
+It reads the audit table and the responses of the store, so that neither models nor judges are needed. The preferences have the
+columns of TRL's preference trainers (DPO and its kin): `prompt`, `chosen` and `rejected`, each a list of messages.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import ConfigError, DataError
+from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.sealed import digest_of
 from profuser.store.store import Store
@@ -74,9 +75,10 @@ def audit_rows(store: Store) -> list[dict[str, Any]]:
 
 
 def responses_of(store: Store, examples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields a row for each response: the prompt, who wrote it, and its votes and scores."""
+    """Yields a row for each response: the prompt, who wrote it, whether it was finished, and its votes and scores."""
     settings = store.settings
     several = settings.sources["generation"]["responses_per_source"]
+    written = {source: _written(store, source) for source in settings.sources["source_names"]}
     for number, row in enumerate(examples):
         for source, n in product(settings.sources["source_names"], range(several)):
             label = f"{source}_{n}" if several > 1 else source
@@ -86,10 +88,17 @@ def responses_of(store: Store, examples: list[dict[str, Any]]) -> Iterator[dict[
                 "skill": row["skill"],
                 "source": source,
                 "response": row[f"response_{label}"],
+                "finished": written[source][number][n][1],
                 "votes": row[f"votes_{label}"],
                 **{f"score_{judge}": row[f"score_{judge}_{label}"] for judge in settings.votes["asked"]},
                 "ground_truth": row["ground_truth"],
             }
+
+
+def _written(store: Store, source: str) -> list[list[tuple[str, bool, int]]]:
+    """Reads the responses of a source to every training prompt: each text, whether it was finished, and what was found in it."""
+    kind = layout.responses("train", source)
+    return [answers for number in store.numbers(kind) for answers in store.get_json(kind, number)]
 
 
 def preferences_of(examples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -180,7 +180,7 @@ class ChatFormat:
     @functools.cached_property
     def _has_system(self) -> bool:
         """Whether the template has a place for a system message. If it has none, this is said once."""
-        has_system = self.template.has_system()
+        has_system = self.template.has_system
         if not has_system:
             logger.warning(
                 "%s's chat template has no system role: the text of a system message is put in front of the first user message",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
@@ -102,14 +102,18 @@ class ChatTemplate:
         """
         ids: list[list[int]] = []
         for first in range(0, len(conversations), TOGETHER):
-            batch = list(map(self._with_system, conversations[first : first + TOGETHER]))
-            try:
-                texts = self._render(batch, add_generation_prompt=False)
-            except Exception:  # one by one, so that the conversation can be named
-                texts = list(map(self._text_of, conversations[first : first + TOGETHER]))
+            texts = self.many_texts(conversations[first : first + TOGETHER])
             ids.extend(cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
         return ids
 
+    def many_texts(self, conversations: Sequence[list[Message]]) -> list[str]:
+        """Renders conversations together. It raises what `many_ids` raises."""
+        try:
+            return self._render(list(map(self._with_system, conversations)), add_generation_prompt=False)
+        except Exception:  # one by one, so that the conversation can be named
+            return list(map(self._text_of, conversations))
+
+    @cached_property
     def has_system(self) -> bool:
         """Whether it has a place for a system message, and shows one otherwise than what the user or the assistant says."""
 

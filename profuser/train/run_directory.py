@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from profuser.environment import environment, peak_memory
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.compare import deciding_keys
-from profuser.recipe.parse import Run
+from profuser.recipe.parse import Run, load_recipe
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import Recipe
 from profuser.stopping import working
@@ -188,8 +188,18 @@ class RunDirectory:
 
 
 def differing_runs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns the keys of the recipe that make two runs different ones. Both come as dicts with `recipe` and `store`."""
-    keys = [key for key in deciding_keys(old["recipe"], new["recipe"]) if key not in ("output", "store")]
+    """Returns the keys of the recipe that make two runs different ones. Both come as dicts with `recipe` and `store`.
+
+    A key that there was not yet when a run was begun has its default.
+    """
+    recipes = []
+    for recipe in (old["recipe"], new["recipe"]):
+        with contextlib.suppress(
+            ConfigError
+        ):  # a recipe with keys or values that there are no longer is compared as it is
+            recipe = load_recipe(recipe).to_dict()
+        recipes.append(recipe)
+    keys = [key for key in deciding_keys(*recipes) if key not in ("output", "store")]
     return keys if Path(old["store"]).resolve() == Path(new["store"]).resolve() else [*keys, "store"]
 
 
