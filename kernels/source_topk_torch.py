@@ -279,9 +279,8 @@ def _merged(
     width = z.shape[1] if merge.tokens is None else len(merge.tokens)
     masses = z.new_empty(width, len(rows), dtype=dtype)
     first = int(rows[0])
-    neighbours = torch.equal(
-        rows, torch.arange(first, first + len(rows), device=rows.device)
-    )  # they need not be gathered
+    # Rows that follow one another need not be gathered.
+    neighbours = torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device))
     for begin in range(0, width, COLUMNS_AT_ONCE):
         block = masses[begin : begin + COLUMNS_AT_ONCE]
         if merge.tokens is None:

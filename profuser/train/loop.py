@@ -63,9 +63,8 @@ class Trainer:
         # The data.
         self.targets = Targets(store, "train")
         self.validation = validation_truths(store)
-        self.validated: dict[
-            int, float
-        ] = {}  # the CE of every validation, by the number of steps done, on the main process
+        # The CE of every validation, by the number of steps done, on the main process.
+        self.validated: dict[int, float] = {}
         self.stages = plan(recipe, len(self.targets))
         self._check_modes(store)
         if self.optim.export == "best" and self.validation is None:
