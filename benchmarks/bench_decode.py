@@ -118,7 +118,7 @@ def test_one_answer_of_all_sources(benchmark, sources, segment):
                 alone(voice, prompt, max(encoded.stop - encoded.start, 1))
             ratios.append(sum(seconds) / (time.perf_counter() - start))
             count += len(steps)
-            if len(steps) >= 20:
+            if len(steps) >= 8:
                 half = len(seconds) // 2
                 late.append(statistics.median(seconds[half:]) / statistics.median(seconds[:half]))
 
