@@ -59,7 +59,7 @@ def _percent(value: float | None, digits: int = 1) -> str:
 
 def _signed(value: float | None) -> str:
     """Formats a number between -1 and 1 with a true minus sign; a dash stands for a missing value."""
-    return "–" if value is None else f"{value:.2f}".replace("-", "−")
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # adding 0.0 turns -0.0 into 0.0
 
 
 def _points(change: Score) -> str:
