@@ -8,6 +8,7 @@ compute is asked for (`asking.py`), so that its model may do it for several prom
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,10 +67,13 @@ class Speaker:
         self._said: list[int] = []  # the source's own tokens behind the base
         self._entropies: list[float] = []  # of the distributions from which they were taken, in nats
         self._pending = b""  # bytes of a character of which only a part has been said
-        self._read = Branches(voice.model, self._base, "leave the source out, or use decode.method mixture")
-        self._checked: set[bool] = (
-            set()
-        )  # whether the model can judge segments as branches, before and behind its window
+        # Whether the model can judge segments as branches, before and behind its window.
+        self._checked: set[bool] = set()
+
+    @functools.cached_property
+    def _read(self) -> Branches:
+        """What the source has read: nothing before it is asked, then the prompt and what stands behind it."""
+        return Branches(self.voice.model, self._base, "leave the source out, or use decode.method mixture")
 
     async def writes(self, at_least: int) -> Writing:
         """What the source writes greedily behind the response: `at_least` tokens, unless it ends its turn before."""
