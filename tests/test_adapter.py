@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from adapter_checks import check_resumed
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -65,21 +66,7 @@ def test_a_checkpoint_holds_the_adapter_alone(finished):
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(prepared, finished, tmp_path, monkeypatch):
     run = adapted(prepared[1], tmp_path / "run", lr=2e-2, checkpoint_every=1)
-    step, taken = Trainer._step, []
-
-    def interrupted(self, number, *rest):
-        taken.append(number)
-        if len(taken) == 3:
-            raise KeyboardInterrupt
-        return step(self, number, *rest)
-
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(run)
-    assert train(run) == finished[1]
-    assert taken == [0, 1, 2, 2, 3]
-    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
-        assert (run.output_dir / name).read_bytes() == (finished[0].output_dir / name).read_bytes(), name
+    check_resumed(run, finished, monkeypatch)
 
 
 def test_gradient_checkpointing_keeps_the_adapters_gradients(prepared, tmp_path):

@@ -12,8 +12,8 @@ from datasets import Dataset, DatasetDict
 from profuser.errors import ConfigError, DataError
 from profuser.prepare.data import Examples, data_hash, load_examples
 from profuser.prepare.inputs import load_split
+from profuser.recipe.data import SPLITS, DataConfig, DataLocation, Split
 from profuser.recipe.parse import parse_run
-from profuser.recipe.schema import SPLITS, DataConfig, DataLocation, Split
 from profuser.text.conversation import Conversation, Turn
 from profuser.text.template import conversation
 

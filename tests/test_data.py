@@ -13,8 +13,8 @@ import yaml
 from profuser.errors import DataError
 from profuser.prepare.data import load_examples, shared_prompts
 from profuser.prepare.tables import READERS, read_file
+from profuser.recipe.data import DataConfig, DataLocation, Split
 from profuser.recipe.places import FILE_SUFFIXES, is_path
-from profuser.recipe.schema import DataConfig, DataLocation, Split
 
 TEXTS = [
     "007",

@@ -17,8 +17,9 @@ from profuser.prepare.data import load_examples
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation, prepare
 from profuser.prepare.summary import handled
+from profuser.recipe.data import DataConfig, DataLocation
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import DataConfig, DataLocation, JudgeConfig, SourceConfig
+from profuser.recipe.schema import JudgeConfig, SourceConfig
 from profuser.store import layout
 from profuser.store.store import Store
 from profuser.text.fit import Fitted, Verdict, fit

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from adapter_checks import check_resumed
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -63,21 +64,7 @@ class TestWithBitsandbytes:
 
     def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(self, prepared, finished, tmp_path, monkeypatch):
         run = quantized(prepared[1], tmp_path / "run", lr=2e-2, checkpoint_every=1)
-        step, taken = Trainer._step, []
-
-        def interrupted(self, number, *rest):
-            taken.append(number)
-            if len(taken) == 3:
-                raise KeyboardInterrupt
-            return step(self, number, *rest)
-
-        monkeypatch.setattr(Trainer, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(run)
-        assert train(run) == finished[1]
-        assert taken == [0, 1, 2, 2, 3]
-        for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
-            assert (run.output_dir / name).read_bytes() == (finished[0].output_dir / name).read_bytes(), name
+        check_resumed(run, finished, monkeypatch)
         weights = load_file(sorted((run.output_dir / "checkpoints").iterdir())[-1] / "model.safetensors")
         assert all(".lora_A." in name or ".lora_B." in name for name in weights)
 

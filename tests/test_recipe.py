@@ -9,9 +9,9 @@ import yaml
 
 from profuser.errors import ConfigError
 from profuser.recipe.compare import differing_keys
+from profuser.recipe.data import DataLocation
 from profuser.recipe.parse import load_recipe, parse_run
 from profuser.recipe.places import RECIPES_DIR, is_path, load_function, resolve
-from profuser.recipe.schema import DataLocation
 from profuser.report.scores import has_heldout
 from profuser.train.run_directory import differing_runs
 

@@ -8,7 +8,7 @@ import datasets
 
 from profuser.evaluate.match import load_match
 from profuser.prepare.data import Row, load_examples
-from profuser.recipe.schema import DataConfig
+from profuser.recipe.data import DataConfig
 
 HELDOUT = "demo:heldout.jsonl"
 MATCH = "profuser.demo.verify:exact_match"

@@ -29,7 +29,8 @@ from profuser.prepare.data import Row, data_hash, load_examples, shared_prompts
 from profuser.prepare.data_sets import read_tables
 from profuser.prepare.inputs import load_split, settled_date, settled_dtype
 from profuser.progress import Progress
-from profuser.recipe.schema import DataConfig, DataLocation, Recipe, SourceConfig
+from profuser.recipe.data import DataConfig, DataLocation
+from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.store.files import write_json
 from profuser.store.sealed import unsealed, write_sealed
 from profuser.train.run_record import EVALUATIONS

@@ -27,8 +27,9 @@ from profuser.prepare.inputs import load_split, settled_dtype
 from profuser.prepare.responses import generate, read_responses
 from profuser.prepare.votes import judged_examples
 from profuser.progress import Progress, silent
+from profuser.recipe.data import Split
 from profuser.recipe.parse import Run
-from profuser.recipe.schema import Recipe, SourceConfig, Split
+from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.store import layout
 from profuser.store.files import write_json
 from profuser.store.sealed import damaged_files

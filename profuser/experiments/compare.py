@@ -29,9 +29,10 @@ from profuser.errors import ConfigError
 from profuser.experiments.page import write_section
 from profuser.pipeline import train
 from profuser.prepare.phases import prepare
+from profuser.recipe.data import DataLocation
 from profuser.recipe.parse import Run, parse_run
 from profuser.recipe.places import DEFAULT_RECIPE, resolve
-from profuser.recipe.schema import DataLocation, Recipe, ScheduleName
+from profuser.recipe.schema import Recipe, ScheduleName
 from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.files import write_atomic, write_json

@@ -31,7 +31,7 @@ def agreement(ballots: Ballots, judges: Sequence[str]) -> dict[str, Any]:
     scores = np.where(ballots.eligible[:, None], ballots.scores.astype(np.float64), np.nan)
     lengths = np.array([[float(len(candidate.text)) for candidate in row] for row in ballots.candidates])
     lengths = lengths.reshape(ballots.eligible.shape)
-    prefers = [ballots.choices[:, r].any(-1) for r in range(len(judges))]
+    prefers = ballots.choices.any(-1)  # (E, R)
     won = np.array([ballots.preferred(e) for e in range(len(ballots.winner))], bool)
     count = max(1, int(won.sum()))
     return {
@@ -41,8 +41,7 @@ def agreement(ballots: Ballots, judges: Sequence[str]) -> dict[str, Any]:
         ],
         "length": {name: correlation_within(scores[:, r], lengths) for r, name in enumerate(judges)},
         "alone": {
-            name: float((won & prefers[r] & (sum(map(np.asarray, prefers)) == 1)).sum() / count)
-            for r, name in enumerate(judges)
+            name: float((won & prefers[:, r] & (prefers.sum(1) == 1)).sum() / count) for r, name in enumerate(judges)
         },
         "ties": sum(map(ballots.is_tie, range(len(ballots.winner)))) / count,
     }

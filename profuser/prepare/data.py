@@ -11,7 +11,7 @@ from typing import Any
 from profuser.errors import DataError
 from profuser.prepare.columns import check_none_left_out, examples_of, find_columns, text_of
 from profuser.prepare.data_sets import read_tables
-from profuser.recipe.schema import DataConfig, DataLocation, Split
+from profuser.recipe.data import DataConfig, DataLocation, Split
 from profuser.text.conversation import Conversation, Prompt
 
 Row = dict[str, Any]

@@ -19,8 +19,8 @@ from typing import Any
 
 from profuser.errors import DataError, first_line
 from profuser.prepare.tables import READERS, Table, read_file
+from profuser.recipe.data import DataLocation, Split
 from profuser.recipe.places import file_suffix, files_of, is_path, resolve
-from profuser.recipe.schema import DataLocation, Split
 from profuser.recipe.utf8 import decode
 
 USUAL_NAMES: dict[Split, str] = {"train": "train", "validation": "validation", "heldout": "test"}

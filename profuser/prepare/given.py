@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError, in_short
-from profuser.prepare.columns import messages_of, prompt_of, text_of
+from profuser.prepare.columns import text_of
 from profuser.prepare.data import Row, plain
 from profuser.prepare.data_sets import read_tables
+from profuser.prepare.messages import messages_of, prompt_of
 from profuser.prepare.responses import Response
+from profuser.recipe.data import DataLocation, Split
 from profuser.recipe.places import files_of
-from profuser.recipe.schema import DataLocation, Split
 from profuser.store.files import sha256
 from profuser.text.fit import Verdict
 

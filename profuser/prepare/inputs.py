@@ -24,10 +24,11 @@ from profuser.models.load import chat_format, check_vocabulary, default_device, 
 from profuser.prepare.data import Examples, Row, data_hash, load_examples
 from profuser.prepare.given import GivenResponses, file_digest
 from profuser.prepare.judges import check_conversations, judge_fingerprint, open_judge, try_function_judge
+from profuser.recipe.data import SPLITS, Split
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
-from profuser.recipe.schema import SPLITS, JudgeConfig, Recipe, SourceConfig, Split
+from profuser.recipe.schema import JudgeConfig, Recipe, SourceConfig
 from profuser.store.manifest import read_manifest
 from profuser.store.store import StoreSettings
 from profuser.text.chat import ChatFormat

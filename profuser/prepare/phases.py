@@ -44,9 +44,10 @@ from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.vote_rules import NOBODY
 from profuser.prepare.votes import Ballots, candidates_of, count_votes
 from profuser.progress import Progress
+from profuser.recipe.data import Split
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import Reasoning, SourceConfig, Split
+from profuser.recipe.schema import Reasoning, SourceConfig
 from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.layout import Kind

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from profuser.models.padding import padded
 from profuser.progress import silent
-from profuser.recipe.schema import GenerationConfig, Reasoning, Split
+from profuser.recipe.data import Split
+from profuser.recipe.schema import GenerationConfig, Reasoning
 from profuser.store import layout
 from profuser.store.store import Store
 from profuser.text.chat import ChatFormat

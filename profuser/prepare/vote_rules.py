@@ -67,11 +67,11 @@ def borda(scores: np.ndarray, eligible: np.ndarray) -> np.ndarray:
     both = eligible[:, None, :, None] & eligible[:, None, None, :] & ~np.eye(eligible.shape[1], dtype=bool)
     one, other = scores[..., :, None], scores[..., None, :]
     beaten = np.where(both, (one > other) + 0.5 * (one == other), 0.0).sum(-1)  # (E, R, C)
-    shown = np.where(eligible[:, None, :], scores, np.nan)
-    some = np.nan_to_num(shown, nan=np.inf).min(-1) < np.nan_to_num(shown, nan=-np.inf).max(-1)  # prefers some response
-    abstains = ~some | np.isnan(np.where(eligible[:, None, :], scores, 0.0)).any(-1)
+    shown = eligible[:, None, :]
+    best, worst = np.where(shown, scores, -np.inf).max(-1), np.where(shown, scores, np.inf).min(-1)
     points = beaten / np.maximum(eligible.sum(-1) - 1, 1)[:, None, None]
-    return np.where(abstains[..., None], 0.0, points).sum(1)
+    # As by majority, a judge must prefer some response to another. A NaN makes this false as well.
+    return np.where((best > worst)[..., None], points, 0.0).sum(1)
 
 
 def mean_z_scores(scores: np.ndarray, eligible: np.ndarray) -> np.ndarray:

@@ -16,8 +16,9 @@ from profuser.errors import DataError
 from profuser.prepare.data import Row
 from profuser.prepare.responses import read_responses
 from profuser.prepare.vote_rules import NOBODY, admitted, choices_of, vote
+from profuser.recipe.data import Split
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import Recipe, Split
+from profuser.recipe.schema import Recipe
 from profuser.store import layout
 from profuser.store.store import Store
 

@@ -18,9 +18,10 @@ import jsonargparse
 import yaml
 
 from profuser.errors import ConfigError, ProfuserError, first_line
+from profuser.recipe.checks import LARGEST
 from profuser.recipe.keys import Argument, argument_mistake, as_argument, completed, completed_argument, mistake
 from profuser.recipe.places import DEFAULT_RECIPE
-from profuser.recipe.schema import LARGEST, Recipe
+from profuser.recipe.schema import Recipe
 from profuser.recipe.utf8 import read_utf8
 from profuser.recipe.yaml_text import CHARACTERS, load_yaml
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from profuser.errors import ConfigError, DataError
+from profuser.recipe.data import SPLITS
 from profuser.recipe.parse import Run
 from profuser.recipe.places import is_path, resolve
-from profuser.recipe.schema import SPLITS
 from profuser.store.lease import FOLDER, OPTIONS, Directory, set_aside
 
 RECORDS: dict[Directory, tuple[str, str]] = {"store": ("manifest.json", "shards"), "run": ("run.json", "recipe")}

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
-from profuser.recipe.schema import Split
+from profuser.recipe.data import Split
 
 Folder = Literal["truth", "responses", "scores", "winners", "targets"]
 FOLDERS: tuple[Folder, ...] = get_args(Folder)

@@ -14,8 +14,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from profuser.ragged import offsets_of
+from profuser.recipe.data import Split
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import Split
 from profuser.store import layout
 from profuser.store.store import Store
 
