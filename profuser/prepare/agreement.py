@@ -31,7 +31,7 @@ def agreement(ballots: Ballots, judges: Sequence[str]) -> dict[str, Any]:
     scores = np.where(ballots.eligible[:, None], ballots.scores.astype(np.float64), np.nan)
     lengths = np.array([[float(len(candidate.text)) for candidate in row] for row in ballots.candidates])
     lengths = lengths.reshape(ballots.eligible.shape)
-    prefers = ballots.choices.any(-1)  # (E, R)
+    prefers = np.asarray(ballots.choices.any(-1))  # (E, R)
     won = np.array([ballots.preferred(e) for e in range(len(ballots.winner))], bool)
     count = max(1, int(won.sum()))
     return {

@@ -12,7 +12,7 @@ from profuser.errors import DataError
 from profuser.prepare.columns import check_none_left_out, examples_of, find_columns, text_of
 from profuser.prepare.data_sets import read_tables
 from profuser.recipe.data import DataConfig, DataLocation, Split
-from profuser.text.conversation import Conversation, Prompt
+from profuser.text.conversation import Conversation, Prompt, as_messages
 
 Row = dict[str, Any]
 """One example: its `prompt`, a text or a Conversation, its `response` (the ground truth, stripped), its `skill`, and all other
@@ -130,8 +130,7 @@ def for_functions(row: Row) -> dict[str, Any]:
     prompt = row["prompt"]
     if not isinstance(prompt, Conversation):
         return dict(row)
-    messages = [{"role": role, "content": text} for role, text in prompt.turns]
-    return row | {"prompt": prompt.turns[-1].text, "messages": messages}
+    return row | {"prompt": prompt.turns[-1].text, "messages": as_messages(prompt.turns)}
 
 
 def shared_prompts(rows: Sequence[Row], training: Sequence[Row]) -> int:

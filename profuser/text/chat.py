@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from profuser.errors import DataError
-from profuser.text.conversation import Conversation, Prompt
+from profuser.text.conversation import Conversation, Prompt, as_messages
 from profuser.text.encoded import Encoded, encode_response
 from profuser.text.reasoning import opening_of
 from profuser.text.template import FIX_IN_RECIPE, ChatTemplate, conversation
@@ -174,8 +174,7 @@ class ChatFormat:
         turns = prompt.turns
         if turns[0].role == "system" and not self._has_system:
             turns = prompt.without_system()
-        messages = [{"role": role, "content": text} for role, text in turns]
-        return waiting(self.template, self.token_bytes, self.opening, messages)
+        return waiting(self.template, self.token_bytes, self.opening, as_messages(turns))
 
     @functools.cached_property
     def _has_system(self) -> bool:

@@ -21,6 +21,11 @@ class Turn(NamedTuple):
     text: str
 
 
+def as_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as chat templates and APIs take them."""
+    return [{"role": role, "content": text} for role, text in turns]
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Several turns, of which the last waits for a response.

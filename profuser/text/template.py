@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from profuser.errors import DataError, first_line
 from profuser.text.bounded import BoundedRenderer
-from profuser.text.conversation import Conversation, Prompt, Turn
+from profuser.text.conversation import Conversation, Prompt, Turn, as_messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ TOGETHER = 64
 def conversation(prompt: Prompt, response: str) -> list[Message]:
     """Returns a prompt and a response as the messages of a conversation, two where the prompt is a text."""
     turns = prompt.turns if isinstance(prompt, Conversation) else (Turn("user", prompt),)
-    return [{"role": role, "content": text} for role, text in (*turns, Turn("assistant", response))]
+    return as_messages((*turns, Turn("assistant", response)))
 
 
 class ChatTemplate:
