@@ -1,4 +1,4 @@
-"""Cross-entropy plus KL to the winning source's kept entries, without [N, V] logits: the op and its gradients.
+"""Cross-entropy plus a divergence from the sources' kept entries, without [N, V] logits: the op and its gradients.
 
 The op checks values, chooses the winning sources, and leaves the rest to fused_loss_torch.py or to fused_loss_triton.py,
 which compute the same thing, the second one on a GPU.
@@ -16,7 +16,17 @@ from torch import Tensor
 
 from .common import IGNORE_INDEX, LOGPROB_SLACK, check_label_values, compute_dtype
 from .fused_loss_torch import fused_loss_torch
-from .fused_loss_types import ARGUMENTS, DIFFERENTIABLE, Operands, Options, Outputs, Winner, flat_signature, grouped
+from .fused_loss_types import (
+    ARGUMENTS,
+    DIFFERENTIABLE,
+    SOFTMAX,
+    Operands,
+    Options,
+    Outputs,
+    Winner,
+    flat_signature,
+    grouped,
+)
 
 
 def fused_loss(operands: Operands, options: Options) -> Outputs:
@@ -30,7 +40,7 @@ def fused_loss_forward(operands: Operands, options: Options) -> Outputs:
     # Reading a value would wait for the GPU. There the kernels make the loss of a row with a value out of range NaN.
     if not (triton and operands.hidden.is_cuda):
         check_values(operands)
-    winner = choose_winner(operands)
+    winner = choose_winner(operands, options)
     if not triton:
         return fused_loss_torch(operands, options, winner)
     from .fused_loss_triton import fused_loss_triton  # imported late: without a GPU there may be no triton
@@ -60,6 +70,13 @@ def check_values(operands: Operands) -> None:
                 f"source_index must be in [0, {sources}) or -1 for no distillation, got "
                 f"{operands.source_index[bad][0].item()}; number the sources as source_ids does"
             )
+    if operands.source_weight is not None:
+        bad = ~((operands.source_weight >= 0) & operands.source_weight.isfinite())  # also true for NaN
+        if bad.any():
+            raise ValueError(
+                f"source_weight must be >= 0 and finite, got {operands.source_weight[bad][0].item():.6g}; "
+                "0 leaves a source out"
+            )
     valid = (labels != IGNORE_INDEX)[:, None]
     bad = (source_ids >= vocabulary) | (source_ids < -1)
     # In two steps, because the mask of valid rows matters only where something is out of range.
@@ -76,15 +93,22 @@ def check_values(operands: Operands) -> None:
         )
 
 
-def choose_winner(operands: Operands) -> Winner:
-    """The source that each sequence learns from, and each row.
+def choose_winner(operands: Operands, options: Options) -> Winner:
+    """The source that each sequence learns from, and each row; or the weights of all sources, for each row.
 
     `source_index` says it, for each sequence or for each row. Else it is the source of lowest cross-entropy (Min-CE): NaN
     and infinite values do not take part, of equal values the first wins, and where none takes part there is no winner.
-    With neither, the first source wins everywhere.
+    With neither, the first source wins everywhere. `source_weight`, or SOFTMAX of the cross-entropies, mixes the sources.
     """
-    rows, bounds = operands.labels.shape[0], operands.cu_seqlens
+    bounds = operands.cu_seqlens
     sequences = 1 if bounds is None else bounds.shape[0] - 1
+    weight = source_weights(operands, options)
+    if weight is not None:
+        largest, chosen = weight.max(0).values, weight.argmax(0)
+        chosen = chosen.masked_fill(largest == 0, -1)
+        if weight.shape[1] == sequences:
+            weight = of_rows(weight, operands, outside=torch.nan)
+        return Winner(chosen, None, weight.contiguous())
     if operands.source_index is not None:
         chosen = operands.source_index.to(torch.int64, copy=True)  # a copy: an op may not return its input
     elif operands.source_ce is not None:
@@ -100,12 +124,32 @@ def choose_winner(operands: Operands) -> Winner:
         return Winner(chosen, None)
     if chosen.shape[0] != sequences:  # source_index names one per row
         return Winner(chosen, chosen)
-    if bounds is None or sequences == 1:
-        return Winner(chosen, chosen.expand(rows))
-    row = torch.arange(rows, device=chosen.device)
+    return Winner(chosen, of_rows(chosen, operands, outside=-2))
+
+
+def source_weights(operands: Operands, options: Options) -> Tensor | None:
+    """The weight of each source, (S, B) or (S, N) in the compute dtype; None where one source is chosen."""
+    dtype = compute_dtype(operands.hidden, operands.weight)
+    if operands.source_weight is not None:
+        return operands.source_weight.to(dtype)
+    if operands.source_ce is None or options.combine != SOFTMAX:
+        return None
+    logits = torch.where(operands.source_ce.isfinite(), -operands.source_ce.to(dtype), -torch.inf)
+    # Where no source takes part the softmax is NaN.
+    return (logits / options.combine_temperature).softmax(0).masked_fill(logits == -torch.inf, 0)
+
+
+def of_rows(of_sequence: Tensor, operands: Operands, outside: float) -> Tensor:
+    """What a sequence has, for each of its rows: (…, B) → (…, N).
+
+    Rows beyond the last bound are an error where values may be read. Where they may not, `outside` marks those rows.
+    """
+    rows, bounds = operands.labels.shape[0], operands.cu_seqlens
+    if bounds is None or bounds.shape[0] == 2:
+        return of_sequence.expand(*of_sequence.shape[:-1], rows)
+    row = torch.arange(rows, device=of_sequence.device)
     sequence_of_row = torch.searchsorted(bounds[1:].contiguous(), row.to(bounds.dtype), right=True)
-    # Rows beyond the last bound are an error where values may be read. Where they may not, source -2 marks those rows.
-    return Winner(chosen, torch.nn.functional.pad(chosen, (0, 1), value=-2)[sequence_of_row])
+    return torch.nn.functional.pad(of_sequence, (0, 1), value=outside)[..., sequence_of_row]
 
 
 # The op as torch.library knows it: flat arguments, flat results
@@ -129,6 +173,8 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden, weight)
     if operands.source_index is not None:
         winners = operands.source_index.shape[0]
+    elif operands.source_weight is not None:
+        winners = operands.source_weight.shape[1]
     elif operands.source_ce is not None:
         winners = operands.source_ce.shape[1]
     else:

@@ -6,9 +6,10 @@ derives it). Therefore one dense pass over a chunk of logits serves all terms:
 - all other logits are exponentiated, summed, and later multiplied by one number per row: that is their gradient;
 - the losses, and the gradients at the few lifted ids, are computed from the sums and written back.
 
-Dimension letters: N rows, n rows with a label, C rows of a chunk, D hidden, V vocabulary, S sources, K kept entries.
+Dimension letters: N rows, n rows with a label, C rows of a chunk, D hidden, V vocabulary; W sources that a row learns from and
+L ids that they name, as in kept.py.
 The formula's letters, as in README.md: z logits, h hidden states, m a maximum of logits, e = exp(z − m), a and b the rows'
-weights of CE and KD, p the source's distribution on the kept ids, t its tail, T the temperature.
+weights of CE and KD, p a source's distribution on its ids and its bucket, q the target's, T the temperature.
 """
 
 from __future__ import annotations
@@ -18,20 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import (
-    IGNORE_INDEX,
-    LOWEST,
-    MASS_SLACK,
-    TAIL_SLACK,
-    chunk_rows,
-    compute_dtype,
-    cross_entropy_from_sums,
-)
+from .common import IGNORE_INDEX, LOWEST, chunk_rows, compute_dtype, cross_entropy_from_sums
+from .divergences import divergence_parts
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import ChunkedHead, Head
-from .tails import RENORMALIZE
+from .kept import Kept, prepare_kept
+from .tails import CONDITIONAL
 
 TINY = 1e-38
+"""The least sum of exponentials that is divided by."""
 
 
 @torch.no_grad()
@@ -48,10 +44,7 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner) -> Ou
     n = rows.shape[0]
     gold = labels[rows].long()
     a, b = operands.ce_weight[rows].to(dtype), operands.kd_weight[rows].to(dtype)
-    kept = None
-    if winner.of_row is not None:  # there are sources
-        kept = prepare_kept(operands, options.tail, winner.of_row, rows, dtype)
-        b = torch.where(kept.present, b, 0)
+    kept = None if operands.source_ids is None else prepare_kept(operands, options, winner, rows, dtype)
 
     # The buffers of a chunk, used again by every chunk: logits, which become their gradient; their exponentials at T; and
     # the softcap's derivative. The last two exist only where they differ from the first, or are needed.
@@ -81,21 +74,20 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner) -> Ou
         # Losses, and the gradient in place of the logits. It leaves through logit_scale, which multiplies it as a whole:
         # a factor of the weights does the same.
         kept_c = None if kept is None else kept.of(chunk)
-        ce_c, kd_c, target_mass_c = chunk_losses(
+        losses = chunk_losses(
             z,
             None if exps_T is None else exps_T[:size],
             gold[chunk],
             kept_c,
             a[chunk] * options.logit_scale,
             b[chunk] * options.logit_scale,
-            T,
-            options.any_grad,
+            options,
         )
-        term = a[chunk] * ce_c
-        ce[at] = ce_c
+        term = a[chunk] * losses.learnt
+        ce[at] = losses.ce
         if kept_c is not None:
-            term = term + b[chunk] * kd_c
-            kd[at], source_mass[at], target_mass[at] = kd_c, kept_c.mass, target_mass_c
+            term = term + b[chunk] * losses.kd
+            kd[at], target_mass[at], source_mass[at] = losses.kd, losses.target_mass, kept_c.mean(kept_c.mass)
         terms[at if options.per_row else chunk] = term
 
         # Gradients of the operands: the two other matrix products.
@@ -121,115 +113,34 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner) -> Ou
     )
 
 
-class Kept(NamedTuple):
-    """The winner's distribution of n rows, ready for the chunks: unique ids, and p that sums to 1 − t."""
+class ChunkLosses(NamedTuple):
+    """What a chunk's logits say, (C,) each."""
 
-    ids: Tensor  # (n, K) int64, -1 = no entry
-    p: Tensor  # (n, K), 0 where there is no entry
-    log_p: Tensor  # (n, K), 0 where p is 0
-    t: Tensor  # (n,) mass of the bucket outside the ids
-    t_log_t: Tensor  # (n,)
-    mass: Tensor  # (n,) mass of the entries as it was given
-    present: Tensor  # (n,) bool: the row has a KD term
-    has_entry: Tensor  # (n, K) bool: ids >= 0
-    apart: Tensor  # (n, K) bool: an entry of another id than the gold one
-
-    def of(self, chunk: slice) -> Kept:
-        """Some of the rows."""
-        return Kept(*(x[chunk] for x in self))
-
-
-def prepare_kept(operands: Operands, tail: str, winner_of_row: Tensor, rows: Tensor, dtype: torch.dtype) -> Kept:
-    """Reads the winner's entries of `rows`, merges those of equal ids, and settles what the tail is. Needs no logits.
-
-    Computed in fp64, which costs nothing for (n, K) numbers: in fp32, t = 1 − M of a peaked source would have lost its digits.
-    """
-    vocabulary = operands.weight.shape[0]
-    assert operands.source_ids is not None
-    assert operands.source_logprobs is not None
-
-    # The winner's entries. Where there is no winner, the row of source 0 stands in, with all of its ids taken away.
-    winner = winner_of_row[rows]
-    source = winner.clamp_min(0)
-    ids = operands.source_ids[source, rows].long().masked_fill((winner < 0)[:, None], -1)
-    log_p = operands.source_logprobs[source, rows].double().masked_fill(ids < 0, -torch.inf)
-    # p relative to the largest: where it is renormalised, entries of e^-800 count as well.
-    top = log_p.amax(1).clamp_min(LOWEST)
-    p = (log_p - top[:, None]).exp()
-
-    # Sorting makes equal ids neighbours, a run. Each run has a number, and its mass is added up in the slot of that number.
-    ids, by_id = ids.sort(1)
-    p = p.gather(1, by_id)
-    run = torch.zeros_like(ids)
-    torch.cumsum(ids[:, 1:] != ids[:, :-1], 1, out=run[:, 1:])
-    p = torch.zeros_like(p).scatter_add_(1, run, p)
-    ids = torch.full_like(ids, -1).scatter_(1, run, ids)
-
-    # A row whose entries have no mass at all has no distribution.
-    relative = p.sum(1)
-    mass = relative * top.exp()
-    present = relative != 0  # also true for NaN: a source that is NaN must show in the loss
-    ids = ids.masked_fill(~present[:, None], -1)
-
-    # The tail: nothing, what the entries lack of 1, or what is given.
-    if tail == RENORMALIZE:
-        t = torch.zeros_like(mass)
-    elif operands.source_tail is None:
-        over = mass > 1 + MASS_SLACK
-        if over.any():
-            raise ValueError(
-                "source_logprobs must be natural log-probabilities of one distribution, a row's add up to a mass of "
-                f"{mass[over][0].item():.4g}; take log_softmax over the whole vocabulary (after / T), and pad with the id -1"
-            )
-        t = (1 - mass).clamp_min(0)
-    else:
-        t = operands.source_tail[source, rows].double()
-        outside = ~((t >= -TAIL_SLACK) & (t <= 1 + TAIL_SLACK))  # also true for NaN
-        if (outside & present).any():
-            raise ValueError(
-                f"source_tail must be linear mass in [0, 1], got {t[outside & present][0].item():.6g}; "
-                "take exp() of a log-mass"
-            )
-        t = t.clamp(0, 1)
-    # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
-    has_entry = ids >= 0
-    t = t.masked_fill(~present | (has_entry.sum(1) == vocabulary), 0)
-
-    # Scaled to what the tail leaves.
-    p = p * ((1 - t) / relative.where(present, torch.ones_like(relative)))[:, None]
-    log_p = torch.where(p == 0, 0, p.log())
-    p, log_p, t, t_log_t, mass = (x.to(dtype) for x in (p, log_p, t, torch.xlogy(t, t), mass))
-    apart = has_entry & (ids != operands.labels[rows][:, None])
-    return Kept(ids, p, log_p, t, t_log_t, mass, present, has_entry, apart)
+    ce: Tensor  # cross-entropy
+    learnt: Tensor  # the same with label smoothing and z-loss: what the row's CE weight multiplies
+    kd: Tensor  # T²·D
+    target_mass: Tensor  # the target's mass on the kept ids, at T
 
 
 def chunk_losses(
-    z: Tensor,
-    exps_T: Tensor | None,
-    gold: Tensor,
-    kept: Kept | None,
-    a: Tensor,
-    b: Tensor,
-    T: float,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, T²·KL and the target's mass on the kept ids, (C,) each, from the logits z (C, V) of a chunk.
+    z: Tensor, exps_T: Tensor | None, gold: Tensor, kept: Kept | None, a: Tensor, b: Tensor, options: Options
+) -> ChunkLosses:
+    """The losses of a chunk from its logits z (C, V).
 
-    z is overwritten: with its own gradient under `need_grad`, where a and b (C,) are the rows' weights. `exps_T` (C, V) is
-    a buffer for exponentials at T, None where T is 1 or without a source. `gold` (C,) holds the labels.
+    z is overwritten: with its own gradient where one is asked for. a and b (C,) are the rows' weights in that gradient.
+    `exps_T` (C, V) is a buffer for exponentials at T, None where T is 1 or without a source. `gold` (C,) holds the labels.
 
     Every sum of exponentials is kept relative to a maximum of its own part: of the columns that were not lifted, or of all
-    that are outside the kept ids. Two parts are added relative to the row's maximum. So neither q_rest, the target's mass
+    that are outside a source's ids. Two parts are added relative to the row's maximum. So neither q_rest, the target's mass
     outside the kept ids, nor 1 − q_gold is ever a difference.
     """
-    gold = gold[:, None]
+    T, smoothing = options.temperature, options.label_smoothing
+    gold, a, b = gold[:, None], a[:, None], b[:, None]
+    mean_z = z.mean(1, keepdim=True) if smoothing else None
 
     # Lift: read the logits at the kept ids and at the gold id, and write −inf in their place. Slots without an entry, and
     # the last one, point at the gold id.
-    if kept is None:
-        lifted = gold
-    else:
-        lifted = torch.cat([torch.where(kept.has_entry, kept.ids, gold), gold], 1)
+    lifted = gold if kept is None else torch.cat([torch.where(kept.has_entry, kept.ids, gold), gold], 1)
     z_lifted = z.gather(1, lifted)
     z.scatter_(1, lifted, -torch.inf)
 
@@ -252,50 +163,120 @@ def chunk_losses(
     if kept is not None:
         others = others + (e[:, :-1] * kept.apart).sum(1, keepdim=True)
     total = others + e_gold
-    ce = cross_entropy_from_sums(others, e_gold, below[:, -1:])[:, 0]
+    ce = cross_entropy_from_sums(others, e_gold, below[:, -1:])
+    learnt, scalar = ce, a  # what of the gradient is a number per row times the softmax
+    if smoothing or options.z_loss:
+        lse = m + total.log()
+        if mean_z is not None:
+            learnt = (1 - smoothing) * ce + smoothing * (lse - mean_z)
+        if options.z_loss:
+            learnt = learnt + options.z_loss * lse * lse
+            scalar = a * (1 + 2 * options.z_loss * lse)
+    distilled = None if kept is None else kept_losses(z_lifted, e, m, m_dense, sum_dense_T, kept, options)
 
-    a = a[:, None]
-    if kept is None:
-        if need_grad:
-            z.mul_(a * shrink / total).scatter_(1, gold, -a * others / total)
-        return ce, torch.zeros_like(ce), torch.zeros_like(ce)
-
-    # The same at T, in two parts: the kept ids, and all that is outside them, the rest. The gold id is in either.
-    gold_kept = (kept.has_entry & ~kept.apart).any(1, keepdim=True)
-    z_gold = z_lifted[:, -1:]
-    e_T, shrink_T = (e, shrink) if T == 1 else ((below / T).exp(), ((m_dense - m) / T).exp())
-    m_rest = torch.where(gold_kept, m_dense, torch.maximum(m_dense, z_gold))
-    dense_in_rest = ((m_dense - m_rest) / T).exp()
-    gold_in_rest = torch.where(gold_kept, 0, ((z_gold - m_rest) / T).exp())
-    rest = (sum_dense_T * dense_in_rest + gold_in_rest).clamp_min_(TINY)
-    mass_kept = (e_T[:, :-1] * kept.has_entry).sum(1, keepdim=True)
-    total_T = mass_kept + rest * ((m_rest - m) / T).exp()
-
-    # KL = Σ p (log p − log q) + t (log t − log q_rest). An entry with p = 0 is left out by name: its log q may be −inf.
-    # Without an entry p and t are 0, and so is the sum.
-    log_total_T = total_T.log()
-    log_q = below[:, :-1] / T - log_total_T
-    log_q_rest = (m_rest - m) / T + rest.log() - log_total_T
-    t = kept.t[:, None]
-    kl = torch.where(kept.p == 0, 0, kept.p * (kept.log_p - log_q)).sum(1) + kept.t_log_t - (t * log_q_rest)[:, 0]
-    kd = T * T * kl
-
-    if need_grad:
-        b_T = b[:, None] * T  # T² of the loss times 1/T of z/T
-        # Outside the kept ids the gradient is b·T·(q − t·q/q_rest). Both columns there, a dense one and the gold id, are
-        # divided by the sum of the rest itself, which survives a q_rest that underflows.
-        alpha_dense = shrink_T / total_T - t * dense_in_rest / rest
-        alpha_gold = e_T[:, -1:] / total_T - t * gold_in_rest / rest
-        # On the kept ids it is b·T·(q − p). For the gold id cross-entropy adds a·(q − 1), for all other ids a·q.
-        grad_kept = a * (e[:, :-1] / total) + b_T * (e_T[:, :-1] / total_T - kept.p)
-        p_gold = (kept.p * ~kept.apart).sum(1, keepdim=True)
-        kd_gold = torch.where(gold_kept, e_T[:, -1:] / total_T - p_gold, alpha_gold)
-        grad_gold = b_T * kd_gold - a * (others / total)
+    if options.any_grad:
+        # Cross-entropy: scalar·q on all columns, of which a is taken from the gold one without a difference. Label smoothing
+        # takes its share of that a from all columns alike.
+        grad = scalar * (e / total)
+        grad[:, -1:] = (scalar - a) * (e_gold / total) - a * (others / total)
+        dense = scalar * shrink / total
+        if smoothing:
+            even = a * (smoothing / z.shape[1])
+            grad -= even
+            grad[:, -1:] += a * smoothing
+        if distilled is not None:
+            b_T = b * T  # T² of the loss times 1/T of z/T
+            grad = grad + b_T * distilled.grad_lifted
+            if exps_T is None:
+                dense = dense + b_T * distilled.grad_dense
         # Scale the exponentials to gradients, and write those of the lifted ids in their places. All slots that point at
         # the gold id write the same value.
-        if exps_T is None:
-            z.mul_(a * shrink / total + b_T * alpha_dense)
-        else:
-            z.mul_(a * shrink / total).add_(exps_T.mul_(b_T * alpha_dense))
-        z.scatter_(1, lifted, torch.cat([torch.where(kept.apart, grad_kept, grad_gold), grad_gold], 1))
-    return ce, kd, (mass_kept / total_T)[:, 0]
+        z.mul_(dense)
+        if distilled is not None and exps_T is not None:
+            z.add_(exps_T.mul_(b_T * distilled.grad_dense))
+        if smoothing:
+            z.sub_(even)
+        if kept is not None:
+            grad[:, :-1] = torch.where(kept.apart, grad[:, :-1], grad[:, -1:])
+        z.scatter_(1, lifted, grad)
+    zero = torch.zeros_like(ce[:, 0])
+    if distilled is None:
+        return ChunkLosses(ce[:, 0], learnt[:, 0], zero, zero)
+    return ChunkLosses(ce[:, 0], learnt[:, 0], distilled.kd, distilled.target_mass)
+
+
+class KeptLosses(NamedTuple):
+    """The distillation of a chunk, and its gradients in u = z/T without the row's weight and T²."""
+
+    kd: Tensor  # (C,) T²·D
+    target_mass: Tensor  # (C,)
+    grad_lifted: Tensor  # (C, L + 1), the last for the gold id
+    grad_dense: (
+        Tensor  # (C, 1): times the exponential relative to m_dense, the gradient of a column that was not lifted
+    )
+
+
+def kept_losses(
+    z_lifted: Tensor, e: Tensor, m: Tensor, m_dense: Tensor, sum_dense_T: Tensor, kept: Kept, options: Options
+) -> KeptLosses:
+    """Compares the target with each source of a row, on that source's ids and one bucket, and adds up what they say.
+
+    The arguments are those of `chunk_losses`: logits (C, L + 1) at the ids and at the gold id, their exponentials relative to
+    the row's maximum m, and the sum at T of all columns that were not lifted.
+    """
+    T = options.temperature
+    gold_kept = (kept.has_entry & ~kept.apart).any(1, keepdim=True)
+    once = torch.cat([kept.has_entry, ~gold_kept], 1)[:, None]  # (C, 1, L + 1): every lifted id in one slot
+    inside = torch.cat([kept.inside, torch.zeros_like(kept.inside[..., :1])], 2)  # (C, W, L + 1)
+    outside = once & ~inside
+    z_lifted, m, m_dense, sum_dense_T = z_lifted[:, None], m[:, None], m_dense[:, None], sum_dense_T[:, None]
+
+    # The target at T: the whole row, and what of it is outside a source's ids, the rest.
+    below = (z_lifted - m) / T
+    e_T = e[:, None] if T == 1 else below.exp()
+    shrink_T = ((m_dense - m) / T).exp()
+    total_T = (e_T * once).sum(2, keepdim=True) + sum_dense_T * shrink_T
+    q_lifted = e_T / total_T
+    mass_kept = (q_lifted * inside).sum(2)
+    p, log_p, conditional = kept.p, kept.log_p, options.tail == CONDITIONAL
+    if conditional:
+        log_q_inside = log_softmax_of(z_lifted / T, inside)
+        q_inside = log_q_inside.exp()
+        log_q_rest, q_rest = (torch.full_like(total_T, x).expand(*p.shape[:2], 1) for x in (-torch.inf, 0.0))
+        in_rest = dense_in_rest = torch.zeros_like(total_T)
+    else:
+        log_total_T = total_T.log()
+        q_inside, log_q_inside = q_lifted * inside, (below - log_total_T).masked_fill(~inside, -torch.inf)
+        m_rest = torch.maximum(m_dense, z_lifted.masked_fill(~outside, LOWEST).amax(2, keepdim=True))
+        in_rest = ((z_lifted - m_rest) / T).masked_fill(~outside, -torch.inf).exp()
+        dense_in_rest = ((m_dense - m_rest) / T).exp()
+        rest = (sum_dense_T * dense_in_rest + in_rest.sum(2, keepdim=True)).clamp_min_(TINY)
+        # Shares of the rest are formed from the rest's own sum, which survives a q_rest that underflows.
+        in_rest, dense_in_rest = in_rest / rest, dense_in_rest / rest
+        log_q_rest = (m_rest - m) / T + rest.log() - log_total_T
+        q_rest = log_q_rest.exp()
+
+    # D and its gradient: slope_j − q_j·Σ slope at a part, of which the columns of the rest take their shares.
+    q = torch.cat([q_inside[..., :-1], q_rest], 2)
+    log_q = torch.cat([log_q_inside[..., :-1], log_q_rest], 2)
+    value, slope = divergence_parts(options.divergence, options.divergence_beta, p, log_p, q, log_q)
+    slope_sum, slope_rest = slope.sum(2, keepdim=True), slope[..., -1:]
+    if conditional:
+        grad = torch.where(inside, slope - q_inside * slope_sum, 0)
+        grad_dense = torch.zeros_like(slope_sum)
+    else:
+        grad = torch.where(inside, slope, slope_rest * in_rest) - q_lifted * slope_sum
+        grad_dense = slope_rest * dense_in_rest - slope_sum * (shrink_T / total_T)
+    weight = kept.weight[..., None]
+    grad, grad_dense = (weight * grad).sum(1), (weight * grad_dense).sum(1)
+    of_gold = (grad[:, :-1] * (kept.has_entry & ~kept.apart)).sum(1, keepdim=True)
+    grad[:, -1:] = torch.where(gold_kept, of_gold, grad[:, -1:])
+    kd = T * T * (kept.weight * value.sum(2)).sum(1)
+    return KeptLosses(kd, kept.mean(mass_kept), grad, grad_dense)
+
+
+def log_softmax_of(z: Tensor, among: Tensor) -> Tensor:
+    """log_softmax over the last axis of those elements that are `among`, −inf for the others."""
+    z = z.masked_fill(~among, -torch.inf)
+    z = z - z.amax(-1, keepdim=True).clamp_min(LOWEST)
+    return z - z.exp().sum(-1, keepdim=True).clamp_min(TINY).log()

@@ -9,11 +9,18 @@ Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B 
 import inspect
 from collections.abc import Sequence
 from types import GenericAlias
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, Final, NamedTuple, get_type_hints
 
 from torch import Tensor
 
+from .divergences import FORWARD_KL
 from .tails import BUCKET
+
+
+MIN_CE: Final = "min_ce"
+SOFTMAX: Final = "softmax"
+COMBINE = (MIN_CE, SOFTMAX)
+"""What `source_ce` decides: the one source of lowest cross-entropy, or a weight for each."""
 
 
 class Operands(NamedTuple):
@@ -30,6 +37,7 @@ class Operands(NamedTuple):
     source_tail: Tensor | None = None  # (S, N)
     source_ce: Tensor | None = None  # (S, B)
     source_index: Tensor | None = None  # (B,) or (N,)
+    source_weight: Tensor | None = None  # (S, B) or (S, N)
     cu_seqlens: Tensor | None = None  # (B + 1,)
 
 
@@ -38,6 +46,12 @@ class Options(NamedTuple):
 
     temperature: float = 1.0
     tail: str = BUCKET
+    divergence: str = FORWARD_KL  # by `canonical`
+    divergence_beta: float = 0.5
+    combine: str = MIN_CE
+    combine_temperature: float = 1.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
     softcap: float | None = None
     logit_scale: float = 1.0
     per_row: bool = False  # whether the loss is (N,), one per row, or the sum of those
@@ -61,9 +75,9 @@ class Outputs(NamedTuple):
     dweight: Tensor  # (V, D)
     dbias: Tensor  # (V,)
     ce: Tensor  # (N,) cross-entropy, unweighted
-    kd: Tensor  # (N,) T²·KL, unweighted
-    source_mass: Tensor  # (N,) the winner's mass on its kept entries, as it was given
-    target_mass: Tensor  # (N,) the target's mass on those ids, at T
+    kd: Tensor  # (N,) T²·D, the sources weighted, the row not
+    source_mass: Tensor  # (N,) the mass of the kept entries as it was given, the sources' weighted mean
+    target_mass: Tensor  # (N,) the target's mass on those ids at T, likewise
     winner: Tensor  # (B,) or (N,) int64, as Winner.chosen
 
     def gradients(self) -> dict[str, Tensor]:
@@ -72,10 +86,11 @@ class Outputs(NamedTuple):
 
 
 class Winner(NamedTuple):
-    """The source that is learnt from: its number, or -1 for no distillation."""
+    """The source that is learnt from: its number, or -1 for no distillation. Of mixed sources, the one of largest weight."""
 
-    chosen: Tensor  # (B,) int64, or (N,) where source_index names one per row
-    of_row: Tensor | None  # (N,) int64; None without sources
+    chosen: Tensor  # (B,) int64, or (N,) where source_index or source_weight has one per row
+    of_row: Tensor | None  # (N,) int64; None without sources, and where they are mixed
+    weight_of_row: Tensor | None = None  # (S, N), the compute dtype; None where they are not mixed
 
 
 DIFFERENTIABLE = ("hidden", "weight", "bias")

@@ -6,13 +6,15 @@ Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B 
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .common import IGNORE_INDEX
-from .tails import BUCKET, RENORMALIZE
+from .divergences import FORWARD_KL, JSD, REVERSE_KL, SKEW_KL, SKEW_REVERSE_KL, TVD
+from .fused_loss_types import MIN_CE, SOFTMAX
+from .tails import BUCKET, CONDITIONAL
 
 
 def head_logits(
@@ -58,12 +60,19 @@ def fusion_loss_reference(
     source_tail: Tensor | None = None,
     source_ce: Tensor | None = None,
     source_index: Tensor | None = None,
+    source_weight: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ce_weight: Tensor | None = None,
     kd_weight: Tensor | None = None,
     beta: float | None = None,
     temperature: float = 1.0,
     tail: str = BUCKET,
+    divergence: str = FORWARD_KL,
+    divergence_beta: float = 0.5,
+    combine: str = MIN_CE,
+    combine_temperature: float = 1.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -77,59 +86,61 @@ def fusion_loss_reference(
     ce_weight = torch.ones(rows, dtype=dtype) if ce_weight is None else ce_weight.to(dtype)
     kd_weight = (0.1 / 0.9 if beta is None else beta) * ce_weight if kd_weight is None else kd_weight.to(dtype)
     sources = 0 if source_ids is None else source_ids.shape[0]
-    winner, row_winner = choose_winners(sources, rows, source_ce, source_index, cu_seqlens)
+    mixed = combine == SOFTMAX or source_weight is not None
+    if mixed:
+        weights, row_weights = weigh_sources(source_ce, source_weight, combine_temperature, rows, cu_seqlens, dtype)
+        heaviest = weights.argmax(0).masked_fill(weights.amax(0) == 0, -1).tolist()
+        winner = heaviest
+    else:
+        winner, row_winner = choose_winners(sources, rows, source_ce, source_index, cu_seqlens)
+        row_weights = torch.zeros(sources, rows, dtype=dtype)
+        for row, source in enumerate(row_winner):
+            if source >= 0:
+                row_weights[source, row] = 1
 
     # Only valid rows are looked at: what an ignored one holds cannot matter.
     valid = (labels != IGNORE_INDEX).nonzero()[:, 0]
     logits = head_logits(hidden[valid], weight, bias, softcap, logit_scale)
     gold = labels[valid].long()[:, None]
-    ce = -logits.log_softmax(1).gather(1, gold)[:, 0]
+    log_q = logits.log_softmax(1)
+    ce = -log_q.gather(1, gold)[:, 0]
+    learnt = ce
+    if label_smoothing:
+        learnt = (1 - label_smoothing) * ce - label_smoothing * log_q.mean(1)
+    if z_loss:
+        learnt = learnt + z_loss * logits.logsumexp(1) ** 2
 
-    kd = torch.zeros_like(ce)
-    source_mass, target_mass = torch.zeros_like(ce), torch.zeros_like(ce)
+    kd, source_mass, target_mass, total_weight = (torch.zeros_like(ce) for _ in range(4))
     if sources:
         assert source_ids is not None
         assert source_logprobs is not None
-        # p as a dense distribution, where adding merges duplicate ids. `inside` marks the kept ids.
-        p = torch.zeros(len(valid), vocabulary, dtype=dtype)
-        inside = torch.zeros(len(valid), vocabulary, dtype=torch.bool)
-        given_tail = torch.zeros(len(valid), dtype=dtype)
-        for i, row in enumerate(valid.tolist()):
-            source = row_winner[row]
-            if source < 0:
-                continue
-            entries = source_ids[source, row] >= 0
-            ids = source_ids[source, row][entries].long()
-            p[i].index_put_((ids,), source_logprobs[source, row][entries].to(dtype).exp(), accumulate=True)
-            inside[i, ids] = True
-            if source_tail is not None:
-                given_tail[i] = source_tail[source, row]
-        mass = p.sum(1)
-        has_source = mass != 0
-        inside = inside & has_source[:, None]
-        nothing_outside = inside.all(1)  # no column is left that could hold a tail: it is rounding, and is divided out
-        if tail == RENORMALIZE:
-            t = torch.zeros_like(mass)
-        elif source_tail is None:
-            t = (1 - mass).clamp_min(0)
-        else:
-            t = given_tail
-        t = t.masked_fill(nothing_outside | ~has_source, 0)
-        # Scaled to what the tail leaves. This is M > 1, renormalisation and source_tail at once: where p and t sum to 1
-        # already, the factor is 1.
-        p = p * ((1 - t) / torch.where(has_source, mass, 1))[:, None]
-
         log_q = (logits / temperature).log_softmax(1)
-        no_column = torch.where(inside & ~nothing_outside[:, None], -math.inf, log_q)
-        log_q_rest = no_column.logsumexp(1)
-        cross = torch.where(p == 0, 0, p * log_q).sum(1)  # log q may be -inf where p is 0
-        kl = torch.xlogy(p, p).sum(1) - cross + torch.xlogy(t, t) - t * log_q_rest
-        kd = torch.where(has_source, temperature**2 * kl, 0)
-        source_mass = mass
-        target_mass = torch.where(inside, log_q.detach().exp(), 0).sum(1)
+        for source in range(sources):
+            share = row_weights[source, valid]
+            P = dense_source(
+                source_ids[source, valid],
+                source_logprobs[source, valid].to(dtype),
+                None if source_tail is None else source_tail[source, valid].to(dtype),
+                share,
+                vocabulary,
+                tail,
+                endless=divergence_of(divergence, divergence_beta, torch.zeros(1), -torch.ones(1)).isinf().item(),
+            )
+            D = torch.stack([
+                divergence_of(divergence, divergence_beta, *parts_of_row(P.p[i], P.inside[i], P.t[i], log_q[i], tail))
+                if P.present[i] else log_q.new_zeros(())
+                for i in range(len(valid))
+            ]) if len(valid) else kd  # fmt: skip
+            share = share.masked_fill(~P.present, 0)
+            kd = kd + torch.where(share == 0, 0, share * temperature**2 * D)
+            source_mass = source_mass + torch.where(share == 0, 0, share * P.mass)
+            target_mass = target_mass + share * torch.where(P.inside, log_q.detach().exp(), 0).sum(1)
+            total_weight = total_weight + share
+        total_weight = torch.where(total_weight == 0, 1, total_weight)
+        source_mass, target_mass = source_mass / total_weight, target_mass / total_weight
 
     per_row = torch.zeros(rows, dtype=dtype)
-    terms = per_row.index_put((valid,), ce_weight[valid] * ce + kd_weight[valid] * kd)
+    terms = per_row.index_put((valid,), ce_weight[valid] * learnt + kd_weight[valid] * kd)
     if reduction == "none":
         loss = terms
     else:
@@ -144,6 +155,114 @@ def fusion_loss_reference(
     }
     stats["winner"] = torch.tensor(winner)
     return loss, stats
+
+
+class DenseSource(NamedTuple):
+    """What one source says of n rows, as distributions over the whole vocabulary."""
+
+    p: Tensor  # (n, V)
+    inside: Tensor  # (n, V) bool: the kept ids
+    t: Tensor  # (n,) mass outside
+    mass: Tensor  # (n,) of the entries, as given
+    present: Tensor  # (n,) bool
+
+
+def dense_source(
+    source_ids: Tensor,
+    source_logprobs: Tensor,
+    source_tail: Tensor | None,
+    share: Tensor,
+    vocabulary: int,
+    tail: str,
+    endless: bool,
+) -> DenseSource:
+    """One source's rows, (n, K). `endless` says that the divergence is infinite where the source has no mass."""
+    rows = len(source_ids)
+    # p as a dense distribution, where adding merges duplicate ids. `inside` marks the kept ids.
+    p = torch.zeros(rows, vocabulary, dtype=source_logprobs.dtype)
+    inside = torch.zeros(rows, vocabulary, dtype=torch.bool)
+    for i in range(rows):
+        if share[i] == 0:
+            continue
+        entries = source_ids[i] >= 0
+        ids = source_ids[i][entries].long()
+        p[i].index_put_((ids,), source_logprobs[i][entries].exp(), accumulate=True)
+        inside[i, ids] = True
+    mass = p.sum(1)
+    present = mass != 0
+    inside = inside & present[:, None]
+    if endless:
+        inside = inside & (p != 0)
+    nothing_outside = inside.all(1)  # no column is left that could hold a tail: it is rounding, and is divided out
+    if tail != BUCKET:
+        t = torch.zeros_like(mass)
+    elif source_tail is None:
+        t = (1 - mass).clamp_min(0)
+    else:
+        t = source_tail.where(share != 0, 0)
+    if endless and tail == BUCKET:
+        t = t.clamp_min(1e-6)
+    t = t.masked_fill(nothing_outside | ~present, 0)
+    # Scaled to what the tail leaves. This is M > 1, renormalisation and source_tail at once: where p and t sum to 1
+    # already, the factor is 1.
+    p = p * ((1 - t) / torch.where(present, mass, 1))[:, None]
+    return DenseSource(p, inside, t, mass, present)
+
+
+def parts_of_row(p: Tensor, inside: Tensor, t: Tensor, log_q: Tensor, tail: str) -> tuple[Tensor, Tensor]:
+    """P and log Q of one row on its kept ids and the bucket of all others, if there is one; from p (V,) and log q (V,)."""
+    kept = log_q[inside]
+    if tail == CONDITIONAL:
+        return p[inside], kept.log_softmax(0)
+    if inside.all():
+        return p[inside], kept
+    return torch.cat([p[inside], t[None]]), torch.cat([kept, log_q[~inside].logsumexp(0)[None]])
+
+
+def divergence_of(divergence: str, beta: float, P: Tensor, log_q: Tensor) -> Tensor:
+    """D(P, Q) as the papers have it, each KL term by term: a part without mass adds nothing on the side that weighs it."""
+    Q = log_q.exp()
+
+    def kl(left: Tensor, log_left: Tensor, log_right: Tensor) -> Tensor:
+        return torch.where(left == 0, 0, left * (log_left - log_right)).sum()
+
+    log_p = P.log()
+    if divergence == JSD and beta not in (0, 1):
+        log_m = torch.log(beta * P + (1 - beta) * Q)
+        return beta * kl(P, log_p, log_m) + (1 - beta) * kl(Q, log_q, log_m)
+    if divergence == REVERSE_KL or (divergence == JSD and beta == 1):
+        return kl(Q, log_q, log_p)
+    if divergence == SKEW_KL:
+        return kl(P, log_p, torch.log(beta * P + (1 - beta) * Q))
+    if divergence == SKEW_REVERSE_KL:
+        return kl(Q, log_q, torch.log((1 - beta) * P + beta * Q))
+    if divergence == TVD:
+        return (P - Q).abs().sum() / 2
+    return kl(P, log_p, log_q)
+
+
+def weigh_sources(
+    source_ce: Tensor | None,
+    source_weight: Tensor | None,
+    combine_temperature: float,
+    rows: int,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Weights of mixed sources as they are given, (S, B) or (S, N), and those of each row, (S, N)."""
+    bounds = [0, rows] if cu_seqlens is None else cu_seqlens.tolist()
+    if source_weight is None:
+        assert source_ce is not None
+        weights = torch.zeros_like(source_ce, dtype=dtype)
+        for b in range(source_ce.shape[1]):
+            finite = source_ce[:, b].isfinite()
+            weights[finite, b] = (-source_ce[finite, b].to(dtype) / combine_temperature).softmax(0)
+    else:
+        weights = source_weight.to(dtype)
+    if weights.shape[1] != len(bounds) - 1:
+        return weights, weights
+    lengths = torch.tensor(bounds).diff()
+    return weights, weights.repeat_interleave(lengths, 1)
 
 
 def source_topk_reference(

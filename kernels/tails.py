@@ -1,12 +1,13 @@
 """The tails: what becomes of the probability mass that a source puts on tokens outside its kept entries.
 
 With M the mass of the kept entries p, t the mass outside them and q_rest the target's mass outside them, each tail says
-what p and t are; README.md derives value and gradient from those. `reference.py` has these formulas once more, on purpose.
+what p and t are, and whether the target's mass outside counts; README.md derives value and gradient from those. `reference.py`
+has these formulas once more, on purpose.
 """
 
 from typing import Final, Literal, get_args
 
-Tail = Literal["bucket", "renormalize"]
+Tail = Literal["bucket", "renormalize", "conditional"]
 TAILS: tuple[Tail, ...] = get_args(Tail)
 
 BUCKET: Final = "bucket"
@@ -22,4 +23,11 @@ RENORMALIZE: Final = "renormalize"
 
 It takes no `source_tail`. Of log-probabilities only the differences within a row matter: any float dtype will do, and
 dividing them by a temperature is exact.
+"""
+
+CONDITIONAL: Final = "conditional"
+"""The mass outside is divided out on both sides: p becomes p / M, and q becomes q / (1 − q_rest).
+
+Source and target are compared given that the token is one of the kept ids, which others call top-k KL. Nothing is said about
+the target's mass outside, and no gradient reaches those logits. Otherwise it is as RENORMALIZE.
 """

@@ -23,9 +23,10 @@ from .kernels.common import (
     choose_impl,
     compute_dtype,
 )
+from .kernels.divergences import DIVERGENCES, FORWARD_KL, JSD, SKEW_KL, SKEW_REVERSE_KL, canonical, infinite_at_zero
 from .kernels.fused_loss import fused_loss
-from .kernels.fused_loss_types import Operands, Options
-from .kernels.tails import BUCKET, RENORMALIZE, TAILS
+from .kernels.fused_loss_types import COMBINE, MIN_CE, Operands, Options
+from .kernels.tails import BUCKET, CONDITIONAL, RENORMALIZE, TAILS
 
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
@@ -42,12 +43,19 @@ class LossOptions(TypedDict, total=False):
     source_tail: Tensor | None
     source_ce: Tensor | None
     source_index: Tensor | None
+    source_weight: Tensor | None
     cu_seqlens: Tensor | None
     ce_weight: Tensor | None
     kd_weight: Tensor | None
     beta: float | None
     temperature: float
     tail: str
+    divergence: str
+    divergence_beta: float
+    combine: str
+    combine_temperature: float
+    z_loss: float
+    label_smoothing: float
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
@@ -107,12 +115,19 @@ def fused_linear_fusion_loss(
     source_tail: Tensor | None = None,
     source_ce: Tensor | None = None,
     source_index: Tensor | None = None,
+    source_weight: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ce_weight: Tensor | None = None,
     kd_weight: Tensor | None = None,
     beta: float | None = None,
     temperature: float = 1.0,
     tail: str = BUCKET,
+    divergence: str = FORWARD_KL,
+    divergence_beta: float = 0.5,
+    combine: str = MIN_CE,
+    combine_temperature: float = 1.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -123,9 +138,10 @@ def fused_linear_fusion_loss(
     impl: str | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy plus sparse KL to the winning source, without ever forming [N, V] logits.
+    """Cross-entropy plus a divergence from sparse sources, without ever forming [N, V] logits.
 
-    Row n adds ce_weight[n]·CE + kd_weight[n]·T²·KL, with CE at temperature 1. The logits are
+    Row n adds ce_weight[n]·CE + kd_weight[n]·T²·D, with CE at temperature 1. D is the KL to the winning source, or another
+    divergence, or the weighted sum of the divergences from several sources. The logits are
     softcap·tanh(logit_scale·(h Wᵀ + bias)/softcap), of which each part is there only when it is given. The loss has a gradient
     in hidden, weight and bias, by backward. A second derivative is an error; forward-mode differentiation and torch.func
     are not supported.
@@ -142,15 +158,28 @@ def fused_linear_fusion_loss(
             tail is what the entries lack of 1. Only with tail="bucket".
         source_ce: (S, B) nats. Each sequence learns from its source of lowest CE. A NaN or infinite one does not take part, of
             equal ones the first wins, and a sequence where none takes part has no KD.
-        source_index: (B,) or (N,) int, the source to learn from instead, -1 for no KD; read as (B,) where B = N. Give this
-            or source_ce, not both; one of them is needed if S > 1.
+        source_index: (B,) or (N,) int, the source to learn from instead, -1 for no KD; read as (B,) where B = N.
+        source_weight: (S, B) or (S, N), finite and >= 0: the sources are mixed, Σ_s weight·D(source s, target), each on its own
+            kept entries. The weights are taken as they are; 0 leaves a source out. Give one of source_ce, source_index and
+            source_weight; one of them is needed if S > 1.
         cu_seqlens: (B+1,) int, from 0 to N: where sequences begin. Required when B > 1.
         ce_weight: (N,) weight of each row's CE, ones by default.
-        kd_weight: (N,) weight of each row's KL, beta·ce_weight by default. Give this or beta, not both.
+        kd_weight: (N,) weight of each row's divergence, beta·ce_weight by default. Give this or beta, not both.
         beta: KD weight relative to ce_weight, 0.1/0.9 by default.
-        temperature: T > 0 of the KL.
+        temperature: T > 0 of the divergence.
         tail: what becomes of the source's mass outside the entries. "bucket" matches it as one more entry, "renormalize"
-            divides it out.
+            divides it out, "conditional" divides it out of source and target.
+        divergence: D, from a source's P to the target's Q. "forward_kl" is KL(P ‖ Q), "reverse_kl" KL(Q ‖ P), "jsd" GKD's
+            generalised Jensen-Shannon divergence, "skew_kl" and "skew_reverse_kl" are DistiLLM's, "tvd" is ½ Σ |P − Q|. Those
+            that are infinite where a source has no mass (reverse_kl, jsd at 1, skew_reverse_kl at 0) give the bucket a mass
+            of 1e-6 at least, leave out entries of probability 0, and are an error with tail="renormalize".
+        divergence_beta: the β of "jsd", in [0, 1] (0 is forward_kl, 1 is reverse_kl), or the α of the skewed two, in [0, 1).
+            The others do not read it.
+        combine: what source_ce decides: "min_ce" chooses the source of lowest CE, "softmax" mixes them, with the weights
+            softmax(−CE / combine_temperature) over the sources of each sequence.
+        combine_temperature: > 0, in the units of source_ce.
+        z_loss: >= 0, adds ce_weight·z_loss·lse² of the logits at temperature 1.
+        label_smoothing: ε in [0, 1): CE becomes (1 − ε)·CE + ε·(the mean of −log q over all V columns), as in torch.
         bias: (V,) head bias.
         softcap, logit_scale: the model's final logit softcap and scale.
         reduction: "sum" over the rows, "mean" (the sum over num_items_in_batch or the valid rows, 0 where there are none), or
@@ -161,9 +190,10 @@ def fused_linear_fusion_loss(
         impl: "triton" (CUDA from sm_80, or any device under TRITON_INTERPRET=1), "torch" (any device), or None: triton on
             CUDA unless an operand is fp64, else torch. Triton never reads a value back to the host: a value out of range is
             no error there, the loss of its row is NaN. It spends time on ignored rows, torch does not.
-        return_stats: also return a dict of detached tensors. They are (N,), unweighted, and 0 for rows that have none: ce,
-            kd (T²·KL), source_mass (of the kept entries, as given) and target_mass (the target's mass on the kept ids, at
-            T). The fifth is winner, int64, (B,) or (N,) as source_index is, -1 for none.
+        return_stats: also return a dict of detached tensors. They are (N,), unweighted, and 0 for rows that have none: ce
+            (without smoothing and z-loss), kd (T²·D), source_mass (of the kept entries, as given) and target_mass (the
+            target's mass on the kept ids, at T); of mixed sources the weighted sum of D and the weighted mean of the masses.
+            The fifth is winner, int64, (B,) or (N,) as source_index is, -1 for none; of mixed sources the heaviest.
     Returns:
         Scalar fp32 (fp64 for fp64 inputs) in nats, or (N,) with reduction="none". With return_stats a pair of it and the dict.
     Raises:
@@ -192,6 +222,11 @@ def fused_linear_fusion_loss(
     check_scalars(temperature, softcap, logit_scale, chunk_size)
     check_head(hidden, weight, labels, bias)
     check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
+    check_divergence(divergence, divergence_beta, tail)
+    check_combine(combine, combine_temperature)
+    if combine != MIN_CE and source_ce is None:
+        raise ValueError(f"combine={combine!r} needs source_ce, got none; give (S, B) cross-entropies")
+    check_share(z_loss=z_loss, label_smoothing=label_smoothing)
     dtype = compute_dtype(hidden, weight)
     unable = None
     if dtype == torch.float64:
@@ -200,7 +235,7 @@ def fused_linear_fusion_loss(
     rows = hidden.shape[0]
     sources = {
         "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail,
-        "source_ce": source_ce, "source_index": source_index, "cu_seqlens": cu_seqlens,
+        "source_ce": source_ce, "source_index": source_index, "source_weight": source_weight, "cu_seqlens": cu_seqlens,
     }  # fmt: skip
     weights = {"ce_weight": ce_weight, "kd_weight": kd_weight}
     check_tensors(**sources, **weights)
@@ -230,6 +265,12 @@ def fused_linear_fusion_loss(
         Options(
             temperature=float(temperature),
             tail=tail,
+            divergence=canonical(divergence, divergence_beta),
+            divergence_beta=float(divergence_beta),
+            combine=combine,
+            combine_temperature=float(combine_temperature),
+            z_loss=float(z_loss),
+            label_smoothing=float(label_smoothing),
             softcap=None if softcap is None else float(softcap),
             logit_scale=float(logit_scale),
             per_row=per_row,
@@ -253,6 +294,49 @@ def fused_linear_fusion_loss(
     if not return_stats:
         return loss
     return loss, {name: getattr(outputs, name) for name in STATS}
+
+
+def check_divergence(divergence: str, beta: float, tail: str) -> None:
+    """Raises ValueError or TypeError unless this divergence with this β is finite on the parts that the tail makes."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {DIVERGENCES}, got {divergence!r}; the default is {FORWARD_KL!r}")
+    check_numbers(divergence_beta=beta)
+    if divergence == JSD and not 0 <= beta <= 1:
+        raise ValueError(f"divergence_beta must be in [0, 1] for {JSD!r}, got {beta}; 0.5 is the symmetric one")
+    if divergence in (SKEW_KL, SKEW_REVERSE_KL) and not 0 <= beta < 1:
+        raise ValueError(
+            f"divergence_beta must be in [0, 1) for {divergence!r}, got {beta}; 1 would compare a distribution with itself, "
+            "DistiLLM takes 0.1"
+        )
+    if tail == RENORMALIZE and infinite_at_zero(canonical(divergence, beta)):
+        at = f" at divergence_beta={beta}" if divergence in (JSD, SKEW_REVERSE_KL) else ""
+        raise ValueError(
+            f"divergence={divergence!r}{at} is infinite with tail={RENORMALIZE!r}, where a source has no mass outside its "
+            f"entries; use tail={BUCKET!r} or {CONDITIONAL!r}"
+        )
+
+
+def check_combine(combine: str, combine_temperature: float) -> None:
+    """Raises ValueError or TypeError for what cannot combine the sources."""
+    if combine not in COMBINE:
+        raise ValueError(
+            f"combine must be one of {COMBINE}, got {combine!r}; give weights of your own as source_weight"
+        )
+    check_numbers(combine_temperature=combine_temperature)
+    if not 0 < combine_temperature < math.inf:
+        raise ValueError(
+            f"combine_temperature must be > 0 and finite, got {combine_temperature}; 1.0 weights by exp(-CE), and "
+            f"combine={MIN_CE!r} is the limit at 0"
+        )
+
+
+def check_share(z_loss: float, label_smoothing: float) -> None:
+    """Raises ValueError or TypeError for a weight that is out of range."""
+    check_numbers(z_loss=z_loss, label_smoothing=label_smoothing)
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be >= 0 and finite, got {z_loss}; 1e-4 is usual")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}; 0.1 is usual")
 
 
 def at_temperature(
@@ -334,6 +418,7 @@ def _check_sources(
     source_tail: Tensor | None,
     source_ce: Tensor | None,
     source_index: Tensor | None,
+    source_weight: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raises ValueError unless the sources fit together, and fit the rows."""
@@ -344,7 +429,7 @@ def _check_sources(
     if source_ids is None:
         for name, value in (
             ("source_logprobs", source_logprobs), ("source_tail", source_tail),
-            ("source_ce", source_ce), ("source_index", source_index),
+            ("source_ce", source_ce), ("source_index", source_index), ("source_weight", source_weight),
         ):  # fmt: skip
             if value is not None:
                 raise ValueError(f"{name} needs source_ids, got None; give both, or neither for cross-entropy alone")
@@ -379,12 +464,16 @@ def _check_sources(
         )
     if source_tail is not None:
         if tail != BUCKET:
-            raise ValueError(f"source_tail needs tail='bucket', got {tail!r}; drop it: renormalizing divides it out")
+            raise ValueError(f"source_tail needs tail='bucket', got {tail!r}; drop it: this tail divides it out")
         if source_tail.shape != shape[:2]:
             fix = "unsqueeze(0) that of a single source" if source_tail.dim() == 1 else "sum over K"
             raise ValueError(f"source_tail must be (S, N) = {shape[:2]}, got {tuple(source_tail.shape)}; {fix}")
-    if source_ce is not None and source_index is not None:
-        raise ValueError("give source_ce or source_index, not both, got both; source_index already fixes the choice")
+    choices = {"source_ce": source_ce, "source_index": source_index, "source_weight": source_weight}
+    given = [name for name, value in choices.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"give one of {', '.join(choices)}, got {' and '.join(given)}; source_index and source_weight already fix the choice"
+        )
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if source_ce is not None:
         if source_ce.dim() != 2 or source_ce.shape[0] != sources:
@@ -405,13 +494,24 @@ def _check_sources(
         if source_index.shape[0] == rows:
             return
         found, name = source_index.shape[0], "source_index"
+    elif source_weight is not None:
+        if source_weight.dim() != 2 or source_weight.shape[0] != sources or not source_weight.dtype.is_floating_point:
+            raise ValueError(
+                f"source_weight must be (S, B) or (S, N) floating point with S={sources}, got {tuple(source_weight.shape)} "
+                f"{source_weight.dtype}; give a weight of each source per sequence or row"
+            )
+        if source_weight.shape[1] == rows:
+            return
+        found, name = source_weight.shape[1], "source_weight"
     else:
         if sources != 1:
-            fix = "give source_ce or source_index" + (", or put K last if it stands first" if shape[2] == 1 else "")
+            fix = "give source_ce, source_index or source_weight" + (
+                ", or put K last if it stands first" if shape[2] == 1 else ""
+            )
             raise ValueError(f"with S={sources} sources a choice is needed, got none; {fix}")
         return
     if sequences is None and found != 1:
-        rows_too = f", or a source for each of N={rows} rows" if name == "source_index" else ""
+        rows_too = "" if name == "source_ce" else f", or one for each of N={rows} rows"
         raise ValueError(
             f"cu_seqlens is required when B > 1, {name} has B={found}; give the (B+1,) sequence bounds{rows_too}"
         )
@@ -428,6 +528,12 @@ class FusedLinearFusionLoss(nn.Module):
         beta: float | None = None,
         temperature: float = 1.0,
         tail: str = BUCKET,
+        divergence: str = FORWARD_KL,
+        divergence_beta: float = 0.5,
+        combine: str = MIN_CE,
+        combine_temperature: float = 1.0,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
         reduction: str = "mean",
@@ -439,8 +545,13 @@ class FusedLinearFusionLoss(nn.Module):
         super().__init__()
         check_scalars(temperature, softcap, logit_scale, chunk_size)
         check_options(tail, reduction, None, beta, None, max_chunk_bytes)
+        check_divergence(divergence, divergence_beta, tail)
+        check_combine(combine, combine_temperature)
+        check_share(z_loss=z_loss, label_smoothing=label_smoothing)
         self.options: dict[str, Any] = {
-            "beta": beta, "temperature": temperature, "tail": tail, "softcap": softcap, "logit_scale": logit_scale,
+            "beta": beta, "temperature": temperature, "tail": tail, "divergence": divergence,
+            "divergence_beta": divergence_beta, "combine": combine, "combine_temperature": combine_temperature,
+            "z_loss": z_loss, "label_smoothing": label_smoothing, "softcap": softcap, "logit_scale": logit_scale,
             "reduction": reduction, "chunk_size": chunk_size, "max_chunk_bytes": max_chunk_bytes, "impl": impl,
             "return_stats": return_stats,
         }  # fmt: skip

@@ -300,7 +300,7 @@ WRONG = {
     "integer hidden": ({"hidden": lambda x: x.int()}, "hidden must be floating point"),
     "beta and kd_weight": ({"beta": 0.5}, "beta or kd_weight, not both"),
     "negative beta": ({"beta": -1.0, "kd_weight": None}, "beta must be >= 0"),
-    "source_ce and source_index": ({"source_index": torch.zeros(4).long()}, "source_ce or source_index, not both"),
+    "source_ce and source_index": ({"source_index": torch.zeros(4).long()}, "give one of source_ce, source_index, source_weight"),
     "no choice": ({"source_ce": None}, "with S=3 sources a choice is needed"),
     "source_ce transposed": ({"source_ce": lambda x: x.T}, r"source_ce must be \(S, B\) with S=3"),
     "bounds missing": ({"cu_seqlens": None}, "cu_seqlens is required when B > 1"),

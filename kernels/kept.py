@@ -1,0 +1,150 @@
+"""What the sources say of the rows: their kept entries, ready to be compared with the target's logits.
+
+Dimension letters: N rows, n of them that are looked at, V vocabulary, S sources, K kept entries. W is the number of sources
+that a row learns from: 1, or S where they are mixed. L is the number of ids that they name together, W·K at most.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common import LOWEST, MASS_SLACK, TAIL_SLACK
+from .divergences import TAIL_FLOOR, infinite_at_zero
+from .fused_loss_types import Operands, Options, Winner
+from .tails import BUCKET, CONDITIONAL
+
+
+class Kept(NamedTuple):
+    """The distributions of n rows on the ids that any of the row's sources names; a source's p sums to 1 with its bucket."""
+
+    ids: Tensor  # (n, L) int64, unique, -1 = no entry
+    inside: Tensor  # (n, W, L) bool: the source has an entry of that id
+    p: Tensor  # (n, W, L + 1), 0 where there is no entry; the last is t, the mass of the bucket outside the source's ids
+    log_p: Tensor  # (n, W, L + 1), -inf where that is 0
+    weight: Tensor  # (n, W) of the source, 0 where it has no entry
+    mass: Tensor  # (n, W) mass of the entries as it was given
+    has_entry: Tensor  # (n, L) bool: ids >= 0
+    apart: Tensor  # (n, L) bool: an entry of another id than the gold one
+
+    def of(self, chunk: slice) -> Kept:
+        """Some of the rows."""
+        return Kept(*(x[chunk] for x in self))
+
+    def mean(self, of_source: Tensor) -> Tensor:
+        """The weighted mean (n,) of what each source has, (n, W); 0 where no source has an entry."""
+        total = self.weight.sum(1)
+        return (self.weight * of_source).sum(1) / total.where(total != 0, torch.ones_like(total))
+
+
+def prepare_kept(operands: Operands, options: Options, winner: Winner, rows: Tensor, dtype: torch.dtype) -> Kept:
+    """Reads the sources' entries of `rows`, merges those of equal ids, and settles what the tail is. Needs no logits.
+
+    Computed in fp64, which costs nothing for so few numbers: in fp32, t = 1 − M of a peaked source would have lost its digits.
+
+    Raises:
+        ValueError: a mass or a tail is out of range.
+    """
+    vocabulary = operands.weight.shape[0]
+    ids, log_p, tail, weight = entries_of_rows(operands, winner, rows)
+    log_p = log_p.double().masked_fill(ids < 0, -torch.inf)
+    # p relative to the largest: where it is renormalised, entries of e^-800 count as well.
+    top = log_p.amax(-1, keepdim=True).clamp_min(LOWEST)
+    ids, p = merge_equal(ids, (log_p - top).exp())
+
+    # A source whose entries have no mass at all has no distribution.
+    relative = p.sum(-1)
+    mass = relative * top[..., 0].exp()
+    present = relative != 0  # also true for NaN: a source that is NaN must show in the loss
+    ids = ids.masked_fill(~present[..., None], -1)
+    if infinite_at_zero(options.divergence):  # an entry without mass belongs to the rest
+        ids = ids.masked_fill(p == 0, -1)
+
+    # The tail: nothing, what the entries lack of 1, or what is given.
+    if options.tail != BUCKET:
+        t = torch.zeros_like(mass)
+    elif tail is None:
+        over = mass > 1 + MASS_SLACK
+        if over.any():
+            raise ValueError(
+                "source_logprobs must be natural log-probabilities of one distribution, a row's add up to a mass of "
+                f"{mass[over][0].item():.4g}; take log_softmax over the whole vocabulary (after / T), and pad with the id -1"
+            )
+        t = (1 - mass).clamp_min(0)
+    else:
+        t = tail.double()
+        outside = ~((t >= -TAIL_SLACK) & (t <= 1 + TAIL_SLACK))  # also true for NaN
+        if (outside & present).any():
+            raise ValueError(
+                f"source_tail must be linear mass in [0, 1], got {t[outside & present][0].item():.6g}; "
+                "take exp() of a log-mass"
+            )
+        t = t.clamp(0, 1)
+    if options.tail == BUCKET and infinite_at_zero(options.divergence):
+        t = t.clamp_min(TAIL_FLOOR)
+    # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
+    t = t.masked_fill((ids >= 0).sum(-1) == vocabulary, 0)
+    # A source without an entry says what is true of every target: that all the mass is outside. CONDITIONAL has no outside.
+    t = t.masked_fill(~present, 0 if options.tail == CONDITIONAL else 1)
+
+    # Scaled to what the tail leaves.
+    p = p * ((1 - t) / relative.where(present, torch.ones_like(relative)))[..., None]
+    ids, inside, p = on_one_set_of_ids(ids, p)
+    p = torch.cat([p, t[..., None]], -1)
+    weight = weight.to(dtype).masked_fill(~present, 0)
+    has_entry = ids >= 0
+    apart = has_entry & (ids != operands.labels[rows][:, None])
+    return Kept(ids, inside, p.to(dtype), p.log().to(dtype), weight, mass.to(dtype), has_entry, apart)
+
+
+def entries_of_rows(operands: Operands, winner: Winner, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Ids (n, W, K) int64, log-probabilities (n, W, K), tails (n, W) where they are given, and the sources' weights (n, W)."""
+    source_ids, source_logprobs, source_tail = operands.source_ids, operands.source_logprobs, operands.source_tail
+    assert source_ids is not None
+    assert source_logprobs is not None
+    if winner.weight_of_row is not None:
+        weight = winner.weight_of_row[:, rows].T
+        tail = None if source_tail is None else source_tail[:, rows].T
+        # What a source of weight 0 says is not looked at.
+        ids = source_ids[:, rows].transpose(0, 1).long().masked_fill((weight == 0)[..., None], -1)
+        return ids, source_logprobs[:, rows].transpose(0, 1), tail, weight
+    assert winner.of_row is not None
+    # Where there is no winner, the row of source 0 stands in, with all of its ids taken away.
+    of_row = winner.of_row[rows]
+    source = of_row.clamp_min(0)
+    ids = source_ids[source, rows].long().masked_fill((of_row < 0)[:, None], -1)
+    tail = None if source_tail is None else source_tail[source, rows][:, None]
+    return ids[:, None], source_logprobs[source, rows][:, None], tail, torch.ones_like(source)[:, None]
+
+
+def merge_equal(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Unique ids along the last axis, -1 and 0 in the slots that get free, and the mass of each."""
+    # Sorting makes equal ids neighbours, a run. Each run has a number, and its mass is added up in the slot of that number.
+    ids, by_id = ids.sort(-1)
+    run = run_numbers(ids)
+    p = torch.zeros_like(p).scatter_add_(-1, run, p.gather(-1, by_id))
+    return torch.full_like(ids, -1).scatter_(-1, run, ids), p
+
+
+def run_numbers(sorted_ids: Tensor) -> Tensor:
+    """The number of the run of equal ids that each belongs to."""
+    run = torch.zeros_like(sorted_ids)
+    torch.cumsum(sorted_ids[..., 1:] != sorted_ids[..., :-1], -1, out=run[..., 1:])
+    return run
+
+
+def on_one_set_of_ids(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids (n, L) that any source names, whether a source names them (n, W, L), and its p there; from (n, W, K)."""
+    n, W, K = ids.shape
+    if W == 1:
+        return ids[:, 0], ids >= 0, p
+    all_ids, by_id = ids.flatten(1).sort(1)
+    run = run_numbers(all_ids)
+    slot = torch.empty_like(run).scatter_(1, by_id, run).view(n, W, K)
+    named = torch.full_like(all_ids, -1).scatter_(1, run, all_ids)
+    # Where there is no entry p is 0, and all of those share the slot of the id -1.
+    p = p.new_zeros(n, W, W * K).scatter_add_(2, slot, p.masked_fill(ids < 0, 0))
+    inside = torch.zeros(n, W, W * K, dtype=torch.bool, device=ids.device).scatter_(2, slot, ids >= 0)
+    return named, inside & (named >= 0)[:, None], p
