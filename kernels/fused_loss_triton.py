@@ -10,21 +10,25 @@
 
 The launches take the place of barriers. Nothing waits for the device, and no shape depends on data: ignored rows are computed
 as all others are, and write zeros; a value out of range makes its row NaN. fp64 is left to the plain-torch path.
-Dimension letters: N rows, C rows of a chunk, n rows of the present chunk, D hidden, V vocabulary, S sources, K kept entries.
-A row has K + 1 slots, the last one for a gold id that is not among the entries. h, p and t as in fused_loss_torch.py.
+Dimension letters: N rows, C rows of a chunk, n rows of the present chunk, D hidden, V vocabulary, S sources, K kept entries, W
+sources that a row learns from. A row has W·K + 1 slots, the last one for a gold id that is not among the entries. h, p and t as in
+fused_loss_torch.py.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .common import IGNORE_INDEX, chunk_rows_gpu
-from .fused_loss_triton_kernels import _dense_kernel, _gather_kernel, _prep_kernel, _scatter_kernel
+from .common import IGNORE_INDEX, LOGPROB_SLACK, chunk_rows_gpu
+from .divergences import infinite_at_zero
+from .divergences_triton import mixture_constants
+from .fused_loss_triton_kernels import IGNORED, INVALID, _dense_kernel, _gather_kernel, _prep_kernel, _scatter_kernel
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import Head
-from .tails import BUCKET
+from .kept import absent_tail, prepare_kept
+from .tails import BUCKET, CONDITIONAL
 
 # Row strides are multiples of this: every row begins at a multiple of 16 bytes, also in bf16.
 PAD = 16
@@ -70,8 +74,9 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
     hidden = operands.hidden
     N, D = hidden.shape
     V = operands.weight.shape[0]
-    K = 0 if operands.source_ids is None else operands.source_ids.shape[2]
-    slots = K + 1
+    S, _, K = (0, N, 0) if operands.source_ids is None else operands.source_ids.shape
+    W = 1 if winner.weight_of_row is None else S
+    slots = W * K + 1
     head = Head(operands.weight.to(hidden.dtype), operands.bias, options.softcap, float(options.logit_scale))
     # The kernels take these three to be contiguous.
     operands = operands._replace(
@@ -84,14 +89,10 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
     # The results of all rows. The kernels write every element of them, also those of ignored rows.
-    loss, ce, kd, source_mass, target_mass = (empty(N) for _ in range(5))
+    loss, ce, kd, target_mass = (empty(N) for _ in range(4))
     dhidden = empty(*((N, D) if options.grad_hidden else (0,)))
     dweight = empty(*((V, D) if options.grad_weight else (0,)))
     dbias = hidden.new_zeros(V if options.grad_bias else 0, dtype=torch.float32)
-
-    # What `prep` finds for all rows.
-    gold_slot, lifted_ids = empty(N, dtype=torch.int32), empty(N, slots, dtype=torch.int32)
-    p, t = (None, None) if operands.source_ids is None else (empty(N, slots), empty(N))
 
     # The buffers of a chunk, used again by every chunk. Columns beyond V are −inf: they add nothing to a sum of exponentials.
     C = chunk_rows_gpu(N, V, D, options.chunk_size, options.max_chunk_bytes)
@@ -105,12 +106,19 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
 
     # Constants of the compiled kernels.
     sizes = {"V_PADDED": V_padded, "SLOTS": slots}
+    log_p_share, log_q_share = mixture_constants(options.divergence, options.divergence_beta)
+    family = {
+        "W": W, "DIVERGENCE": options.divergence, "BETA": options.divergence_beta, "LOG_P_SHARE": log_p_share,
+        "LOG_Q_SHARE": log_q_share, "CONDITIONAL": options.tail == CONDITIONAL, "Z_LOSS": options.z_loss,
+        "SMOOTHING": options.label_smoothing,
+    }  # fmt: skip
     elementwise = {"SCALE": head.logit_scale, "SOFTCAP": head.softcap}
     block, warps = dense_config(V, 64 if torch.version.hip else 32)
     slot_block = min(SLOT_BLOCK, triton.next_power_of_2(slots))
 
     with torch.cuda.device_of(hidden):
-        launch_prep(operands, options, winner, (gold_slot, lifted_ids, p, t, source_mass))
+        prepare = launch_prep if winner.weight_of_row is None else prepare_mixed
+        found = prepare(operands, options, winner)
         for begin in range(0, N, C):
             rows = slice(begin, min(begin + C, N))
             n = rows.stop - begin
@@ -121,13 +129,15 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
             # The kept ids and the gold id leave the logits, all other columns are summed and become their gradient, and
             # the gradients at the ids are written into it. One launch ends before the next one begins.
             _gather_kernel[(n,)](
-                logits, bias, lifted_ids, lifted_z, begin, **sizes, **elementwise, BLOCK=slot_block, num_warps=1
+                logits, bias, found.lifted_ids, lifted_z, begin, **sizes, **elementwise, BLOCK=slot_block, num_warps=1
             )
             _dense_kernel[(n,)](
-                *(logits, grad, bias, lifted_z, lifted_grad, gold_slot, lifted_ids, p, t),
-                *(operands.ce_weight, operands.kd_weight, loss, ce, kd, target_mass, begin, options.temperature),
+                *(logits, grad, bias, lifted_z, lifted_grad),
+                *(found.gold_slot, found.lifted_ids, found.p, found.t, found.source_weight),
+                *(operands.ce_weight, operands.kd_weight, loss, ce, kd, target_mass, begin, options.temperature, V),
                 **sizes,
-                TEMPERED=p is not None and options.temperature != 1,
+                **family,
+                TEMPERED=found.p is not None and options.temperature != 1,
                 **elementwise,
                 BLOCK_V=block,
                 BLOCK_SLOTS=triton.next_power_of_2(slots),
@@ -135,7 +145,7 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
             )
             if grad is None:  # no gradient is asked for
                 continue
-            _scatter_kernel[(n,)](grad, lifted_ids, lifted_grad, begin, **sizes, BLOCK=slot_block, num_warps=1)
+            _scatter_kernel[(n,)](grad, found.lifted_ids, lifted_grad, begin, **sizes, BLOCK=slot_block, num_warps=1)
             # Gradients of the operands: the two other matrix products.
             grad_rows = grad[:n, :V]
             if options.grad_hidden:
@@ -153,20 +163,40 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
         dbias=dbias,
         ce=ce,
         kd=kd,
-        source_mass=source_mass,
+        source_mass=found.source_mass,
         target_mass=target_mass,
         winner=winner.chosen,
     )
 
 
-def launch_prep(operands: Operands, options: Options, winner: Winner, found: tuple[Tensor | None, ...]) -> None:
-    """Runs `prep` over all rows, which writes what it finds. The sources may be strided: (S, N, K) tensors are not copied."""
+class Found(NamedTuple):
+    """What is known of all rows before there are logits. A row has W·K + 1 slots."""
+
+    gold_slot: Tensor  # (N,) int32, the slot of the gold id, or what the kernels take for an ignored or an invalid row
+    lifted_ids: Tensor  # (N, W·K + 1) int32, unique, -1 = empty
+    source_mass: Tensor  # (N,)
+    p: Tensor | None = (
+        None  # (N, W, W·K + 1), -1 where the source has no entry; None without a source, likewise the next
+    )
+    t: Tensor | None = None  # (N, W)
+    source_weight: Tensor | None = None  # (N, W); None where every source that has an entry weighs 1
+
+
+def launch_prep(operands: Operands, options: Options, winner: Winner) -> Found:
+    """Runs `prep` over all rows. The sources may be strided: (S, N, K) tensors are not copied."""
     ids, logprobs, tail = operands.source_ids, operands.source_logprobs, operands.source_tail
-    vocabulary = operands.weight.shape[0]
-    sources, rows, entries = (0, operands.labels.shape[0], 0) if ids is None else ids.shape
+    labels, vocabulary = operands.labels, operands.weight.shape[0]
+    sources, rows, entries = (0, labels.shape[0], 0) if ids is None else ids.shape
     block, compare, warps = prep_config(max(entries, 1))
+    found = Found(
+        gold_slot=labels.new_empty(rows, dtype=torch.int32),
+        lifted_ids=labels.new_empty(rows, entries + 1, dtype=torch.int32),
+        source_mass=labels.new_empty(rows, dtype=torch.float32),
+        p=None if ids is None else labels.new_empty(rows, entries + 1, dtype=torch.float32),
+        t=None if ids is None else labels.new_empty(rows, dtype=torch.float32),
+    )
     _prep_kernel[(rows,)](
-        operands.labels,
+        labels,
         None if winner.of_row is None else winner.of_row.contiguous(),
         ids,
         *((0, 0, 0) if ids is None else ids.stride()),
@@ -174,12 +204,50 @@ def launch_prep(operands: Operands, options: Options, winner: Winner, found: tup
         *((0, 0, 0) if logprobs is None else logprobs.stride()),
         tail,
         *((0, 0) if tail is None else tail.stride()),
-        *found,
+        *(found.gold_slot, found.lifted_ids, found.p, found.t, found.source_mass),
         sources,
         vocabulary,
         K=entries,
         BUCKET=options.tail == BUCKET,
+        ENDLESS=infinite_at_zero(options.divergence),
+        ABSENT_TAIL=absent_tail(options.tail),
         BLOCK_K=block,
         BLOCK_COMPARE=compare,
         num_warps=warps,
+    )
+    return found
+
+
+def prepare_mixed(operands: Operands, options: Options, winner: Winner) -> Found:
+    """What `prep` finds, of rows that learn from several sources at once: in plain torch, and without reading a value.
+
+    A value out of range makes the source's weight NaN, and with it the row.
+    """
+    labels, ids, logprobs = operands.labels, operands.source_ids, operands.source_logprobs
+    assert ids is not None
+    assert logprobs is not None
+    assert winner.weight_of_row is not None
+    rows, vocabulary = labels.shape[0], operands.weight.shape[0]
+    active = labels != IGNORE_INDEX
+    wrong = (ids < -1) | (ids >= vocabulary) | ((ids >= 0) & ~(logprobs <= LOGPROB_SLACK) & ~logprobs.isnan())
+    weight = winner.weight_of_row.where((winner.weight_of_row >= 0) & winner.weight_of_row.isfinite(), torch.nan)
+    weight = weight * active  # the sources of an ignored row may hold anything
+    operands = operands._replace(source_ids=ids.masked_fill(wrong, -1))
+    kept = prepare_kept(
+        operands, options, winner._replace(weight_of_row=weight), torch.arange(rows, device=labels.device),
+        torch.float32, invalid=wrong.any(2).T & (weight != 0).T,
+    )  # fmt: skip
+    is_gold = kept.has_entry & ~kept.apart
+    slots = kept.ids.shape[1]
+    gold_slot = torch.where(is_gold.any(1), is_gold.int().argmax(1), slots)
+    bad_label = active & ((labels < 0) | (labels >= vocabulary))
+    outside_ids = torch.where(active & ~bad_label & (gold_slot == slots), labels, -1)
+    gold_slot = gold_slot.masked_fill(~active, IGNORED).masked_fill(bad_label, INVALID)
+    return Found(
+        gold_slot=gold_slot.int(),
+        lifted_ids=torch.cat([kept.ids, outside_ids[:, None]], 1).int(),
+        source_mass=kept.mean(kept.mass),
+        p=torch.nn.functional.pad(kept.p[..., :-1].where(kept.inside, -1), (0, 1), value=-1.0),
+        t=kept.p[..., -1].contiguous(),
+        source_weight=kept.weight.contiguous(),
     )

@@ -2,14 +2,16 @@
 
 fused_loss_triton.py launches them, and README.md derives what they compute. Whatever the dtype in memory, everything is fp32
 after it is loaded: the interpreter computes wrongly in bf16, without a word.
-Dimension letters: N rows, C rows of a chunk, V vocabulary, V_PADDED the stride of its rows, S sources, K kept entries. A row
-has K + 1 slots, the last one for a gold id that is not among the entries.
+Dimension letters: N rows, C rows of a chunk, V vocabulary, V_PADDED the stride of its rows, S sources, K kept entries, W
+sources that a row learns from. A row has W·K + 1 slots, the last one for a gold id that is not among the entries.
 """
 
 import triton
 import triton.language as tl
 
 from .common import IGNORE_INDEX, LOGPROB_SLACK, LOWEST, MASS_SLACK, TAIL_SLACK
+from .divergences import TAIL_FLOOR
+from .divergences_triton import divergence_parts
 from .triton_math import exact_exp, log1p, tanh
 
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)
@@ -17,10 +19,11 @@ _LOGPROB_SLACK = tl.constexpr(LOGPROB_SLACK)
 _TAIL_SLACK = tl.constexpr(TAIL_SLACK)
 _MASS_SLACK = tl.constexpr(MASS_SLACK)
 _LOWEST = tl.constexpr(LOWEST)
+_TAIL_FLOOR = tl.constexpr(TAIL_FLOOR)
 _TINY = tl.constexpr(1e-37)  # a normal number, because hardware may flush subnormal ones to 0
 # gold_slot of an ignored row, and of a row with a value out of range.
-_IGNORED = tl.constexpr(-1)
-_INVALID = tl.constexpr(-2)
+IGNORED, INVALID = -1, -2
+_IGNORED, _INVALID = tl.constexpr(IGNORED), tl.constexpr(INVALID)
 # How many neighbouring columns a thread has: two 16-byte loads of fp32, one 16-byte store of bf16.
 _LANE = tl.constexpr(8)
 
@@ -68,10 +71,16 @@ def _prep_kernel(
     V,
     K: tl.constexpr,
     BUCKET: tl.constexpr,
+    ENDLESS: tl.constexpr,
+    ABSENT_TAIL: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_COMPARE: tl.constexpr,
 ):
-    """Finds each row's unique ids and p, the bucket's t, the mass of the entries as given, and the slot of the gold id."""
+    """Finds each row's unique ids and p, the bucket's t, the mass of the entries as given, and the slot of the gold id.
+
+    p is -1 where a slot has no entry. ENDLESS says that the divergence is infinite where a source has no mass. ABSENT_TAIL is
+    the t of a row without an entry.
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int64)
     active = label != _IGNORE_INDEX
@@ -119,8 +128,13 @@ def _prep_kernel(
                 in_range = (t >= -_TAIL_SLACK) & (t <= 1 + _TAIL_SLACK)  # false for NaN, which min and max would drop
                 invalid = invalid | ((in_range == 0) & present)
                 t = tl.minimum(tl.maximum(t, 0.0), 1.0)
-            # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
-            t = tl.where(present & (tl.sum(first.to(tl.int32), 0) < V), t, 0.0)
+            if ENDLESS:
+                t = tl.maximum(t, _TAIL_FLOOR)
+        if ENDLESS:  # an entry without mass belongs to the rest
+            first = first & (p != 0)
+        # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
+        t = tl.where(tl.sum(first.to(tl.int32), 0) < V, t, 0.0)
+        t = tl.where(present, t, ABSENT_TAIL)
         p = p * ((1 - t) / tl.where(present, relative, 1.0))
 
         invalid = invalid | (tl.max(wrong.to(tl.int32), 0) > 0)
@@ -128,12 +142,12 @@ def _prep_kernel(
         is_gold = first & (ids == label)
         gold_slot = tl.where(tl.max(is_gold.to(tl.int32), 0) > 0, tl.sum(tl.where(is_gold, slot, 0), 0), K)
         tl.store(lifted_ids_ptr + row * (K + 1) + slot, tl.where(first, ids, -1), mask=slot < K)
-        tl.store(p_ptr + row * (K + 1) + slot, tl.where(first, p, 0.0), mask=slot < K)
+        tl.store(p_ptr + row * (K + 1) + slot, tl.where(first, p, -1.0), mask=slot < K)
         tl.store(t_ptr + row, t)
     valid = active & (invalid == 0)
     tl.store(lifted_ids_ptr + row * (K + 1) + K, tl.where(valid & (gold_slot == K), label, -1).to(tl.int32))
     if ids_ptr is not None:
-        tl.store(p_ptr + row * (K + 1) + K, 0.0)
+        tl.store(p_ptr + row * (K + 1) + K, -1.0)
     tl.store(gold_slot_ptr + row, tl.where(valid, gold_slot, tl.where(active, _INVALID, _IGNORED)).to(tl.int32))
     tl.store(source_mass_ptr + row, tl.where(invalid, float("nan"), mass))
 
@@ -231,14 +245,23 @@ def _add_exps(top, total, total_T, z, inv_T, TEMPERED: tl.constexpr):
 
 
 @triton.jit
+def _add_logits(total, count, z):
+    """The running sum of each lane's logits, and their number. Lifted columns and padding, at -inf, are no logits."""
+    real = z > float("-inf")
+    return total + tl.sum(tl.where(real, z, 0.0), 1), count + tl.sum(real.to(tl.float32), 1)
+
+
+@triton.jit
 def _store_grad(
-    grad_ptr, z, columns, top, coefficient, coefficient_T, inv_T,
-    V_PADDED: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr, MASKED: tl.constexpr,
+    grad_ptr, z, columns, top, coefficient, coefficient_T, even, inv_T,
+    V_PADDED: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     below = z - top
     grad = tl.exp(below) * coefficient
     if TEMPERED:
         grad += tl.exp(below * inv_T) * coefficient_T
+    if SMOOTHED:
+        grad -= even
     if SOFTCAP is not None:
         grad *= _slope(z, SOFTCAP)
     grad = grad.to(grad_ptr.dtype.element_ty)
@@ -248,7 +271,7 @@ def _store_grad(
         tl.store(grad_ptr + columns, grad)
 
 
-@triton.jit(do_not_specialize=["begin"])
+@triton.jit(do_not_specialize=["begin", "V"])
 def _dense_kernel(
     logits_ptr,
     grad_ptr,
@@ -259,6 +282,7 @@ def _dense_kernel(
     lifted_ids_ptr,
     p_ptr,
     t_ptr,
+    source_weight_ptr,
     ce_weight_ptr,
     kd_weight_ptr,
     loss_ptr,
@@ -267,8 +291,17 @@ def _dense_kernel(
     target_mass_ptr,
     begin,
     temperature,
+    V,
     V_PADDED: tl.constexpr,
     SLOTS: tl.constexpr,
+    W: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    BETA: tl.constexpr,
+    LOG_P_SHARE: tl.constexpr,
+    LOG_Q_SHARE: tl.constexpr,
+    CONDITIONAL: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
     TEMPERED: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -277,8 +310,9 @@ def _dense_kernel(
 ):
     """Losses, statistics and the gradient in h Wᵀ + bias of one row. Of an ignored row they are all 0.
 
-    No gradient is computed where grad_ptr is None. Without a source, p_ptr is None and there is no KD. The row's scalars are
-    named as in `chunk_losses` of fused_loss_torch.py, which computes the same thing and explains the steps.
+    No gradient is computed where grad_ptr is None. Without a source, p_ptr is None and there is no KD; where source_weight_ptr
+    is None, a source that has an entry weighs 1. The row's scalars are named as in `chunk_losses` of fused_loss_torch.py, which
+    computes the same thing and explains the steps.
     """
     row = tl.program_id(0).to(tl.int64)
     n = begin + row
@@ -305,12 +339,18 @@ def _dense_kernel(
         top = tl.full([lanes], _LOWEST, tl.float32)
         total = tl.zeros([lanes], tl.float32)
         total_T = tl.zeros([lanes], tl.float32)
+        total_z = tl.zeros([lanes], tl.float32)
+        count_z = tl.zeros([lanes], tl.float32)
         for start in range(0, WHOLE, BLOCK_V):
             z = _logits(logits_ptr, bias_ptr, start + tile, None, False, SCALE, SOFTCAP)
             top, total, total_T = _add_exps(top, total, total_T, z, inv_T, TEMPERED)
+            if SMOOTHING != 0:
+                total_z, count_z = _add_logits(total_z, count_z, z)
         if WHOLE < V_PADDED:
             z = _logits(logits_ptr, bias_ptr, WHOLE + tile, WHOLE + tile < V_PADDED, True, SCALE, SOFTCAP)
             top, total, total_T = _add_exps(top, total, total_T, z, inv_T, TEMPERED)
+            if SMOOTHING != 0:
+                total_z, count_z = _add_logits(total_z, count_z, z)
         m_dense = tl.max(top, 0)
         sum_dense = tl.sum(total * tl.exp(top - m_dense), 0)
         sum_dense_T = sum_dense
@@ -332,49 +372,96 @@ def _dense_kernel(
         total_e = others + e_gold
         small = others < e_gold
         ce = tl.where(small, log1p(others / tl.where(small, e_gold, 1.0)), tl.log(total_e) - (z_gold - m))
+        learnt = ce
+        factor = 1.0  # of the softmax in the gradient
+        if (SMOOTHING != 0) | (Z_LOSS != 0):
+            lse = m + tl.log(total_e)
+            if SMOOTHING != 0:
+                real = lifted_z > float("-inf")
+                sum_z = tl.sum(total_z, 0) + tl.sum(tl.where(real, lifted_z, 0.0), 0)
+                whole = tl.sum(count_z, 0) + tl.sum(real.to(tl.float32), 0) == V
+                # As in torch: a column that cannot be has no finite -log q.
+                learnt = (1 - SMOOTHING) * ce + SMOOTHING * tl.where(whole, lse - sum_z / V, float("inf"))
+            if Z_LOSS != 0:
+                learnt += Z_LOSS * lse * lse
+                factor = 1 + 2 * Z_LOSS * lse
         a = tl.load(ce_weight_ptr + n).to(tl.float32)
-        loss = a * ce
+        loss = a * learnt
         a *= SCALE  # the gradient leaves through the scale, a factor of every row scalar
-        coefficient = a * shrink / total_e
+        scalar = a * factor
+        coefficient = scalar * shrink / total_e
         coefficient_T = 0.0
-        grad = tl.where(is_gold, -a * (others / total_e), a * (e / total_e))
+        grad = scalar * (e / total_e)
+        grad = tl.where(is_gold, (scalar - a) * (e / total_e) - a * (others / total_e), grad)
+        even = a * (SMOOTHING / V)
+        if SMOOTHING != 0:
+            grad += tl.where(is_gold, a * SMOOTHING - even, -even)
         kd = 0.0
         target_mass = 0.0
         if p_ptr is not None:
             T = temperature
-            p = tl.load(p_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=0.0)
-            t = tl.load(t_ptr + n)
-            present = tl.sum(p, 0) + t != 0  # the sum is 0 or 1, or NaN, for which this is also true
-            kept = (slot < SLOTS - 1) & (tl.load(lifted_ids_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=-1) >= 0)
-            gold_kept = (gold_slot >= 0) & (gold_slot < SLOTS - 1)
-            e_T, e_gold_T, shrink_T = e, e_gold, shrink
+            lifted = tl.load(lifted_ids_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=-1) >= 0
+            e_T, shrink_T = e, shrink
             if TEMPERED:
                 e_T = exact_exp(below * inv_T)
-                e_gold_T = exact_exp((z_gold - m) * inv_T)
                 shrink_T = exact_exp((m_dense - m) * inv_T)
-            # Outside the kept ids: the streamed columns, and the gold id if it was lifted without being kept.
-            m_rest = tl.where(gold_kept, m_dense, tl.maximum(m_dense, z_gold))
-            dense_in_rest = exact_exp((m_dense - m_rest) * inv_T)
-            gold_in_rest = tl.where(gold_kept, 0.0, exact_exp((z_gold - m_rest) * inv_T))
-            rest = sum_dense_T * dense_in_rest + gold_in_rest
-            rest = tl.maximum(rest, _TINY, propagate_nan=tl.PropagateNan.ALL)
-            mass_kept = tl.sum(tl.where(kept, e_T, 0.0), 0)
-            rest_below = (m_rest - m) * inv_T
-            total_e_T = mass_kept + rest * exact_exp(rest_below)
+            total_e_T = tl.sum(tl.where(lifted, e_T, 0.0), 0) + sum_dense_T * shrink_T
+            total_e_T = tl.where(gold_slot == _INVALID, float("nan"), total_e_T)
             log_total_T = tl.log(total_e_T)
-            log_p = tl.log(tl.where(p == 0, 1.0, p))
-            # An entry with p = 0 is left out by name: its log q may be -inf.
-            kl = tl.sum(tl.where(p == 0, 0.0, p * (log_p - (below * inv_T - log_total_T))), 0)
-            kl += t * (tl.log(tl.where(t == 0, 1.0, t)) - (rest_below + tl.log(rest) - log_total_T))
-            kd = T * T * kl
-            target_mass = mass_kept / total_e_T
-            b = tl.where(present, tl.load(kd_weight_ptr + n).to(tl.float32), 0.0)
+            q_lifted = e_T / total_e_T
+            log_q_lifted = below * inv_T - log_total_T
+            grad_T = tl.zeros([BLOCK_SLOTS], tl.float32)
+            alpha_dense = tl.full([], 0.0, tl.float32)
+            value = tl.full([], 0.0, tl.float32)
+            kept_mass = tl.full([], 0.0, tl.float32)
+            weights = tl.full([], 0.0, tl.float32)
+            for w in range(0, W):
+                p = tl.load(p_ptr + (n * W + w) * SLOTS + slot, mask=slot < SLOTS, other=-1.0)
+                t = tl.load(t_ptr + n * W + w)
+                inside = lifted & ((p < 0) == 0)  # also of an entry that is NaN
+                p = tl.where(inside, p, 0.0)
+                if source_weight_ptr is None:
+                    weight = tl.max(inside.to(tl.float32), 0)
+                else:
+                    weight = tl.load(source_weight_ptr + n * W + w)
+                weights += weight
+                kept_mass += weight * tl.sum(tl.where(inside, q_lifted, 0.0), 0)
+                if CONDITIONAL:
+                    z_inside = tl.where(inside, lifted_z, float("-inf"))
+                    below_inside = (z_inside - tl.maximum(tl.max(z_inside, 0), _LOWEST)) * inv_T
+                    e_inside = tl.where(inside, exact_exp(below_inside), 0.0)
+                    sum_inside = tl.maximum(tl.sum(e_inside, 0), _TINY, propagate_nan=tl.PropagateNan.ALL)
+                    q, log_q = e_inside / sum_inside, below_inside - tl.log(sum_inside)
+                    parts, slope = divergence_parts(p, q, log_q, DIVERGENCE, BETA, LOG_P_SHARE, LOG_Q_SHARE)
+                    value += weight * (tl.sum(tl.where(inside, parts, 0.0), 0) + 0.0 * total_e_T)
+                    slope = tl.where(inside, slope, 0.0)
+                    grad_T += weight * (slope - q * tl.sum(slope, 0))
+                else:
+                    outside = lifted & (inside == 0)
+                    m_rest = tl.maximum(m_dense, tl.max(tl.where(outside, lifted_z, _LOWEST), 0))
+                    in_rest = tl.where(outside, exact_exp((lifted_z - m_rest) * inv_T), 0.0)
+                    dense_in_rest = exact_exp((m_dense - m_rest) * inv_T)
+                    rest = sum_dense_T * dense_in_rest + tl.sum(in_rest, 0)
+                    rest = tl.maximum(rest, _TINY, propagate_nan=tl.PropagateNan.ALL)
+                    log_q_rest = (m_rest - m) * inv_T + tl.log(rest) - log_total_T
+                    q = tl.where(inside, q_lifted, 0.0)
+                    log_q = tl.where(inside, log_q_lifted, float("-inf"))
+                    parts, slope = divergence_parts(p, q, log_q, DIVERGENCE, BETA, LOG_P_SHARE, LOG_Q_SHARE)
+                    part_rest, slope_rest = divergence_parts(
+                        t, exact_exp(log_q_rest), log_q_rest, DIVERGENCE, BETA, LOG_P_SHARE, LOG_Q_SHARE
+                    )
+                    value += weight * (tl.sum(parts, 0) + part_rest)
+                    slope_sum = tl.sum(slope, 0) + slope_rest
+                    # Divided by the sum of the rest itself, which survives a q_rest that underflows.
+                    slope = tl.where(inside, slope, slope_rest * (in_rest / rest))
+                    grad_T += weight * (slope - q_lifted * slope_sum)
+                    alpha_dense += weight * (slope_rest * dense_in_rest / rest - slope_sum * shrink_T / total_e_T)
+            kd = T * T * value
+            target_mass = kept_mass / tl.where(weights == 0, 1.0, weights)
+            b = tl.load(kd_weight_ptr + n).to(tl.float32)
             loss += b * kd
             b *= SCALE * T
-            # Divided by the sum of the rest itself, which survives a q_rest that underflows.
-            alpha_dense = shrink_T / total_e_T - t * dense_in_rest / rest
-            alpha_gold = e_gold_T / total_e_T - t * gold_in_rest / rest
-            grad += b * tl.where(is_gold & (slot == SLOTS - 1), alpha_gold, e_T / total_e_T - p)
+            grad += b * grad_T
             if TEMPERED:
                 coefficient_T = b * alpha_dense
             else:
@@ -392,11 +479,13 @@ def _dense_kernel(
                 columns = WHOLE + tile
                 z = _logits(logits_ptr, bias_ptr, columns, columns < V_PADDED, True, SCALE, SOFTCAP)
                 _store_grad(
-                    grad_ptr, z, columns, m_dense, coefficient, coefficient_T, inv_T, V_PADDED, SOFTCAP, TEMPERED, True
+                    *(grad_ptr, z, columns, m_dense, coefficient, coefficient_T, even, inv_T),
+                    *(V_PADDED, SOFTCAP, TEMPERED, SMOOTHING != 0, True),
                 )
             for done in range(0, WHOLE, BLOCK_V):
                 columns = WHOLE - BLOCK_V - done + tile
                 z = _logits(logits_ptr, bias_ptr, columns, None, False, SCALE, SOFTCAP)
                 _store_grad(
-                    grad_ptr, z, columns, m_dense, coefficient, coefficient_T, inv_T, V_PADDED, SOFTCAP, TEMPERED, False
+                    *(grad_ptr, z, columns, m_dense, coefficient, coefficient_T, even, inv_T),
+                    *(V_PADDED, SOFTCAP, TEMPERED, SMOOTHING != 0, False),
                 )

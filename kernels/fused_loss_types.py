@@ -16,7 +16,6 @@ from torch import Tensor
 from .divergences import FORWARD_KL
 from .tails import BUCKET
 
-
 MIN_CE: Final = "min_ce"
 SOFTMAX: Final = "softmax"
 COMBINE = (MIN_CE, SOFTMAX)

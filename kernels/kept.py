@@ -39,10 +39,27 @@ class Kept(NamedTuple):
         return (self.weight * of_source).sum(1) / total.where(total != 0, torch.ones_like(total))
 
 
-def prepare_kept(operands: Operands, options: Options, winner: Winner, rows: Tensor, dtype: torch.dtype) -> Kept:
+def absent_tail(tail: str) -> float:
+    """The t of a source without an entry: it says what is true of every target, that all the mass is outside.
+
+    CONDITIONAL has no outside.
+    """
+    return 0.0 if tail == CONDITIONAL else 1.0
+
+
+def prepare_kept(
+    operands: Operands,
+    options: Options,
+    winner: Winner,
+    rows: Tensor,
+    dtype: torch.dtype,
+    invalid: Tensor | None = None,
+) -> Kept:
     """Reads the sources' entries of `rows`, merges those of equal ids, and settles what the tail is. Needs no logits.
 
     Computed in fp64, which costs nothing for so few numbers: in fp32, t = 1 − M of a peaked source would have lost its digits.
+    Where no value may be read, `invalid` (n, W) says which sources have a value out of range. Their weights become NaN, as does
+    that of a source whose mass or tail is out of range, which is an error otherwise.
 
     Raises:
         ValueError: a mass or a tail is out of range.
@@ -67,7 +84,9 @@ def prepare_kept(operands: Operands, options: Options, winner: Winner, rows: Ten
         t = torch.zeros_like(mass)
     elif tail is None:
         over = mass > 1 + MASS_SLACK
-        if over.any():
+        if invalid is not None:
+            invalid = invalid | over
+        elif over.any():
             raise ValueError(
                 "source_logprobs must be natural log-probabilities of one distribution, a row's add up to a mass of "
                 f"{mass[over][0].item():.4g}; take log_softmax over the whole vocabulary (after / T), and pad with the id -1"
@@ -75,25 +94,27 @@ def prepare_kept(operands: Operands, options: Options, winner: Winner, rows: Ten
         t = (1 - mass).clamp_min(0)
     else:
         t = tail.double()
-        outside = ~((t >= -TAIL_SLACK) & (t <= 1 + TAIL_SLACK))  # also true for NaN
-        if (outside & present).any():
+        outside = present & ~((t >= -TAIL_SLACK) & (t <= 1 + TAIL_SLACK))  # also true for NaN
+        if invalid is not None:
+            invalid = invalid | outside
+        elif outside.any():
             raise ValueError(
-                f"source_tail must be linear mass in [0, 1], got {t[outside & present][0].item():.6g}; "
-                "take exp() of a log-mass"
+                f"source_tail must be linear mass in [0, 1], got {t[outside][0].item():.6g}; take exp() of a log-mass"
             )
         t = t.clamp(0, 1)
     if options.tail == BUCKET and infinite_at_zero(options.divergence):
         t = t.clamp_min(TAIL_FLOOR)
     # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
     t = t.masked_fill((ids >= 0).sum(-1) == vocabulary, 0)
-    # A source without an entry says what is true of every target: that all the mass is outside. CONDITIONAL has no outside.
-    t = t.masked_fill(~present, 0 if options.tail == CONDITIONAL else 1)
+    t = t.masked_fill(~present, absent_tail(options.tail))
 
     # Scaled to what the tail leaves.
     p = p * ((1 - t) / relative.where(present, torch.ones_like(relative)))[..., None]
     ids, inside, p = on_one_set_of_ids(ids, p)
     p = torch.cat([p, t[..., None]], -1)
     weight = weight.to(dtype).masked_fill(~present, 0)
+    if invalid is not None:
+        weight = weight.masked_fill(invalid, torch.nan)
     has_entry = ids >= 0
     apart = has_entry & (ids != operands.labels[rows][:, None])
     return Kept(ids, inside, p.to(dtype), p.log().to(dtype), weight, mass.to(dtype), has_entry, apart)

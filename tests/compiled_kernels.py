@@ -11,6 +11,7 @@ To check the kernels of another file, add them to `kernels`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+TYPE = re.compile(r"\*?(i|fp|bf)\d+")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b")
 
@@ -27,7 +29,7 @@ ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b")
 class Kernel:
     function: Any  # a triton.jit function
     arguments: dict
-    """For each argument its type ("*bf16", "i32") if it is given at run time, or else its compile-time value."""
+    """For each argument its type ("*bf16", "i32") if it is given at run time, or else its compile-time value, text included."""
     warps: int = 4
     streams: bool = False
     """Whether its loops must load and store 16 bytes at a time, without a barrier."""
@@ -58,6 +60,7 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
             "source_mass_ptr": "*fp32",
         }  # fmt: skip
         sizes = {"S": "i32", "V": "i32", "K": K, "BUCKET": True, "BLOCK_K": block, "BLOCK_COMPARE": compare}
+        sizes |= {"ENDLESS": False, "ABSENT_TAIL": 1.0}
         return Kernel(function=source._prep_kernel, arguments=pointers | strides | sizes | changes, warps=warps)
 
     def slots(function, K, pointers, **options):
@@ -78,7 +81,9 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         floats = ("lifted_z", "lifted_grad", "p", "t", "ce_weight", "kd_weight", "loss", "ce", "kd")
         arguments = {f"{name}_ptr": "*fp32" for name in ("logits", *floats, "target_mass")} | {
             "grad_ptr": f"*{dtype}", "bias_ptr": None, "gold_slot_ptr": "*i32", "lifted_ids_ptr": "*i32",
-            "begin": "i32", "temperature": "fp32", "V_PADDED": padded(V), "SLOTS": K + 1, "TEMPERED": False,
+            "begin": "i32", "temperature": "fp32", "V": "i32", "V_PADDED": padded(V), "SLOTS": K + 1, "TEMPERED": False,
+            "source_weight_ptr": None, "W": 1, "DIVERGENCE": "forward_kl", "BETA": 0.5, "LOG_P_SHARE": 0.0,
+            "LOG_Q_SHARE": 0.0, "CONDITIONAL": False, "Z_LOSS": 0.0, "SMOOTHING": 0.0,
             "SCALE": 1.0, "SOFTCAP": None, "BLOCK_V": block, "BLOCK_SLOTS": triton.next_power_of_2(K + 1),
         }  # fmt: skip
         arguments |= changes
@@ -86,6 +91,9 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
 
     source_pointers = ("winner_ptr", "ids_ptr", "logprobs_ptr", "tail_ptr", "p_ptr", "t_ptr")
     everything = {"TEMPERED": True, "SCALE": 0.5, "SOFTCAP": 30.0, "bias_ptr": "*bf16"}
+    jsd = {"DIVERGENCE": "jsd", "LOG_P_SHARE": math.log(0.5), "LOG_Q_SHARE": math.log(0.5)}
+    mixed = {"source_weight_ptr": "*fp32", "W": 3}
+    extras = {"Z_LOSS": 1e-4, "SMOOTHING": 0.1}
     return {
         "prep K=10": prep(10, tail_ptr=None),
         "prep K=128, tail": prep(128),
@@ -104,6 +112,13 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         "dense V=151936": dense(151936),
         "dense V=151936, T": dense(151936, TEMPERED=True),
         "dense V=151936, K=128, all options": dense(151936, K=128, **everything),
+        "dense V=151936, JSD": dense(151936, **jsd),
+        "dense V=151936, reverse KL, conditional": dense(151936, DIVERGENCE="reverse_kl", CONDITIONAL=True),
+        "dense V=151936, three sources of K=10": dense(151936, K=30, **mixed),
+        "dense V=151936, three sources of K=64, JSD, all options": dense(
+            151936, K=192, **mixed, **jsd, **extras, **everything
+        ),
+        "dense V=151936, z-loss and smoothing": dense(151936, **extras),
         "dense V=151936, no source": dense(151936, K=0, p_ptr=None, t_ptr=None),
         "dense V=151936, forward only": dense(151936, grad_ptr=None, lifted_grad_ptr=None),
     }
@@ -191,7 +206,7 @@ def compile_kernel(kernel: Kernel, target):
 
     names = kernel.function.arg_names
     assert set(names) == set(kernel.arguments), set(names) ^ set(kernel.arguments)
-    types = {name: kernel.arguments[name] for name in names if isinstance(kernel.arguments[name], str)}
+    types = {name: kernel.arguments[name] for name in names if TYPE.fullmatch(str(kernel.arguments[name]))}
     source = ASTSource(
         fn=kernel.function,
         signature={name: types.get(name, "constexpr") for name in names},

@@ -86,15 +86,14 @@ class Launches:
 
 
 def launch_fused_loss(
-    V, K=10, T=1.0, grad=True, dtype="bfloat16", labels="int64", ids="int32", logprobs="float16", tail=None, bucket=True,
-    bias=None, softcap=None, scale=1.0, source_stride=None,
+    V, K=10, T=1.0, grad=True, dtype="bfloat16", labels="int64", ids="int32", logprobs="float16", given=None, tail="bucket",
+    bias=None, softcap=None, scale=1.0, source_stride=None, mixed=False, **family,
 ):  # fmt: skip
     """Launches the loss in two chunks, so that `begin` is 0 in one and not in the other. K = 0 is a loss without a source."""
     import torch
 
     from profuser.kernels.fused_loss_triton import fused_loss_triton
     from profuser.kernels.fused_loss_types import Operands, Options, Winner
-    from profuser.kernels.tails import BUCKET, RENORMALIZE
 
     def empty(*shape, dtype="float32"):
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -112,19 +111,21 @@ def launch_fused_loss(
         operands = operands._replace(
             source_ids=empty(0, dtype=ids).as_strided((S, N, K), strides),
             source_logprobs=empty(0, dtype=logprobs).as_strided((S, N, K), strides),
-            source_tail=tail and empty(S, N, dtype=tail),
+            source_tail=given and empty(S, N, dtype=given),
         )
     options = Options(
         temperature=T,
-        tail=BUCKET if bucket else RENORMALIZE,
+        tail=tail,
         softcap=softcap,
         logit_scale=scale,
+        **family,
         grad_hidden=grad,
         grad_weight=grad,
         grad_bias=grad and bias is not None,
         chunk_size=2,
     )
-    winner = Winner(chosen=empty(1, dtype="int64"), of_row=empty(N, dtype="int64") if K else None)
+    of_row = empty(N, dtype="int64") if K and not mixed else None
+    winner = Winner(empty(1, dtype="int64"), of_row, empty(S, N) if mixed else None)
     fused_loss_triton(operands, options, winner)
 
 
@@ -168,6 +169,8 @@ def launch_source_topk(
 
 def launch_everything(launches: Launches) -> None:
     from profuser.kernels import fused_loss_triton, source_topk_triton, source_topk_triton_merge
+    from profuser.kernels.divergences import DIVERGENCES
+    from profuser.kernels.tails import TAILS
 
     for driver in (fused_loss_triton, source_topk_triton, source_topk_triton_merge):
         launches.variants.update(dict.fromkeys((name for name in vars(driver) if name.endswith("_kernel")), 0))
@@ -195,8 +198,15 @@ def launch_everything(launches: Launches) -> None:
     # The loss's other options, at small V.
     kinds = list(product(("int64", "int32"), ("int32", "int64"), ("float16", "float32", "bfloat16", "float64")))
     settled = cycle(dict(zip(("labels", "ids", "logprobs"), kind)) for kind in kinds)
-    for K, tail, bucket in product(ENTRIES, (None, "float32", "float64"), (True, False)):
-        launch(launch_fused_loss, V=256, K=K, tail=tail, bucket=bucket, **next(settled))
+    for K, given, tail in product(ENTRIES, (None, "float32", "float64"), TAILS):
+        launch(launch_fused_loss, V=256, K=K, given=given, tail=tail, **next(settled))
+    for divergence, tail, mixed in product(DIVERGENCES, TAILS, (True, False)):
+        launch(launch_fused_loss, V=83, divergence=divergence, divergence_beta=0.3, tail=tail, mixed=mixed)
+        launch(
+            launch_fused_loss, V=83, divergence=divergence, divergence_beta=0.3, tail=tail, mixed=mixed, **everything
+        )
+    for smoothing, z_loss, K in product((0.0, 0.1), (0.0, 1e-4), (0, 10)):
+        launch(launch_fused_loss, V=83, K=K, label_smoothing=smoothing, z_loss=z_loss, **everything)
     for labels, ids, logprobs in kinds:
         launch(launch_fused_loss, V=83, labels=labels, ids=ids, logprobs=logprobs)
     launch(launch_fused_loss, V=83, source_stride=1 << 32)

@@ -12,11 +12,13 @@ from loss_checks import (
     assert_as_accurate_as_reference,
     assert_close_to_truth,
     make_case,
+    on,
     run,
     with_logits,
 )
 from torch.nn import functional as F
 
+from profuser.kernels import fused_loss as op_module
 from profuser.kernels.divergences import DIVERGENCES, canonical, infinite_at_zero
 from profuser.kernels.reference import fusion_loss_reference
 from profuser.kernels.tails import TAILS
@@ -29,6 +31,9 @@ FAMILY = [
     for (divergence, beta), tail in itertools.product(MEMBERS, TAILS)
     if not (tail == "renormalize" and infinite_at_zero(canonical(divergence, beta)))
 ]
+
+# `make test` takes every third where one takes a second, and test-long takes all.
+SLOW_FAMILY = [pytest.param(m, marks=[pytest.mark.long] if i % 3 else []) for i, m in enumerate(FAMILY)]
 
 
 def named(member):
@@ -280,6 +285,70 @@ def test_the_statistic_of_cross_entropy_is_that_of_the_label_alone():
     smoothed = run(fused_linear_fusion_loss, make_case(), label_smoothing=0.3, z_loss=0.1)
     assert torch.equal(plain["ce"], smoothed["ce"])
     assert smoothed["loss"] != plain["loss"]
+
+
+# On a GPU, or in Triton's interpreter
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+class TestTriton:
+    ROWS = 8  # few, because a program takes a millisecond in the interpreter
+
+    @pytest.mark.parametrize("member", SLOW_FAMILY, ids=named)
+    def test_every_member_is_as_accurate_as_the_dense_formula(self, triton_check, member):
+        triton_check(make_case(N=self.ROWS, B=2), scale=1.0, **member)
+
+    @pytest.mark.parametrize("member", SLOW_FAMILY, ids=named)
+    def test_every_member_of_mixed_sources_is_as_accurate(self, triton_check, member):
+        triton_check(mixed_case(N=self.ROWS, B=2, spread=2.0), scale=1.0, temperature=1.5, softcap=4.0, **member)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_mixed_sources_in_16_bits(self, triton_check, dtype):
+        triton_check(mixed_case(dtype=dtype, N=self.ROWS, B=2), scale=1.0, divergence="jsd")
+
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+    def test_label_smoothing_and_z_loss(self, triton_check, smoothing, z_loss):
+        options = {"label_smoothing": smoothing, "z_loss": z_loss}
+        triton_check(make_case(N=self.ROWS, B=2), softcap=4.0, logit_scale=0.5, temperature=1.5, **options)
+        triton_check(
+            make_case(N=self.ROWS, B=2) | {"source_ids": None, "source_logprobs": None, "source_ce": None}, **options
+        )
+
+    def test_softmax_mixes(self, triton_check):
+        case = make_case(N=self.ROWS, B=2)
+        case["source_ce"][:, 1] = torch.nan
+        triton_check(case, combine="softmax", combine_temperature=0.5)
+
+    def test_a_column_that_cannot_be_makes_the_smoothed_loss_infinite_on_both_paths(self, triton_loss):
+        case = make_case(N=self.ROWS, B=2)
+        case["labels"] = case["labels"].clamp_max(50)
+        case["bias"][60] = -torch.inf
+        for result in (
+            triton_loss(case, label_smoothing=0.1),
+            run(fused_linear_fusion_loss, case, label_smoothing=0.1),
+        ):
+            assert result["loss"] == torch.inf
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("source_weight", -1.0), ("source_weight", float("nan")), ("source_ids", 83), ("source_ids", -2),
+         ("source_logprobs", 1.0), ("source_logprobs", float("nan")), ("labels", 83)],
+    )  # fmt: skip
+    def test_a_value_out_of_range_makes_its_row_nan_and_no_other(self, device, monkeypatch, name, value):
+        monkeypatch.setattr(op_module, "check_values", lambda operands: None)  # as on a GPU, where values are not read
+        case = on(device, mixed_case(N=self.ROWS, B=2, K=3), frozen=DIFFERENTIABLE)
+        case["labels"] = case["labels"].clamp_min(0)
+        case["source_weight"] += 0.1
+        options = {"impl": "triton", "reduction": "none"}
+        before = fused_linear_fusion_loss(**case, **options)
+        at = (2,) if name == "labels" else (1, 2)
+        case[name][at] = value
+        after = fused_linear_fusion_loss(**case, **options)
+        assert after[2].isnan()
+        others = [0, 1, 3, 4, 5, 6, 7]
+        assert torch.equal(after[others], before[others])
 
 
 # What is refused
