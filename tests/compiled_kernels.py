@@ -33,6 +33,8 @@ class Kernel:
     warps: int = 4
     streams: bool = False
     """Whether its loops must load and store 16 bytes at a time, without a barrier."""
+    loops_over_sources: bool = False
+    """Whether there are loops over sources too, which read numbers of their slots and stream nothing."""
     multiples_of_16: tuple[str, ...] = ()
     """Integers that are always multiples of 16. At run time the compiler is told so; it assumes it of pointers anyway."""
 
@@ -87,7 +89,11 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
             "SCALE": 1.0, "SOFTCAP": None, "BLOCK_V": block, "BLOCK_SLOTS": triton.next_power_of_2(K + 1),
         }  # fmt: skip
         arguments |= changes
-        return Kernel(function=source._dense_kernel, arguments=arguments, warps=warps, streams=padded(V) > block)
+        over_sources = arguments["W"] > 1
+        return Kernel(
+            function=source._dense_kernel, arguments=arguments, warps=warps, streams=padded(V) > block,
+            loops_over_sources=over_sources,
+        )  # fmt: skip
 
     source_pointers = ("winner_ptr", "ids_ptr", "logprobs_ptr", "tail_ptr", "p_ptr", "t_ptr")
     everything = {"TEMPERED": True, "SCALE": 0.5, "SOFTCAP": 30.0, "bias_ptr": "*bf16"}
@@ -277,6 +283,7 @@ def main(target: str) -> None:
         compiled = compile_kernel(kernel, gpu)
         reports[name] = amd_report(compiled) if amd else nvidia_report(compiled, target)
         reports[name] |= {"threads": kernel.warps * warp_size, "streams": kernel.streams}
+        reports[name] |= {"loops_over_sources": kernel.loops_over_sources}
     json.dump(reports, sys.stdout)
 
 
