@@ -1,8 +1,7 @@
-"""The divergences: what a target's distribution Q costs beside a source's P, and how that changes with Q.
+"""The divergences: what a target's distribution Q costs beside a source's P, by name.
 
-Both are distributions over the same few parts: the kept ids, and the bucket of all the others. Each member of the family is a
-sum over the parts. The loss needs its value and, per part, q·∂D/∂q; README.md derives the gradient in the logits from those.
-`reference.py` has the values once more, on purpose, and its gradients by autograd.
+Both are distributions over the same few parts: the kept ids, and the bucket of all the others. `divergences_torch.py` and
+`divergences_triton.py` compute them. `reference.py` has the values once more, on purpose, and its gradients by autograd.
 
 β is `divergence_beta`. M, the mixture, is βP + (1 − β)Q for `jsd` and `skew_kl`, (1 − β)P + βQ for `skew_reverse_kl`:
 
@@ -14,11 +13,9 @@ sum over the parts. The loss needs its value and, per part, q·∂D/∂q; README
     tvd                ½ Σ |P − Q|
 """
 
-import math
 from typing import Final, Literal, get_args
 
-import torch
-from torch import Tensor
+from .tails import BUCKET, CONDITIONAL, RENORMALIZE
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
@@ -48,32 +45,20 @@ def infinite_at_zero(divergence: str) -> bool:
     return divergence == REVERSE_KL
 
 
-def divergence_parts(
-    divergence: str, beta: float, p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What each part adds to the (canonical) divergence, and q·(∂D/∂q + c) with one c for all parts of a row.
-
-    The gradient in the logits does not depend on c, which is chosen so that nothing large cancels. All tensors have one shape,
-    parts last. Where p is 0, log_p is −inf; a part with p = q = 0 adds nothing to either.
-    """
-    if divergence == FORWARD_KL:
-        # An entry with p = 0 is left out by name: its log q may be −inf.
-        return torch.where(p == 0, 0, p * (log_p - log_q)), -p
-    if divergence == REVERSE_KL:
-        value = torch.where(q == 0, 0, q * (log_q - log_p))
-        return value, value
-    if divergence == TVD:
-        return (p - q).abs() / 2, q * (q - p).sign() / 2
-
-    share_of_p = 1 - beta if divergence == SKEW_REVERSE_KL else beta
-    log_m = torch.logaddexp(log_p + math.log(share_of_p), log_q + math.log(1 - share_of_p))
-    empty = log_m == -torch.inf
-    q_over_m = torch.where(empty, 0, (log_q - log_m).exp())
-    q_against_m = torch.where(q == 0, 0, q * (log_q - log_m))
-    p_against_m = torch.where(p == 0, 0, p * (log_p - log_m))
-    if divergence == JSD:
-        return beta * p_against_m + (1 - beta) * q_against_m, (1 - beta) * q_against_m
-    if divergence == SKEW_KL:
-        # q·(1 − β)·(1 − p/m), with c = 1 − β
-        return p_against_m, (1 - beta) ** 2 * q_over_m * (q - p)
-    return q_against_m, q_against_m - beta * q_over_m * q
+def check_divergence(divergence: str, beta: float, tail: str) -> None:
+    """Raises ValueError unless this divergence with this β is finite on the parts that the tail makes."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {DIVERGENCES}, got {divergence!r}; the default is {FORWARD_KL!r}")
+    if divergence == JSD and not 0 <= beta <= 1:
+        raise ValueError(f"divergence_beta must be in [0, 1] for {JSD!r}, got {beta}; 0.5 is the symmetric one")
+    if divergence in (SKEW_KL, SKEW_REVERSE_KL) and not 0 <= beta < 1:
+        raise ValueError(
+            f"divergence_beta must be in [0, 1) for {divergence!r}, got {beta}; 1 would compare a distribution with itself, "
+            "DistiLLM takes 0.1"
+        )
+    if tail == RENORMALIZE and infinite_at_zero(canonical(divergence, beta)):
+        at = f" at divergence_beta={beta}" if divergence in (JSD, SKEW_REVERSE_KL) else ""
+        raise ValueError(
+            f"divergence={divergence!r}{at} is infinite with tail={RENORMALIZE!r}, where a source has no mass outside its "
+            f"entries; use tail={BUCKET!r} or {CONDITIONAL!r}"
+        )

@@ -1,4 +1,4 @@
-"""The divergences for the Triton kernels: `divergence_parts` of divergences.py once more, for a row's slots or its bucket."""
+"""The divergences for the Triton kernels: `divergence_parts` of divergences_torch.py, for a row's slots or its bucket."""
 
 import math
 
@@ -24,7 +24,7 @@ def mixture_constants(divergence: str, beta: float) -> tuple[float, float]:
 def divergence_parts(
     p, q, log_q, DIVERGENCE: tl.constexpr, BETA: tl.constexpr, LOG_P_SHARE: tl.constexpr, LOG_Q_SHARE: tl.constexpr
 ):
-    """What each part adds to D, and q·(∂D/∂q + c), as in divergences.py."""
+    """What each part adds to D, and q·(∂D/∂q + c), as in divergences_torch.py."""
     log_p = tl.where(p == 0, float("-inf"), tl.log(tl.where(p == 0, 1.0, p)))
     if DIVERGENCE == _FORWARD_KL:
         value = tl.where(p == 0, 0.0, p * (log_p - log_q))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .common import IGNORE_INDEX, LOWEST, chunk_rows, compute_dtype, cross_entropy_from_sums
-from .divergences import divergence_parts
+from .divergences_torch import divergence_parts
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import ChunkedHead, Head
 from .kept import Kept, prepare_kept
@@ -180,12 +180,12 @@ def chunk_losses(
         grad = scalar * (e / total)
         grad[:, -1:] = (scalar - a) * (e_gold / total) - a * (others / total)
         dense = scalar * shrink / total
+        even = a * (smoothing / z.shape[1])
         if smoothing:
-            even = a * (smoothing / z.shape[1])
             grad -= even
             grad[:, -1:] += a * smoothing
+        b_T = b * T  # T² of the loss times 1/T of z/T
         if distilled is not None:
-            b_T = b * T  # T² of the loss times 1/T of z/T
             grad = grad + b_T * distilled.grad_lifted
             if exps_T is None:
                 dense = dense + b_T * distilled.grad_dense

@@ -124,7 +124,7 @@ def fusion_loss_reference(
                 share,
                 vocabulary,
                 tail,
-                endless=divergence_of(divergence, divergence_beta, torch.zeros(1), -torch.ones(1)).isinf().item(),
+                endless=bool(divergence_of(divergence, divergence_beta, torch.zeros(1), -torch.ones(1)).isinf()),
             )
             D = torch.stack([
                 divergence_of(divergence, divergence_beta, *parts_of_row(P.p[i], P.inside[i], P.t[i], log_q[i], tail))

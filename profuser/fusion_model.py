@@ -16,8 +16,11 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from profuser.errors import DataError
 from profuser.kernels.common import IGNORE_INDEX, check_scalars
+from profuser.kernels.divergences import FORWARD_KL
+from profuser.kernels.fused_loss_types import MIN_CE
 from profuser.kernels.tails import BUCKET
-from profuser.loss import at_temperature, check_options, check_source_temperature, fused_linear_fusion_loss
+from profuser.loss import at_temperature, fused_linear_fusion_loss
+from profuser.loss_arguments import check_family, check_options, check_source_temperature
 from profuser.models.attention import uses_flash_attention
 from profuser.models.head import evaluating, head_layer, head_of, hidden_states
 
@@ -39,10 +42,11 @@ class FusionModel(nn.Module):
     Args:
         model: the target. Its final softcap, logit scale and head bias are honoured, or else the model is refused.
         beta: as in fused_linear_fusion_loss. It counts where forward gets no kd_weight.
-        temperature, tail: as in fused_linear_fusion_loss.
+        temperature, tail, divergence, divergence_beta, combine, combine_temperature, z_loss, label_smoothing: as in
+            fused_linear_fusion_loss. combine counts where forward gets a source_ce.
         source_temperature: the temperature of the source_logprobs that forward is given, if it is not `temperature`: 1.0 for
             those of `align` and of a store. They are then brought to `temperature`, and a source_tail that comes along is
-            left out with tail="renormalize".
+            left out unless tail="bucket".
     Raises:
         DataError: the model's logits are not a linear head on its hidden states, or it adds a router's loss to its own.
         ValueError: an option is out of range, or source_temperature is not `temperature` and the tail is "bucket".
@@ -73,11 +77,21 @@ class FusionModel(nn.Module):
         beta: float | None = None,
         temperature: float = 1.0,
         tail: str = BUCKET,
+        divergence: str = FORWARD_KL,
+        divergence_beta: float = 0.5,
+        combine: str = MIN_CE,
+        combine_temperature: float = 1.0,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
         source_temperature: float | None = None,
     ):
         super().__init__()
         check_scalars(temperature, None, 1.0, None)
         check_options(tail, "mean", None, beta, None, None)
+        check_family(
+            tail, divergence=divergence, divergence_beta=divergence_beta, combine=combine, combine_temperature=combine_temperature,
+            z_loss=z_loss, label_smoothing=label_smoothing,
+        )  # fmt: skip
         if source_temperature is not None:
             check_source_temperature(source_temperature, temperature, tail)
         head = head_of(model)
@@ -92,7 +106,11 @@ class FusionModel(nn.Module):
             {} if head.weight.is_meta else {flattened: keeps_apart(model, flattened) for flattened in (False, True)}
         )
         self.softcap, self.logit_scale = head.softcap, head.logit_scale
-        self.beta, self.temperature, self.tail = beta, temperature, tail
+        self.beta, self.temperature, self.tail, self.combine = beta, temperature, tail, combine
+        self.loss_options: dict[str, Any] = {
+            "divergence": divergence, "divergence_beta": divergence_beta, "combine_temperature": combine_temperature,
+            "z_loss": z_loss, "label_smoothing": label_smoothing,
+        }  # fmt: skip
         self.source_temperature = source_temperature
         self.register_state_dict_post_hook(drop_tied)
         self.register_load_state_dict_pre_hook(restore_tied)
@@ -119,6 +137,7 @@ class FusionModel(nn.Module):
         source_tail: Tensor | None = None,
         source_ce: Tensor | None = None,
         source_index: Tensor | None = None,
+        source_weight: Tensor | None = None,
         ce_weight: Tensor | None = None,
         kd_weight: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -136,6 +155,7 @@ class FusionModel(nn.Module):
             source_tail: (S, B, T).
             source_ce: (S, E), one column per example in the order of the tokens.
             source_index: (E,), one source number per example.
+            source_weight: (S, E) or (S, B, T), the weights of mixed sources, of each example or of each token.
             ce_weight, kd_weight: (B, T) fp32.
             num_items_in_batch: number of labels in the whole optimizer step, the divisor of reduction="mean". The Trainer counts
                 them. Label the first tokens of packed examples IGNORE_INDEX, or it counts those, too.
@@ -153,7 +173,7 @@ class FusionModel(nn.Module):
         if labels is None:
             raise TypeError(
                 "FusionModel needs labels, got none; a Trainer keeps them to itself under label_smoothing_factor or "
-                "compute_loss_func: leave those out"
+                "compute_loss_func: leave those out (FusionModel takes a label_smoothing of its own)"
             )
         if unknown := flattened.keys() - FLATTENED:
             raise TypeError(
@@ -161,10 +181,12 @@ class FusionModel(nn.Module):
                 "fix the name, or drop it from the batch; peft goes inside: FusionModel(get_peft_model(model, config))"
             )
         B, T = input_ids.shape
+        weight_of_token = source_weight if source_weight is not None and source_weight.dim() != 2 else None
         for name, value, axes in (
             ("labels", labels, "(B, T)"), ("ce_weight", ce_weight, "(B, T)"), ("kd_weight", kd_weight, "(B, T)"),
             ("source_ids", source_ids, "(S, B, T, K)"), ("source_logprobs", source_logprobs, "(S, B, T, K)"),
             ("source_tail", source_tail, "(S, B, T)"),
+            ("source_weight", weight_of_token, "(S, B, T)"),
         ):  # fmt: skip
             check_tokens(name, value, axes, (B, T))
         if source_ids is None and kd_weight is None and self.beta != 0 and self.training:
@@ -189,10 +211,15 @@ class FusionModel(nn.Module):
         if begins is not None:
             labels = labels.masked_fill(begins, IGNORE_INDEX)
         bounds = torch.arange(B + 1, device=input_ids.device) * (T - 1)
-        if begins is not None and attention_mask is None and (source_ce is not None or source_index is not None):
+        weight_of_example = source_weight if weight_of_token is None else None
+        of_example = (
+            ("source_ce", source_ce, "(S, E)"), ("source_index", source_index, "(E,)"),
+            ("source_weight", weight_of_example, "(S, E) or (S, B, T)"),
+        )  # fmt: skip
+        if begins is not None and attention_mask is None and any(choice is not None for _, choice, _ in of_example):
             # The number of examples is read from the device: a choice for other examples than these must always be an error.
             bounds = torch.cat([bounds, begins.flatten().nonzero()[:, 0]]).sort().values
-        for name, choice, axes in (("source_ce", source_ce, "(S, E)"), ("source_index", source_index, "(E,)")):
+        for name, choice, axes in of_example:
             if choice is not None and choice.shape[-1] != len(bounds) - 1:
                 raise ValueError(
                     f"{name} must be {axes} with E={len(bounds) - 1} examples of this batch, got {tuple(choice.shape)}; give "
@@ -215,12 +242,15 @@ class FusionModel(nn.Module):
             source_tail=None if source_tail is None else source_tail[:, :, 1:].flatten(1),
             source_ce=source_ce,
             source_index=source_index,
+            source_weight=source_weight if weight_of_token is None else weight_of_token[:, :, 1:].flatten(1),
             cu_seqlens=None if source_ids is None else bounds.int(),
             ce_weight=None if ce_weight is None else ce_weight[:, 1:].flatten(),
             kd_weight=None if kd_weight is None else kd_weight[:, 1:].flatten(),
             beta=self.beta if kd_weight is None else None,
             temperature=self.temperature,
             tail=self.tail,
+            combine=MIN_CE if source_ce is None else self.combine,
+            **self.loss_options,
             bias=getattr(head, "bias", None),
             softcap=self.softcap,
             logit_scale=self.logit_scale,

@@ -7,7 +7,6 @@ the target's tokens already: aligning tokenizers comes before.
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
 """
 
-import math
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -17,20 +16,19 @@ from .kernels.common import (
     IGNORE_INDEX,
     check_device,
     check_head,
-    check_numbers,
     check_scalars,
     check_tensors,
     choose_impl,
     compute_dtype,
 )
-from .kernels.divergences import DIVERGENCES, FORWARD_KL, JSD, SKEW_KL, SKEW_REVERSE_KL, canonical, infinite_at_zero
+from .kernels.divergences import FORWARD_KL, canonical
 from .kernels.fused_loss import fused_loss
-from .kernels.fused_loss_types import COMBINE, MIN_CE, Operands, Options
-from .kernels.tails import BUCKET, CONDITIONAL, RENORMALIZE, TAILS
+from .kernels.fused_loss_types import MIN_CE, Operands, Options
+from .kernels.tails import BUCKET
+from .loss_arguments import check_family, check_options, check_sources
 
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
-REDUCTIONS = ("mean", "sum", "none")
 STATS = ("ce", "kd", "source_mass", "target_mass", "winner")
 
 
@@ -222,11 +220,12 @@ def fused_linear_fusion_loss(
     check_scalars(temperature, softcap, logit_scale, chunk_size)
     check_head(hidden, weight, labels, bias)
     check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
-    check_divergence(divergence, divergence_beta, tail)
-    check_combine(combine, combine_temperature)
+    check_family(
+        tail, divergence=divergence, divergence_beta=divergence_beta, combine=combine, combine_temperature=combine_temperature,
+        z_loss=z_loss, label_smoothing=label_smoothing,
+    )  # fmt: skip
     if combine != MIN_CE and source_ce is None:
         raise ValueError(f"combine={combine!r} needs source_ce, got none; give (S, B) cross-entropies")
-    check_share(z_loss=z_loss, label_smoothing=label_smoothing)
     dtype = compute_dtype(hidden, weight)
     unable = None
     if dtype == torch.float64:
@@ -239,7 +238,7 @@ def fused_linear_fusion_loss(
     }  # fmt: skip
     weights = {"ce_weight": ce_weight, "kd_weight": kd_weight}
     check_tensors(**sources, **weights)
-    _check_sources(rows, tail, **sources)
+    check_sources(rows, tail, **sources)
     for name, value in weights.items():
         if value is not None and value.shape != (rows,):
             raise ValueError(f"{name} must be (N,) = ({rows},), got {tuple(value.shape)}; give one weight per row")
@@ -296,49 +295,6 @@ def fused_linear_fusion_loss(
     return loss, {name: getattr(outputs, name) for name in STATS}
 
 
-def check_divergence(divergence: str, beta: float, tail: str) -> None:
-    """Raises ValueError or TypeError unless this divergence with this β is finite on the parts that the tail makes."""
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {DIVERGENCES}, got {divergence!r}; the default is {FORWARD_KL!r}")
-    check_numbers(divergence_beta=beta)
-    if divergence == JSD and not 0 <= beta <= 1:
-        raise ValueError(f"divergence_beta must be in [0, 1] for {JSD!r}, got {beta}; 0.5 is the symmetric one")
-    if divergence in (SKEW_KL, SKEW_REVERSE_KL) and not 0 <= beta < 1:
-        raise ValueError(
-            f"divergence_beta must be in [0, 1) for {divergence!r}, got {beta}; 1 would compare a distribution with itself, "
-            "DistiLLM takes 0.1"
-        )
-    if tail == RENORMALIZE and infinite_at_zero(canonical(divergence, beta)):
-        at = f" at divergence_beta={beta}" if divergence in (JSD, SKEW_REVERSE_KL) else ""
-        raise ValueError(
-            f"divergence={divergence!r}{at} is infinite with tail={RENORMALIZE!r}, where a source has no mass outside its "
-            f"entries; use tail={BUCKET!r} or {CONDITIONAL!r}"
-        )
-
-
-def check_combine(combine: str, combine_temperature: float) -> None:
-    """Raises ValueError or TypeError for what cannot combine the sources."""
-    if combine not in COMBINE:
-        raise ValueError(
-            f"combine must be one of {COMBINE}, got {combine!r}; give weights of your own as source_weight"
-        )
-    check_numbers(combine_temperature=combine_temperature)
-    if not 0 < combine_temperature < math.inf:
-        raise ValueError(
-            f"combine_temperature must be > 0 and finite, got {combine_temperature}; 1.0 weights by exp(-CE), and "
-            f"combine={MIN_CE!r} is the limit at 0"
-        )
-
-
-def check_share(z_loss: float, label_smoothing: float) -> None:
-    """Raises ValueError or TypeError for a weight that is out of range."""
-    check_numbers(z_loss=z_loss, label_smoothing=label_smoothing)
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be >= 0 and finite, got {z_loss}; 1e-4 is usual")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}; 0.1 is usual")
-
-
 def at_temperature(
     source_logprobs: Tensor,
     source_tail: Tensor | None,
@@ -350,173 +306,14 @@ def at_temperature(
     """Kept log-probabilities and tail at `source_temperature`, as the loss takes them at `temperature` with this tail.
 
     A softmax at T is, up to a factor of the whole row, the softmax at 1 to the power 1/T. Therefore log-probabilities change
-    their temperature by a division, and RENORMALIZE divides out the factor, with the tail: it is left out. BUCKET would need
-    the factor, which the kept entries do not tell. `check_source_temperature` has refused that.
+    their temperature by a division, and RENORMALIZE and CONDITIONAL divide out the factor, with the tail: it is left out.
+    BUCKET would need the factor, which the kept entries do not tell. `check_source_temperature` has refused that.
     """
-    if tail == RENORMALIZE:
+    if tail != BUCKET:
         source_tail = None
     if source_temperature != temperature:
         source_logprobs = source_logprobs / (temperature / source_temperature)
     return source_logprobs, source_tail
-
-
-def check_source_temperature(source_temperature: float, temperature: float, tail: str) -> None:
-    """Raises ValueError unless log-probabilities at `source_temperature` can serve a loss at `temperature` with this tail."""
-    check_numbers(source_temperature=source_temperature)
-    if not 0 < source_temperature < math.inf:
-        raise ValueError(
-            f"source_temperature must be > 0 and finite, got {source_temperature}; 1.0 is that of a plain log_softmax"
-        )
-    if tail != RENORMALIZE and source_temperature != temperature:
-        raise ValueError(
-            f"source_temperature must be the loss's temperature {temperature} with tail={tail!r} (a tail of many tokens has no "
-            f"temperature), got {source_temperature}; use tail={RENORMALIZE!r}"
-        )
-
-
-def check_options(
-    tail: str,
-    reduction: str,
-    num_items_in_batch: int | Tensor | None,
-    beta: float | None,
-    kd_weight: Tensor | None,
-    max_chunk_bytes: int | None,
-) -> None:
-    """Raises ValueError or TypeError for an option that is out of range, or for two that exclude each other."""
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {TAILS}, got {tail!r}; 'bucket' keeps the mass outside the top-k")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}; the default is 'mean'")
-    if num_items_in_batch is not None:
-        if reduction != "mean":
-            raise ValueError(f"num_items_in_batch is for reduction='mean', got {reduction!r}; divide by it outside")
-        if isinstance(num_items_in_batch, Tensor):
-            if num_items_in_batch.numel() != 1:
-                shape = tuple(num_items_in_batch.shape)
-                raise ValueError(f"num_items_in_batch must be one number, got {shape}; sum it over the optimizer step")
-        else:
-            check_numbers(num_items_in_batch=num_items_in_batch)
-            if num_items_in_batch < 0:
-                raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}; count the valid labels")
-    if beta is not None:
-        check_numbers(beta=beta)
-        if kd_weight is not None:
-            raise ValueError(f"give beta or kd_weight, not both, got beta={beta} and a kd_weight; multiply it in")
-        if not 0 <= beta < math.inf:
-            raise ValueError(f"beta must be >= 0 and finite, got {beta}; 0 turns distillation off")
-    if max_chunk_bytes is not None:
-        check_numbers(whole=True, max_chunk_bytes=max_chunk_bytes)
-        if max_chunk_bytes < 1:
-            raise ValueError(f"max_chunk_bytes must be >= 1, got {max_chunk_bytes}; pass None for no cap")
-
-
-def _check_sources(
-    rows: int,
-    tail: str,
-    source_ids: Tensor | None,
-    source_logprobs: Tensor | None,
-    source_tail: Tensor | None,
-    source_ce: Tensor | None,
-    source_index: Tensor | None,
-    source_weight: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Raises ValueError unless the sources fit together, and fit the rows."""
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
-        raise ValueError(f"cu_seqlens must be (B+1,), from 0 to N, got {tuple(cu_seqlens.shape)}; cumulate the lengths")
-    if cu_seqlens is not None and cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be int64 or int32, got {cu_seqlens.dtype}; cast it with .int()")
-    if source_ids is None:
-        for name, value in (
-            ("source_logprobs", source_logprobs), ("source_tail", source_tail),
-            ("source_ce", source_ce), ("source_index", source_index), ("source_weight", source_weight),
-        ):  # fmt: skip
-            if value is not None:
-                raise ValueError(f"{name} needs source_ids, got None; give both, or neither for cross-entropy alone")
-        return
-    if source_logprobs is None:
-        raise ValueError("source_ids needs source_logprobs, got None; give both, or neither for cross-entropy alone")
-    shape = tuple(source_ids.shape)
-    if len(shape) != 3 or shape[1] != rows:
-        if len(shape) == 2 and shape[0] == rows:
-            fix = "unsqueeze(0) a single source"
-        elif rows in shape:
-            fix = "permute the axes into this order"
-        else:
-            fix = "flatten and shift the rows as hidden's"
-        raise ValueError(f"source_ids must be (S, N, K) with N={rows}, got {shape}; {fix}")
-    sources = shape[0]
-    if sources == 0 or shape[2] == 0:
-        raise ValueError(f"source_ids must hold a source and an entry, got {shape}; pass None for cross-entropy alone")
-    if source_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"source_ids must be int32 or int64, got {source_ids.dtype}; cast them with .int()")
-    if source_logprobs.shape != source_ids.shape:
-        raise ValueError(
-            f"source_logprobs must have source_ids' shape {shape}, got {tuple(source_logprobs.shape)}; "
-            "take both from one top-k"
-        )
-    if not source_logprobs.dtype.is_floating_point:
-        raise ValueError(f"source_logprobs must be floating point, got {source_logprobs.dtype}; give natural logs")
-    if source_logprobs.dtype == torch.bfloat16 and tail == BUCKET and source_tail is None:
-        raise ValueError(
-            "source_logprobs must be float16 or wider where the bucket is what they lack of 1, got torch.bfloat16, which "
-            "moves it by up to 0.0035; take log_softmax of logits.float(), or give source_tail"
-        )
-    if source_tail is not None:
-        if tail != BUCKET:
-            raise ValueError(f"source_tail needs tail='bucket', got {tail!r}; drop it: this tail divides it out")
-        if source_tail.shape != shape[:2]:
-            fix = "unsqueeze(0) that of a single source" if source_tail.dim() == 1 else "sum over K"
-            raise ValueError(f"source_tail must be (S, N) = {shape[:2]}, got {tuple(source_tail.shape)}; {fix}")
-    choices = {"source_ce": source_ce, "source_index": source_index, "source_weight": source_weight}
-    given = [name for name, value in choices.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(
-            f"give one of {', '.join(choices)}, got {' and '.join(given)}; source_index and source_weight already fix the choice"
-        )
-    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if source_ce is not None:
-        if source_ce.dim() != 2 or source_ce.shape[0] != sources:
-            if source_ce.dim() == 1:
-                fix = "unsqueeze(1) that of one sequence"
-            elif source_ce.dim() == 2 and source_ce.shape[1] == sources:
-                fix = "transpose it"
-            else:
-                fix = "give a row for each source of source_ids"
-            raise ValueError(f"source_ce must be (S, B) with S={sources}, got {tuple(source_ce.shape)}; {fix}")
-        found, name = source_ce.shape[1], "source_ce"
-    elif source_index is not None:
-        if source_index.dim() != 1 or source_index.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"source_index must be (B,) or (N,) int64 or int32, got {tuple(source_index.shape)} "
-                f"{source_index.dtype}; give one source number per sequence or row"
-            )
-        if source_index.shape[0] == rows:
-            return
-        found, name = source_index.shape[0], "source_index"
-    elif source_weight is not None:
-        if source_weight.dim() != 2 or source_weight.shape[0] != sources or not source_weight.dtype.is_floating_point:
-            raise ValueError(
-                f"source_weight must be (S, B) or (S, N) floating point with S={sources}, got {tuple(source_weight.shape)} "
-                f"{source_weight.dtype}; give a weight of each source per sequence or row"
-            )
-        if source_weight.shape[1] == rows:
-            return
-        found, name = source_weight.shape[1], "source_weight"
-    else:
-        if sources != 1:
-            fix = "give source_ce, source_index or source_weight" + (
-                ", or put K last if it stands first" if shape[2] == 1 else ""
-            )
-            raise ValueError(f"with S={sources} sources a choice is needed, got none; {fix}")
-        return
-    if sequences is None and found != 1:
-        rows_too = "" if name == "source_ce" else f", or one for each of N={rows} rows"
-        raise ValueError(
-            f"cu_seqlens is required when B > 1, {name} has B={found}; give the (B+1,) sequence bounds{rows_too}"
-        )
-    if sequences is not None and found != sequences:
-        raise ValueError(f"{name} must have B={sequences} sequences as cu_seqlens, got {found}; give one per sequence")
 
 
 class FusedLinearFusionLoss(nn.Module):
@@ -545,9 +342,10 @@ class FusedLinearFusionLoss(nn.Module):
         super().__init__()
         check_scalars(temperature, softcap, logit_scale, chunk_size)
         check_options(tail, reduction, None, beta, None, max_chunk_bytes)
-        check_divergence(divergence, divergence_beta, tail)
-        check_combine(combine, combine_temperature)
-        check_share(z_loss=z_loss, label_smoothing=label_smoothing)
+        check_family(
+            tail, divergence=divergence, divergence_beta=divergence_beta, combine=combine, combine_temperature=combine_temperature,
+            z_loss=z_loss, label_smoothing=label_smoothing,
+        )  # fmt: skip
         self.options: dict[str, Any] = {
             "beta": beta, "temperature": temperature, "tail": tail, "divergence": divergence,
             "divergence_beta": divergence_beta, "combine": combine, "combine_temperature": combine_temperature,

@@ -161,6 +161,7 @@ def test_a_target_that_agrees_has_no_divergence_and_no_gradient(member):
     )  # fmt: skip
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert logits.grad is not None
     assert logits.grad.abs().max() < 1e-12
 
 

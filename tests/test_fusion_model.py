@@ -88,9 +88,18 @@ def assert_same(ours, other):
     torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
 
 
-def test_the_loss_is_the_dense_formula_on_the_models_own_logits():
+FAMILY: list[dict[str, Any]] = [
+    {},
+    {"divergence": "jsd", "divergence_beta": 0.3, "tail": "bucket"},
+    {"divergence": "skew_kl", "divergence_beta": 0.1, "combine": "softmax", "combine_temperature": 2.0},
+    {"z_loss": 1e-3, "label_smoothing": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", FAMILY, ids=str)
+def test_the_loss_is_the_dense_formula_on_the_models_own_logits(options):
     model, batch = demo_model(), padded(examples())
-    stats = FusionModel(model, beta=0.5)(**batch, return_stats=True)
+    stats = FusionModel(model, beta=0.5, **options)(**batch, return_stats=True)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
     width = batch["input_ids"].shape[1] - 1
     expected = fusion_loss_reference(
@@ -103,6 +112,7 @@ def test_the_loss_is_the_dense_formula_on_the_models_own_logits():
         ce_weight=batch["ce_weight"][:, 1:].flatten(),
         cu_seqlens=torch.arange(len(LENGTHS) + 1) * width,
         beta=0.5,
+        **options,
     )
     torch.testing.assert_close(stats["loss"], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(stats["winner"], batch["source_ce"].argmin(0))
@@ -293,9 +303,14 @@ def test_training_without_sources_is_said(recwarn):
     assert not recwarn
 
 
-@pytest.mark.parametrize("option", [{"tail": "x"}, {"temperature": 0.0}, {"beta": -1.0}], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [{"tail": "x"}, {"temperature": 0.0}, {"beta": -1.0}, {"divergence": "kl"}, {"combine": "x"}, {"z_loss": -1.0},
+     {"label_smoothing": 1.0}, {"divergence_beta": "half"}, {"combine_temperature": 0.0}],
+    ids=str,
+)  # fmt: skip
 def test_a_wrong_option_is_an_error_at_once(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(option))} must be"):
         FusionModel(demo_model(), **option)
 
 
@@ -306,12 +321,33 @@ def test_a_wrong_option_is_an_error_at_once(option):
         ({"source_ids": lambda x: x[0]}, r"source_ids must be \(S, B, T, K\)"),
         ({"source_logprobs": lambda x: x.transpose(0, 1)}, r"source_logprobs must be \(S, B, T, K\)"),
         ({"source_ce": lambda x: x[:, :1]}, r"source_ce must be \(S, E\) with E=4 examples"),
+        (
+            {"source_ce": lambda x: None, "source_weight": lambda x: torch.ones(2, 3)},
+            r"source_weight must be \(S, E\) or \(S, B, T\)",
+        ),
+        (
+            {"source_ce": lambda x: None, "source_weight": lambda x: torch.ones(2, 4, 1)},
+            r"source_weight must be \(S, B, T\)",
+        ),
     ],
 )
 def test_wrong_shapes_are_named_as_the_caller_gave_them(change, message):
     batch = padded(examples())
     with pytest.raises(ValueError, match=message):
-        FusionModel(demo_model())(**batch | {name: edit(batch[name]) for name, edit in change.items()})
+        FusionModel(demo_model())(**batch | {name: edit(batch.get(name)) for name, edit in change.items()})
+
+
+def test_weights_of_examples_are_weights_of_their_tokens():
+    batch = padded(examples())
+    del batch["source_ce"]
+    S, B, T = batch["source_tail"].shape
+    weight = torch.rand(S, B)
+    fusion = FusionModel(demo_model())
+    of_tokens = fusion(**batch, source_weight=weight[..., None].expand(S, B, T))
+    torch.testing.assert_close(fusion(**batch, source_weight=weight), of_tokens)
+    rows = packed(examples())
+    del rows["source_ce"]
+    torch.testing.assert_close(fusion(**rows, source_weight=weight)["loss"], of_tokens["loss"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_misspelt_argument_is_an_error():

@@ -31,11 +31,8 @@ def test_a_source_temperature_changes_the_sources_as_a_temperature_on_their_logi
     tokens = torch.randint(40, (2, 6), generator=g)
     model = random_model("llama", **SMALL_LLAMA | {"vocab_size": 40})
     losses = []
-    for logprobs, options in (
-        (logits.log_softmax(-1), {"source_temperature": 1.0}),
-        ((logits / 2).log_softmax(-1), {}),
-    ):
-        fusion = FusionModel(model, temperature=2.0, tail="renormalize", **options)
+    for logprobs, source_temperature in ((logits.log_softmax(-1), 1.0), ((logits / 2).log_softmax(-1), None)):
+        fusion = FusionModel(model, temperature=2.0, tail="renormalize", source_temperature=source_temperature)
         losses.append(fusion(tokens, labels=tokens, source_ids=ids, source_logprobs=logprobs)["loss"])
     torch.testing.assert_close(*losses)
 

@@ -226,10 +226,9 @@ def target_likelihood(
     model: PreTrainedModel, chat: ChatFormat, targets: Targets, recipe: Recipe, label: str
 ) -> Likelihood:
     """Computes the statistics of the target, before or after fusion, on the held-out ground truths."""
-    optim = recipe.optim
-    fusion = FusionModel(model, tail=optim.tail, temperature=optim.temperature, source_temperature=1.0)
+    fusion = FusionModel(model, **recipe.optim.loss_options)
     label = f"{label}: score the held-out ground truths"
-    return likelihood(fusion, targets, chat.end_id, recipe.capture.batch_size, label)
+    return likelihood(fusion, targets, chat.end_id, recipe.capture.batch_size, label, recipe.optim.mixing)
 
 
 def by_model(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from profuser.errors import ConfigError
+from profuser.kernels.divergences import FORWARD_KL, Divergence, check_divergence
 from profuser.kernels.tails import BUCKET, RENORMALIZE, Tail
 from profuser.recipe.checks import LARGEST, check_date, check_names, check_not_negative, check_positive
 from profuser.recipe.data import DataConfig
@@ -218,9 +219,25 @@ class OptimConfig:
     beta: float = 0.1 / 0.9
     """The weight of KD beside cross-entropy (it follows from FuseLLM's weights, 0.9 for CE and 0.1 for KD)."""
     temperature: float = 1.0
-    """The temperature of the KL divergence. Any other than 1 needs tail: renormalize."""
+    """The temperature of the divergence. Any other than 1 needs tail: renormalize or conditional."""
     tail: Tail = BUCKET
-    """What becomes of the mass outside the kept entries: bucket matches it as one entry, renormalize divides it out."""
+    """What becomes of the mass outside the kept entries: bucket matches it as one entry, renormalize divides it out, conditional divides
+    it out of source and target."""
+    divergence: Divergence = FORWARD_KL
+    """What compares the target with a source: forward_kl (the paper's), reverse_kl, jsd (GKD's), skew_kl and skew_reverse_kl
+    (DistiLLM's), or tvd, the total variation distance."""
+    divergence_beta: float = 0.5
+    """The beta of jsd (0 is forward_kl, 1 is reverse_kl), or the alpha of skew_kl and skew_reverse_kl (0.1 in DistiLLM)."""
+    combine: Literal["min_ce", "avg_ce", "softmax"] = "min_ce"
+    """How a sequence's sources come together in the training mode: min_ce takes the one with the lowest cross-entropy, softmax mixes all
+    with the weights softmax(-CE / combine_temperature), and avg_ce is softmax at 1 (FuseLLM's AvgCE). In the inference mode the winner
+    of the vote is alone."""
+    combine_temperature: float = 1.0
+    """The temperature of combine: softmax, in the units of the cross-entropy."""
+    z_loss: float = 0.0
+    """The weight of the squared log-sum-exp of the logits beside cross-entropy, which keeps logits small; 0.0001 is usual."""
+    label_smoothing: float = 0.0
+    """The share of cross-entropy that is spread evenly over the vocabulary."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """The arithmetic of the target. auto means bf16 on CUDA and fp32 on the CPU; it is settled when a run is begun."""
     deterministic: bool = False
@@ -253,10 +270,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_positive(
             "optim", self, "batch_size", "micro_batch_size", "lr", "epochs", "grad_clip", "temperature", "log_every",
-            "keep_checkpoints", "tokens_per_micro_batch",
+            "keep_checkpoints", "tokens_per_micro_batch", "combine_temperature",
         )  # fmt: skip
         check_not_negative(
-            "optim", self, "beta", "weight_decay", "warmup_ratio", "min_lr_ratio", "eval_every", "checkpoint_every",
+            "optim", self, "beta", "z_loss", "label_smoothing", "weight_decay", "warmup_ratio", "min_lr_ratio", "eval_every",
+            "checkpoint_every",
             "data_workers",
         )  # fmt: skip
         check_names("optim.trackers", self.trackers)
@@ -274,6 +292,27 @@ class OptimConfig:
                 f"optim.temperature must be 1 with tail: {BUCKET} (a tail of many tokens has no temperature), got "
                 f"{self.temperature:g}; set optim.tail: {RENORMALIZE}"
             )
+        if self.combine != "softmax" and self.combine_temperature != 1:
+            raise ConfigError(
+                f"optim.combine_temperature is for combine: softmax, got {self.combine_temperature:g} with {self.combine}; take it out"
+            )
+        if self.label_smoothing >= 1:
+            raise ConfigError(f"optim.label_smoothing must be < 1, got {self.label_smoothing:g}; 0.1 is usual")
+        try:
+            check_divergence(self.divergence, self.divergence_beta, self.tail)
+        except ValueError as error:
+            raise ConfigError(f"optim.{error}") from None
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """What FusionModel is told. A store's distributions are at temperature 1, and are combined when a batch is made."""
+        names = ("temperature", "tail", "divergence", "divergence_beta", "z_loss", "label_smoothing")
+        return {name: getattr(self, name) for name in names} | {"source_temperature": 1.0}
+
+    @property
+    def mixing(self) -> float | None:
+        """The temperature of the softmax over -CE that weighs a sequence's sources; None where the one of lowest CE is chosen."""
+        return None if self.combine == "min_ce" else self.combine_temperature
 
 
 ALL_LINEAR = "all-linear"

@@ -258,6 +258,13 @@ class Store:
             return checked(parsed(content), SUMMARY)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else f"it must hold {error}"
+            # Where most files are not what the manifest says, it is the manifest that does not belong here.
+            if path.exists() and 2 * len(damaged := self.damaged()) > len(self):
+                raise DataError(
+                    f"{self.directory / 'manifest.json'} must describe the files beside it, summary.json and {len(damaged)} of "
+                    f"{len(self)} shards are not what it says; restore it, or start over with `python -m profuser.prepare --fresh` "
+                    "and the recipe"
+                ) from None
             raise DataError(
                 f"{path} cannot be used ({reason}); run `python -m profuser.prepare` with the recipe, which writes it again"
             ) from None

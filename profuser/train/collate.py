@@ -1,7 +1,8 @@
 """Puts sequences of a store together as one rectangular batch for FusionModel, padded or packed.
 
-The source of every sequence is chosen before anything is padded: the batch holds the winner's distributions alone, (B, T, K),
-however many sources there are. Letters: B rows, T tokens of a row, K kept entries.
+Where the source of every sequence is chosen, this is done before anything is padded: the batch holds the winner's distributions
+alone, (1, B, T, K), however many sources there are. Where sources are mixed it holds those of all.
+Letters: S sources, B rows, T tokens of a row, K kept entries.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def collate(
     pad_id: int,
     top_k: int,
     layout: Layout = "padded",
+    mixing: float | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns a batch whose rows hold sequences end to end and are padded at the right.
 
@@ -38,11 +40,13 @@ def collate(
         layout: with "padded" every row must hold one sequence, and the batch has an attention_mask. Else it has position_ids
             that begin anew with every sequence, which keep them apart. Padding is at position 0, because it can be longer than
             any sequence, and the longest position decides about some models' frequencies.
+        mixing: the temperature at which the sources are weighed by their cross-entropy; None chooses the one where it is lowest.
 
     Returns:
         input_ids, labels (B, T) int64 and ce_weight, kd_weight (B, T) fp32; attention_mask or position_ids (B, T) int64. Unless
         all of `kd_weight` is 0 there are also source_ids (1, B, T, K) int32, where -1 is padding, source_logprobs (1, B, T, K)
-        fp32 at temperature 1, and source_tail (1, B, T) fp32. Where no source takes part there are no entries. With "flat"
+        fp32 at temperature 1, and source_tail (1, B, T) fp32; with `mixing` the first axis is S, and there is source_weight
+        (S, B, T) fp32. Where no source takes part there are no entries. With "flat"
         cu_seq_lens_q, cu_seq_lens_k (n + 1,) int32 and max_length_q, max_length_k () are what flash-attention takes.
     """
     lengths = [[len(sequence.input_ids) for sequence in row] for row in rows]
@@ -66,27 +70,37 @@ def collate(
         longest = np.int64(max(lengths[0]))
         batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     if any(kd_weight.values()):
-        batch |= winning_sources(rows, *shape, top_k)
+        batch |= sources_of(rows, *shape, top_k, mixing)
     return batch
 
 
-def winning_sources(rows: Sequence[Sequence[TargetSequence]], B: int, T: int, K: int) -> dict[str, np.ndarray]:
-    """Returns the distributions of each sequence's winner. The loss expects an axis of sources in front, which is of length 1."""
-    source_ids = np.full((1, B, T, K), -1, np.int32)
-    source_logprobs = np.zeros((1, B, T, K), np.float32)
-    source_tail = np.zeros((1, B, T), np.float32)
+def sources_of(
+    rows: Sequence[Sequence[TargetSequence]], B: int, T: int, K: int, mixing: float | None
+) -> dict[str, np.ndarray]:
+    """Returns the distributions of each sequence's winner, or of all its sources and their weights, as `collate` describes."""
+    S = 1 if mixing is None else len(rows[0][0].source_ce)
+    source_ids = np.full((S, B, T, K), -1, np.int32)
+    source_logprobs = np.zeros((S, B, T, K), np.float32)
+    source_tail = np.zeros((S, B, T), np.float32)
+    source_weight = np.zeros((S, B, T), np.float32)
     for b, place, sequence in placed(rows):
         if sequence.winner is None:
             continue
-        # The entries of all sources lie end to end: keep the winner's, and put each at its position and its place there.
-        of_winner = sequence.row_source == sequence.winner
+        # The entries of all sources lie end to end: put each at its source, its position and its place there.
+        if mixing is None:
+            kept_rows, axis = sequence.row_source == sequence.winner, np.zeros_like(sequence.row_source)
+        else:
+            weights = sequence.weights(mixing)
+            source_weight[:, b, place] = weights[:, None]
+            kept_rows, axis = weights[sequence.row_source] > 0, sequence.row_source
         row, slot = slots_of(sequence.entry_offsets)
-        kept = of_winner[row]
-        position, slot = place.start + sequence.row_position[row[kept]], slot[kept]
-        source_ids[0, b, position, slot] = sequence.entry_ids[kept]
-        source_logprobs[0, b, position, slot] = sequence.entry_logprobs[kept]
-        source_tail[0, b, place.start + sequence.row_position[of_winner]] = sequence.row_tail[of_winner]
-    return {"source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail}
+        kept = kept_rows[row]
+        source, position, slot = axis[row[kept]], place.start + sequence.row_position[row[kept]], slot[kept]
+        source_ids[source, b, position, slot] = sequence.entry_ids[kept]
+        source_logprobs[source, b, position, slot] = sequence.entry_logprobs[kept]
+        source_tail[axis[kept_rows], b, place.start + sequence.row_position[kept_rows]] = sequence.row_tail[kept_rows]
+    found = {"source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail}
+    return found if mixing is None else found | {"source_weight": source_weight}
 
 
 def placed(rows: Sequence[Sequence[TargetSequence]]) -> Iterator[tuple[int, slice, TargetSequence]]:

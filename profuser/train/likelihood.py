@@ -23,8 +23,8 @@ class Likelihood:
     """The statistics of one split.
 
     nll: the nats of each ground truth, by example. response_bytes: its length in bytes, by example.
-    ce: the mean nats per target token. kd: the KL divergence to the Min-CE winner in nats, as a mean over the positions of which
-    the winner has a distribution.
+    ce: the mean nats per target token. kd: the divergence from the Min-CE winner, or from the mixed sources, in nats, as a
+    mean over the positions of which they have a distribution.
     """
 
     nll: dict[int, float]
@@ -34,11 +34,14 @@ class Likelihood:
 
 
 @torch.no_grad()
-def likelihood(model: FusionModel, targets: Targets, pad_id: int, batch_size: int, label: str) -> Likelihood:
+def likelihood(
+    model: FusionModel, targets: Targets, pad_id: int, batch_size: int, label: str, mixing: float | None = None
+) -> Likelihood:
     """Computes the statistics of the wrapped model on a split's ground truths, in batches of similar length.
 
     Args:
         label: what the progress bar says. pad_id: the id of the padding. batch_size: how many sequences are computed at a time.
+        mixing: as in `collate`.
     """
     was_training = model.training
     model.eval()
@@ -54,7 +57,9 @@ def likelihood(model: FusionModel, targets: Targets, pad_id: int, batch_size: in
         for first in range(0, len(by_length), batch_size):
             # CE and KD of every token of one batch.
             sequences = [targets.sequence(n) for n in by_length[first : first + batch_size]]
-            batch = collate([[sequence] for sequence in sequences], weights, weights, pad_id, targets.top_k)
+            batch = collate(
+                [[sequence] for sequence in sequences], weights, weights, pad_id, targets.top_k, mixing=mixing
+            )
             tensors = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
             out = model(**tensors, reduction="sum", return_stats=True)
 

@@ -273,7 +273,7 @@ class Trainer:
         if self.validation is None or not (self.accelerator.is_main_process or self.sharded):
             return
         label, size = "score the validation prompts", self.recipe.capture.batch_size
-        statistics = likelihood(self.fusion, self.validation, self.pad_id, size, label)
+        statistics = likelihood(self.fusion, self.validation, self.pad_id, size, label, self.optim.mixing)
         self._log({"step": step, "stage": stage, "eval": {"ce": statistics.ce, "kd": statistics.kd}})
         if step > 0 and math.isfinite(statistics.ce):  # what was there before the training is no result of it
             self.validated[step] = statistics.ce

@@ -57,7 +57,9 @@ class SequenceLosses:
 
 
 def step_losses(sums: Sequence[float], batch: StepBatch, stage: Stage) -> dict[str, float]:
-    """Returns the mean losses of a step's label tokens by mode, and the loss as it was optimised.
+    """Returns the mean losses of a step's label tokens by mode, and the weighted sum that was optimised.
+
+    z-loss and label smoothing are left out of all of them, so that runs with and without can be compared.
 
     Args:
         sums: the sum of ce for each mode, then the sum of kd for each mode, over all ranks.

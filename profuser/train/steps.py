@@ -145,7 +145,7 @@ class Steps(Dataset[StepBatch | ProfuserError]):
         layout = self.layout if self.optim.tokens_per_micro_batch else "padded"
         micro_batches = [
             MicroBatch(
-                collate(rows, ce_weight, kd_weight, self.pad_id, self.targets.top_k, layout),
+                collate(rows, ce_weight, kd_weight, self.pad_id, self.targets.top_k, layout, self.optim.mixing),
                 [self._origin(sequence) for row in rows for sequence in row],
                 [[len(sequence.input_ids) for sequence in row] for row in rows],
             )

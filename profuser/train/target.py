@@ -60,7 +60,7 @@ def _with_loss(target: PreTrainedModel, recipe: Recipe, chat: ChatFormat) -> Fus
         target = with_adapter(target, recipe.adapter)
     if recipe.optim.gradient_checkpointing:
         target.gradient_checkpointing_enable()
-    return FusionModel(target, temperature=recipe.optim.temperature, tail=recipe.optim.tail, source_temperature=1.0)
+    return FusionModel(target, **recipe.optim.loss_options)
 
 
 def layout_for(fusion: FusionModel, budget: int | None) -> Layout:

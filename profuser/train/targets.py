@@ -61,6 +61,14 @@ class TargetSequence:
         ce = np.where(np.isfinite(self.source_ce), self.source_ce, np.inf)
         return int(ce.argmin()) if np.isfinite(ce).any() else None
 
+    def weights(self, mixing: float) -> np.ndarray:
+        """Returns the weight of each source, (S,) float32: softmax(-source_ce / mixing) over those that take part."""
+        logits = np.where(np.isfinite(self.source_ce), -self.source_ce / mixing, -np.inf)
+        if not np.isfinite(logits).any():
+            return np.zeros(len(logits), np.float32)
+        weights = np.exp(logits - logits.max())
+        return (weights / weights.sum()).astype(np.float32)
+
     def unlabelled(self) -> TargetSequence:
         """Returns the same conversation without any label. A rank that has no sequence left passes it, to stay in step."""
         return replace(self, label_mask=np.zeros_like(self.label_mask))
