@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .common import IGNORE_INDEX, LOGPROB_SLACK, check_label_values, compute_dtype
+from .compacted import Compacted
 from .fused_loss_torch import fused_loss_torch
 from .fused_loss_types import (
     ARGUMENTS,
@@ -27,6 +28,7 @@ from .fused_loss_types import (
     flat_signature,
     grouped,
 )
+from .vocabulary_slice import check_same_rows, slice_of
 
 
 def fused_loss(operands: Operands, options: Options) -> Outputs:
@@ -37,22 +39,32 @@ def fused_loss(operands: Operands, options: Options) -> Outputs:
 def fused_loss_forward(operands: Operands, options: Options) -> Outputs:
     """What the op computes."""
     triton = options.impl == "triton"
+    vocabulary = slice_of(operands.weight, options.process_group)
+    check_same_rows(operands.labels, vocabulary)
     # Reading a value would wait for the GPU. There the kernels make the loss of a row with a value out of range NaN.
     if not (triton and operands.hidden.is_cuda):
-        check_values(operands)
+        check_values(operands, vocabulary.whole, options.valid_rows)
     winner = choose_winner(operands, options)
     if not triton:
-        return fused_loss_torch(operands, options, winner)
+        return fused_loss_torch(operands, options, winner, vocabulary)
     from .fused_loss_triton import fused_loss_triton  # imported late: without a GPU there may be no triton
 
-    return fused_loss_triton(operands, options, winner)
+    if options.valid_rows is None or options.valid_rows >= operands.labels.shape[0]:
+        return fused_loss_triton(operands, options, winner)
+    compacted = Compacted.of(operands.labels, options.valid_rows)
+    operands, winner = compacted.select(operands, winner)
+    return compacted.expand(fused_loss_triton(operands, options, winner), options)
 
 
-def check_values(operands: Operands) -> None:
+def check_values(operands: Operands, vocabulary: int, valid_rows: int | None) -> None:
     """Raises ValueError for a value that is out of range. The sources of ignored rows may hold anything."""
     labels, source_ids, source_logprobs = operands.labels, operands.source_ids, operands.source_logprobs
-    rows, vocabulary = labels.shape[0], operands.weight.shape[0]
+    rows = labels.shape[0]
     check_label_values(labels, vocabulary)
+    if valid_rows is not None and (labelled := int((labels != IGNORE_INDEX).sum())) > valid_rows:
+        raise ValueError(
+            f"valid_rows must be at least the {labelled} rows with a label, got {valid_rows}; count labels"
+        )
     if operands.cu_seqlens is not None:
         bounds = operands.cu_seqlens
         bad = (bounds[0] != 0) | (bounds[-1] != rows) | (bounds.diff() < 0).any()

@@ -25,17 +25,18 @@ from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import ChunkedHead, Head
 from .kept import Kept, prepare_kept
 from .tails import CONDITIONAL
+from .vocabulary_slice import VocabularySlice
 
 TINY = 1e-38
 """The least sum of exponentials that is divided by."""
 
 
 @torch.no_grad()
-def fused_loss_torch(operands: Operands, options: Options, winner: Winner) -> Outputs:
+def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocabulary: VocabularySlice) -> Outputs:
     """What the op returns. Rows without a label are left out of the computation: what they hold is never read."""
     hidden, weight, labels = operands.hidden, operands.weight, operands.labels
     N, D = hidden.shape
-    V = weight.shape[0]
+    V = vocabulary.size
     T = options.temperature
     dtype = compute_dtype(hidden, weight)
 
@@ -44,13 +45,18 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner) -> Ou
     n = rows.shape[0]
     gold = labels[rows].long()
     a, b = operands.ce_weight[rows].to(dtype), operands.kd_weight[rows].to(dtype)
-    kept = None if operands.source_ids is None else prepare_kept(operands, options, winner, rows, dtype)
+    kept = (
+        None if operands.source_ids is None else prepare_kept(operands, options, winner, rows, dtype, vocabulary.whole)
+    )
 
     # The buffers of a chunk, used again by every chunk: logits, which become their gradient; their exponentials at T; and
     # the softcap's derivative. The last two exist only where they differ from the first, or are needed.
-    C = chunk_rows(n, V, dtype.itemsize, options.chunk_size, options.max_chunk_bytes)
+    C = chunk_rows(n, vocabulary.share, dtype.itemsize, options.chunk_size, options.max_chunk_bytes)
     head = ChunkedHead(Head(weight, operands.bias, options.softcap, options.logit_scale), dtype, C)
-    logits = hidden.new_empty(min(C, n), V, dtype=dtype)
+    # Of a sliced head there is one column more, for what is written at ids that another process has.
+    spare = int(vocabulary.group is not None)
+    wide = hidden.new_empty(min(C, n), V + spare, dtype=dtype)
+    logits = wide[:, :V]
     exps_T = torch.empty_like(logits) if kept is not None and T != 1 else None
     slope = torch.empty_like(logits) if options.softcap is not None and options.any_grad else None
 
@@ -76,12 +82,14 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner) -> Ou
         kept_c = None if kept is None else kept.of(chunk)
         losses = chunk_losses(
             z,
+            wide[:size],
             None if exps_T is None else exps_T[:size],
             gold[chunk],
             kept_c,
             a[chunk] * options.logit_scale,
             b[chunk] * options.logit_scale,
             options,
+            vocabulary,
         )
         term = a[chunk] * losses.learnt
         ce[at] = losses.ce
@@ -100,6 +108,8 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner) -> Ou
         if options.grad_bias:
             dbias.add_(z.sum(0))
 
+    if options.grad_hidden and not options.partial_hidden_grad:
+        dhidden = vocabulary.total(dhidden)
     return Outputs(
         loss=terms if options.per_row else terms.sum(),
         dhidden=dhidden,
@@ -123,12 +133,21 @@ class ChunkLosses(NamedTuple):
 
 
 def chunk_losses(
-    z: Tensor, exps_T: Tensor | None, gold: Tensor, kept: Kept | None, a: Tensor, b: Tensor, options: Options
+    z: Tensor,
+    wide: Tensor,
+    exps_T: Tensor | None,
+    gold: Tensor,
+    kept: Kept | None,
+    a: Tensor,
+    b: Tensor,
+    options: Options,
+    vocabulary: VocabularySlice,
 ) -> ChunkLosses:
     """The losses of a chunk from its logits z (C, V).
 
     z is overwritten: with its own gradient where one is asked for. a and b (C,) are the rows' weights in that gradient.
-    `exps_T` (C, V) is a buffer for exponentials at T, None where T is 1 or without a source. `gold` (C,) holds the labels.
+    `wide` is z, with one more column behind it where the head is sliced. `exps_T` (C, V) is a buffer for exponentials at T, None
+    where T is 1 or without a source. `gold` (C,) holds the labels.
 
     Every sum of exponentials is kept relative to a maximum of its own part: of the columns that were not lifted, or of all
     that are outside a source's ids. Two parts are added relative to the row's maximum. So neither q_rest, the target's mass
@@ -136,21 +155,30 @@ def chunk_losses(
     """
     T, smoothing = options.temperature, options.label_smoothing
     gold, a, b = gold[:, None], a[:, None], b[:, None]
-    mean_z = z.mean(1, keepdim=True) if smoothing else None
+    sum_z = z.sum(1, keepdim=True) if smoothing else None
 
     # Lift: read the logits at the kept ids and at the gold id, and write −inf in their place. Slots without an entry, and
     # the last one, point at the gold id.
     lifted = gold if kept is None else torch.cat([torch.where(kept.has_entry, kept.ids, gold), gold], 1)
-    z_lifted = z.gather(1, lifted)
-    z.scatter_(1, lifted, -torch.inf)
+    columns = vocabulary.columns_of(lifted)
+    if vocabulary.group is not None:
+        wide[:, -1] = -torch.inf
+    z_lifted = wide.gather(1, columns)
+    wide.scatter_(1, columns, -torch.inf)
 
-    # The dense part: from here on z holds exponentials relative to m_dense, at T = 1.
-    m_dense = z.amax(1, keepdim=True).clamp_min_(LOWEST)
-    z.sub_(m_dense)
+    # The dense part: from here on z holds exponentials relative to m_here, at T = 1.
+    m_here = z.amax(1, keepdim=True).clamp_min_(LOWEST)
+    z.sub_(m_here)
     sum_dense_T = None if exps_T is None else torch.mul(z, 1 / T, out=exps_T).exp_().sum(1, keepdim=True)
     sum_dense = z.exp_().sum(1, keepdim=True)
     if sum_dense_T is None:
         sum_dense_T = sum_dense
+    m_dense = m_here
+    if vocabulary.group is not None:
+        z_lifted, m_dense = vocabulary.maximum(torch.cat([z_lifted, m_here], 1)).split([lifted.shape[1], 1], 1)
+        below_m = m_here - m_dense
+        sums = [sum_dense * below_m.exp(), sum_dense_T * (below_m / T).exp(), sum_dense if sum_z is None else sum_z]
+        sum_dense, sum_dense_T, sum_z = vocabulary.total(torch.cat(sums, 1)).split(1, 1)
 
     # The whole row at T = 1: the dense part and the lifted entries, relative to the row's maximum m. Kept ids that are the
     # gold id are counted once, in the last slot.
@@ -167,8 +195,8 @@ def chunk_losses(
     learnt, scalar = ce, a  # what of the gradient is a number per row times the softmax
     if smoothing or options.z_loss:
         lse = m + total.log()
-        if mean_z is not None:
-            learnt = (1 - smoothing) * ce + smoothing * (lse - mean_z)
+        if sum_z is not None and smoothing:
+            learnt = (1 - smoothing) * ce + smoothing * (lse - sum_z / vocabulary.whole)
         if options.z_loss:
             learnt = learnt + options.z_loss * lse * lse
             scalar = a * (1 + 2 * options.z_loss * lse)
@@ -179,26 +207,28 @@ def chunk_losses(
         # takes its share of that a from all columns alike.
         grad = scalar * (e / total)
         grad[:, -1:] = (scalar - a) * (e_gold / total) - a * (others / total)
-        dense = scalar * shrink / total
-        even = a * (smoothing / z.shape[1])
+        here = (m_here - m).exp()  # z times this is relative to the row's maximum
+        dense = scalar * here / total
+        even = a * (smoothing / vocabulary.whole)
         if smoothing:
             grad -= even
             grad[:, -1:] += a * smoothing
         b_T = b * T  # T² of the loss times 1/T of z/T
         if distilled is not None:
             grad = grad + b_T * distilled.grad_lifted
+            dense_T = b_T * distilled.grad_dense * ((m_here - m_dense) / T).exp()
             if exps_T is None:
-                dense = dense + b_T * distilled.grad_dense
+                dense = dense + dense_T
         # Scale the exponentials to gradients, and write those of the lifted ids in their places. All slots that point at
         # the gold id write the same value.
         z.mul_(dense)
         if distilled is not None and exps_T is not None:
-            z.add_(exps_T.mul_(b_T * distilled.grad_dense))
+            z.add_(exps_T.mul_(dense_T))
         if smoothing:
             z.sub_(even)
         if kept is not None:
             grad[:, :-1] = torch.where(kept.apart, grad[:, :-1], grad[:, -1:])
-        z.scatter_(1, lifted, grad)
+        wide.scatter_(1, columns, grad)
     zero = torch.zeros_like(ce[:, 0])
     if distilled is None:
         return ChunkLosses(ce[:, 0], learnt[:, 0], zero, zero)

@@ -235,7 +235,7 @@ def prepare_mixed(operands: Operands, options: Options, winner: Winner) -> Found
     operands = operands._replace(source_ids=ids.masked_fill(wrong, -1))
     kept = prepare_kept(
         operands, options, winner._replace(weight_of_row=weight), torch.arange(rows, device=labels.device),
-        torch.float32, invalid=wrong.any(2).T & (weight != 0).T,
+        torch.float32, vocabulary, invalid=wrong.any(2).T & (weight != 0).T,
     )  # fmt: skip
     is_gold = kept.has_entry & ~kept.apart
     slots = kept.ids.shape[1]

@@ -59,6 +59,9 @@ class Options(NamedTuple):
     grad_bias: bool = False
     chunk_size: int | None = None
     max_chunk_bytes: int | None = None
+    valid_rows: int | None = None
+    process_group: str | None = None  # its name; None where the head is whole
+    partial_hidden_grad: bool = False
     impl: str = "torch"  # "torch" or "triton", by `choose_impl`
 
     @property

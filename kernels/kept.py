@@ -53,18 +53,18 @@ def prepare_kept(
     winner: Winner,
     rows: Tensor,
     dtype: torch.dtype,
+    vocabulary: int,
     invalid: Tensor | None = None,
 ) -> Kept:
     """Reads the sources' entries of `rows`, merges those of equal ids, and settles what the tail is. Needs no logits.
 
     Computed in fp64, which costs nothing for so few numbers: in fp32, t = 1 − M of a peaked source would have lost its digits.
-    Where no value may be read, `invalid` (n, W) says which sources have a value out of range. Their weights become NaN, as does
-    that of a source whose mass or tail is out of range, which is an error otherwise.
+    `vocabulary` is the number of all ids. Where no value may be read, `invalid` (n, W) says which sources have a value out of
+    range. Their weights become NaN, as does that of a source whose mass or tail is out of range, which is an error otherwise.
 
     Raises:
         ValueError: a mass or a tail is out of range.
     """
-    vocabulary = operands.weight.shape[0]
     ids, log_p, tail, weight = entries_of_rows(operands, winner, rows)
     log_p = log_p.double().masked_fill(ids < 0, -torch.inf)
     # p relative to the largest: where it is renormalised, entries of e^-800 count as well.

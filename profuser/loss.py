@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .kernels.common import (
     IGNORE_INDEX,
@@ -25,7 +26,7 @@ from .kernels.divergences import FORWARD_KL, canonical
 from .kernels.fused_loss import fused_loss
 from .kernels.fused_loss_types import MIN_CE, Operands, Options
 from .kernels.tails import BUCKET
-from .loss_arguments import check_family, check_options, check_sources
+from .loss_arguments import check_family, check_options, check_sources, check_valid_rows, local_slice
 
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
@@ -61,6 +62,9 @@ class LossOptions(TypedDict, total=False):
     num_items_in_batch: int | Tensor | None
     chunk_size: int | None
     max_chunk_bytes: int | None
+    valid_rows: int | None
+    process_group: ProcessGroup | None
+    partial_hidden_grad: bool
     impl: str | None
 
 
@@ -133,6 +137,9 @@ def fused_linear_fusion_loss(
     num_items_in_batch: int | Tensor | None = None,
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
+    valid_rows: int | None = None,
+    process_group: ProcessGroup | None = None,
+    partial_hidden_grad: bool = False,
     impl: str | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -185,9 +192,18 @@ def fused_linear_fusion_loss(
         num_items_in_batch: divisor of "mean", for an optimizer step of several batches.
         chunk_size: number of rows whose logits exist at a time. None chooses it by V.
         max_chunk_bytes: an upper bound on the bytes of those logits.
+        valid_rows: an upper bound of the number of rows with a label, which the caller knows on the host. With it "triton" leaves
+            the other rows out of its products, as "torch" always does. Where there are more labels the loss is NaN, with
+            "torch" it is an error.
+        process_group: the processes among which the head is divided, as in tensor parallelism: each gives its own slice of weight
+            and bias, in the order of their ranks, and the same hidden states, labels and sources, whose ids are those of the
+            whole vocabulary. Each gets the whole loss, and the gradient of its slice. A DTensor head that is sharded on V brings
+            its group along. Computed by "torch".
+        partial_hidden_grad: whether hidden's gradient stays this slice's part, for a layer that adds the parts up itself.
         impl: "triton" (CUDA from sm_80, or any device under TRITON_INTERPRET=1), "torch" (any device), or None: triton on
-            CUDA unless an operand is fp64, else torch. Triton never reads a value back to the host: a value out of range is
-            no error there, the loss of its row is NaN. It spends time on ignored rows, torch does not.
+            CUDA unless an operand is fp64 or the head is divided, else torch. Triton never reads a value back to the host: a
+            value out of range is no error there, the loss of its row is NaN. Without valid_rows it spends time on ignored
+            rows, torch does not.
         return_stats: also return a dict of detached tensors. They are (N,), unweighted, and 0 for rows that have none: ce
             (without smoothing and z-loss), kd (T²·D), source_mass (of the kept entries, as given) and target_mass (the
             target's mass on the kept ids, at T); of mixed sources the weighted sum of D and the weighted mean of the masses.
@@ -197,7 +213,7 @@ def fused_linear_fusion_loss(
     Raises:
         ValueError: shapes, dtypes, devices or options contradict each other; an id or label is outside the vocabulary;
             temperature <= 0; log-probabilities are positive; a row's add up to more than 1 where the bucket is the rest; the
-            head is sharded (a DTensor).
+            head is a DTensor that is not sharded on V alone.
         TypeError: something that is no tensor is given for one, or no number for a number.
     docs/mistakes.md lists likely mistakes, and two checks for those that no error can show.
     Source: arXiv 2408.04998, L_Fuse; value and gradient are derived in kernels/README.md.
@@ -218,7 +234,9 @@ def fused_linear_fusion_loss(
         (torch.Size([6, 16]), tensor([0]))
     """
     check_scalars(temperature, softcap, logit_scale, chunk_size)
+    weight, bias, process_group = local_slice(weight, bias, process_group)
     check_head(hidden, weight, labels, bias)
+    check_valid_rows(valid_rows)
     check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
     check_family(
         tail, divergence=divergence, divergence_beta=divergence_beta, combine=combine, combine_temperature=combine_temperature,
@@ -230,6 +248,8 @@ def fused_linear_fusion_loss(
     unable = None
     if dtype == torch.float64:
         unable = "computes in float32, got float64 operands; use impl=None, or cast them"
+    elif process_group is not None:
+        unable = "computes a whole head, got a process_group; use impl=None"
     impl = choose_impl(impl, hidden.device, unable)
     rows = hidden.shape[0]
     sources = {
@@ -278,6 +298,9 @@ def fused_linear_fusion_loss(
             grad_bias=in_forward and bias is not None and bias.requires_grad,
             chunk_size=chunk_size,
             max_chunk_bytes=max_chunk_bytes,
+            valid_rows=valid_rows,
+            process_group=None if process_group is None else process_group.group_name,
+            partial_hidden_grad=partial_hidden_grad,
             impl=impl,
         ),
     )

@@ -1,0 +1,46 @@
+"""A head that is divided among processes gives the loss of the whole one: value, statistics and gradients."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loss_checks import make_case
+
+from profuser.loss import fused_linear_fusion_loss
+
+PROGRAM = Path(__file__).parent / "sliced_heads.py"
+
+
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [(2, []), pytest.param(2, ["--all"], marks=pytest.mark.long), pytest.param(4, ["--all"], marks=pytest.mark.long)],
+)
+def test_every_member_of_a_sliced_head_is_that_of_the_whole_one(processes, options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(PROGRAM), *options], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["34"]
+
+
+def test_a_group_needs_the_torch_path():
+    with pytest.raises(ValueError, match="computes a whole head, got a process_group"):
+        fused_linear_fusion_loss(**make_case(), process_group=object(), impl="triton")  # pyrefly: ignore[bad-argument-type]
+
+
+def test_rows_that_are_labelled_must_fit_the_bound():
+    case = make_case()
+    labelled = int((case["labels"] != -100).sum())
+    for bound in (labelled, labelled + 3, len(case["labels"]), 1000):
+        assert torch.equal(fused_linear_fusion_loss(**case, valid_rows=bound), fused_linear_fusion_loss(**case))
+    with pytest.raises(
+        ValueError, match=f"valid_rows must be at least the {labelled} rows with a label, got {labelled - 1}"
+    ):
+        fused_linear_fusion_loss(**case, valid_rows=labelled - 1)
+    with pytest.raises(ValueError, match="valid_rows must be >= 0"):
+        fused_linear_fusion_loss(**case, valid_rows=-1)
+    with pytest.raises(TypeError, match="valid_rows must be a whole number"):
+        fused_linear_fusion_loss(**case, valid_rows=torch.tensor(3))  # pyrefly: ignore[bad-argument-type]
