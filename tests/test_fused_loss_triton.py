@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from loss_checks import DIFFERENTIABLE, make_case, on
+from loss_checks import DIFFERENTIABLE, make_case, on, run
 
 from profuser.kernels import fused_loss as op_module
 from profuser.kernels import fused_loss_triton as driver
@@ -74,6 +74,36 @@ def test_chunks_hold_many_rows_and_no_more_than_the_caps():
     assert chunk_rows_gpu(8192, 1000, 64, max_chunk_bytes=4000 * 10 + 1) == 10
     assert chunk_rows_gpu(8192, 1000, 64, max_chunk_bytes=1) == 1
     assert chunk_rows_gpu(0, 1000, 64) == 1
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_without_a_label_are_left_out_by_a_bound(device, poisoned_buffers, monkeypatch, reduction, mixed):
+    case = small_case(reduction=reduction)
+    if mixed:
+        del case["source_ce"]
+        case["source_weight"] = torch.rand(3, ROWS)
+    labelled = int((case["labels"] != -100).sum())
+    assert labelled < ROWS - 1
+    computed = []
+    launch = driver.fused_loss_triton
+    monkeypatch.setattr(driver, "fused_loss_triton", lambda *a: computed.append(len(a[0].labels)) or launch(*a))
+    of_all = run(fused_linear_fusion_loss, case, device=device, impl="triton")
+    for bound in (labelled, labelled + 1, ROWS, 100):
+        bounded = run(fused_linear_fusion_loss, case, device=device, impl="triton", valid_rows=bound)
+        for name, value in of_all.items():
+            torch.testing.assert_close(bounded[name], value, msg=name)
+    assert set(computed) == {labelled, labelled + 1, ROWS}
+
+
+def test_a_bound_that_is_too_low_makes_loss_and_gradients_nan(device, monkeypatch):
+    monkeypatch.setattr(op_module, "check_values", lambda *arguments: None)  # as on a GPU, where values are not read
+    case = on(device, small_case())
+    loss = fused_linear_fusion_loss(**case, impl="triton", valid_rows=2)
+    loss.backward()
+    assert loss.isnan()
+    assert case["weight"].grad.isnan().all()
+    assert case["hidden"].grad.isnan().any()
 
 
 def test_mixed_dtypes_multiply_in_the_dtype_of_hidden(triton_loss):

@@ -18,7 +18,8 @@ from conftest import ROOT
 
 FLOORS = (
     ("errors", "kernels", "environment", "ragged", "progress"),
-    ("loss", "typed"),
+    ("loss_arguments", "typed"),
+    ("loss",),
     ("recipe", "text", "stopping"),
     ("models", "store"),
     ("alignment", "fusion_model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,14 @@ PADDINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("template", TEMPLATES)
+# Every template and every padding in `make test`, and every pair of them in test-long.
+PAIRS = [
+    pytest.param(template, padding, marks=[] if i % len(PADDINGS) == j % len(TEMPLATES) else [pytest.mark.long])
+    for (i, template), (j, padding) in itertools.product(enumerate(TEMPLATES), enumerate(PADDINGS))
+]
+
+
+@pytest.mark.parametrize(("template", "padding"), PAIRS)
 def test_a_judge_scores_what_apply_chat_template_gives(tmp_path, template, padding):
     check_scores_are_those_of_each_alone(reward_model(tmp_path, template=TEMPLATES[template], **PADDINGS[padding]))
 

@@ -316,7 +316,7 @@ def results(place: Path) -> dict[str, bytes]:
     return {str(file.relative_to(place)): file.read_bytes() for file in files}
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.long)])
 def test_signals_at_seeded_moments_lose_nothing(tmp_path, recipe, count):
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert run("train", *recipe, *places(whole))[0] == 0
