@@ -34,7 +34,7 @@ from profuser.train.model_card import CARD, write_card
 from profuser.train.parallel import launch, settled_precision, shards
 from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, read_measured, record_files
-from profuser.train.sharding import whole_model
+from profuser.train.target import whole_target
 from profuser.train.trackers import check_trackers
 
 
@@ -90,7 +90,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
 
     # Save the fused model, and score what was saved.
     scores: dict[str, Any] = {}
-    whole = whole_model(trainer.fusion.model, trainer.saved_dtype, accelerator)
+    whole = whole_target(trainer.fusion, recipe, trainer.saved_dtype, accelerator)
     if whole is not None and is_main:
         with directory.timed("evaluate"):
             model = save_fused(whole, trainer.chat.tokenizer, directory.path, recipe, trainer.saved_dtype)

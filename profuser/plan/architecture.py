@@ -102,11 +102,22 @@ class Architecture:
         """The number of parameters of the largest tensor that is trained, as a rule the embeddings or the head."""
         return max(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
-    @cached_property
+    @property
     def block(self) -> int:
         """The number of parameters of a decoder block, the largest of them if they differ."""
+        return max((sum(p.numel() for p in parameters) for parameters in self._blocks), default=0)
+
+    @property
+    def trained_block(self) -> int:
+        """The number of those that are trained in a decoder block, the largest if they differ."""
+        trained = ([p.numel() for p in parameters if p.requires_grad] for parameters in self._blocks)
+        return max(map(sum, trained), default=0)
+
+    @cached_property
+    def _blocks(self) -> list[list[torch.nn.Parameter]]:
+        """The parameters of each decoder block."""
         lists = [m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == self.layers]
-        return max((sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks), default=0)
+        return [list(block.parameters()) for blocks in lists for block in blocks]
 
     @property
     def root(self) -> int:

@@ -6,7 +6,7 @@ moments at which a step may need the most memory: when the backward pass begins,
 
 Under DDP a process holds all of that for the whole model; its gradients lie in the buffers that the processes exchange. Sharded
 (FSDP2), it holds its share of weights, gradients and moments, and gathers what it computes with: a decoder block, the next one,
-and all that is outside of the blocks.
+and all that is outside of the blocks. Weights that an adapter freezes have neither gradients nor moments, and are shared as well.
 """
 
 from __future__ import annotations
@@ -98,18 +98,19 @@ def training_memory(
     frozen += round(NF4 * target.quantized)
     whole = FP32 * target.trained
     share = -(-whole // processes) if sharded else whole
+    kept = -(-frozen // processes) if sharded else frozen
     head = FP32 * target.vocabulary * target.width
     exchange = copies = 0
     if sharded:
         # A block is computed while the next one is gathered. Their gradients are full until they are divided among the processes.
         gathered = 2 * target.block + target.root
-        exchange = (BF16 if one.copies else FP32) * gathered + FP32 * target.block
+        exchange = (BF16 if one.copies else FP32) * gathered + FP32 * target.trained_block
     else:
         copies = 0 if frozen else one.copies
     return TrainingMemory(
         processes=processes,
         sharded=sharded,
-        weights=share + frozen,
+        weights=share + kept,
         gradients=share,
         moments=2 * share,
         exchange=exchange,

@@ -212,7 +212,7 @@ def make_plan(
             training_memory(
                 target, recipe.optim, one, processes=n, sharded=sharded, cuda=cuda, top_k=recipe.capture.top_k
             )
-            for sharded in ((False, True) if n > 1 else (False,))
+            for sharded in ((False, True) if n > 1 and not target.quantized else (False,))
         )
     one = largest_pass(recipe, modes, of_target, own, processes[0])
     seconds = None

@@ -433,9 +433,9 @@ class Recipe:
             if sum(value is not None for value in (judge.model, judge.function, judge.scores)) != 1:
                 raise ConfigError(f"judges: {judge.name} must have one of model, function and scores; set exactly one")
         check_not_negative("", self, "seed")
-        if self.adapter is not None and self.optim.shard:
+        if self.adapter is not None and self.adapter.quantize is not None and self.optim.shard:
             raise ConfigError(
-                "optim.shard must be false with an adapter, whose few weights every process holds, got true; take one of them out"
+                "optim.shard must be false with adapter.quantize, whose packed weights are not divided, got true; take one of them out"
             )
         if self.optim.export == "best" and self.data.location("validation") is None:
             raise ConfigError(
