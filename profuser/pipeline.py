@@ -31,6 +31,7 @@ from profuser.train.export import save_fused
 from profuser.train.hub import check_hub, upload
 from profuser.train.loop import Trainer
 from profuser.train.model_card import CARD, write_card
+from profuser.train.optimizer import check_optimizer
 from profuser.train.parallel import launch, settled_precision, shards
 from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, read_measured, record_files
@@ -153,12 +154,13 @@ def check_training(recipe: Recipe, accelerator: Accelerator) -> None:
     """Finds out before anything is prepared or moved whether the target can be trained as the recipe says. It reads no weights.
 
     Raises:
-        ConfigError: the adapter does not fit the target or the launcher, the target cannot be compiled here, or a tracker's package is
-            missing.
-        ModuleNotFoundError: peft is missing.
+        ConfigError: the adapter or the optimizer does not fit the target, the launcher or the device, the target cannot be compiled
+            here, or a tracker's package is missing.
+        ModuleNotFoundError: peft or bitsandbytes is missing.
     """
     sharded = shards(recipe.optim, accelerator)
     check_adapter(recipe, accelerator.device, sharded=sharded)
+    check_optimizer(recipe.optim, accelerator.device, sharded=sharded)
     if recipe.optim.compile:
         check_compile(accelerator.device, sharded=sharded)
     check_trackers(recipe.optim.trackers)

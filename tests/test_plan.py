@@ -30,7 +30,7 @@ from profuser.recipe.places import resolve
 from profuser.recipe.schema import AdapterConfig, OptimConfig, SourceConfig
 from profuser.train.__main__ import without_own
 from profuser.train.adapter import with_adapter
-from profuser.train.loop import parameter_groups
+from profuser.train.optimizer import parameter_groups
 
 PAPER = str(ROOT / "profuser/recipes/paper-7b.yaml")
 ADAPTER = AdapterConfig(rank=4)
@@ -196,8 +196,9 @@ class TestMemory:
         assert b == by[1, False].gradients / 4 / 4  # one of four blocks
         assert four.exchange < trained[4, True].exchange + 3 * 4 * b
 
-    def test_quantised_weights_are_not_sharded(self):
-        run = parse_run("train", ["--adapter.rank=4", "--adapter.quantize=nf4"])
+    @pytest.mark.parametrize("setting", ["--adapter.quantize=nf4", "--optim.name=adamw_8bit"])
+    def test_what_is_held_in_few_bits_is_not_sharded(self, setting):
+        run = parse_run("train", ["--adapter.rank=4", setting])
         plan = make_plan(run, processes=(1, 4), instructions=700, timed=False)
         assert [(m.processes, m.sharded) for m in plan.training] == [(1, False), (4, False)]
 
@@ -450,7 +451,7 @@ def test_a_training_of_a_hundred_million_parameters_takes_what_was_estimated(tmp
     estimated, measured = estimate_beside(tmp_path, monkeypatch)
     assert estimated == pytest.approx(measured, rel=0.1)
     model = open_architecture(SourceConfig(name="target", model=str(target)))
-    assert measured > checkpoint_bytes(model, cuda=False)
+    assert measured > checkpoint_bytes(model, OptimConfig(), cuda=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the page shows the plan of a machine without a GPU")

@@ -30,6 +30,7 @@ from profuser.models.head import head_layer, hidden_states
 from profuser.models.load import read_config, weights_of
 from profuser.recipe.schema import AdapterConfig, SourceConfig
 from profuser.train.adapter import with_adapter
+from profuser.train.optimizer import in_eight_bits
 from profuser.typed import read_json
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -96,6 +97,16 @@ class Architecture:
         head = head_layer(self.model)
         linear = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         return sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
+
+    @cached_property
+    def eight_bit(self) -> int:
+        """The number of parameters whose moments `adamw_8bit` holds in 8 bits."""
+        return sum(parameter.numel() for parameter in in_eight_bits(self.model))
+
+    @cached_property
+    def largest_eight_bit(self) -> int:
+        """The number of parameters of the largest tensor of these."""
+        return max((parameter.numel() for parameter in in_eight_bits(self.model)), default=0)
 
     @cached_property
     def largest(self) -> int:

@@ -34,7 +34,7 @@ from profuser.recipe.data import SPLITS, Split
 from profuser.recipe.parse import Run
 from profuser.recipe.places import files_of
 from profuser.recipe.schedule import Stage, plan
-from profuser.recipe.schema import Recipe, SourceConfig
+from profuser.recipe.schema import EIGHT_BIT, Recipe, SourceConfig
 
 PROCESSES = (1, 8, 16)
 INSTRUCTIONS = 100_000
@@ -205,6 +205,7 @@ def make_plan(
     saved = {False: whole, True: target.saved(1, length, bf16=bf16, checkpointing=True)[0]}
     checkpointing = recipe.optim.gradient_checkpointing
     own = saved[checkpointing], copies  # autocast keeps its copies until the forward pass ends, also with checkpointing
+    divisible = not target.quantized and recipe.optim.name != EIGHT_BIT
     training = []
     for n in processes:
         one = largest_pass(recipe, modes, of_target, own, n)
@@ -212,7 +213,7 @@ def make_plan(
             training_memory(
                 target, recipe.optim, one, processes=n, sharded=sharded, cuda=cuda, top_k=recipe.capture.top_k
             )
-            for sharded in ((False, True) if n > 1 and not target.quantized else (False,))
+            for sharded in ((False, True) if n > 1 and divisible else (False,))
         )
     one = largest_pass(recipe, modes, of_target, own, processes[0])
     seconds = None
@@ -232,7 +233,7 @@ def make_plan(
         one=one,
         other_activations=one.rows * saved[not checkpointing],
         training=training,
-        checkpoint=checkpoint_bytes(target, cuda=cuda),
+        checkpoint=checkpoint_bytes(target, recipe.optim, cuda=cuda),
         preparing=preparing_memory(recipe, models, judges, lengths, cuda),
         store=store_bytes(recipe, models, lengths, instructions, inputs),
         seconds=seconds,

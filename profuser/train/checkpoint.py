@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from profuser.errors import DataError
 from profuser.store.files import sync_directory, temporary_beside, write_atomic
 from profuser.store.sealed import FILES, FileDigest, damaged_files, digest_of, unsealed, write_sealed
+from profuser.train.optimizer import MOMENTS, begin_moments, set_step
 from profuser.train.run_record import METRICS
 from profuser.train.shard_files import STEPS, load_shares, save_shares, sizes_in
 from profuser.train.sharding import agreed, divide_again, is_main, is_sharded
 from profuser.typed import COUNT, NUMBER, parsed
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 RANDOM = "random.safetensors"
 WHOLE = ("model.safetensors", "optimizer.safetensors")
 """The files of the weights and moments in the form of one process."""
@@ -129,8 +129,9 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns AdamW's moments as `NAME/exp_avg` and `NAME/exp_avg_sq`, by the names of the parameters."""
-    return {f"{name}/{key}": state[key].detach() for name, state in _states(model, optimizer) for key in MOMENTS}
+    """Returns AdamW's moments, such as `NAME/exp_avg` and `NAME/exp_avg_sq`, by the names of the parameters."""
+    states = _states(model, optimizer)
+    return {f"{name}/{key}": state[key].detach() for name, state in states for key in MOMENTS if key in state}
 
 
 def steps_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -234,20 +235,17 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
             f"checkpoint {path} must hold the weights of the target, {other[0]} differs ({len(other)} in all); use the versions "
             "that run.json names, or start over with --fresh"
         )
-    # AdamW's moments are made like the parameters. Its counts of steps are on the CPU, unless it is fused.
-    for name, parameter in model.named_parameters():
-        if f"{name}/{MOMENTS[0]}" in sizes:
-            optimizer.state[parameter] = {key: torch.zeros_like(parameter) for key in MOMENTS}
+    steps = load_file(path / (WHOLE[1] if whole else STEPS))
+    begun = {name: parameter for name, parameter in model.named_parameters() if f"{name}/step" in steps}
+    begin_moments(optimizer, begun.values())
+    for name, parameter in begun.items():
+        set_step(optimizer, parameter, steps[f"{name}/step"])
     tensors = parameters | moments_of(model, optimizer)
     if stored:
         for name, tensor in tensors.items():
             tensor.copy_(stored[name])
     else:
         load_shares(path, tensors)
-    steps = load_file(path / (WHOLE[1] if whole else STEPS))
-    for name, state in _states(model, optimizer):
-        device = state[MOMENTS[0]].device if optimizer.defaults.get("fused") else "cpu"
-        state["step"] = steps[f"{name}/step"].to(device, copy=True)
     random = load_file(path / RANDOM)
     torch.set_rng_state(random["torch"])
     if "cuda" in random and torch.cuda.is_available():

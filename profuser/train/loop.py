@@ -35,6 +35,7 @@ from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
 from profuser.train.losses import SequenceLosses, step_losses
 from profuser.train.metrics_log import append_line, is_due, means, ranking, validations
+from profuser.train.optimizer import make_optimizer
 from profuser.train.parallel import agreed_stop, shards
 from profuser.train.sharding import agreed, whole
 from profuser.train.steps import StepBatch, Steps, load_steps
@@ -93,12 +94,7 @@ class Trainer:
             accelerator.process_index,
             self.layout,
         )
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.fusion, self.optim.weight_decay),
-            lr=self.optim.lr,
-            betas=self.optim.betas,
-            fused=True,  # one pass over a parameter, on a CPU a quarter of the time
-        )
+        optimizer = make_optimizer(self.fusion, self.optim)
         self.model, self.optimizer = (
             (self.fusion, optimizer) if self.sharded else accelerator.prepare(self.fusion, optimizer)
         )
@@ -344,12 +340,3 @@ def validation_truths(store: Store) -> Targets | None:
         return None
     targets = Targets(store, "validation")
     return targets if (targets.modes == Mode.TRAINING).any() else None
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns AdamW's parameter groups: matrices with weight decay, and norms and biases without."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
