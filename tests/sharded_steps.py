@@ -25,6 +25,7 @@ from profuser.recipe.schema import AdapterConfig, OptimConfig, Recipe, SourceCon
 from profuser.store.store import Store
 from profuser.train.adapter import merged, with_adapter
 from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint, weights_of
+from profuser.train.saver import Saver
 from profuser.train.shard_files import sizes_in
 from profuser.train.sharding import agreed, load_into_shards, whole
 from profuser.train.steps import Steps
@@ -120,17 +121,26 @@ def compared(targets, directory, source, dtype, accelerator, adapter) -> dict[st
     validated(fusion, steps_of(world, rank))
     save_checkpoint(directory / "sharded", Checkpoint(2, "t", b"m"), fusion, optimizer, 2)
     at_two = vector(fusion)
+    saver = Saver(directory / "beside", beside_training=True, sharded=True)
+    saver.save(Checkpoint(2, "t", b"m"), fusion, optimizer, 2)  # it is written during the third step
     found["files"] = sorted(path.name for path in (directory / "sharded/step-000002").iterdir())
     sizes = sizes_in(directory / "sharded/step-000002").keys() - {"torch"}  # the random state, which is no weight
     found["stored"] = len([name for name in sizes if "/" not in name])
     stepped(fusion, steps_of(world, rank), optimizer, (2,))
     at_three = vector(fusion)
+    saver.wait()
+    saver.close()
     again = adamw(fusion)
     validated(fusion, steps_of(world, rank))
     assert load_newest(directory / "sharded", fusion, again) == Checkpoint(2, "t", b"m")
     found["restored"] = torch.equal(vector(fusion), at_two)
     stepped(fusion, steps_of(world, rank), again, (2,))
     found["resumed"] = torch.equal(vector(fusion), at_three)
+    beside = adamw(fusion)
+    assert load_newest(directory / "beside", fusion, beside) == Checkpoint(2, "t", b"m")
+    found["restored_beside"] = torch.equal(vector(fusion), at_two)
+    stepped(fusion, steps_of(world, rank), beside, (2,))
+    found["resumed_beside"] = torch.equal(vector(fusion), at_three)
 
     # The shares are read by a whole model, and a whole model's checkpoint into shares.
     one = adamw(plain)

@@ -98,7 +98,9 @@ def check_sharded(found: dict[str, Any], processes: int, is_tied: bool, exact: b
     assert found["names"]
     assert found["share"] < 1.05 / processes  # of the weights, of which a process holds its share
     assert found["gradient"] <= (1e-12 if exact else 1e-5)
-    equal = ("restored", "resumed", "into_whole", "into_shards", "moments", "exported")
+    equal = (
+        "restored", "resumed", "restored_beside", "resumed_beside", "into_whole", "into_shards", "moments", "exported",
+    )  # fmt: skip
     assert [name for name in equal if not found[name]] == []
     assert found["whole_step"] <= (1e-9 if exact else 1e-4)
     assert found["tied"] == is_tied
@@ -334,13 +336,18 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_one_process_goes_on(arg
 
 
 @pytest.mark.long
-def test_killed_at_random_moments_a_sharded_run_ends_with_the_bits_of_an_uninterrupted_one(arguments, tmp_path):
-    """SIGKILL takes both processes and their launcher, in a step or in the middle of a checkpoint, of which there is one every step."""
+@pytest.mark.parametrize("beside", ["false", "true"])
+def test_killed_at_random_moments_a_sharded_run_ends_with_the_bits_of_an_uninterrupted_one(arguments, tmp_path, beside):
+    """SIGKILL takes both processes and their launcher, in a step or in the middle of a checkpoint, of which there is one every step.
+
+    The checkpoints are written between the steps, or beside the next one.
+    """
     sharded = [
         *arguments,
         "--optim.steps=40",
         "--optim.checkpoint_every=1",
         "--optim.shard=true",
+        f"--optim.async_checkpoints={beside}",
     ]
     whole = launched(2, "-m", "profuser.train", *sharded, f"--output={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr[-3000:]

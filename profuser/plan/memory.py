@@ -168,10 +168,10 @@ def checkpoint_bytes(target: Architecture, optim: OptimConfig, *, cuda: bool) ->
     """Returns what a checkpoint adds to the memory of the machine's first process, not of its GPU, while it is written.
 
     These are the bytes of the weights, and twice those of the moments, which safetensors assembles and then returns as a copy
-    (profuser/train/checkpoint.py); from a GPU, a copy of both as well.
+    (profuser/train/checkpoint.py); from a GPU, and where it is written while training goes on, a copy of both as well.
     """
     weights, moments = FP32 * target.trained, moment_bytes(target, optim)
-    return weights + 2 * moments + (weights + moments if cuda else 0)
+    return weights + 2 * moments + (weights + moments if cuda or optim.async_checkpoints else 0)
 
 
 @dataclass(frozen=True, slots=True)

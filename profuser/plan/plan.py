@@ -105,12 +105,12 @@ class Plan:
         """The most memory that the main process takes on its device: on a CPU also what is no tensor, and a checkpoint's bytes.
 
         What a process has freed in small pieces stays its own on a CPU. So a checkpoint is written beside what the training took at
-        its peak, and the training takes its memory beside what made the store.
+        its peak, as it is if training goes on meanwhile, and the training takes its memory beside what made the store.
         """
         memory = self.memory(processes)
         if self.device != "cpu":
             return max([memory.peak, *(model.peak for model in self.preparing)])
-        stays = self.one.tokens * self.target.inner * 4 < RETURNED
+        stays = self.one.tokens * self.target.inner * 4 < RETURNED or self.recipe.optim.async_checkpoints
         held = memory.peak if stays else memory.lasting + memory.gradients
         kept = max((model.kept for model in self.preparing), default=0)
         return PROCESS + max(

@@ -241,6 +241,8 @@ class OptimConfig:
     """CE and KD on data.validation are measured every so many steps; 0 leaves only the start and the ends of the stages."""
     checkpoint_every: int = 500
     """A checkpoint is saved every so many steps; 0 saves one only at the end and on interruption."""
+    async_checkpoints: bool = False
+    """Whether a checkpoint is written while training goes on, from a copy of the state in the machine's memory."""
     keep_checkpoints: int = 2
     """How many checkpoints are kept; older ones are deleted, apart from the best."""
     keep_best: bool = True

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -54,6 +55,36 @@ class Checkpoint:
     window: tuple[dict[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """The tensors of a checkpoint, as they are at one moment. If they are `sharded`, each is the share of this process."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    steps: dict[str, Tensor]
+    random: dict[str, Tensor]
+    sharded: bool
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, *, copied: bool = False) -> State:
+    """Returns the state of a training. If it is `copied` into the machine's memory, the training may go on meanwhile."""
+    divide_again(model)
+    random = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+
+    def taken(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()} if copied else tensors
+
+    return State(
+        weights=taken(weights_of(model)),
+        moments=taken(moments_of(model, optimizer)),
+        steps=taken(steps_of(model, optimizer)),
+        random=random,
+        sharded=is_sharded(model),
+    )
+
+
 def save_checkpoint(
     directory: Path,
     checkpoint: Checkpoint,
@@ -66,23 +97,35 @@ def save_checkpoint(
 
     If the model is sharded, all processes must call it; else one. Returns the path of the checkpoint.
     """
+    return write_checkpoint(directory, checkpoint, state_of(model, optimizer), keep, best)
+
+
+def write_checkpoint(
+    directory: Path,
+    checkpoint: Checkpoint,
+    state: State,
+    keep: int,
+    best: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Does what `save_checkpoint` does, with a state that was taken before.
+
+    `group` is what the processes of a sharded model talk through, None for what they train with.
+    """
     final = directory / f"step-{checkpoint.step:06d}"
-    sharded = is_sharded(model)
+    sharded = state.sharded
     writes = is_main() or not sharded
-    divide_again(model)
-    temporary = agreed(temporary_beside(final)) if sharded else temporary_beside(final)
+    temporary = agreed(temporary_beside(final), group) if sharded else temporary_beside(final)
     if writes:
         _remove(temporary)
         temporary.mkdir(parents=True)
     try:
         if sharded:
-            digests = save_shares(
-                temporary, weights_of(model) | moments_of(model, optimizer), steps_of(model, optimizer)
-            )
+            digests = save_shares(temporary, state.weights | state.moments, state.steps, group)
         else:
-            digests = _save_whole(temporary, model, optimizer)
+            digests = _save_whole(temporary, state)
         if writes:
-            _finish(temporary, checkpoint, digests)
+            _finish(temporary, checkpoint, state.random, digests)
             _remove(final)  # one that was passed over
             temporary.rename(final)
     finally:  # for instance of a full disk, which an unfinished checkpoint must not fill
@@ -98,22 +141,18 @@ def save_checkpoint(
     return final
 
 
-def _save_whole(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, FileDigest]:
+def _save_whole(directory: Path, state: State) -> dict[str, FileDigest]:
     """Writes the weights and moments, and returns the digests of their files."""
-    moments = moments_of(model, optimizer) | steps_of(model, optimizer)
     digests = {}
-    for name, tensors in zip(WHOLE, (weights_of(model), moments), strict=True):
+    for name, tensors in zip(WHOLE, (state.weights, state.moments | state.steps), strict=True):
         data = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
         write_atomic(directory / name, data)
         digests[name] = digest_of(data)
     return digests
 
 
-def _finish(directory: Path, checkpoint: Checkpoint, digests: dict[str, FileDigest]) -> None:
+def _finish(directory: Path, checkpoint: Checkpoint, random: dict[str, Tensor], digests: dict[str, FileDigest]) -> None:
     """Writes the small files of a checkpoint. state.json is the last of them, and records the digests of all others."""
-    random = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
     for name, data in ((RANDOM, save(random)), (METRICS, checkpoint.metrics)):
         write_atomic(directory / name, data)
         digests[name] = digest_of(data)

@@ -28,7 +28,7 @@ from profuser.stopping import noted
 from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
-from profuser.train.checkpoint import Checkpoint, load_best, load_newest, save_checkpoint
+from profuser.train.checkpoint import Checkpoint, load_best, load_newest
 from profuser.train.determinism import deterministic
 from profuser.train.flops import cost_of, peak_flops, utilisation
 from profuser.train.health import Health
@@ -37,6 +37,7 @@ from profuser.train.losses import SequenceLosses, step_losses
 from profuser.train.metrics_log import append_line, is_due, means, ranking, validations
 from profuser.train.optimizer import make_optimizer
 from profuser.train.parallel import agreed_stop, shards
+from profuser.train.saver import Saver
 from profuser.train.sharding import agreed, whole
 from profuser.train.steps import StepBatch, Steps, load_steps
 from profuser.train.target import layout_for, load_target
@@ -100,6 +101,9 @@ class Trainer:
         )
         self.cost = cost_of(self.fusion.model)
         self.peak = peak_flops(accelerator.device, bf16=accelerator.mixed_precision == "bf16")
+        self.saver = Saver(
+            directory / "checkpoints", beside_training=self.optim.async_checkpoints, sharded=self.sharded
+        )
         self.metrics = directory / "metrics.jsonl"
         self.window: list[dict[str, float]] = []  # the metrics of the steps since the last line of metrics.jsonl
         self.health = Health()
@@ -148,11 +152,14 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         with (
+            contextlib.closing(self.saver),  # waits for a checkpoint that is being written
             contextlib.closing(batches),  # ends the worker processes when the loop ends, for whatever reason
             Progress("fuse", total, "steps", self.accelerator.is_main_process, start) as bar,
             noted() as asked,
         ):
             for step in range(start, total):
+                self.saver.check()
+
                 # One optimizer step. The time that it waits for its batch is measured separately.
                 index = stage_at(self.stages, step)
                 stage = self.stages[index]
@@ -191,6 +198,8 @@ class Trainer:
                 stop = agreed_stop(asked())
                 if due or best or stop is not None or done == total:
                     self._checkpoint(done)
+                if stop is not None or done == total:
+                    self.saver.wait()
 
                 # Ctrl-C or SIGTERM came during the step, whose state is saved now.
                 if stop is not None:
@@ -289,8 +298,7 @@ class Trainer:
         if self.accelerator.is_main_process or self.sharded:
             metrics = self.metrics.read_bytes() if self.accelerator.is_main_process else b""
             checkpoint = Checkpoint(step, self.targets_digest, metrics, tuple(self.window))
-            folder = self.directory / "checkpoints"
-            save_checkpoint(folder, checkpoint, self.fusion, self.optimizer, self.optim.keep_checkpoints, self._best())
+            self.saver.save(checkpoint, self.fusion, self.optimizer, self.optim.keep_checkpoints, self._best())
         self.accelerator.wait_for_everyone()
 
     def restore_exported(self) -> int:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -121,9 +120,13 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def agreed(value: T) -> T:
-    """Returns the main process's value on every process."""
-    return broadcast_object_list([value])[0] if dist.is_initialized() else value
+def agreed(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Returns the main process's value on every process. `group` is what they talk through, None for what they train with."""
+    if not dist.is_initialized():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, 0, group)
+    return held[0]
 
 
 def is_sharded(model: nn.Module) -> bool:
