@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from profuser.errors import ProfuserError
 from profuser.evaluate.match import try_match
+from profuser.evaluate.rewards import Rewards
 from profuser.evaluate.scores import evaluate
 from profuser.evaluate.terminal import closing_examples, score_table
 from profuser.plan.plan import make_plan
@@ -84,7 +85,8 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
 
     # Train the target.
     with directory.timed("train", is_main):
-        trainer = Trainer(recipe, store, directory.path, accelerator)
+        rewards = Rewards.open(recipe, store, accelerator.device)
+        trainer = Trainer(recipe, store, directory.path, accelerator, rewards)
         held.callback(trainer.trackers.close)  # last of all, because a tracker may wait for its network
         trainer.train()
         step = trainer.restore_exported()

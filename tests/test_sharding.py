@@ -32,6 +32,7 @@ from transformers import (
 
 from profuser.fusion_model import FusionModel, tied_names
 from profuser.recipe.places import resolve
+from profuser.train import checkpoint
 from profuser.train.checkpoint import Checkpoint, load_newest, newest_step, save_checkpoint
 from profuser.train.sharding import blocks_of, load_into_shards, whole, whole_model
 
@@ -216,6 +217,27 @@ def test_a_sharded_model_is_the_loaded_one_whatever_its_config_says_of_ties(grou
     assert exported.state_dict().keys() == expected.keys()
     for name, tensor in exported.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)  # dtypes included
+
+
+def test_the_other_processes_learn_where_to_write_when_an_empty_directory_is_there(group, tmp_path, monkeypatch):
+    """They would make it themselves, and write into what the main process still removes."""
+    seen, agreed = [], checkpoint.agreed
+
+    def told(value, *rest):
+        if isinstance(value, Path):
+            seen.append(list(value.iterdir()))
+        return agreed(value, *rest)
+
+    monkeypatch.setattr(checkpoint, "agreed", told)
+    loaded = small("llama")
+    with torch.device("meta"):
+        fusion = FusionModel(type(loaded)(loaded.config).eval(), beta=0)
+    load_into_shards(fusion, loaded, Accelerator(cpu=True))
+    left = tmp_path / f".step-000002.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"of a process that was killed")
+    save_checkpoint(tmp_path, Checkpoint(2, "t", b""), fusion, torch.optim.AdamW(fusion.parameters()), 1)
+    assert seen == [[]]
 
 
 @pytest.mark.parametrize("validated", [False, True])

@@ -60,6 +60,10 @@ class Work:
     read: float = 0
 
 
+JUDGES = "judges"
+"""What a judge does while the store is made."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run will need. Sizes are in bytes and times in seconds.
@@ -108,14 +112,15 @@ class Plan:
         its peak, as it is if training goes on meanwhile, and the training takes its memory beside what made the store.
         """
         memory = self.memory(processes)
+        alone = [model.peak for model in self.preparing]
+        if self.recipe.optim.eval_rewards:  # the judges are loaded beside the target
+            alone += [memory.lasting + model.peak for model in self.preparing if model.doing == JUDGES]
         if self.device != "cpu":
-            return max([memory.peak, *(model.peak for model in self.preparing)])
+            return max([memory.peak, *alone])
         stays = self.one.tokens * self.target.inner * 4 < RETURNED or self.recipe.optim.async_checkpoints
         held = memory.peak if stays else memory.lasting + memory.gradients
         kept = max((model.kept for model in self.preparing), default=0)
-        return PROCESS + max(
-            [max(memory.peak, held + self.checkpoint) + kept, *(model.peak for model in self.preparing)]
-        )
+        return PROCESS + max([max(memory.peak, held + self.checkpoint) + kept, *alone])
 
 
 def is_sharded(recipe: Recipe) -> bool:
@@ -295,7 +300,7 @@ def preparing_memory(
     sizes = {judge.name: judge.batch_size for judge in recipe.judges}
     longest = lengths[recipe.target_config.name]["train"].longest
     # Judges are loaded in fp32.
-    return found + [reading(judge, judge.name, "judges", 4, sizes[judge.name], longest) for judge in judges]
+    return found + [reading(judge, judge.name, JUDGES, 4, sizes[judge.name], longest) for judge in judges]
 
 
 def store_bytes(

@@ -8,7 +8,7 @@ from typing import Any
 
 FREE_KEYS = (
     "optim.micro_batch_size", "optim.tokens_per_micro_batch", "optim.deterministic", "optim.shard", "optim.compile",
-    "optim.gradient_checkpointing", "optim.log_every", "optim.eval_every", "optim.checkpoint_every",
+    "optim.gradient_checkpointing", "optim.log_every", "optim.eval_every", "optim.eval_rewards", "optim.checkpoint_every",
     "optim.async_checkpoints", "optim.keep_checkpoints", "optim.keep_best", "optim.export", "optim.trackers", "optim.data_workers",
     "capture.batch_size", "generation.batch_size", "evaluation", "decode", "hub",
 )  # fmt: skip

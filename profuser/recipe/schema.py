@@ -239,6 +239,9 @@ class OptimConfig:
     """Whether activations are computed again in the backward pass, which saves memory and costs another forward pass."""
     eval_every: int = 100
     """CE and KD on data.validation are measured every so many steps; 0 leaves only the start and the ends of the stages."""
+    eval_rewards: int = 0
+    """How many prompts of data.validation the target answers at each of these times, greedily, so that the judges score its answers; 0
+    means none. The judges that are models are loaded for it each time."""
     checkpoint_every: int = 500
     """A checkpoint is saved every so many steps; 0 saves one only at the end and on interruption."""
     async_checkpoints: bool = False
@@ -263,8 +266,8 @@ class OptimConfig:
             "keep_checkpoints", "tokens_per_micro_batch",
         )  # fmt: skip
         check_not_negative(
-            "optim", self, "beta", "weight_decay", "warmup_ratio", "min_lr_ratio", "eval_every", "checkpoint_every",
-            "data_workers",
+            "optim", self, "beta", "weight_decay", "warmup_ratio", "min_lr_ratio", "eval_every", "eval_rewards",
+            "checkpoint_every", "data_workers",
         )  # fmt: skip
         check_names("optim.trackers", self.trackers)
         if self.export == "best" and not self.keep_best:
@@ -444,6 +447,17 @@ class Recipe:
             raise ConfigError(
                 "optim.shard must be false with adapter.quantize, whose packed weights are not divided, got true; take one of them out"
             )
+        if self.optim.eval_rewards:
+            if self.data.location("validation") is None:
+                raise ConfigError(
+                    f"optim.eval_rewards must go with data.validation, got {self.optim.eval_rewards} and none; name a file with validation "
+                    "prompts, set data.validation_share, or leave it out"
+                )
+            if not self.scoring_judges:
+                raise ConfigError(
+                    f"optim.eval_rewards needs a judge that is a model or a function, got {self.optim.eval_rewards} and none; add one to "
+                    "judges, or leave it out"
+                )
         if self.optim.name == EIGHT_BIT and self.optim.shard:
             raise ConfigError(
                 f"optim.shard must be false with optim.name: {EIGHT_BIT}, whose blocks of moments are not divided, got true; take one of "
@@ -478,6 +492,11 @@ class Recipe:
         """The target's model: the source of that name or, where there is none, the model that `target` itself is."""
         by_name = {source.name: source for source in self.sources}
         return by_name.get(self.target) or SourceConfig(name="target", model=self.target)
+
+    @property
+    def scoring_judges(self) -> list[JudgeConfig]:
+        """The judges that can score new responses: models and functions, and no files of scores."""
+        return [judge for judge in self.judges if judge.scores is None]
 
     def reasoning_of(self, source: SourceConfig) -> Reasoning:
         """What becomes of the reasoning before a model's answers."""

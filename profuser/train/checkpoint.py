@@ -115,10 +115,12 @@ def write_checkpoint(
     final = directory / f"step-{checkpoint.step:06d}"
     sharded = state.sharded
     writes = is_main() or not sharded
-    temporary = agreed(temporary_beside(final), group) if sharded else temporary_beside(final)
+    temporary = temporary_beside(final)
     if writes:
         _remove(temporary)
         temporary.mkdir(parents=True)
+    if sharded:  # the others learn where to write when there is an empty directory, because they would make one
+        temporary = agreed(temporary, group)
     try:
         if sharded:
             digests = save_shares(temporary, state.weights | state.moments, state.steps, group)

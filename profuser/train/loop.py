@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
+from profuser.models.head import evaluating
 from profuser.models.load import chat_format, stored_dtype
 from profuser.progress import Progress
 from profuser.recipe.schedule import Mode, Stage, learning_rate, plan, stage_at
@@ -28,6 +31,7 @@ from profuser.stopping import noted
 from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
+from profuser.text.chat import ChatFormat
 from profuser.train.checkpoint import Checkpoint, load_best, load_newest
 from profuser.train.determinism import deterministic
 from profuser.train.flops import cost_of, peak_flops, utilisation
@@ -38,7 +42,7 @@ from profuser.train.metrics_log import append_line, is_due, means, ranking, vali
 from profuser.train.optimizer import make_optimizer
 from profuser.train.parallel import agreed_stop, shards
 from profuser.train.saver import Saver
-from profuser.train.sharding import agreed, whole
+from profuser.train.sharding import agreed, gathered, whole
 from profuser.train.steps import StepBatch, Steps, load_steps
 from profuser.train.target import layout_for, load_target
 from profuser.train.targets import Targets
@@ -47,20 +51,32 @@ from profuser.train.trackers import Trackers
 NOTICES = "notices.jsonl"
 """The file of a run with the steps that stood out. Nothing is read from it."""
 
+Rewards = Callable[[PreTrainedModel, ChatFormat], dict[str, float | None]]
+"""A function of the target and its chat format that returns what the judges give its answers, by names that begin with `reward_`."""
+
 
 class Trainer:
     """Trains the target of one run on a store's training split, through all stages of the schedule.
 
     Args:
         directory: the run directory, for checkpoints and metrics.
+        rewards: what measures the judges' scores at each validation.
     Raises:
         ConfigError: a stage would have no step.
         DataError: a stage has no training examples; the best weights are to be written, and no validation example is left; the
             target cannot be loaded, or does not fit its tokenizer.
     """
 
-    def __init__(self, recipe: Recipe, store: Store, directory: Path, accelerator: Accelerator):
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Store,
+        directory: Path,
+        accelerator: Accelerator,
+        rewards: Rewards | None = None,
+    ):
         self.recipe, self.optim, self.directory, self.accelerator = recipe, recipe.optim, directory, accelerator
+        self.rewards = rewards
 
         # The data.
         self.targets = Targets(store, "train")
@@ -271,7 +287,7 @@ class Trainer:
     # -- around the loop --------------------------------------------------------------------------------------------
 
     def _evaluate(self, step: int, stage: int) -> None:
-        """Logs CE and KD on the validation prompts, if the recipe has any.
+        """Logs CE and KD on the validation prompts, if the recipe has any, and what the judges think of the target's answers.
 
         The main process alone computes them, unless the model is sharded: then no process can do without the others.
         """
@@ -279,9 +295,21 @@ class Trainer:
             return
         label, size = "score the validation prompts", self.recipe.capture.batch_size
         statistics = likelihood(self.fusion, self.validation, self.pad_id, size, label)
-        self._log({"step": step, "stage": stage, "eval": {"ce": statistics.ce, "kd": statistics.kd}})
+        measured = {"ce": statistics.ce, "kd": statistics.kd}
+        if self.rewards is not None:
+            with evaluating(self.fusion), gathered(self.fusion), self._as_it_is(), self._arithmetic():
+                measured |= self.rewards(self.fusion.model, self.chat)
+        self._log({"step": step, "stage": stage, "eval": measured})
         if step > 0 and math.isfinite(statistics.ce):  # what was there before the training is no result of it
             self.validated[step] = statistics.ce
+
+    def _as_it_is(self) -> contextlib.AbstractContextManager[Any]:
+        """In a `with` block the target is called without its graph, which would be compiled anew for an answer's every token."""
+        return torch.compiler.set_stance("force_eager") if self.optim.compile else contextlib.nullcontext()
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """In a `with` block the target computes as in training. A sharded one's weights are gathered in 16 bits anyway."""
+        return contextlib.nullcontext() if self.sharded else self.accelerator.autocast()
 
     def _best(self) -> int | None:
         """Returns the step whose checkpoint is kept beside the last ones, on the main process; None where there is none."""

@@ -6,7 +6,9 @@ forward holds the loss: they are gathered once per forward pass and stay until i
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Generator
 from typing import Any, TypeVar
 
 import torch
@@ -141,6 +143,21 @@ def divide_again(model: nn.Module) -> None:
     """
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Generator[None]:
+    """Holds the embeddings, the last norm and the head whole in a `with` block, so that the wrapped model can be called by itself.
+
+    Its blocks are gathered as always. The model must have been called as a whole before. If it is divided, all processes must do this,
+    and then compute the same.
+    """
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        yield
+    finally:
+        divide_again(model)
 
 
 def whole(tensor: Tensor) -> Tensor:
