@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from profuser.errors import ProfuserError
 from profuser.evaluate.match import try_match
+from profuser.evaluate.rewards import Rewards
 from profuser.evaluate.scores import evaluate
 from profuser.evaluate.terminal import closing_examples, score_table
 from profuser.plan.plan import make_plan
@@ -31,10 +32,11 @@ from profuser.train.export import save_fused
 from profuser.train.hub import check_hub, upload
 from profuser.train.loop import Trainer
 from profuser.train.model_card import CARD, write_card
+from profuser.train.optimizer import check_optimizer
 from profuser.train.parallel import launch, settled_precision, shards
 from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, read_measured, record_files
-from profuser.train.sharding import whole_model
+from profuser.train.target import whole_target
 from profuser.train.trackers import check_trackers
 
 
@@ -83,14 +85,15 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
 
     # Train the target.
     with directory.timed("train", is_main):
-        trainer = Trainer(recipe, store, directory.path, accelerator)
+        rewards = Rewards.open(recipe, store, accelerator.device)
+        trainer = Trainer(recipe, store, directory.path, accelerator, rewards)
         held.callback(trainer.trackers.close)  # last of all, because a tracker may wait for its network
         trainer.train()
         step = trainer.restore_exported()
 
     # Save the fused model, and score what was saved.
     scores: dict[str, Any] = {}
-    whole = whole_model(trainer.fusion.model, trainer.saved_dtype, accelerator)
+    whole = whole_target(trainer.fusion, recipe, trainer.saved_dtype, accelerator)
     if whole is not None and is_main:
         with directory.timed("evaluate"):
             model = save_fused(whole, trainer.chat.tokenizer, directory.path, recipe, trainer.saved_dtype)
@@ -153,12 +156,13 @@ def check_training(recipe: Recipe, accelerator: Accelerator) -> None:
     """Finds out before anything is prepared or moved whether the target can be trained as the recipe says. It reads no weights.
 
     Raises:
-        ConfigError: the adapter does not fit the target or the launcher, the target cannot be compiled here, or a tracker's package is
-            missing.
-        ModuleNotFoundError: peft is missing.
+        ConfigError: the adapter or the optimizer does not fit the target, the launcher or the device, the target cannot be compiled
+            here, or a tracker's package is missing.
+        ModuleNotFoundError: peft or bitsandbytes is missing.
     """
     sharded = shards(recipe.optim, accelerator)
     check_adapter(recipe, accelerator.device, sharded=sharded)
+    check_optimizer(recipe.optim, accelerator.device, sharded=sharded)
     if recipe.optim.compile:
         check_compile(accelerator.device, sharded=sharded)
     check_trackers(recipe.optim.trackers)

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from adapter_checks import check_resumed
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from profuser.cli import explained
@@ -22,8 +23,9 @@ from profuser.models.load import load_model
 from profuser.pipeline import train
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import AdapterConfig, SourceConfig
-from profuser.train.adapter import check_adapter, with_adapter
+from profuser.train.adapter import check_adapter, merged, with_adapter
 from profuser.train.loop import Trainer
+from profuser.train.target import whole_target
 
 CPU = torch.device("cpu")
 ADAPTER = AdapterConfig(rank=4, alpha=8.0)
@@ -143,12 +145,54 @@ def test_settings_out_of_range_are_refused(options, said):
         AdapterConfig(**options)
 
 
-def test_an_adapter_is_not_sharded(prepared):
-    """Neither where the recipe asks for it nor where the launcher does."""
-    recipe = prepared[1].recipe
+def test_a_quantised_target_is_not_sharded(prepared):
+    """Neither where the recipe asks for it nor where the launcher does. An adapter alone can be."""
+    recipe, quantized = prepared[1].recipe, replace(ADAPTER, quantize="nf4")
     with pytest.raises(ConfigError, match="got a launcher that asks for FSDP; launch with torchrun"):
-        check_adapter(replace(recipe, adapter=ADAPTER), CPU, sharded=True)
+        check_adapter(replace(recipe, adapter=quantized), CPU, sharded=True)
     check_adapter(recipe, CPU, sharded=True)
-    check_adapter(replace(recipe, adapter=ADAPTER), CPU, sharded=False)
-    with pytest.raises(ConfigError, match=r"optim\.shard must be false with an adapter"):
-        replace(recipe, adapter=ADAPTER, optim=replace(recipe.optim, shard=True))
+    check_adapter(replace(recipe, adapter=ADAPTER), CPU, sharded=True)
+    shard = replace(recipe.optim, shard=True)
+    with pytest.raises(ConfigError, match=r"optim\.shard must be false with adapter\.quantize"):
+        replace(recipe, adapter=quantized, optim=shard)
+    replace(recipe, adapter=ADAPTER, optim=shard)
+
+
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_sharded_target_with_an_adapter_takes_the_steps_of_a_whole_one(
+    prepared, tmp_path, group, precision, checkpointing
+):
+    """One process counts as several. The frozen weights are divided as well, and are in 16 bits where the passes are."""
+    written = []
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        for shard in (False, True):
+            run = adapted(prepared[1], tmp_path, shard=shard, lr=1e-2, gradient_checkpointing=checkpointing)
+            accelerator = Accelerator(cpu=True, mixed_precision=precision)
+            t = Trainer(run.recipe, prepared[2], tmp_path, accelerator)
+            assert t.sharded == shard
+            assert all(isinstance(p, DTensor) == shard for p in t.fusion.parameters())
+            frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+            assert {(p.requires_grad, p.dtype) for p in t.fusion.parameters()} == {
+                (True, torch.float32), (False, frozen),
+            }  # fmt: skip
+            losses = [t._step(step, t.stages[0], t.steps.batch(step))["loss"] for step in range(3)]
+            target = whole_target(t.fusion, run.recipe, t.saved_dtype, accelerator)
+            assert target is not None
+            written.append((losses, merged(target, run.recipe, tmp_path).state_dict()))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    (losses, expected), (ours, merged_) = written
+    # In 16 bits a sharded target computes everything but the loss in them, and a whole one what autocast chooses.
+    assert ours == pytest.approx(losses, rel=2e-2 if precision == "bf16" else 1e-6)
+    assert merged_.keys() == expected.keys()
+    for name, tensor in merged_.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-2 if precision == "bf16" else 1e-6)

@@ -30,9 +30,10 @@ from profuser.recipe.places import resolve
 from profuser.recipe.schema import AdapterConfig, OptimConfig, SourceConfig
 from profuser.train.__main__ import without_own
 from profuser.train.adapter import with_adapter
-from profuser.train.loop import parameter_groups
+from profuser.train.optimizer import parameter_groups
 
 PAPER = str(ROOT / "profuser/recipes/paper-7b.yaml")
+ADAPTER = AdapterConfig(rank=4)
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -177,6 +178,29 @@ class TestMemory:
         assert (memory.weights, memory.gradients, memory.moments) == (trained + frozen, trained, 2 * trained)
         assert memory.loss < whole.training[0].loss  # the head has no gradient
         assert plan.checkpoint < whole.checkpoint / 10
+
+    def test_shards_divide_the_weights_that_an_adapter_freezes_too(self):
+        def of(*overrides):
+            plan = make_plan(parse_run("train", overrides), processes=(1, 4), instructions=700, timed=False)
+            return {(m.processes, m.sharded): m for m in plan.training}
+
+        by, trained = of("--adapter.rank=4"), of()
+        one, four = by[1, False], by[4, True]
+        assert by[4, False].weights == one.weights
+        for part in ("weights", "gradients", "moments"):
+            assert getattr(four, part) == pytest.approx(getattr(one, part) / 4, abs=4)
+        # What is gathered is that of a target without an adapter, but for the adapter and the frozen blocks' gradients.
+        block = Architecture("guardian", demo("guardian").config, "generates", True, True).block
+        a, b = (block_of.trained_block for block_of in (demo("guardian"), replace(demo("guardian"), adapter=ADAPTER)))
+        assert a == block
+        assert b == by[1, False].gradients / 4 / 4  # one of four blocks
+        assert four.exchange < trained[4, True].exchange + 3 * 4 * b
+
+    @pytest.mark.parametrize("setting", ["--adapter.quantize=nf4", "--optim.name=adamw_8bit"])
+    def test_what_is_held_in_few_bits_is_not_sharded(self, setting):
+        run = parse_run("train", ["--adapter.rank=4", setting])
+        plan = make_plan(run, processes=(1, 4), instructions=700, timed=False)
+        assert [(m.processes, m.sharded) for m in plan.training] == [(1, False), (4, False)]
 
     def test_gradient_checkpointing_and_fewer_tokens_save_activations(self, paper):
         def activations(*overrides: str) -> tuple[int, int]:
@@ -427,7 +451,7 @@ def test_a_training_of_a_hundred_million_parameters_takes_what_was_estimated(tmp
     estimated, measured = estimate_beside(tmp_path, monkeypatch)
     assert estimated == pytest.approx(measured, rel=0.1)
     model = open_architecture(SourceConfig(name="target", model=str(target)))
-    assert measured > checkpoint_bytes(model, cuda=False)
+    assert measured > checkpoint_bytes(model, OptimConfig(), cuda=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the page shows the plan of a machine without a GPU")

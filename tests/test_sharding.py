@@ -32,6 +32,7 @@ from transformers import (
 
 from profuser.fusion_model import FusionModel, tied_names
 from profuser.recipe.places import resolve
+from profuser.train import checkpoint
 from profuser.train.checkpoint import Checkpoint, load_newest, newest_step, save_checkpoint
 from profuser.train.sharding import blocks_of, load_into_shards, whole, whole_model
 
@@ -78,16 +79,29 @@ def steps(prepared, tmp_path, processes: int, model: str, precision: str) -> dic
 def test_a_sharded_targets_gradients_and_checkpoints_are_those_of_a_whole_one(
     prepared, tmp_path, processes, is_tied, precision
 ):
+    """Also with an adapter: then the frozen weights are divided, too, and checkpoints hold the adapter's alone."""
     model = tied(tmp_path / "tied") if is_tied else "demo:guardian"
-    found = steps(prepared, tmp_path, processes, model, precision)
+    of_kinds = steps(prepared, tmp_path, processes, model, precision)
+    assert of_kinds["adapter"]["trained"] == of_kinds["adapter"]["stored"] == 4 * 7 * 2
+    for kind, found in of_kinds.items():
+        check_sharded(found, processes, is_tied, exact=precision == "float64" and processes == 2)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / kind / "exported")
+        assert isinstance(again.get_output_embeddings().weight, torch.Tensor)
+
+
+def check_sharded(found: dict[str, Any], processes: int, is_tied: bool, exact: bool) -> None:
+    """`exact` says whether nothing may differ but the last digits of fp64.
+
+    Tokens have weights in fp32, which a number of processes that is no power of two rounds in another way.
+    """
     assert found["world"] == processes
     assert found["blocks"] == 4
     assert found["names"]
     assert found["share"] < 1.05 / processes  # of the weights, of which a process holds its share
-    # Tokens have weights in fp32, which a number of processes that is no power of two rounds in another way.
-    exact = precision == "float64" and processes == 2
     assert found["gradient"] <= (1e-12 if exact else 1e-5)
-    equal = ("restored", "resumed", "into_whole", "into_shards", "moments", "exported")
+    equal = (
+        "restored", "resumed", "restored_beside", "resumed_beside", "into_whole", "into_shards", "moments", "exported",
+    )  # fmt: skip
     assert [name for name in equal if not found[name]] == []
     assert found["whole_step"] <= (1e-9 if exact else 1e-4)
     assert found["tied"] == is_tied
@@ -96,8 +110,35 @@ def test_a_sharded_targets_gradients_and_checkpoints_are_those_of_a_whole_one(
     assert sorted({*found["files"]} - {*shares}) == [
         "metrics.jsonl", "random.safetensors", "state.json", "steps.safetensors",
     ]  # fmt: skip
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
-    assert isinstance(again.get_output_embeddings().weight, torch.Tensor)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}], ids=["whole", "adapter"])
+def test_two_processes_one_and_four_go_on_with_each_others_checkpoints(prepared, tmp_path, adapter):
+    """Each does two steps of six, whose losses are those of a process that does all of them."""
+    recipe = prepared[1].recipe.to_dict()
+    recipe |= {"adapter": adapter, "optim": recipe["optim"] | {"shard": True, "lr": 1e-3, "batch_size": 8, "steps": 6}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "run").mkdir()
+    arguments = [
+        str(ROOT / "tests/resharded_steps.py"), str(tmp_path / "recipe.json"), str(prepared[2].directory),
+    ]  # fmt: skip
+
+    def some_steps(processes: int, run: str, steps: int) -> dict[str, Any]:
+        if processes == 1:
+            environment = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, *arguments, str(tmp_path / run), str(steps)]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+        else:
+            done = launched(processes, *arguments, str(tmp_path / run), str(steps))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    found = [some_steps(processes, "run", 2) for processes in (2, 1, 4)]
+    assert [(each["processes"], each["start"]) for each in found] == [(2, 0), (1, 2), (4, 4)]
+    (tmp_path / "alone").mkdir()
+    alone = some_steps(1, "alone", 6)["losses"]
+    assert [loss for each in found for loss in each["losses"]] == pytest.approx(alone, rel=1e-6)
 
 
 # -- other architectures, in one process that counts as several --------------------------------------------------------
@@ -176,6 +217,27 @@ def test_a_sharded_model_is_the_loaded_one_whatever_its_config_says_of_ties(grou
     assert exported.state_dict().keys() == expected.keys()
     for name, tensor in exported.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)  # dtypes included
+
+
+def test_the_other_processes_learn_where_to_write_when_an_empty_directory_is_there(group, tmp_path, monkeypatch):
+    """They would make it themselves, and write into what the main process still removes."""
+    seen, agreed = [], checkpoint.agreed
+
+    def told(value, *rest):
+        if isinstance(value, Path):
+            seen.append(list(value.iterdir()))
+        return agreed(value, *rest)
+
+    monkeypatch.setattr(checkpoint, "agreed", told)
+    loaded = small("llama")
+    with torch.device("meta"):
+        fusion = FusionModel(type(loaded)(loaded.config).eval(), beta=0)
+    load_into_shards(fusion, loaded, Accelerator(cpu=True))
+    left = tmp_path / f".step-000002.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"of a process that was killed")
+    save_checkpoint(tmp_path, Checkpoint(2, "t", b""), fusion, torch.optim.AdamW(fusion.parameters()), 1)
+    assert seen == [[]]
 
 
 @pytest.mark.parametrize("validated", [False, True])
@@ -296,13 +358,18 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_one_process_goes_on(arg
 
 
 @pytest.mark.long
-def test_killed_at_random_moments_a_sharded_run_ends_with_the_bits_of_an_uninterrupted_one(arguments, tmp_path):
-    """SIGKILL takes both processes and their launcher, in a step or in the middle of a checkpoint, of which there is one every step."""
+@pytest.mark.parametrize("beside", ["false", "true"])
+def test_killed_at_random_moments_a_sharded_run_ends_with_the_bits_of_an_uninterrupted_one(arguments, tmp_path, beside):
+    """SIGKILL takes both processes and their launcher, in a step or in the middle of a checkpoint, of which there is one every step.
+
+    The checkpoints are written between the steps, or beside the next one.
+    """
     sharded = [
         *arguments,
         "--optim.steps=40",
         "--optim.checkpoint_every=1",
         "--optim.shard=true",
+        f"--optim.async_checkpoints={beside}",
     ]
     whole = launched(2, "-m", "profuser.train", *sharded, f"--output={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr[-3000:]

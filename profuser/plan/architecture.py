@@ -30,6 +30,7 @@ from profuser.models.head import head_layer, hidden_states
 from profuser.models.load import read_config, weights_of
 from profuser.recipe.schema import AdapterConfig, SourceConfig
 from profuser.train.adapter import with_adapter
+from profuser.train.optimizer import in_eight_bits
 from profuser.typed import read_json
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -98,15 +99,36 @@ class Architecture:
         return sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
 
     @cached_property
+    def eight_bit(self) -> int:
+        """The number of parameters whose moments `adamw_8bit` holds in 8 bits."""
+        return sum(parameter.numel() for parameter in in_eight_bits(self.model))
+
+    @cached_property
+    def largest_eight_bit(self) -> int:
+        """The number of parameters of the largest tensor of these."""
+        return max((parameter.numel() for parameter in in_eight_bits(self.model)), default=0)
+
+    @cached_property
     def largest(self) -> int:
         """The number of parameters of the largest tensor that is trained, as a rule the embeddings or the head."""
         return max(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
-    @cached_property
+    @property
     def block(self) -> int:
         """The number of parameters of a decoder block, the largest of them if they differ."""
+        return max((sum(p.numel() for p in parameters) for parameters in self._blocks), default=0)
+
+    @property
+    def trained_block(self) -> int:
+        """The number of those that are trained in a decoder block, the largest if they differ."""
+        trained = ([p.numel() for p in parameters if p.requires_grad] for parameters in self._blocks)
+        return max(map(sum, trained), default=0)
+
+    @cached_property
+    def _blocks(self) -> list[list[torch.nn.Parameter]]:
+        """The parameters of each decoder block."""
         lists = [m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == self.layers]
-        return max((sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks), default=0)
+        return [list(block.parameters()) for blocks in lists for block in blocks]
 
     @property
     def root(self) -> int:

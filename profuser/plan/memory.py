@@ -6,7 +6,7 @@ moments at which a step may need the most memory: when the backward pass begins,
 
 Under DDP a process holds all of that for the whole model; its gradients lie in the buffers that the processes exchange. Sharded
 (FSDP2), it holds its share of weights, gradients and moments, and gathers what it computes with: a decoder block, the next one,
-and all that is outside of the blocks.
+and all that is outside of the blocks. Weights that an adapter freezes have neither gradients nor moments, and are shared as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from profuser.kernels.common import chunk_rows, chunk_rows_gpu
 from profuser.plan.architecture import Architecture
-from profuser.recipe.schema import OptimConfig
+from profuser.recipe.schema import EIGHT_BIT, OptimConfig
 
 FP32, BF16 = 4, 2
 
@@ -25,9 +25,8 @@ NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 PROCESS = 375 << 20
 """What Python, torch, transformers and a recipe's opened inputs take of a process's memory before any model is loaded."""
 
-SAVE = 5 * FP32
-"""How many bytes per parameter a checkpoint takes while it is written: 4 for the bytes of the weights, and twice the 8 of the
-moments, which safetensors assembles and then returns as a copy (profuser/train/checkpoint.py)."""
+EIGHT_BITS = 1 + 4 / 256
+"""The bytes of a moment in 8 bits: its own, and four for each block of 256."""
 
 RETURNED = 32 << 20
 """Blocks of at least this size the C library returns to the system as soon as they are freed. Smaller ones may stay."""
@@ -98,30 +97,47 @@ def training_memory(
     frozen += round(NF4 * target.quantized)
     whole = FP32 * target.trained
     share = -(-whole // processes) if sharded else whole
+    kept = -(-frozen // processes) if sharded else frozen
     head = FP32 * target.vocabulary * target.width
     exchange = copies = 0
     if sharded:
         # A block is computed while the next one is gathered. Their gradients are full until they are divided among the processes.
         gathered = 2 * target.block + target.root
-        exchange = (BF16 if one.copies else FP32) * gathered + FP32 * target.block
+        exchange = (BF16 if one.copies else FP32) * gathered + FP32 * target.trained_block
     else:
         copies = 0 if frozen else one.copies
     return TrainingMemory(
         processes=processes,
         sharded=sharded,
-        weights=share + frozen,
+        weights=share + kept,
         gradients=share,
-        moments=2 * share,
+        moments=-(-moment_bytes(target, optim) // (processes if sharded else 1)),
         exchange=exchange,
         activations=one.activations,
         copies=copies,
         loss=loss_bytes(target, optim, one.tokens, top_k=top_k, cuda=cuda, bf16=one.copies > 0),
         # The embeddings' gradient is dense, and is added to that of the tied head or of the pass before.
         ending=head if not frozen and (target.config.get_text_config().tie_word_embeddings or one.in_step > 1) else 0,
-        # On a GPU AdamW takes all parameters at a time, on a CPU one after the other.
-        update=share if cuda else 2 * FP32 * target.largest,
+        update=update_bytes(target, optim, share, cuda=cuda),
         single=one.in_step == 1 and (sharded or processes == 1),  # DDP's buffers are always there
     )
+
+
+def moment_bytes(target: Architecture, optim: OptimConfig) -> int:
+    """Returns what AdamW's two moments take of a process that holds all of them."""
+    small = target.eight_bit if optim.name == EIGHT_BIT else 0
+    return 2 * (round(EIGHT_BITS * small) + FP32 * (target.trained - small))
+
+
+def update_bytes(target: Architecture, optim: OptimConfig, share: int, *, cuda: bool) -> int:
+    """Returns what AdamW computes with. `share` is the size of the weights that a process changes.
+
+    On a GPU torch's takes all parameters at a time, on a CPU one after the other. That of bitsandbytes needs nothing on a GPU; on a CPU
+    it makes the moments of a parameter whole, and computes with two more tensors of that size.
+    """
+    if optim.name == EIGHT_BIT:
+        return 0 if cuda else FP32 * max(4 * target.largest_eight_bit, 2 * target.largest)
+    return share if cuda else 2 * FP32 * target.largest
 
 
 def loss_bytes(target: Architecture, optim: OptimConfig, tokens: int, *, top_k: int, cuda: bool, bf16: bool) -> int:
@@ -148,9 +164,14 @@ def loss_bytes(target: Architecture, optim: OptimConfig, tokens: int, *, top_k: 
     return max(gradients + chunk + operands + entries, 2 * gradients)
 
 
-def checkpoint_bytes(target: Architecture, *, cuda: bool) -> int:
-    """Returns what a checkpoint adds to the memory of the machine's first process, not of its GPU, while it is written."""
-    return (SAVE + (3 * FP32 if cuda else 0)) * target.trained
+def checkpoint_bytes(target: Architecture, optim: OptimConfig, *, cuda: bool) -> int:
+    """Returns what a checkpoint adds to the memory of the machine's first process, not of its GPU, while it is written.
+
+    These are the bytes of the weights, and twice those of the moments, which safetensors assembles and then returns as a copy
+    (profuser/train/checkpoint.py); from a GPU, and where it is written while training goes on, a copy of both as well.
+    """
+    weights, moments = FP32 * target.trained, moment_bytes(target, optim)
+    return weights + 2 * moments + (weights + moments if cuda or optim.async_checkpoints else 0)
 
 
 @dataclass(frozen=True, slots=True)

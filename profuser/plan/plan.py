@@ -34,7 +34,7 @@ from profuser.recipe.data import SPLITS, Split
 from profuser.recipe.parse import Run
 from profuser.recipe.places import files_of
 from profuser.recipe.schedule import Stage, plan
-from profuser.recipe.schema import Recipe, SourceConfig
+from profuser.recipe.schema import EIGHT_BIT, Recipe, SourceConfig
 
 PROCESSES = (1, 8, 16)
 INSTRUCTIONS = 100_000
@@ -58,6 +58,10 @@ class Work:
     divided: bool = False
     rounds: int = 0
     read: float = 0
+
+
+JUDGES = "judges"
+"""What a judge does while the store is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +109,18 @@ class Plan:
         """The most memory that the main process takes on its device: on a CPU also what is no tensor, and a checkpoint's bytes.
 
         What a process has freed in small pieces stays its own on a CPU. So a checkpoint is written beside what the training took at
-        its peak, and the training takes its memory beside what made the store.
+        its peak, as it is if training goes on meanwhile, and the training takes its memory beside what made the store.
         """
         memory = self.memory(processes)
+        alone = [model.peak for model in self.preparing]
+        if self.recipe.optim.eval_rewards:  # the judges are loaded beside the target
+            alone += [memory.lasting + model.peak for model in self.preparing if model.doing == JUDGES]
         if self.device != "cpu":
-            return max([memory.peak, *(model.peak for model in self.preparing)])
-        stays = self.one.tokens * self.target.inner * 4 < RETURNED
+            return max([memory.peak, *alone])
+        stays = self.one.tokens * self.target.inner * 4 < RETURNED or self.recipe.optim.async_checkpoints
         held = memory.peak if stays else memory.lasting + memory.gradients
         kept = max((model.kept for model in self.preparing), default=0)
-        return PROCESS + max(
-            [max(memory.peak, held + self.checkpoint) + kept, *(model.peak for model in self.preparing)]
-        )
+        return PROCESS + max([max(memory.peak, held + self.checkpoint) + kept, *alone])
 
 
 def is_sharded(recipe: Recipe) -> bool:
@@ -205,6 +210,7 @@ def make_plan(
     saved = {False: whole, True: target.saved(1, length, bf16=bf16, checkpointing=True)[0]}
     checkpointing = recipe.optim.gradient_checkpointing
     own = saved[checkpointing], copies  # autocast keeps its copies until the forward pass ends, also with checkpointing
+    divisible = not target.quantized and recipe.optim.name != EIGHT_BIT
     training = []
     for n in processes:
         one = largest_pass(recipe, modes, of_target, own, n)
@@ -212,7 +218,7 @@ def make_plan(
             training_memory(
                 target, recipe.optim, one, processes=n, sharded=sharded, cuda=cuda, top_k=recipe.capture.top_k
             )
-            for sharded in ((False, True) if n > 1 else (False,))
+            for sharded in ((False, True) if n > 1 and divisible else (False,))
         )
     one = largest_pass(recipe, modes, of_target, own, processes[0])
     seconds = None
@@ -232,7 +238,7 @@ def make_plan(
         one=one,
         other_activations=one.rows * saved[not checkpointing],
         training=training,
-        checkpoint=checkpoint_bytes(target, cuda=cuda),
+        checkpoint=checkpoint_bytes(target, recipe.optim, cuda=cuda),
         preparing=preparing_memory(recipe, models, judges, lengths, cuda),
         store=store_bytes(recipe, models, lengths, instructions, inputs),
         seconds=seconds,
@@ -294,7 +300,7 @@ def preparing_memory(
     sizes = {judge.name: judge.batch_size for judge in recipe.judges}
     longest = lengths[recipe.target_config.name]["train"].longest
     # Judges are loaded in fp32.
-    return found + [reading(judge, judge.name, "judges", 4, sizes[judge.name], longest) for judge in judges]
+    return found + [reading(judge, judge.name, JUDGES, 4, sizes[judge.name], longest) for judge in judges]
 
 
 def store_bytes(

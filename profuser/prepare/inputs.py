@@ -121,6 +121,8 @@ class Inputs:
             inputs.given(source, split)
         for judge in recipe.judges:
             check_conversations(judge, rows["train"])
+            if recipe.optim.eval_rewards:
+                check_conversations(judge, rows["validation"])
         for name, config in configs.items():
             check_head(name, chats.get(name) or inputs.target, config)
 

@@ -25,6 +25,8 @@ Reasoning = Literal["keep", "strip"]
 
 VoteRule = Literal["majority", "borda", "mean_z"]
 
+EIGHT_BIT = "adamw_8bit"
+
 RESERVED_NAMES = {"target", "target_before", "fused", "none", "mean"}
 """Names that no source may have, because scores and summaries use them for something else."""
 
@@ -203,6 +205,9 @@ class OptimConfig:
     """AdamW's weight decay, which applies to matrices only (FuseLLM's value)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas (FuseLLM's values)."""
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """The optimizer: AdamW with its moments in fp32, or in 8 bits (needs the package bitsandbytes), which saves 6 of 16 bytes per
+    parameter; small tensors and embeddings keep theirs in fp32."""
     grad_clip: float = 1.0
     """A gradient with a larger norm is scaled down to this norm (FuseLLM's value)."""
     batch_size: int = 128
@@ -251,8 +256,13 @@ class OptimConfig:
     """Whether activations are computed again in the backward pass, which saves memory and costs another forward pass."""
     eval_every: int = 100
     """CE and KD on data.validation are measured every so many steps; 0 leaves only the start and the ends of the stages."""
+    eval_rewards: int = 0
+    """How many prompts of data.validation the target answers at each of these times, greedily, so that the judges score its answers; 0
+    means none. The judges that are models are loaded for it each time."""
     checkpoint_every: int = 500
     """A checkpoint is saved every so many steps; 0 saves one only at the end and on interruption."""
+    async_checkpoints: bool = False
+    """Whether a checkpoint is written while training goes on, from a copy of the state in the machine's memory."""
     keep_checkpoints: int = 2
     """How many checkpoints are kept; older ones are deleted, apart from the best."""
     keep_best: bool = True
@@ -274,8 +284,7 @@ class OptimConfig:
         )  # fmt: skip
         check_not_negative(
             "optim", self, "beta", "z_loss", "label_smoothing", "weight_decay", "warmup_ratio", "min_lr_ratio", "eval_every",
-            "checkpoint_every",
-            "data_workers",
+            "eval_rewards", "checkpoint_every", "data_workers",
         )  # fmt: skip
         check_names("optim.trackers", self.trackers)
         if self.export == "best" and not self.keep_best:
@@ -472,9 +481,25 @@ class Recipe:
             if sum(value is not None for value in (judge.model, judge.function, judge.scores)) != 1:
                 raise ConfigError(f"judges: {judge.name} must have one of model, function and scores; set exactly one")
         check_not_negative("", self, "seed")
-        if self.adapter is not None and self.optim.shard:
+        if self.adapter is not None and self.adapter.quantize is not None and self.optim.shard:
             raise ConfigError(
-                "optim.shard must be false with an adapter, whose few weights every process holds, got true; take one of them out"
+                "optim.shard must be false with adapter.quantize, whose packed weights are not divided, got true; take one of them out"
+            )
+        if self.optim.eval_rewards:
+            if self.data.location("validation") is None:
+                raise ConfigError(
+                    f"optim.eval_rewards must go with data.validation, got {self.optim.eval_rewards} and none; name a file with validation "
+                    "prompts, set data.validation_share, or leave it out"
+                )
+            if not self.scoring_judges:
+                raise ConfigError(
+                    f"optim.eval_rewards needs a judge that is a model or a function, got {self.optim.eval_rewards} and none; add one to "
+                    "judges, or leave it out"
+                )
+        if self.optim.name == EIGHT_BIT and self.optim.shard:
+            raise ConfigError(
+                f"optim.shard must be false with optim.name: {EIGHT_BIT}, whose blocks of moments are not divided, got true; take one of "
+                "them out"
             )
         if self.optim.export == "best" and self.data.location("validation") is None:
             raise ConfigError(
@@ -505,6 +530,11 @@ class Recipe:
         """The target's model: the source of that name or, where there is none, the model that `target` itself is."""
         by_name = {source.name: source for source in self.sources}
         return by_name.get(self.target) or SourceConfig(name="target", model=self.target)
+
+    @property
+    def scoring_judges(self) -> list[JudgeConfig]:
+        """The judges that can score new responses: models and functions, and no files of scores."""
+        return [judge for judge in self.judges if judge.scores is None]
 
     def reasoning_of(self, source: SourceConfig) -> Reasoning:
         """What becomes of the reasoning before a model's answers."""

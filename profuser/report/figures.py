@@ -29,10 +29,11 @@ from matplotlib.lines import Line2D
 
 from profuser.recipe.schedule import Mode
 from profuser.report.intervals import Score
-from profuser.report.metrics import Metrics
+from profuser.report.metrics import Metrics, judges_of, value_of
 from profuser.report.theme import Theme
 from profuser.store.files import write_atomic
 from profuser.text.display import visible
+from profuser.train.metrics_log import REWARD
 
 WIDTH_INCHES = 4.2
 
@@ -294,8 +295,8 @@ def draw_alignment(
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the steps and values of a quantity. A line without it is left out, and so is 0: that mode had no tokens."""
-    pairs = [(line["step"], line[key]) for line in lines if line.get(key)]
+    """Returns the steps and values of a quantity. A line without it is left out."""
+    pairs = [(line["step"], value) for line in lines if (value := value_of(line, key)) is not None]
     steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
     return steps, values
 
@@ -362,6 +363,7 @@ def draw_curves(metrics: Metrics, theme: Theme) -> Figure:
         "Cross-entropy, nats per token": ("ce", [(f"ce_{mode}", *style) for mode, *style in modes]),
         "KL to the source, nats per token": ("kd", [(f"kd_{mode}", *style) for mode, *style in modes]),
     }
+    panels |= {f"Mean score by {_short(name, 40)}": (REWARD + name, []) for name in judges_of([metrics])}
     for title, (key, lines) in list(panels.items()):
         if not (len(_series(evals, key)[0]) or any(len(_series(training, name)[0]) for name, *_ in lines)):
             del panels[title]
@@ -409,6 +411,8 @@ def curves_caption(metrics: Metrics) -> str:
         parts.append("Validation at step 0 is the target before fusion.")
     if any(line["eval"].get("kd") for line in metrics.validation):
         parts.append("Its KL is to the Min-CE winner.")
+    if judges_of([metrics]):
+        parts.append("The judges score the target's answers to validation prompts, each in its own units.")
     return " ".join(parts)
 
 
@@ -427,6 +431,8 @@ def draw_compared_curves(runs: Mapping[str, Metrics], theme: Theme) -> Figure:
             (f"{title}, {mode.key} mode", f"{key}_{mode.key}", False) for mode in (Mode.INFERENCE, Mode.TRAINING)
         ]
         quantities += [(f"{title}, validation", key, True)]
+    for name in judges_of(list(runs.values())):
+        quantities += [(f"Mean score by {_short(name, 40)}, validation", REWARD + name, True)]
     looks = dict(zip(runs, zip(itertools.cycle((theme.fused, *theme.sources)), itertools.cycle(_DASHES))))
     with matplotlib.rc_context(theme.style):
         # The panels that have data, each with the lines of every run.

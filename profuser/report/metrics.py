@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from profuser.recipe.schedule import NAMED, Mode
 from profuser.store.sealed import unsealed
+from profuser.train.metrics_log import REWARD
 from profuser.typed import COUNT, NUMBER, parsed
 
 LINE = {"step": COUNT, "stage": COUNT, "eval?": {str: (NUMBER, None)}, str: (NUMBER, None)}
@@ -73,11 +74,27 @@ def compared_stages(runs: Sequence[tuple[Metrics, Mapping[str, Any]]]) -> list[S
     """Returns the tables of several runs, given by their metrics and recipes, as one, in which a run's stages follow those of the run
     before it. A row without values is left out.
     """
+    judges = judges_of([metrics for metrics, _ in runs])
     rows = [
         StageRow(of_runs[0].group, of_runs[0].label, [value for row in of_runs for value in row.values])
-        for of_runs in zip(*(_all_rows(metrics, recipe) for metrics, recipe in runs))
+        for of_runs in zip(*(_all_rows(metrics, recipe, judges) for metrics, recipe in runs))
     ]
     return [row for row in rows if any(value is not None for value in row.values)]
+
+
+def judges_of(runs: Sequence[Metrics]) -> list[str]:
+    """Returns the names of the judges whose scores of the target's answers were logged by any of some runs."""
+    keys = dict.fromkeys(key for metrics in runs for line in metrics.validation for key in line["eval"])
+    return [key.removeprefix(REWARD) for key in keys if key.startswith(REWARD)]
+
+
+def value_of(line: Mapping[str, Any], key: str) -> float | None:
+    """Returns a quantity of a line; None where it has none.
+
+    A loss of 0 means that its mode had no tokens, or that there was no KL. A judge's score may be 0.
+    """
+    value = line.get(key)
+    return value if value or key.startswith(REWARD) else None
 
 
 def count_stages(metrics: Metrics) -> int:
@@ -85,8 +102,8 @@ def count_stages(metrics: Metrics) -> int:
     return sum(1 for _ in groupby(metrics.training, key=itemgetter("stage")))
 
 
-def _all_rows(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
-    """Returns all rows of the table of a run's stages, also those without values.
+def _all_rows(metrics: Metrics, recipe: Mapping[str, Any], judges: Sequence[str]) -> list[StageRow]:
+    """Returns all rows of the table of a run's stages, also those without values, with one for each of some judges.
 
     In training, a change goes from the mean of the first tenth of a stage's lines to the mean of its last tenth; in validation,
     from the last pass before the stage to the last pass in it.
@@ -112,13 +129,15 @@ def _all_rows(metrics: Metrics, recipe: Mapping[str, Any]) -> list[StageRow]:
             rows.append(StageRow(quantity, mode.key, [_tenths(lines, f"{key}_{mode.key}") for lines in stages]))
         changes = [_passes(metrics.validation, key, start, stop) for start, stop in zip(starts, stops)]
         rows.append(StageRow(quantity, "validation", changes))
+    for judge in judges:
+        changes = [_passes(metrics.validation, REWARD + judge, start, stop) for start, stop in zip(starts, stops)]
+        rows.append(StageRow("Judges' mean scores", judge, changes))
     return rows
 
 
 def _tenths(lines: Sequence[Mapping[str, Any]], key: str) -> Change | OnePoint | None:
     """Returns a quantity's mean over the first and over the last tenth of some training lines; None where it has no values."""
-    # A value of 0 means that the mode had no tokens, or that there was no KL.
-    values = [line[key] for line in lines if line.get(key)]
+    values = [value for line in lines if (value := value_of(line, key)) is not None]
     if not values:
         return None
     if len(values) == 1:
@@ -129,6 +148,7 @@ def _tenths(lines: Sequence[Mapping[str, Any]], key: str) -> Change | OnePoint |
 
 def _passes(validation: Sequence[Mapping[str, Any]], key: str, start: int, stop: int) -> Change | None:
     """Returns a quantity in the last validation up to step `start` and in the last one up to step `stop`, if there are both."""
-    before = [line["eval"][key] for line in validation if line["step"] <= start and line["eval"].get(key)]
-    after = [line["eval"][key] for line in validation if start < line["step"] <= stop and line["eval"].get(key)]
+    values = [(line["step"], value) for line in validation if (value := value_of(line["eval"], key)) is not None]
+    before = [value for step, value in values if step <= start]
+    after = [value for step, value in values if start < step <= stop]
     return Change(before[-1], after[-1]) if before and after else None

@@ -21,13 +21,14 @@ def check_adapter(recipe: Recipe, device: torch.device, *, sharded: bool) -> Non
     """Finds out before anything is prepared whether a recipe's adapter can be trained. It reads no weights.
 
     Raises:
-        ConfigError: the adapter does not fit the target, or the target is to be sharded or cannot be quantised here.
+        ConfigError: the adapter does not fit the target, or the target cannot be quantised here or is to be sharded as well.
         ModuleNotFoundError: peft is missing, or bitsandbytes for a quantised target.
     """
     if recipe.adapter is not None:
-        if sharded:
+        if sharded and recipe.adapter.quantize is not None:
             raise ConfigError(
-                "a target with an adapter must not be sharded, got a launcher that asks for FSDP; launch with torchrun or --multi_gpu"
+                "a quantised target must not be sharded, got a launcher that asks for FSDP; launch with torchrun or --multi_gpu, or leave "
+                "adapter.quantize out"
             )
         with_adapter(load_without_weights(recipe.target_config, torch.float32), recipe.adapter)
         if recipe.adapter.quantize is not None:

@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from profuser.errors import DataError
 from profuser.store.files import sync_directory, temporary_beside, write_atomic
 from profuser.store.sealed import FILES, FileDigest, damaged_files, digest_of, unsealed, write_sealed
+from profuser.train.optimizer import MOMENTS, begin_moments, set_step
 from profuser.train.run_record import METRICS
 from profuser.train.shard_files import STEPS, load_shares, save_shares, sizes_in
 from profuser.train.sharding import agreed, divide_again, is_main, is_sharded
 from profuser.typed import COUNT, NUMBER, parsed
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 RANDOM = "random.safetensors"
 WHOLE = ("model.safetensors", "optimizer.safetensors")
 """The files of the weights and moments in the form of one process."""
@@ -54,6 +55,36 @@ class Checkpoint:
     window: tuple[dict[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """The tensors of a checkpoint, as they are at one moment. If they are `sharded`, each is the share of this process."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    steps: dict[str, Tensor]
+    random: dict[str, Tensor]
+    sharded: bool
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, *, copied: bool = False) -> State:
+    """Returns the state of a training. If it is `copied` into the machine's memory, the training may go on meanwhile."""
+    divide_again(model)
+    random = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+
+    def taken(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()} if copied else tensors
+
+    return State(
+        weights=taken(weights_of(model)),
+        moments=taken(moments_of(model, optimizer)),
+        steps=taken(steps_of(model, optimizer)),
+        random=random,
+        sharded=is_sharded(model),
+    )
+
+
 def save_checkpoint(
     directory: Path,
     checkpoint: Checkpoint,
@@ -66,23 +97,37 @@ def save_checkpoint(
 
     If the model is sharded, all processes must call it; else one. Returns the path of the checkpoint.
     """
+    return write_checkpoint(directory, checkpoint, state_of(model, optimizer), keep, best)
+
+
+def write_checkpoint(
+    directory: Path,
+    checkpoint: Checkpoint,
+    state: State,
+    keep: int,
+    best: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Does what `save_checkpoint` does, with a state that was taken before.
+
+    `group` is what the processes of a sharded model talk through, None for what they train with.
+    """
     final = directory / f"step-{checkpoint.step:06d}"
-    sharded = is_sharded(model)
+    sharded = state.sharded
     writes = is_main() or not sharded
-    divide_again(model)
-    temporary = agreed(temporary_beside(final)) if sharded else temporary_beside(final)
+    temporary = temporary_beside(final)
     if writes:
         _remove(temporary)
         temporary.mkdir(parents=True)
+    if sharded:  # the others learn where to write when there is an empty directory, because they would make one
+        temporary = agreed(temporary, group)
     try:
         if sharded:
-            digests = save_shares(
-                temporary, weights_of(model) | moments_of(model, optimizer), steps_of(model, optimizer)
-            )
+            digests = save_shares(temporary, state.weights | state.moments, state.steps, group)
         else:
-            digests = _save_whole(temporary, model, optimizer)
+            digests = _save_whole(temporary, state)
         if writes:
-            _finish(temporary, checkpoint, digests)
+            _finish(temporary, checkpoint, state.random, digests)
             _remove(final)  # one that was passed over
             temporary.rename(final)
     finally:  # for instance of a full disk, which an unfinished checkpoint must not fill
@@ -98,22 +143,18 @@ def save_checkpoint(
     return final
 
 
-def _save_whole(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, FileDigest]:
+def _save_whole(directory: Path, state: State) -> dict[str, FileDigest]:
     """Writes the weights and moments, and returns the digests of their files."""
-    moments = moments_of(model, optimizer) | steps_of(model, optimizer)
     digests = {}
-    for name, tensors in zip(WHOLE, (weights_of(model), moments), strict=True):
+    for name, tensors in zip(WHOLE, (state.weights, state.moments | state.steps), strict=True):
         data = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
         write_atomic(directory / name, data)
         digests[name] = digest_of(data)
     return digests
 
 
-def _finish(directory: Path, checkpoint: Checkpoint, digests: dict[str, FileDigest]) -> None:
+def _finish(directory: Path, checkpoint: Checkpoint, random: dict[str, Tensor], digests: dict[str, FileDigest]) -> None:
     """Writes the small files of a checkpoint. state.json is the last of them, and records the digests of all others."""
-    random = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
     for name, data in ((RANDOM, save(random)), (METRICS, checkpoint.metrics)):
         write_atomic(directory / name, data)
         digests[name] = digest_of(data)
@@ -129,8 +170,9 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns AdamW's moments as `NAME/exp_avg` and `NAME/exp_avg_sq`, by the names of the parameters."""
-    return {f"{name}/{key}": state[key].detach() for name, state in _states(model, optimizer) for key in MOMENTS}
+    """Returns AdamW's moments, such as `NAME/exp_avg` and `NAME/exp_avg_sq`, by the names of the parameters."""
+    states = _states(model, optimizer)
+    return {f"{name}/{key}": state[key].detach() for name, state in states for key in MOMENTS if key in state}
 
 
 def steps_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -234,20 +276,17 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
             f"checkpoint {path} must hold the weights of the target, {other[0]} differs ({len(other)} in all); use the versions "
             "that run.json names, or start over with --fresh"
         )
-    # AdamW's moments are made like the parameters. Its counts of steps are on the CPU, unless it is fused.
-    for name, parameter in model.named_parameters():
-        if f"{name}/{MOMENTS[0]}" in sizes:
-            optimizer.state[parameter] = {key: torch.zeros_like(parameter) for key in MOMENTS}
+    steps = load_file(path / (WHOLE[1] if whole else STEPS))
+    begun = {name: parameter for name, parameter in model.named_parameters() if f"{name}/step" in steps}
+    begin_moments(optimizer, begun.values())
+    for name, parameter in begun.items():
+        set_step(optimizer, parameter, steps[f"{name}/step"])
     tensors = parameters | moments_of(model, optimizer)
     if stored:
         for name, tensor in tensors.items():
             tensor.copy_(stored[name])
     else:
         load_shares(path, tensors)
-    steps = load_file(path / (WHOLE[1] if whole else STEPS))
-    for name, state in _states(model, optimizer):
-        device = state[MOMENTS[0]].device if optimizer.defaults.get("fused") else "cpu"
-        state["step"] = steps[f"{name}/step"].to(device, copy=True)
     random = load_file(path / RANDOM)
     torch.set_rng_state(random["torch"])
     if "cuda" in random and torch.cuda.is_available():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
+from profuser.models.head import evaluating
 from profuser.models.load import chat_format, stored_dtype
 from profuser.progress import Progress
 from profuser.recipe.schedule import Mode, Stage, learning_rate, plan, stage_at
@@ -28,15 +31,18 @@ from profuser.stopping import noted
 from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
-from profuser.train.checkpoint import Checkpoint, load_best, load_newest, save_checkpoint
+from profuser.text.chat import ChatFormat
+from profuser.train.checkpoint import Checkpoint, load_best, load_newest
 from profuser.train.determinism import deterministic
 from profuser.train.flops import cost_of, peak_flops, utilisation
 from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
 from profuser.train.losses import SequenceLosses, step_losses
 from profuser.train.metrics_log import append_line, is_due, means, ranking, validations
+from profuser.train.optimizer import make_optimizer
 from profuser.train.parallel import agreed_stop, shards
-from profuser.train.sharding import agreed, whole
+from profuser.train.saver import Saver
+from profuser.train.sharding import agreed, gathered, whole
 from profuser.train.steps import StepBatch, Steps, load_steps
 from profuser.train.target import layout_for, load_target
 from profuser.train.targets import Targets
@@ -45,20 +51,32 @@ from profuser.train.trackers import Trackers
 NOTICES = "notices.jsonl"
 """The file of a run with the steps that stood out. Nothing is read from it."""
 
+Rewards = Callable[[PreTrainedModel, ChatFormat], dict[str, float | None]]
+"""A function of the target and its chat format that returns what the judges give its answers, by names that begin with `reward_`."""
+
 
 class Trainer:
     """Trains the target of one run on a store's training split, through all stages of the schedule.
 
     Args:
         directory: the run directory, for checkpoints and metrics.
+        rewards: what measures the judges' scores at each validation.
     Raises:
         ConfigError: a stage would have no step.
         DataError: a stage has no training examples; the best weights are to be written, and no validation example is left; the
             target cannot be loaded, or does not fit its tokenizer.
     """
 
-    def __init__(self, recipe: Recipe, store: Store, directory: Path, accelerator: Accelerator):
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Store,
+        directory: Path,
+        accelerator: Accelerator,
+        rewards: Rewards | None = None,
+    ):
         self.recipe, self.optim, self.directory, self.accelerator = recipe, recipe.optim, directory, accelerator
+        self.rewards = rewards
 
         # The data.
         self.targets = Targets(store, "train")
@@ -93,17 +111,15 @@ class Trainer:
             accelerator.process_index,
             self.layout,
         )
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.fusion, self.optim.weight_decay),
-            lr=self.optim.lr,
-            betas=self.optim.betas,
-            fused=True,  # one pass over a parameter, on a CPU a quarter of the time
-        )
+        optimizer = make_optimizer(self.fusion, self.optim)
         self.model, self.optimizer = (
             (self.fusion, optimizer) if self.sharded else accelerator.prepare(self.fusion, optimizer)
         )
         self.cost = cost_of(self.fusion.model)
         self.peak = peak_flops(accelerator.device, bf16=accelerator.mixed_precision == "bf16")
+        self.saver = Saver(
+            directory / "checkpoints", beside_training=self.optim.async_checkpoints, sharded=self.sharded
+        )
         self.metrics = directory / "metrics.jsonl"
         self.window: list[dict[str, float]] = []  # the metrics of the steps since the last line of metrics.jsonl
         self.health = Health()
@@ -152,11 +168,14 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         with (
+            contextlib.closing(self.saver),  # waits for a checkpoint that is being written
             contextlib.closing(batches),  # ends the worker processes when the loop ends, for whatever reason
             Progress("fuse", total, "steps", self.accelerator.is_main_process, start) as bar,
             noted() as asked,
         ):
             for step in range(start, total):
+                self.saver.check()
+
                 # One optimizer step. The time that it waits for its batch is measured separately.
                 index = stage_at(self.stages, step)
                 stage = self.stages[index]
@@ -195,6 +214,8 @@ class Trainer:
                 stop = agreed_stop(asked())
                 if due or best or stop is not None or done == total:
                     self._checkpoint(done)
+                if stop is not None or done == total:
+                    self.saver.wait()
 
                 # Ctrl-C or SIGTERM came during the step, whose state is saved now.
                 if stop is not None:
@@ -266,7 +287,7 @@ class Trainer:
     # -- around the loop --------------------------------------------------------------------------------------------
 
     def _evaluate(self, step: int, stage: int) -> None:
-        """Logs CE and KD on the validation prompts, if the recipe has any.
+        """Logs CE and KD on the validation prompts, if the recipe has any, and what the judges think of the target's answers.
 
         The main process alone computes them, unless the model is sharded: then no process can do without the others.
         """
@@ -274,9 +295,21 @@ class Trainer:
             return
         label, size = "score the validation prompts", self.recipe.capture.batch_size
         statistics = likelihood(self.fusion, self.validation, self.pad_id, size, label, self.optim.mixing)
-        self._log({"step": step, "stage": stage, "eval": {"ce": statistics.ce, "kd": statistics.kd}})
+        measured = {"ce": statistics.ce, "kd": statistics.kd}
+        if self.rewards is not None:
+            with evaluating(self.fusion), gathered(self.fusion), self._as_it_is(), self._arithmetic():
+                measured |= self.rewards(self.fusion.model, self.chat)
+        self._log({"step": step, "stage": stage, "eval": measured})
         if step > 0 and math.isfinite(statistics.ce):  # what was there before the training is no result of it
             self.validated[step] = statistics.ce
+
+    def _as_it_is(self) -> contextlib.AbstractContextManager[Any]:
+        """In a `with` block the target is called without its graph, which would be compiled anew for an answer's every token."""
+        return torch.compiler.set_stance("force_eager") if self.optim.compile else contextlib.nullcontext()
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """In a `with` block the target computes as in training. A sharded one's weights are gathered in 16 bits anyway."""
+        return contextlib.nullcontext() if self.sharded else self.accelerator.autocast()
 
     def _best(self) -> int | None:
         """Returns the step whose checkpoint is kept beside the last ones, on the main process; None where there is none."""
@@ -293,8 +326,7 @@ class Trainer:
         if self.accelerator.is_main_process or self.sharded:
             metrics = self.metrics.read_bytes() if self.accelerator.is_main_process else b""
             checkpoint = Checkpoint(step, self.targets_digest, metrics, tuple(self.window))
-            folder = self.directory / "checkpoints"
-            save_checkpoint(folder, checkpoint, self.fusion, self.optimizer, self.optim.keep_checkpoints, self._best())
+            self.saver.save(checkpoint, self.fusion, self.optimizer, self.optim.keep_checkpoints, self._best())
         self.accelerator.wait_for_everyone()
 
     def restore_exported(self) -> int:
@@ -344,12 +376,3 @@ def validation_truths(store: Store) -> Targets | None:
         return None
     targets = Targets(store, "validation")
     return targets if (targets.modes == Mode.TRAINING).any() else None
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns AdamW's parameter groups: matrices with weight decay, and norms and biases without."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]

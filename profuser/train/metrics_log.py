@@ -20,6 +20,9 @@ from profuser.store.sealed import sealed
 FEWEST = 10
 """How many lines a stage has at least, if it has so many steps."""
 
+REWARD = "reward_"
+"""What the names of the judges' mean scores begin with in the line of a validation."""
+
 
 def is_due(done: int, stage: Stage, log_every: int) -> bool:
     """Whether a line is due after so many steps of the run, the last of which is one of this stage.

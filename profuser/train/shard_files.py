@@ -25,9 +25,13 @@ STEPS = "steps.safetensors"
 """The file of AdamW's counts of steps: single numbers, which every process has, and which have no parts."""
 
 
-def save_shares(directory: Path, tensors: dict[str, Tensor], steps: dict[str, Tensor]) -> dict[str, FileDigest]:
+def save_shares(
+    directory: Path, tensors: dict[str, Tensor], steps: dict[str, Tensor], group: dist.ProcessGroup | None = None
+) -> dict[str, FileDigest]:
     """Writes each process's shares into one file of its own. All processes must call it.
 
+    Args:
+        group: what they talk through, None for what they train with.
     Returns:
         The digests of the files of all processes.
 
@@ -37,7 +41,8 @@ def save_shares(directory: Path, tensors: dict[str, Tensor], steps: dict[str, Te
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with writing(directory, size):
         try:
-            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
+            writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=group)
         except CheckpointException as error:  # it holds the error of each process that failed
             failure = next(iter(error.failures.values()))
             raise failure[0] if isinstance(failure, tuple) else failure from None
@@ -48,7 +53,7 @@ def save_shares(directory: Path, tensors: dict[str, Tensor], steps: dict[str, Te
     if dist.get_rank() == 0:
         digests[STEPS] = digest_of_file(directory / STEPS)
     of_all: list[dict[str, FileDigest]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_all, digests)
+    dist.all_gather_object(of_all, digests, group)
     return {name: digest for each in of_all for name, digest in each.items()}
 
 

@@ -6,13 +6,14 @@ forward holds the loss: they are gathered once per forward pass and stay until i
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Generator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -121,9 +122,13 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def agreed(value: T) -> T:
-    """Returns the main process's value on every process."""
-    return broadcast_object_list([value])[0] if dist.is_initialized() else value
+def agreed(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Returns the main process's value on every process. `group` is what they talk through, None for what they train with."""
+    if not dist.is_initialized():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, 0, group)
+    return held[0]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -138,6 +143,21 @@ def divide_again(model: nn.Module) -> None:
     """
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Generator[None]:
+    """Holds the embeddings, the last norm and the head whole in a `with` block, so that the wrapped model can be called by itself.
+
+    Its blocks are gathered as always. The model must have been called as a whole before. If it is divided, all processes must do this,
+    and then compute the same.
+    """
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        yield
+    finally:
+        divide_again(model)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from profuser.models.load import check_vocabulary, load_model, load_without_weig
 from profuser.recipe.schema import Recipe
 from profuser.text.chat import ChatFormat
 from profuser.train.adapter import with_adapter
+from profuser.train.checkpoint import weights_of
 from profuser.train.compiled import compile_target
 from profuser.train.packing import Layout
 from profuser.train.quantized import load_quantized
-from profuser.train.sharding import agreed, is_main, load_into_shards
+from profuser.train.sharding import agreed, is_main, is_sharded, load_into_shards, whole, whole_model
 
 
 def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, sharded: bool) -> FusionModel:
@@ -27,11 +28,11 @@ def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, s
         DataError: the target cannot be loaded, or does not fit its tokenizer or the loss.
     """
     config = recipe.target_config
+    in_bf16 = accelerator.mixed_precision == "bf16"
+    # Weights that an adapter freezes need no more digits than they are computed with.
+    dtype = torch.bfloat16 if in_bf16 and recipe.adapter is not None else torch.float32
     if not sharded:
-        in_bf16 = accelerator.mixed_precision == "bf16"
         packs = recipe.optim.tokens_per_micro_batch is not None and in_bf16
-        # Weights that an adapter freezes need no more digits than they are computed with.
-        dtype = torch.bfloat16 if in_bf16 and recipe.adapter is not None else torch.float32
         in_4_bits = recipe.adapter is not None and recipe.adapter.quantize is not None
         loaded = (load_quantized if in_4_bits else load_model)(config, dtype, accelerator.device, packs=packs)
         fusion = _with_loss(loaded, recipe, chat)
@@ -42,9 +43,9 @@ def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, s
     # The main process has the weights. What has to be proven with them, it proves for all.
     target, keeps_apart = None, {}
     if is_main():
-        target = load_model(config, torch.float32)
-        keeps_apart = _with_loss(target, recipe, chat).keeps_apart
-    fusion = _with_loss(load_without_weights(config, torch.float32), recipe, chat)
+        alone = _with_loss(load_model(config, dtype), recipe, chat)
+        target, keeps_apart = alone.model, alone.keeps_apart
+    fusion = _with_loss(load_without_weights(config, dtype), recipe, chat)
     fusion.keeps_apart = agreed(keeps_apart)
     load_into_shards(fusion, target, accelerator)
     accelerator.print(
@@ -61,6 +62,25 @@ def _with_loss(target: PreTrainedModel, recipe: Recipe, chat: ChatFormat) -> Fus
     if recipe.optim.gradient_checkpointing:
         target.gradient_checkpointing_enable()
     return FusionModel(target, **recipe.optim.loss_options)
+
+
+@torch.no_grad()
+def whole_target(
+    fusion: FusionModel, recipe: Recipe, dtype: torch.dtype, accelerator: Accelerator
+) -> PreTrainedModel | None:
+    """Returns the trained target as it is without division. It does what `whole_model` does, and is called in the same way.
+
+    Of a divided target with an adapter the adapter alone is gathered: the frozen weights are read again.
+    """
+    if recipe.adapter is None or not is_sharded(fusion):
+        return whole_model(fusion.model, dtype, accelerator)
+    gathered = {name: whole(tensor) for name, tensor in weights_of(fusion.model).items()}
+    if not accelerator.is_main_process:
+        return None
+    target = with_adapter(load_model(recipe.target_config, torch.float32), recipe.adapter)
+    for name, tensor in weights_of(target).items():
+        tensor.copy_(gathered[name])
+    return target
 
 
 def layout_for(fusion: FusionModel, budget: int | None) -> Layout:
