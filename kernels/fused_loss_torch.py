@@ -24,6 +24,7 @@ from .divergences_torch import divergence_parts
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import ChunkedHead, Head
 from .kept import Kept, prepare_kept
+from .rows import exponentials_
 from .tails import CONDITIONAL
 from .vocabulary_slice import VocabularySlice
 
@@ -167,12 +168,14 @@ def chunk_losses(
     wide.scatter_(1, columns, -torch.inf)
 
     # The dense part: from here on z holds exponentials relative to m_here, at T = 1.
-    m_here = z.amax(1, keepdim=True).clamp_min_(LOWEST)
-    z.sub_(m_here)
-    sum_dense_T = None if exps_T is None else torch.mul(z, 1 / T, out=exps_T).exp_().sum(1, keepdim=True)
-    sum_dense = z.exp_().sum(1, keepdim=True)
-    if sum_dense_T is None:
+    if exps_T is None:
+        m_here, sum_dense = exponentials_(z)
         sum_dense_T = sum_dense
+    else:
+        m_here = z.amax(1, keepdim=True).clamp_min_(LOWEST)
+        z.sub_(m_here)
+        sum_dense_T = torch.mul(z, 1 / T, out=exps_T).exp_().sum(1, keepdim=True)
+        sum_dense = z.exp_().sum(1, keepdim=True)
     m_dense = m_here
     if vocabulary.group is not None:
         z_lifted, m_dense = vocabulary.maximum(torch.cat([z_lifted, m_here], 1)).split([lifted.shape[1], 1], 1)

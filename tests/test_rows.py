@@ -1,0 +1,92 @@
+"""Exponentials of rows by the C++ extension are those of torch: any width, any stride, any number of threads, and no value lost."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from profuser.kernels import rows
+from profuser.kernels.common import LOWEST
+
+needs_extension = pytest.mark.skipif(rows._rows is None, reason="the C++ extension is not built")
+
+
+def truth(z):
+    m = z.double().amax(1, keepdim=True).clamp_min(LOWEST)
+    e = (z.double() - m).exp()
+    return m, e, e.sum(1, keepdim=True)
+
+
+@pytest.fixture(params=["extension", "torch"])
+def implementation(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(rows, "_rows", None)
+    elif rows._rows is None:
+        pytest.skip("the C++ extension is not built")
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 15), (2, 16), (5, 17), (4, 1023), (3, 1024), (2, 1041), (64, 5000), (0, 7)]
+)
+@pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
+def test_exponentials_are_those_of_fp64(shape, spread):
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * spread
+    m, e, total = truth(z)
+    got_m, got_total = rows.exponentials_(z)
+    assert_close(got_m, m.float(), rtol=0, atol=0)
+    # The difference from the maximum is rounded in fp32, which its exponential multiplies by its size.
+    assert_close(z.double(), e, rtol=2e-7 * (1 + 12 * spread), atol=1e-37)
+    assert_close(got_total.double(), total, rtol=1e-6 * (1 + spread), atol=0)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("at", [0, 7, 16, 19])
+def test_no_value_is_lost(at):
+    for value, sums in ((math.nan, math.nan), (math.inf, math.nan), (-math.inf, None)):
+        z = torch.randn(3, 20)
+        z[1, at] = value
+        expected = truth(z)[2]
+        _, total = rows.exponentials_(z)
+        assert total[1].isnan() if sums is not None else z[1, at] == 0
+        assert_close(total[[0, 2]].double(), expected[[0, 2]], rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("implementation")
+def test_a_row_of_nothing_gives_zeros():
+    z = torch.full((2, 33), -math.inf)
+    m, total = rows.exponentials_(z)
+    assert (z == 0).all()
+    assert (total == 0).all()
+    assert_close(m, torch.full((2, 1), LOWEST))
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [1, 2, 5, 100])
+def test_threads_and_strides_change_nothing(monkeypatch, threads):
+    wide = torch.randn(37, 20_001)
+    whole = wide.clone()
+    expected = [x.clone() for x in rows.exponentials_(whole)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    part = torch.randn(37, 20_050)
+    part[:, :20_001] = wide
+    beside = part[:, 20_001:].clone()
+    got = rows.exponentials_(part[:, :20_001])
+    assert torch.equal(part[:, :20_001], whole)
+    assert torch.equal(part[:, 20_001:], beside)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@needs_extension
+def test_what_does_not_fit_is_refused():
+    z, one = torch.randn(3, 5).numpy(), torch.empty(3).numpy()
+    for arguments in (
+        (z.T, one, one),
+        (z.astype("float64"), one, one),
+        (z[0], one, one),
+        (z, one[:2], one),
+        (z, one, one[:2]),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            rows._rows.exp_rows(*arguments, 1)
