@@ -222,11 +222,13 @@ def chunk_losses(
             dense_T = b_T * distilled.grad_dense * ((m_here - m_dense) / T).exp()
             if exps_T is None:
                 dense = dense + dense_T
+            else:
+                exps_T.mul_(dense_T)
         # Scale the exponentials to gradients, and write those of the lifted ids in their places. All slots that point at
         # the gold id write the same value.
         z.mul_(dense)
-        if distilled is not None and exps_T is not None:
-            z.add_(exps_T.mul_(dense_T))
+        if exps_T is not None:
+            z.add_(exps_T)
         if smoothing:
             z.sub_(even)
         if kept is not None:

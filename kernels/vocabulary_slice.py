@@ -57,7 +57,7 @@ def slice_of(weight: Tensor, group_name: str | None) -> VocabularySlice:
     size = weight.shape[0]
     if group_name is None:
         return VocabularySlice(0, size, size)
-    group = _resolve_process_group(group_name)
+    group = _resolve_process_group(group_name)  # pyrefly: ignore[bad-argument-type]  # a name of type str
     sizes = torch.zeros(group.size(), dtype=torch.int64, device=weight.device)
     sizes[group.rank()] = size
     dist.all_reduce(sizes, group=group)

@@ -141,6 +141,7 @@ class FusionModel(nn.Module):
         ce_weight: Tensor | None = None,
         kd_weight: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        valid_rows: int | None = None,
         reduction: str = "mean",
         return_stats: bool = False,
         **flattened: Tensor | int,
@@ -159,6 +160,7 @@ class FusionModel(nn.Module):
             ce_weight, kd_weight: (B, T) fp32.
             num_items_in_batch: number of labels in the whole optimizer step, the divisor of reduction="mean". The Trainer counts
                 them. Label the first tokens of packed examples IGNORE_INDEX, or it counts those, too.
+            valid_rows: an upper bound of the number of labels that are predicted, which saves a GPU the others.
             reduction, return_stats: as in fused_linear_fusion_loss.
             flattened: what a flattening collator adds for the attention, cu_seq_lens_q and others, beside position_ids.
 
@@ -256,6 +258,7 @@ class FusionModel(nn.Module):
             logit_scale=self.logit_scale,
             reduction=reduction,
             num_items_in_batch=num_items_in_batch,
+            valid_rows=valid_rows,
             return_stats=return_stats,
         )
         if isinstance(result, Tensor):

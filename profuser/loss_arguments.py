@@ -5,6 +5,7 @@ Dimension letters: N rows, S sources, K kept entries, B sequences.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def local_slice(
     of_mesh = weight.device_mesh.get_group()  # pyrefly: ignore[missing-attribute]
     if process_group is not None and process_group is not of_mesh:
         raise ValueError("process_group must be the group of weight's own mesh, got another; leave it out")
-    local = [None if x is None else x.to_local() for x in (weight, bias)]  # pyrefly: ignore[missing-attribute]
+    local: Any = [None if x is None else x.to_local() for x in (weight, bias)]  # pyrefly: ignore[missing-attribute]
     return local[0], local[1], of_mesh
 
 

@@ -7,6 +7,7 @@ It prints how many members of the family were compared. Each process fails where
 
 import itertools
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -29,14 +30,15 @@ def members(everything):
             yield {"divergence": divergence, "tail": tail}, mixed, FULL if everything else {}
 
 
-def results(case, options, slice_of_head, dim=None, **more):
+def results(case: Any, options: Any, slice_of_head: slice, **more: Any) -> Any:
     """The loss, its statistics and its gradients; those of weight and bias of the rows in `slice_of_head`."""
     case = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in case.items()}
     leaves = [case["hidden"].requires_grad_()]
     for name in ("weight", "bias"):
         case[name] = case[name][slice_of_head].clone().requires_grad_()
         leaves.append(case[name])
-    loss, stats = fused_linear_fusion_loss(**case, **options, **more, chunk_size=5, return_stats=True)
+    arguments: Any = case | options | more | {"chunk_size": 5}
+    loss, stats = fused_linear_fusion_loss(**arguments, return_stats=True)
     grad_output = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
     return loss.detach(), stats, torch.autograd.grad(loss, leaves, grad_output)
 
@@ -75,14 +77,15 @@ def main() -> None:
     whole = results(plain, FULL, slice(None))
     assert_close(results(plain, FULL, mine, process_group=group)[0], whole[0])
     mesh = init_device_mesh("cpu", (world,))
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name in ("weight", "bias"):
         local = case[name].chunk(world)[rank].clone()
         leaves[name] = DTensor.from_local(
             local, mesh, [Shard(0)], run_check=False, shape=case[name].shape, stride=case[name].stride()
         )
         leaves[name].requires_grad_()
-    loss = fused_linear_fusion_loss(**case | leaves)
+    sharded: Any = case | leaves
+    loss = fused_linear_fusion_loss(**sharded)
     loss.backward(torch.tensor(0.5, dtype=loss.dtype))
     expected = results(case, {}, slice(None))
     assert_close(loss.detach(), expected[0])

@@ -68,7 +68,7 @@ def test_a_batch_holds_the_winners_distributions_and_nothing_of_the_others(targe
 def test_the_combined_sources_give_the_loss_that_all_sources_with_their_cross_entropies_give(prepared, targets, mixing):
     """A batch with every source's rows, which the loss itself combines, gives the same: where it chooses, bit for bit."""
     _, run, _ = prepared
-    options = {} if mixing is None else {"combine": "softmax", "combine_temperature": mixing}
+    options: dict[str, Any] = {} if mixing is None else {"combine": "softmax", "combine_temperature": mixing}
     model = load_model(SourceConfig(name="g", model=f"demo:{run.recipe.target}"), torch.float32)
     model = FusionModel(model, divergence="jsd", **options)
     sequences = [s for instruction in targets for s in instruction][:6]

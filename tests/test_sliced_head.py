@@ -28,7 +28,7 @@ def test_every_member_of_a_sliced_head_is_that_of_the_whole_one(processes, optio
 
 def test_a_group_needs_the_torch_path():
     with pytest.raises(ValueError, match="computes a whole head, got a process_group"):
-        fused_linear_fusion_loss(**make_case(), process_group=object(), impl="triton")  # pyrefly: ignore[bad-argument-type]
+        fused_linear_fusion_loss(**make_case(process_group=object(), impl="triton"))
 
 
 def test_rows_that_are_labelled_must_fit_the_bound():
@@ -43,4 +43,4 @@ def test_rows_that_are_labelled_must_fit_the_bound():
     with pytest.raises(ValueError, match="valid_rows must be >= 0"):
         fused_linear_fusion_loss(**case, valid_rows=-1)
     with pytest.raises(TypeError, match="valid_rows must be a whole number"):
-        fused_linear_fusion_loss(**case, valid_rows=torch.tensor(3))  # pyrefly: ignore[bad-argument-type]
+        fused_linear_fusion_loss(**case | {"valid_rows": torch.tensor(3)})

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from profuser.errors import ProfuserError, first_line
+from profuser.kernels.common import IGNORE_INDEX
 from profuser.recipe.schedule import Mode, Stage, stage_at
 from profuser.recipe.schema import OptimConfig
 from profuser.train.collate import collate
@@ -55,11 +56,12 @@ class MicroBatch:
         return replace(self, arrays={name: torch.as_tensor(array).pin_memory() for name, array in self.arrays.items()})
 
     def tensors(self, device: torch.device) -> dict[str, Tensor | int]:
-        """Returns what FusionModel takes, on its device. Single numbers stay numbers."""
-        return {
+        """Returns what FusionModel takes, on its device. Single numbers stay numbers, and so does that of the labels."""
+        found: dict[str, Tensor | int] = {
             name: torch.as_tensor(array).to(device, non_blocking=True) if array.ndim else int(array)
             for name, array in self.arrays.items()
         }
+        return found | {"valid_rows": int((self.arrays["labels"][:, 1:] != IGNORE_INDEX).sum())}
 
     def sequence_of_token(self) -> np.ndarray:
         """Returns (B * (T - 1),) int64, to which of `origins` each token belongs that is predicted, and -1 for padding."""
