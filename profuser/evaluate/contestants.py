@@ -34,9 +34,10 @@ from profuser.models.load import (
 from profuser.prepare.inputs import settled_date, settled_dtype, without
 from profuser.prepare.responses import generate
 from profuser.progress import silent
+from profuser.recipe.generation import GenerationConfig, Reasoning
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import RECIPES_DIR
-from profuser.recipe.schema import GenerationConfig, Reasoning, Recipe, SourceConfig
+from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.text.chat import ChatFormat
 
 

@@ -22,13 +22,16 @@ from profuser.errors import ConfigError, DataError
 from profuser.models.fingerprint import fingerprint
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.prepare.data import Examples, Row, data_hash, load_examples
+from profuser.prepare.engines import check_engine, settled_engine
 from profuser.prepare.given import GivenResponses, file_digest
 from profuser.prepare.judges import check_conversations, judge_fingerprint, open_judge, try_function_judge
 from profuser.recipe.data import SPLITS, Split
+from profuser.recipe.generation import Engine
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
 from profuser.recipe.schema import JudgeConfig, Recipe, SourceConfig
+from profuser.recipe.server import ServerConfig
 from profuser.store.manifest import read_manifest
 from profuser.store.store import StoreSettings
 from profuser.text.chat import ChatFormat
@@ -138,6 +141,14 @@ class Inputs:
         """The dtype in which the sources are run."""
         return runtime_dtype(self.dtype_name, self.device)
 
+    @cached_property
+    def engines(self) -> dict[str, Engine]:
+        """What lets each source answer, by its name. It is no longer "auto"."""
+        return {
+            source.name: settled_engine(self.recipe, source, self.store_dir, self.device)
+            for source in self.recipe.sources
+        }
+
     @property
     def source_names(self) -> list[str]:
         """The names of the sources, in the recipe's order."""
@@ -153,6 +164,11 @@ class Inputs:
         candidates = len(self.recipe.sources) * self.recipe.generation.responses_per_source
         for judge in judges:
             try_function_judge(judge, self.rows["train"][0], candidates)
+
+    def check_engines(self, sources: Sequence[SourceConfig]) -> None:
+        """Finds out whether some sources can be answered for. It raises what `check_engine` raises."""
+        for source in sources:
+            check_engine(self.engines[source.name], source, self.recipe.generation_of(source))
 
     def parts(self, split: Split) -> list[Part]:
         """Divides a split into the parts that the shards of a store cover."""
@@ -204,7 +220,8 @@ class Inputs:
         sources = {
             "source_names": self.source_names,
             "sources": {
-                source.name: source_settings(recipe, source, self.chats[source.name]) for source in recipe.sources
+                source.name: source_settings(recipe, source, self.chats[source.name], self.engines[source.name])
+                for source in recipe.sources
             },
             "target": {
                 "name": recipe.target,
@@ -234,9 +251,19 @@ class Inputs:
         return StoreSettings(sources=sources, votes=votes, targets=targets)
 
 
-def source_settings(recipe: Recipe, source: SourceConfig, chat: ChatFormat) -> dict[str, Any]:
-    """Returns what decides what a source says: its model, its chat template, and what becomes of its reasoning."""
+def source_settings(recipe: Recipe, source: SourceConfig, chat: ChatFormat, engine: Engine) -> dict[str, Any]:
+    """Returns what decides what a source says: its model, its chat template, what becomes of its reasoning, and how it answers
+    otherwise than the others.
+
+    transformers is not named, with which all stores were made before there were other engines.
+    """
     given = {} if source.responses is None else {"responses": file_digest(source.responses)}
+    by: dict[str, Any] = {} if engine == "transformers" else {"engine": engine}
+    if isinstance(source.server, ServerConfig):
+        by |= {"served": source.server.model}  # wherever the server is
+    own = without(source.generation_changes, "engine", "batch_size")
+    if own.get("temperature"):
+        own |= {"seed": recipe.seed}
     return {
         "model": source.model,
         "files": fingerprint(source.model),
@@ -244,13 +271,15 @@ def source_settings(recipe: Recipe, source: SourceConfig, chat: ChatFormat) -> d
         "template": template_hash(chat),
         "reasoning": recipe.reasoning_of(source),
         **given,
+        **by,
+        **({"generation": own} if own else {}),
     }
 
 
 def generation_settings(recipe: Recipe) -> dict[str, Any]:
-    """Returns what decides how the sources answer, but for the reasoning, of which each may have a rule of its own."""
+    """Returns what decides how the sources answer, but for the reasoning and the engine, of which each may have its own."""
     seed = {"seed": recipe.seed} if recipe.generation.temperature > 0 else {}
-    return without(vars(recipe.generation), "batch_size", "reasoning") | seed
+    return without(vars(recipe.generation), "batch_size", "reasoning", "engine", "python") | seed
 
 
 def check_ground_truth(recipe: Recipe, heldout: Sequence[Row]) -> None:

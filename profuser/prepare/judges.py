@@ -28,7 +28,7 @@ from profuser.progress import silent
 from profuser.recipe.places import load_function
 from profuser.recipe.schema import JudgeConfig, SourceConfig
 from profuser.text.chat import RESPONSE
-from profuser.text.conversation import Conversation, Prompt, Turn
+from profuser.text.conversation import Conversation, Turn
 from profuser.text.template import ChatTemplate, conversation
 from profuser.text.turns import TURN
 
@@ -122,7 +122,7 @@ def check_conversations(config: JudgeConfig, rows: Sequence[Row]) -> None:
     for talk in longest.values():
         turns = Conversation(tuple(Turn(turn.role, TURN.format(n)) for n, turn in enumerate(talk.turns)))
         try:
-            (text,) = template.many_texts([conversation(_seen_by(template, turns), RESPONSE)])
+            (text,) = template.many_texts([conversation(template.seen(turns), RESPONSE)])
         except DataError as error:
             raise DataError(f"judge {config.name}: {error}") from None
         if unseen := [turn for turn in turns.turns if turn.text not in text]:
@@ -247,7 +247,7 @@ def _reward_model_judge(
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         cells = [(e, c) for e, responses in enumerate(candidates) for c, text in enumerate(responses) if text]
-        prompts = [_seen_by(template, example["prompt"]) for example in examples]
+        prompts = [template.seen(example["prompt"]) for example in examples]
         conversations = [conversation(prompts[e], candidates[e][c]) for e, c in cells]
         for cell, ids in zip(cells, template.many_ids(conversations)):
             places.setdefault(tuple(ids[-limit:]), []).append(cell)
@@ -264,13 +264,6 @@ def _reward_model_judge(
         return scores
 
     return score
-
-
-def _seen_by(template: ChatTemplate, prompt: Prompt) -> Prompt:
-    """A prompt as a template can show it: the text of a system message goes in front of the user's where there is no place for it."""
-    if isinstance(prompt, Conversation) and prompt.turns[0].role == "system" and not template.has_system:
-        return Conversation(prompt.without_system())
-    return prompt
 
 
 def _pad_id(model: PreTrainedModel) -> int | None:

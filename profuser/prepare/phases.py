@@ -36,23 +36,25 @@ from profuser.models.load import check_vocabulary, load_model
 from profuser.prepare.agreement import warnings_of
 from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.data import Row
+from profuser.prepare.engines import Answering, Asked, Source, answering
 from profuser.prepare.inputs import Inputs, Part
 from profuser.prepare.judges import load_judge
-from profuser.prepare.responses import generate
 from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.vote_rules import NOBODY
 from profuser.prepare.votes import Ballots, candidates_of, count_votes
 from profuser.progress import Progress
 from profuser.recipe.data import Split
+from profuser.recipe.generation import Engine, Reasoning
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import Reasoning, SourceConfig
+from profuser.recipe.schema import SourceConfig
 from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.layout import Kind
 from profuser.store.lease import Lease, hold
 from profuser.store.store import Store, check_place, differing_settings
+from profuser.store.unfinished import Unfinished
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Fitted, Verdict, fit
 from profuser.text.token_bytes import TokenBytesMismatch
@@ -132,6 +134,7 @@ class Preparation:
     def _make(self) -> None:
         """Makes all shards that are missing or damaged, and the summary."""
         self.inputs.try_judges([judge for judge in self.recipe.judges if self.unmade(layout.scores(judge.name))])
+        self.inputs.check_engines([source for source in self.recipe.sources if self._asks(source)])
         for phase in (self.capture_truth_and_answer, self.judge, self.capture_winners, self.align):
             start = time.monotonic()
             phase()
@@ -147,6 +150,19 @@ class Preparation:
     def unmade(self, kind: Kind) -> int:
         """Returns how many examples are in the missing shards of a kind. It looks at the manifest only."""
         return examples_in([part for part in self.inputs.parts(kind.split) if not self.store.has(kind, part.number)])
+
+    def _asks(self, source: SourceConfig) -> bool:
+        """Whether a source is still to answer prompts."""
+        return any(
+            self.inputs.given(source, split) is None and self.unmade(layout.responses(split, source.name))
+            for split in self.inputs.rows
+            if self.inputs.answered(split)
+        )
+
+    def settled_engines(self) -> list[Engine]:
+        """Returns what "auto" has become for the sources that are still to answer prompts."""
+        asked = [source for source in self.recipe.sources if self.recipe.generation_of(source).engine == "auto"]
+        return [self.inputs.engines[source.name] for source in asked if self._asks(source)]
 
     # -- phase 1 ---------------------------------------------------------------------------------------------------
 
@@ -167,20 +183,22 @@ class Preparation:
             if not to_score + to_answer:
                 continue
 
-            loaded = self._load(source)
-            with Progress(f"{source.name}: score the ground truth", to_score, "examples") as bar:
-                for split, parts in truth.items():
-                    for part in parts:
-                        fitted = part.of(self.inputs.fitted[split])
-                        self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
-            left_out: Counter[Verdict] = Counter()
-            with Progress(f"{source.name}: answer the prompts", to_answer, "prompts") as bar:
-                for split, parts in answers.items():
-                    for part in parts:
-                        left_out += self._answer(split, part, loaded, bar)
-            if line := self._left_out(source, left_out):
-                print(line, flush=True)
-            del loaded  # frees the memory before the next source is loaded
+            engine = self.inputs.engines[source.name]
+            loaded = self._load(source) if to_score or engine == "transformers" else None
+            if loaded is not None:
+                with Progress(f"{source.name}: score the ground truth", to_score, "examples") as bar:
+                    for split, parts in truth.items():
+                        for part in parts:
+                            fitted = part.of(self.inputs.fitted[split])
+                            self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
+            # Another engine may need all memory, so that the model is let go before it starts.
+            model = loaded.model if loaded is not None and engine == "transformers" else None
+            loaded = None
+            if to_answer:
+                if model is None:
+                    free_memory()
+                self._answer_all(source, engine, answers, to_answer, model)
+            model = None  # frees the memory before the next source is loaded
 
     def _take(self, split: Split, parts: Sequence[Part], source: SourceConfig) -> None:
         """Writes the shards of a source's responses that the user has given."""
@@ -207,25 +225,42 @@ class Preparation:
             follower = NumberFollower(self.inputs.target.token_bytes, chat.token_bytes, model, head, top_k)
         return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source), follower)
 
-    def _answer(self, split: Split, part: Part, source: LoadedSource, bar: Progress) -> Counter[Verdict]:
+    def _answer_all(
+        self,
+        source: SourceConfig,
+        engine: Engine,
+        missing: Mapping[Split, Sequence[Part]],
+        prompts: int,
+        model: PreTrainedModel | None,
+    ) -> None:
+        """Lets a source answer the prompts of all parts that are missing. `model` is its model, where transformers answers."""
+        asked = Source.of(self.recipe, source, self.inputs.chats[source.name], self.inputs.dtype)
+        left_out: Counter[Verdict] = Counter()
+        by = "" if engine == "transformers" else f" ({engine})"
+        with (
+            answering(engine, asked, model) as answer,
+            Progress(f"{source.name}: answer the prompts{by}", prompts, "prompts") as bar,
+        ):
+            for split, parts in missing.items():
+                for part in parts:
+                    left_out += self._answer(split, part, source, answer, bar)
+        if line := self._left_out(source, left_out):
+            print(line, flush=True)
+
+    def _answer(
+        self, split: Split, part: Part, source: SourceConfig, answer: Answering, bar: Progress
+    ) -> Counter[Verdict]:
         """Writes one shard of a source's responses to the prompts of a part.
 
         Returns:
             How many of them the training has to leave out although they are finished, by the reason.
         """
-        generation = self.recipe.generation
-        answers = generate(
-            source.model,
-            source.chat,
-            [row["prompt"] for row in part.of(self.inputs.rows[split])],
-            generation,
-            max_length=self.recipe.data.max_length,
-            seed=self.recipe.seed + part.first,
-            responses=self.inputs.responses_per_prompt(split),
-            reasoning=source.reasoning,
-            progress=bar.update,
-        )
-        self.store.put_json(layout.responses(split, source.name), part.number, answers, examples=len(part))
+        prompts = [row["prompt"] for row in part.of(self.inputs.rows[split])]
+        responses = self.inputs.responses_per_prompt(split)
+        kind, engine = layout.responses(split, source.name), self.inputs.engines[source.name]
+        with Unfinished(self.store.directory, kind, part.number, engine) as kept:
+            answers = answer(Asked(split, prompts, part.first, responses, kept), bar.update)
+            self.store.put_json(kind, part.number, answers, examples=len(part))
         finished = [r for of_prompt in answers for r in of_prompt if r.finished and split == "train"]
         return Counter(r.verdict for r in finished if r.verdict != Verdict.OK)
 
@@ -432,6 +467,13 @@ def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> 
         [response.capture for response in scored.values()],
     )
     return dict(zip(scored, found))
+
+
+def free_memory() -> None:
+    """Gives back what a model that is no longer needed has left in memory, and what torch keeps of a GPU's."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def examples_in(parts: Sequence[Part]) -> int:

@@ -8,19 +8,19 @@ a recipe from YAML and the command line; `schedule.py` defines the named schedul
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from profuser.errors import ConfigError
 from profuser.kernels.tails import BUCKET, RENORMALIZE, Tail
 from profuser.recipe.checks import LARGEST, check_date, check_names, check_not_negative, check_positive
 from profuser.recipe.data import DataConfig
+from profuser.recipe.generation import GenerationConfig, Reasoning, SourceGenerationConfig
 from profuser.recipe.places import is_path
+from profuser.recipe.server import ServerConfig
 
 ScheduleName = Literal["progressive", "simultaneous", "reverse", "fusellm", "sft"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
-
-Reasoning = Literal["keep", "strip"]
 
 VoteRule = Literal["majority", "borda", "mean_z"]
 
@@ -46,35 +46,29 @@ class SourceConfig:
     """What becomes of the reasoning before this source's answers; null takes generation.reasoning."""
     responses: str | None = None
     """A file with this source's responses, which it is then not asked for: rows with `prompt`, `response` and, optionally, `finished`."""
-
-
-@dataclass(kw_only=True)
-class GenerationConfig:
-    """How the sources answer the training prompts (for the inference mode) and the held-out prompts (for the scores)."""
-
-    responses_per_source: int = 1
-    """How many responses each source gives to a training prompt. More than one needs a temperature above 0."""
-    max_new_tokens: int = 512
-    """The longest response in tokens. A response that is not finished by then does not take part in the vote."""
-    temperature: float = 0.0
-    """The temperature of sampling; 0 means greedy decoding."""
-    top_p: float = 1.0
-    """Only the most probable tokens are sampled from, until they hold this share of the probability; 1 keeps all tokens."""
-    batch_size: int = 16
-    """How many prompts are answered at a time."""
-    reasoning: Reasoning = "keep"
-    """Whether the reasoning that a model writes before its answer (a think block, another channel) is a part of its response."""
+    server: str | ServerConfig | None = None
+    """An OpenAI-compatible server that answers for this source, by its URL or with what else is to be said of it. `model` still has to be
+    there, which the distributions come from; the server must run the same one."""
+    generation: SourceGenerationConfig | None = None
+    """How this source answers, where that differs from the recipe's `generation`."""
 
     def __post_init__(self) -> None:
-        check_positive("generation", self, "max_new_tokens", "batch_size", "responses_per_source", "top_p")
-        check_not_negative("generation", self, "temperature")
-        if self.top_p > 1:
-            raise ConfigError(f"generation.top_p must be <= 1, got {self.top_p}; 1 keeps all tokens")
-        if self.responses_per_source > 1 and self.temperature == 0:
+        if isinstance(self.server, str):
+            self.server = ServerConfig(url=self.server)
+        if isinstance(self.server, ServerConfig):
+            self.server.check(f"sources: {self.name}: server")
+        engine = None if self.generation is None else self.generation.engine
+        if self.server is not None and engine not in (None, "server"):
             raise ConfigError(
-                f"generation.responses_per_source > 1 needs a temperature > 0 (greedy responses are equal), got "
-                f"{self.responses_per_source} at 0; set generation.temperature"
+                f"sources: {self.name}: generation.engine must be server where the source has a server, got {engine}; take one of "
+                "them out"
             )
+
+    @property
+    def generation_changes(self) -> dict[str, Any]:
+        """What this source does otherwise than the recipe's `generation` says, by the key there."""
+        said = {} if self.generation is None else self.generation.said
+        return said if self.server is None else said | {"engine": "server"}
 
 
 @dataclass(kw_only=True)
@@ -429,6 +423,7 @@ class Recipe:
             raise ConfigError(
                 f"target must be a source's name or a model, got {self.target!r} (sources: {', '.join(names)}); fix target"
             )
+        self._check_generation()
         for judge in self.judges:
             if sum(value is not None for value in (judge.model, judge.function, judge.scores)) != 1:
                 raise ConfigError(f"judges: {judge.name} must have one of model, function and scores; set exactly one")
@@ -461,6 +456,23 @@ class Recipe:
             for i, stage in enumerate(self.schedule):
                 stage.check(f"schedule[{i}]")
 
+    def _check_generation(self) -> None:
+        """Raises ConfigError for a source that cannot answer as it is told to."""
+        several = self.generation.responses_per_source
+        for source in self.sources:
+            generation = self.generation_of(source)
+            if several > 1 and generation.temperature == 0 and source.responses is None:
+                of = f"of source {source.name} " if "temperature" in source.generation_changes else ""
+                raise ConfigError(
+                    f"generation.responses_per_source > 1 needs a temperature > 0 (greedy responses are equal), got {several} at 0 "
+                    f"{of}".rstrip()
+                    + "; set generation.temperature"
+                )
+            if generation.engine == "server" and source.server is None:
+                raise ConfigError(
+                    f"sources: {source.name} must have a server with generation.engine server, it has none; add its URL as `server`"
+                )
+
     @property
     def target_config(self) -> SourceConfig:
         """The target's model: the source of that name or, where there is none, the model that `target` itself is."""
@@ -470,6 +482,13 @@ class Recipe:
     def reasoning_of(self, source: SourceConfig) -> Reasoning:
         """What becomes of the reasoning before a model's answers."""
         return source.reasoning or self.generation.reasoning
+
+    def generation_of(self, source: SourceConfig) -> GenerationConfig:
+        """How a source answers: the recipe's `generation`, with what the source does otherwise."""
+        changes = source.generation_changes | {"reasoning": self.reasoning_of(source)}
+        if changes.get("engine") in ("transformers", "server"):
+            changes["python"] = None
+        return replace(self.generation, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole recipe as nested plain values, defaults included."""
