@@ -12,7 +12,7 @@ from profuser.recipe.checks import check_not_negative, check_positive
 
 @dataclass(kw_only=True)
 class ServerConfig:
-    """An OpenAI-compatible server, such as one of vLLM, SGLang, llama.cpp or OpenAI. Where nothing but the URL is to be said, it stands
+    """An OpenAI-compatible server, such as one of vLLM, SGLang, Ollama or OpenAI. Where nothing but the URL is to be said, it stands
     alone: `server: http://localhost:8000/v1`.
     """
 
