@@ -25,6 +25,7 @@ from profuser.prepare.data import Examples, Row, data_hash, load_examples
 from profuser.prepare.engines import check_engine, settled_engine
 from profuser.prepare.given import GivenResponses, file_digest
 from profuser.prepare.judges import check_conversations, judge_fingerprint, open_judge, try_function_judge
+from profuser.prepare.server import Server
 from profuser.recipe.data import SPLITS, Split
 from profuser.recipe.generation import Engine
 from profuser.recipe.parse import Run
@@ -160,10 +161,18 @@ class Inputs:
         return schedule_words(self.recipe)
 
     def try_judges(self, judges: Sequence[JudgeConfig]) -> None:
-        """Calls once those of some judges that are functions. It raises DataError where one fails."""
+        """Calls once those of some judges that are functions, and looks for the servers of others.
+
+        Raises:
+            ConfigError: a server refuses its key, or has not the model.
+            DataError: a function fails.
+            ProfuserError: a server cannot be reached.
+        """
         candidates = len(self.recipe.sources) * self.recipe.generation.responses_per_source
         for judge in judges:
             try_function_judge(judge, self.rows["train"][0], candidates)
+            if isinstance(judge.server, ServerConfig):
+                Server(judge.server, f"judges: {judge.name}: server").check()
 
     def check_engines(self, sources: Sequence[SourceConfig]) -> None:
         """Finds out whether some sources can be answered for. It raises what `check_engine` raises."""
@@ -239,6 +248,8 @@ class Inputs:
             "judges": {
                 judge.name: {"model": judge.model, "function": judge.function, "files": judge_fingerprint(judge)}
                 | ({} if judge.scores is None else {"scores": judge.scores})
+                | ({} if judge.grader is None else {"grader": judge.grader})
+                | ({"server": judge.server.model} if isinstance(judge.server, ServerConfig) else {})
                 for judge in recipe.judges
             },
         }

@@ -38,7 +38,7 @@ from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_res
 from profuser.prepare.data import Row
 from profuser.prepare.engines import Answering, Asked, Source, answering
 from profuser.prepare.inputs import Inputs, Part
-from profuser.prepare.judges import load_judge
+from profuser.prepare.judges import judge_fingerprint, load_judge
 from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.vote_rules import NOBODY
@@ -332,8 +332,9 @@ class Preparation:
                     candidates = candidates_of(self.store, self.inputs.source_names, part.number)
                     # Judges are not shown empty texts, so that an empty text in a response's place keeps it from them.
                     shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
-                    scores = score(part.of(self.inputs.rows["train"]), shown, bar.update)
-                    self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
+                    with Unfinished(self.store.directory, kind, part.number, judge_fingerprint(config)) as kept:
+                        scores = score(part.of(self.inputs.rows["train"]), shown, bar.update, kept)
+                        self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
             del score
 
     @cached_property

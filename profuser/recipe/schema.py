@@ -17,10 +17,13 @@ from profuser.recipe.checks import LARGEST, check_date, check_names, check_not_n
 from profuser.recipe.data import DataConfig
 from profuser.recipe.generation import GenerationConfig, Reasoning, SourceGenerationConfig
 from profuser.recipe.places import is_path
+from profuser.recipe.rubric import RubricConfig
 from profuser.recipe.server import ServerConfig
 
 ScheduleName = Literal["progressive", "simultaneous", "reverse", "fusellm", "sft"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+
+Grader = Literal["exact", "number", "maths", "reasoning_gym"]
 
 VoteRule = Literal["majority", "borda", "mean_z"]
 
@@ -71,9 +74,14 @@ class SourceConfig:
         return said if self.server is None else said | {"engine": "server"}
 
 
+JUDGES = ("model", "function", "grader", "server", "scores")
+"""What a judge may be, by the keys of JudgeConfig."""
+
+
 @dataclass(kw_only=True)
 class JudgeConfig:
-    """One judge of the inference mode. It has one vote, and is a reward model, a function or a file of scores."""
+    """One judge of the inference mode. It has one vote, and is a reward model, a function, a grader, a model on a server or a file of
+    scores."""
 
     name: str
     """A short, unique name that is used in the store and in the report."""
@@ -81,6 +89,13 @@ class JudgeConfig:
     """The directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME for a bundled one."""
     function: str | None = None
     """A function as `module:function`. `function(example, responses)` returns one score per response, NaN to abstain."""
+    grader: Grader | None = None
+    """What compares a response's answer with the column `answer` or the ground truth: exact as texts, number as numbers, maths by the
+    package math-verify, reasoning_gym by the task's own score."""
+    server: str | ServerConfig | None = None
+    """An OpenAI-compatible server whose model judges, by its URL or with what else is to be said of it."""
+    rubric: RubricConfig | None = None
+    """What the model on the server is asked; null takes a rubric of our own, with scores from 1 to 10."""
     scores: str | None = None
     """A file with this judge's scores, such as those of people: rows with `prompt`, `response` and `score`; null abstains."""
     chat_template: str | None = None
@@ -95,9 +110,19 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         if self.floor is not None and not math.isfinite(self.floor):
             raise ConfigError(f"judges: {self.name}: floor must be finite, got {self.floor:g}; null sets none")
+        if isinstance(self.server, str):
+            self.server = ServerConfig(url=self.server)
+        if isinstance(self.server, ServerConfig):
+            self.server.check(f"judges: {self.name}: server")
+        if self.rubric is not None:
+            self.rubric.check(f"judges: {self.name}: rubric")
+            if self.server is None:
+                raise ConfigError(
+                    f"judges: {self.name}: rubric is for a judge on a server; take it out, or add `server`"
+                )
         if self.chat_template is not None and self.model is None:
             raise ConfigError(
-                f"judges: {self.name}: chat_template is for a reward model, functions and scores have none; take it out"
+                f"judges: {self.name}: chat_template is for a reward model, no other judge has one; take it out"
             )
 
 
@@ -425,8 +450,10 @@ class Recipe:
             )
         self._check_generation()
         for judge in self.judges:
-            if sum(value is not None for value in (judge.model, judge.function, judge.scores)) != 1:
-                raise ConfigError(f"judges: {judge.name} must have one of model, function and scores; set exactly one")
+            if sum(getattr(judge, kind) is not None for kind in JUDGES) != 1:
+                raise ConfigError(
+                    f"judges: {judge.name} must have one of {', '.join(JUDGES[:-1])} and {JUDGES[-1]}; set exactly one"
+                )
         check_not_negative("", self, "seed")
         if self.adapter is not None and self.optim.shard:
             raise ConfigError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import ConfigError, DataError
+from profuser.recipe.schema import JUDGES
 from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.sealed import digest_of
@@ -115,7 +116,7 @@ def card(store: Store, counts: dict[str, int]) -> str:
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in TABLES)
     sources = "".join(f"- {name}: `{source['model']}`\n" for name, source in settings.sources["sources"].items())
     judges = "".join(
-        f"- {name}: `{judge['model'] or judge['function'] or judge['scores']}`\n"
+        f"- {name}: `{next((str(judge[kind]) for kind in JUDGES if judge.get(kind) is not None), 'a server')}`\n"
         for name, judge in settings.votes["judges"].items()
         if name in settings.votes["asked"]
     )
