@@ -152,7 +152,7 @@ TWO = (
 
 def test_a_grader_votes_as_any_judge_does(tmp_path):
     run = small_run(tmp_path, *TWO, "--judges=[{name: right, grader: exact}, {name: sums, grader: number}]",
-                    "--judging.no_signal=ground_truth")  # fmt: skip
+                    "--judging.no_signal=ground_truth", "--generation.max_new_tokens=48")  # fmt: skip
     store = prepare(run)
     rows = Inputs.open(run).rows["train"]
     scores = np.concatenate(
