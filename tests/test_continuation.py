@@ -141,7 +141,7 @@ def test_responses_depend_neither_on_the_size_of_a_batch_nor_on_where_a_shard_be
             parts = [
                 answer
                 for first, stop in ((0, 4), (4, 9))
-                for answer in generate(model, chat, prompts[first:stop], config, first=first, **options)
+                for answer in generate(model, chat, prompts[first:stop], config, numbers=range(first, stop), **options)
             ]
             assert parts == whole
             found.append(whole)

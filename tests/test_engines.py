@@ -79,7 +79,11 @@ def test_a_server_is_asked_for_what_the_recipe_says(chat, monkeypatch):
     with chat_server(lambda body: choice(f" {body['messages'][-1]['content']}! \n")) as there:
         source = of_server(chat, there.url, key_variable="THE_KEY", generation={"temperature": 0.5, "top_p": 0.9})
         # The last prompt leaves no room for a response, and is not asked for.
-        assert answers(source, prompts, first=7, responses=2) == [one("One?!") * 2, one("Why?!") * 2, one("") * 2]
+        assert answers(source, prompts, numbers=[7, 8, 9], responses=2) == [
+            one("One?!") * 2,
+            one("Why?!") * 2,
+            one("") * 2,
+        ]
     assert len(there.bodies) == 4
     assert {body["model"] for body in there.bodies} == {"served"}  # the only one that the server lists
     assert {(body["temperature"], body["top_p"]) for body in there.bodies} == {(0.5, 0.9)}
@@ -589,7 +593,7 @@ def test_sampled_requests_have_seeds_of_their_own(chat, stub, monkeypatch):
     )
     with answering("vllm", of_stub(chat, stub, temperature=0.6, top_p=0.9)) as answer:
         answer(Asked("train", ["a?", "b?"], responses=3))
-        answer(Asked("train", ["b?"], first=1, responses=3))
+        answer(Asked("train", ["b?"], [1], responses=3))
     sampling = [request["sampling"] for request in sent]
     assert {(s["temperature"], s["top_p"], s["max_tokens"]) for s in sampling} == {(0.6, 0.9, 40)}
     seeds = [s["seed"] for s in sampling]

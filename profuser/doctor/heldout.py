@@ -135,7 +135,8 @@ def kept_or_made(
         Progress(f"{name}: answer the held-out prompts", len(prompts), "prompts", initial=done) as bar,
     ):
         while (first := len(answers)) < len(prompts):
-            responses = answer(Asked("heldout", prompts[first : first + size], first), bar.update)
+            part = prompts[first : first + size]
+            responses = answer(Asked("heldout", part, range(first, first + len(part))), bar.update)
             texts = [of_prompt[0].text for of_prompt in responses]
             write_sealed(folder / name_of(first), {"answers": texts, "of": folder.name, "first": first})
             answers += texts

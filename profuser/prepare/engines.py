@@ -39,13 +39,13 @@ from profuser.text.said import said_elsewhere
 class Asked(NamedTuple):
     """The prompts of one shard that a source answers.
 
-    first: the number of the first of them in its split. responses: how many each gets.
+    numbers: those of the prompts in their split; empty counts them from 0. responses: how many each gets.
     kept: where responses are kept until the shard is complete.
     """
 
     split: Split
     prompts: Sequence[Prompt]
-    first: int = 0
+    numbers: Sequence[int] = ()
     responses: int = 1
     kept: Unfinished | None = None
 
@@ -165,7 +165,7 @@ def _by_transformers(source: Source, model: PreTrainedModel) -> Answering:
             source.generation,
             max_length=source.max_length,
             seed=source.seed,
-            first=asked.first,
+            numbers=asked.numbers,
             of=drawn_for(source, asked),
             responses=asked.responses,
             progress=progress,
@@ -182,12 +182,13 @@ def _one_by_one(source: Source, stream: Stream) -> Answering:
         answers = [[Response("", True, Verdict.OK)] * asked.responses for _ in asked.prompts]
         left = Counter({i: asked.responses for i in range(len(asked.prompts))})
         wanted = []
+        numbers = asked.numbers or range(len(asked.prompts))
         for i, prompt in enumerate(asked.prompts):
             ids = source.chat.prompt_ids(prompt)
             room = min(source.generation.max_new_tokens, source.max_length - len(ids))
             for n in range(asked.responses):
                 if room > 0 and not _is_kept(asked.kept, (i, n), answers):
-                    seed = seed_of(source.seed, drawn_for(source, asked), asked.first + i, n)
+                    seed = seed_of(source.seed, drawn_for(source, asked), numbers[i], n)
                     wanted.append(Wanted((i, n), prompt, ids, room, seed))
                 else:
                     left[i] -= 1

@@ -195,7 +195,15 @@ class Inputs:
         if source.name not in self._given:
             self._given[source.name] = GivenResponses(source.name, source.responses)
         given = self._given[source.name]
-        return given if given.check(split, self.rows[split], self.responses_per_prompt(split)) else None
+        routed = self.routed(split, source.name)
+        return given if given.check(split, self.rows[split], self.responses_per_prompt(split), routed) else None
+
+    def routed(self, split: Split, source: str) -> list[bool]:
+        """Which examples of a split a source is asked about: all, unless a column names the source of each."""
+        column = self.recipe.data.route_column
+        if self.recipe.capture.choice != "route" or split == "heldout":
+            return [True] * len(self.rows[split])
+        return [row.get(column, source) == source for row in self.rows[split]]
 
     def responses_per_prompt(self, split: Split) -> int:
         """How many responses each source gives to a prompt of a split: several only to those that are voted on."""
@@ -238,9 +246,14 @@ class Inputs:
                 "template": template_hash(self.target),
             },
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
-            | {"max_length": recipe.data.max_length},
+            | {"max_length": recipe.data.max_length}
+            | ({"route_column": recipe.data.route_column} if recipe.capture.choice == "route" else {}),
             "generation": generation_settings(recipe),
-            "capture": without(vars(recipe.capture), "batch_size") | {"dtype": self.dtype_name},
+            # Before there was a choice, all stores were made with min_ce.
+            "capture": without(
+                vars(recipe.capture), "batch_size", *(["choice"] if recipe.capture.choice == "min_ce" else [])
+            )
+            | {"dtype": self.dtype_name},
             "date": self.date.isoformat(),
         }
         votes = {
@@ -315,7 +328,11 @@ def load_split(recipe: Recipe, split: Split) -> Examples:
         raise ConfigError(f"data.{split} must name a data file or set, the recipe names none; add it")
     limit = recipe.data.limit if split == "train" else None
     named = "train" if getattr(recipe.data, split) is None else split
-    return load_examples(recipe.data, location, limit, split, recipe.data.part(split), named)
+    # Held-out prompts are answered and scored by all sources.
+    routes = (
+        [source.name for source in recipe.sources] if recipe.capture.choice == "route" and split != "heldout" else []
+    )
+    return load_examples(recipe.data, location, limit, split, recipe.data.part(split), named, routes)
 
 
 def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:

@@ -39,6 +39,7 @@ from profuser.prepare.data import Row
 from profuser.prepare.engines import Answering, Asked, Source, answering
 from profuser.prepare.inputs import Inputs, Part
 from profuser.prepare.judges import judge_fingerprint, load_judge
+from profuser.prepare.responses import Response
 from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.vote_rules import NOBODY
@@ -189,7 +190,11 @@ class Preparation:
                 with Progress(f"{source.name}: score the ground truth", to_score, "examples") as bar:
                     for split, parts in truth.items():
                         for part in parts:
-                            fitted = part.of(self.inputs.fitted[split])
+                            routed = part.of(self.inputs.routed(split, source.name))
+                            fitted = [
+                                text if asked else Fitted.unused(Verdict.NOT_WINNER)
+                                for text, asked in zip(part.of(self.inputs.fitted[split]), routed)
+                            ]
                             self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
             # Another engine may need all memory, so that the model is let go before it starts.
             model = loaded.model if loaded is not None and engine == "transformers" else None
@@ -205,7 +210,10 @@ class Preparation:
         given = self.inputs.given(source, split)
         assert given is not None
         for part in parts:
-            responses = given.of(part.of(self.inputs.rows[split]), self.inputs.responses_per_prompt(split))
+            count = self.inputs.responses_per_prompt(split)
+            asked = self._asked_of(split, part, source)
+            rows = [self.inputs.rows[split][number] for number in asked]
+            responses = self._with_others(part, asked, given.of(rows, count), count)
             self.store.put_json(layout.responses(split, source.name), part.number, responses, examples=len(part))
         if parts:
             print(
@@ -255,14 +263,30 @@ class Preparation:
         Returns:
             How many of them the training has to leave out although they are finished, by the reason.
         """
-        prompts = [row["prompt"] for row in part.of(self.inputs.rows[split])]
-        responses = self.inputs.responses_per_prompt(split)
+        numbers = self._asked_of(split, part, source)
+        prompts = [self.inputs.rows[split][number]["prompt"] for number in numbers]
+        count = self.inputs.responses_per_prompt(split)
         kind, engine = layout.responses(split, source.name), self.inputs.engines[source.name]
         with Unfinished(self.store.directory, kind, part.number, engine) as kept:
-            answers = answer(Asked(split, prompts, part.first, responses, kept), bar.update)
-            self.store.put_json(kind, part.number, answers, examples=len(part))
+            answers = answer(Asked(split, prompts, numbers, count, kept), bar.update)
+            whole = self._with_others(part, numbers, answers, count)
+            self.store.put_json(kind, part.number, whole, examples=len(part))
+        bar.update(len(part) - len(numbers))
         finished = [r for of_prompt in answers for r in of_prompt if r.finished and split == "train"]
         return Counter(r.verdict for r in finished if r.verdict != Verdict.OK)
+
+    def _asked_of(self, split: Split, part: Part, source: SourceConfig) -> list[int]:
+        """Returns the numbers of a part's examples that a source is asked about."""
+        routed = self.inputs.routed(split, source.name)
+        return [number for number in range(part.first, part.stop) if routed[number]]
+
+    def _with_others(
+        self, part: Part, numbers: Sequence[int], answers: Sequence[list[Response]], count: int
+    ) -> list[list[Response]]:
+        """Returns the responses to all examples of a part. Those about which the source was not asked have empty ones."""
+        given = dict(zip(numbers, answers, strict=True))
+        nothing = [Response("", True, Verdict.NOT_WINNER)] * count
+        return [given.get(number, nothing) for number in range(part.first, part.stop)]
 
     def _left_out(self, source: SourceConfig, verdicts: Counter[Verdict]) -> str:
         """Returns the line that says which of a source's responses are left out, and what helps; it is empty without any."""

@@ -66,7 +66,7 @@ def generate(
     *,
     max_length: int,
     seed: int = 0,
-    first: int = 0,
+    numbers: Sequence[int] = (),
     of: str = "",
     responses: int = 1,
     reasoning: Reasoning | None = None,
@@ -78,7 +78,7 @@ def generate(
         max_length: the longest sequence in tokens, prompt and response together. A prompt that leaves no room gets empty
             responses.
         seed: the seed of sampling; it is not used by greedy decoding.
-        first, of: the number of the first prompt in its split, and whose responses these are: what sampling depends on beside the seed.
+        numbers: those of the prompts in their split; empty counts them from 0. of: whose responses these are. Sampling depends on both.
         responses: how many responses each prompt gets; more than one needs a temperature above 0.
         reasoning: what becomes of the reasoning before an answer; None takes the config's.
         progress: called as `Progress.update` is, with the number of prompts answered and of tokens generated for them.
@@ -93,6 +93,7 @@ def generate(
     answers = [[Response("", True, Verdict.OK)] * responses for _ in prompts]
     progress(sum(len(ids) >= max_length for ids in encoded))
 
+    numbers = numbers or range(len(prompts))
     sampling = Sampling(config.temperature, config.top_p) if config.temperature > 0 else None
     strip = (reasoning or config.reasoning) == "strip"
     size = config.batch_size * responses
@@ -107,7 +108,7 @@ def generate(
             pad=chat.end_id,  # it has a row in every model, which the tokenizer's padding need not have
             rooms=rooms,
             sampling=sampling,
-            draws=[draws_of(seed, of, first + i, n, room) for (i, n), room in zip(batch, rooms)] if sampling else (),
+            draws=[draws_of(seed, of, numbers[i], n, room) for (i, n), room in zip(batch, rooms)] if sampling else (),
         )
         for (i, n), ids in zip(batch, written):
             answers[i][n] = response_of(chat, ids, strip_reasoning=strip)

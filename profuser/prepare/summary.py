@@ -87,7 +87,7 @@ def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Ma
             c.left_out or f"{'unfinished' if c.text else 'empty'} response of a source, kept from the judges"
             for of_prompt in ballots.candidates
             for c in of_prompt
-            if not c.eligible
+            if not c.eligible and c.left_out != Verdict.NOT_WINNER.label
         )
         summary["handled"] |= unusable
     return summary

@@ -141,6 +141,10 @@ class JudgingConfig:
 class CaptureConfig:
     """How the sources score a response, and what of their distributions is stored."""
 
+    choice: Literal["min_ce", "route", "weights"] = "min_ce"
+    """Which source an example is learnt from. min_ce: in training mode the one with the lowest cross-entropy on the ground truth, in
+    inference mode the one whose response wins the vote. route: in both the one that data.route_column names, and no other is asked.
+    weights would mix them, which the loss cannot do yet."""
     top_k: int = 10
     """How many entries of a distribution are stored per position (FuseLLM's value)."""
     batch_size: int = 8
@@ -152,6 +156,11 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         check_positive("capture", self, "top_k", "batch_size", "shard_size")
+        if self.choice == "weights":
+            raise ConfigError(
+                "capture.choice must be min_ce or route, got weights: the loss takes one source for each sequence and cannot mix them yet; "
+                "set one of these"
+            )
 
 
 @dataclass(kw_only=True)
