@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from profuser.errors import ConfigError
 from profuser.models.load import weights_of
+from profuser.models.merged_adapter import adapter_folder
 from profuser.prepare.draws import seed_of
 from profuser.prepare.responses import Response, generate, is_answer, response_of
 from profuser.prepare.server import Reply, Server
@@ -109,7 +110,8 @@ def settled_engine(recipe: Recipe, source: SourceConfig, store_dir: Path, device
         engine = made.get("engine", "transformers") if isinstance(made, dict) else "transformers"
         if engine in ("transformers", "vllm"):
             return engine
-    return "vllm" if device.type == "cuda" and has_vllm(generation.python) else "transformers"
+    fits = adapter_folder(source) is None and "gguf_file" not in weights_of(source)[1]
+    return "vllm" if device.type == "cuda" and fits and has_vllm(generation.python) else "transformers"
 
 
 def check_engine(engine: Engine, source: SourceConfig, generation: GenerationConfig) -> None:
@@ -123,6 +125,11 @@ def check_engine(engine: Engine, source: SourceConfig, generation: GenerationCon
         if "gguf_file" in weights_of(source)[1]:
             raise ConfigError(
                 f"{source.name}: generation.engine vllm must have a model in safetensors, got the GGUF file {source.model}; set "
+                "generation: { engine: transformers } for this source"
+            )
+        if adapter_folder(source) is not None:
+            raise ConfigError(
+                f"{source.name}: generation.engine vllm must have a whole model, {source.model} is an adapter; merge it, or set "
                 "generation: { engine: transformers } for this source"
             )
         if not has_vllm(generation.python):

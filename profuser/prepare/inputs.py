@@ -19,8 +19,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from profuser.errors import ConfigError, DataError
-from profuser.models.fingerprint import fingerprint
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
+from profuser.models.merged_adapter import model_fingerprint
 from profuser.prepare.data import Examples, Row, data_hash, load_examples
 from profuser.prepare.engines import check_engine, settled_engine
 from profuser.prepare.given import GivenResponses, file_digest
@@ -242,7 +242,7 @@ class Inputs:
             },
             "target": {
                 "name": recipe.target,
-                "files": fingerprint(recipe.target_config.model),
+                "files": model_fingerprint(recipe.target_config),
                 "template": template_hash(self.target),
             },
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
@@ -290,7 +290,7 @@ def source_settings(recipe: Recipe, source: SourceConfig, chat: ChatFormat, engi
         own |= {"seed": recipe.seed}
     return {
         "model": source.model,
-        "files": fingerprint(source.model),
+        "files": model_fingerprint(source),
         "revision": source.revision,
         "template": template_hash(chat),
         "reasoning": recipe.reasoning_of(source),

@@ -38,7 +38,10 @@ class SourceConfig:
     name: str
     """A short, unique name that is used in the store, in the report and by `target`."""
     model: str
-    """The model's directory, its Hub id, or demo:NAME for a bundled model."""
+    """The model's directory, its Hub id, or demo:NAME for a bundled model. It may be the directory of a peft adapter, which is merged into
+    its base."""
+    base: str | None = None
+    """The base of an adapter: a directory or Hub id. null takes the one that its adapter_config.json names."""
     revision: str | None = None
     """The revision of a Hub model: a branch, a tag or a commit."""
     chat_template: str | None = None
