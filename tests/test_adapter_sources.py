@@ -172,7 +172,7 @@ def test_what_cannot_go_with_an_adapter_is_refused(place):
     one = source(folder / "one")
     with pytest.raises(DataError, match="base must go with an adapter"):
         open_model(source(folder / "base", base="demo:guardian"))
-    with pytest.raises(ConfigError, match="must have a whole model, .* is an adapter"):
+    with pytest.raises(ConfigError, match=r"must have a whole model, .* is an adapter"):
         check_engine("vllm", one, GenerationConfig(engine="vllm"))
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ConfigError, match="must go with a whole model"):

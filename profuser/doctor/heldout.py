@@ -128,7 +128,7 @@ def kept_or_made(
     name, done, model = source.config.name, len(answers), None
     check_engine(engine, source.config, source.generation)
     if engine == "transformers":
-        model = load_model(source.config, source.dtype, device)
+        model = load_model(source.config, source.dtype, device, spreads=True)
         check_vocabulary(name, source.chat, len(head_of(model).weight))
     with (
         answering(engine, source, model) as answer,

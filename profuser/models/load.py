@@ -264,12 +264,14 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     packs: bool = False,
+    spreads: bool = False,
     quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """Loads a source's model, in evaluation mode.
 
     Args:
         packs: whether it will read packed sequences. It then uses flash-attention where that is installed and supported.
+        spreads: whether it may be spread over all GPUs, if the source says so.
         quantization: how its linear layers are quantised while they are loaded.
 
     Raises:
@@ -284,6 +286,8 @@ def load_model(
         modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # pyrefly: ignore[bad-assignment]
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
+    if spreads := spreads and source.device_map is not None and torch.device(device).type == "cuda":
+        options["device_map"] = source.device_map
     folder = adapter_folder(source)
     assert folder is None or quantization is None, (
         "weights that are quantised while they are loaded cannot be merged with others"
@@ -291,7 +295,19 @@ def load_model(
     model: Any = load(AutoModelForCausalLM, source.name, location, {**options, "dtype": dtype})
     if folder is not None:
         model = merged(source.name, folder, model)
-    return model.eval() if quantization is not None else model.to(device).eval()
+    if spreads:
+        check_spread(source.name, model)
+    return model.eval() if quantization is not None or spreads else model.to(device).eval()
+
+
+def check_spread(name: str, model: PreTrainedModel) -> None:
+    """Raises DataError unless all weights of a model that is spread over GPUs are on them."""
+    placed = {parameter.device.type for parameter in model.parameters()}
+    if away := placed - {"cuda"}:
+        raise DataError(
+            f"{name}: a source with device_map auto must fit on the GPUs together, a part of its weights is on "
+            f"{' and '.join(sorted(away)).replace('meta', 'the disk')}; use more or larger GPUs, or another model"
+        )
 
 
 def load_without_weights(source: SourceConfig, dtype: torch.dtype) -> PreTrainedModel:

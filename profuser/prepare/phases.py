@@ -34,7 +34,14 @@ from profuser.kernels.head import Head
 from profuser.models.head import head_of
 from profuser.models.load import check_vocabulary, load_model
 from profuser.prepare.agreement import warnings_of
-from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
+from profuser.prepare.capture import (
+    BatchSize,
+    CaptureRequest,
+    ScoredResponse,
+    capture_responses,
+    pack_captures,
+    unpack_captures,
+)
 from profuser.prepare.data import Row
 from profuser.prepare.engines import Answering, Asked, Source, answering
 from profuser.prepare.inputs import Inputs, Part
@@ -74,6 +81,7 @@ class LoadedSource:
     byte_order: ByteOrder
     reasoning: Reasoning
     follower: NumberFollower | None
+    batch_size: BatchSize
 
 
 def prepare(run: Run) -> Store:
@@ -223,7 +231,7 @@ class Preparation:
 
     def _load(self, source: SourceConfig) -> LoadedSource:
         """Loads a source's model and checks that it fits its tokenizer."""
-        model = load_model(source, self.inputs.dtype, self.inputs.device)
+        model = load_model(source, self.inputs.dtype, self.inputs.device, spreads=True)
         head, chat = head_of(model), self.inputs.chats[source.name]
         check_vocabulary(source.name, chat, len(head.weight))
         order = ByteOrder(chat.token_bytes, head.weight.shape[0])
@@ -231,7 +239,8 @@ class Preparation:
         if self.recipe.align.follow_numbers:
             top_k = min(self.recipe.capture.top_k, head.weight.shape[0])
             follower = NumberFollower(self.inputs.target.token_bytes, chat.token_bytes, model, head, top_k)
-        return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source), follower)
+        size = BatchSize(self.recipe.capture.batch_size, lambda line: print(f"{source.name}: {line}", flush=True))
+        return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source), follower, size)
 
     def _answer_all(
         self,
@@ -324,7 +333,7 @@ class Preparation:
             asked.append(i)
 
         # Score them, and write the shard.
-        top_k, batch_size = self.recipe.capture.top_k, self.recipe.capture.batch_size
+        top_k = self.recipe.capture.top_k
         scored: dict[int, ScoredResponse] = {}
         for i, response in capture_responses(
             source.model,
@@ -332,7 +341,7 @@ class Preparation:
             requests,
             source.byte_order,
             top_k=top_k,
-            batch_size=batch_size,
+            batch_size=source.batch_size,
             follower=source.follower,
         ):
             scored[asked[i]] = response

@@ -48,6 +48,9 @@ class SourceConfig:
     """A Jinja chat template, or the path of a .jinja file. It is needed where the tokenizer has none, and replaces one it has."""
     trust_remote_code: bool = False
     """Whether Python code from the model's repository may be run."""
+    device_map: Literal["auto"] | None = None
+    """auto spreads the source over all GPUs, for one that does not fit on one; null puts it on the first. Without a GPU it changes nothing,
+    and the target is never spread while it is trained."""
     reasoning: Reasoning | None = None
     """What becomes of the reasoning before this source's answers; null takes generation.reasoning."""
     responses: str | None = None
@@ -151,7 +154,8 @@ class CaptureConfig:
     top_k: int = 10
     """How many entries of a distribution are stored per position (FuseLLM's value)."""
     batch_size: int = 8
-    """How many responses a source scores at a time."""
+    """The most responses that a source scores at a time. Where its memory does not suffice for so many, it takes half of them, and says
+    so."""
     shard_size: int = 4096
     """How many examples a shard of the store holds. An interrupted preparation goes on with the next shard."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
