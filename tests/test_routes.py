@@ -18,6 +18,7 @@ from profuser.prepare.phases import prepare
 from profuser.prepare.responses import read_responses
 from profuser.recipe.schedule import Mode
 from profuser.store import layout
+from profuser.store.export import audit_rows, responses_of
 from profuser.text.fit import Verdict
 from profuser.train.targets import Targets
 
@@ -94,6 +95,8 @@ def test_what_is_learnt_comes_from_that_source(made):
         of_skill.get("b", 0) for of_skill in wins.values()
     )
     assert Verdict.NOT_WINNER.label not in store.summary["handled"]
+    exported = list(responses_of(store, audit_rows(store)))
+    assert [(row["example"], row["source"]) for row in exported] == [(e, NAMES[e % 2]) for e in range(len(exported))]
 
 
 def test_another_column_or_choice_is_another_store(made, tmp_path):

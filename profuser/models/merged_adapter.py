@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -101,17 +102,18 @@ def merged(name: str, folder: Path, model: PreTrainedModel) -> PreTrainedModel:
     check_adapter_files(name, folder)
     import peft
 
-    dtype = model.dtype
     try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = True
-        wrapped: Any = peft.get_peft_model(model, config)
-        expected = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-        weights = peft.load_peft_weights(str(folder), device="cpu")
-        lacking = sorted(expected - set(weights))
-        over = sorted(peft.set_peft_model_state_dict(wrapped, weights).unexpected_keys)
-        if not lacking and not over:
-            return wrapped.merge_and_unload(safe_merge=True).to(dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns of a base in another place, and of adapted embeddings
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            config.inference_mode = True
+            dtype, wrapped = model.dtype, cast("Any", peft.get_peft_model(model, config))
+            expected = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+            weights = peft.load_peft_weights(str(folder), device="cpu")
+            lacking = sorted(expected - set(weights))
+            over = sorted(peft.set_peft_model_state_dict(wrapped, weights).unexpected_keys)
+            if not lacking and not over:
+                return wrapped.merge_and_unload(safe_merge=True).to(dtype)
         fault = f"it lacks {lacking[0]}" if lacking else f"there is no place for {over[0]}"
     except Exception as error:  # peft and torch each raise their own kinds for what does not fit
         if is_lack_of_memory(error):

@@ -18,6 +18,7 @@ from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.sealed import digest_of
 from profuser.store.store import Store
+from profuser.text.fit import Verdict
 
 TABLES = ("responses", "preferences")
 
@@ -83,6 +84,10 @@ def responses_of(store: Store, examples: list[dict[str, Any]]) -> Iterator[dict[
     for number, row in enumerate(examples):
         for source, n in product(settings.sources["source_names"], range(several)):
             label = f"{source}_{n}" if several > 1 else source
+            if (
+                written[source][number][n][2] == Verdict.NOT_WINNER
+            ):  # the prompt is another source's, and this one was not asked
+                continue
             yield {
                 "example": number,
                 "prompt": row["prompt"],
