@@ -90,7 +90,7 @@ def gap_of(model, prompt: list[int], one: list[int], other: list[int]) -> float:
 
 def test_sampled_answers_can_be_made_again():
     source = SourceConfig(name="m", model="demo:guardian")
-    generation = GenerationConfig(engine="vllm", python=PYTHON, temperature=2.5, max_new_tokens=16)
+    generation = GenerationConfig(engine="vllm", python=PYTHON, temperature=2.0, max_new_tokens=16)
     asked = Asked("train", ["How does a bozun taste?", "How do I kill the process?"], responses=3)
     with answering("vllm", Source(source, generation, chat_format(source), 256, 0, torch.float32)) as answer:
         found = answer(asked)
