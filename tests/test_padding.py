@@ -12,8 +12,9 @@ from command_runs import RECIPE, rows, run, without_pictures, write_rows
 
 from profuser.models.load import chat_format, load_model
 from profuser.prepare.responses import generate
+from profuser.recipe.generation import GenerationConfig
 from profuser.recipe.places import resolve
-from profuser.recipe.schema import GenerationConfig, SourceConfig
+from profuser.recipe.schema import SourceConfig
 
 
 def pad_with_a_new_token(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ def scripted(monkeypatch, texts: list[str]) -> None:
         written = [[*tokens.encode(texts[n % len(texts)]), eos_token_id[0]] for n in range(len(input_ids))]
         width = max(map(len, written))
         padded = [ids + [pad_token_id] * (width - len(ids)) for ids in written]
-        return torch.cat([input_ids, torch.tensor(padded)], 1)
+        return SimpleNamespace(sequences=torch.cat([input_ids, torch.tensor(padded)], 1))
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
 

@@ -28,6 +28,7 @@ from profuser.doctor.source_tables import describe_sources, notes_of, source_tab
 from profuser.errors import DataError, Interrupted
 from profuser.merge import blocks
 from profuser.merge.weights import StoredWeights
+from profuser.prepare import engines
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 
@@ -297,7 +298,7 @@ def test_an_interrupted_command_goes_on_and_a_damaged_file_is_made_again(good, m
         whole, _ = compared(*options)
         shutil.rmtree("runs/recipe-sources")
         monkeypatch.setattr(heldout, "BATCHES", 1)
-        generate, asked = heldout.generate, []
+        generate, asked = engines.generate, []
 
         def stopping(model, chat, prompts, *rest, **options):
             if len(asked) == 2:
@@ -305,7 +306,7 @@ def test_an_interrupted_command_goes_on_and_a_damaged_file_is_made_again(good, m
             asked.extend(prompts)
             return generate(model, chat, prompts, *rest, **options)
 
-        monkeypatch.setattr(heldout, "generate", stopping)
+        monkeypatch.setattr(engines, "generate", stopping)
         code, _, err = run("doctor", *OPTIONS, *options)
         assert code == 130
         assert "goes on from there" in err
@@ -317,7 +318,7 @@ def test_an_interrupted_command_goes_on_and_a_damaged_file_is_made_again(good, m
             return generate(model, chat, prompts, *rest, **options)
 
         asked.clear()
-        monkeypatch.setattr(heldout, "generate", counted)
+        monkeypatch.setattr(engines, "generate", counted)
         assert compared(*options)[0] == whole
         assert len(asked) == 1 + 3  # guardian's last prompt, and scholar's three
 

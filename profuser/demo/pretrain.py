@@ -33,7 +33,7 @@ from profuser.demo.verify import exact_match
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.models.padding import padded
 from profuser.prepare.responses import generate
-from profuser.recipe.schema import GenerationConfig
+from profuser.recipe.generation import GenerationConfig
 from profuser.text.chat import ChatFormat
 from profuser.train.export import save_weights
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,9 +21,10 @@ from profuser.evaluate.scores import source_answers
 from profuser.models.head import head_of
 from profuser.models.load import check_vocabulary, default_device, load_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash
+from profuser.prepare.engines import Asked, Source, answering, check_engine, settled_engine
 from profuser.prepare.inputs import generation_settings, settled_dtype, source_settings
-from profuser.prepare.responses import generate
 from profuser.progress import Progress
+from profuser.recipe.generation import Engine
 from profuser.recipe.parse import Run
 from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.store.files import remove_left_over
@@ -58,20 +60,25 @@ def heldout_answers(
     answers = {}
     for source in recipe.sources:
         chat = chats[source.name]
-        prepared = prepared_answers(run, source, chat, rows, dtype)
+        engine = settled_engine(recipe, source, run.store_dir, device)
+        decides = source_settings(recipe, source, chat, engine)
+        prepared = prepared_answers(run, source, decides, rows, dtype)
         if prepared is not None:
             answers[source.name] = [prepared[i] for i in asked]
             continue
-        folder = answers_folder(run) / f"{source.name}-{key_of(recipe, source, chat, prompts, dtype)}"
-        answers[source.name] = kept_or_made(recipe, source, chat, prompts, folder, dtype, device)
+        folder = answers_folder(run) / f"{source.name}-{key_of(recipe, decides, chat, prompts, dtype)}"
+        asking = Source.of(recipe, source, chat, runtime_dtype(dtype, device))
+        answers[source.name] = kept_or_made(asking, engine, prompts, folder, device)
     return answers
 
 
 def prepared_answers(
-    run: Run, source: SourceConfig, chat: ChatFormat, rows: Sequence[Row], dtype: str
+    run: Run, source: SourceConfig, decides: Mapping[str, Any], rows: Sequence[Row], dtype: str
 ) -> list[str] | None:
     """Returns a source's answers to all held-out prompts from the recipe's store; None unless they are there.
 
+    Args:
+        decides: the source's settings, by which those of the store are known.
     Raises:
         DataError: the store is broken, or of another version.
     """
@@ -80,7 +87,7 @@ def prepared_answers(
     recipe, store = run.recipe, Store.open(run.store_dir, complete=False)
     made = store.settings.sources
     same = (
-        made["sources"].get(source.name) == source_settings(recipe, source, chat)
+        made["sources"].get(source.name) == decides
         and made.get("generation") == generation_settings(recipe)
         and made["capture"]["dtype"] == dtype
         and made["data"].get("heldout") == data_hash(rows)
@@ -91,10 +98,10 @@ def prepared_answers(
     return answers if len(answers) == len(rows) else None
 
 
-def key_of(recipe: Recipe, source: SourceConfig, chat: ChatFormat, prompts: Sequence[str], dtype: str) -> str:
-    """Returns a short hash of what decides a source's answers. Batch sizes are not a part of it."""
+def key_of(recipe: Recipe, source: Mapping[str, Any], chat: ChatFormat, prompts: Sequence[str], dtype: str) -> str:
+    """Returns a short hash of what decides a source's answers. Batch sizes are not a part of it. `source` are its settings."""
     decides = {
-        "source": source_settings(recipe, source, chat),
+        "source": source,
         "generation": generation_settings(recipe),
         "max_length": recipe.data.max_length,
         "dtype": dtype,
@@ -105,17 +112,12 @@ def key_of(recipe: Recipe, source: SourceConfig, chat: ChatFormat, prompts: Sequ
 
 
 def kept_or_made(
-    recipe: Recipe,
-    source: SourceConfig,
-    chat: ChatFormat,
-    prompts: Sequence[str],
-    folder: Path,
-    dtype: str,
-    device: torch.device,
+    source: Source, engine: Engine, prompts: Sequence[str], folder: Path, device: torch.device
 ) -> list[str]:
     """Returns a source's answers: those that are kept in a directory, and the others, which are made and kept."""
     answers: list[str] = []
-    for number in range(0, len(prompts), BATCHES * recipe.generation.batch_size):
+    size = BATCHES * source.generation.batch_size
+    for number in range(0, len(prompts), size):
         remove_left_over(folder / name_of(number))
     while part := kept(folder, len(answers), len(prompts)):
         answers += part
@@ -123,22 +125,18 @@ def kept_or_made(
         return answers
 
     # A file that was damaged is made again, and those behind it are used as they are.
-    model = load_model(source, runtime_dtype(dtype, device), device)
-    check_vocabulary(source.name, chat, len(head_of(model).weight))
-    size = BATCHES * recipe.generation.batch_size
-    label, done = f"{source.name}: answer the held-out prompts", len(answers)
-    with Progress(label, len(prompts), "prompts", initial=done) as bar:
+    name, done, model = source.config.name, len(answers), None
+    check_engine(engine, source.config, source.generation)
+    if engine == "transformers":
+        model = load_model(source.config, source.dtype, device, spreads=True)
+        check_vocabulary(name, source.chat, len(head_of(model).weight))
+    with (
+        answering(engine, source, model) as answer,
+        Progress(f"{name}: answer the held-out prompts", len(prompts), "prompts", initial=done) as bar,
+    ):
         while (first := len(answers)) < len(prompts):
-            responses = generate(
-                model,
-                chat,
-                prompts[first : first + size],
-                recipe.generation,
-                max_length=recipe.data.max_length,
-                seed=recipe.seed + first,
-                reasoning=recipe.reasoning_of(source),
-                progress=bar.update,
-            )
+            part = prompts[first : first + size]
+            responses = answer(Asked("heldout", part, range(first, first + len(part))), bar.update)
             texts = [of_prompt[0].text for of_prompt in responses]
             write_sealed(folder / name_of(first), {"answers": texts, "of": folder.name, "first": first})
             answers += texts

@@ -21,7 +21,6 @@ from profuser.evaluate.finished import open_run
 from profuser.generate.decoder import Decoder
 from profuser.generate.methods import METHODS, open_decoder
 from profuser.generate.voices import chats_of
-from profuser.models.fingerprint import fingerprint
 from profuser.models.load import (
     chat_format,
     check_vocabulary,
@@ -31,12 +30,14 @@ from profuser.models.load import (
     open_model,
     runtime_dtype,
 )
+from profuser.models.merged_adapter import model_fingerprint
 from profuser.prepare.inputs import settled_date, settled_dtype, without
 from profuser.prepare.responses import generate
 from profuser.progress import silent
+from profuser.recipe.generation import GenerationConfig, Reasoning
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import RECIPES_DIR
-from profuser.recipe.schema import GenerationConfig, Reasoning, Recipe, SourceConfig
+from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.text.chat import ChatFormat
 
 
@@ -147,7 +148,7 @@ class Alone:
         if chat is not None and rows_of_head is not None:
             check_vocabulary(self.source.name, chat, rows_of_head)
         return {
-            "files": fingerprint(self.source.model),
+            "files": model_fingerprint(self.source),
             "commit": getattr(config, "_commit_hash", None),
             "template": None if chat is None else chat.digest,
             "dtype": str(self.dtype).removeprefix("torch."),

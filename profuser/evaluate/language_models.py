@@ -23,7 +23,7 @@ from profuser.errors import ConfigError, DataError, first_line
 from profuser.evaluate.contestants import Alone, Answerer, Joint, LoadedJoint
 from profuser.models.load import load_tokenizer
 from profuser.progress import Progress
-from profuser.recipe.schema import GenerationConfig, Reasoning
+from profuser.recipe.generation import GenerationConfig, Reasoning
 from profuser.text.token_bytes import TokenBytes, TokenBytesMismatch
 
 # The harness shows a bar while it builds a task's requests, also where there is no terminal.

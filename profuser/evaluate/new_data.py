@@ -160,7 +160,7 @@ def shared_with_training(recipe: Recipe, rows: Sequence[Row]) -> int:
 def kept_answers(directory: Path, contestant: Contestant, rows: Sequence[Row], recipe: Recipe) -> list[str]:
     """Returns a model's answers to the rows: those that are kept, or else new ones, which are kept from then on."""
     prompts = [row["prompt"] for row in rows]
-    generation = recipe.generation
+    generation = replace(recipe.generation_of(recipe.target_config), reasoning=recipe.generation.reasoning)
     settings = {
         "max_new_tokens": generation.max_new_tokens,
         "sampling": [generation.temperature, generation.top_p, recipe.seed] if generation.temperature > 0 else None,

@@ -199,10 +199,10 @@ def answer(
         model,
         chat,
         prompts,
-        recipe.generation,
+        recipe.generation_of(recipe.target_config),
         max_length=recipe.data.max_length,
         seed=recipe.seed,
-        reasoning=recipe.reasoning_of(recipe.target_config),
+        of=f"{recipe.target_config.name} heldout",
         progress=silent if bar is None else bar.update,
     )
     return [responses[0].text for responses in answers]

@@ -19,8 +19,8 @@ from profuser.errors import DataError, in_short
 from profuser.generate.decoder import Decoder
 from profuser.generate.steps import Answer, Step
 from profuser.generate.voices import chats_of
-from profuser.models.fingerprint import fingerprint
 from profuser.models.load import default_device, runtime_dtype
+from profuser.models.merged_adapter import model_fingerprint
 from profuser.prepare.inputs import without
 from profuser.progress import Progress
 from profuser.recipe.schema import Recipe
@@ -94,7 +94,7 @@ def settings_key(recipe: Recipe) -> str:
         {
             "name": source.name,
             "model": source.model,
-            "files": fingerprint(source.model),
+            "files": model_fingerprint(source),
             "revision": source.revision,
             "template": chat.digest,
         }

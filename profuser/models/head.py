@@ -57,7 +57,7 @@ def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Linear) -> N
     """Raises DataError unless `head`, which was read from `layer` and the model's config, gives the model's own logits."""
     # Our logits of eight tokens, computed in fp32.
     ids = torch.arange(1, 9, device=model.device)[None] % head.weight.shape[0]
-    product = hidden_states(model, ids, None).float() @ head.weight.float().T
+    product = hidden_states(model, ids, None).to(head.weight.device).float() @ head.weight.float().T
     product = product if head.bias is None else product + head.bias.float()
     # The products are enlarged so that the largest is 50: the small logits of an untrained model would not show a softcap.
     most = min(torch.finfo(dtype).max for dtype in (head.weight.dtype, product.dtype))
@@ -66,9 +66,9 @@ def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Linear) -> N
     ours = ours if head.softcap is None else head.softcap * torch.tanh(ours / head.softcap)
 
     # The model's own logits. A hook enlarges the output of its head by the same factor.
-    hook = layer.register_forward_hook(lambda layer, args, out: out * enlarge.to(out.dtype))
+    hook = layer.register_forward_hook(lambda layer, args, out: out * enlarge.to(out))
     try:
-        own = model(input_ids=ids, use_cache=False).logits.float()
+        own = model(input_ids=ids, use_cache=False).logits.to(product.device).float()
     finally:
         hook.remove()
 

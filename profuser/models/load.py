@@ -32,6 +32,7 @@ from transformers import (
 from profuser.errors import DataError, first_line, in_short
 from profuser.models.attention import flash_attention
 from profuser.models.gguf_header import gguf_tensors
+from profuser.models.merged_adapter import adapter_folder, base_of, check_adapter_files, merged
 from profuser.models.token_ids import check_token_ids, configuration_file
 from profuser.models.weights import AutoModel, check_gguf_blocks, check_weights, loaded_model
 from profuser.recipe.places import is_path, resolve
@@ -57,6 +58,9 @@ def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
             missing.
     """
     location, options = weights_of(source)
+    folder = adapter_folder(source)
+    if folder is not None and any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+        location, options = str(folder), options | {"revision": None}
     if (Path(location) / "tokenizer.json").exists():
         options.pop("gguf_file", None)  # the original tokenizer, which lies beside the GGUF file, is preferred
     try:
@@ -144,6 +148,8 @@ def open_model(source: SourceConfig) -> PreTrainedConfig:
             local model has no weights, or damaged ones.
     """
     location, options = weights_of(source)
+    if (folder := adapter_folder(source)) is not None:
+        check_adapter_files(source.name, folder)
     config = read_config(source.name, location, options)
     check_token_ids(source.name, location, config, source.revision)
     check_kind(source.name, location, config, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING)
@@ -258,12 +264,14 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     packs: bool = False,
+    spreads: bool = False,
     quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """Loads a source's model, in evaluation mode.
 
     Args:
         packs: whether it will read packed sequences. It then uses flash-attention where that is installed and supported.
+        spreads: whether it may be spread over all GPUs, if the source says so.
         quantization: how its linear layers are quantised while they are loaded.
 
     Raises:
@@ -278,8 +286,28 @@ def load_model(
         modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # pyrefly: ignore[bad-assignment]
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
+    if spreads := spreads and source.device_map is not None and torch.device(device).type == "cuda":
+        options["device_map"] = source.device_map
+    folder = adapter_folder(source)
+    assert folder is None or quantization is None, (
+        "weights that are quantised while they are loaded cannot be merged with others"
+    )
     model: Any = load(AutoModelForCausalLM, source.name, location, {**options, "dtype": dtype})
-    return model.eval() if quantization is not None else model.to(device).eval()
+    if folder is not None:
+        model = merged(source.name, folder, model)
+    if spreads:
+        check_spread(source.name, model)
+    return model.eval() if quantization is not None or spreads else model.to(device).eval()
+
+
+def check_spread(name: str, model: PreTrainedModel) -> None:
+    """Raises DataError unless all weights of a model that is spread over GPUs are on them."""
+    placed = {parameter.device.type for parameter in model.parameters()}
+    if away := placed - {"cuda"}:
+        raise DataError(
+            f"{name}: a source with device_map auto must fit on the GPUs together, a part of its weights is on "
+            f"{' and '.join(sorted(away)).replace('meta', 'the disk')}; use more or larger GPUs, or another model"
+        )
 
 
 def load_without_weights(source: SourceConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -393,12 +421,15 @@ def existing(location: str, name: str) -> str:
 def weights_of(source: SourceConfig) -> tuple[str, dict[str, Any]]:
     """Returns the location and the options that transformers' loaders take for a source.
 
-    A model may also be a GGUF file, or a directory that holds a GGUF file and no config.json; transformers reads these, too.
+    Of an adapter they are those of its base. A model may also be a GGUF file, or a directory that holds a GGUF file and no config.json;
+    transformers reads these, too.
 
     Raises:
         DataError: the directory does not exist, or it holds several GGUF files or a part of one; the GGUF file's header is
             damaged; the `gguf` package is missing; a revision is given for a local model.
     """
+    if (base := base_of(source)) is not None:
+        return weights_of(base)
     location = existing(source.model, source.name)
     if source.revision is not None and Path(location).exists():
         raise DataError(

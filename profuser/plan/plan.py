@@ -286,14 +286,15 @@ def preparing_memory(
     cuda: bool,
 ) -> list[Preparing]:
     """Returns what each source and judge needs while the store is made. One process has one model at a time."""
-    generation, capture = recipe.generation, recipe.capture
+    capture = recipe.capture
     itemsize = 2 if capture.dtype == "bfloat16" or (capture.dtype == "auto" and cuda) else 4
     found = []
     for source in recipe.sources:
         own, of = models[source.name], lengths[source.name]["train"]
+        generation = recipe.generation_of(source)
         prompt = of.longest if recipe.data.max_length <= of.longest else of.longest - round(of.response)
         length = min(recipe.data.max_length, prompt + generation.max_new_tokens)
-        if recipe.judges or recipe.data.location("heldout") is not None:
+        if source.server is None and (recipe.judges or recipe.data.location("heldout") is not None):
             rows = generation.batch_size * generation.responses_per_source
             found.append(answering(own, source.name, itemsize, rows, length))
         found.append(reading(own, source.name, "is captured", itemsize, capture.batch_size, of.longest))
@@ -359,10 +360,11 @@ def work_of(
         own, of = models[source.name], lengths[source.name]["train"]
         captured = instructions * (1 + (1 / len(recipe.sources) if recipe.judges else 0))
         score += 2 * own.parameters * captured * of.mean
-        if recipe.judges:
-            responses = instructions * recipe.generation.responses_per_source
+        if recipe.judges and source.server is None:
+            generation = recipe.generation_of(source)
+            responses = instructions * generation.responses_per_source
             answer += 2 * own.parameters * responses * of.response
-            of_source = math.ceil(instructions / recipe.generation.batch_size) * recipe.generation.max_new_tokens
+            of_source = math.ceil(instructions / generation.batch_size) * generation.max_new_tokens
             rounds, read = rounds + of_source, read + of_source * own.parameters * itemsize
     shown = instructions * len(recipe.sources) * recipe.generation.responses_per_source
     target = recipe.target_config.name

@@ -9,7 +9,7 @@ mass of all and the top k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from profuser.alignment.follow_numbers import NumberFollower, NumberRow
 from profuser.alignment.ranges import RangeRequest, flat_maps
 from profuser.alignment.types import PrefixRanges, SourceCapture
 from profuser.alignment.vocab_map import ByteOrder
+from profuser.errors import is_lack_of_memory
 from profuser.kernels.head import Head
 from profuser.kernels.source_topk import source_topk
 from profuser.models.head import hidden_states
@@ -68,7 +69,24 @@ class CaptureRequest:
     numbers: Sequence[NumberRow] = ()
 
 
-@torch.no_grad()
+class BatchSize:
+    """How many responses a source scores at a time: so many, until its memory does not suffice for them.
+
+    Args:
+        most: how many at first. say: is called with a line where there are fewer from then on.
+    """
+
+    def __init__(self, most: int, say: Callable[[str], None] = print):
+        self.now, self._say = most, say
+
+    def halve(self) -> None:
+        """Takes half as many from now on."""
+        self._say(
+            f"for {self.now} responses at a time the memory does not suffice: from now on {self.now // 2} at a time"
+        )
+        self.now //= 2
+
+
 def capture_responses(
     model: PreTrainedModel,
     head: Head,
@@ -76,7 +94,7 @@ def capture_responses(
     byte_order: ByteOrder,
     *,
     top_k: int,
-    batch_size: int,
+    batch_size: int | BatchSize,
     follower: NumberFollower | None = None,
 ) -> Iterator[tuple[int, ScoredResponse]]:
     """Scores responses with one source, in batches of similar length.
@@ -84,87 +102,115 @@ def capture_responses(
     Args:
         requests: the responses; one without any tokens is left out of the results.
         byte_order: the source's vocabulary in byte order.
-        top_k: how many entries are kept of a distribution. batch_size: how many responses go into a forward pass.
+        top_k: how many entries are kept of a distribution.
+        batch_size: how many responses go into a forward pass. A batch for which the memory does not suffice is divided.
         follower: what asks the source how its numbers go on, if it is asked.
 
     Yields:
         (index into `requests`, ScoredResponse), in no particular order.
     """
-    device = head.weight.device
-    vocab_order = torch.from_numpy(byte_order.ids).to(device)
-    top_k = min(top_k, head.weight.shape[0])
+    size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
     by_length = sorted(
         (i for i, r in enumerate(requests) if r.encoded.label_positions),
         key=lambda i: len(requests[i].encoded.input_ids),
     )
-    for first in range(0, len(by_length), batch_size):
-        # The hidden states of one batch.
-        indices = by_length[first : first + batch_size]
+    vocab_order, done = torch.from_numpy(byte_order.ids).to(head.weight.device), 0
+    while done < len(by_length):
+        indices = by_length[done : done + size.now]
         batch = [requests[i] for i in indices]
-        input_ids, attention_mask = padded([r.encoded.input_ids for r in batch], 0)
-        hidden = hidden_states(model, input_ids.to(device), attention_mask.to(device))
+        try:
+            scored = _scored(model, head, batch, vocab_order, top_k, follower)
+        except Exception as error:
+            if not is_lack_of_memory(error) or size.now == 1:
+                raise
+            scored = None
+        if scored is None:  # behind the handler, where the error no longer holds what was computed
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            size.halve()
+            continue
+        yield from zip(indices, scored)
+        done += len(indices)
 
-        # The rows of source_topk are the batch's label tokens end to end. Each is predicted from the position before it.
-        positions = [r.encoded.label_positions for r in batch]
-        sequence = torch.tensor([b for b, of_response in enumerate(positions) for _ in of_response])
-        position = torch.tensor([t for of_response in positions for t in of_response])
-        labels = input_ids[sequence, position].to(device)
-        row_offsets = offsets_of([len(of_response) for of_response in positions])
 
-        # The prefix ranges are put end to end as well, so that their row numbers now count over the whole batch.
-        range_offsets = offsets_of([len(r.ranges.rows) for r in batch])
-        range_rows = np.concatenate([r.ranges.rows + first_row for r, first_row in zip(batch, row_offsets)])
-        lo, hi = (np.concatenate([getattr(r.ranges, name) for r in batch]) for name in ("lo", "hi"))
-        arrays = (range_rows, lo, hi, *flat_maps([r.ranges for r in batch]))
-        rows_on_device, lo_on_device, hi_on_device, begin_on_device, mapped_on_device = (
-            torch.from_numpy(x).to(device) for x in arrays
+@torch.no_grad()
+def _scored(
+    model: PreTrainedModel,
+    head: Head,
+    batch: Sequence[CaptureRequest],
+    vocab_order: torch.Tensor,
+    top_k: int,
+    follower: NumberFollower | None,
+) -> list[ScoredResponse]:
+    """Scores the responses of one batch, in one forward pass."""
+    device = head.weight.device
+    top_k = min(top_k, head.weight.shape[0])
+    input_ids, attention_mask = padded([r.encoded.input_ids for r in batch], 0)
+    hidden = hidden_states(model, input_ids.to(device), attention_mask.to(device))
+
+    # The rows of source_topk are the batch's label tokens end to end. Each is predicted from the position before it.
+    positions = [r.encoded.label_positions for r in batch]
+    sequence = torch.tensor([b for b, of_response in enumerate(positions) for _ in of_response])
+    position = torch.tensor([t for of_response in positions for t in of_response])
+    labels = input_ids[sequence, position].to(device)
+    row_offsets = offsets_of([len(of_response) for of_response in positions])
+
+    # The prefix ranges are put end to end as well, so that their row numbers now count over the whole batch.
+    range_offsets = offsets_of([len(r.ranges.rows) for r in batch])
+    range_rows = np.concatenate([r.ranges.rows + first_row for r, first_row in zip(batch, row_offsets)])
+    lo, hi = (np.concatenate([getattr(r.ranges, name) for r in batch]) for name in ("lo", "hi"))
+    arrays = (range_rows, lo, hi, *flat_maps([r.ranges for r in batch]))
+    rows_on_device, lo_on_device, hi_on_device, begin_on_device, mapped_on_device = (
+        torch.from_numpy(x).to(device) for x in arrays
+    )
+
+    # The head and the top k of every row and range.
+    rows_of = hidden[sequence.to(hidden.device), position.to(hidden.device) - 1]
+    found = source_topk(
+        rows_of.to(device),  # a model that is spread over devices may have its head on another one than its last layer
+        head.weight,
+        labels,
+        top_k,
+        ranges=(rows_on_device, lo_on_device, hi_on_device, vocab_order, begin_on_device, mapped_on_device),
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    )
+    ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass = (x.cpu().numpy() for x in found)
+
+    # The rows and ranges are divided among the responses again.
+    found_of: list[ScoredResponse] = []
+    for b, request in enumerate(batch):
+        encoded = request.encoded
+        rows, ranges = slice(*row_offsets[b : b + 2]), slice(*range_offsets[b : b + 2])
+        spans = np.array(encoded.label_spans(request.response_bytes), dtype=np.int32).reshape(-1, 2)
+        capture = SourceCapture(
+            ids=np.array([encoded.input_ids[t] for t in positions[b]], dtype=np.int32),
+            begin=spans[:, 0].copy(),
+            stop=spans[:, 1].copy(),
+            top_ids=ids[rows],
+            top_logprobs=logprobs[rows],
+            own_logprobs=-ce[rows],
+            ranges=PrefixRanges(
+                rows=request.ranges.rows,
+                strip=request.ranges.strip,
+                logmass=range_logmass[ranges],
+                ids=request.ranges.spelt(range_ids[ranges]),
+                logprobs=range_logprobs[ranges],
+            ),
         )
-
-        # The head and the top k of every row and range.
-        found = source_topk(
-            hidden[sequence.to(device), position.to(device) - 1],
-            head.weight,
-            labels,
-            top_k,
-            ranges=(rows_on_device, lo_on_device, hi_on_device, vocab_order, begin_on_device, mapped_on_device),
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
+        if follower is not None:
+            capture.ranges = capture.ranges.with_others(follower.follow(encoded, request.numbers))
+        found_of.append(
+            ScoredResponse(
+                capture=capture,
+                lse=lse[rows],
+                nll=float(ce[rows].sum(dtype=np.float64)),
+                tokens=len(positions[b]),
+                response_bytes=request.response_bytes,
+            )
         )
-        ids, logprobs, lse, ce, range_ids, range_logprobs, range_logmass = (x.cpu().numpy() for x in found)
-
-        # The rows and ranges are divided among the responses again.
-        for b, (i, request) in enumerate(zip(indices, batch)):
-            encoded = request.encoded
-            rows, ranges = slice(*row_offsets[b : b + 2]), slice(*range_offsets[b : b + 2])
-            spans = np.array(encoded.label_spans(request.response_bytes), dtype=np.int32).reshape(-1, 2)
-            capture = SourceCapture(
-                ids=np.array([encoded.input_ids[t] for t in positions[b]], dtype=np.int32),
-                begin=spans[:, 0].copy(),
-                stop=spans[:, 1].copy(),
-                top_ids=ids[rows],
-                top_logprobs=logprobs[rows],
-                own_logprobs=-ce[rows],
-                ranges=PrefixRanges(
-                    rows=request.ranges.rows,
-                    strip=request.ranges.strip,
-                    logmass=range_logmass[ranges],
-                    ids=request.ranges.spelt(range_ids[ranges]),
-                    logprobs=range_logprobs[ranges],
-                ),
-            )
-            if follower is not None:
-                capture.ranges = capture.ranges.with_others(follower.follow(encoded, request.numbers))
-            yield (
-                i,
-                ScoredResponse(
-                    capture=capture,
-                    lse=lse[rows],
-                    nll=float(ce[rows].sum(dtype=np.float64)),
-                    tokens=len(positions[b]),
-                    response_bytes=request.response_bytes,
-                ),
-            )
+    return found_of
 
 
 def pack_captures(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from profuser.errors import DataError
+from profuser.errors import DataError, in_short
 from profuser.prepare.columns import check_none_left_out, examples_of, find_columns, text_of
 from profuser.prepare.data_sets import read_tables
 from profuser.recipe.data import DataConfig, DataLocation, Split
@@ -34,6 +34,7 @@ def load_examples(
     split: Split = "train",
     part: tuple[float, float] = (0.0, 1.0),
     of_split: Split | None = None,
+    routes: Sequence[str] = (),
 ) -> Examples:
     """Reads the rows of a split.
 
@@ -45,6 +46,7 @@ def load_examples(
         part: only examples are read whose prompts have a hash from the first of these numbers on and below the second; 0 is the
             smallest hash, and all are below 1.
         of_split: the recipe's split that names the location, where it is another one.
+        routes: the sources, one of which the column `data.route_column` must name in every row; empty looks at no such column.
 
     Raises:
         DataError: the data is missing, broken or empty; a column is missing or holds something other than text or conversations;
@@ -63,6 +65,13 @@ def load_examples(
             "data.skill_column to the right one, or to null"
         )
 
+    if routes and config.route_column not in there and split == "train":
+        raise DataError(
+            f"data {location} must have the column {config.route_column!r} (data.route_column) with capture.choice: route, found: "
+            f"{', '.join(there)}; add it, set data.route_column to the right one, or set capture.choice: min_ce"
+        )
+    routed = bool(routes) and config.route_column in there
+
     # Name what an example has as everything else expects it, and keep the other columns beside it. What was found by its name
     # is not kept twice, so that the rows are the same however the data set writes them down.
     counts: Counter[str] = Counter()
@@ -76,6 +85,8 @@ def load_examples(
             try:
                 check_none_left_out(columns, cells)
                 examples = examples_of(columns, cells, config, counts)
+                if routed:
+                    check_route(cells[config.route_column], routes, config.route_column)
                 of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
             except DataError as error:
                 raise DataError(f"data {name}, row {number} (from 0): {error}") from None
@@ -101,6 +112,15 @@ def load_examples(
         )
     notes = [f"data {location}: {columns}"] if columns.by_name or columns.system else []
     return Examples(rows, notes + [f"data {location}: {count} {what}" for what, count in counts.items()])
+
+
+def check_route(value: object, routes: Sequence[str], column: str) -> None:
+    """Raises DataError unless a cell names a source."""
+    if value not in routes:
+        raise DataError(
+            f"the column {column!r} must name a source ({', '.join(routes)}), got {in_short(value)}; correct it, or set "
+            "capture.choice: min_ce"
+        )
 
 
 def _is_twice(prompt: Prompt, seen: set[str], counts: Counter[str]) -> bool:

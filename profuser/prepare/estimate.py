@@ -153,9 +153,9 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
         computing = 2 * size.parameters * examples * tokens[name] / machine.flops
         return computing + calls * size.layers * OPS_PER_LAYER * machine.op
 
-    def generation(name: str, prompts: int) -> float:
+    def generation(source: SourceConfig, prompts: int) -> float:
         """Seconds that a model needs to answer so many prompts, one token of a whole batch per step."""
-        size, config = sizes[name], recipe.generation
+        size, config = sizes[source.name], recipe.generation_of(source)
         batch = min(prompts, config.batch_size)
         reading = size.parameters * (inputs.dtype.itemsize / machine.bandwidth + 2 * batch / machine.flops)
         step = reading + (size.layers * OPS_PER_LAYER + OPS_PER_STEP) * machine.op
@@ -167,9 +167,9 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
     for source in recipe.sources:
         for split in inputs.rows:
             scoring += forward(source.name, unmade(layout.truth(split, source.name)), batch)
-            if inputs.answered(split):
+            if inputs.answered(split) and source.server is None:  # how fast a server is, is not known
                 responses = recipe.generation.responses_per_source if split == "train" else 1
-                answering += generation(source.name, unmade(layout.responses(split, source.name)) * responses)
+                answering += generation(source, unmade(layout.responses(split, source.name)) * responses)
         if recipe.judges:
             won = unmade(layout.winners(source.name)) // len(recipe.sources)
             scoring += forward(source.name, won, batch)
@@ -198,7 +198,7 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
     # answered them already.
     if heldout := len(inputs.rows.get("heldout", ())):
         models = 1 if recipe.target in inputs.chats else 2
-        seconds["evaluate"] = generation(target.name, heldout) * models + 2 * forward(target.name, heldout, batch)
+        seconds["evaluate"] = generation(target, heldout) * models + 2 * forward(target.name, heldout, batch)
     return seconds
 
 

@@ -45,15 +45,17 @@ class GivenResponses:
             answer = Response(response.strip(), finished, Verdict.OK)
             self._of_prompt.setdefault(_prompt_of(where, row), []).append(answer)
 
-    def check(self, split: Split, rows: Sequence[Row], count: int) -> bool:
+    def check(self, split: Split, rows: Sequence[Row], count: int, asked: Sequence[bool] | None = None) -> bool:
         """Whether the file has the responses to a split's prompts. It is false where it has none of them.
 
         Args:
             count: how many responses each prompt must have.
+            asked: for each row, whether there must be any; None means all.
         Raises:
             DataError: it has some, or another number.
         """
-        found = [len(self._answers(row, count)) for row in rows]
+        asked = [True] * len(rows) if asked is None else asked
+        found = [len(self._answers(row, count)) if needed else count for row, needed in zip(rows, asked, strict=True)]
         if not any(found) and split == "heldout":
             return False
         wrong = next((n for n, of_prompt in enumerate(found) if of_prompt != count), None)

@@ -19,16 +19,20 @@ import torch
 from transformers import PreTrainedConfig
 
 from profuser.errors import ConfigError, DataError
-from profuser.models.fingerprint import fingerprint
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
+from profuser.models.merged_adapter import model_fingerprint
 from profuser.prepare.data import Examples, Row, data_hash, load_examples
+from profuser.prepare.engines import check_engine, settled_engine
 from profuser.prepare.given import GivenResponses, file_digest
 from profuser.prepare.judges import check_conversations, judge_fingerprint, open_judge, try_function_judge
+from profuser.prepare.server import Server
 from profuser.recipe.data import SPLITS, Split
+from profuser.recipe.generation import Engine
 from profuser.recipe.parse import Run
 from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
 from profuser.recipe.schema import JudgeConfig, Recipe, SourceConfig
+from profuser.recipe.server import ServerConfig
 from profuser.store.manifest import read_manifest
 from profuser.store.store import StoreSettings
 from profuser.text.chat import ChatFormat
@@ -140,6 +144,14 @@ class Inputs:
         """The dtype in which the sources are run."""
         return runtime_dtype(self.dtype_name, self.device)
 
+    @cached_property
+    def engines(self) -> dict[str, Engine]:
+        """What lets each source answer, by its name. It is no longer "auto"."""
+        return {
+            source.name: settled_engine(self.recipe, source, self.store_dir, self.device)
+            for source in self.recipe.sources
+        }
+
     @property
     def source_names(self) -> list[str]:
         """The names of the sources, in the recipe's order."""
@@ -151,10 +163,23 @@ class Inputs:
         return schedule_words(self.recipe)
 
     def try_judges(self, judges: Sequence[JudgeConfig]) -> None:
-        """Calls once those of some judges that are functions. It raises DataError where one fails."""
+        """Calls once those of some judges that are functions, and looks for the servers of others.
+
+        Raises:
+            ConfigError: a server refuses its key, or has not the model.
+            DataError: a function fails.
+            ProfuserError: a server cannot be reached.
+        """
         candidates = len(self.recipe.sources) * self.recipe.generation.responses_per_source
         for judge in judges:
             try_function_judge(judge, self.rows["train"][0], candidates)
+            if isinstance(judge.server, ServerConfig):
+                Server(judge.server, f"judges: {judge.name}: server").check()
+
+    def check_engines(self, sources: Sequence[SourceConfig]) -> None:
+        """Finds out whether some sources can be answered for. It raises what `check_engine` raises."""
+        for source in sources:
+            check_engine(self.engines[source.name], source, self.recipe.generation_of(source))
 
     def parts(self, split: Split) -> list[Part]:
         """Divides a split into the parts that the shards of a store cover."""
@@ -172,7 +197,15 @@ class Inputs:
         if source.name not in self._given:
             self._given[source.name] = GivenResponses(source.name, source.responses)
         given = self._given[source.name]
-        return given if given.check(split, self.rows[split], self.responses_per_prompt(split)) else None
+        routed = self.routed(split, source.name)
+        return given if given.check(split, self.rows[split], self.responses_per_prompt(split), routed) else None
+
+    def routed(self, split: Split, source: str) -> list[bool]:
+        """Which examples of a split a source is asked about: all, unless a column names the source of each."""
+        column = self.recipe.data.route_column
+        if self.recipe.capture.choice != "route" or split == "heldout":
+            return [True] * len(self.rows[split])
+        return [row.get(column, source) == source for row in self.rows[split]]
 
     def responses_per_prompt(self, split: Split) -> int:
         """How many responses each source gives to a prompt of a split: several only to those that are voted on."""
@@ -206,17 +239,23 @@ class Inputs:
         sources = {
             "source_names": self.source_names,
             "sources": {
-                source.name: source_settings(recipe, source, self.chats[source.name]) for source in recipe.sources
+                source.name: source_settings(recipe, source, self.chats[source.name], self.engines[source.name])
+                for source in recipe.sources
             },
             "target": {
                 "name": recipe.target,
-                "files": fingerprint(recipe.target_config.model),
+                "files": model_fingerprint(recipe.target_config),
                 "template": template_hash(self.target),
             },
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
-            | {"max_length": recipe.data.max_length},
+            | {"max_length": recipe.data.max_length}
+            | ({"route_column": recipe.data.route_column} if recipe.capture.choice == "route" else {}),
             "generation": generation_settings(recipe),
-            "capture": without(vars(recipe.capture), "batch_size") | {"dtype": self.dtype_name},
+            # Before there was a choice, all stores were made with min_ce.
+            "capture": without(
+                vars(recipe.capture), "batch_size", *(["choice"] if recipe.capture.choice == "min_ce" else [])
+            )
+            | {"dtype": self.dtype_name},
             "date": self.date.isoformat(),
         }
         votes = {
@@ -224,6 +263,8 @@ class Inputs:
             "judges": {
                 judge.name: {"model": judge.model, "function": judge.function, "files": judge_fingerprint(judge)}
                 | ({} if judge.scores is None else {"scores": judge.scores})
+                | ({} if judge.grader is None else {"grader": judge.grader})
+                | ({"server": judge.server.model} if isinstance(judge.server, ServerConfig) else {})
                 for judge in recipe.judges
             },
         }
@@ -236,23 +277,35 @@ class Inputs:
         return StoreSettings(sources=sources, votes=votes, targets=targets)
 
 
-def source_settings(recipe: Recipe, source: SourceConfig, chat: ChatFormat) -> dict[str, Any]:
-    """Returns what decides what a source says: its model, its chat template, and what becomes of its reasoning."""
+def source_settings(recipe: Recipe, source: SourceConfig, chat: ChatFormat, engine: Engine) -> dict[str, Any]:
+    """Returns what decides what a source says: its model, its chat template, what becomes of its reasoning, and how it answers
+    otherwise than the others.
+
+    transformers is not named, with which all stores were made before there were other engines.
+    """
     given = {} if source.responses is None else {"responses": file_digest(source.responses)}
+    by: dict[str, Any] = {} if engine == "transformers" else {"engine": engine}
+    if isinstance(source.server, ServerConfig):
+        by |= {"served": source.server.model}  # wherever the server is
+    own = without(source.generation_changes, "engine", "batch_size")
+    if own.get("temperature"):
+        own |= {"seed": recipe.seed}
     return {
         "model": source.model,
-        "files": fingerprint(source.model),
+        "files": model_fingerprint(source),
         "revision": source.revision,
         "template": template_hash(chat),
         "reasoning": recipe.reasoning_of(source),
         **given,
+        **by,
+        **({"generation": own} if own else {}),
     }
 
 
 def generation_settings(recipe: Recipe) -> dict[str, Any]:
-    """Returns what decides how the sources answer, but for the reasoning, of which each may have a rule of its own."""
+    """Returns what decides how the sources answer, but for the reasoning and the engine, of which each may have its own."""
     seed = {"seed": recipe.seed} if recipe.generation.temperature > 0 else {}
-    return without(vars(recipe.generation), "batch_size", "reasoning") | seed
+    return without(vars(recipe.generation), "batch_size", "reasoning", "engine", "python") | seed
 
 
 def check_ground_truth(recipe: Recipe, heldout: Sequence[Row]) -> None:
@@ -277,7 +330,11 @@ def load_split(recipe: Recipe, split: Split) -> Examples:
         raise ConfigError(f"data.{split} must name a data file or set, the recipe names none; add it")
     limit = recipe.data.limit if split == "train" else None
     named = "train" if getattr(recipe.data, split) is None else split
-    return load_examples(recipe.data, location, limit, split, recipe.data.part(split), named)
+    # Held-out prompts are answered and scored by all sources.
+    routes = (
+        [source.name for source in recipe.sources] if recipe.capture.choice == "route" and split != "heldout" else []
+    )
+    return load_examples(recipe.data, location, limit, split, recipe.data.part(split), named, routes)
 
 
 def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:

@@ -1,4 +1,5 @@
-"""The judges of the inference mode: reward models and functions, each of which scores the responses of all sources.
+"""The judges of the inference mode, each of which scores the responses of all sources: reward models, functions, graders, models on
+servers, and scores that are there already.
 
 Letters: E examples, C candidate responses per example.
 """
@@ -10,7 +11,9 @@ import datetime
 import hashlib
 import inspect
 import itertools
+import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -22,13 +25,20 @@ from profuser.errors import DataError, first_line, in_short
 from profuser.models.fingerprint import fingerprint
 from profuser.models.load import check_ids, load_reward_model, load_tokenizer, open_reward_model, template_text
 from profuser.models.padding import padded
+from profuser.prepare import graders
 from profuser.prepare.data import Row, for_functions
 from profuser.prepare.given import GivenScores, file_digest
+from profuser.prepare.rubric import Judged, RubricJudge, rubric_text
+from profuser.prepare.server import Server
 from profuser.progress import silent
 from profuser.recipe.places import load_function
+from profuser.recipe.rubric import RubricConfig
 from profuser.recipe.schema import JudgeConfig, SourceConfig
+from profuser.recipe.server import ServerConfig
+from profuser.store.files import sha256
+from profuser.store.unfinished import Unfinished
 from profuser.text.chat import RESPONSE
-from profuser.text.conversation import Conversation, Prompt, Turn
+from profuser.text.conversation import Conversation, Turn
 from profuser.text.template import ChatTemplate, conversation
 from profuser.text.turns import TURN
 
@@ -37,10 +47,16 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     """Returns a short hash that changes whenever the judge may give other scores.
 
     For a reward model it covers the model's files; for a function it covers the code of the whole module that defines it, since
-    the function may call others there. For scores it covers their file.
+    the function may call others there. For scores it covers their file, and for a model on a server its name and what it is asked.
     """
     if config.scores is not None:
         return file_digest(config.scores)
+    if config.grader is not None:
+        return sha256(f"{config.grader} {inspect.getsource(graders)}".encode())[:16]
+    if isinstance(config.server, ServerConfig):
+        rubric = config.rubric or RubricConfig()
+        asked = {**vars(rubric), "text": rubric_text(config.name, rubric), "model": config.server.model}
+        return sha256(json.dumps(asked, sort_keys=True).encode())[:16]
     if config.model is not None:
         files = fingerprint(config.model)
         if config.chat_template is None:
@@ -68,6 +84,10 @@ def open_judge(config: JudgeConfig) -> None:
         load_function(config.function, f"judges: {config.name}: function")
     if config.scores is not None:
         GivenScores(config.name, config.scores)
+    if config.grader is not None:
+        graders.grader(config.grader)
+    if config.server is not None:
+        rubric_text(config.name, config.rubric or RubricConfig())
     if config.model is not None:
         model = open_reward_model(config.name, config.model, config.trust_remote_code)
         template = reward_template(config, config.model)
@@ -122,7 +142,7 @@ def check_conversations(config: JudgeConfig, rows: Sequence[Row]) -> None:
     for talk in longest.values():
         turns = Conversation(tuple(Turn(turn.role, TURN.format(n)) for n, turn in enumerate(talk.turns)))
         try:
-            (text,) = template.many_texts([conversation(_seen_by(template, turns), RESPONSE)])
+            (text,) = template.many_texts([conversation(template.seen(turns), RESPONSE)])
         except DataError as error:
             raise DataError(f"judge {config.name}: {error}") from None
         if unseen := [turn for turn in turns.turns if turn.text not in text]:
@@ -136,7 +156,11 @@ class Judge(Protocol):
     """A function that scores the C candidate responses to each of E prompts."""
 
     def __call__(
-        self, examples: Sequence[Row], candidates: Sequence[Sequence[str]], progress: Callable[..., None] = silent
+        self,
+        examples: Sequence[Row],
+        candidates: Sequence[Sequence[str]],
+        progress: Callable[..., None] = silent,
+        kept: Unfinished | None = None,
     ) -> np.ndarray:
         """Returns the scores, (E, C) float32.
 
@@ -145,6 +169,7 @@ class Judge(Protocol):
         Args:
             examples: E rows of the data. candidates: for each of them C responses.
             progress: called as `Progress.update` is.
+            kept: where scores that are expensive are kept until all are there.
         """
         ...
 
@@ -152,7 +177,12 @@ class Judge(Protocol):
 def load_judge(config: JudgeConfig, device: torch.device | str = "cpu", *, date: datetime.date | None = None) -> Judge:
     """Loads the judge that a recipe names. `date` is what its chat template gets; None means today."""
     if config.function is not None:
-        return _function_judge(config, config.function)
+        function = load_function(config.function, f"judges: {config.name}: function")
+        return _function_judge(config.name, config.function, function)
+    if config.grader is not None:
+        return _function_judge(config.name, f"the grader {config.grader}", graders.grader(config.grader))
+    if config.server is not None:
+        return _server_judge(config)
     if config.scores is not None:
         return _given_judge(config.name, config.scores)
     assert config.model is not None
@@ -164,7 +194,10 @@ def _given_judge(name: str, path: str) -> Judge:
     given = GivenScores(name, path)
 
     def score(
-        examples: Sequence[Row], candidates: Sequence[Sequence[str]], progress: Callable[..., None] = silent
+        examples: Sequence[Row],
+        candidates: Sequence[Sequence[str]],
+        progress: Callable[..., None] = silent,
+        kept: Unfinished | None = None,
     ) -> np.ndarray:
         of_all = [
             [given.score(example, text) if text else math.nan for text in texts]
@@ -176,17 +209,61 @@ def _given_judge(name: str, path: str) -> Judge:
     return score
 
 
-def _function_judge(config: JudgeConfig, path: str) -> Judge:
-    """Makes a judge of the function `module:function` at `path`, whose results are checked."""
-    function = load_function(path, f"judges: {config.name}: function")
+def _server_judge(config: JudgeConfig) -> Judge:
+    """Makes a judge of a model on a server. Equal responses to a prompt are judged once."""
+    assert isinstance(config.server, ServerConfig)
+    server = Server(config.server, f"judges: {config.name}: server")
+    judge = RubricJudge(config.name, server, config.rubric or RubricConfig())
 
     def score(
-        examples: Sequence[Row], candidates: Sequence[Sequence[str]], progress: Callable[..., None] = silent
+        examples: Sequence[Row],
+        candidates: Sequence[Sequence[str]],
+        progress: Callable[..., None] = silent,
+        kept: Unfinished | None = None,
+    ) -> np.ndarray:
+        scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
+        places: dict[tuple[int, str], list[int]] = {}
+        for e, responses in enumerate(candidates):
+            for c, text in enumerate(responses):
+                if text:
+                    places.setdefault((e, text), []).append(c)
+        left = Counter(e for e, _ in places)
+        progress(len(examples) - len(left))
+        wanted = []
+
+        def give(e: int, text: str, value: float) -> None:
+            scores[e, places[e, text]] = value
+            left[e] -= 1
+            progress(int(left[e] == 0))
+
+        for (e, text), where in places.items():
+            known = kept.results.get((e, where[0])) if kept is not None else None
+            if isinstance(known, list) and len(known) == 1 and isinstance(known[0], int | float | None):
+                give(e, text, math.nan if known[0] is None else known[0])
+            else:
+                wanted.append(Judged((e, where[0]), examples[e]["prompt"], examples[e]["response"], text))
+        for judged, value in judge.scores(wanted):
+            if kept is not None:
+                kept.add(judged.place, [None if math.isnan(value) else value])
+            give(judged.place[0], judged.response, value)
+        return scores
+
+    return score
+
+
+def _function_judge(judge: str, path: str, function: Callable) -> Judge:
+    """Makes a judge of a function, whose results are checked. `path` is what messages call it."""
+
+    def score(
+        examples: Sequence[Row],
+        candidates: Sequence[Sequence[str]],
+        progress: Callable[..., None] = silent,
+        kept: Unfinished | None = None,
     ) -> np.ndarray:
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         for e, (example, responses) in enumerate(zip(examples, candidates)):
             shown = [c for c, text in enumerate(responses) if text]
-            given = _numbers(config.name, path, function, example, [responses[c] for c in shown]) if shown else []
+            given = _numbers(judge, path, function, example, [responses[c] for c in shown]) if shown else []
             scores[e, shown] = given
             progress(1)
         return scores
@@ -220,7 +297,7 @@ def try_function_judge(config: JudgeConfig, example: Row, candidates: int) -> No
     Raises:
         DataError: the function fails, or returns something else than one number per response.
     """
-    if config.function is not None:
+    if config.function is not None or config.grader is not None:
         text = example["response"] or "An answer."
         load_judge(config)([example], [[text, *(f"{text} {n}" for n in range(1, candidates))]])
 
@@ -240,14 +317,17 @@ def _reward_model_judge(
 
     @torch.no_grad()
     def score(
-        examples: Sequence[Row], candidates: Sequence[Sequence[str]], progress: Callable[..., None] = silent
+        examples: Sequence[Row],
+        candidates: Sequence[Sequence[str]],
+        progress: Callable[..., None] = silent,
+        kept: Unfinished | None = None,
     ) -> np.ndarray:
         # Render and tokenise the conversations. Of one that is too long for the model, the beginning is left out. Equal ones
         # are scored once, so that equal responses get equal scores whatever they are padded to.
         scores = np.full((len(examples), len(candidates[0])), np.nan, dtype=np.float32)
         places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         cells = [(e, c) for e, responses in enumerate(candidates) for c, text in enumerate(responses) if text]
-        prompts = [_seen_by(template, example["prompt"]) for example in examples]
+        prompts = [template.seen(example["prompt"]) for example in examples]
         conversations = [conversation(prompts[e], candidates[e][c]) for e, c in cells]
         for cell, ids in zip(cells, template.many_ids(conversations)):
             places.setdefault(tuple(ids[-limit:]), []).append(cell)
@@ -264,13 +344,6 @@ def _reward_model_judge(
         return scores
 
     return score
-
-
-def _seen_by(template: ChatTemplate, prompt: Prompt) -> Prompt:
-    """A prompt as a template can show it: the text of a system message goes in front of the user's where there is no place for it."""
-    if isinstance(prompt, Conversation) and prompt.turns[0].role == "system" and not template.has_system:
-        return Conversation(prompt.without_system())
-    return prompt
 
 
 def _pad_id(model: PreTrainedModel) -> int | None:

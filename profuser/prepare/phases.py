@@ -34,25 +34,35 @@ from profuser.kernels.head import Head
 from profuser.models.head import head_of
 from profuser.models.load import check_vocabulary, load_model
 from profuser.prepare.agreement import warnings_of
-from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
+from profuser.prepare.capture import (
+    BatchSize,
+    CaptureRequest,
+    ScoredResponse,
+    capture_responses,
+    pack_captures,
+    unpack_captures,
+)
 from profuser.prepare.data import Row
+from profuser.prepare.engines import Answering, Asked, Source, answering
 from profuser.prepare.inputs import Inputs, Part
-from profuser.prepare.judges import load_judge
-from profuser.prepare.responses import generate
+from profuser.prepare.judges import judge_fingerprint, load_judge
+from profuser.prepare.responses import Response
 from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.vote_rules import NOBODY
 from profuser.prepare.votes import Ballots, candidates_of, count_votes
 from profuser.progress import Progress
 from profuser.recipe.data import Split
+from profuser.recipe.generation import Engine, Reasoning
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import Reasoning, SourceConfig
+from profuser.recipe.schema import SourceConfig
 from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.layout import Kind
 from profuser.store.lease import Lease, hold
 from profuser.store.store import Store, check_place, differing_settings
+from profuser.store.unfinished import Unfinished
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Fitted, Verdict, fit
 from profuser.text.token_bytes import TokenBytesMismatch
@@ -71,6 +81,7 @@ class LoadedSource:
     byte_order: ByteOrder
     reasoning: Reasoning
     follower: NumberFollower | None
+    batch_size: BatchSize
 
 
 def prepare(run: Run) -> Store:
@@ -132,6 +143,7 @@ class Preparation:
     def _make(self) -> None:
         """Makes all shards that are missing or damaged, and the summary."""
         self.inputs.try_judges([judge for judge in self.recipe.judges if self.unmade(layout.scores(judge.name))])
+        self.inputs.check_engines([source for source in self.recipe.sources if self._asks(source)])
         for phase in (self.capture_truth_and_answer, self.judge, self.capture_winners, self.align):
             start = time.monotonic()
             phase()
@@ -147,6 +159,19 @@ class Preparation:
     def unmade(self, kind: Kind) -> int:
         """Returns how many examples are in the missing shards of a kind. It looks at the manifest only."""
         return examples_in([part for part in self.inputs.parts(kind.split) if not self.store.has(kind, part.number)])
+
+    def _asks(self, source: SourceConfig) -> bool:
+        """Whether a source is still to answer prompts."""
+        return any(
+            self.inputs.given(source, split) is None and self.unmade(layout.responses(split, source.name))
+            for split in self.inputs.rows
+            if self.inputs.answered(split)
+        )
+
+    def settled_engines(self) -> list[Engine]:
+        """Returns what "auto" has become for the sources that are still to answer prompts."""
+        asked = [source for source in self.recipe.sources if self.recipe.generation_of(source).engine == "auto"]
+        return [self.inputs.engines[source.name] for source in asked if self._asks(source)]
 
     # -- phase 1 ---------------------------------------------------------------------------------------------------
 
@@ -167,27 +192,36 @@ class Preparation:
             if not to_score + to_answer:
                 continue
 
-            loaded = self._load(source)
-            with Progress(f"{source.name}: score the ground truth", to_score, "examples") as bar:
-                for split, parts in truth.items():
-                    for part in parts:
-                        fitted = part.of(self.inputs.fitted[split])
-                        self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
-            left_out: Counter[Verdict] = Counter()
-            with Progress(f"{source.name}: answer the prompts", to_answer, "prompts") as bar:
-                for split, parts in answers.items():
-                    for part in parts:
-                        left_out += self._answer(split, part, loaded, bar)
-            if line := self._left_out(source, left_out):
-                print(line, flush=True)
-            del loaded  # frees the memory before the next source is loaded
+            engine = self.inputs.engines[source.name]
+            loaded = self._load(source) if to_score or engine == "transformers" else None
+            if loaded is not None:
+                with Progress(f"{source.name}: score the ground truth", to_score, "examples") as bar:
+                    for split, parts in truth.items():
+                        for part in parts:
+                            routed = part.of(self.inputs.routed(split, source.name))
+                            fitted = [
+                                text if asked else Fitted.unused(Verdict.NOT_WINNER)
+                                for text, asked in zip(part.of(self.inputs.fitted[split]), routed)
+                            ]
+                            self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
+            # Another engine may need all memory, so that the model is let go before it starts.
+            model = loaded.model if loaded is not None and engine == "transformers" else None
+            loaded = None
+            if to_answer:
+                if model is None:
+                    free_memory()
+                self._answer_all(source, engine, answers, to_answer, model)
+            model = None  # frees the memory before the next source is loaded
 
     def _take(self, split: Split, parts: Sequence[Part], source: SourceConfig) -> None:
         """Writes the shards of a source's responses that the user has given."""
         given = self.inputs.given(source, split)
         assert given is not None
         for part in parts:
-            responses = given.of(part.of(self.inputs.rows[split]), self.inputs.responses_per_prompt(split))
+            count = self.inputs.responses_per_prompt(split)
+            asked = self._asked_of(split, part, source)
+            rows = [self.inputs.rows[split][number] for number in asked]
+            responses = self._with_others(part, asked, given.of(rows, count), count)
             self.store.put_json(layout.responses(split, source.name), part.number, responses, examples=len(part))
         if parts:
             print(
@@ -197,7 +231,7 @@ class Preparation:
 
     def _load(self, source: SourceConfig) -> LoadedSource:
         """Loads a source's model and checks that it fits its tokenizer."""
-        model = load_model(source, self.inputs.dtype, self.inputs.device)
+        model = load_model(source, self.inputs.dtype, self.inputs.device, spreads=True)
         head, chat = head_of(model), self.inputs.chats[source.name]
         check_vocabulary(source.name, chat, len(head.weight))
         order = ByteOrder(chat.token_bytes, head.weight.shape[0])
@@ -205,29 +239,63 @@ class Preparation:
         if self.recipe.align.follow_numbers:
             top_k = min(self.recipe.capture.top_k, head.weight.shape[0])
             follower = NumberFollower(self.inputs.target.token_bytes, chat.token_bytes, model, head, top_k)
-        return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source), follower)
+        size = BatchSize(self.recipe.capture.batch_size, lambda line: print(f"{source.name}: {line}", flush=True))
+        return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source), follower, size)
 
-    def _answer(self, split: Split, part: Part, source: LoadedSource, bar: Progress) -> Counter[Verdict]:
+    def _answer_all(
+        self,
+        source: SourceConfig,
+        engine: Engine,
+        missing: Mapping[Split, Sequence[Part]],
+        prompts: int,
+        model: PreTrainedModel | None,
+    ) -> None:
+        """Lets a source answer the prompts of all parts that are missing. `model` is its model, where transformers answers."""
+        asked = Source.of(self.recipe, source, self.inputs.chats[source.name], self.inputs.dtype)
+        left_out: Counter[Verdict] = Counter()
+        by = "" if engine == "transformers" else f" ({engine})"
+        with (
+            answering(engine, asked, model) as answer,
+            Progress(f"{source.name}: answer the prompts{by}", prompts, "prompts") as bar,
+        ):
+            for split, parts in missing.items():
+                for part in parts:
+                    left_out += self._answer(split, part, source, answer, bar)
+        if line := self._left_out(source, left_out):
+            print(line, flush=True)
+
+    def _answer(
+        self, split: Split, part: Part, source: SourceConfig, answer: Answering, bar: Progress
+    ) -> Counter[Verdict]:
         """Writes one shard of a source's responses to the prompts of a part.
 
         Returns:
             How many of them the training has to leave out although they are finished, by the reason.
         """
-        generation = self.recipe.generation
-        answers = generate(
-            source.model,
-            source.chat,
-            [row["prompt"] for row in part.of(self.inputs.rows[split])],
-            generation,
-            max_length=self.recipe.data.max_length,
-            seed=self.recipe.seed + part.first,
-            responses=self.inputs.responses_per_prompt(split),
-            reasoning=source.reasoning,
-            progress=bar.update,
-        )
-        self.store.put_json(layout.responses(split, source.name), part.number, answers, examples=len(part))
+        numbers = self._asked_of(split, part, source)
+        prompts = [self.inputs.rows[split][number]["prompt"] for number in numbers]
+        count = self.inputs.responses_per_prompt(split)
+        kind, engine = layout.responses(split, source.name), self.inputs.engines[source.name]
+        with Unfinished(self.store.directory, kind, part.number, engine) as kept:
+            answers = answer(Asked(split, prompts, numbers, count, kept), bar.update)
+            whole = self._with_others(part, numbers, answers, count)
+            self.store.put_json(kind, part.number, whole, examples=len(part))
+        bar.update(len(part) - len(numbers))
         finished = [r for of_prompt in answers for r in of_prompt if r.finished and split == "train"]
         return Counter(r.verdict for r in finished if r.verdict != Verdict.OK)
+
+    def _asked_of(self, split: Split, part: Part, source: SourceConfig) -> list[int]:
+        """Returns the numbers of a part's examples that a source is asked about."""
+        routed = self.inputs.routed(split, source.name)
+        return [number for number in range(part.first, part.stop) if routed[number]]
+
+    def _with_others(
+        self, part: Part, numbers: Sequence[int], answers: Sequence[list[Response]], count: int
+    ) -> list[list[Response]]:
+        """Returns the responses to all examples of a part. Those about which the source was not asked have empty ones."""
+        given = dict(zip(numbers, answers, strict=True))
+        nothing = [Response("", True, Verdict.NOT_WINNER)] * count
+        return [given.get(number, nothing) for number in range(part.first, part.stop)]
 
     def _left_out(self, source: SourceConfig, verdicts: Counter[Verdict]) -> str:
         """Returns the line that says which of a source's responses are left out, and what helps; it is empty without any."""
@@ -265,7 +333,7 @@ class Preparation:
             asked.append(i)
 
         # Score them, and write the shard.
-        top_k, batch_size = self.recipe.capture.top_k, self.recipe.capture.batch_size
+        top_k = self.recipe.capture.top_k
         scored: dict[int, ScoredResponse] = {}
         for i, response in capture_responses(
             source.model,
@@ -273,7 +341,7 @@ class Preparation:
             requests,
             source.byte_order,
             top_k=top_k,
-            batch_size=batch_size,
+            batch_size=source.batch_size,
             follower=source.follower,
         ):
             scored[asked[i]] = response
@@ -297,8 +365,9 @@ class Preparation:
                     candidates = candidates_of(self.store, self.inputs.source_names, part.number)
                     # Judges are not shown empty texts, so that an empty text in a response's place keeps it from them.
                     shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
-                    scores = score(part.of(self.inputs.rows["train"]), shown, bar.update)
-                    self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
+                    with Unfinished(self.store.directory, kind, part.number, judge_fingerprint(config)) as kept:
+                        scores = score(part.of(self.inputs.rows["train"]), shown, bar.update, kept)
+                        self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
             del score
 
     @cached_property
@@ -432,6 +501,13 @@ def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> 
         [response.capture for response in scored.values()],
     )
     return dict(zip(scored, found))
+
+
+def free_memory() -> None:
+    """Gives back what a model that is no longer needed has left in memory, and what torch keeps of a GPU's."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def examples_in(parts: Sequence[Part]) -> int:

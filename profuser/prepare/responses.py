@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
-from profuser.models.padding import padded
+from profuser.models.continuation import Sampling, continuations
+from profuser.prepare.draws import draws_of
 from profuser.progress import silent
 from profuser.recipe.data import Split
-from profuser.recipe.schema import GenerationConfig, Reasoning
+from profuser.recipe.generation import GenerationConfig, Reasoning
 from profuser.store import layout
 from profuser.store.store import Store
 from profuser.text.chat import ChatFormat
+from profuser.text.conversation import Prompt
 from profuser.text.fit import Verdict
 from profuser.text.said import said
 from profuser.typed import Rule
@@ -38,12 +39,13 @@ class Response(NamedTuple):
         return bool(self.text) and self.finished and not self.left_out
 
 
-def _is_answer(value: Any) -> bool:
+def is_answer(value: Any) -> bool:
+    """Whether a value of a JSON file has the fields of a Response."""
     kinds = [*map(type, value)] if isinstance(value, list) else []
     return kinds == [str, bool, int] and value[2] in Verdict.__members__.values()
 
 
-ANSWERS = [[Rule("a text, whether it is finished, and a verdict", _is_answer)]]
+ANSWERS = [[Rule("a text, whether it is finished, and a verdict", is_answer)]]
 """The shape of a shard of responses: for every example a list of answers with the fields of Response."""
 
 
@@ -56,15 +58,16 @@ def read_responses(store: Store, split: Split, source: str, number: int) -> list
     ]
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     chat: ChatFormat,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     config: GenerationConfig,
     *,
     max_length: int,
     seed: int = 0,
+    numbers: Sequence[int] = (),
+    of: str = "",
     responses: int = 1,
     reasoning: Reasoning | None = None,
     progress: Callable[..., None] = silent,
@@ -75,6 +78,7 @@ def generate(
         max_length: the longest sequence in tokens, prompt and response together. A prompt that leaves no room gets empty
             responses.
         seed: the seed of sampling; it is not used by greedy decoding.
+        numbers: those of the prompts in their split; empty counts them from 0. of: whose responses these are. Sampling depends on both.
         responses: how many responses each prompt gets; more than one needs a temperature above 0.
         reasoning: what becomes of the reasoning before an answer; None takes the config's.
         progress: called as `Progress.update` is, with the number of prompts answered and of tokens generated for them.
@@ -84,40 +88,36 @@ def generate(
     """
     # Prompts of similar length are answered together. Those without room for a response are done already.
     encoded = [chat.prompt_ids(prompt) for prompt in prompts]
-    by_length = sorted((i for i in range(len(prompts)) if len(encoded[i]) < max_length), key=lambda i: len(encoded[i]))
+    wanted = [(i, n) for i in range(len(prompts)) for n in range(responses) if len(encoded[i]) < max_length]
+    wanted.sort(key=lambda place: len(encoded[place[0]]))
     answers = [[Response("", True, Verdict.OK)] * responses for _ in prompts]
-    progress(len(prompts) - len(by_length))
+    progress(sum(len(ids) >= max_length for ids in encoded))
 
-    # These override the model's own generation config, in which a repetition penalty or a top_k would change the answers.
-    sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
-    if config.temperature > 0:
-        sampling |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-        torch.manual_seed(seed)
-    ends = set(chat.end_ids)
-    pad = chat.end_id  # it has a row in every model, which the tokenizer's padding need not have
-    for first in range(0, len(by_length), config.batch_size):
-        # Generate for one batch. What comes back are the new tokens: the prompts, padded at the left, are cut off.
-        batch = by_length[first : first + config.batch_size]
-        input_ids, attention_mask = padded([encoded[i] for i in batch], pad, left=True)
-        output = model.generate(  # pyrefly: ignore[not-callable]  # a PreTrainedModel may have it, from GenerationMixin
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            max_new_tokens=min(config.max_new_tokens, max_length - min(len(encoded[i]) for i in batch)),
-            num_return_sequences=responses,
-            eos_token_id=sorted(ends),
-            pad_token_id=pad,
-            **sampling,
-        )[:, input_ids.shape[1] :].tolist()
-
-        # Take each response up to its end of turn. The rows of one prompt's responses follow one another.
-        generated = 0
-        for row, ids in enumerate(output):
-            index = batch[row // responses]
-            # A response gets the room that its own prompt leaves, whatever other prompts are in the batch.
-            ids = ids[: max_length - len(encoded[index])]
-            end = next((t for t, token in enumerate(ids) if token in ends), None)
-            generated += len(ids) if end is None else end + 1
-            text, verdict = said(chat, ids[:end], strip_reasoning=(reasoning or config.reasoning) == "strip")
-            answers[index][row % responses] = Response(text, end is not None, verdict)
-        progress(len(batch), tokens=generated)
+    numbers = numbers or range(len(prompts))
+    sampling = Sampling(config.temperature, config.top_p) if config.temperature > 0 else None
+    strip = (reasoning or config.reasoning) == "strip"
+    size = config.batch_size * responses
+    for start in range(0, len(wanted), size):
+        # A response gets the room that its own prompt leaves, whatever other prompts are in the batch.
+        batch = wanted[start : start + size]
+        rooms = [min(config.max_new_tokens, max_length - len(encoded[i])) for i, _ in batch]
+        written = continuations(
+            model,
+            [encoded[i] for i, _ in batch],
+            ends=set(chat.end_ids),
+            pad=chat.end_id,  # it has a row in every model, which the tokenizer's padding need not have
+            rooms=rooms,
+            sampling=sampling,
+            draws=[draws_of(seed, of, numbers[i], n, room) for (i, n), room in zip(batch, rooms)] if sampling else (),
+        )
+        for (i, n), ids in zip(batch, written):
+            answers[i][n] = response_of(chat, ids, strip_reasoning=strip)
+        progress(len(batch) // responses, tokens=sum(map(len, written)))
     return answers
+
+
+def response_of(chat: ChatFormat, ids: Sequence[int], *, strip_reasoning: bool) -> Response:
+    """Returns the response that the tokens spell which a model wrote. It is unfinished unless there is an end of turn among them."""
+    end = next((t for t, token in enumerate(ids) if token in chat.end_ids), None)
+    text, verdict = said(chat, ids[:end], strip_reasoning=strip_reasoning)
+    return Response(text, end is not None, verdict)

@@ -84,10 +84,10 @@ def summarise(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Ma
         if alone := sum(not ballots.preferred(e) for e in won):
             summary["handled"]["prompt with one finished response, which won without a vote"] = alone
         unusable = Counter(
-            c.left_out or "empty or unfinished response of a source, kept from the judges"
+            c.left_out or f"{'unfinished' if c.text else 'empty'} response of a source, kept from the judges"
             for of_prompt in ballots.candidates
             for c in of_prompt
-            if not c.eligible
+            if not c.eligible and c.left_out != Verdict.NOT_WINNER.label
         )
         summary["handled"] |= unusable
     return summary

@@ -70,6 +70,8 @@ class DataConfig:
     """Whether only the first of several training examples with the same prompt is used."""
     skill_column: str | None = "skill"
     """The column that groups the examples in tables. A data set without it forms one group, "all"."""
+    route_column: str = "route"
+    """The column that names the source of each example, with capture.choice: route. Validation examples may lack it."""
     limit: int | None = None
     """How many training examples are used, counted from the first; null uses all of them."""
     max_length: int = 2048

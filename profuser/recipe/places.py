@@ -8,7 +8,8 @@ from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 
-from profuser.errors import ConfigError, first_line
+from profuser.errors import ConfigError, DataError, first_line
+from profuser.recipe.utf8 import read_utf8
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 RECIPES_DIR = PACKAGE_DIR / "recipes"
@@ -59,6 +60,22 @@ def files_of(location: str) -> list[str]:
     """Returns the local files and folders that a path or a pattern stands for; none where there are none."""
     path = resolve(location)
     return [path] if Path(path).exists() else sorted(glob(path, recursive=True))
+
+
+def text_or_file(key: str, text: str) -> str:
+    """Returns a text that a recipe has at `key`, be it spelt out or in a .txt or .md file.
+
+    Raises:
+        DataError: the file is missing or not UTF-8.
+    """
+    if not text.lower().endswith((".txt", ".md")) or "\n" in text:
+        return text
+    if not Path(text).is_file():
+        raise DataError(f"{key} must be a text or an existing .txt or .md file, got {text}; fix the path")
+    try:
+        return read_utf8(Path(text))
+    except ValueError as error:
+        raise DataError(f"{key} {text} must be UTF-8, {error}") from None
 
 
 def load_function(path: str, key: str) -> Callable:

@@ -8,7 +8,7 @@ a recipe from YAML and the command line; `schedule.py` defines the named schedul
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from profuser.errors import ConfigError
@@ -16,12 +16,15 @@ from profuser.kernels.divergences import FORWARD_KL, Divergence, check_divergenc
 from profuser.kernels.tails import BUCKET, RENORMALIZE, Tail
 from profuser.recipe.checks import LARGEST, check_date, check_names, check_not_negative, check_positive
 from profuser.recipe.data import DataConfig
+from profuser.recipe.generation import GenerationConfig, Reasoning, SourceGenerationConfig
 from profuser.recipe.places import is_path
+from profuser.recipe.rubric import RubricConfig
+from profuser.recipe.server import ServerConfig
 
 ScheduleName = Literal["progressive", "simultaneous", "reverse", "fusellm", "sft"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
-Reasoning = Literal["keep", "strip"]
+Grader = Literal["exact", "number", "maths", "reasoning_gym"]
 
 VoteRule = Literal["majority", "borda", "mean_z"]
 
@@ -38,51 +41,56 @@ class SourceConfig:
     name: str
     """A short, unique name that is used in the store, in the report and by `target`."""
     model: str
-    """The model's directory, its Hub id, or demo:NAME for a bundled model."""
+    """The model's directory, its Hub id, or demo:NAME for a bundled model. It may be the directory of a peft adapter, which is merged into
+    its base."""
+    base: str | None = None
+    """The base of an adapter: a directory or Hub id. null takes the one that its adapter_config.json names."""
     revision: str | None = None
     """The revision of a Hub model: a branch, a tag or a commit."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of a .jinja file. It is needed where the tokenizer has none, and replaces one it has."""
     trust_remote_code: bool = False
     """Whether Python code from the model's repository may be run."""
+    device_map: Literal["auto"] | None = None
+    """auto spreads the source over all GPUs, for one that does not fit on one; null puts it on the first. Without a GPU it changes nothing,
+    and the target is never spread while it is trained."""
     reasoning: Reasoning | None = None
     """What becomes of the reasoning before this source's answers; null takes generation.reasoning."""
     responses: str | None = None
     """A file with this source's responses, which it is then not asked for: rows with `prompt`, `response` and, optionally, `finished`."""
-
-
-@dataclass(kw_only=True)
-class GenerationConfig:
-    """How the sources answer the training prompts (for the inference mode) and the held-out prompts (for the scores)."""
-
-    responses_per_source: int = 1
-    """How many responses each source gives to a training prompt. More than one needs a temperature above 0."""
-    max_new_tokens: int = 512
-    """The longest response in tokens. A response that is not finished by then does not take part in the vote."""
-    temperature: float = 0.0
-    """The temperature of sampling; 0 means greedy decoding."""
-    top_p: float = 1.0
-    """Only the most probable tokens are sampled from, until they hold this share of the probability; 1 keeps all tokens."""
-    batch_size: int = 16
-    """How many prompts are answered at a time."""
-    reasoning: Reasoning = "keep"
-    """Whether the reasoning that a model writes before its answer (a think block, another channel) is a part of its response."""
+    server: str | ServerConfig | None = None
+    """An OpenAI-compatible server that answers for this source, by its URL or with what else is to be said of it. `model` still has to be
+    there, which the distributions come from; the server must run the same one."""
+    generation: SourceGenerationConfig | None = None
+    """How this source answers, where that differs from the recipe's `generation`."""
 
     def __post_init__(self) -> None:
-        check_positive("generation", self, "max_new_tokens", "batch_size", "responses_per_source", "top_p")
-        check_not_negative("generation", self, "temperature")
-        if self.top_p > 1:
-            raise ConfigError(f"generation.top_p must be <= 1, got {self.top_p}; 1 keeps all tokens")
-        if self.responses_per_source > 1 and self.temperature == 0:
+        if isinstance(self.server, str):
+            self.server = ServerConfig(url=self.server)
+        if isinstance(self.server, ServerConfig):
+            self.server.check(f"sources: {self.name}: server")
+        engine = None if self.generation is None else self.generation.engine
+        if self.server is not None and engine not in (None, "server"):
             raise ConfigError(
-                f"generation.responses_per_source > 1 needs a temperature > 0 (greedy responses are equal), got "
-                f"{self.responses_per_source} at 0; set generation.temperature"
+                f"sources: {self.name}: generation.engine must be server where the source has a server, got {engine}; take one of "
+                "them out"
             )
+
+    @property
+    def generation_changes(self) -> dict[str, Any]:
+        """What this source does otherwise than the recipe's `generation` says, by the key there."""
+        said = {} if self.generation is None else self.generation.said
+        return said if self.server is None else said | {"engine": "server"}
+
+
+JUDGES = ("model", "function", "grader", "server", "scores")
+"""What a judge may be, by the keys of JudgeConfig."""
 
 
 @dataclass(kw_only=True)
 class JudgeConfig:
-    """One judge of the inference mode. It has one vote, and is a reward model, a function or a file of scores."""
+    """One judge of the inference mode. It has one vote, and is a reward model, a function, a grader, a model on a server or a file of
+    scores."""
 
     name: str
     """A short, unique name that is used in the store and in the report."""
@@ -90,6 +98,13 @@ class JudgeConfig:
     """The directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME for a bundled one."""
     function: str | None = None
     """A function as `module:function`. `function(example, responses)` returns one score per response, NaN to abstain."""
+    grader: Grader | None = None
+    """What compares a response's answer with the column `answer` or the ground truth: exact as texts, number as numbers, maths by the
+    package math-verify, reasoning_gym by the task's own score."""
+    server: str | ServerConfig | None = None
+    """An OpenAI-compatible server whose model judges, by its URL or with what else is to be said of it."""
+    rubric: RubricConfig | None = None
+    """What the model on the server is asked; null takes a rubric of our own, with scores from 1 to 10."""
     scores: str | None = None
     """A file with this judge's scores, such as those of people: rows with `prompt`, `response` and `score`; null abstains."""
     chat_template: str | None = None
@@ -104,9 +119,19 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         if self.floor is not None and not math.isfinite(self.floor):
             raise ConfigError(f"judges: {self.name}: floor must be finite, got {self.floor:g}; null sets none")
+        if isinstance(self.server, str):
+            self.server = ServerConfig(url=self.server)
+        if isinstance(self.server, ServerConfig):
+            self.server.check(f"judges: {self.name}: server")
+        if self.rubric is not None:
+            self.rubric.check(f"judges: {self.name}: rubric")
+            if self.server is None:
+                raise ConfigError(
+                    f"judges: {self.name}: rubric is for a judge on a server; take it out, or add `server`"
+                )
         if self.chat_template is not None and self.model is None:
             raise ConfigError(
-                f"judges: {self.name}: chat_template is for a reward model, functions and scores have none; take it out"
+                f"judges: {self.name}: chat_template is for a reward model, no other judge has one; take it out"
             )
 
 
@@ -125,10 +150,15 @@ class JudgingConfig:
 class CaptureConfig:
     """How the sources score a response, and what of their distributions is stored."""
 
+    choice: Literal["min_ce", "route", "weights"] = "min_ce"
+    """Which source an example is learnt from. min_ce: in training mode the one with the lowest cross-entropy on the ground truth, in
+    inference mode the one whose response wins the vote. route: in both the one that data.route_column names, and no other is asked.
+    weights would mix them, which the loss cannot do yet."""
     top_k: int = 10
     """How many entries of a distribution are stored per position (FuseLLM's value)."""
     batch_size: int = 8
-    """How many responses a source scores at a time."""
+    """The most responses that a source scores at a time. Where its memory does not suffice for so many, it takes half of them, and says
+    so."""
     shard_size: int = 4096
     """How many examples a shard of the store holds. An interrupted preparation goes on with the next shard."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -136,6 +166,11 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         check_positive("capture", self, "top_k", "batch_size", "shard_size")
+        if self.choice == "weights":
+            raise ConfigError(
+                "capture.choice must be min_ce or route, got weights: the loss takes one source for each sequence and cannot mix them yet; "
+                "set one of these"
+            )
 
 
 @dataclass(kw_only=True)
@@ -477,9 +512,12 @@ class Recipe:
             raise ConfigError(
                 f"target must be a source's name or a model, got {self.target!r} (sources: {', '.join(names)}); fix target"
             )
+        self._check_generation()
         for judge in self.judges:
-            if sum(value is not None for value in (judge.model, judge.function, judge.scores)) != 1:
-                raise ConfigError(f"judges: {judge.name} must have one of model, function and scores; set exactly one")
+            if sum(getattr(judge, kind) is not None for kind in JUDGES) != 1:
+                raise ConfigError(
+                    f"judges: {judge.name} must have one of {', '.join(JUDGES[:-1])} and {JUDGES[-1]}; set exactly one"
+                )
         check_not_negative("", self, "seed")
         if self.adapter is not None and self.adapter.quantize is not None and self.optim.shard:
             raise ConfigError(
@@ -525,6 +563,23 @@ class Recipe:
             for i, stage in enumerate(self.schedule):
                 stage.check(f"schedule[{i}]")
 
+    def _check_generation(self) -> None:
+        """Raises ConfigError for a source that cannot answer as it is told to."""
+        several = self.generation.responses_per_source
+        for source in self.sources:
+            generation = self.generation_of(source)
+            if several > 1 and generation.temperature == 0 and source.responses is None:
+                of = f"of source {source.name} " if "temperature" in source.generation_changes else ""
+                raise ConfigError(
+                    f"generation.responses_per_source > 1 needs a temperature > 0 (greedy responses are equal), got {several} at 0 "
+                    f"{of}".rstrip()
+                    + "; set generation.temperature"
+                )
+            if generation.engine == "server" and source.server is None:
+                raise ConfigError(
+                    f"sources: {source.name} must have a server with generation.engine server, it has none; add its URL as `server`"
+                )
+
     @property
     def target_config(self) -> SourceConfig:
         """The target's model: the source of that name or, where there is none, the model that `target` itself is."""
@@ -539,6 +594,13 @@ class Recipe:
     def reasoning_of(self, source: SourceConfig) -> Reasoning:
         """What becomes of the reasoning before a model's answers."""
         return source.reasoning or self.generation.reasoning
+
+    def generation_of(self, source: SourceConfig) -> GenerationConfig:
+        """How a source answers: the recipe's `generation`, with what the source does otherwise."""
+        changes = source.generation_changes | {"reasoning": self.reasoning_of(source)}
+        if changes.get("engine") in ("transformers", "server"):
+            changes["python"] = None
+        return replace(self.generation, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole recipe as nested plain values, defaults included."""

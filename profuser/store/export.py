@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import ConfigError, DataError
+from profuser.recipe.schema import JUDGES
 from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.sealed import digest_of
 from profuser.store.store import Store
+from profuser.text.fit import Verdict
 
 TABLES = ("responses", "preferences")
 
@@ -82,6 +84,10 @@ def responses_of(store: Store, examples: list[dict[str, Any]]) -> Iterator[dict[
     for number, row in enumerate(examples):
         for source, n in product(settings.sources["source_names"], range(several)):
             label = f"{source}_{n}" if several > 1 else source
+            if (
+                written[source][number][n][2] == Verdict.NOT_WINNER
+            ):  # the prompt is another source's, and this one was not asked
+                continue
             yield {
                 "example": number,
                 "prompt": row["prompt"],
@@ -115,7 +121,7 @@ def card(store: Store, counts: dict[str, int]) -> str:
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in TABLES)
     sources = "".join(f"- {name}: `{source['model']}`\n" for name, source in settings.sources["sources"].items())
     judges = "".join(
-        f"- {name}: `{judge['model'] or judge['function'] or judge['scores']}`\n"
+        f"- {name}: `{next((str(judge[kind]) for kind in JUDGES if judge.get(kind) is not None), 'a server')}`\n"
         for name, judge in settings.votes["judges"].items()
         if name in settings.votes["asked"]
     )

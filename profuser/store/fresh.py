@@ -69,6 +69,7 @@ def needed(run: Run, what: Directory) -> Iterator[tuple[str, Path]]:
     yield from (("the recipe", path.resolve()) for path in run.files)
     yield ("the run", run.output_dir.resolve()) if what == "store" else ("the store", run.store_dir.resolve())
     models = {model.name: model.model for model in (*recipe.sources, recipe.target_config)}
+    models |= {f"the base of {source.name}": source.base for source in recipe.sources if source.base is not None}
     models |= {f"judge {judge.name}": judge.model for judge in recipe.judges if judge.model is not None}
     templates = {f"the chat template of {m.name}": m.chat_template for m in (*recipe.sources, *recipe.judges)}
     data = [

@@ -56,6 +56,26 @@ def said(chat: ChatFormat, ids: Sequence[int], *, strip_reasoning: bool) -> Said
     return Said(answer.strip(), Verdict.BROKEN if broken and "\ufffd" in answer else Verdict.OK)
 
 
+def said_elsewhere(chat: ChatFormat, text: str, *, strip_reasoning: bool) -> Said:
+    """Returns what a model said whose text another program has written down, so that its tokens are not known.
+
+    Such a program leaves control tokens out. Where one is spelt in the text, or a character stands for broken bytes, it cannot be known
+    whether the model wrote just this, and the text is not used.
+    """
+    # The generation prompt may have opened a block of reasoning, in which the text then begins. Or the program took all of it out.
+    opening = chat.opening
+    ends = any(block.end in text for block in opening.blocks)
+    answer = opening.kept(opening.begun + text if ends and not text.lstrip().startswith(opening.begun) else text)
+    if strip_reasoning:
+        stripped = opening.stripped(answer)
+        if not stripped:
+            return Said("", Verdict.REASONING if answer.strip() else Verdict.OK)
+        answer = stripped
+    if chat.token_bytes.has_control(answer):
+        return Said(answer.strip(), Verdict.CONTROL)
+    return Said(answer.strip(), Verdict.BROKEN if "\ufffd" in answer else Verdict.OK)
+
+
 def _is_utf8(data: bytes) -> bool:
     """Whether bytes are a text."""
     try:

@@ -128,6 +128,12 @@ class ChatTemplate:
         text = shown("system")
         return text is not None and SYSTEM in text and text not in (shown("user"), shown("assistant"))
 
+    def seen(self, prompt: Prompt) -> Prompt:
+        """A prompt as the template can show it: a system message goes in front of the user's first where there is no place for it."""
+        if isinstance(prompt, Conversation) and prompt.turns[0].role == "system" and not self.has_system:
+            return Conversation(prompt.without_system())
+        return prompt
+
     def _with_system(self, messages: list[Message]) -> list[Message]:
         """Returns messages with an empty system message in front, if the template needs one and there is none."""
         has_system = bool(messages) and messages[0]["role"] == "system"

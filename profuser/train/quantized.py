@@ -13,6 +13,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from profuser.errors import ConfigError, first_line, is_lack_of_memory
 from profuser.models.load import load_model, weights_of
+from profuser.models.merged_adapter import adapter_folder
 from profuser.recipe.schema import SourceConfig
 
 
@@ -25,6 +26,10 @@ def check_quantize(target: SourceConfig, device: torch.device) -> None:
     """
     import bitsandbytes
 
+    if adapter_folder(target) is not None:
+        raise ConfigError(
+            f"adapter.quantize must go with a whole model, the target {target.model} is itself an adapter; merge it, or leave it out"
+        )
     location, options = weights_of(target)
     if "gguf_file" in options or hasattr(AutoConfig.from_pretrained(location, **options), "quantization_config"):
         raise ConfigError(
