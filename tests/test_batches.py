@@ -6,8 +6,12 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,3 +239,48 @@ def test_a_stage_knows_its_modes():
     stage = Stage(inference_weight=0.1, training_weight=0.0, beta=1.0, first=0, stop=1)
     assert stage.modes == [Mode.INFERENCE]
     assert (stage.weight(Mode.INFERENCE), stage.weight(Mode.TRAINING)) == (0.1, 0.0)
+
+
+KILLED = """
+import multiprocessing, os, signal
+from profuser.train.steps import load_steps
+
+class Large:
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, n):
+        return bytes(1 << 20)  # more than a pipe holds
+
+batches = load_steps(Large(), 0, workers=WORKERS, pin_memory=False)
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_end_when_the_trainer_was_killed(workers):
+    """Also while they hand over a batch, which nobody will take any more."""
+    code = KILLED.replace("WORKERS", str(workers))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        children = [int(pid) for pid in process.stdout.readline().split()]
+        process.wait(60)
+    assert process.returncode == -signal.SIGKILL
+    assert len(children) == workers
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in children if works(pid)]:
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"{len(left)} of {workers} workers are still there")
+        time.sleep(0.1)
+
+
+def works(process: int) -> bool:
+    """Whether a process is there that has not ended. One that has may wait for somebody to ask how."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

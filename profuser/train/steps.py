@@ -8,9 +8,13 @@ DataLoader prepares the next steps in worker processes while the trainer works o
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -208,7 +212,7 @@ def load_steps(steps: Steps, start: int, *, workers: int, pin_memory: bool) -> G
         num_workers=workers,
         prefetch_factor=STEPS_IN_FLIGHT if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=live_with_the_trainer,
         # Without a generator of its own it would draw its seed from torch's, and a resumed run would not repeat torch's state.
         generator=torch.Generator(),
     )
@@ -228,11 +232,20 @@ def load_steps(steps: Steps, start: int, *, workers: int, pin_memory: bool) -> G
         yield batch
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Makes a worker process ignore Ctrl-C and SIGTERM, which reach all processes of a job.
+def live_with_the_trainer(worker: int) -> None:
+    """Makes a worker process ignore Ctrl-C and SIGTERM, which reach all processes of a job, and end when the trainer is gone.
 
     The trainer finishes its step and saves its state before it stops; a worker that ended earlier would turn this into an
-    error. The trainer ends its workers itself, and they end when it is gone.
+    error. The trainer ends its workers itself. If it was killed, a worker could otherwise wait for ever: to hand over a batch that
+    is larger than the pipe between them, of which it holds both ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=end_after, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def end_after(trainer: BaseProcess | None) -> None:
+    """Ends this process at once when the one that started it has ended."""
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
