@@ -75,6 +75,13 @@ def test_a_flipped_bit_in_a_record_is_survived(places, file):
     assert set(tally.counts) == {("a bit flipped", command, "exit 3")}
 
 
+def test_a_report_blames_the_manifest_where_it_is_another_stores(places):
+    """The walk found that it blamed summary.json, whose advice led to another error."""
+    tally = walk(places, [Trial("good", "report", f"{STORE}/manifest.json", "another run's", 0.618)])
+    assert not tally.wrong
+    assert set(tally.counts) == {("another run's", "report", "exit 3")}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_damage_of_every_file_is_survived(places, part):
