@@ -63,7 +63,7 @@ def resolves(name: str) -> bool:
     """Whether a dotted name is a module of the package, or something that one of its modules defines."""
     known = modules()
     parts = name.split(".")
-    if parts[1] in ("_align", "COMMAND"):  # the C++ extension, and what stands for any of the commands
+    if parts[1] in ("_align", "_rows", "COMMAND"):  # the C++ extensions, and what stands for any of the commands
         return True
     for cut in range(len(parts), 1, -1):
         if (module := ".".join(parts[:cut])) in known:

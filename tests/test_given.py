@@ -158,7 +158,7 @@ def test_scores_are_found_by_prompt_and_response(tmp_path):
 
 def test_a_judge_is_one_of_three(tmp_path):
     for wrong in ("scores: s.jsonl, model: m", "floor: 1"):
-        with pytest.raises(ConfigError, match="one of model, function and scores"):
+        with pytest.raises(ConfigError, match="one of model, function, grader, server and scores"):
             small_run(tmp_path, "--judges", f"[{{name: j, {wrong}}}]")
 
 

@@ -136,7 +136,7 @@ WRONG = [
     Wrong("log-probabilities in bf16", edit(source_logprobs=lambda x: x.bfloat16()), ("got torch.bfloat16", "log_softmax of logits.float()")),
     Wrong("the log of the tail's mass", lambda c: {"source_tail": (1 - c["source_logprobs"].exp().sum(-1)).log()}, ("linear mass in [0, 1]", "exp()")),
     Wrong("source_ce as (B, S)", edit(source_ce=lambda x: x.T), ("source_ce must be (S, B)", "transpose it")),
-    Wrong("several sources without a choice", lambda c: {"source_ce": None}, ("a choice is needed", "source_ce or source_index")),
+    Wrong("several sources without a choice", lambda c: {"source_ce": None}, ("a choice is needed", "source_ce, source_index or source_weight")),
     Wrong("several sequences without bounds", lambda c: {"cu_seqlens": None}, ("cu_seqlens is required when B > 1",)),
     Wrong("num_items_in_batch by example", lambda c: {"num_items_in_batch": torch.tensor([9, 8, 9])}, ("num_items_in_batch must be one number", "sum it over the optimizer step")),
     Wrong("beta and kd_weight", lambda c: {"beta": 0.3, "kd_weight": torch.ones(len(c["labels"]))}, ("beta or kd_weight, not both",)),

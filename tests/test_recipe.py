@@ -108,7 +108,7 @@ def test_every_bundled_recipe_parses(recipe):
         ({"sources": [{"name": "a", "model": "m"}, {"name": "a", "model": "n"}]}, "'a' twice"),
         ({"sources": [{"name": "../a", "model": "m"}]}, "'../a'"),
         ({"target": "b"}, "sources: a"),
-        ({"judges": [{"name": "j"}]}, "must have one of model, function and scores"),
+        ({"judges": [{"name": "j"}]}, "must have one of model, function, grader, server and scores"),
         ({"align": {"min_reliability": 3.0}}, "min_reliability"),
         ({"sources": [{"name": "fused", "model": "m"}]}, "'fused'"),
         ({"generation": {"responses_per_source": 2}}, "temperature"),

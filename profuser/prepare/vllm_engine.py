@@ -104,7 +104,11 @@ class VllmProcess:
         )
 
     def _last_line(self) -> str:
-        lines = [line.strip() for line in Path(self.log).read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in Path(self.log).read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
         return lines[-1][:300] if lines else "it printed nothing"
 
     failed = False
