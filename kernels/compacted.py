@@ -25,7 +25,8 @@ class Compacted(NamedTuple):
     def of(cls, labels: Tensor, bound: int) -> Compacted:
         """The rows of `labels` (N,), of which at most `bound` should have a label."""
         ignored = labels == IGNORE_INDEX
-        return cls(ignored.to(torch.int8).argsort(stable=True)[:bound], (~ignored).sum() > bound, labels.shape[0])
+        rows = ignored.to(torch.int8).argsort(stable=True)[: max(bound, 1)]  # one at least, for NaN to come from
+        return cls(rows, (~ignored).sum() > bound, labels.shape[0])
 
     def select(self, operands: Operands, winner: Winner) -> tuple[Operands, Winner]:
         """What these rows have of the operands, and of the choice among the sources. If a row was left out, all become NaN."""
@@ -43,11 +44,12 @@ class Compacted(NamedTuple):
         return operands._replace(**by_row, **sources), chosen
 
     def expand(self, outputs: Outputs, options: Options) -> Outputs:
-        """The outputs of all N rows, with zeros for those that were left out."""
+        """The outputs of all N rows, with zeros for those that were left out, or NaN if one of them has a label."""
         by_row = ["ce", "kd", "source_mass", "target_mass"]
         by_row += ["loss"] if options.per_row else []
         by_row += ["dhidden"] if options.grad_hidden else []
         return outputs._replace(**{name: self._of_all_rows(getattr(outputs, name)) for name in by_row})
 
     def _of_all_rows(self, value: Tensor) -> Tensor:
-        return value.new_zeros(self.among, *value.shape[1:]).index_copy_(0, self.rows, value)
+        absent = torch.where(self.overfull, torch.nan, 0.0).to(value.dtype)
+        return absent.expand(self.among, *value.shape[1:]).index_copy(0, self.rows, value)

@@ -27,8 +27,15 @@ SKEW_KL: Final = "skew_kl"
 SKEW_REVERSE_KL: Final = "skew_reverse_kl"
 TVD: Final = "tvd"
 
+WITH_BETA = (JSD, SKEW_KL, SKEW_REVERSE_KL)
+"""Those that read `divergence_beta`."""
+
 TAIL_FLOOR = 1e-6
-"""The least mass of the bucket where the divergence would be infinite at 0. It costs log(1/TAIL_FLOOR) = 13.8 nats at most."""
+"""The least mass of the bucket, and of the kept entries together, where the divergence would be infinite at 0. A bucket without mass
+costs log(1/TAIL_FLOOR) = 13.8 nats at most."""
+
+ENTRY_FLOOR = 1e-30
+"""A kept entry of less mass belongs to the rest where the divergence would be infinite at 0. In fp32 such a p has no digits left."""
 
 
 def canonical(divergence: str, beta: float) -> str:

@@ -83,7 +83,11 @@ def check_values(operands: Operands, vocabulary: int, valid_rows: int | None) ->
                 f"{operands.source_index[bad][0].item()}; number the sources as source_ids does"
             )
     if operands.source_weight is not None:
-        bad = ~((operands.source_weight >= 0) & operands.source_weight.isfinite())  # also true for NaN
+        weight = operands.source_weight.to(compute_dtype(operands.hidden, operands.weight))
+        bad = ~((weight >= 0) & weight.isfinite())  # also true for NaN
+        sequences = 1 if operands.cu_seqlens is None else operands.cu_seqlens.shape[0] - 1
+        if weight.shape[1] != sequences:  # one for each row, of which ignored ones may hold anything
+            bad = bad & (labels != IGNORE_INDEX)
         if bad.any():
             raise ValueError(
                 f"source_weight must be >= 0 and finite, got {operands.source_weight[bad][0].item():.6g}; "
@@ -146,9 +150,13 @@ def source_weights(operands: Operands, options: Options) -> Tensor | None:
         return operands.source_weight.to(dtype)
     if operands.source_ce is None or options.combine != SOFTMAX:
         return None
-    logits = torch.where(operands.source_ce.isfinite(), -operands.source_ce.to(dtype), -torch.inf)
+    # Relative to the lowest, with all digits that are given: large values would lose their differences otherwise.
+    takes_part = operands.source_ce.isfinite()
+    ce = operands.source_ce.to(torch.promote_types(operands.source_ce.dtype, dtype))
+    ce = torch.where(takes_part, ce, torch.inf)
+    above = torch.where(takes_part, ce - ce.amin(0), torch.inf)
     # Where no source takes part the softmax is NaN.
-    return (logits / options.combine_temperature).softmax(0).masked_fill(logits == -torch.inf, 0)
+    return (-above / options.combine_temperature).softmax(0).to(dtype).masked_fill(~takes_part, 0)
 
 
 def of_rows(of_sequence: Tensor, operands: Operands, outside: float) -> Tensor:

@@ -231,7 +231,7 @@ def prepare_mixed(operands: Operands, options: Options, winner: Winner) -> Found
     active = labels != IGNORE_INDEX
     wrong = (ids < -1) | (ids >= vocabulary) | ((ids >= 0) & ~(logprobs <= LOGPROB_SLACK) & ~logprobs.isnan())
     weight = winner.weight_of_row.where((winner.weight_of_row >= 0) & winner.weight_of_row.isfinite(), torch.nan)
-    weight = weight * active  # the sources of an ignored row may hold anything
+    weight = weight.masked_fill(~active, 0)  # the sources of an ignored row may hold anything
     operands = operands._replace(source_ids=ids.masked_fill(wrong, -1))
     kept = prepare_kept(
         operands, options, winner._replace(weight_of_row=weight), torch.arange(rows, device=labels.device),

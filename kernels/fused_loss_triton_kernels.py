@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .common import IGNORE_INDEX, LOGPROB_SLACK, LOWEST, MASS_SLACK, TAIL_SLACK
-from .divergences import TAIL_FLOOR
+from .divergences import ENTRY_FLOOR, TAIL_FLOOR
 from .divergences_triton import divergence_parts
 from .triton_math import exact_exp, log1p, tanh
 
@@ -20,6 +20,7 @@ _TAIL_SLACK = tl.constexpr(TAIL_SLACK)
 _MASS_SLACK = tl.constexpr(MASS_SLACK)
 _LOWEST = tl.constexpr(LOWEST)
 _TAIL_FLOOR = tl.constexpr(TAIL_FLOOR)
+_ENTRY_FLOOR = tl.constexpr(ENTRY_FLOOR)
 _TINY = tl.constexpr(1e-37)  # a normal number, because hardware may flush subnormal ones to 0
 # gold_slot of an ignored row, and of a row with a value out of range.
 IGNORED, INVALID = -1, -2
@@ -118,24 +119,30 @@ def _prep_kernel(
         present = tl.max((p != 0).to(tl.int32), 0) > 0
 
         t = 0.0
+        share = 1.0  # what the tail leaves to the entries
         if BUCKET:
             if tail_ptr is None:
                 invalid = invalid | (mass > 1 + _MASS_SLACK)
-                t = tl.maximum(1 - mass, 0.0)
+                t = tl.maximum(1 - mass, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                share = tl.minimum(mass, 1.0, propagate_nan=tl.PropagateNan.ALL)
             else:
                 t = tl.load(tail_ptr + source * stride_tail_s + row * stride_tail_n, mask=has_source, other=0.0)
                 t = t.to(tl.float32)
                 in_range = (t >= -_TAIL_SLACK) & (t <= 1 + _TAIL_SLACK)  # false for NaN, which min and max would drop
                 invalid = invalid | ((in_range == 0) & present)
                 t = tl.minimum(tl.maximum(t, 0.0), 1.0)
+                share = 1 - t
             if ENDLESS:
-                t = tl.maximum(t, _TAIL_FLOOR)
-        if ENDLESS:  # an entry without mass belongs to the rest
-            first = first & (p != 0)
+                t = tl.minimum(tl.maximum(t, _TAIL_FLOOR, tl.PropagateNan.ALL), 1 - _TAIL_FLOOR, tl.PropagateNan.ALL)
+                share = tl.maximum(share, _TAIL_FLOOR, tl.PropagateNan.ALL)
+                share = tl.minimum(share, 1 - _TAIL_FLOOR, tl.PropagateNan.ALL)
+        p = p / tl.where(present, relative, 1.0)
+        if ENDLESS:
+            first = first & ((p * share < _ENTRY_FLOOR) == 0)
         # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
-        t = tl.where(tl.sum(first.to(tl.int32), 0) < V, t, 0.0)
-        t = tl.where(present, t, ABSENT_TAIL)
-        p = p * ((1 - t) / tl.where(present, relative, 1.0))
+        outside = tl.sum(first.to(tl.int32), 0) < V
+        p = p * tl.where(outside, share, 1.0)
+        t = tl.where(present, tl.where(outside, t, 0.0), ABSENT_TAIL)
 
         invalid = invalid | (tl.max(wrong.to(tl.int32), 0) > 0)
         first = first & present & (invalid == 0)

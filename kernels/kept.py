@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .common import LOWEST, MASS_SLACK, TAIL_SLACK
-from .divergences import TAIL_FLOOR, infinite_at_zero
+from .divergences import ENTRY_FLOOR, TAIL_FLOOR, infinite_at_zero
 from .fused_loss_types import Operands, Options, Winner
 from .tails import BUCKET, CONDITIONAL
 
@@ -76,12 +76,10 @@ def prepare_kept(
     mass = relative * top[..., 0].exp()
     present = relative != 0  # also true for NaN: a source that is NaN must show in the loss
     ids = ids.masked_fill(~present[..., None], -1)
-    if infinite_at_zero(options.divergence):  # an entry without mass belongs to the rest
-        ids = ids.masked_fill(p == 0, -1)
 
-    # The tail: nothing, what the entries lack of 1, or what is given.
+    # The tail t and what it leaves to the entries: nothing and all, what the entries lack of 1 and their mass, or what is given.
     if options.tail != BUCKET:
-        t = torch.zeros_like(mass)
+        t, share = torch.zeros_like(mass), torch.ones_like(mass)
     elif tail is None:
         over = mass > 1 + MASS_SLACK
         if invalid is not None:
@@ -91,7 +89,7 @@ def prepare_kept(
                 "source_logprobs must be natural log-probabilities of one distribution, a row's add up to a mass of "
                 f"{mass[over][0].item():.4g}; take log_softmax over the whole vocabulary (after / T), and pad with the id -1"
             )
-        t = (1 - mass).clamp_min(0)
+        t, share = (1 - mass).clamp_min(0), mass.clamp_max(1)
     else:
         t = tail.double()
         outside = present & ~((t >= -TAIL_SLACK) & (t <= 1 + TAIL_SLACK))  # also true for NaN
@@ -102,14 +100,16 @@ def prepare_kept(
                 f"source_tail must be linear mass in [0, 1], got {t[outside][0].item():.6g}; take exp() of a log-mass"
             )
         t = t.clamp(0, 1)
-    if options.tail == BUCKET and infinite_at_zero(options.divergence):
-        t = t.clamp_min(TAIL_FLOOR)
+        share = 1 - t
+    p = p / relative.where(present, torch.ones_like(relative))[..., None]
+    if infinite_at_zero(options.divergence):
+        if options.tail == BUCKET:
+            t, share = (x.clamp(TAIL_FLOOR, 1 - TAIL_FLOOR) for x in (t, share))
+        ids = ids.masked_fill(p * share[..., None] < ENTRY_FLOOR, -1)
     # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
-    t = t.masked_fill((ids >= 0).sum(-1) == vocabulary, 0)
-    t = t.masked_fill(~present, absent_tail(options.tail))
-
-    # Scaled to what the tail leaves.
-    p = p * ((1 - t) / relative.where(present, torch.ones_like(relative)))[..., None]
+    nothing_outside = (ids >= 0).sum(-1) == vocabulary
+    p = p * share.masked_fill(nothing_outside, 1)[..., None]
+    t = t.masked_fill(nothing_outside, 0).masked_fill(~present, absent_tail(options.tail))
     ids, inside, p = on_one_set_of_ids(ids, p)
     p = torch.cat([p, t[..., None]], -1)
     weight = weight.to(dtype).masked_fill(~present, 0)

@@ -191,21 +191,22 @@ def dense_source(
     mass = p.sum(1)
     present = mass != 0
     inside = inside & present[:, None]
-    if endless:
-        inside = inside & (p != 0)
-    nothing_outside = inside.all(1)  # no column is left that could hold a tail: it is rounding, and is divided out
     if tail != BUCKET:
         t = torch.zeros_like(mass)
     elif source_tail is None:
         t = (1 - mass).clamp_min(0)
     else:
         t = source_tail.where(share != 0, 0)
-    if endless and tail == BUCKET:
-        t = t.clamp_min(1e-6)
+    relative = p / torch.where(present, mass, 1)[:, None]
+    if endless:
+        if tail == BUCKET:
+            t = t.clamp(1e-6, 1 - 1e-6)
+        inside = inside & (relative * (1 - t)[:, None] >= 1e-30)
+    nothing_outside = inside.all(1)  # no column is left that could hold a tail: it is rounding, and is divided out
     t = t.masked_fill(nothing_outside | ~present, 0)
     # Scaled to what the tail leaves. This is M > 1, renormalisation and source_tail at once: where p and t sum to 1
     # already, the factor is 1.
-    p = p * ((1 - t) / torch.where(present, mass, 1))[:, None]
+    p = relative * (1 - t)[:, None]
     return DenseSource(p, inside, t, mass, present)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from profuser.errors import DataError
-from profuser.kernels.common import IGNORE_INDEX, check_scalars
+from profuser.kernels.common import IGNORE_INDEX, check_scalars, check_tensors
 from profuser.kernels.divergences import FORWARD_KL
 from profuser.kernels.fused_loss_types import MIN_CE
 from profuser.kernels.tails import BUCKET
@@ -183,6 +183,7 @@ class FusionModel(nn.Module):
                 "fix the name, or drop it from the batch; peft goes inside: FusionModel(get_peft_model(model, config))"
             )
         B, T = input_ids.shape
+        check_tensors(source_weight=source_weight)
         weight_of_token = source_weight if source_weight is not None and source_weight.dim() != 2 else None
         for name, value, axes in (
             ("labels", labels, "(B, T)"), ("ce_weight", ce_weight, "(B, T)"), ("kd_weight", kd_weight, "(B, T)"),

@@ -165,7 +165,8 @@ def fused_linear_fusion_loss(
             equal ones the first wins, and a sequence where none takes part has no KD.
         source_index: (B,) or (N,) int, the source to learn from instead, -1 for no KD; read as (B,) where B = N.
         source_weight: (S, B) or (S, N), finite and >= 0: the sources are mixed, Σ_s weight·D(source s, target), each on its own
-            kept entries. The weights are taken as they are; 0 leaves a source out. Give one of source_ce, source_index and
+            kept entries. The weights are taken as they are; 0 leaves a source out, whose ids and log-probabilities must be
+            valid all the same. Read as (S, B) where B = N. Give one of source_ce, source_index and
             source_weight; one of them is needed if S > 1.
         cu_seqlens: (B+1,) int, from 0 to N: where sequences begin. Required when B > 1.
         ce_weight: (N,) weight of each row's CE, ones by default.
@@ -176,8 +177,9 @@ def fused_linear_fusion_loss(
             divides it out, "conditional" divides it out of source and target.
         divergence: D, from a source's P to the target's Q. "forward_kl" is KL(P ‖ Q), "reverse_kl" KL(Q ‖ P), "jsd" GKD's
             generalised Jensen-Shannon divergence, "skew_kl" and "skew_reverse_kl" are DistiLLM's, "tvd" is ½ Σ |P − Q|. Those
-            that are infinite where a source has no mass (reverse_kl, jsd at 1, skew_reverse_kl at 0) give the bucket a mass
-            of 1e-6 at least, leave out entries of probability 0, and are an error with tail="renormalize".
+            that are infinite where a source has no mass (reverse_kl, jsd at 1, skew_reverse_kl at 0) give the bucket and the
+            kept entries a mass of 1e-6 each at least, count entries below 1e-30 as outside, and are an error with
+            tail="renormalize".
         divergence_beta: the β of "jsd", in [0, 1] (0 is forward_kl, 1 is reverse_kl), or the α of the skewed two, in [0, 1).
             The others do not read it.
         combine: what source_ce decides: "min_ce" chooses the source of lowest CE, "softmax" mixes them, with the weights
@@ -243,7 +245,9 @@ def fused_linear_fusion_loss(
         z_loss=z_loss, label_smoothing=label_smoothing,
     )  # fmt: skip
     if combine != MIN_CE and source_ce is None:
-        raise ValueError(f"combine={combine!r} needs source_ce, got none; give (S, B) cross-entropies")
+        raise ValueError(
+            f"combine={combine!r} needs source_ce, got none; give (S, B) cross-entropies, or leave combine out"
+        )
     dtype = compute_dtype(hidden, weight)
     unable = None
     if dtype == torch.float64:

@@ -37,7 +37,8 @@ def check_family(
     check_divergence(divergence, divergence_beta, tail)
     if combine not in COMBINE:
         raise ValueError(
-            f"combine must be one of {COMBINE}, got {combine!r}; give weights of your own as source_weight"
+            f"combine must be one of {COMBINE}, got {combine!r}; FuseLLM's AvgCE is 'softmax', and weights of "
+            "your own are source_weight"
         )
     if not 0 < combine_temperature < math.inf:
         raise ValueError(
@@ -66,6 +67,15 @@ def local_slice(
     Raises:
         ValueError: a DTensor has another placement, or weight and bias are not divided alike.
     """
+    if process_group is not None:
+        if not isinstance(process_group, ProcessGroup):
+            raise TypeError(
+                f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}; dist.new_group() gives one"
+            )
+        if weight.numel() == 0:
+            raise ValueError(
+                f"weight must be (V, D) with V, D > 0 on every process, got {tuple(weight.shape)}; give each at least one row"
+            )
     sharded = [name for name, x in (("weight", weight), ("bias", bias)) if hasattr(x, "full_tensor")]
     if not sharded:
         return weight, bias, process_group

@@ -224,6 +224,25 @@ def test_softmax_weighs_the_sources_by_their_cross_entropy(tau):
         torch.testing.assert_close(ours[name], value, msg=name, check_dtype=False)
 
 
+def test_large_cross_entropies_keep_their_differences():
+    case = make_case()
+    case["source_ce"] = torch.tensor([[100000.01], [100000.02], [1e39]], dtype=torch.float64)
+    case["cu_seqlens"] = None
+    by_hand = torch.tensor([[1.0], [0.0], [-torch.inf]]).softmax(0)
+    expected = run(fused_linear_fusion_loss, case | {"source_ce": None}, source_weight=by_hand)
+    got = run(fused_linear_fusion_loss, case, combine="softmax", combine_temperature=0.01)
+    torch.testing.assert_close(got["kd"], expected["kd"], rtol=1e-4, atol=1e-5)
+    coldest = run(fused_linear_fusion_loss, case, combine="softmax", combine_temperature=1e-36)
+    torch.testing.assert_close(coldest["loss"], run(fused_linear_fusion_loss, case)["loss"])
+
+
+def test_the_weights_of_ignored_rows_are_not_read():
+    case = mixed_case()
+    before = fused_linear_fusion_loss(**case)
+    case["source_weight"][:, case["labels"] == -100] = torch.nan
+    assert torch.equal(fused_linear_fusion_loss(**case), before)
+
+
 def test_what_a_source_of_weight_0_says_does_not_matter():
     case = mixed_case()
     before = run(fused_linear_fusion_loss, case)
@@ -243,6 +262,46 @@ def test_a_source_that_is_certain_costs_reverse_kl_the_floor_and_no_more():
     floor = torch.tensor(1e-6, dtype=torch.float64)
     expected = 0.25 * torch.log(0.25 / (1 - floor)) + 0.75 * torch.log(0.75 / floor)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def dense_reverse_kl(logits, p):
+    """Reverse KL of one row to p on the first ids and the rest in a bucket, as the docs have it."""
+    kept = torch.as_tensor(p, dtype=torch.float64)
+    q = logits.double().softmax(-1)[0]
+    q = torch.cat([q[: len(kept)], q[len(kept) :].sum()[None]])
+    full = torch.cat([kept, 1 - kept.sum()[None]])
+    return (q * (q / full).log()).sum().item()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(
+    "impl", ["torch", pytest.param("triton", marks=pytest.mark.filterwarnings("ignore::RuntimeWarning"))]
+)
+@pytest.mark.parametrize(
+    ("logprobs", "source_tail", "p"),
+    [
+        ([-2.0, -3.0], 1.0, [0.73105858e-6, 0.26894142e-6]),  # a tail of 1 leaves the entries the floor
+        ([-2.0, -3.0], 0.0, [0.73105858 * (1 - 1e-6), 0.26894142 * (1 - 1e-6)]),
+        ([-40.0, -40.0], None, [0.5e-6, 0.5e-6]),
+        ([-13.0, -13.0], None, [2.2603294e-6, 2.2603294e-6]),  # kept mass that 1 - (1 - M) would have lost in fp32
+        ([-0.5, -110.0], None, [0.60653066]),  # below 1e-30 an entry is outside
+        ([-0.5, -800.0], None, [0.60653066]),
+    ],
+    ids=str,
+)
+def test_reverse_kl_is_finite_whatever_mass_is_where(impl, mixed, logprobs, source_tail, p):
+    logits = torch.tensor([[0.3, -0.2, 0.1, 0.5]], requires_grad=True)
+    weight = {"source_weight": torch.ones(1, 1)} if mixed else {}
+    loss = fused_linear_fusion_loss(
+        **with_logits(logits, labels=torch.tensor([3])), source_ids=torch.tensor([[[0, 1]]]),
+        source_logprobs=torch.tensor([[logprobs]]), source_tail=None if source_tail is None else torch.full((1, 1), source_tail),
+        ce_weight=torch.zeros(1), kd_weight=torch.ones(1), divergence="reverse_kl", impl=impl, **weight,
+    )  # fmt: skip
+    loss.backward()
+    assert loss.item() == pytest.approx(dense_reverse_kl(logits.detach(), p), rel=2e-5)
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert logits.grad.sum().item() == pytest.approx(0, abs=1e-5)
 
 
 def test_an_entry_of_probability_0_belongs_to_the_rest_of_reverse_kl():
@@ -370,6 +429,8 @@ class TestTriton:
         ({"combine": "avg"}, "combine must be one of"),
         ({"combine": "softmax", "combine_temperature": 0.0}, "combine_temperature must be > 0"),
         ({"combine": "softmax", "source_ce": None, "source_index": torch.zeros(4, dtype=torch.int64)}, "needs source_ce"),
+        ({"source_ce": None, "source_weight": torch.full((3, 4), 1e39, dtype=torch.float64)}, "source_weight must be >= 0 and finite"),
+        ({"combine": "avg_ce"}, "FuseLLM's AvgCE is 'softmax'"),
         ({"z_loss": -1e-4}, "z_loss must be >= 0"),
         ({"z_loss": float("inf")}, "z_loss must be >= 0"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),

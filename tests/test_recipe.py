@@ -96,6 +96,7 @@ def test_every_bundled_recipe_parses(recipe):
         ({"optim": {"divergence": "jsd", "divergence_beta": 2.0}}, r"optim.divergence_beta must be in [0, 1]"),
         ({"optim": {"divergence": "skew_kl", "divergence_beta": 1.0}}, r"optim.divergence_beta must be in [0, 1)"),
         ({"optim": {"divergence": "reverse_kl", "tail": "renormalize"}}, "is infinite with tail='renormalize'"),
+        ({"optim": {"divergence_beta": 0.1}}, "optim.divergence_beta is for divergence: jsd, skew_kl, skew_reverse_kl"),
         ({"optim": {"combine": "mean"}}, "optim.combine"),
         ({"optim": {"combine_temperature": 0.5}}, "optim.combine_temperature is for combine: softmax"),
         ({"optim": {"combine": "softmax", "combine_temperature": 0.0}}, "optim.combine_temperature"),

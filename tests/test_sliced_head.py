@@ -30,9 +30,9 @@ def test_every_member_of_a_sliced_head_is_that_of_the_whole_one(processes, optio
     assert done.stdout.split() == [members]
 
 
-def test_a_group_needs_the_torch_path():
-    with pytest.raises(ValueError, match="computes a whole head, got a process_group"):
-        fused_linear_fusion_loss(**make_case(process_group=object(), impl="triton"))
+def test_a_group_is_a_group():
+    with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup, got 'x'"):
+        fused_linear_fusion_loss(**make_case(process_group="x"))
 
 
 def test_rows_that_are_labelled_must_fit_the_bound():

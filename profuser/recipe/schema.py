@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from profuser.errors import ConfigError
-from profuser.kernels.divergences import FORWARD_KL, Divergence, check_divergence
+from profuser.kernels.divergences import FORWARD_KL, WITH_BETA, Divergence, check_divergence
 from profuser.kernels.tails import BUCKET, RENORMALIZE, Tail
 from profuser.recipe.checks import LARGEST, check_date, check_names, check_not_negative, check_positive
 from profuser.recipe.data import DataConfig
@@ -339,6 +339,11 @@ class OptimConfig:
         if self.combine != "softmax" and self.combine_temperature != 1:
             raise ConfigError(
                 f"optim.combine_temperature is for combine: softmax, got {self.combine_temperature:g} with {self.combine}; take it out"
+            )
+        if self.divergence_beta != 0.5 and self.divergence not in WITH_BETA:
+            raise ConfigError(
+                f"optim.divergence_beta is for divergence: {', '.join(WITH_BETA)}, got {self.divergence_beta:g} with "
+                f"{self.divergence}; take it out, or set optim.divergence"
             )
         if self.label_smoothing >= 1:
             raise ConfigError(f"optim.label_smoothing must be < 1, got {self.label_smoothing:g}; 0.1 is usual")
