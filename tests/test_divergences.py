@@ -4,6 +4,7 @@ The truth is the dense reference, which takes each divergence from its paper and
 """
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -291,12 +292,15 @@ def dense_reverse_kl(logits, p):
 )
 def test_reverse_kl_is_finite_whatever_mass_is_where(impl, mixed, logprobs, source_tail, p):
     logits = torch.tensor([[0.3, -0.2, 0.1, 0.5]], requires_grad=True)
-    weight = {"source_weight": torch.ones(1, 1)} if mixed else {}
-    loss = fused_linear_fusion_loss(
-        **with_logits(logits, labels=torch.tensor([3])), source_ids=torch.tensor([[[0, 1]]]),
-        source_logprobs=torch.tensor([[logprobs]]), source_tail=None if source_tail is None else torch.full((1, 1), source_tail),
-        ce_weight=torch.zeros(1), kd_weight=torch.ones(1), divergence="reverse_kl", impl=impl, **weight,
-    )  # fmt: skip
+    case: dict[str, Any] = with_logits(logits, labels=torch.tensor([3])) | {
+        "source_ids": torch.tensor([[[0, 1]]]), "source_logprobs": torch.tensor([[logprobs]]), "ce_weight": torch.zeros(1),
+        "kd_weight": torch.ones(1), "divergence": "reverse_kl", "impl": impl,
+    }  # fmt: skip
+    if source_tail is not None:
+        case["source_tail"] = torch.full((1, 1), source_tail)
+    if mixed:
+        case["source_weight"] = torch.ones(1, 1)
+    loss = fused_linear_fusion_loss(**case)
     loss.backward()
     assert loss.item() == pytest.approx(dense_reverse_kl(logits.detach(), p), rel=2e-5)
     assert logits.grad is not None
