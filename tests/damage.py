@@ -203,7 +203,7 @@ def follow(command: str, line: str) -> tuple[int, str, str]:
     """Follows the advice of an error, and runs the command again."""
     advice = line.split("; ", 1)[1]
     arguments = list(COMMANDS[command])
-    if found := re.search(r"wrote, (.*) differs? \(.*; remove it", line):
+    if found := re.search(r"wrote, (.*) differs? \(.*; remove that file", line):
         for name in found[1].split(", "):
             shutil.rmtree(path) if (path := Path(RUN) / name).is_dir() else path.unlink(missing_ok=True)
     if "move this one away" in advice:

@@ -284,7 +284,7 @@ def test_a_model_that_cannot_be_read_is_made_again(name):
     code, _, err = run(*LOOKING["evaluate"])
     assert code == 3
     assert f"{name} differs" in err
-    assert "remove it, and `python -m profuser.train`" in err
+    assert "remove that file, and `python -m profuser.train`" in err
     code, out, err = run(*TRAIN)
     assert code == 0, err
     assert f"{name} is gone or damaged: making the model again" in out

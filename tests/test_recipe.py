@@ -90,6 +90,7 @@ def test_every_bundled_recipe_parses(recipe):
         ({"sources": [{"name": "a", "model": "m", "modell": "n"}]}, "modell"),
         ({"optim": {"lr": "fast"}}, "optim.lr"),
         ({"optim": {"steps": 0}}, "optim.steps"),
+        ({"optim": {"steps": 10**23}}, "optim.steps must be >= 1 and below 2**53"),
         ({"optim": {"batch_size": 0}}, "optim.batch_size"),
         ({"optim": {"temperature": 2.0}}, "renormalize"),
         ({"optim": {"divergence": "kl"}}, "optim.divergence"),

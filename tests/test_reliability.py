@@ -214,6 +214,9 @@ a seal as well. Weights are hashed when they are written, and checked where a ru
 - The models and data that a recipe names are not ours. A store knows them by a fingerprint, for which large files are sampled. A
   damaged model that loads is noticed only as far as that sample reaches.
 - Files that nothing reads, such as the pictures and `report.html`, are not checked. `report` writes them again.
+- `manifest.json` of a store and `run.json` of a run are the records that everything else is proven by, and nothing can prove them anew. If
+  one of them is lost or damaged and you have no copy, the line that says so starts the store or the run over, at the cost of preparing
+  or training again. Keep copies of these two small files where that is dear.
 - Two damages at once may cost more than either: without any checkpoint, lost lines of `metrics.jsonl` stay lost, and a lost
   model is trained again.
 

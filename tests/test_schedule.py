@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from profuser.errors import ConfigError
 from profuser.recipe.parse import parse_run
 from profuser.recipe.schedule import learning_rate, plan, stage_at
 from profuser.recipe.schema import OptimConfig, StageConfig
@@ -48,6 +49,12 @@ def test_schedules_share_the_same_number_of_steps(recipe):
 def test_epochs_become_steps(recipe):
     optim = replace(recipe.optim, steps=None, epochs=3, batch_size=16)
     assert plan(replace(recipe, optim=optim, schedule="sft"), 100)[-1].stop == 19
+
+
+def test_more_steps_than_can_be_counted_are_refused(recipe):
+    for epochs in (1e17, 9e18):
+        with pytest.raises(ConfigError, match=r"fewer than 2\*\*53 steps, got \d+; lower optim.epochs"):
+            plan(replace(recipe, optim=replace(recipe.optim, steps=None, epochs=epochs)), 10_000)
 
 
 def test_stages_spelt_out_divide_the_steps_by_their_shares(recipe):

@@ -26,6 +26,6 @@ def open_run(directory: Path) -> tuple[Run, dict[str, Any]]:
         recipe = replace(load_recipe(record["recipe"]), output=str(directory), store=record["store"])
     except ConfigError as error:
         raise DataError(str(error)) from None
-    if differing := damaged_files(directory, model_files(record)):
+    if differing := [name for name in damaged_files(directory, model_files(record)) if (directory / name).exists()]:
         print(f"{', '.join(differing)} in {directory} is not what training wrote; what is there is scored", flush=True)
     return Run(recipe=recipe, name=directory.name), record

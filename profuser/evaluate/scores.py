@@ -169,9 +169,12 @@ def said_to_differ(directory: Path) -> Generator[None]:
     except Exception as error:  # a damaged configuration may fail in any way, and anywhere
         if not (differing := damaged_files(directory, model_files(read_run(directory)))):
             raise
+        there = [name for name in differing if (directory / name).exists()]
+        wrong = f"{', '.join(there)} differs" if there else f"{', '.join(differing)} is missing"
+        removed = "remove that file, and " if there else ""
         raise DataError(
-            f"{directory} must hold the model that training wrote, {', '.join(differing)} differs ({first_line(error)}); remove "
-            "it, and `python -m profuser.train` with the recipe makes it again"
+            f"{directory} must hold the model that training wrote, {wrong} ({first_line(error)}); {removed}"
+            "`python -m profuser.train` with the recipe makes it again"
         ) from error
 
 

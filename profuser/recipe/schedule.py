@@ -61,6 +61,10 @@ class Stage:
         return [mode for mode in Mode if self.weight(mode) > 0]
 
 
+MOST_STEPS = 2**53
+"""Beyond it a step and the next one would be the same number in fp64."""
+
+
 def stages_of(recipe: Recipe) -> list[StageConfig]:
     """Returns a recipe's stages, whether its schedule is named or spelt out."""
     return NAMED[recipe.schedule] if isinstance(recipe.schedule, str) else recipe.schedule
@@ -78,10 +82,14 @@ def plan(recipe: Recipe, instructions: int) -> list[Stage]:
         instructions: how many there are to train on.
 
     Raises:
-        ConfigError: a stage would have no step.
+        ConfigError: a stage would have no step, or there would be too many.
     """
     configs, optim = stages_of(recipe), recipe.optim
     total = optim.steps or max(len(configs), math.ceil(optim.epochs * instructions / optim.batch_size))
+    if total >= MOST_STEPS:
+        raise ConfigError(
+            f"a run must take fewer than 2**53 steps, got {total}; lower optim.{'steps' if optim.steps else 'epochs'}"
+        )
     whole = sum(c.share for c in configs)
     bounds = [round(total * sum(c.share for c in configs[:i]) / whole) for i in range(len(configs) + 1)]
     if empty := [i for i, (first, stop) in enumerate(pairwise(bounds), start=1) if first == stop]:

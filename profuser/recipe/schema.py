@@ -329,8 +329,10 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name} is a share and must be <= 1, got {share}; give a share")
         if not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"optim.betas must be in [0, 1), got {list(self.betas)}; default [0.9, 0.95]")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"optim.steps must be >= 1 or null, got {self.steps}; remove it to train by epochs")
+        if self.steps is not None and not 1 <= self.steps < 2**53:
+            raise ConfigError(
+                f"optim.steps must be >= 1 and below 2**53, or null, got {self.steps}; remove it to train by epochs"
+            )
         if self.temperature != 1 and self.tail == BUCKET:
             raise ConfigError(
                 f"optim.temperature must be 1 with tail: {BUCKET} (a tail of many tokens has no temperature), got "
