@@ -19,9 +19,11 @@ from torch.distributed.tensor import DTensor
 from profuser.fusion_model import FusionModel
 from profuser.models.head import head_layer
 from profuser.models.load import load_model, load_without_weights
+from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.data import DataConfig
+from profuser.recipe.optim import OptimConfig
 from profuser.recipe.schedule import Stage
-from profuser.recipe.schema import AdapterConfig, OptimConfig, Recipe, SourceConfig
+from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.store.store import Store
 from profuser.train.adapter import merged, with_adapter
 from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint, weights_of

@@ -21,8 +21,9 @@ from profuser.cli import explained
 from profuser.errors import ConfigError
 from profuser.models.load import load_model
 from profuser.pipeline import train
+from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.places import resolve
-from profuser.recipe.schema import AdapterConfig, SourceConfig
+from profuser.recipe.schema import SourceConfig
 from profuser.train.adapter import check_adapter, merged, with_adapter
 from profuser.train.loop import Trainer
 from profuser.train.target import whole_target

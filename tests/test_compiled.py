@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from profuser.errors import ConfigError
 from profuser.pipeline import train
-from profuser.recipe.schema import AdapterConfig
+from profuser.recipe.adapter import AdapterConfig
 from profuser.train import compiled
 from profuser.train.compiled import check_compile
 from profuser.train.loop import Trainer

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM as Auto
 from transformers import GPT2Config, LlamaConfig, MambaConfig, MixtralConfig, PreTrainedModel
 
-from profuser.recipe.schema import AdapterConfig
+from profuser.recipe.adapter import AdapterConfig
 from profuser.train.adapter import with_adapter
 from profuser.train.flops import Cost, cost_of, peak_flops, utilisation
 from profuser.train.loop import Trainer

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from profuser.recipe.schema import AdapterConfig, SourceConfig, StageConfig
+from profuser.recipe.adapter import AdapterConfig
+from profuser.recipe.schema import SourceConfig, StageConfig
 from profuser.train.model_card import licence, model_card
 
 

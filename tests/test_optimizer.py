@@ -16,7 +16,9 @@ from profuser.errors import ConfigError
 from profuser.pipeline import train
 from profuser.plan.architecture import Architecture
 from profuser.plan.memory import checkpoint_bytes, moment_bytes
-from profuser.recipe.schema import AdapterConfig, OptimConfig, Recipe
+from profuser.recipe.adapter import AdapterConfig
+from profuser.recipe.optim import OptimConfig
+from profuser.recipe.schema import Recipe
 from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.loop import Trainer
 from profuser.train.optimizer import check_optimizer, in_eight_bits, make_optimizer

@@ -25,9 +25,11 @@ from profuser.plan.memory import checkpoint_bytes, loss_bytes
 from profuser.plan.plan import Plan, largest_pass, make_plan
 from profuser.plan.store_size import Counts, capture_bytes, targets_bytes
 from profuser.plan.text import plan_text, remedies, size
+from profuser.recipe.adapter import AdapterConfig
+from profuser.recipe.optim import OptimConfig
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import resolve
-from profuser.recipe.schema import AdapterConfig, OptimConfig, SourceConfig
+from profuser.recipe.schema import SourceConfig
 from profuser.train.__main__ import without_own
 from profuser.train.adapter import with_adapter
 from profuser.train.optimizer import parameter_groups

@@ -19,8 +19,9 @@ from profuser.fusion_model import FusionModel
 from profuser.models.load import load_model
 from profuser.pipeline import train
 from profuser.plan.architecture import Architecture
+from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.places import resolve
-from profuser.recipe.schema import AdapterConfig, SourceConfig
+from profuser.recipe.schema import SourceConfig
 from profuser.train import compiled
 from profuser.train.adapter import with_adapter
 from profuser.train.loop import Trainer

@@ -18,8 +18,9 @@ from profuser.evaluate.scores import answer
 from profuser.plan.plan import make_plan
 from profuser.prepare.inputs import load_split
 from profuser.prepare.judges import load_judge
+from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.parse import parse_run
-from profuser.recipe.schema import AdapterConfig, JudgeConfig
+from profuser.recipe.schema import JudgeConfig
 from profuser.report.figures import draw_compared_curves, draw_curves
 from profuser.report.metrics import Change, Metrics, StageRow, compared_stages, stage_table
 from profuser.report.theme import LIGHT

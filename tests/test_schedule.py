@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 
 from profuser.errors import ConfigError
+from profuser.recipe.optim import OptimConfig
 from profuser.recipe.parse import parse_run
 from profuser.recipe.schedule import learning_rate, plan, stage_at
-from profuser.recipe.schema import OptimConfig, StageConfig
+from profuser.recipe.schema import StageConfig
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ from transformers import (
 from profuser.errors import DataError, first_line
 from profuser.models.head import head_layer, hidden_states
 from profuser.models.load import read_config, weights_of
-from profuser.recipe.schema import AdapterConfig, SourceConfig
+from profuser.recipe.adapter import AdapterConfig
+from profuser.recipe.schema import SourceConfig
 from profuser.train.adapter import with_adapter
 from profuser.train.optimizer import in_eight_bits
 from profuser.typed import read_json

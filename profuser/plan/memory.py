@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from profuser.kernels.common import chunk_rows, chunk_rows_gpu
 from profuser.plan.architecture import Architecture
-from profuser.recipe.schema import EIGHT_BIT, OptimConfig
+from profuser.recipe.optim import EIGHT_BIT, OptimConfig
 
 FP32, BF16 = 4, 2
 

@@ -31,10 +31,11 @@ from profuser.plan.store_size import Counts, capture_bytes, targets_bytes
 from profuser.prepare.estimate import expected
 from profuser.prepare.inputs import Inputs, load_split
 from profuser.recipe.data import SPLITS, Split
+from profuser.recipe.optim import EIGHT_BIT
 from profuser.recipe.parse import Run
 from profuser.recipe.places import files_of
 from profuser.recipe.schedule import Stage, plan
-from profuser.recipe.schema import EIGHT_BIT, Recipe, SourceConfig
+from profuser.recipe.schema import Recipe, SourceConfig
 
 PROCESSES = (1, 8, 16)
 INSTRUCTIONS = 100_000

@@ -21,7 +21,7 @@ INTRODUCTION = """\
 
 A recipe is a YAML file, which a command takes with `--config`. Single keys can be set behind it, for instance
 `--optim.lr 5e-6`. An unknown key is an error. "FuseLLM's value" marks a default that FuseLLM and FuseChat used.
-`python -m profuser.recipe.reference` makes this page from `profuser/recipe/schema.py` and `data.py` beside it.
+`python -m profuser.recipe.reference` makes this page from `profuser/recipe/schema.py` and the files of its groups beside it.
 """
 
 

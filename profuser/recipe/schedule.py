@@ -17,7 +17,8 @@ from enum import IntEnum
 from itertools import pairwise
 
 from profuser.errors import ConfigError
-from profuser.recipe.schema import OptimConfig, Recipe, StageConfig
+from profuser.recipe.optim import OptimConfig
+from profuser.recipe.schema import Recipe, StageConfig
 
 
 class Mode(IntEnum):

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from profuser.errors import ConfigError
 from profuser.models.head import head_layer
 from profuser.models.load import load_model, load_without_weights
-from profuser.recipe.schema import ALL_LINEAR, AdapterConfig, Recipe
+from profuser.recipe.adapter import ALL_LINEAR, AdapterConfig
+from profuser.recipe.schema import Recipe
 from profuser.train.quantized import check_quantize
 
 FOLDER = "adapter"

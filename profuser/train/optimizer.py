@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from profuser.errors import ConfigError, first_line, is_lack_of_memory
-from profuser.recipe.schema import EIGHT_BIT, OptimConfig
+from profuser.recipe.optim import EIGHT_BIT, OptimConfig
 
 FEWEST = 4096
 """A tensor of fewer numbers has no moments in 8 bits."""

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from profuser.errors import ConfigError, Stopped
-from profuser.recipe.schema import OptimConfig
+from profuser.recipe.optim import OptimConfig
 from profuser.stopping import KINDS
 from profuser.train.determinism import set_environment
 

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from profuser.errors import ProfuserError, first_line
 from profuser.kernels.common import IGNORE_INDEX
+from profuser.recipe.optim import OptimConfig
 from profuser.recipe.schedule import Mode, Stage, stage_at
-from profuser.recipe.schema import OptimConfig
 from profuser.train.collate import collate
 from profuser.train.packing import Layout, Pass, by_count, by_tokens, shares, size_of
 from profuser.train.targets import Targets, TargetSequence
