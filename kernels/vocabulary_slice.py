@@ -6,12 +6,16 @@ ids that are lifted: two small reductions for each chunk of rows.
 Dimension letters: C rows of a chunk, L lifted ids.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+
+if TYPE_CHECKING:  # torch may have been built without it, and most users have no group
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,7 @@ class VocabularySlice:
     size: int
     whole: int
     """The size of the whole vocabulary."""
-    group: dist.ProcessGroup | None = None
+    group: ProcessGroup | None = None
 
     @property
     def share(self) -> int:
@@ -38,18 +42,63 @@ class VocabularySlice:
 
     def maximum(self, x: Tensor) -> Tensor:
         """The largest of all processes' x, elementwise."""
-        return self._reduced(x, dist.ReduceOp.MAX)
+        return self._reduced(x, "MAX")
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of all processes' x."""
-        return self._reduced(x, dist.ReduceOp.SUM)
+        return self._reduced(x, "SUM")
 
-    def _reduced(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    def _reduced(self, x: Tensor, op: str) -> Tensor:
         if self.group is None:
             return x
+        import torch.distributed as dist
+
         x = x.contiguous()
-        dist.all_reduce(x, op, group=self.group)
+        dist.all_reduce(x, getattr(dist.ReduceOp, op), group=self.group)
         return x
+
+
+def local_slice(
+    weight: Tensor, bias: Tensor | None, process_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor | None, ProcessGroup | None]:
+    """This process's rows of a head that is a DTensor sharded on V, with its group; what is no DTensor stays as it is.
+
+    Raises:
+        ValueError: a DTensor has another placement, or weight and bias are not divided alike.
+    """
+    if process_group is not None:
+        from torch.distributed import ProcessGroup
+
+        if not isinstance(process_group, ProcessGroup):
+            raise TypeError(
+                f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}; dist.new_group() gives one"
+            )
+        if weight.numel() == 0:
+            raise ValueError(
+                f"weight must be (V, D) with V, D > 0 on every process, got {tuple(weight.shape)}; give each at least one row"
+            )
+    sharded = [name for name, x in (("weight", weight), ("bias", bias)) if hasattr(x, "full_tensor")]
+    if not sharded:
+        return weight, bias, process_group
+    if sharded == ["bias"] or (bias is not None and sharded == ["weight"]):
+        raise ValueError(
+            f"weight and bias must be divided alike, got a DTensor for {sharded[0]} alone; shard both on V"
+        )
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is None:
+            continue
+        mesh, placements = x.device_mesh, x.placements  # pyrefly: ignore[missing-attribute]
+        if mesh.ndim != 1 or not placements[0].is_shard(0):
+            raise ValueError(
+                f"{name} must be a plain tensor or a DTensor sharded on V (its first axis) over one mesh axis, got placements "
+                f"{tuple(placements)}; shard only the module whose forward calls the loss (FusionModel's), or pass "
+                f"{name}.full_tensor(grad_placements=[Partial('avg')])"
+            )
+    of_mesh = weight.device_mesh.get_group()  # pyrefly: ignore[missing-attribute]
+    if process_group is not None and process_group is not of_mesh:
+        raise ValueError("process_group must be the group of weight's own mesh, got another; leave it out")
+    local: Any = [None if x is None else x.to_local() for x in (weight, bias)]  # pyrefly: ignore[missing-attribute]
+    return local[0], local[1], of_mesh
 
 
 def slice_of(weight: Tensor, group_name: str | None) -> VocabularySlice:
@@ -57,6 +106,9 @@ def slice_of(weight: Tensor, group_name: str | None) -> VocabularySlice:
     size = weight.shape[0]
     if group_name is None:
         return VocabularySlice(0, size, size)
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
     group = _resolve_process_group(group_name)  # pyrefly: ignore[bad-argument-type]  # a name of type str
     sizes = torch.zeros(group.size(), dtype=torch.int64, device=weight.device)
     sizes[group.rank()] = size

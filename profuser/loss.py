@@ -1,4 +1,4 @@
-"""The fused linear fusion loss, L = CE + β·KL(P_source ‖ P_target) on the winner's kept entries (arXiv 2408.04998).
+"""The fused linear fusion loss, L = CE + β·KL(P_source ‖ P_target) on the winner's kept entries (arXiv 2408.04998), and its family.
 
 The loss is computed from hidden states and the head, and logits exist for a chunk of rows at a time only. With one source it
 is top-k distillation, with none it is fused linear cross-entropy. This module checks the arguments and reduces the rows'
@@ -7,11 +7,12 @@ the target's tokens already: aligning tokenizers comes before.
 Dimension letters: N rows, D hidden, V vocabulary, S sources, K kept entries, B sequences.
 """
 
-from typing import Any, Literal, TypedDict, Unpack, overload
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from .kernels.common import (
     IGNORE_INDEX,
@@ -26,7 +27,11 @@ from .kernels.divergences import FORWARD_KL, canonical
 from .kernels.fused_loss import fused_loss
 from .kernels.fused_loss_types import MIN_CE, Operands, Options
 from .kernels.tails import BUCKET
-from .loss_arguments import check_family, check_options, check_sources, check_valid_rows, local_slice
+from .kernels.vocabulary_slice import local_slice
+from .loss_arguments import check_family, check_options, check_sources, check_valid_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
@@ -239,6 +244,8 @@ def fused_linear_fusion_loss(
     weight, bias, process_group = local_slice(weight, bias, process_group)
     check_head(hidden, weight, labels, bias)
     check_valid_rows(valid_rows)
+    if partial_hidden_grad and process_group is None:
+        raise ValueError("partial_hidden_grad needs a head that is divided, got no process_group; leave it out")
     check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
     check_family(
         tail, divergence=divergence, divergence_beta=divergence_beta, combine=combine, combine_temperature=combine_temperature,

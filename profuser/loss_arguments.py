@@ -5,11 +5,9 @@ Dimension letters: N rows, S sources, K kept entries, B sequences.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from .kernels.common import check_numbers
 from .kernels.divergences import check_divergence
@@ -57,47 +55,6 @@ def check_valid_rows(valid_rows: int | None) -> None:
         check_numbers(whole=True, valid_rows=valid_rows)
         if valid_rows < 0:
             raise ValueError(f"valid_rows must be >= 0, got {valid_rows}; count the labels on the host, or pass None")
-
-
-def local_slice(
-    weight: Tensor, bias: Tensor | None, process_group: ProcessGroup | None
-) -> tuple[Tensor, Tensor | None, ProcessGroup | None]:
-    """This process's rows of a head that is a DTensor sharded on V, with its group; what is no DTensor stays as it is.
-
-    Raises:
-        ValueError: a DTensor has another placement, or weight and bias are not divided alike.
-    """
-    if process_group is not None:
-        if not isinstance(process_group, ProcessGroup):
-            raise TypeError(
-                f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}; dist.new_group() gives one"
-            )
-        if weight.numel() == 0:
-            raise ValueError(
-                f"weight must be (V, D) with V, D > 0 on every process, got {tuple(weight.shape)}; give each at least one row"
-            )
-    sharded = [name for name, x in (("weight", weight), ("bias", bias)) if hasattr(x, "full_tensor")]
-    if not sharded:
-        return weight, bias, process_group
-    if sharded == ["bias"] or (bias is not None and sharded == ["weight"]):
-        raise ValueError(
-            f"weight and bias must be divided alike, got a DTensor for {sharded[0]} alone; shard both on V"
-        )
-    for name, x in (("weight", weight), ("bias", bias)):
-        if x is None:
-            continue
-        mesh, placements = x.device_mesh, x.placements  # pyrefly: ignore[missing-attribute]
-        if mesh.ndim != 1 or not placements[0].is_shard(0):
-            raise ValueError(
-                f"{name} must be a plain tensor or a DTensor sharded on V (its first axis) over one mesh axis, got placements "
-                f"{tuple(placements)}; shard only the module whose forward calls the loss (FusionModel's), or pass "
-                f"{name}.full_tensor(grad_placements=[Partial('avg')])"
-            )
-    of_mesh = weight.device_mesh.get_group()  # pyrefly: ignore[missing-attribute]
-    if process_group is not None and process_group is not of_mesh:
-        raise ValueError("process_group must be the group of weight's own mesh, got another; leave it out")
-    local: Any = [None if x is None else x.to_local() for x in (weight, bias)]  # pyrefly: ignore[missing-attribute]
-    return local[0], local[1], of_mesh
 
 
 def check_source_temperature(source_temperature: float, temperature: float, tail: str) -> None:

@@ -435,6 +435,7 @@ class TestTriton:
         ({"combine": "softmax", "source_ce": None, "source_index": torch.zeros(4, dtype=torch.int64)}, "needs source_ce"),
         ({"source_ce": None, "source_weight": torch.full((3, 4), 1e39, dtype=torch.float64)}, "source_weight must be >= 0 and finite"),
         ({"combine": "avg_ce"}, "FuseLLM's AvgCE is 'softmax'"),
+        ({"partial_hidden_grad": True}, "partial_hidden_grad needs a head that is divided"),
         ({"z_loss": -1e-4}, "z_loss must be >= 0"),
         ({"z_loss": float("inf")}, "z_loss must be >= 0"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),

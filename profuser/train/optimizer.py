@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from profuser.errors import ConfigError, first_line, is_lack_of_memory
+from profuser.errors import ConfigError
 from profuser.recipe.optim import EIGHT_BIT, OptimConfig
+from profuser.train.tried import must_work
 
 FEWEST = 4096
 """A tensor of fewer numbers has no moments in 8 bits."""
@@ -39,16 +40,10 @@ def check_optimizer(optim: OptimConfig, device: torch.device, *, sharded: bool) 
         )
     import bitsandbytes
 
-    try:
+    with must_work(f"optim.name: {EIGHT_BIT}", device):
         parameter = nn.Parameter(torch.ones(FEWEST, device=device))
         parameter.grad = torch.ones_like(parameter)
         bitsandbytes.optim.AdamW8bit([parameter]).step()
-    except Exception as error:  # every backend of bitsandbytes raises its own kinds
-        if is_lack_of_memory(error):
-            raise
-        raise ConfigError(
-            f"optim.name: {EIGHT_BIT} needs a device on which bitsandbytes works, {device} is none ({first_line(error)}); leave it out"
-        ) from error
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
-from profuser.errors import ConfigError, first_line, is_lack_of_memory
+from profuser.errors import ConfigError
 from profuser.models.load import load_model, weights_of
 from profuser.models.merged_adapter import adapter_folder
 from profuser.recipe.schema import SourceConfig
+from profuser.train.tried import must_work
 
 
 def check_quantize(target: SourceConfig, device: torch.device) -> None:
@@ -36,15 +37,9 @@ def check_quantize(target: SourceConfig, device: torch.device) -> None:
             f"adapter.quantize must go with weights that are not quantised yet, those of {location} are; leave it out, or take the "
             "model as it was before"
         )
-    try:
+    with must_work("adapter.quantize", device):
         layer: Any = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to(device)
         layer(torch.ones(2, 64, device=device, requires_grad=True)).sum().backward()
-    except Exception as error:  # every backend of bitsandbytes raises its own kinds
-        if is_lack_of_memory(error):
-            raise
-        raise ConfigError(
-            f"adapter.quantize needs a device on which bitsandbytes works, {device} is none ({first_line(error)}); leave it out"
-        ) from error
 
 
 def load_quantized(target: SourceConfig, dtype: torch.dtype, device: torch.device, *, packs: bool) -> PreTrainedModel:
