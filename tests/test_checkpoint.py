@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from profuser.errors import DataError
-from profuser.store.sealed import write_sealed
+from profuser.store.sealed import digest_of_file, write_sealed
 from profuser.train import checkpoint
 from profuser.train.checkpoint import RANDOM, WHOLE, Checkpoint, load_newest, save_checkpoint
 
@@ -159,8 +160,24 @@ def test_no_flipped_bit_of_the_state_changes_what_is_resumed(tmp_path, capsys, s
 def test_weights_of_another_model_are_refused(tmp_path):
     model, optimizer = trained()
     saved(tmp_path, 1, model, optimizer)
-    with pytest.raises(DataError, match=r"must hold the weights of the target, .* differs"):
+    with pytest.raises(DataError, match=r"must hold the weights of the target and their moments, .* differs"):
         load_newest(tmp_path, nn.Linear(4, 8), optimizer)
+
+
+@pytest.mark.parametrize("other", [lambda tensor: None, lambda tensor: tensor[:1].clone()], ids=["missing", "of another shape"])
+def test_moments_of_another_kind_are_refused_in_one_line(tmp_path, other):
+    """An optimizer of another version may keep other moments. One number must not be spread over a whole tensor in silence."""
+    model, optimizer = trained()
+    path = saved(tmp_path, 1, model, optimizer)
+    kept = load_file(path / "optimizer.safetensors")
+    name = next(key for key in kept if key.endswith("weight/exp_avg"))
+    changed = other(kept.pop(name))
+    save_file(kept if changed is None else kept | {name: changed}, path / "optimizer.safetensors")
+    state = json.loads((path / "state.json").read_text())
+    state["files"]["optimizer.safetensors"] = digest_of_file(path / "optimizer.safetensors")
+    write_sealed(path / "state.json", state)
+    with pytest.raises(DataError, match=rf"the target and their moments, {name} differs \(1 in all\)"):
+        load_newest(tmp_path, model, optimizer)
 
 
 def test_an_unfinished_checkpoint_is_not_seen(tmp_path):

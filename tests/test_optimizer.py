@@ -75,6 +75,24 @@ class TestWithBitsandbytes:
         distance, way = (vector(model) - vector(other)).norm(), (vector(other) - vector(untrained)).norm()
         assert 0 < distance < 0.1 * way
 
+    def test_what_another_optimizer_was_told_does_not_matter_and_is_left_alone(self):
+        """bitsandbytes keeps such settings by a parameter's address, which a later parameter may have, or by its place in a group."""
+        from bitsandbytes.optim import GlobalOptimManager
+
+        model, manager = Small(), GlobalOptimManager.get_instance()
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        manager.register_parameters(matrices)
+        manager.override_config(matrices, "optim_bits", 32)
+        before = {key: dict(value) for key, value in manager.pid2config.items()}
+        try:
+            optimizer = make_optimizer(model, EIGHT)
+            trained(model, optimizer, 1)
+            held = [p for p, state in optimizer.state.items() if state["state1"].dtype == torch.uint8]
+            assert held == in_eight_bits(model)
+            assert manager.pid2config == before
+        finally:
+            manager.initialize()
+
     def test_a_checkpoint_brings_back_every_bit(self, tmp_path):
         model = Small()
         optimizer = make_optimizer(model, EIGHT)

@@ -270,18 +270,18 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     parameters = weights_of(model)
     stored = {} if is_sharded(model) or not whole else load_file(path / WHOLE[0]) | load_file(path / WHOLE[1])
     sizes = {name: tensor.shape for name, tensor in stored.items()} or sizes_in(path)
-    names = {name for name in sizes if "/" not in name and name not in ("torch", "cuda")}
-    if other := sorted(n for n in {*names, *parameters} if sizes.get(n) != getattr(parameters.get(n), "shape", None)):
-        raise DataError(
-            f"checkpoint {path} must hold the weights of the target, {other[0]} differs ({len(other)} in all); use the versions "
-            "that run.json names, or start over with --fresh"
-        )
     steps = load_file(path / (WHOLE[1] if whole else STEPS))
     begun = {name: parameter for name, parameter in model.named_parameters() if f"{name}/step" in steps}
     begin_moments(optimizer, begun.values())
     for name, parameter in begun.items():
         set_step(optimizer, parameter, steps[f"{name}/step"])
     tensors = parameters | moments_of(model, optimizer)
+    names = {name for name in sizes if not name.endswith("/step") and name not in ("torch", "cuda")}
+    if other := sorted(n for n in {*names, *tensors} if sizes.get(n) != getattr(tensors.get(n), "shape", None)):
+        raise DataError(
+            f"checkpoint {path} must hold the weights of the target and their moments, {other[0]} differs ({len(other)} in all); use the "
+            "versions that run.json names, or start over with --fresh"
+        )
     if stored:
         for name, tensor in tensors.items():
             tensor.copy_(stored[name])

@@ -54,9 +54,13 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
         return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
     import bitsandbytes
 
-    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
-    manager.override_config(list(embeddings(model)), "optim_bits", 32)
-    return bitsandbytes.optim.AdamW8bit(groups, lr=optim.lr, betas=optim.betas, min_8bit_size=FEWEST)
+    optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=optim.lr, betas=optim.betas, min_8bit_size=FEWEST)
+    # The process's only manager knows parameters by their address, also those that are gone, whose addresses others have by now.
+    # This optimizer therefore has a manager of its own.
+    optimizer.mng = bitsandbytes.optim.GlobalOptimManager.__new__(bitsandbytes.optim.GlobalOptimManager)
+    optimizer.mng.initialize()
+    optimizer.mng.override_config(list(embeddings(model)), "optim_bits", 32)
+    return optimizer
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
