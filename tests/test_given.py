@@ -28,13 +28,13 @@ def written(path, *rows: dict) -> str:
     return str(path)
 
 
-def test_nobody_is_asked_and_the_targets_are_the_same(prepared, tmp_path, monkeypatch, capsys):
+def given_files(prepared, folder: Path):
+    """Writes what the small store holds as a user would have it: a table of responses for each source, one of scores for each judge."""
     _, run, expected = prepared
     inputs = Inputs.open(run)
     rows, names = inputs.rows["train"], inputs.source_names
     ballots = count_votes(expected, run.recipe)
 
-    # What the store holds, as a user would have it: a table of responses for each source, and one of scores for each judge.
     held = {row["prompt"]: row for row in inputs.rows["heldout"]}
     sources, judges = [], []
     for source in run.recipe.sources:
@@ -52,7 +52,7 @@ def test_nobody_is_asked_and_the_targets_are_the_same(prepared, tmp_path, monkey
             for row, ((text, finished, _),) in zip(examples, answers[split], strict=True)
             if split == "train" or row["prompt"] in held
         ]
-        sources.append(replace(source, responses=written(tmp_path / f"{source.name}.jsonl", *table)))
+        sources.append(replace(source, responses=written(folder / f"{source.name}.jsonl", *table)))
     for r, judge in enumerate(run.recipe.judges):
         table = [
             {
@@ -64,8 +64,15 @@ def test_nobody_is_asked_and_the_targets_are_the_same(prepared, tmp_path, monkey
             for c in range(len(names))
             if ballots.eligible[e, c]
         ]
-        given = written(tmp_path / f"{judge.name}.jsonl", *table)
+        given = written(folder / f"{judge.name}.jsonl", *table)
         judges.append(JudgeConfig(name=judge.name, scores=given, floor=judge.floor))
+    return sources, judges
+
+
+def test_nobody_is_asked_and_the_targets_are_the_same(prepared, tmp_path, monkeypatch, capsys):
+    _, run, expected = prepared
+    sources, judges = given_files(prepared, tmp_path)
+    names = [source.name for source in sources]
 
     def asked(*args, **kwargs):
         raise AssertionError("a source was asked")

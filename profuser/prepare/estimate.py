@@ -166,8 +166,10 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
     batch = recipe.capture.batch_size
     for source in recipe.sources:
         for split in inputs.rows:
-            scoring += forward(source.name, unmade(layout.truth(split, source.name)), batch)
-            if inputs.answered(split) and source.server is None:  # how fast a server is, is not known
+            if not inputs.scores_given(source, split):
+                scoring += forward(source.name, unmade(layout.truth(split, source.name)), batch)
+            # How fast a server is, is not known.
+            if inputs.answered(split) and source.server is None and inputs.given(source, split) is None:
                 responses = recipe.generation.responses_per_source if split == "train" else 1
                 answering += generation(source, unmade(layout.responses(split, source.name)) * responses)
         if recipe.judges:

@@ -34,7 +34,7 @@ class GivenResponses:
     def __init__(self, source: str, path: str):
         self.place = f"sources: {source}: responses {path}"
         self._of_prompt: dict[str, list[Response]] = {}
-        for where, row in _rows(path):
+        for where, row in file_rows(path):
             response, finished = row.get("response"), _from_text(row.get("finished"))
             if not isinstance(response, str):
                 raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
@@ -43,7 +43,7 @@ class GivenResponses:
             if not isinstance(finished, bool):
                 raise DataError(f"{where}: `finished` must be true or false, got {in_short(finished)}; fix the row")
             answer = Response(response.strip(), finished, Verdict.OK)
-            self._of_prompt.setdefault(_prompt_of(where, row), []).append(answer)
+            self._of_prompt.setdefault(prompt_of_row(where, row), []).append(answer)
 
     def check(self, split: Split, rows: Sequence[Row], count: int, asked: Sequence[bool] | None = None) -> bool:
         """Whether the file has the responses to a split's prompts. It is false where it has none of them.
@@ -89,7 +89,7 @@ class GivenScores:
     def __init__(self, judge: str, path: str):
         self.place = f"judges: {judge}: scores {path}"
         self._of: dict[tuple[str, str], float] = {}
-        for where, row in _rows(path):
+        for where, row in file_rows(path):
             response, score = row.get("response"), _from_text(row.get("score"))
             if not isinstance(response, str):
                 raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
@@ -101,7 +101,7 @@ class GivenScores:
                 raise DataError(
                     f"{where}: `score` must be a number or null, got {in_short(score)}; fix the row"
                 ) from None
-            key = _prompt_of(where, row), response.strip()
+            key = prompt_of_row(where, row), response.strip()
             known = self._of.setdefault(key, value)
             if known != value and not (known != known and value != value):
                 raise DataError(
@@ -134,7 +134,7 @@ def file_digest(path: str) -> str:
     return (digests[0] if len(digests) == 1 else sha256("".join(digests).encode()))[:16]
 
 
-def _rows(path: str) -> list[tuple[str, dict[str, Any]]]:
+def file_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
     """The rows of a file, each with what messages call it."""
     tables = read_tables(DataLocation(path=path), "train")
     return [(f"{name}, row {n} (from 0)", row) for name, table in tables for n, row in enumerate(table)]
@@ -147,7 +147,7 @@ def _from_text(cell: Any) -> Any:
     return {"": None, "true": True, "false": False}.get(cell.strip().lower(), cell)
 
 
-def _prompt_of(where: str, row: dict[str, Any]) -> str:
+def prompt_of_row(where: str, row: dict[str, Any]) -> str:
     """The row's prompt, in the form in which prompts are compared."""
     column = "messages" if row.get("messages") not in (None, "") else "prompt"
     cell = row.get(column)

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from profuser.errors import ConfigError, DataError
+from profuser.errors import ConfigError, DataError, in_short
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.models.merged_adapter import model_fingerprint
 from profuser.prepare.data import Examples, Row, data_hash, load_examples
 from profuser.prepare.engines import check_engine, settled_engine
 from profuser.prepare.given import GivenResponses, file_digest
+from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.judges import check_conversations, judge_fingerprint, open_judge, try_function_judge
 from profuser.prepare.server import Server
 from profuser.recipe.data import SPLITS, Split
@@ -123,6 +124,8 @@ class Inputs:
 
         for source, split in product(recipe.sources, rows):
             inputs.given(source, split)
+        for source in recipe.sources:
+            inputs.check_logprobs(source)
         for judge in recipe.judges:
             check_conversations(judge, rows["train"])
             if recipe.optim.eval_rewards:
@@ -200,6 +203,35 @@ class Inputs:
         routed = self.routed(split, source.name)
         return given if given.check(split, self.rows[split], self.responses_per_prompt(split), routed) else None
 
+    def logprobs(self, source: SourceConfig) -> GivenLogprobs | None:
+        """The file that has a source's log-probabilities; None where there is none. It raises what GivenLogprobs raises."""
+        if source.logprobs is not None and source.name not in self._given_logprobs:
+            chat, top_k = (
+                self.chats[source.name],
+                min(self.recipe.capture.top_k, len(self.chats[source.name].tokenizer)),
+            )
+            self._given_logprobs[source.name] = GivenLogprobs(source.name, source.logprobs, chat, top_k)
+        return self._given_logprobs.get(source.name)
+
+    def scores_given(self, source: SourceConfig, split: Split) -> bool:
+        """Whether a source's log-probabilities of the ground truth of a split are in a file. They are where it has any of them."""
+        given = self.logprobs(source)
+        return given is not None and any(given.has(row["prompt"], row["response"]) for row in self.rows[split])
+
+    def check_logprobs(self, source: SourceConfig) -> None:
+        """Raises DataError where the file with a source's log-probabilities has nothing that is asked for, or is broken."""
+        if (
+            source.logprobs is None
+            or self.recipe.judges
+            or any(self.scores_given(source, split) for split in self.rows)
+        ):
+            return
+        first = self.rows["train"][0]
+        raise DataError(
+            f"sources: {source.name}: logprobs {source.logprobs} must have responses of the data, it has none of them, for instance not "
+            f"{in_short(first['response'])} to {in_short(first['prompt'])}; fix the prompts and responses of its rows"
+        )
+
     def routed(self, split: Split, source: str) -> list[bool]:
         """Which examples of a split a source is asked about: all, unless a column names the source of each."""
         column = self.recipe.data.route_column
@@ -213,6 +245,10 @@ class Inputs:
 
     @cached_property
     def _given(self) -> dict[str, GivenResponses]:
+        return {}
+
+    @cached_property
+    def _given_logprobs(self) -> dict[str, GivenLogprobs]:
         return {}
 
     def answered(self, split: Split) -> bool:
@@ -283,7 +319,8 @@ def source_settings(recipe: Recipe, source: SourceConfig, chat: ChatFormat, engi
 
     transformers is not named, with which all stores were made before there were other engines.
     """
-    given = {} if source.responses is None else {"responses": file_digest(source.responses)}
+    files = {"responses": source.responses, "logprobs": source.logprobs}
+    given = {name: file_digest(path) for name, path in files.items() if path is not None}
     by: dict[str, Any] = {} if engine == "transformers" else {"engine": engine}
     if isinstance(source.server, ServerConfig):
         by |= {"served": source.server.model}  # wherever the server is

@@ -15,9 +15,10 @@ import contextlib
 import gc
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -64,6 +65,7 @@ from profuser.store.lease import Lease, hold
 from profuser.store.store import Store, check_place, differing_settings
 from profuser.store.unfinished import Unfinished
 from profuser.text.chat import ChatFormat
+from profuser.text.encoded import Encoded
 from profuser.text.fit import Fitted, Verdict, fit
 from profuser.text.token_bytes import TokenBytesMismatch
 
@@ -178,6 +180,8 @@ class Preparation:
     def capture_truth_and_answer(self) -> None:
         """Lets every source score the ground truth and answer the prompts. It is loaded once for both."""
         splits = list(self.inputs.rows)
+        for source, split in product(self.recipe.sources, splits):
+            self._take_truth(split, source)
         for source in self.recipe.sources:
             # A source of which nothing is missing is not loaded at all.
             truth = {split: self.missing(layout.truth(split, source.name)) for split in splits}
@@ -198,11 +202,7 @@ class Preparation:
                 with Progress(f"{source.name}: score the ground truth", to_score, "examples") as bar:
                     for split, parts in truth.items():
                         for part in parts:
-                            routed = part.of(self.inputs.routed(split, source.name))
-                            fitted = [
-                                text if asked else Fitted.unused(Verdict.NOT_WINNER)
-                                for text, asked in zip(part.of(self.inputs.fitted[split]), routed)
-                            ]
+                            fitted = self._truth_of(split, part, source)
                             self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
             # Another engine may need all memory, so that the model is let go before it starts.
             model = loaded.model if loaded is not None and engine == "transformers" else None
@@ -212,6 +212,66 @@ class Preparation:
                     free_memory()
                 self._answer_all(source, engine, answers, to_answer, model)
             model = None  # frees the memory before the next source is loaded
+
+    def _truth_of(self, split: Split, part: Part, source: SourceConfig) -> list[Fitted]:
+        """Returns the ground truths of a part that a source is to score, one per example."""
+        routed = part.of(self.inputs.routed(split, source.name))
+        of_part = part.of(self.inputs.fitted[split])
+        return [text if asked else Fitted.unused(Verdict.NOT_WINNER) for text, asked in zip(of_part, routed)]
+
+    def _take_truth(self, split: Split, source: SourceConfig) -> None:
+        """Writes the shards of a source's captures of the ground truth, if the user has given its log-probabilities."""
+        if source.logprobs is None or not self.inputs.scores_given(source, split):
+            return
+        parts = self.missing(layout.truth(split, source.name))
+        for part in parts:
+            texts = [row["response"] for row in part.of(self.inputs.rows[split])]
+            self._take_captures(
+                layout.truth(split, source.name), part, source, self._truth_of(split, part, source), texts
+            )
+        if parts:
+            print(
+                f"{source.name}: {examples_in(parts)} {split} examples have their log-probabilities from {source.logprobs}",
+                flush=True,
+            )
+
+    def _take_captures(
+        self, kind: Kind, part: Part, source: SourceConfig, fitted: Sequence[Fitted], texts: Sequence[str]
+    ) -> None:
+        """Writes one shard of captures from the log-probabilities that the user has given.
+
+        Args:
+            fitted: the texts, one per example. An example whose verdict is not OK has none.
+            texts: the same, before any of them was cut.
+        """
+        given, chat = self.inputs.logprobs(source), self.inputs.chats[source.name]
+        verdicts, rows = [f.verdict for f in fitted], part.of(self.inputs.rows[kind.split])
+        scored: dict[int, ScoredResponse] = {}
+        for i, own, _ in self._encodings(rows, chat, fitted, verdicts):
+            assert given is not None
+            scored[i] = given.scored(rows[i]["prompt"], texts[i], own, len(fitted[i].text.encode()))
+        arrays = pack_captures(fitted, verdicts, scored, self.recipe.capture.top_k, len(chat.tokenizer))
+        self.store.put(kind, part.number, arrays, examples=len(part))
+
+    def _encodings(
+        self, rows: Sequence[Row], chat: ChatFormat, fitted: Sequence[Fitted], verdicts: list[Verdict]
+    ) -> Iterator[tuple[int, Encoded, Encoded]]:
+        """Encodes texts for a source and for the target.
+
+        Yields:
+            (index of the text, in the source's tokens, in the target's tokens) for every text whose verdict is OK. Where a tokenizer
+            does not hold its bytes, `verdicts` gets that instead.
+        """
+        for i, (row, text) in enumerate(zip(rows, fitted, strict=True)):
+            if text.verdict != Verdict.OK:
+                continue
+            try:
+                own = chat.encode(row["prompt"], text.text, complete=not text.cut)
+                theirs = self.inputs.target.encode(row["prompt"], text.text, complete=not text.cut)
+            except TokenBytesMismatch as error:
+                verdicts[i] = Verdict.of(error)
+                continue
+            yield i, own, theirs
 
     def _take(self, split: Split, parts: Sequence[Part], source: SourceConfig) -> None:
         """Writes the shards of a source's responses that the user has given."""
@@ -313,23 +373,15 @@ class Preparation:
             fitted: the texts, one per example. An example whose verdict is not OK has none.
         """
         # Encode the texts, and find out which prefix ranges and numbers the target will need of each.
-        rows, target = part.of(self.inputs.rows[kind.split]), self.inputs.target
-        tokens = target.token_bytes, source.chat.token_bytes
+        rows, tokens = part.of(self.inputs.rows[kind.split]), self.inputs.target.token_bytes
+        its = source.chat.token_bytes
         verdicts = [f.verdict for f in fitted]
         requests: list[CaptureRequest] = []
         asked: list[int] = []  # the example, counted within the part, of every request
-        for i, (row, text) in enumerate(zip(rows, fitted)):
-            if text.verdict != Verdict.OK:
-                continue
-            try:
-                own = source.chat.encode(row["prompt"], text.text, complete=not text.cut)
-                theirs = target.encode(row["prompt"], text.text, complete=not text.cut)
-                ranges = ranges_needed(tokens[0], theirs, tokens[1], own, source.byte_order)
-            except TokenBytesMismatch as error:
-                verdicts[i] = Verdict.of(error)
-                continue
-            numbers = number_rows(tokens[0], theirs, tokens[1], own) if source.follower else ()
-            requests.append(CaptureRequest(own, len(text.text.encode()), ranges, numbers))
+        for i, own, theirs in self._encodings(rows, source.chat, fitted, verdicts):
+            ranges = ranges_needed(tokens, theirs, its, own, source.byte_order)
+            numbers = number_rows(tokens, theirs, its, own) if source.follower else ()
+            requests.append(CaptureRequest(own, len(fitted[i].text.encode()), ranges, numbers))
             asked.append(i)
 
         # Score them, and write the shard.
@@ -386,17 +438,48 @@ class Preparation:
             missing = self.missing(kind)
             if not missing:
                 continue
+            won = {part: self._won(index, part) for part in missing}
+            nothing = all(text.verdict != Verdict.OK for of_part in won.values() for text in of_part)
+            if nothing or self._winners_given(index, source):
+                for part, fitted in won.items():
+                    texts = [
+                        self.ballots.winning_text(part.first + i) if text.verdict == Verdict.OK else ""
+                        for i, text in enumerate(fitted)
+                    ]
+                    self._take_captures(kind, part, source, fitted, texts)
+                if not nothing:
+                    print(
+                        f"{source.name}: its responses that won have their log-probabilities from {source.logprobs}",
+                        flush=True,
+                    )
+                continue
             loaded = self._load(source)
             with Progress(f"{source.name}: capture the responses that won", examples_in(missing), "prompts") as bar:
-                for part in missing:
-                    fitted = [
-                        self._winning(example)
-                        if self.ballots.winning_source(example) == index
-                        else Fitted.unused(Verdict.NOT_WINNER)
-                        for example in range(part.first, part.stop)
-                    ]
+                for part, fitted in won.items():
                     self._capture(kind, part, loaded, fitted, bar)
             del loaded
+
+    def _won(self, source: int, part: Part) -> list[Fitted]:
+        """Returns the responses of a source to the prompts of a part that won, one per example; those of others are unused."""
+        assert self.ballots is not None
+        return [
+            self._winning(example)
+            if self.ballots.winning_source(example) == source
+            else Fitted.unused(Verdict.NOT_WINNER)
+            for example in range(part.first, part.stop)
+        ]
+
+    def _winners_given(self, index: int, source: SourceConfig) -> bool:
+        """Whether a source's log-probabilities of its winning responses are in a file. They are where it has any of them."""
+        given, ballots = self.inputs.logprobs(source), self.ballots
+        return (
+            given is not None
+            and ballots is not None
+            and any(
+                ballots.winning_source(example) == index and given.has(row["prompt"], ballots.winning_text(example))
+                for example, row in enumerate(self.inputs.rows["train"])
+            )
+        )
 
     def _winning(self, example: int) -> Fitted:
         """Returns the response to a training prompt that won the vote, cut if it is too long for its source or the target."""

@@ -56,6 +56,9 @@ class SourceConfig:
     """What becomes of the reasoning before this source's answers; null takes generation.reasoning."""
     responses: str | None = None
     """A file with this source's responses, which it is then not asked for: rows with `prompt`, `response` and, optionally, `finished`."""
+    logprobs: str | None = None
+    """A file, or a pattern of files, with the top-k log-probabilities of this source's tokens, for which it is then not run: rows with
+    `prompt`, `response` and what docs/data.md lists."""
     server: str | ServerConfig | None = None
     """An OpenAI-compatible server that answers for this source, by its URL or with what else is to be said of it. `model` still has to be
     there, which the distributions come from; the server must run the same one."""
@@ -380,6 +383,11 @@ class Recipe:
             raise ConfigError(
                 f"optim.tokens_per_micro_batch must hold a sequence of data.max_length tokens, {longest}, got {budget}; raise it, or "
                 "lower data.max_length"
+            )
+        if self.align.follow_numbers and (given := next((s for s in self.sources if s.logprobs is not None), None)):
+            raise ConfigError(
+                f"align.follow_numbers must be false where a source's log-probabilities are given, they are for {given.name}: only its model "
+                "can be asked; take one of them out"
             )
         if self.date is not None:
             check_date("date", self.date)

@@ -79,6 +79,7 @@ def needed(run: Run, what: Directory) -> Iterator[tuple[str, Path]]:
         for path in place.paths
     ]
     data += [(f"the responses of {source.name}", source.responses) for source in recipe.sources]
+    data += [(f"the log-probabilities of {source.name}", source.logprobs) for source in recipe.sources]
     data += [(f"the scores of judge {judge.name}", judge.scores) for judge in recipe.judges]
     for name, location in [*models.items(), *data, *templates.items()]:
         if location is not None and "\n" not in location and is_path(location):

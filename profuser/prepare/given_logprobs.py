@@ -1,0 +1,249 @@
+"""Reads the top-k log-probabilities that a user has of a source, from an inference server for instance. The source is then not run.
+
+Two forms of a row are known, of which a file may hold both. Beside `prompt` (or `messages`) and `response` it has
+
+- `token_ids`, `top_ids` and `top_logprobs`: the tokens, and for each the most probable tokens in its place; and `logprobs`, the
+  tokens' own, which may be missing where all of them are among the most probable; or
+- `prompt_token_ids` and `prompt_logprobs`, as vLLM returns them for the whole conversation.
+
+The tokens are those of the whole conversation, or only those that are learnt: the response's and its end of turn. They must be the tokens
+that the source's own tokenizer and chat template give. A file says nothing of prefixes, so that target tokens which begin inside a
+source's token are skipped (docs/alignment.md, "The top k alone, as a server gives it").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from profuser.alignment.types import PrefixRanges, SourceCapture
+from profuser.errors import DataError, in_short
+from profuser.prepare.capture import ScoredResponse
+from profuser.prepare.data import plain
+from profuser.prepare.given import file_rows, prompt_of_row
+from profuser.recipe.places import files_of
+from profuser.text.chat import ChatFormat
+from profuser.text.encoded import Encoded
+
+ROUNDING = 1e-3
+"""By so much a probability, or the sum of a row's, may be above 1: servers round them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenRow:
+    """What a row of a file says about n tokens.
+
+    where: what messages call the row. ids: (n,) int32, the tokens. own: (n,) float32, their log-probabilities, NaN where unknown.
+    top_ids: (n, k) int32, the most probable first, -1 = none. top_logprobs: (n, k) float32, natural log.
+    """
+
+    where: str
+    ids: np.ndarray
+    own: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+class GivenLogprobs:
+    """The top-k log-probabilities of one source, from a file or all files of a pattern, which are read one after the other.
+
+    Of several rows of one response the first counts.
+
+    Args:
+        source: the source's name, for messages. path: the file. chat: the source's chat format. top_k: how many entries are kept.
+    Raises:
+        DataError: a file is missing or broken; a row lacks a part, or says what no source can say.
+    """
+
+    def __init__(self, source: str, path: str, chat: ChatFormat, top_k: int):
+        self.place = f"sources: {source}: logprobs {path}"
+        self._chat, self._top_k = chat, top_k
+        self._of: dict[tuple[str, str], GivenRow] = {}
+        for file in files_of(path) or [path]:  # as Python's objects a file takes many times the memory of what is kept
+            for where, row in file_rows(file):
+                self._add(where, row)
+
+    def _add(self, where: str, row: Mapping[str, Any]) -> None:
+        response = row.get("response")
+        if not isinstance(response, str):
+            raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
+        key = prompt_of_row(where, row), response.strip()
+        if key not in self._of:
+            self._of[key] = _read(where, row, len(self._chat.token_bytes.pieces), self._top_k)
+
+    def has(self, prompt: str, response: str) -> bool:
+        """Whether the file has a response to a prompt. Whitespace around a response and in a prompt does not count."""
+        return (plain(prompt), response.strip()) in self._of
+
+    def scored(self, prompt: str, response: str, encoded: Encoded, response_bytes: int) -> ScoredResponse:
+        """Returns what the source says about a response, as if it had been run, but without ranges.
+
+        Args:
+            encoded: the conversation in the source's tokens; of a response that was cut, what is left of it.
+            response_bytes: the length of the response in it.
+        Raises:
+            DataError: the file has not this response, or other tokens; or a token that is learnt has no log-probabilities, or fewer than
+                capture.top_k.
+        """
+        row = self._of.get((plain(prompt), response.strip()))
+        if row is None:
+            raise DataError(
+                f"{self.place} must have all responses that are learnt, or none of a split, it has not {in_short(response)} to "
+                f"{in_short(prompt)}; add the row"
+            )
+        at = self._places(row, encoded)
+        own, top_ids, top_logprobs = row.own[at], row.top_ids[at, : self._top_k], row.top_logprobs[at, : self._top_k]
+        few = np.flatnonzero((top_ids < 0).any(1)) if top_ids.shape[1] == self._top_k else np.arange(len(at))
+        if len(few):
+            token = int(at[few[0]])
+            raise DataError(
+                f"{row.where}: token {token} (from 0) must have capture.top_k = {self._top_k} log-probabilities, it has "
+                f"{int((row.top_ids[token] >= 0).sum())}; set capture.top_k to that, or ask for more"
+            )
+        if (unknown := np.flatnonzero(np.isnan(own))).size:
+            raise DataError(
+                f"{row.where}: token {int(at[unknown[0]])} (from 0), {int(row.ids[at[unknown[0]]])}, must have a log-probability, it is "
+                "not among the most probable; add `logprobs`, which are the tokens' own"
+            )
+        spans = np.array(encoded.label_spans(response_bytes), dtype=np.int32).reshape(-1, 2)
+        capture = SourceCapture(
+            ids=row.ids[at],
+            begin=spans[:, 0].copy(),
+            stop=spans[:, 1].copy(),
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
+            own_logprobs=own,
+            ranges=PrefixRanges.none(self._top_k),
+        )
+        nll = -float(own.sum(dtype=np.float64))
+        return ScoredResponse(capture, np.full(len(at), np.nan, np.float32), nll, len(at), response_bytes)
+
+    def _places(self, row: GivenRow, encoded: Encoded) -> np.ndarray:
+        """Returns where in a row the tokens stand that are learnt."""
+        labels = encoded.label_positions
+        forms = {
+            "conversation": (encoded.input_ids, labels),
+            "response": ([encoded.input_ids[i] for i in labels], range(len(labels))),
+        }
+        for ids, at in forms.values():
+            if row.ids[: len(ids)].tolist() == ids:
+                return np.array(at, dtype=np.int64)
+        # It is neither, and compared with the form whose length is nearer.
+        what, (ids, _) = min(forms.items(), key=lambda form: abs(len(form[1][0]) - len(row.ids)))
+        pairs = zip(ids, [*row.ids.tolist(), *[None] * len(ids)])
+        n, (ours, theirs) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+        got = "no more" if theirs is None else f"{theirs} ({self._text(theirs)})"
+        raise DataError(
+            f"{row.where}: token {n} (from 0) of the {what} must be {ours} ({self._text(ours)}), as the source's tokenizer and chat "
+            f"template have it, got {got}; ask for the log-probabilities of these tokens"
+        )
+
+    def _text(self, token: int) -> str:
+        return repr(self._chat.tokenizer.convert_ids_to_tokens(token))
+
+
+def _read(where: str, row: Mapping[str, Any], vocabulary: int, top_k: int) -> GivenRow:
+    """Reads a row in either form, and checks its numbers. `top_k` entries of a token are kept at most."""
+    served = row.get("prompt_logprobs") is not None
+    names = ("prompt_token_ids", "prompt_logprobs") if served else ("token_ids", "top_ids", "top_logprobs")
+    if missing := [name for name in names if not isinstance(row.get(name), (list, tuple))]:
+        raise DataError(
+            f"{where}: `{missing[0]}` must be a list with an entry per token, got {in_short(row.get(missing[0]))}; docs/data.md has "
+            "the columns"
+        )
+    tokens = row[names[0]]
+    lists = [row[name] for name in names[1:]] + (
+        [row["logprobs"]] if not served and row.get("logprobs") is not None else []
+    )
+    if wrong := next((x for x in lists if len(x) != len(tokens)), None):
+        raise DataError(
+            f"{where} must have one entry for each of its {len(tokens)} tokens, got {len(wrong)}; fix the row"
+        )
+
+    ids, own = np.zeros(len(tokens), np.int32), np.full(len(tokens), np.nan, np.float32)
+    top_ids, top_logprobs = (
+        np.full((len(tokens), top_k), -1, np.int32),
+        np.full((len(tokens), top_k), -np.inf, np.float32),
+    )
+    for n, token in enumerate(tokens):
+        place = f"{where}: token {n} (from 0)"
+        ids[n] = _token(place, token, vocabulary)
+        if served:
+            said, known = _served(place, row["prompt_logprobs"][n], ids[n])
+        else:
+            said, known = _listed(place, row["top_ids"][n], row["top_logprobs"][n]), None
+            if len(lists) > 2 and lists[2][n] is not None:
+                known = lists[2][n]
+        best = _checked(place, said, vocabulary)
+        own[n] = best.get(int(ids[n]), np.nan if known is None else _logprob(place, known))
+        kept = sorted(best.items(), key=lambda entry: (-entry[1], entry[0]))[:top_k]
+        for j, (candidate, logprob) in enumerate(kept):
+            top_ids[n, j], top_logprobs[n, j] = candidate, logprob
+    return GivenRow(where, ids, own, top_ids, top_logprobs)
+
+
+def _served(place: str, entry: Any, token: int) -> tuple[list[tuple[Any, Any]], Any]:
+    """The entries of vLLM's `prompt_logprobs` at one token, and the token's own log-probability.
+
+    vLLM adds the token itself where it is not among the k that were asked for. Its rank then tells.
+    """
+    if entry is None:
+        return [], None
+    if not isinstance(entry, Mapping) or not all(isinstance(x, Mapping) and "logprob" in x for x in entry.values()):
+        raise DataError(
+            f"{place}: `prompt_logprobs` must map tokens to their `logprob`, got {in_short(entry)}; fix the row"
+        )
+    known = entry.get(str(token), entry.get(token))
+    rank = None if known is None else known.get("rank")
+    added = isinstance(rank, int) and rank > len(entry)
+    pairs = [(candidate, x["logprob"]) for candidate, x in entry.items() if not (added and x is known)]
+    return pairs, None if known is None else known["logprob"]
+
+
+def _listed(place: str, ids: Any, logprobs: Any) -> list[tuple[Any, Any]]:
+    """The entries of `top_ids` and `top_logprobs` at one token. null means that there are none, and so does -1 as an id."""
+    ids, logprobs = [] if ids is None else ids, [] if logprobs is None else logprobs
+    if not all(isinstance(x, (list, tuple)) for x in (ids, logprobs)) or len(ids) != len(logprobs):
+        raise DataError(
+            f"{place}: `top_ids` and `top_logprobs` must be lists of one length, got {in_short(ids)} and {in_short(logprobs)}; fix the row"
+        )
+    return [pair for pair in zip(ids, logprobs) if pair[0] != -1]
+
+
+def _checked(place: str, entries: Iterable[tuple[Any, Any]], vocabulary: int) -> dict[int, float]:
+    """The log-probabilities of the most probable tokens at one place, after checking that they can be what they say."""
+    found: dict[int, float] = {}
+    for candidate, logprob in entries:
+        candidate = _token(place, candidate, vocabulary)
+        if candidate in found:
+            raise DataError(f"{place}: a token must come once, got {candidate} twice; fix the row")
+        found[candidate] = _logprob(place, logprob)
+    if (total := sum(map(math.exp, found.values()))) > 1 + ROUNDING:
+        raise DataError(
+            f"{place}: probabilities must add up to 1 at most, got {total:.4g}; write natural logarithms of what is not cut or scaled"
+        )
+    return found
+
+
+def _token(place: str, token: Any, vocabulary: int) -> int:
+    """A token's id, which JSON's keys spell as text."""
+    if isinstance(token, str) and token.isascii() and token.isdigit():
+        token = int(token)
+    if not isinstance(token, (int, np.integer)) or isinstance(token, bool) or not 0 <= token < vocabulary:
+        raise DataError(
+            f"{place}: a token must be an id below {vocabulary}, got {in_short(token)}; use the source's own tokens"
+        )
+    return int(token)
+
+
+def _logprob(place: str, value: Any) -> float:
+    """A log-probability, which rounding may have put above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not value <= ROUNDING:
+        raise DataError(
+            f"{place}: a log-probability must be a number, 0 at most, got {in_short(value)}; write natural logarithms"
+        )
+    return min(float(value), 0.0)

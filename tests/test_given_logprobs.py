@@ -1,0 +1,272 @@
+"""Top-k log-probabilities that a user has already: the source is not run, and what does not fit its tokenizer is named."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_given import given_files, written
+
+from profuser.errors import ConfigError, DataError
+from profuser.models.load import chat_format
+from profuser.prepare.capture import unpack_captures
+from profuser.prepare.given_logprobs import GivenLogprobs
+from profuser.prepare.inputs import Inputs
+from profuser.prepare.phases import prepare
+from profuser.prepare.votes import count_votes
+from profuser.recipe.schema import SourceConfig
+from profuser.store import layout
+from profuser.text.fit import Verdict
+
+K = 10
+PROMPT, RESPONSE = "Which place has a wetab?", "A wetab is a stone."
+
+
+def captured(store, kind):
+    return [c for number in store.numbers(kind) for c in unpack_captures(store.get(kind, number))]
+
+
+def in_order(capture):
+    """The most probable tokens of every row, the lower id first where two are equally probable."""
+    order = np.lexsort((capture.top_ids, -capture.top_logprobs))
+    return np.take_along_axis(capture.top_ids, order, 1)
+
+
+def own_form(capture) -> dict:
+    """The response's tokens alone, as lists. A token's own log-probability is left out where it is among the most probable."""
+    among = [i in top for i, top in zip(capture.ids, capture.top_ids.tolist())]
+    own = [None if known else float(x) for known, x in zip(among, capture.own_logprobs)]
+    return {
+        "token_ids": capture.ids.tolist(),
+        "top_ids": capture.top_ids.tolist(),
+        "top_logprobs": capture.top_logprobs.tolist(),
+        "logprobs": own,
+    }
+
+
+def as_vllm(capture, encoded) -> dict:
+    """The whole conversation, as vLLM returns it: the token itself is there whether it is among the most probable or not."""
+    said: list = [None] * len(encoded.input_ids)
+    for j, n in enumerate(encoded.label_positions):
+        order = np.argsort(-capture.top_logprobs[j], kind="stable")
+        said[n] = {
+            str(capture.top_ids[j, x]): {
+                "logprob": float(capture.top_logprobs[j, x]),
+                "rank": rank,
+                "decoded_token": "x",
+            }
+            for rank, x in enumerate(order, start=1)
+        }
+        own = str(capture.ids[j])
+        said[n].setdefault(own, {"logprob": float(capture.own_logprobs[j]), "rank": 99, "decoded_token": "x"})
+    return {"prompt_token_ids": encoded.input_ids, "prompt_logprobs": said}
+
+
+@pytest.fixture(scope="module")
+def given(prepared, tmp_path_factory):
+    """(run, store): the small recipe once more, where every answer, score and log-probability is in a file."""
+    _, run, expected = prepared
+    folder = tmp_path_factory.mktemp("given")
+    sources, judges = given_files(prepared, folder)
+    inputs, ballots = Inputs.open(run), count_votes(expected, run.recipe)
+    for s, source in enumerate(sources):
+        chat, rows = inputs.chats[source.name], []
+        for split in inputs.rows:
+            for row, found in zip(
+                inputs.rows[split], captured(expected, layout.truth(split, source.name)), strict=True
+            ):
+                if found is not None:
+                    encoded = chat.encode(row["prompt"], row["response"])
+                    form = own_form(found.capture) if s else as_vllm(found.capture, encoded)
+                    rows.append({"prompt": f" {row['prompt']}\n", "response": row["response"]} | form)
+        for e, found in enumerate(captured(expected, layout.winners(source.name))):
+            if found is not None:
+                row = {"prompt": inputs.rows["train"][e]["prompt"], "response": ballots.winning_text(e)}
+                rows.append(row | own_form(found.capture))
+        half = len(rows) // 2
+        for n, part in enumerate((rows[:half], rows[half:])):
+            written(folder / f"{source.name}-top-{n}.jsonl", *part)
+        sources[s] = replace(source, logprobs=str(folder / f"{source.name}-top-*.jsonl"))
+    recipe = replace(run.recipe, sources=sources, judges=judges, store=str(folder / "store"))
+    run = replace(run, recipe=recipe)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("profuser.prepare.phases.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+        return run, prepare(run)
+
+
+def test_no_model_is_loaded_and_the_captures_are_those_of_the_model(prepared, given):
+    store, expected = given[1], prepared[2]
+    names = [source.name for source in given[0].recipe.sources]
+    kinds = [layout.truth(split, name) for split in ("train", "validation", "heldout") for name in names]
+    seen = 0
+    for kind in (*kinds, *map(layout.winners, names)):
+        for ours, theirs in zip(captured(store, kind), captured(expected, kind), strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                seen += 1
+                assert (ours.tokens, ours.response_bytes) == (theirs.tokens, theirs.response_bytes)
+                assert ours.nll == pytest.approx(theirs.nll, abs=2e-2)  # the best are stored in fp16
+                for name in ("ids", "begin", "stop", "top_logprobs"):
+                    assert np.array_equal(getattr(ours.capture, name), getattr(theirs.capture, name)), name
+                # Rounding to fp16 has made ties, of which the lower id comes first.
+                assert np.array_equal(ours.capture.top_ids, in_order(theirs.capture))
+                assert len(ours.capture.ranges.rows) == 0
+    assert seen > 50
+
+
+def test_the_targets_of_the_source_with_the_same_tokenizer_are_the_same(prepared, given):
+    """Its distributions need no ranges. Of another tokenizer's no target token that begins inside a source's token has any."""
+    store, expected = given[1], prepared[2]
+    target = [source.name for source in given[0].recipe.sources].index(given[0].recipe.target)
+    for split in ("train", "validation"):
+        for number in store.numbers(layout.targets(split)):
+            ours, theirs = (s.get(layout.targets(split), number) for s in (store, expected))
+            assert np.array_equal(ours["input_ids"], theirs["input_ids"])
+            at = [np.flatnonzero(x["row_source"] == target) for x in (ours, theirs)]
+            assert len(at[0]) == len(at[1]) > 0
+            for rows, x in zip(at, (ours, theirs)):
+                x["of"] = np.concatenate([x["entry_ids"][slice(*x["entry_offsets"][r : r + 2])] for r in rows])
+            assert np.array_equal(ours["of"], theirs["of"])
+            inside = 2
+            assert ours["covered"].sum() < theirs["covered"].sum() or not theirs["kinds"][..., inside].sum()
+
+
+def test_another_file_is_another_store(given):
+    run, _ = given
+    source = run.recipe.sources[0]
+    changed = replace(source, logprobs=source.logprobs.replace("*", "0"))
+    with pytest.raises(ConfigError, match="logprobs differ"):
+        prepare(replace(run, recipe=replace(run.recipe, sources=[changed, *run.recipe.sources[1:]])))
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return chat_format(SourceConfig(name="g", model="demo:guardian"))
+
+
+@pytest.fixture
+def row(chat):
+    encoded = chat.encode(PROMPT, RESPONSE)
+    labels = [encoded.input_ids[i] for i in encoded.label_positions]
+    tops = [[label, *(x for x in range(300, 320) if x != label)][:K] for label in labels]
+    logprobs = [[math.log(0.5), *[math.log(0.05)] * (K - 1)]] * len(labels)
+    return {"prompt": PROMPT, "response": RESPONSE, "token_ids": labels, "top_ids": tops, "top_logprobs": logprobs}
+
+
+def opened(tmp_path, chat, row, top_k=K):
+    return GivenLogprobs("g", written(tmp_path / "top.jsonl", row), chat, top_k)
+
+
+def scored(tmp_path, chat, row, top_k=K):
+    encoded = chat.encode(PROMPT, RESPONSE)
+    return opened(tmp_path, chat, row, top_k).scored(PROMPT, RESPONSE, encoded, len(RESPONSE))
+
+
+def test_a_row_says_what_it_says(tmp_path, chat, row):
+    found = scored(tmp_path, chat, row, top_k=4)
+    assert found.nll == pytest.approx(len(row["token_ids"]) * math.log(2))
+    assert found.capture.top_ids.tolist() == [top[:4] for top in row["top_ids"]]
+    assert np.isnan(found.lse).all()
+
+
+def test_of_equal_log_probabilities_the_lower_id_comes_first(tmp_path, chat, row):
+    row["top_ids"] = [top[::-1] for top in row["top_ids"]]
+    row["top_logprobs"] = [x[::-1] for x in row["top_logprobs"]]
+    found = scored(tmp_path, chat, row)
+    assert found.capture.top_ids.tolist() == [[top[-1], *sorted(top[:-1])] for top in row["top_ids"]]
+
+
+def test_a_token_that_vllm_adds_is_not_one_of_the_best(tmp_path, chat, row):
+    encoded = chat.encode(PROMPT, RESPONSE)
+    others = {str(x): {"logprob": math.log(0.05), "rank": n} for n, x in enumerate(range(300, 300 + K), start=1)}
+    said: list = [None] * len(encoded.input_ids)
+    for n in encoded.label_positions:
+        assert str(encoded.input_ids[n]) not in others
+        said[n] = others | {str(encoded.input_ids[n]): {"logprob": -9.0, "rank": 40}}
+    served = {"prompt": PROMPT, "response": RESPONSE, "prompt_token_ids": encoded.input_ids, "prompt_logprobs": said}
+    found = scored(tmp_path, chat, served)
+    assert found.capture.top_ids.tolist() == [list(range(300, 300 + K))] * found.tokens
+    assert found.capture.own_logprobs.tolist() == [-9.0] * found.tokens
+    with pytest.raises(
+        DataError, match=rf"token {encoded.start} \(from 0\) must have capture.top_k = {K + 1} .* it has {K}"
+    ):
+        scored(tmp_path, chat, served, top_k=K + 1)
+
+
+def change(**changes):
+    return lambda row: row | {key: value(row[key]) if callable(value) else value for key, value in changes.items()}
+
+
+def at_one(value):
+    """Changes the first entry of token 1."""
+    return lambda lists: [lists[0], [value, *lists[1][1:]], *lists[2:]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (change(response=3), "row 0 (from 0): `response` must be a text, got 3"),
+        (change(top_ids=None), "row 0 (from 0): `top_ids` must be a list with an entry per token, got None"),
+        (change(token_ids=lambda x: x[1:]), "must have one entry for each of its"),
+        (change(top_ids=at_one(10**9)), "token 1 (from 0): a token must be an id below"),
+        (change(top_ids=at_one(True)), "token 1 (from 0): a token must be an id below"),
+        (change(top_ids=at_one(1.5)), "token 1 (from 0): a token must be an id below"),
+        (change(top_ids=lambda x: [x[0], [x[1][1]] * K, *x[2:]]), "token 1 (from 0): a token must come once, got"),
+        (change(top_logprobs=at_one(0.7)), "token 1 (from 0): a log-probability must be a number, 0 at most, got 0.7"),
+        (change(top_logprobs=at_one("x")), "token 1 (from 0): a log-probability must be a number, 0 at most, got"),
+        (change(top_logprobs=at_one(float("nan"))), "token 1 (from 0): a log-probability must be a number, 0 at most, got"),
+        (change(top_logprobs=at_one(-0.1)), "token 1 (from 0): probabilities must add up to 1 at most, got 1.355"),
+        (change(top_logprobs=lambda x: [x[0], x[1][1:], *x[2:]]), "token 1 (from 0): `top_ids` and `top_logprobs` must be lists of one"),
+        (lambda row: row | {"prompt_logprobs": [1], "prompt_token_ids": [5]}, "`prompt_logprobs` must map tokens to their `logprob`, got 1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_named_with_its_token(tmp_path, chat, row, changed, message):
+    with pytest.raises(DataError) as found:
+        opened(tmp_path, chat, changed(row))
+    assert message in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (change(response="Another."), "must have all responses that are learnt, or none of a split, it has not"),
+        (change(token_ids=lambda x: [x[0], 7, *x[2:]]), "token 1 (from 0) of the response must be"),
+        (lambda row: {key: value[:-1] if isinstance(value, list) else value for key, value in row.items()}, "got no more"),
+        (change(top_ids=at_one(200)), "must have a log-probability, it is not among the most probable; add `logprobs`"),
+        (change(top_ids=at_one(-1)), "token 1 (from 0) must have capture.top_k = 10 log-probabilities, it has 9"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_tokenizer_is_refused_with_row_and_token(tmp_path, chat, row, changed, message):
+    with pytest.raises(DataError) as found:
+        scored(tmp_path, chat, changed(row))
+    assert message in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_of_two_rows_of_one_response_the_first_counts(tmp_path, chat, row):
+    other = row | {"top_logprobs": [[x[0] - 1, *x[1:]] for x in row["top_logprobs"]]}
+    found = GivenLogprobs("g", written(tmp_path / "a.jsonl", row, other), chat, K)
+    encoded = chat.encode(PROMPT, RESPONSE)
+    assert found.scored(PROMPT, RESPONSE, encoded, len(RESPONSE)).nll == scored(tmp_path, chat, row).nll
+
+
+def test_a_file_about_other_prompts_is_refused_before_anything_runs(prepared, tmp_path, row):
+    run = prepared[1]
+    path = written(tmp_path / "top.jsonl", row)
+    sources = [replace(run.recipe.sources[0], logprobs=path), *run.recipe.sources[1:]]
+    alone = replace(run.recipe, sources=sources, judges=[], schedule="fusellm")
+    with pytest.raises(DataError, match="must have responses of the data, it has none of them, for instance not"):
+        Inputs.open(replace(run, recipe=alone))
+    with pytest.raises(
+        ConfigError, match="align.follow_numbers must be false where a source's log-probabilities are given"
+    ):
+        replace(alone, align=replace(alone.align, follow_numbers=True))
+
+
+def test_a_verdict_on_a_text_is_that_of_a_run(prepared, given):
+    store, expected = given[1], prepared[2]
+    for kind in (layout.truth("train", "scholar"), layout.winners("scholar")):
+        ours, theirs = ([s.get(kind, n)["reason"].tolist() for n in s.numbers(kind)] for s in (store, expected))
+        assert ours == theirs
+        assert Verdict.OK in sum(ours, [])
