@@ -102,7 +102,7 @@ def test_no_model_is_loaded_and_the_captures_are_those_of_the_model(prepared, gi
     for kind in (*kinds, *map(layout.winners, names)):
         for ours, theirs in zip(captured(store, kind), captured(expected, kind), strict=True):
             assert (ours is None) == (theirs is None)
-            if ours is not None:
+            if ours is not None and theirs is not None:
                 seen += 1
                 assert (ours.tokens, ours.response_bytes) == (theirs.tokens, theirs.response_bytes)
                 assert ours.nll == pytest.approx(theirs.nll, abs=2e-2)  # the best are stored in fp16
@@ -217,7 +217,7 @@ def at_one(value):
         (change(top_logprobs=at_one(float("nan"))), "token 1 (from 0): a log-probability must be a number, 0 at most, got"),
         (change(top_logprobs=at_one(-0.1)), "token 1 (from 0): probabilities must add up to 1 at most, got 1.355"),
         (change(top_logprobs=lambda x: [x[0], x[1][1:], *x[2:]]), "token 1 (from 0): `top_ids` and `top_logprobs` must be lists of one"),
-        (lambda row: row | {"prompt_logprobs": [1], "prompt_token_ids": [5]}, "`prompt_logprobs` must map tokens to their `logprob`, got 1"),
+        (lambda row: row | {"prompt_logprobs": [1], "prompt_token_ids": [5]}, "`prompt_logprobs` must map tokens to their `logprob`"),
     ],
 )  # fmt: skip
 def test_a_wrong_row_is_named_with_its_token(tmp_path, chat, row, changed, message):
@@ -259,7 +259,7 @@ def test_a_file_about_other_prompts_is_refused_before_anything_runs(prepared, tm
     with pytest.raises(DataError, match="must have responses of the data, it has none of them, for instance not"):
         Inputs.open(replace(run, recipe=alone))
     with pytest.raises(
-        ConfigError, match="align.follow_numbers must be false where a source's log-probabilities are given"
+        ConfigError, match=r"align\.follow_numbers must be false where a source's log-probabilities are given"
     ):
         replace(alone, align=replace(alone.align, follow_numbers=True))
 
@@ -269,4 +269,4 @@ def test_a_verdict_on_a_text_is_that_of_a_run(prepared, given):
     for kind in (layout.truth("train", "scholar"), layout.winners("scholar")):
         ours, theirs = ([s.get(kind, n)["reason"].tolist() for n in s.numbers(kind)] for s in (store, expected))
         assert ours == theirs
-        assert Verdict.OK in sum(ours, [])
+        assert Verdict.OK in ours[0]

@@ -67,7 +67,7 @@ class GivenLogprobs:
             for where, row in file_rows(file):
                 self._add(where, row)
 
-    def _add(self, where: str, row: Mapping[str, Any]) -> None:
+    def _add(self, where: str, row: dict[str, Any]) -> None:
         response = row.get("response")
         if not isinstance(response, str):
             raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")

@@ -386,8 +386,8 @@ class Recipe:
             )
         if self.align.follow_numbers and (given := next((s for s in self.sources if s.logprobs is not None), None)):
             raise ConfigError(
-                f"align.follow_numbers must be false where a source's log-probabilities are given, they are for {given.name}: only its model "
-                "can be asked; take one of them out"
+                f"align.follow_numbers must be false where a source's log-probabilities are given, they are for {given.name}: only its "
+                "model can be asked; take one of them out"
             )
         if self.date is not None:
             check_date("date", self.date)
