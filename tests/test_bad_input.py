@@ -337,7 +337,7 @@ def odd_rows() -> list[dict]:
 
 HANDLED = (
     "1 x empty response, skipped",
-    "1 x over-long prompt, skipped",
+    "1 x over-long, skipped",
     "1 x over-long response, cut without an end of turn",
     "1 x control token spelt out in a text, kept as text",
     "1 x text that a normaliser changes, skipped",

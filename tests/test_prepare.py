@@ -59,6 +59,23 @@ def test_an_overlong_response_is_cut_once_for_all_at_a_target_token(chats):
     assert max(len(c.encode(prompt, grown, complete=False).input_ids) for c in chats) > 64
 
 
+def test_an_overlong_response_may_be_left_out_instead(chats, prepared):
+    target, *sources = chats
+    response = "A bozun is a stone. " * 20
+    assert fit(target, sources, "Hi", response, 64, cuts=False) == Fitted.unused(Verdict.TOO_LONG)
+    assert fit(target, sources, "Hi", "A bozun is a stone.", 64, cuts=False).verdict == Verdict.OK
+
+    # As data.too_long it is another store, and one that cuts is as stores have always been.
+    run = prepared[1]
+    data = replace(run.recipe.data, too_long="skip", max_length=45)
+    inputs = Inputs.open(replace(run, recipe=replace(run.recipe, data=data)))
+    verdicts = {text.verdict for text in inputs.fitted["train"]}
+    assert verdicts == {Verdict.OK, Verdict.TOO_LONG}
+    assert not any(text.cut for text in inputs.fitted["train"])
+    assert inputs.settings().sources["data"]["too_long"] == "skip"
+    assert "too_long" not in Inputs.open(run).settings().sources["data"]
+
+
 def test_a_cut_response_has_no_end_of_turn_to_learn(chats):
     e = chats[0].encode("Hi", "A bozun is", complete=False)
     assert e.end_of_turn is None

@@ -38,7 +38,9 @@ def show_templates(run: Run, example: int, as_json: bool) -> None:
     sources = [chats[source.name] for source in recipe.sources]
 
     # The response is cut as it is in training. Where it cannot be used at all, the reason is shown instead.
-    fitted = fit(chats[target.name], sources, row["prompt"], row["response"], recipe.data.max_length)
+    data = recipe.data
+    cuts = data.too_long == "cut"
+    fitted = fit(chats[target.name], sources, row["prompt"], row["response"], data.max_length, cuts=cuts)
     used = fitted.verdict == Verdict.OK
     described: dict[str, Any] = {}
     if not as_json:

@@ -37,6 +37,7 @@ from profuser.recipe.server import ServerConfig
 from profuser.store.manifest import read_manifest
 from profuser.store.store import StoreSettings
 from profuser.text.chat import ChatFormat
+from profuser.text.conversation import Prompt
 from profuser.text.fit import Fitted, fit
 
 ALIGNMENT_RULES = 3
@@ -258,16 +259,21 @@ class Inputs:
     @cached_property
     def fitted(self) -> dict[Split, list[Fitted]]:
         """The ground truths of every split. A long one is cut once for all sources, so that they score the same bytes."""
-        sources, max_length = list(self.chats.values()), self.recipe.data.max_length
+        sources = list(self.chats.values())
 
         def fitted(split: Split, number: int, row: Row) -> Fitted:
             try:
-                return fit(self.target, sources, row["prompt"], row["response"], max_length)
+                return self.fit(sources, row["prompt"], row["response"])
             except DataError as error:  # a template that cannot show this conversation
                 location = self.recipe.data.location(split)
                 raise DataError(f"data {location}, example {number} (from 0): {error}") from None
 
         return {split: [fitted(split, n, row) for n, row in enumerate(rows)] for split, rows in self.rows.items()}
+
+    def fit(self, sources: Sequence[ChatFormat], prompt: Prompt, response: str) -> Fitted:
+        """Returns what is learnt of a response: `profuser.text.fit.fit` to the target and some sources, as the recipe asks for it."""
+        data = self.recipe.data
+        return fit(self.target, sources, prompt, response, data.max_length, cuts=data.too_long == "cut")
 
     def settings(self) -> StoreSettings:
         """Returns the settings that decide each layer of the store, for its manifest. Batch sizes are not among them."""
@@ -285,6 +291,7 @@ class Inputs:
             },
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
             | {"max_length": recipe.data.max_length}
+            | ({"too_long": recipe.data.too_long} if recipe.data.too_long != "cut" else {})
             | ({"route_column": recipe.data.route_column} if recipe.capture.choice == "route" else {}),
             "generation": generation_settings(recipe),
             # Before there was a choice, all stores were made with min_ce.

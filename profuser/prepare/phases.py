@@ -66,7 +66,7 @@ from profuser.store.store import Store, check_place, differing_settings
 from profuser.store.unfinished import Unfinished
 from profuser.text.chat import ChatFormat
 from profuser.text.encoded import Encoded
-from profuser.text.fit import Fitted, Verdict, fit
+from profuser.text.fit import Fitted, Verdict
 from profuser.text.token_bytes import TokenBytesMismatch
 
 Aligner = CppByteAligner | PythonByteAligner | FuseLLMAligner
@@ -489,7 +489,7 @@ class Preparation:
             return Fitted.unused(Verdict.NOT_WINNER)
         source = self.inputs.chats[self.recipe.sources[winner].name]
         prompt, text = self.inputs.rows["train"][example]["prompt"], self.ballots.winning_text(example)
-        return fit(self.inputs.target, [source], prompt, text, self.recipe.data.max_length)
+        return self.inputs.fit([source], prompt, text)
 
     # -- phase 4 ---------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,9 @@ class DataConfig:
     limit: int | None = None
     """How many training examples are used, counted from the first; null uses all of them."""
     max_length: int = 2048
-    """The longest sequence in tokens, prompt and response together (FuseLLM's value). A response that is too long is cut."""
+    """The longest sequence in tokens, prompt and response together (FuseLLM's value)."""
+    too_long: Literal["cut", "skip"] = "cut"
+    """What becomes of a longer response: cut learns its beginning, without an end of turn; skip leaves it out, as longer prompts are."""
 
     def __post_init__(self) -> None:
         check_positive("data", self, "max_length", "limit")

@@ -43,7 +43,7 @@ class Verdict(IntEnum):
 _LABELS = {
     Verdict.OK: "ok",
     Verdict.EMPTY: "empty response, skipped",
-    Verdict.TOO_LONG: "over-long prompt, skipped",
+    Verdict.TOO_LONG: "over-long, skipped",
     Verdict.NORMALISER: "text that a normaliser changes, skipped",
     Verdict.DECODER: "text that a decoder cannot give back, skipped",
     Verdict.NOT_WINNER: "not the winner",
@@ -71,7 +71,15 @@ class Fitted:
         return cls("", False, verdict)
 
 
-def fit(target: ChatFormat, sources: Sequence[ChatFormat], prompt: Prompt, response: str, max_length: int) -> Fitted:
+def fit(
+    target: ChatFormat,
+    sources: Sequence[ChatFormat],
+    prompt: Prompt,
+    response: str,
+    max_length: int,
+    *,
+    cuts: bool = True,
+) -> Fitted:
     """Returns the response if it fits every tokenizer, else its longest prefix that does and ends where a target token ends.
 
     A text that the target's own tokenizer changes cannot be aligned at all. A text that only a source's tokenizer changes is
@@ -79,6 +87,7 @@ def fit(target: ChatFormat, sources: Sequence[ChatFormat], prompt: Prompt, respo
 
     Args:
         max_length: the number of tokens that a conversation may have in each tokenizer.
+        cuts: whether a response that is too long is cut, and not left out.
     """
     # Encode the conversation on all sides. A source whose tokenizer changes the text is left out.
     if not response:
@@ -96,6 +105,8 @@ def fit(target: ChatFormat, sources: Sequence[ChatFormat], prompt: Prompt, respo
         able.append(chat)
     if all(len(e.input_ids) <= max_length for e in encoded):
         return Fitted(response, False, Verdict.OK)
+    if not cuts:
+        return Fitted.unused(Verdict.TOO_LONG)
     # Try the boundaries between target tokens from the last one that can fit.
     raw = response.encode()
     limit = min(last_byte(e, max_length) for e in encoded)
