@@ -8,10 +8,13 @@ import pytest
 import yaml
 
 from profuser.errors import ConfigError
-from profuser.recipe.compare import differing_keys
-from profuser.recipe.data import DataLocation
+from profuser.recipe.compare import deciding_keys, differing_keys
+from profuser.recipe.data import DataConfig, DataLocation
+from profuser.recipe.generation import SourceGenerationConfig
 from profuser.recipe.parse import load_recipe, parse_run
 from profuser.recipe.places import RECIPES_DIR, is_path, load_function, resolve
+from profuser.recipe.schema import Recipe, SourceConfig
+from profuser.recipe.server import ServerConfig
 from profuser.report.scores import has_heldout
 from profuser.train.run_directory import differing_runs
 
@@ -415,3 +418,26 @@ def test_two_scores_never_have_one_column(tmp_path):
     }
     with pytest.raises(ConfigError, match="score_j_b_a twice"):
         parse(tmp_path, recipe)
+
+
+def test_where_a_source_runs_may_change_before_a_run_is_resumed():
+    """Not so what it is: another model, another name of a server's model, or another temperature make another run."""
+
+    def recipe(**source) -> dict:
+        server = {"url": "http://a:1/v1", "model": "m"} | source.pop("server", {})
+        generation = {"temperature": 0.0} | source.pop("generation", {})
+        first = SourceConfig(
+            name="a", model="a", server=ServerConfig(**server), device_map=source.pop("device_map", None)
+        )
+        second = SourceConfig(name="b", model=source.pop("model", "b"), generation=SourceGenerationConfig(**generation))
+        assert not source
+        return Recipe(sources=[first, second], target="b", data=DataConfig(train="x.jsonl")).to_dict()
+
+    for free in (
+        {"server": {"url": "http://b:2/v1", "key_variable": "KEY", "concurrency": 1, "timeout": 1.0, "retries": 0}},
+        {"device_map": "auto"},
+        {"generation": {"batch_size": 3, "engine": "transformers"}},
+    ):
+        assert deciding_keys(recipe(), recipe(**free)) == []
+    for decisive in ({"server": {"model": "n"}}, {"model": "c"}, {"generation": {"temperature": 0.5}}):
+        assert deciding_keys(recipe(), recipe(**decisive)) == ["sources"]

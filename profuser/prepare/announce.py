@@ -30,9 +30,10 @@ def announce(command: str, preparation: Preparation, processes: int = 1, first_s
         f"{torch.get_num_threads()} threads{ranks}; alignment: {ENGINE}; {time}",
         flush=True,
     )
-    # Which engine "auto" is, as far as anything is still to be answered.
+    # Which engine "auto" is, as far as anything is still to be answered. Without a GPU nobody expects another than transformers.
     for engine in dict.fromkeys(preparation.settled_engines()):
-        print(f"generation.engine auto is {engine} here", flush=True)
+        if engine != "transformers" or inputs.device.type == "cuda":
+            print(f"generation.engine auto is {engine} here", flush=True)
     # How the data were read. Splits that share their examples were read alike.
     for note in dict.fromkeys(note for examples in inputs.rows.values() for note in examples.notes):
         print(note, flush=True)

@@ -14,6 +14,12 @@ FREE_KEYS = (
 )  # fmt: skip
 """Keys that may change before a run is resumed. They decide how it is computed or shown, but not what its result is."""
 
+FREE_OF_MODELS = {
+    "device_map": None, "generation": ("batch_size", "engine", "python"),
+    "server": ("url", "key_variable", "concurrency", "timeout", "retries"),
+}  # fmt: skip
+"""The same of a source or a judge: a key of it, and which keys below that; None is the key itself."""
+
 
 def differing_values(mappings: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, list[Any]]:
     """Returns the dotted keys in which some nested mappings differ, each with the value that every mapping has for it.
@@ -42,8 +48,26 @@ def decides(key: str) -> bool:
 
 
 def deciding_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Returns those of the differing keys that decide the outcome of a run."""
-    return [key for key in differing_keys(a, b) if decides(key)]
+    """Returns those of two recipes' differing keys that decide the outcome of a run."""
+    return [key for key in differing_keys(_without_free_parts(a), _without_free_parts(b)) if decides(key)]
+
+
+def _without_free_parts(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recipe whose sources and judges lack what may change before a run is resumed, such as where a server is."""
+
+    def part(key: str, value: Any) -> Any:
+        free = FREE_OF_MODELS.get(key, ())
+        if not isinstance(value, dict):
+            return value
+        return {name: inner for name, inner in value.items() if name not in (free or ())}
+
+    def model(entry: Any) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        return {key: part(key, value) for key, value in entry.items() if FREE_OF_MODELS.get(key, ()) is not None}
+
+    models = {key: recipe[key] for key in ("sources", "judges") if isinstance(recipe.get(key), (list, tuple))}
+    return dict(recipe) | {key: [model(entry) for entry in entries] for key, entries in models.items()}
 
 
 def _plain(value: Any) -> Any:

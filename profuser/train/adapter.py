@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -83,6 +84,11 @@ def is_adapted(model: torch.nn.Module) -> bool:
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Writes the adapter alone, which peft's `PeftModel.from_pretrained` puts into the target again."""
     model.save_pretrained(folder)
+    # peft writes the layers' names in the order of a set, which differs from one process to the next.
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def merged(model: PreTrainedModel, recipe: Recipe, folder: Path) -> PreTrainedModel:
