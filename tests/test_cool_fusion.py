@@ -336,6 +336,14 @@ def test_what_one_source_cannot_hold_is_never_chosen_whatever_its_weight(demo, m
             text += step.winner.text
 
 
+def test_progress_is_told_of_every_step(demo):
+    """The first answers of many that are written side by side come late, and the work must not seem to stand still until then."""
+    fusion, told = CoolFusion(demo, DecodeConfig(), 12), []
+    fusion.on_step = told.append
+    answers = list(fusion.answers(PROMPTS[:3], 2))
+    assert told == [0] * sum(len(answer.steps) for answer in answers)
+
+
 # --- files and the command -------------------------------------------------------------------------------------------
 
 

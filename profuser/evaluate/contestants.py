@@ -110,7 +110,7 @@ class LoadedJoint:
         progress: Callable[..., None] = silent,
     ) -> list[str]:
         """Answers prompts. `decode` says how, and how many at a time, so that of `generation` only the length counts."""
-        self.fusion.max_new_tokens = generation.max_new_tokens
+        self.fusion.max_new_tokens, self.fusion.on_step = generation.max_new_tokens, progress
         answers = []
         for answer in self.fusion.answers(prompts, self.fusion.config.batch_size):
             answers.append(answer.text)

@@ -162,6 +162,7 @@ def answer_file(
             raise DataError(f"--output must not be in use, another process writes to {output}; name another") from None
         done = finished_rows(output, prompts, settings)
         with Progress("answer", len(prompts) - done, "prompts") as bar:
+            fusion.on_step = bar.update
             for prompt, answer in zip(prompts[done:], fusion.answers(prompts[done:], batch_size)):
                 row = sealed(row_of(prompt, answer, sources) | {"settings": settings})
                 line = (json.dumps(row, ensure_ascii=False) + "\n").encode()

@@ -6,13 +6,14 @@ import itertools
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from profuser.errors import ConfigError, DataError, in_short
 from profuser.generate.asking import alone, each, side_by_side
 from profuser.generate.speaker import Speaker, Voice
 from profuser.generate.steps import Answer, Step
 from profuser.models.branches import fault_together
+from profuser.progress import silent
 from profuser.recipe.schema import DecodeConfig
 from profuser.text.conversation import Prompt
 
@@ -27,6 +28,9 @@ class Decoder(ABC):
         config: the options.
         max_new_tokens: an answer is cut when it has this many tokens in the vocabulary of one of the sources.
 
+    Attributes:
+        on_step: is called with 0 after every step of every answer, as `Progress.update` is, to show that the work goes on.
+
     Raises:
         ConfigError: there is not one weight for each of the sources.
     """
@@ -38,6 +42,7 @@ class Decoder(ABC):
             )
         self.voices, self.config, self.max_new_tokens = voices, config, max_new_tokens
         self.weights = config.weights or [1.0] * len(voices)
+        self.on_step: Callable[..., None] = silent
 
     @abstractmethod
     def choices(self, speakers: Sequence[Speaker]) -> AsyncIterator[Step]:
@@ -104,6 +109,7 @@ class Decoder(ABC):
         self.check_fits(prompt)
         speakers = [Speaker(voice, prompt) for voice in self.voices]
         async for step in self.choices(speakers):
+            self.on_step(0)
             yield step
             if not step.winner.text or max(speaker.tokens for speaker in speakers) >= self.max_new_tokens:
                 return
