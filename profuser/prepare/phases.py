@@ -1,5 +1,7 @@
 """Makes a store of aligned targets from models and prompts, in four phases. Each can be interrupted between two shards.
 
+Any number of processes may do so together (sharing.py). None begins a phase before all shards of the one before are there.
+
 1. Every source scores the ground truth, for the training mode, and answers the prompts.
 2. The judges score the answers to the training prompts and vote on them, for the inference mode.
 3. Of every prompt, the source that won is captured on its own response.
@@ -15,7 +17,8 @@ import contextlib
 import gc
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
@@ -47,6 +50,7 @@ from profuser.prepare.engines import Answering, Asked, Source, answering
 from profuser.prepare.inputs import Inputs, Part
 from profuser.prepare.judges import judge_fingerprint, load_judge
 from profuser.prepare.responses import Response
+from profuser.prepare.sharing import Sharing
 from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.vote_rules import NOBODY
@@ -56,11 +60,11 @@ from profuser.recipe.data import Split
 from profuser.recipe.generation import Engine, Reasoning
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import SourceConfig
+from profuser.recipe.schema import JudgeConfig, SourceConfig
 from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.layout import Kind
-from profuser.store.lease import Lease, hold
+from profuser.store.lease import POLL_SECONDS, Lease, hold
 from profuser.store.store import Store, check_place, differing_settings
 from profuser.store.unfinished import Unfinished
 from profuser.text.chat import ChatFormat
@@ -94,21 +98,20 @@ class Preparation:
     """The phases of one preparation, which fill one store.
 
     Args:
-        finished: the store, if nothing is to be made in it. Otherwise a store is begun, or the one that is there goes on.
-        lease: this process's hold on the store.
+        store: the store, as far as it is there. lease: this process's hold on it.
     """
 
-    def __init__(self, inputs: Inputs, finished: Store | None = None, lease: Lease | None = None):
-        self.inputs, self.recipe, self.lease = inputs, inputs.recipe, lease
+    def __init__(self, inputs: Inputs, store: Store, lease: Lease):
+        self.inputs, self.recipe, self.store, self.lease = inputs, inputs.recipe, store, lease
+        self.sharing = Sharing(inputs, store, lease)
         self.seconds: dict[str, float] = {}
-        self.finished = finished is not None
-        self.store = finished if finished is not None else Store.build(inputs.store_dir, inputs.settings())
 
     @classmethod
     def begin(cls, inputs: Inputs, held: contextlib.ExitStack) -> Preparation:
         """Begins a preparation and holds its store in `held`, so that no other process makes another store of it meanwhile.
 
-        A store in which nothing is to be made is held together with others that use it as it is.
+        A store in which nothing is to be made is held together with others that use it as it is. Where something is to be made,
+        it is held together with others that make it.
 
         Raises:
             ConfigError: another process uses the store with other settings. And what Store.build raises.
@@ -118,47 +121,73 @@ class Preparation:
         held.enter_context(working())
         held_with = partial(hold, directory, "store", asdict(settings), differing_settings)
         with contextlib.ExitStack() as reading:
-            lease = reading.enter_context(held_with(writes=False))
+            lease = reading.enter_context(held_with(use="reads"))
             if (store := Store.finished(directory, settings)) is not None:
                 held.enter_context(reading.pop_all())
                 return cls(inputs, store, lease)
-        lease = held.enter_context(held_with(writes=True))
-        return cls(inputs, lease=lease)
+        lease = held.enter_context(held_with(use="works"))
+        if lease.use == "works":  # the others have put the store in order
+            return cls(inputs, Store.open(directory, complete=False), lease)
+        store = Store.build(directory, settings)
+        store.drop_damaged()
+        lease.share("works")
+        return cls(inputs, store, lease)
 
     def run(self) -> Store:
         """Makes what is missing or damaged, and returns the complete store. From then on others may use it as well."""
-        if not self.finished:
-            if not self.store.complete or self.store.damaged():
-                self._make()
-            elif damaged := self.store.damaged_findings():
-                print(f"store: {', '.join(damaged)} is damaged or missing: writing it again", flush=True)
-                self._write_summary(self.store.seconds)
-        if self.lease is not None:
-            self.lease.share()
+        if self.lease.use == "works":
+            self._make()
+            self.lease.share("reads")
         for warning in (no_signal_warning(self.store.summary), *warnings_of(self.store.summary)):
             if warning:
                 print(warning, flush=True)
         return self.store
 
     def _make(self) -> None:
-        """Makes all shards that are missing or damaged, and the summary."""
+        """Makes all shards that are missing, and the summary, or waits for those that others make."""
         self.inputs.try_judges([judge for judge in self.recipe.judges if self.unmade(layout.scores(judge.name))])
         self.inputs.check_engines([source for source in self.recipe.sources if self._asks(source)])
-        for phase in (self.capture_truth_and_answer, self.judge, self.capture_winners, self.align):
+        for phase, kinds in self._phases().items():
             start = time.monotonic()
             phase()
+            while self.sharing.missing(kinds):
+                time.sleep(POLL_SECONDS)
+                phase()  # in which a shard is free again if its process has been lost
             self.seconds[phase.__name__] = round(time.monotonic() - start, 1)
             gc.collect()  # a model in a reference cycle would stay in memory beside those of the next phase
-        self._write_summary(self.seconds)
+        while not self.store.is_finished():
+            if self.lease.claim(["summary"], lambda _: self.store.is_finished()) is None:
+                time.sleep(POLL_SECONDS)
+            else:
+                self._conclude()
+
+    def _phases(self) -> dict[Callable[[], None], list[Kind]]:
+        """Returns the phases in their order, each with the kinds of shard that it makes."""
+        splits, names = list(self.inputs.rows), self.inputs.source_names
+        answered = [split for split in splits if self.inputs.answered(split)]
+        return {
+            self.capture_truth_and_answer: [
+                *(layout.truth(split, name) for name in names for split in splits),
+                *(layout.responses(split, name) for name in names for split in answered),
+            ],
+            self.judge: [layout.scores(judge.name) for judge in self.recipe.judges],
+            self.capture_winners: [layout.winners(name) for name in names] if self.recipe.judges else [],
+            self.align: [layout.targets(split) for split in splits],
+        }
+
+    def _conclude(self) -> None:
+        """Writes the summary of a store whose shards are all there, and marks it as complete."""
+        if self.store.complete:
+            print(
+                f"store: {', '.join(self.store.damaged_findings())} is damaged or missing: writing it again", flush=True
+            )
+            self.seconds = self.store.seconds
+        write_summary(self.inputs, self.store, self.ballots, self.seconds)
         self.store.finish(self.seconds)
 
-    def missing(self, kind: Kind) -> list[Part]:
-        """Returns the parts whose shard of this kind is still to be made. A damaged shard counts as missing, and is dropped."""
-        return [part for part in self.inputs.parts(kind.split) if not self.store.keep_intact(kind, part.number)]
-
     def unmade(self, kind: Kind) -> int:
-        """Returns how many examples are in the missing shards of a kind. It looks at the manifest only."""
-        return examples_in([part for part in self.inputs.parts(kind.split) if not self.store.has(kind, part.number)])
+        """Returns how many examples are in the missing shards of a kind."""
+        return sum(len(part) for _, part in self.sharing.missing([kind]).values())
 
     def _asks(self, source: SourceConfig) -> bool:
         """Whether a source is still to answer prompts."""
@@ -177,57 +206,45 @@ class Preparation:
 
     def capture_truth_and_answer(self) -> None:
         """Lets every source score the ground truth and answer the prompts. It is loaded once for both."""
-        splits = list(self.inputs.rows)
         for source in self.recipe.sources:
-            # A source of which nothing is missing is not loaded at all.
-            truth = {split: self.missing(layout.truth(split, source.name)) for split in splits}
-            answers = {
-                split: self.missing(layout.responses(split, source.name))
-                for split in splits
-                if self.inputs.answered(split)
-            }
-            for split in [split for split in answers if self.inputs.given(source, split) is not None]:
-                self._take(split, answers.pop(split), source)
-            to_score, to_answer = sum(map(examples_in, truth.values())), sum(map(examples_in, answers.values()))
-            if not to_score + to_answer:
-                continue
+            answers = [
+                layout.responses(split, source.name) for split in self.inputs.rows if self.inputs.answered(split)
+            ]
+            given = [kind for kind in answers if self.inputs.given(source, kind.split) is not None]
+            self._take(source, given)
+            asked = [kind for kind in answers if kind not in given]
+            self._answer_all(source, asked, self._capture_truth(source))
 
-            engine = self.inputs.engines[source.name]
-            loaded = self._load(source) if to_score or engine == "transformers" else None
-            if loaded is not None:
-                with Progress(f"{source.name}: score the ground truth", to_score, "examples") as bar:
-                    for split, parts in truth.items():
-                        for part in parts:
-                            routed = part.of(self.inputs.routed(split, source.name))
-                            fitted = [
-                                text if asked else Fitted.unused(Verdict.NOT_WINNER)
-                                for text, asked in zip(part.of(self.inputs.fitted[split]), routed)
-                            ]
-                            self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
-            # Another engine may need all memory, so that the model is let go before it starts.
-            model = loaded.model if loaded is not None and engine == "transformers" else None
-            loaded = None
-            if to_answer:
-                if model is None:
-                    free_memory()
-                self._answer_all(source, engine, answers, to_answer, model)
-            model = None  # frees the memory before the next source is loaded
-
-    def _take(self, split: Split, parts: Sequence[Part], source: SourceConfig) -> None:
+    def _take(self, source: SourceConfig, kinds: Sequence[Kind]) -> None:
         """Writes the shards of a source's responses that the user has given."""
-        given = self.inputs.given(source, split)
-        assert given is not None
-        for part in parts:
-            count = self.inputs.responses_per_prompt(split)
-            asked = self._asked_of(split, part, source)
-            rows = [self.inputs.rows[split][number] for number in asked]
-            responses = self._with_others(part, asked, given.of(rows, count), count)
-            self.store.put_json(layout.responses(split, source.name), part.number, responses, examples=len(part))
-        if parts:
-            print(
-                f"{source.name}: {examples_in(parts)} {split} prompts have their responses from {source.responses}",
-                flush=True,
-            )
+        taken: Counter[Split] = Counter()
+        label = f"{source.name}: read its responses"
+        with closing(self.sharing.claimed(label, "prompts", kinds, lambda: None)) as claimed:
+            for kind, part, _, bar in claimed:
+                given, count = self.inputs.given(source, kind.split), self.inputs.responses_per_prompt(kind.split)
+                assert given is not None
+                asked = self._asked_of(kind.split, part, source)
+                rows = [self.inputs.rows[kind.split][number] for number in asked]
+                responses = self._with_others(part, asked, given.of(rows, count), count)
+                self.store.put_json(kind, part.number, responses, examples=len(part))
+                taken[kind.split] += len(part)
+                bar.update(len(part))
+        for split, prompts in taken.items():
+            print(f"{source.name}: {prompts} {split} prompts have their responses from {source.responses}", flush=True)
+
+    def _capture_truth(self, source: SourceConfig) -> LoadedSource | None:
+        """Lets a source score the ground truth. It returns the source if it has been loaded for this."""
+        loaded, label = None, f"{source.name}: score the ground truth"
+        kinds = [layout.truth(split, source.name) for split in self.inputs.rows]
+        with closing(self.sharing.claimed(label, "examples", kinds, partial(self._load, source))) as claimed:
+            for kind, part, loaded, bar in claimed:
+                routed = part.of(self.inputs.routed(kind.split, source.name))
+                fitted = [
+                    text if asked else Fitted.unused(Verdict.NOT_WINNER)
+                    for text, asked in zip(part.of(self.inputs.fitted[kind.split]), routed)
+                ]
+                self._capture(kind, part, loaded, fitted, bar)
+        return loaded
 
     def _load(self, source: SourceConfig) -> LoadedSource:
         """Loads a source's model and checks that it fits its tokenizer."""
@@ -242,25 +259,28 @@ class Preparation:
         size = BatchSize(self.recipe.capture.batch_size, lambda line: print(f"{source.name}: {line}", flush=True))
         return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source), follower, size)
 
-    def _answer_all(
-        self,
-        source: SourceConfig,
-        engine: Engine,
-        missing: Mapping[Split, Sequence[Part]],
-        prompts: int,
-        model: PreTrainedModel | None,
-    ) -> None:
-        """Lets a source answer the prompts of all parts that are missing. `model` is its model, where transformers answers."""
+    def _answer_all(self, source: SourceConfig, kinds: Sequence[Kind], loaded: LoadedSource | None) -> None:
+        """Lets a source answer the prompts. `loaded` is the source where it has just been loaded for something else."""
+        engine = self.inputs.engines[source.name]
+        # Another engine may need all memory, so that the model is let go before it starts.
+        model = loaded.model if loaded is not None and engine == "transformers" else None
+        del loaded
+
+        def begin() -> Answering:
+            if engine != "transformers":
+                free_memory()
+                return engines.enter_context(answering(engine, asked))
+            return engines.enter_context(answering(engine, asked, model or self._load(source).model))
+
         asked = Source.of(self.recipe, source, self.inputs.chats[source.name], self.inputs.dtype)
         left_out: Counter[Verdict] = Counter()
-        by = "" if engine == "transformers" else f" ({engine})"
+        label = f"{source.name}: answer the prompts{'' if engine == 'transformers' else f' ({engine})'}"
         with (
-            answering(engine, asked, model) as answer,
-            Progress(f"{source.name}: answer the prompts{by}", prompts, "prompts") as bar,
+            contextlib.ExitStack() as engines,
+            closing(self.sharing.claimed(label, "prompts", kinds, begin)) as claimed,
         ):
-            for split, parts in missing.items():
-                for part in parts:
-                    left_out += self._answer(split, part, source, answer, bar)
+            for kind, part, answer, bar in claimed:
+                left_out += self._answer(kind.split, part, source, answer, bar)
         if line := self._left_out(source, left_out):
             print(line, flush=True)
 
@@ -355,20 +375,20 @@ class Preparation:
     def judge(self) -> None:
         """Lets every judge score every eligible response to the training prompts."""
         for config in self.recipe.judges:
-            kind = layout.scores(config.name)
-            missing = self.missing(kind)
-            if not missing:
-                continue
-            score = load_judge(config, self.inputs.device, date=self.inputs.date)
-            with Progress(f"{config.name}: score the responses", examples_in(missing), "prompts") as bar:
-                for part in missing:
-                    candidates = candidates_of(self.store, self.inputs.source_names, part.number)
-                    # Judges are not shown empty texts, so that an empty text in a response's place keeps it from them.
-                    shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
-                    with Unfinished(self.store.directory, kind, part.number, judge_fingerprint(config)) as kept:
-                        scores = score(part.of(self.inputs.rows["train"]), shown, bar.update, kept)
-                        self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
-            del score
+            self._judge_by(config)
+
+    def _judge_by(self, config: JudgeConfig) -> None:
+        """Lets one judge score the responses."""
+        label, kinds = f"{config.name}: score the responses", [layout.scores(config.name)]
+        load = partial(load_judge, config, self.inputs.device, date=self.inputs.date)
+        with closing(self.sharing.claimed(label, "prompts", kinds, load)) as claimed:
+            for kind, part, score, bar in claimed:
+                candidates = candidates_of(self.store, self.inputs.source_names, part.number)
+                # Judges are not shown empty texts, so that an empty text in a response's place keeps it from them.
+                shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
+                with Unfinished(self.store.directory, kind, part.number, judge_fingerprint(config)) as kept:
+                    scores = score(part.of(self.inputs.rows["train"]), shown, bar.update, kept)
+                    self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
 
     @cached_property
     def ballots(self) -> Ballots | None:
@@ -379,24 +399,24 @@ class Preparation:
 
     def capture_winners(self) -> None:
         """Captures what each source says about those of its responses that won the vote."""
-        if self.ballots is None:
+        if not self.recipe.judges:
             return
         for index, source in enumerate(self.recipe.sources):
-            kind = layout.winners(source.name)
-            missing = self.missing(kind)
-            if not missing:
-                continue
-            loaded = self._load(source)
-            with Progress(f"{source.name}: capture the responses that won", examples_in(missing), "prompts") as bar:
-                for part in missing:
-                    fitted = [
-                        self._winning(example)
-                        if self.ballots.winning_source(example) == index
-                        else Fitted.unused(Verdict.NOT_WINNER)
-                        for example in range(part.first, part.stop)
-                    ]
-                    self._capture(kind, part, loaded, fitted, bar)
-            del loaded
+            self._capture_won(index, source)
+
+    def _capture_won(self, index: int, source: SourceConfig) -> None:
+        """Captures what a source says about those of its responses that won the vote."""
+        label, kinds = f"{source.name}: capture the responses that won", [layout.winners(source.name)]
+        with closing(self.sharing.claimed(label, "prompts", kinds, partial(self._load, source))) as claimed:
+            for kind, part, loaded, bar in claimed:
+                assert self.ballots is not None
+                fitted = [
+                    self._winning(example)
+                    if self.ballots.winning_source(example) == index
+                    else Fitted.unused(Verdict.NOT_WINNER)
+                    for example in range(part.first, part.stop)
+                ]
+                self._capture(kind, part, loaded, fitted, bar)
 
     def _winning(self, example: int) -> Fitted:
         """Returns the response to a training prompt that won the vote, cut if it is too long for its source or the target."""
@@ -412,14 +432,15 @@ class Preparation:
 
     def align(self) -> None:
         """Aligns all captures to the target's tokens and writes the shards that the trainer reads."""
-        aligners = [self._aligner(self.inputs.chats[source.name]) for source in self.recipe.sources]
         for split in self.inputs.rows:
-            kind = layout.targets(split)
-            missing = self.missing(kind)
-            with Progress(f"align {split}", examples_in(missing), "examples") as bar:
-                for part in missing:
+            kinds = [layout.targets(split)]
+            with closing(self.sharing.claimed(f"align {split}", "examples", kinds, self._aligners)) as claimed:
+                for kind, part, aligners, bar in claimed:
                     arrays = self._align_part(split, part, aligners, bar)
                     self.store.put(kind, part.number, arrays, examples=len(part))
+
+    def _aligners(self) -> list[Aligner]:
+        return [self._aligner(self.inputs.chats[source.name]) for source in self.recipe.sources]
 
     def _aligner(self, source: ChatFormat) -> Aligner:
         """Makes the aligner from a source's tokens to the target's that the recipe asks for."""
@@ -485,9 +506,6 @@ class Preparation:
             return Verdict.of(error)
         return TargetText(example, mode, fitted.text, encoded, scored)
 
-    def _write_summary(self, seconds: Mapping[str, float]) -> None:
-        write_summary(self.inputs, self.store, self.ballots, seconds)
-
 
 def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> dict[int, Aligned]:
     """Aligns what one source says about the texts. The result is by index in `texts`.
@@ -508,8 +526,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def examples_in(parts: Sequence[Part]) -> int:
-    """Returns how many examples some parts have together."""
-    return sum(map(len, parts))
