@@ -432,14 +432,14 @@ class Preparation:
 
     def align(self) -> None:
         """Aligns all captures to the target's tokens and writes the shards that the trainer reads."""
-        for split in self.inputs.rows:
-            kinds = [layout.targets(split)]
-            with closing(self.sharing.claimed(f"align {split}", "examples", kinds, self._aligners)) as claimed:
-                for kind, part, aligners, bar in claimed:
-                    arrays = self._align_part(split, part, aligners, bar)
-                    self.store.put(kind, part.number, arrays, examples=len(part))
+        kinds = [layout.targets(split) for split in self.inputs.rows]
+        with closing(self.sharing.claimed("align", "examples", kinds, self._aligners)) as claimed:
+            for kind, part, aligners, bar in claimed:
+                arrays = self._align_part(kind.split, part, aligners, bar)
+                self.store.put(kind, part.number, arrays, examples=len(part))
 
     def _aligners(self) -> list[Aligner]:
+        """Makes the aligners from every source's tokens to the target's."""
         return [self._aligner(self.inputs.chats[source.name]) for source in self.recipe.sources]
 
     def _aligner(self, source: ChatFormat) -> Aligner:
