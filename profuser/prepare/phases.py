@@ -466,7 +466,7 @@ class Preparation:
 
         # Collect the texts that the target learns, one per example and mode. What is left out is counted with its reason.
         writer = TargetWriter(
-            len(self.recipe.sources), len(self.inputs.target.tokenizer), self.recipe.align.min_ce_unit
+            len(self.recipe.sources), len(self.inputs.target.tokenizer), self.recipe.align.min_ce_unit, self.inputs.keep
         )
         texts: list[TargetText] = []
         for i, row in enumerate(part.of(self.inputs.rows[split])):

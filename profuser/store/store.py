@@ -468,7 +468,7 @@ class Store:
         """Reads the manifest, and before it the records of the shards that it may not list yet."""
         records, version = read_records(self.directory), _version(self.directory)
         self._manifest = read_manifest(self.directory)
-        self._manifest["shards"] = records | self._manifest["shards"]
+        self._manifest["shards"] |= records
         self._version = version
 
     def _save(self) -> None:
