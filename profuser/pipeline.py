@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from profuser.errors import ProfuserError
@@ -18,7 +18,8 @@ from profuser.plan.text import beside
 from profuser.prepare.announce import announce
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
-from profuser.progress import in_words
+from profuser.prepare.sharing import takes_part
+from profuser.progress import in_words, silenced
 from profuser.recipe.parse import Run
 from profuser.recipe.schema import Recipe
 from profuser.report.page import write_report
@@ -43,7 +44,7 @@ from profuser.train.trackers import check_trackers
 def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
     """Prepares, fuses, saves and scores one recipe.
 
-    Under DDP every process calls it. The main process alone holds and prepares the store, writes files and scores.
+    Under DDP every process calls it. All prepare the store; the main process alone writes the run's files and scores.
 
     Returns:
         The content of scores.json. It is empty without held-out data, and on all processes but the main one.
@@ -67,21 +68,11 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
         directory.begin(settled_precision(directory.precision()))
     accelerator.wait_for_everyone()
 
-    # Prepare the store, which the other processes open when it is complete. It stays held, so that no other recipe makes
-    # another store of it while the target learns from it.
-    store: Store | None = None
+    # Prepare the store. It stays held, so that no other recipe makes another store of it while the target learns from it.
     with directory.timed("prepare", is_main):
-        if is_main:
-            check_training(recipe, accelerator)
-            preparation = Preparation.begin(Inputs.open(run), held)
-            for example in preparation.inputs.rows.get("heldout", [])[:1]:
-                try_match(recipe.evaluation.match, example)
-            announce("train", preparation, accelerator.num_processes, newest_step(directory.checkpoints))
-            store = preparation.run()
-            del preparation
+        store = prepare_together(run, accelerator, held)
         accelerator.wait_for_everyone()
-        if store is None:
-            store = Store.open(run.store_dir)
+        store = store or Store.open(run.store_dir)
 
     # Train the target.
     with directory.timed("train", is_main):
@@ -104,6 +95,27 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
         directory.finish(model, step)
     accelerator.wait_for_everyone()
     return scores
+
+
+def prepare_together(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> Store | None:
+    """Prepares the store by all processes together, and holds it in `held`. The main process puts it in order and speaks for all.
+
+    Returns:
+        The complete store; None on a process that does not take part.
+    """
+    recipe, directory, is_main = run.recipe, RunDirectory(run), accelerator.is_main_process
+    with contextlib.nullcontext() if is_main else silenced():
+        with accelerator.main_process_first():
+            if not takes_part(recipe, PartialState()):
+                return None
+            if is_main:
+                check_training(recipe, accelerator)
+            preparation = Preparation.begin(Inputs.open(run), held)
+            if is_main:
+                for example in preparation.inputs.rows.get("heldout", [])[:1]:
+                    try_match(recipe.evaluation.match, example)
+                announce("train", preparation, accelerator.num_processes, newest_step(directory.checkpoints))
+        return preparation.run()
 
 
 def train_and_report(run: Run) -> None:

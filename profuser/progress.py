@@ -5,12 +5,29 @@ On a terminal it is a tqdm bar, anywhere else a line every few seconds.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Generator
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 15
+
+_is_silent = False
+
+
+@contextlib.contextmanager
+def silenced() -> Generator[None]:
+    """Keeps this process from printing and from showing progress, where another one of the same command does. Errors are still said."""
+    global _is_silent
+    before, _is_silent = _is_silent, True
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
+            yield
+    finally:
+        _is_silent = before
 
 
 def in_words(seconds: float) -> str:
@@ -37,7 +54,7 @@ class Progress:
         self, label: str, total: int, unit: str = "it", show: bool = True, initial: int = 0, brief: bool = False
     ):
         self.label, self.total, self.unit, self.brief = label, total, unit, brief
-        self.show, self.done, self.initial = show and total > 0, initial, initial
+        self.show, self.done, self.initial = show and total > 0 and not _is_silent, initial, initial
         self.note = ""
         self.tokens = 0
         self.bar: tqdm | None = None

@@ -68,6 +68,7 @@ def small_run(directory: Path, *overrides: str) -> Run:
             f"--output={directory / 'run'}",
             "--generation.max_new_tokens=24",
             "--capture.shard_size=5",
+            "--align.keep=all",
             "--optim.steps=4",
             "--optim.batch_size=4",
             "--optim.micro_batch_size=4",

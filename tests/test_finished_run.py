@@ -113,12 +113,12 @@ def test_a_fresh_preparation_moves_nothing_before_its_recipe_can_be_opened():
 
 def test_nothing_in_use_is_moved_for_a_fresh_start():
     before = store_files()
-    with hold(Path(STORE), "store", {}, lambda *_: [], writes=False):
+    with hold(Path(STORE), "store", {}, lambda *_: [], use="reads"):
         code, _, err = run("prepare", "--config", "recipe.yaml", "--fresh")
     assert code == 2
     assert err.count("\n") == 1
     assert "in use by process" in err
-    with hold(RUN, "run", {}, lambda *_: [], writes=True):
+    with hold(RUN, "run", {}, lambda *_: [], use="alone"):
         code, _, err = run(*TRAIN, "--fresh")
     assert code == 2
     assert "in use by process" in err
@@ -150,7 +150,7 @@ def store_files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("command", LOOKING)
 def test_looking_leaves_every_byte_of_the_store_and_needs_no_lease_on_it(command):
-    with hold(Path(STORE), "store", {}, lambda *_: ["everything"], writes=True):
+    with hold(Path(STORE), "store", {}, lambda *_: ["everything"], use="alone"):
         before = store_files()
         code, _, err = run(*LOOKING[command])
         assert (code, err) == (0, "")

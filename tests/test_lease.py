@@ -14,6 +14,7 @@ import time
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from command_runs import RECIPE, rows, write_rows
@@ -24,7 +25,7 @@ from profuser.pipeline import train
 from profuser.prepare.phases import prepare
 from profuser.recipe.compare import differing_keys
 from profuser.store import lease
-from profuser.store.lease import EXPIRES_SECONDS, FOLDER, hold, set_aside
+from profuser.store.lease import EXPIRES_SECONDS, FOLDER, Use, hold, set_aside
 from profuser.train.loop import Trainer
 from profuser.train.run_directory import RunDirectory
 
@@ -33,7 +34,7 @@ import os, sys, time
 from pathlib import Path
 from profuser.recipe.compare import differing_keys
 from profuser.store.lease import hold
-with hold(Path(sys.argv[1]), "store", {"mode": "bytes"}, differing_keys, writes=True):
+with hold(Path(sys.argv[1]), "store", {"mode": "bytes"}, differing_keys, use="alone"):
     if len(sys.argv) > 2 and os.fork() > 0:
         time.sleep(60)
     print("held", flush=True)  # by the child, where there is one
@@ -41,14 +42,14 @@ with hold(Path(sys.argv[1]), "store", {"mode": "bytes"}, differing_keys, writes=
 """
 
 
-def held(directory: Path, mode: str = "bytes", *, writes: bool = True):
-    return hold(directory, "store", {"mode": mode}, differing_keys, writes=writes)
+def held(directory: Path, mode: str = "bytes", *, use: Use = "alone"):
+    return hold(directory, "store", {"mode": mode}, differing_keys, use=use)
 
 
 @contextlib.contextmanager
-def another_process(directory: Path, *arguments: str) -> Generator[subprocess.Popen]:
-    """A process that changes the directory, until it is killed."""
-    command = [sys.executable, "-c", HOLDER, str(directory), *arguments]
+def another_process(directory: Path, *arguments: str, program: str = HOLDER) -> Generator[subprocess.Popen]:
+    """A process that uses the directory, until it is killed."""
+    command = [sys.executable, "-c", program, str(directory), *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             assert process.stdout is not None
@@ -105,16 +106,17 @@ def test_a_lease_says_who_holds_it_since_when_and_with_which_settings(tmp_path):
     assert record["host"]
     assert record["since"].startswith("20")
     assert record["settings"] == {"mode": "bytes"}
-    assert record["writes"]
+    assert record["use"] == "alone"
+    assert record["claim"] == ""
 
 
-@pytest.mark.parametrize("writes", [True, False])
-@pytest.mark.parametrize("other_writes", [True, False])
-def test_other_settings_are_refused_at_once_and_named(tmp_path, writes, other_writes):
+@pytest.mark.parametrize("use", get_args(Use))
+@pytest.mark.parametrize("other_use", get_args(Use))
+def test_other_settings_are_refused_at_once_and_named(tmp_path, use, other_use):
     with (
-        held(tmp_path, writes=writes),
+        held(tmp_path, use=use),
         pytest.raises(ConfigError, match=rf"mode differ\) by process {os.getpid()} on .*--store"),
-        held(tmp_path, "fusellm", writes=other_writes),
+        held(tmp_path, "fusellm", use=other_use),
     ):
         pass
     with held(tmp_path, "fusellm"):
@@ -122,20 +124,22 @@ def test_other_settings_are_refused_at_once_and_named(tmp_path, writes, other_wr
 
 
 def test_many_may_read_at_a_time(tmp_path):
-    with held(tmp_path, writes=False), held(tmp_path, writes=False):
+    with held(tmp_path, use="reads"), held(tmp_path, use="reads"):
         assert len(leases(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(("first", "second"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("first", "second"), [("alone", "reads"), ("reads", "alone"), ("alone", "alone"), ("reads", "works")]
+)
 def test_with_the_same_settings_one_who_changes_and_others_wait_for_each_other(tmp_path, first, second, capsys):
     order = []
 
     def later() -> None:
-        with held(tmp_path, writes=second):
+        with held(tmp_path, use=second):
             order.append("second")
 
     thread = threading.Thread(target=later)
-    with held(tmp_path, writes=first):
+    with held(tmp_path, use=first):
         thread.start()
         time.sleep(1.2)
         order.append("first")
@@ -149,8 +153,8 @@ def test_with_the_same_settings_one_who_changes_and_others_wait_for_each_other(t
 
 def test_who_is_done_with_changing_lets_readers_in(tmp_path):
     with held(tmp_path) as first:
-        first.share()
-        with held(tmp_path, writes=False):
+        first.share("reads")
+        with held(tmp_path, use="reads"):
             assert len(leases(tmp_path)) == 2
 
 
@@ -229,8 +233,8 @@ def test_what_cannot_be_written_to_can_be_read_without_a_lease(tmp_path, monkeyp
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(lease, "_enter", refuse)
-    with held(tmp_path, writes=False) as nothing:
-        nothing.share()
+    with held(tmp_path, use="reads") as nothing:
+        nothing.share("reads")
     with pytest.raises(OSError, match="Read-only"), held(tmp_path):
         pass
 
@@ -239,7 +243,7 @@ def test_nothing_in_use_is_set_aside(tmp_path):
     directory = tmp_path / "d"
     assert set_aside(directory, "run") is None
     directory.mkdir()
-    with held(directory, writes=False), pytest.raises(ConfigError, match=r"--fresh .* in use by process .*--output"):
+    with held(directory, use="reads"), pytest.raises(ConfigError, match=r"--fresh .* in use by process .*--output"):
         set_aside(directory, "run")
     aside = set_aside(directory, "run")
     assert aside is not None
@@ -255,7 +259,7 @@ from pathlib import Path
 from profuser.recipe.compare import differing_keys
 from profuser.store.lease import hold
 for _ in range(5):
-    with hold(Path(sys.argv[1]), "store", {}, differing_keys, writes=True):
+    with hold(Path(sys.argv[1]), "store", {}, differing_keys, use="alone"):
         trace = Path(sys.argv[1]) / "trace"
         trace.touch(exist_ok=False)
         time.sleep(0.01)

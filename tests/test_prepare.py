@@ -1,5 +1,6 @@
 """Preparation: what becomes a target, what is cut or left out, and when a store is used again."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -290,7 +291,8 @@ def test_prompts_that_are_trained_on_are_counted_before_the_run_and_after_it(tmp
     (tmp_path / "set" / "test.jsonl").write_text("\n".join([*asked, *training[:3]]))
     test = DataLocation(path=str(tmp_path / "set"), split="test")
     data = replace(run.recipe.data, train=str(tmp_path / "set"), heldout=test)
-    preparation = Preparation(Inputs.open(replace(run, recipe=replace(run.recipe, data=data))))
+    with contextlib.ExitStack() as held:
+        preparation = Preparation.begin(Inputs.open(replace(run, recipe=replace(run.recipe, data=data))), held)
     assert [row["prompt"] for row in preparation.inputs.rows["heldout"]] == [
         json.loads(row)["prompt"] for row in [*asked, *training[:3]]
     ]

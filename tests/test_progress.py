@@ -1,5 +1,6 @@
 """The lines of progress, and the estimate in the first line of a run."""
 
+import contextlib
 import re
 
 import pytest
@@ -100,13 +101,15 @@ def test_what_is_done_already_is_not_expected_again(prepared, tmp_path):
     from dataclasses import replace
 
     _, run, _ = prepared
-    preparation = Preparation(Inputs.open(run))
+    with contextlib.ExitStack() as held:
+        preparation = Preparation.begin(Inputs.open(run), held)
     done = expected(preparation.inputs, preparation.unmade, first_step=run.recipe.optim.steps)
     assert done is not None
     assert done["score"] == done["answer"] == 0
     assert done["evaluate"] > 0
     fresh = replace(run, recipe=replace(run.recipe, store=str(tmp_path / "store")))
-    preparation = Preparation(Inputs.open(fresh))
+    with contextlib.ExitStack() as held:
+        preparation = Preparation.begin(Inputs.open(fresh), held)
     todo = expected(preparation.inputs, preparation.unmade, first_step=0)
     assert todo is not None
     assert all(todo[phase] > 0 for phase in ("score", "answer", "fuse", "evaluate"))
@@ -128,7 +131,8 @@ def test_gradient_checkpointing_takes_another_forward_pass(prepared, monkeypatch
 
 def test_the_first_line_says_what_on_what_and_how_long(prepared, capsys):
     _, run, _ = prepared
-    announce("train", Preparation(Inputs.open(run)), processes=2, first_step=1)
+    with contextlib.ExitStack() as held:
+        announce("train", Preparation.begin(Inputs.open(run), held), processes=2, first_step=1)
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     for part in (

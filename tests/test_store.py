@@ -109,7 +109,7 @@ def test_a_truncated_shard_is_refused_and_dropped_for_rebuilding(store, cut):
     with pytest.raises(DataError, match="a-00000"):
         store.index(TRUTH, 0)
     assert store.damaged() == [TRUTH.shard(0)]
-    assert not store.keep_intact(TRUTH, 0)
+    store.drop_damaged()
     with pytest.raises(DataError, match="not complete"):
         Store.open(store.directory)
     assert not Store.open(store.directory, complete=False).has(TRUTH, 0)
@@ -264,6 +264,7 @@ def test_another_stores_manifest_is_noticed(store, tmp_path):
     other = changed(sources=SETTINGS.sources | {"capture": {"top_k": 5, "dtype": "float32"}})
     foreign = Store.build(tmp_path / "other", other)
     foreign.put(TRUTH, 0, {"x": np.arange(6, dtype=np.float16)}, examples=5)
+    foreign.finish()
     shutil.copy(foreign.directory / "manifest.json", store.directory / "manifest.json")
     with pytest.raises(DataError, match=r"must describe the shards beside it, .*capture\.top_k.*--fresh"):
         Store.build(store.directory, SETTINGS)

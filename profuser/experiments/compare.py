@@ -108,6 +108,7 @@ def shift_rows(store: Store, directory: Path) -> Store:
     for number in copy.numbers(kind):
         arrays = copy.get(kind, number)
         copy.put(kind, number, shifted(arrays), examples=len(np.unique(arrays["example"])))
+    copy.finish(copy.seconds)
     return copy
 
 

@@ -332,8 +332,9 @@ def store_bytes(
             for number, won, one in captured
         )
     # A shard of targets holds both modes. In inference mode the winner alone is captured on its response.
+    keeping = sources if recipe.keep == "all" else 1
     vocabulary, of = models[recipe.target_config.name].vocabulary, lengths[recipe.target_config.name]
-    written = [(number, sources, of[split], shards(number)) for split, number in examples.items()]
+    written = [(number, keeping, of[split], shards(number)) for split, number in examples.items()]
     if recipe.judges:
         written.append((instructions, 1, of["train"], 0))
     parts["targets"] = sum(

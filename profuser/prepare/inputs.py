@@ -156,6 +156,13 @@ class Inputs:
             for source in self.recipe.sources
         }
 
+    @cached_property
+    def keep(self) -> str:
+        """Whose distributions the targets hold: the winner's, or all sources' where they are mixed or the store has them already."""
+        if self.recipe.keep == "all" or not (self.store_dir / "manifest.json").exists():
+            return self.recipe.keep
+        return read_manifest(self.store_dir)["settings"]["targets"].get("keep", "all")
+
     @property
     def source_names(self) -> list[str]:
         """The names of the sources, in the recipe's order."""
@@ -311,7 +318,10 @@ class Inputs:
                 for judge in recipe.judges
             },
         }
-        targets = vars(recipe.align) | {"rules": ALIGNMENT_RULES}
+        # Before there was a choice, all stores were made with all rows.
+        targets = without(vars(recipe.align), "keep") | {"rules": ALIGNMENT_RULES}
+        if self.keep != "all":
+            targets |= {"keep": self.keep}
         if recipe.judges:
             votes |= {"rules": VOTE_RULES, "floors": {j.name: j.floor for j in recipe.judges if j.floor is not None}}
             if recipe.judging.rule != "majority":

@@ -1,5 +1,7 @@
 """Makes a store of aligned targets from models and prompts, in four phases. Each can be interrupted between two shards.
 
+Any number of processes may do so together (sharing.py). None begins a phase before all shards of the one before are there.
+
 1. Every source scores the ground truth, for the training mode, and answers the prompts.
 2. The judges score the answers to the training prompts and vote on them, for the inference mode.
 3. Of every prompt, the source that won is captured on its own response.
@@ -15,10 +17,10 @@ import contextlib
 import gc
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from itertools import product
 
 import numpy as np
 import torch
@@ -48,6 +50,7 @@ from profuser.prepare.engines import Answering, Asked, Source, answering
 from profuser.prepare.inputs import Inputs, Part
 from profuser.prepare.judges import judge_fingerprint, load_judge
 from profuser.prepare.responses import Response
+from profuser.prepare.sharing import Sharing
 from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.vote_rules import NOBODY
@@ -57,11 +60,11 @@ from profuser.recipe.data import Split
 from profuser.recipe.generation import Engine, Reasoning
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
-from profuser.recipe.schema import SourceConfig
+from profuser.recipe.schema import JudgeConfig, SourceConfig
 from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.layout import Kind
-from profuser.store.lease import Lease, hold
+from profuser.store.lease import POLL_SECONDS, Lease, hold
 from profuser.store.store import Store, check_place, differing_settings
 from profuser.store.unfinished import Unfinished
 from profuser.text.chat import ChatFormat
@@ -96,21 +99,20 @@ class Preparation:
     """The phases of one preparation, which fill one store.
 
     Args:
-        finished: the store, if nothing is to be made in it. Otherwise a store is begun, or the one that is there goes on.
-        lease: this process's hold on the store.
+        store: the store, as far as it is there. lease: this process's hold on it.
     """
 
-    def __init__(self, inputs: Inputs, finished: Store | None = None, lease: Lease | None = None):
-        self.inputs, self.recipe, self.lease = inputs, inputs.recipe, lease
+    def __init__(self, inputs: Inputs, store: Store, lease: Lease):
+        self.inputs, self.recipe, self.store, self.lease = inputs, inputs.recipe, store, lease
+        self.sharing = Sharing(inputs, store, lease)
         self.seconds: dict[str, float] = {}
-        self.finished = finished is not None
-        self.store = finished if finished is not None else Store.build(inputs.store_dir, inputs.settings())
 
     @classmethod
     def begin(cls, inputs: Inputs, held: contextlib.ExitStack) -> Preparation:
         """Begins a preparation and holds its store in `held`, so that no other process makes another store of it meanwhile.
 
-        A store in which nothing is to be made is held together with others that use it as it is.
+        A store in which nothing is to be made is held together with others that use it as it is. Where something is to be made,
+        it is held together with others that make it.
 
         Raises:
             ConfigError: another process uses the store with other settings. And what Store.build raises.
@@ -120,47 +122,73 @@ class Preparation:
         held.enter_context(working())
         held_with = partial(hold, directory, "store", asdict(settings), differing_settings)
         with contextlib.ExitStack() as reading:
-            lease = reading.enter_context(held_with(writes=False))
+            lease = reading.enter_context(held_with(use="reads"))
             if (store := Store.finished(directory, settings)) is not None:
                 held.enter_context(reading.pop_all())
                 return cls(inputs, store, lease)
-        lease = held.enter_context(held_with(writes=True))
-        return cls(inputs, lease=lease)
+        lease = held.enter_context(held_with(use="works"))
+        if lease.use == "works":  # the others have put the store in order
+            return cls(inputs, Store.open(directory, complete=False), lease)
+        store = Store.build(directory, settings)
+        store.drop_damaged()
+        lease.share("works")
+        return cls(inputs, store, lease)
 
     def run(self) -> Store:
         """Makes what is missing or damaged, and returns the complete store. From then on others may use it as well."""
-        if not self.finished:
-            if not self.store.complete or self.store.damaged():
-                self._make()
-            elif damaged := self.store.damaged_findings():
-                print(f"store: {', '.join(damaged)} is damaged or missing: writing it again", flush=True)
-                self._write_summary(self.store.seconds)
-        if self.lease is not None:
-            self.lease.share()
+        if self.lease.use == "works":
+            self._make()
+            self.lease.share("reads")
         for warning in (no_signal_warning(self.store.summary), *warnings_of(self.store.summary)):
             if warning:
                 print(warning, flush=True)
         return self.store
 
     def _make(self) -> None:
-        """Makes all shards that are missing or damaged, and the summary."""
+        """Makes all shards that are missing, and the summary, or waits for those that others make."""
         self.inputs.try_judges([judge for judge in self.recipe.judges if self.unmade(layout.scores(judge.name))])
         self.inputs.check_engines([source for source in self.recipe.sources if self._asks(source)])
-        for phase in (self.capture_truth_and_answer, self.judge, self.capture_winners, self.align):
+        for phase, kinds in self._phases().items():
             start = time.monotonic()
             phase()
+            while self.sharing.missing(kinds):
+                time.sleep(POLL_SECONDS)
+                phase()  # in which a shard is free again if its process has been lost
             self.seconds[phase.__name__] = round(time.monotonic() - start, 1)
             gc.collect()  # a model in a reference cycle would stay in memory beside those of the next phase
-        self._write_summary(self.seconds)
+        while not self.store.is_finished():
+            if self.lease.claim(["summary"], lambda _: self.store.is_finished()) is None:
+                time.sleep(POLL_SECONDS)
+            else:
+                self._conclude()
+
+    def _phases(self) -> dict[Callable[[], None], list[Kind]]:
+        """Returns the phases in their order, each with the kinds of shard that it makes."""
+        splits, names = list(self.inputs.rows), self.inputs.source_names
+        answered = [split for split in splits if self.inputs.answered(split)]
+        return {
+            self.capture_truth_and_answer: [
+                *(layout.truth(split, name) for name in names for split in splits),
+                *(layout.responses(split, name) for name in names for split in answered),
+            ],
+            self.judge: [layout.scores(judge.name) for judge in self.recipe.judges],
+            self.capture_winners: [layout.winners(name) for name in names] if self.recipe.judges else [],
+            self.align: [layout.targets(split) for split in splits],
+        }
+
+    def _conclude(self) -> None:
+        """Writes the summary of a store whose shards are all there, and marks it as complete."""
+        if self.store.complete:
+            print(
+                f"store: {', '.join(self.store.damaged_findings())} is damaged or missing: writing it again", flush=True
+            )
+            self.seconds = self.store.seconds
+        write_summary(self.inputs, self.store, self.ballots, self.seconds)
         self.store.finish(self.seconds)
 
-    def missing(self, kind: Kind) -> list[Part]:
-        """Returns the parts whose shard of this kind is still to be made. A damaged shard counts as missing, and is dropped."""
-        return [part for part in self.inputs.parts(kind.split) if not self.store.keep_intact(kind, part.number)]
-
     def unmade(self, kind: Kind) -> int:
-        """Returns how many examples are in the missing shards of a kind. It looks at the manifest only."""
-        return examples_in([part for part in self.inputs.parts(kind.split) if not self.store.has(kind, part.number)])
+        """Returns how many examples are in the missing shards of a kind."""
+        return sum(len(part) for _, part in self.sharing.missing([kind]).values())
 
     def _asks(self, source: SourceConfig) -> bool:
         """Whether a source is still to answer prompts."""
@@ -179,115 +207,57 @@ class Preparation:
 
     def capture_truth_and_answer(self) -> None:
         """Lets every source score the ground truth and answer the prompts. It is loaded once for both."""
-        splits = list(self.inputs.rows)
-        for source, split in product(self.recipe.sources, splits):
-            self._take_truth(split, source)
         for source in self.recipe.sources:
-            # A source of which nothing is missing is not loaded at all.
-            truth = {split: self.missing(layout.truth(split, source.name)) for split in splits}
-            answers = {
-                split: self.missing(layout.responses(split, source.name))
-                for split in splits
-                if self.inputs.answered(split)
-            }
-            for split in [split for split in answers if self.inputs.given(source, split) is not None]:
-                self._take(split, answers.pop(split), source)
-            to_score, to_answer = sum(map(examples_in, truth.values())), sum(map(examples_in, answers.values()))
-            if not to_score + to_answer:
-                continue
+            answers = [
+                layout.responses(split, source.name) for split in self.inputs.rows if self.inputs.answered(split)
+            ]
+            given = [kind for kind in answers if self.inputs.given(source, kind.split) is not None]
+            self._take(source, given)
+            asked = [kind for kind in answers if kind not in given]
+            self._answer_all(source, asked, self._capture_truth(source))
 
-            engine = self.inputs.engines[source.name]
-            loaded = self._load(source) if to_score or engine == "transformers" else None
-            if loaded is not None:
-                with Progress(f"{source.name}: score the ground truth", to_score, "examples") as bar:
-                    for split, parts in truth.items():
-                        for part in parts:
-                            fitted = self._truth_of(split, part, source)
-                            self._capture(layout.truth(split, source.name), part, loaded, fitted, bar)
-            # Another engine may need all memory, so that the model is let go before it starts.
-            model = loaded.model if loaded is not None and engine == "transformers" else None
-            loaded = None
-            if to_answer:
-                if model is None:
-                    free_memory()
-                self._answer_all(source, engine, answers, to_answer, model)
-            model = None  # frees the memory before the next source is loaded
+    def _take(self, source: SourceConfig, kinds: Sequence[Kind]) -> None:
+        """Writes the shards of a source's responses that the user has given."""
+        taken: Counter[Split] = Counter()
+        label = f"{source.name}: read its responses"
+        with closing(self.sharing.claimed(label, "prompts", kinds, lambda: None)) as claimed:
+            for kind, part, _, bar in claimed:
+                given, count = self.inputs.given(source, kind.split), self.inputs.responses_per_prompt(kind.split)
+                assert given is not None
+                asked = self._asked_of(kind.split, part, source)
+                rows = [self.inputs.rows[kind.split][number] for number in asked]
+                responses = self._with_others(part, asked, given.of(rows, count), count)
+                self.store.put_json(kind, part.number, responses, examples=len(part))
+                taken[kind.split] += len(part)
+                bar.update(len(part))
+        for split, prompts in taken.items():
+            print(f"{source.name}: {prompts} {split} prompts have their responses from {source.responses}", flush=True)
+
+    def _capture_truth(self, source: SourceConfig) -> LoadedSource | None:
+        """Lets a source score the ground truth. It returns the source if it has been loaded for this."""
+        loaded, label = None, f"{source.name}: score the ground truth"
+        kinds = [layout.truth(split, source.name) for split in self.inputs.rows]
+        given = [kind for kind in kinds if self.inputs.scores_given(source, kind.split)]
+        self._take_truth(source, given)
+        kinds = [kind for kind in kinds if kind not in given]
+        with closing(self.sharing.claimed(label, "examples", kinds, partial(self._load, source))) as claimed:
+            for kind, part, loaded, bar in claimed:
+                self._capture(kind, part, loaded, self._truth_of(kind.split, part, source), bar)
+        return loaded
+
+    def _take_truth(self, source: SourceConfig, kinds: Sequence[Kind]) -> None:
+        """Writes the shards of a source's captures of the ground truth whose log-probabilities the user has given."""
+        label = f"{source.name}: read its log-probabilities"
+        with closing(self.sharing.claimed(label, "examples", kinds, lambda: None)) as claimed:
+            for kind, part, _, bar in claimed:
+                self._take_captures(kind, part, source, self._truth_of(kind.split, part, source))
+                bar.update(len(part))
 
     def _truth_of(self, split: Split, part: Part, source: SourceConfig) -> list[Fitted]:
         """Returns the ground truths of a part that a source is to score, one per example."""
         routed = part.of(self.inputs.routed(split, source.name))
         of_part = part.of(self.inputs.fitted[split])
         return [text if asked else Fitted.unused(Verdict.NOT_WINNER) for text, asked in zip(of_part, routed)]
-
-    def _take_truth(self, split: Split, source: SourceConfig) -> None:
-        """Writes the shards of a source's captures of the ground truth, if the user has given its log-probabilities."""
-        if source.logprobs is None or not self.inputs.scores_given(source, split):
-            return
-        parts = self.missing(layout.truth(split, source.name))
-        for part in parts:
-            texts = [row["response"] for row in part.of(self.inputs.rows[split])]
-            self._take_captures(
-                layout.truth(split, source.name), part, source, self._truth_of(split, part, source), texts
-            )
-        if parts:
-            print(
-                f"{source.name}: {examples_in(parts)} {split} examples have their log-probabilities from {source.logprobs}",
-                flush=True,
-            )
-
-    def _take_captures(
-        self, kind: Kind, part: Part, source: SourceConfig, fitted: Sequence[Fitted], texts: Sequence[str]
-    ) -> None:
-        """Writes one shard of captures from the log-probabilities that the user has given.
-
-        Args:
-            fitted: the texts, one per example. An example whose verdict is not OK has none.
-            texts: the same, before any of them was cut.
-        """
-        given, chat = self.inputs.logprobs(source), self.inputs.chats[source.name]
-        verdicts, rows = [f.verdict for f in fitted], part.of(self.inputs.rows[kind.split])
-        scored: dict[int, ScoredResponse] = {}
-        for i, own, _ in self._encodings(rows, chat, fitted, verdicts):
-            assert given is not None
-            scored[i] = given.scored(rows[i]["prompt"], texts[i], own, len(fitted[i].text.encode()))
-        arrays = pack_captures(fitted, verdicts, scored, self.recipe.capture.top_k, len(chat.tokenizer))
-        self.store.put(kind, part.number, arrays, examples=len(part))
-
-    def _encodings(
-        self, rows: Sequence[Row], chat: ChatFormat, fitted: Sequence[Fitted], verdicts: list[Verdict]
-    ) -> Iterator[tuple[int, Encoded, Encoded]]:
-        """Encodes texts for a source and for the target.
-
-        Yields:
-            (index of the text, in the source's tokens, in the target's tokens) for every text whose verdict is OK. Where a tokenizer
-            does not hold its bytes, `verdicts` gets that instead.
-        """
-        for i, (row, text) in enumerate(zip(rows, fitted, strict=True)):
-            if text.verdict != Verdict.OK:
-                continue
-            try:
-                own = chat.encode(row["prompt"], text.text, complete=not text.cut)
-                theirs = self.inputs.target.encode(row["prompt"], text.text, complete=not text.cut)
-            except TokenBytesMismatch as error:
-                verdicts[i] = Verdict.of(error)
-                continue
-            yield i, own, theirs
-
-    def _take(self, split: Split, parts: Sequence[Part], source: SourceConfig) -> None:
-        """Writes the shards of a source's responses that the user has given."""
-        given = self.inputs.given(source, split)
-        assert given is not None
-        for part in parts:
-            count = self.inputs.responses_per_prompt(split)
-            asked = self._asked_of(split, part, source)
-            rows = [self.inputs.rows[split][number] for number in asked]
-            responses = self._with_others(part, asked, given.of(rows, count), count)
-            self.store.put_json(layout.responses(split, source.name), part.number, responses, examples=len(part))
-        if parts:
-            print(
-                f"{source.name}: {examples_in(parts)} {split} prompts have their responses from {source.responses}",
-                flush=True,
-            )
 
     def _load(self, source: SourceConfig) -> LoadedSource:
         """Loads a source's model and checks that it fits its tokenizer."""
@@ -302,25 +272,28 @@ class Preparation:
         size = BatchSize(self.recipe.capture.batch_size, lambda line: print(f"{source.name}: {line}", flush=True))
         return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source), follower, size)
 
-    def _answer_all(
-        self,
-        source: SourceConfig,
-        engine: Engine,
-        missing: Mapping[Split, Sequence[Part]],
-        prompts: int,
-        model: PreTrainedModel | None,
-    ) -> None:
-        """Lets a source answer the prompts of all parts that are missing. `model` is its model, where transformers answers."""
+    def _answer_all(self, source: SourceConfig, kinds: Sequence[Kind], loaded: LoadedSource | None) -> None:
+        """Lets a source answer the prompts. `loaded` is the source where it has just been loaded for something else."""
+        engine = self.inputs.engines[source.name]
+        # Another engine may need all memory, so that the model is let go before it starts.
+        model = loaded.model if loaded is not None and engine == "transformers" else None
+        del loaded
+
+        def begin() -> Answering:
+            if engine != "transformers":
+                free_memory()
+                return engines.enter_context(answering(engine, asked))
+            return engines.enter_context(answering(engine, asked, model or self._load(source).model))
+
         asked = Source.of(self.recipe, source, self.inputs.chats[source.name], self.inputs.dtype)
         left_out: Counter[Verdict] = Counter()
-        by = "" if engine == "transformers" else f" ({engine})"
+        label = f"{source.name}: answer the prompts{'' if engine == 'transformers' else f' ({engine})'}"
         with (
-            answering(engine, asked, model) as answer,
-            Progress(f"{source.name}: answer the prompts{by}", prompts, "prompts") as bar,
+            contextlib.ExitStack() as engines,
+            closing(self.sharing.claimed(label, "prompts", kinds, begin)) as claimed,
         ):
-            for split, parts in missing.items():
-                for part in parts:
-                    left_out += self._answer(split, part, source, answer, bar)
+            for kind, part, answer, bar in claimed:
+                left_out += self._answer(kind.split, part, source, answer, bar)
         if line := self._left_out(source, left_out):
             print(line, flush=True)
 
@@ -402,25 +375,68 @@ class Preparation:
         arrays = pack_captures(fitted, verdicts, scored, top_k, source.head.weight.shape[0])
         self.store.put(kind, part.number, arrays, examples=len(part))
 
+    def _take_captures(self, kind: Kind, part: Part, source: SourceConfig, fitted: Sequence[Fitted]) -> None:
+        """Writes one shard of captures from the log-probabilities that the user has given.
+
+        Args:
+            fitted: the texts, one per example. An example whose verdict is not OK has none.
+        """
+        given, chat = self.inputs.logprobs(source), self.inputs.chats[source.name]
+        verdicts, rows = [f.verdict for f in fitted], part.of(self.inputs.rows[kind.split])
+        scored: dict[int, ScoredResponse] = {}
+        for i, own, _ in self._encodings(rows, chat, fitted, verdicts):
+            assert given is not None
+            whole = self._whole_text(kind, part.first + i)
+            scored[i] = given.scored(rows[i]["prompt"], whole, own, len(fitted[i].text.encode()))
+        arrays = pack_captures(fitted, verdicts, scored, self.recipe.capture.top_k, len(chat.tokenizer))
+        self.store.put(kind, part.number, arrays, examples=len(part))
+
+    def _whole_text(self, kind: Kind, example: int) -> str:
+        """Returns the text that an example's capture is about, before it was cut: the ground truth, or the response that won."""
+        if kind.folder == "truth":
+            return self.inputs.rows[kind.split][example]["response"]
+        assert self.ballots is not None
+        return self.ballots.winning_text(example)
+
+    def _encodings(
+        self, rows: Sequence[Row], chat: ChatFormat, fitted: Sequence[Fitted], verdicts: list[Verdict]
+    ) -> Iterator[tuple[int, Encoded, Encoded]]:
+        """Encodes texts for a source and for the target.
+
+        Yields:
+            (index of the text, in the source's tokens, in the target's tokens) for every text whose verdict is OK. Where a tokenizer
+            does not hold its bytes, `verdicts` gets that instead.
+        """
+        for i, (row, text) in enumerate(zip(rows, fitted, strict=True)):
+            if text.verdict != Verdict.OK:
+                continue
+            try:
+                own = chat.encode(row["prompt"], text.text, complete=not text.cut)
+                theirs = self.inputs.target.encode(row["prompt"], text.text, complete=not text.cut)
+            except TokenBytesMismatch as error:
+                verdicts[i] = Verdict.of(error)
+                continue
+            yield i, own, theirs
+
     # -- phase 2 ---------------------------------------------------------------------------------------------------
 
     def judge(self) -> None:
         """Lets every judge score every eligible response to the training prompts."""
         for config in self.recipe.judges:
-            kind = layout.scores(config.name)
-            missing = self.missing(kind)
-            if not missing:
-                continue
-            score = load_judge(config, self.inputs.device, date=self.inputs.date)
-            with Progress(f"{config.name}: score the responses", examples_in(missing), "prompts") as bar:
-                for part in missing:
-                    candidates = candidates_of(self.store, self.inputs.source_names, part.number)
-                    # Judges are not shown empty texts, so that an empty text in a response's place keeps it from them.
-                    shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
-                    with Unfinished(self.store.directory, kind, part.number, judge_fingerprint(config)) as kept:
-                        scores = score(part.of(self.inputs.rows["train"]), shown, bar.update, kept)
-                        self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
-            del score
+            self._judge_by(config)
+
+    def _judge_by(self, config: JudgeConfig) -> None:
+        """Lets one judge score the responses."""
+        label, kinds = f"{config.name}: score the responses", [layout.scores(config.name)]
+        load = partial(load_judge, config, self.inputs.device, date=self.inputs.date)
+        with closing(self.sharing.claimed(label, "prompts", kinds, load)) as claimed:
+            for kind, part, score, bar in claimed:
+                candidates = candidates_of(self.store, self.inputs.source_names, part.number)
+                # Judges are not shown empty texts, so that an empty text in a response's place keeps it from them.
+                shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
+                with Unfinished(self.store.directory, kind, part.number, judge_fingerprint(config)) as kept:
+                    scores = score(part.of(self.inputs.rows["train"]), shown, bar.update, kept)
+                    self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
 
     @cached_property
     def ballots(self) -> Ballots | None:
@@ -431,33 +447,25 @@ class Preparation:
 
     def capture_winners(self) -> None:
         """Captures what each source says about those of its responses that won the vote."""
-        if self.ballots is None:
+        if not self.recipe.judges:
             return
         for index, source in enumerate(self.recipe.sources):
-            kind = layout.winners(source.name)
-            missing = self.missing(kind)
-            if not missing:
-                continue
-            won = {part: self._won(index, part) for part in missing}
-            nothing = all(text.verdict != Verdict.OK for of_part in won.values() for text in of_part)
-            if nothing or self._winners_given(index, source):
-                for part, fitted in won.items():
-                    texts = [
-                        self.ballots.winning_text(part.first + i) if text.verdict == Verdict.OK else ""
-                        for i, text in enumerate(fitted)
-                    ]
-                    self._take_captures(kind, part, source, fitted, texts)
-                if not nothing:
-                    print(
-                        f"{source.name}: its responses that won have their log-probabilities from {source.logprobs}",
-                        flush=True,
-                    )
-                continue
-            loaded = self._load(source)
-            with Progress(f"{source.name}: capture the responses that won", examples_in(missing), "prompts") as bar:
-                for part, fitted in won.items():
-                    self._capture(kind, part, loaded, fitted, bar)
-            del loaded
+            self._capture_won(index, source)
+
+    def _capture_won(self, index: int, source: SourceConfig) -> None:
+        """Captures what a source says about those of its responses that won the vote."""
+        label, kinds = f"{source.name}: capture the responses that won", [layout.winners(source.name)]
+        won = {name: self._won(index, part) for name, (_, part) in self.sharing.missing(kinds).items()}
+        nothing = all(text.verdict != Verdict.OK for of_part in won.values() for text in of_part)
+        if nothing or self._winners_given(index, source):
+            with closing(self.sharing.claimed(label, "prompts", kinds, lambda: None)) as claimed:
+                for kind, part, _, bar in claimed:
+                    self._take_captures(kind, part, source, self._won(index, part))
+                    bar.update(len(part))
+            return
+        with closing(self.sharing.claimed(label, "prompts", kinds, partial(self._load, source))) as claimed:
+            for kind, part, loaded, bar in claimed:
+                self._capture(kind, part, loaded, self._won(index, part), bar)
 
     def _won(self, source: int, part: Part) -> list[Fitted]:
         """Returns the responses of a source to the prompts of a part that won, one per example; those of others are unused."""
@@ -495,14 +503,15 @@ class Preparation:
 
     def align(self) -> None:
         """Aligns all captures to the target's tokens and writes the shards that the trainer reads."""
-        aligners = [self._aligner(self.inputs.chats[source.name]) for source in self.recipe.sources]
-        for split in self.inputs.rows:
-            kind = layout.targets(split)
-            missing = self.missing(kind)
-            with Progress(f"align {split}", examples_in(missing), "examples") as bar:
-                for part in missing:
-                    arrays = self._align_part(split, part, aligners, bar)
-                    self.store.put(kind, part.number, arrays, examples=len(part))
+        kinds = [layout.targets(split) for split in self.inputs.rows]
+        with closing(self.sharing.claimed("align", "examples", kinds, self._aligners)) as claimed:
+            for kind, part, aligners, bar in claimed:
+                arrays = self._align_part(kind.split, part, aligners, bar)
+                self.store.put(kind, part.number, arrays, examples=len(part))
+
+    def _aligners(self) -> list[Aligner]:
+        """Makes the aligners from every source's tokens to the target's."""
+        return [self._aligner(self.inputs.chats[source.name]) for source in self.recipe.sources]
 
     def _aligner(self, source: ChatFormat) -> Aligner:
         """Makes the aligner from a source's tokens to the target's that the recipe asks for."""
@@ -528,7 +537,7 @@ class Preparation:
 
         # Collect the texts that the target learns, one per example and mode. What is left out is counted with its reason.
         writer = TargetWriter(
-            len(self.recipe.sources), len(self.inputs.target.tokenizer), self.recipe.align.min_ce_unit
+            len(self.recipe.sources), len(self.inputs.target.tokenizer), self.recipe.align.min_ce_unit, self.inputs.keep
         )
         texts: list[TargetText] = []
         for i, row in enumerate(part.of(self.inputs.rows[split])):
@@ -568,9 +577,6 @@ class Preparation:
             return Verdict.of(error)
         return TargetText(example, mode, fitted.text, encoded, scored)
 
-    def _write_summary(self, seconds: Mapping[str, float]) -> None:
-        write_summary(self.inputs, self.store, self.ballots, seconds)
-
 
 def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> dict[int, Aligned]:
     """Aligns what one source says about the texts. The result is by index in `texts`.
@@ -591,8 +597,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def examples_in(parts: Sequence[Part]) -> int:
-    """Returns how many examples some parts have together."""
-    return sum(map(len, parts))

@@ -164,9 +164,8 @@ def min_ce_winners(shards: Sequence[Mapping[str, np.ndarray]], examples: int) ->
     winner = [NOBODY] * examples
     for shard in shards:
         for example, mode, ce in zip(shard["example"], shard["mode"], shard["source_ce"]):
-            ce = np.where(np.isnan(ce), np.inf, ce)
-            if mode == Mode.TRAINING and np.isfinite(ce).any():
-                winner[example] = int(ce.argmin())
+            if mode == Mode.TRAINING and (won := layout.winner_of(ce)) is not None:
+                winner[example] = won
     return winner
 
 

@@ -16,7 +16,7 @@ from profuser.alignment.types import KINDS, Aligned
 from profuser.prepare.capture import ScoredResponse
 from profuser.ragged import offsets_of
 from profuser.recipe.schedule import Mode
-from profuser.store.layout import TARGET_COLUMNS, shard_arrays
+from profuser.store.layout import TARGET_COLUMNS, shard_arrays, winner_of
 from profuser.text.encoded import Encoded
 from profuser.text.fit import Verdict
 
@@ -42,10 +42,11 @@ class TargetWriter:
     Args:
         sources: how many sources there are. vocabulary: how many tokens the target has.
         min_ce_unit: "token" or "byte", the unit of the cross-entropies by which Min-CE chooses.
+        keep: "winner" or "all", the sources of a sequence whose rows are kept. What is counted are the rows of all.
     """
 
-    def __init__(self, sources: int, vocabulary: int, min_ce_unit: str):
-        self.sources, self.vocabulary, self.min_ce_unit = sources, vocabulary, min_ce_unit
+    def __init__(self, sources: int, vocabulary: int, min_ce_unit: str, keep: str):
+        self.sources, self.vocabulary, self.min_ce_unit, self.keep = sources, vocabulary, min_ce_unit, keep
         # One item per sequence, then per row, then per entry.
         self.example, self.mode, self.response_bytes, self.source_ce = [], [], [], []
         self.input_ids, self.label_mask = [], []
@@ -74,17 +75,24 @@ class TargetWriter:
         self.mode.append(mode)
         self.response_bytes.append(len(target.text.encode()))
         # In inference mode only the winner of the vote was captured, so that Min-CE has no choice either.
-        self.source_ce.append([np.inf if r is None else r.cross_entropy(self.min_ce_unit) for r in target.scored])
+        ce = np.array([np.inf if r is None else r.cross_entropy(self.min_ce_unit) for r in target.scored], np.float32)
+        self.source_ce.append(ce)
         self.input_ids.append(np.array(encoded.input_ids))
         self.label_mask.append(mask)
 
-        # The rows of every source. A position that the alignment left without entries gets no row.
+        # The rows of the sources that are kept. A position that the alignment left without entries gets no row.
         rows = 0
         for source, found in enumerate(aligned):
             if found is None:
                 continue
             counts = np.diff(found.offsets)
             kept = np.flatnonzero(counts)
+            self.kinds[mode, source] += np.bincount(found.kind, minlength=len(KINDS))
+            self.covered[mode, source] += len(kept)
+            self.mapped_mass[mode, source] += (1 - found.tail[kept]).sum(dtype=np.float64)
+            self.reliability[mode, source] += np.histogram(found.reliability[kept], bins=10, range=(0, 1))[0]
+            if self.keep == "winner" and source != winner_of(ce):
+                continue
             rows += len(kept)
             self.row_position.append(positions[kept])
             self.row_source.append(np.full(len(kept), source))
@@ -93,10 +101,6 @@ class TargetWriter:
             self.entry_counts.append(counts[kept])
             self.entry_ids.append(found.ids)
             self.entry_logprobs.append(found.logprobs)
-            self.kinds[mode, source] += np.bincount(found.kind, minlength=len(KINDS))
-            self.covered[mode, source] += len(kept)
-            self.mapped_mass[mode, source] += (1 - found.tail[kept]).sum(dtype=np.float64)
-            self.reliability[mode, source] += np.histogram(found.reliability[kept], bins=10, range=(0, 1))[0]
         self.row_counts.append(rows)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -110,7 +114,7 @@ class TargetWriter:
             "example": np.array(self.example),
             "mode": np.array(self.mode),
             "response_bytes": np.array(self.response_bytes),
-            "source_ce": np.array(self.source_ce, np.float32).reshape(-1, self.sources),
+            "source_ce": np.array(self.source_ce).reshape(-1, self.sources),
             "offsets": offsets_of([len(ids) for ids in self.input_ids]),
             "row_offsets": offsets_of(self.row_counts),
             "input_ids": end_to_end(self.input_ids),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,8 @@ from profuser.prepare import vllm_worker
 
 SECONDS_TO_END = 20
 """How long an engine may take to end when it is not needed any more."""
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and accelerate launch say to the processes that they start."""
 
 
 class VllmProcess:
@@ -41,7 +43,7 @@ class VllmProcess:
 
     def __enter__(self) -> VllmProcess:
         log, self.log = tempfile.mkstemp(prefix="profuser-vllm-", suffix=".log")
-        environment = dict(os.environ)
+        environment = own_environment(os.environ)
         # One process is enough, and ends with its parent. On a CPU vLLM would take a share of the machine's memory.
         environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONUNBUFFERED": "1"}
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -129,6 +131,23 @@ class VllmProcess:
 
     def __exit__(self, *_: object) -> None:
         self._end()
+
+
+def own_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment for an engine of one's own: where a launcher has started several of us, each has its own GPU.
+
+    What the launcher says to its processes is left out, for vLLM would take itself for one of them.
+    """
+    own = {
+        name: value
+        for name, value in environment.items()
+        if name not in LAUNCHER and not name.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_"))
+    }
+    if "LOCAL_RANK" in environment and torch.cuda.is_available():
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+        own["CUDA_VISIBLE_DEVICES"] = names[torch.cuda.current_device()]
+    return own
 
 
 def engine_arguments(location: str, options: dict[str, Any], dtype: torch.dtype, max_length: int) -> dict[str, Any]:

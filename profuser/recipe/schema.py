@@ -188,6 +188,9 @@ class AlignConfig:
     """Whether sources are asked how their numbers go on, for a target with tokens of several digits. Otherwise that is estimated."""
     min_ce_unit: Literal["token", "byte"] = "byte"
     """Whether Min-CE compares the sources in nats per byte of the response, or in nats per own token as the paper does."""
+    keep: Literal["winner", "all"] = "winner"
+    """Whose distributions the targets hold of a sequence: those of the source that won it, or those of all sources. optim.combine
+    softmax and avg_ce mix all sources and keep them whatever stands here. A store that has all of them stays as it is."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_reliability <= 1:
@@ -419,6 +422,11 @@ class Recipe:
         """The target's model: the source of that name or, where there is none, the model that `target` itself is."""
         by_name = {source.name: source for source in self.sources}
         return by_name.get(self.target) or SourceConfig(name="target", model=self.target)
+
+    @property
+    def keep(self) -> Literal["winner", "all"]:
+        """Whose distributions the targets must hold at least: all sources' where `optim.combine` mixes them."""
+        return self.align.keep if self.optim.combine == "min_ce" else "all"
 
     @property
     def scoring_judges(self) -> list[JudgeConfig]:

@@ -144,6 +144,16 @@ TARGET_COLUMNS: Columns = {
 }
 
 
+def winner_of(source_ce: np.ndarray) -> int | None:
+    """Returns the source with the lowest cross-entropy, the first of several equal ones; None where no source takes part.
+
+    Args:
+        source_ce: (S,) float32, as it is stored: +inf where a source does not take part, and NaN counts as that.
+    """
+    ce = np.where(np.isfinite(source_ce), source_ce, np.inf)
+    return int(ce.argmin()) if np.isfinite(ce).any() else None
+
+
 def id_dtype(vocabulary: int) -> type[np.integer]:
     """Returns the dtype in which the ids of a vocabulary of this size are stored."""
     return np.uint16 if vocabulary <= 1 << 16 else np.int32

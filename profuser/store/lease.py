@@ -1,9 +1,12 @@
-"""Says who uses a store or a run directory, so that two processes never change one at the same time.
+"""Says who uses a store or a run directory, so that two processes never get in each other's way.
 
 Everyone who uses a directory keeps a lease in its hidden folder `.leases`: `NAME.json` says on which host and in which process
-it is used, since when, with which settings, and whether the directory is being changed. Leases with the same settings may be
-there together, as long as none of them changes the directory. A process with the same settings that finds no place waits; one
-with other settings is refused, because it would take away what the others read.
+it is used, since when, with which settings, and in which of three ways. Many may read a directory, and many may work in it
+together, which adds to it and takes nothing away; who changes it otherwise must be alone. A process with the same settings that
+finds no place waits; one with other settings is refused, because it would take away what the others use.
+
+Those who work together divide the work by claims. A claim is the name of a piece of work, and stands in the lease of the process
+that does it. It therefore ends with the lease: what a lost process was doing is free for the others.
 
 The lock on `NAME.lock` beside the lease ends with its process, however that ends. A lease is therefore left over where its
 lock is free and it was made on this kernel: neither a reboot, nor a process id that was given to another process, nor another
@@ -24,18 +27,18 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
 from profuser.errors import ConfigError, DataError
 from profuser.store import files
 from profuser.store.files import write_json
-from profuser.typed import COUNT, read_json
+from profuser.typed import COUNT, Rule, read_json
 
 FOLDER = ".leases"
 """The name of the folder with the leases."""
@@ -56,8 +59,18 @@ Settings = dict[str, Any]
 Differing = Callable[[Settings, Settings], list[str]]
 """Returns the names of the settings in which two leases on a directory differ."""
 
+Use = Literal["reads", "works", "alone"]
+"""How a directory is used: it is read; it is added to, together with others; or it is changed by one alone."""
 
-LEASE = {"host": str, "boot": str, "pid": COUNT, "since": str, "writes": bool, "settings": {}}
+LEASE = {
+    "host": str,
+    "boot": str,
+    "pid": COUNT,
+    "since": str,
+    "use": Rule("reads, works or alone", lambda x: x in get_args(Use)),
+    "claim": str,
+    "settings": {},
+}
 """The shape of a lease's file."""
 
 
@@ -66,14 +79,15 @@ class Holder:
     """A process that uses a directory, as its lease describes it.
 
     boot: the kernel that it runs on, by the id of its boot. since: when it took the lease, in ISO format.
-    writes: whether it changes the directory. settings: with what it uses the directory.
+    use: how it uses the directory. claim: the piece of work that it does, or "". settings: with what it uses the directory.
     """
 
     host: str
     boot: str
     pid: int
     since: str
-    writes: bool
+    use: Use
+    claim: str
     settings: Settings
 
     def __str__(self) -> str:
@@ -84,16 +98,39 @@ class Holder:
 class Lease:
     """This process's lease on a directory. `hold` makes one; without a path it stands for a directory that is only readable."""
 
-    def __init__(self, holder: Holder, path: Path | None):
-        self._holder, self._path = holder, path
+    def __init__(self, holder: Holder, directory: Path, path: Path | None):
+        self._holder, self._directory, self._path = holder, directory, path
         self._lock = FileLock(_lock_of(path)) if path is not None else None
         self._ended = threading.Event()
 
-    def share(self) -> None:
-        """Says that the directory is no longer changed, so that others with the same settings may use it as well."""
-        if self._path is not None and self._holder.writes:
-            self._holder = replace(self._holder, writes=False)
-            write_json(self._path, asdict(self._holder))
+    @property
+    def use(self) -> Use:
+        """How this process uses the directory."""
+        return self._holder.use
+
+    def share(self, use: Use) -> None:
+        """Says that the directory is from now on used in a way that leaves others with the same settings more room."""
+        self._say(replace(self._holder, use=use))
+
+    def claim(self, names: Iterable[str], is_done: Callable[[str], bool]) -> str | None:
+        """Claims a piece of work, and gives up the claim before it, which must be done by now.
+
+        Args:
+            names: the pieces of work in their order. is_done: whether one is done; it is called while nobody else can claim.
+        Returns:
+            The first that is not done and that nobody else has claimed; None where there is none.
+        """
+        with _alone(self._directory):
+            claimed = {other.claim for other in _holders(self._directory) if other != self._holder}
+            found = next((name for name in names if name not in claimed and not is_done(name)), None)
+            self._say(replace(self._holder, claim=found or ""))
+        return found
+
+    def _say(self, holder: Holder) -> None:
+        """Writes into the lease what has become of it."""
+        if self._path is not None and holder != self._holder:
+            self._holder = holder
+            write_json(self._path, asdict(holder))
 
     def _begin(self) -> None:
         """Writes the lease and renews it from then on. The caller is alone at the leases."""
@@ -120,17 +157,18 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(
-    directory: Path, what: Directory, settings: Mapping[str, Any], differing: Differing, *, writes: bool
+    directory: Path, what: Directory, settings: Mapping[str, Any], differing: Differing, *, use: Use
 ) -> Generator[Lease]:
     """Holds a directory, which is made if it is not there, until the end of a `with` block.
 
     While others with the same settings use the directory in a way that does not allow it, this waits, and prints that it does.
+    Who wants to work where nobody works yet is alone at first, puts the directory in order, and then lets others in by `share`.
 
     Args:
         what: what the directory is.
         settings: what must be the same for all who use the directory at a time, as it would be read back from JSON.
         differing: compares these settings with another process's.
-        writes: whether the directory will be changed, which only one may do, while nobody reads it.
+        use: how the directory will be used.
 
     Raises:
         ConfigError: the directory is in use with other settings.
@@ -140,7 +178,8 @@ def hold(
         boot=_boot(),
         pid=os.getpid(),
         since=datetime.now().isoformat(timespec="seconds"),
-        writes=writes,
+        use=use,
+        claim="",
         settings=dict(settings),
     )
     is_new = not directory.exists()
@@ -148,9 +187,9 @@ def hold(
         lease = _enter(directory, what, own, differing)
     except OSError as error:
         # What cannot be written to can still be read.
-        if writes or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if use != "reads" or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        yield Lease(own, None)
+        yield Lease(own, directory, None)
         return
     try:
         yield lease
@@ -194,15 +233,29 @@ def _enter(directory: Path, what: Directory, own: Holder, differing: Differing) 
                         f"{what} {directory} is in use with other settings ({', '.join(keys)} differ) by {other}; wait for its "
                         f"end, stop it, or give another {OPTIONS[what]}"
                     )
-            in_the_way = [other for other in others if own.writes or other.writes]
-            if not in_the_way:
-                lease = Lease(own, _folder(directory) / f"{own.host}-{own.pid}-{uuid.uuid4().hex[:8]}.json")
+            if (use := _room(own.use, [other.use for other in others])) is not None:
+                path = _folder(directory) / f"{own.host}-{own.pid}-{uuid.uuid4().hex[:8]}.json"
+                lease = Lease(replace(own, use=use), directory, path)
                 lease._begin()
+                if use == "works":
+                    worker = next(other for other in others if other.use == "works")
+                    print(f"{what} {directory} is being made by {worker}: sharing the work", flush=True)
                 return lease
         if not waits:
-            print(f"{what} {directory} is in use with the same settings by {in_the_way[0]}: waiting for it", flush=True)
+            print(f"{what} {directory} is in use with the same settings by {others[0]}: waiting for it", flush=True)
             waits = True
         time.sleep(POLL_SECONDS)
+
+
+def _room(wanted: Use, others: Sequence[Use]) -> Use | None:
+    """Returns how a directory may be used that others use in these ways; None where there is no room now."""
+    if "alone" in others:
+        return None
+    if wanted == "reads":
+        return "reads"
+    if not others:
+        return "alone"
+    return "works" if wanted == "works" and "works" in others else None
 
 
 @contextlib.contextmanager

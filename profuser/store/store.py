@@ -8,10 +8,11 @@ The manifest records the settings that each layer was made with. If only the ali
 made again from the captures that are there, or from new ones where the alignment wants to know something else of the sources; if
 only the judges change, they vote again on the same responses. Other sources need another store. `layout.py` says which shards there are.
 
-Every file is written beside its place, synced and renamed, and only then entered in the manifest with its sha256; the manifest
-itself is sealed (manifest.py). Therefore an interrupted preparation goes on with the next shard, and a damaged shard is never
-trained on. Reading never changes a store: `changes` only compares the settings, and `Store.build`, which profuser.prepare uses,
-is what acts on a difference.
+Every file is written beside its place, synced and renamed, and only then recorded with its sha256: by a record of its own
+(records.py), which the manifest takes over when it is next written. Both are sealed. Therefore an interrupted preparation goes on
+with the next shard, and a damaged shard is never trained on. Several processes may add shards at a time; what else changes a store
+is for one that is alone: `Store.build`, `drop_damaged` and `finish`. Reading never changes a store: `changes` only compares the
+settings, and `Store.build`, which profuser.prepare uses, is what acts on a difference.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from profuser.recipe.compare import differing_keys
 from profuser.store.files import header_length, mapped, remove_temporary, sha256, tensors_of, write_atomic
 from profuser.store.layout import FOLDERS, Kind, kind_of
 from profuser.store.manifest import SUMMARY, new_manifest, read_manifest, write_manifest
+from profuser.store.records import FOLDER as RECORDS
+from profuser.store.records import read_record, read_records, remove_records, write_record
 from profuser.store.sealed import digest_of, is_intact
 from profuser.typed import checked, parsed
 
@@ -116,12 +119,15 @@ class Total:
 
 
 class Store:
-    """One store directory. A shard counts as present when the manifest lists it."""
+    """One store directory. A shard counts as present when the manifest lists it or there is a record of it."""
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]):
+    def __init__(self, directory: Path, manifest: dict[str, Any] | None = None):
         self.directory = directory
-        self._manifest = manifest
         self._verified: set[str] = set()
+        self._version: object = None
+        self._manifest: dict[str, Any] = {"shards": {}} if manifest is None else manifest
+        if manifest is None:
+            self._read()
 
     @classmethod
     def open(cls, directory: Path, *, complete: bool = True) -> Store:
@@ -133,7 +139,7 @@ class Store:
         Raises:
             DataError: there is no store, or it is broken, of another schema, or not complete although it must be.
         """
-        store = cls(directory, read_manifest(directory))
+        store = cls(directory)
         if complete and not store.complete:
             raise DataError(
                 f"store {directory} is not complete; run `python -m profuser.prepare` with its recipe to finish it"
@@ -152,7 +158,7 @@ class Store:
         check_place(directory)
         if not (directory / "manifest.json").exists():
             return None
-        store = cls(directory, read_manifest(directory))
+        store = cls(directory)
         made = store.complete and not store.changes(settings) and not store.damaged_findings()
         return store if made and not store.damaged() else None
 
@@ -175,9 +181,9 @@ class Store:
             return store
 
         # Go on with the store that is there, if its sources are the same; drop what other judges or settings outdate.
-        store = cls(directory, read_manifest(directory))
+        store = cls(directory)
         changes = store.checked_changes(settings)
-        remove_temporary([directory, *(directory / folder for folder in FOLDERS)])
+        store._tidy()
         if changes.vote:
             same = not changes.judges and store.settings.votes["asked"] == settings.votes["asked"]
             names = ", ".join(changes.judges or settings.votes["asked"] or ["none"])
@@ -275,7 +281,7 @@ class Store:
         return [name for name in names if not is_intact(self.directory / name, self._manifest["files"].get(name))]
 
     def put_finding(self, name: str, data: bytes) -> None:
-        """Writes a file that is no shard, and enters it in the manifest."""
+        """Writes a file that is no shard, and enters it in the manifest. This is for one process alone."""
         write_atomic(self.directory / name, data)
         self._manifest["files"][name] = digest_of(data)
         self._save()
@@ -292,8 +298,14 @@ class Store:
 
     def finish(self, seconds: Mapping[str, float] | None = None) -> None:
         """Marks the store as complete. This is the last thing that a preparation writes. `seconds` is by phase."""
+        self._tidy()
         self._manifest |= {"complete": True, "seconds": dict(seconds or {})}
         self._save()
+
+    def is_finished(self) -> bool:
+        """Whether the store is complete with its findings, after what other processes have made of it meanwhile."""
+        self._read()
+        return self.complete and not self.damaged_findings()
 
     # -- shards ---------------------------------------------------------------------------------------------------
 
@@ -302,8 +314,15 @@ class Store:
         return len(self._manifest["shards"])
 
     def has(self, kind: Kind, number: int) -> bool:
-        """Whether the manifest lists this shard. Its file is not looked at."""
-        return kind.shard(number) in self._manifest["shards"]
+        """Whether this shard is present, be it that another process has made it meanwhile. Its file is not looked at."""
+        name = kind.shard(number)
+        if name in self._manifest["shards"]:
+            return True
+        if (entry := read_record(self.directory, name)) is not None:
+            self._manifest["shards"][name] = entry
+        elif self._version != _version(self.directory):  # the manifest may have taken the record over
+            self._read()
+        return name in self._manifest["shards"]
 
     def numbers(self, kind: Kind) -> list[int]:
         """Returns the numbers of the present shards of a kind, in ascending order."""
@@ -339,16 +358,13 @@ class Store:
         """Returns the names of the shards whose files are missing or no longer what was written."""
         return [name for name in sorted(self._manifest["shards"]) if not self._intact(name)]
 
-    def keep_intact(self, kind: Kind, number: int) -> bool:
-        """Whether a shard is present and its file intact. A damaged shard is dropped, so that it is made again, and printed."""
-        name = kind.shard(number)
-        if name not in self._manifest["shards"]:
-            return False
-        if self._intact(name):
-            return True
-        print(f"store: {self._path(name)} is damaged or missing: building it again", flush=True)
-        self._drop([name])
-        return False
+    def drop_damaged(self) -> None:
+        """Drops the shards whose files are missing or no longer what was written, so that they are made again, and prints them."""
+        damaged = self.damaged()
+        for name in damaged:
+            print(f"store: {self._path(name)} is damaged or missing: building it again", flush=True)
+        if damaged:
+            self._drop(damaged)
 
     def put(self, kind: Kind, number: int, arrays: Mapping[str, np.ndarray], *, examples: int) -> None:
         """Writes a shard of arrays. `examples` is the number of examples that it covers."""
@@ -401,11 +417,12 @@ class Store:
         return columns
 
     def _put(self, name: str, data: bytes, facts: dict[str, Any]) -> None:
-        """Writes a shard's file, then enters the shard in the manifest with its hash, its size and these facts."""
+        """Writes a shard's file, then records the shard with its hash, its size and these facts."""
         write_atomic(self._path(name), data)
         self._verified.discard(name)
-        self._manifest["shards"][name] = {"sha256": sha256(data), "bytes": len(data), **facts}
-        self._save()
+        entry = {"sha256": sha256(data), "bytes": len(data), **facts}
+        write_record(self.directory, name, entry)
+        self._manifest["shards"][name] = entry
 
     def _bytes(self, name: str) -> mmap:
         """Maps a shard's file into memory. Before the first use its hash is checked against the manifest's."""
@@ -432,6 +449,7 @@ class Store:
 
     def _drop(self, names: list[str]) -> None:
         """Takes shards out of the manifest, so that the store is no longer complete and they are made again."""
+        self._enter_records()  # a record that is left would bring its shard back
         for name in names:
             del self._manifest["shards"][name]
         self._manifest["complete"] = False
@@ -446,9 +464,38 @@ class Store:
             )
         return path
 
+    def _read(self) -> None:
+        """Reads the manifest, and before it the records of the shards that it may not list yet."""
+        records, version = read_records(self.directory), _version(self.directory)
+        self._manifest = read_manifest(self.directory)
+        self._manifest["shards"] |= records
+        self._version = version
+
     def _save(self) -> None:
-        """Writes the manifest."""
+        """Writes the manifest, in which the shards have the same order whoever has made them."""
+        self._manifest["shards"] = dict(sorted(self._manifest["shards"].items()))
         write_manifest(self.directory, self._manifest)
+        self._version = _version(self.directory)
+
+    def _enter_records(self) -> None:
+        """Enters all records in the manifest, and removes them."""
+        if (self.directory / RECORDS).exists():
+            self._save()
+            remove_records(self.directory)
+
+    def _tidy(self) -> None:
+        """Removes the records, and what killed processes have left while they were writing."""
+        self._enter_records()
+        remove_temporary([self.directory, *(self.directory / folder for folder in FOLDERS)])
+
+
+def _version(directory: Path) -> object:
+    """Returns what is another thing whenever the manifest has been written again; None where there is none."""
+    try:
+        found = (directory / "manifest.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def differing_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

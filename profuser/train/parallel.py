@@ -29,7 +29,7 @@ def launch(precision: str, *, deterministic: bool = False) -> Accelerator:
     """
     if deterministic:
         set_environment()
-    # The main process prepares the store, which may take days, while the other ranks wait for it.
+    # A process may have prepared its share of the store days before the last one has.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",

@@ -63,7 +63,7 @@ class RunDirectory:
         """
         self._check_place()
         own = {"recipe": self.run.recipe.to_dict(), "store": str(self.run.store_dir.resolve())}
-        with working(), hold(self.path, "run", own, differing_runs, writes=True):
+        with working(), hold(self.path, "run", own, differing_runs, use="alone"):
             remove_temporary([self.path, self.checkpoints])
             yield
 

@@ -57,9 +57,8 @@ class TargetSequence:
 
     @property
     def winner(self) -> int | None:
-        """The source with the lowest cross-entropy, the first of several equal ones; None where no source takes part."""
-        ce = np.where(np.isfinite(self.source_ce), self.source_ce, np.inf)
-        return int(ce.argmin()) if np.isfinite(ce).any() else None
+        """The source with the lowest cross-entropy; None where no source takes part."""
+        return layout.winner_of(self.source_ce)
 
     def weights(self, mixing: float) -> np.ndarray:
         """Returns the weight of each source, (S,) float32: softmax(-source_ce / mixing) over those that take part."""

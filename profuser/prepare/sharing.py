@@ -1,0 +1,87 @@
+"""How several processes make one store together: each claims a shard, makes it, and claims the next.
+
+A shard follows from its examples and the recipe alone, not from who makes it nor from what was made before. The processes know of
+each other by their leases on the store (profuser.store.lease), which also hold their claims, and by the shards that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+
+from profuser.prepare.inputs import Inputs, Part
+from profuser.progress import Progress
+from profuser.recipe.schema import Recipe
+from profuser.store.layout import Kind
+from profuser.store.lease import Lease
+from profuser.store.store import Store
+
+T = TypeVar("T")
+
+
+PATIENCE = timedelta(days=7)
+"""How long the processes of a launcher wait for each other. Before one may go on, another may have days of work."""
+
+
+class Sharing:
+    """The shards that this process makes of a store.
+
+    Args:
+        lease: this process's lease on the store, in which it works.
+    """
+
+    def __init__(self, inputs: Inputs, store: Store, lease: Lease):
+        self.inputs, self.store, self.lease = inputs, store, lease
+
+    def missing(self, kinds: Iterable[Kind]) -> dict[str, tuple[Kind, Part]]:
+        """Returns the shards of some kinds that are still to be made, by their names."""
+        return {
+            kind.shard(part.number): (kind, part)
+            for kind in kinds
+            for part in self.inputs.parts(kind.split)
+            if not self.store.has(kind, part.number)
+        }
+
+    def claimed(
+        self, label: str, unit: str, kinds: Iterable[Kind], begin: Callable[[], T]
+    ) -> Generator[tuple[Kind, Part, T, Progress]]:
+        """Yields the shards of some kinds that this process has to make, one after the other, until none is free.
+
+        Args:
+            label, unit: what the progress is called and counts. It is that of all processes together.
+            begin: makes what the work needs, such as a model. It is called when the first shard has been claimed, and its
+                result comes with every shard.
+        """
+        free, done_elsewhere = self.missing(kinds), 0
+        total = sum(len(part) for _, part in free.values())
+
+        def is_done(name: str) -> bool:
+            nonlocal done_elsewhere
+            kind, part = free[name]
+            if not self.store.has(kind, part.number):
+                return False
+            del free[name]
+            done_elsewhere += len(part)
+            return True
+
+        name = self.lease.claim([*free], is_done) if free else None
+        if name is None:
+            return
+        needed = begin()
+        with Progress(label, total, unit) as bar:
+            while name is not None:
+                bar.update(done_elsewhere)
+                done_elsewhere = 0
+                yield *free.pop(name), needed, bar
+                name = self.lease.claim([*free], is_done)
+            bar.update(done_elsewhere)
+
+
+def takes_part(recipe: Recipe, state: PartialState) -> bool:
+    """Whether a process of a launcher takes part in a preparation: all do, unless a source takes all GPUs of a machine."""
+    spread = torch.cuda.is_available() and any(source.device_map is not None for source in recipe.sources)
+    return state.is_local_main_process or not spread
