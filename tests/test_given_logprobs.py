@@ -90,7 +90,9 @@ def given(prepared, tmp_path_factory):
     recipe = replace(run.recipe, sources=sources, judges=judges, store=str(folder / "store"))
     run = replace(run, recipe=recipe)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("profuser.prepare.phases.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+        patched.setattr(
+            "profuser.prepare.capture_shards.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+        )
         return run, prepare(run)
 
 

@@ -304,7 +304,9 @@ def test_prompts_that_are_trained_on_are_counted_before_the_run_and_after_it(tmp
 
 def test_a_judge_that_is_wrong_is_found_before_any_model_runs(prepared, tmp_path, monkeypatch):
     _, run, _ = prepared
-    monkeypatch.setattr("profuser.prepare.phases.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "profuser.prepare.capture_shards.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     for n, (name, said) in enumerate(WRONG_JUDGES.items()):
         judges = [JudgeConfig(name="wrong", function=f"test_prepare:{name}")]
         with pytest.raises(DataError, match=f"judge wrong: test_prepare:{name} must return one number per .*{said}"):
@@ -313,7 +315,9 @@ def test_a_judge_that_is_wrong_is_found_before_any_model_runs(prepared, tmp_path
 
 def test_a_judge_is_tried_on_the_first_example_with_as_many_responses_as_it_will_get(prepared, tmp_path, monkeypatch):
     _, run, store = prepared
-    monkeypatch.setattr("profuser.prepare.phases.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "profuser.prepare.capture_shards.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     generation = replace(run.recipe.generation, responses_per_source=2, temperature=1.0)
     judges = [JudgeConfig(name="curious", function="test_prepare:remember")]
     recipe = replace(run.recipe, judges=judges, generation=generation, store=str(tmp_path / "s"))

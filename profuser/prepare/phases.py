@@ -17,34 +17,24 @@ import contextlib
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from profuser.alignment.engine import CppByteAligner, byte_aligner
-from profuser.alignment.follow_numbers import NumberFollower, number_rows
 from profuser.alignment.fusellm import FuseLLMAligner
-from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.types import Aligned
-from profuser.alignment.vocab_map import ByteOrder
-from profuser.kernels.head import Head
-from profuser.models.head import head_of
-from profuser.models.load import check_vocabulary, load_model
 from profuser.prepare.agreement import warnings_of
 from profuser.prepare.capture import (
-    BatchSize,
-    CaptureRequest,
     ScoredResponse,
-    capture_responses,
-    pack_captures,
     unpack_captures,
 )
+from profuser.prepare.capture_shards import LoadedSource, captured, load_source, taken
 from profuser.prepare.data import Row
 from profuser.prepare.engines import Answering, Asked, Source, answering
 from profuser.prepare.inputs import Inputs, Part
@@ -57,7 +47,7 @@ from profuser.prepare.vote_rules import NOBODY
 from profuser.prepare.votes import Ballots, candidates_of, count_votes
 from profuser.progress import Progress
 from profuser.recipe.data import Split
-from profuser.recipe.generation import Engine, Reasoning
+from profuser.recipe.generation import Engine
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import JudgeConfig, SourceConfig
@@ -68,25 +58,10 @@ from profuser.store.lease import POLL_SECONDS, Lease, hold
 from profuser.store.store import Store, check_place, differing_settings
 from profuser.store.unfinished import Unfinished
 from profuser.text.chat import ChatFormat
-from profuser.text.encoded import Encoded
 from profuser.text.fit import Fitted, Verdict
 from profuser.text.token_bytes import TokenBytesMismatch
 
 Aligner = CppByteAligner | PythonByteAligner | FuseLLMAligner
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedSource:
-    """A source whose model is in memory, with what capturing needs of it."""
-
-    name: str
-    chat: ChatFormat
-    model: PreTrainedModel
-    head: Head
-    byte_order: ByteOrder
-    reasoning: Reasoning
-    follower: NumberFollower | None
-    batch_size: BatchSize
 
 
 def prepare(run: Run) -> Store:
@@ -203,6 +178,10 @@ class Preparation:
         asked = [source for source in self.recipe.sources if self.recipe.generation_of(source).engine == "auto"]
         return [self.inputs.engines[source.name] for source in asked if self._asks(source)]
 
+    def _put(self, kind: Kind, part: Part, arrays: dict[str, np.ndarray]) -> None:
+        """Writes the shard of a part."""
+        self.store.put(kind, part.number, arrays, examples=len(part))
+
     # -- phase 1 ---------------------------------------------------------------------------------------------------
 
     def capture_truth_and_answer(self) -> None:
@@ -240,9 +219,12 @@ class Preparation:
         given = [kind for kind in kinds if self.inputs.scores_given(source, kind.split)]
         self._take_truth(source, given)
         kinds = [kind for kind in kinds if kind not in given]
-        with closing(self.sharing.claimed(label, "examples", kinds, partial(self._load, source))) as claimed:
+        with closing(
+            self.sharing.claimed(label, "examples", kinds, partial(load_source, self.inputs, source))
+        ) as claimed:
             for kind, part, loaded, bar in claimed:
-                self._capture(kind, part, loaded, self._truth_of(kind.split, part, source), bar)
+                fitted = self._truth_of(kind.split, part, source)
+                self._put(kind, part, captured(self.inputs, kind.split, part, loaded, fitted, bar))
         return loaded
 
     def _take_truth(self, source: SourceConfig, kinds: Sequence[Kind]) -> None:
@@ -250,27 +232,17 @@ class Preparation:
         label = f"{source.name}: read its log-probabilities"
         with closing(self.sharing.claimed(label, "examples", kinds, lambda: None)) as claimed:
             for kind, part, _, bar in claimed:
-                self._take_captures(kind, part, source, self._truth_of(kind.split, part, source))
-                bar.update(len(part))
+                fitted, rows = self._truth_of(kind.split, part, source), self.inputs.rows[kind.split]
+                arrays = taken(
+                    self.inputs, kind.split, part, source, fitted, lambda n, rows=rows: rows[n]["response"], bar
+                )
+                self._put(kind, part, arrays)
 
     def _truth_of(self, split: Split, part: Part, source: SourceConfig) -> list[Fitted]:
         """Returns the ground truths of a part that a source is to score, one per example."""
         routed = part.of(self.inputs.routed(split, source.name))
         of_part = part.of(self.inputs.fitted[split])
         return [text if asked else Fitted.unused(Verdict.NOT_WINNER) for text, asked in zip(of_part, routed)]
-
-    def _load(self, source: SourceConfig) -> LoadedSource:
-        """Loads a source's model and checks that it fits its tokenizer."""
-        model = load_model(source, self.inputs.dtype, self.inputs.device, spreads=True)
-        head, chat = head_of(model), self.inputs.chats[source.name]
-        check_vocabulary(source.name, chat, len(head.weight))
-        order = ByteOrder(chat.token_bytes, head.weight.shape[0])
-        follower = None
-        if self.recipe.align.follow_numbers:
-            top_k = min(self.recipe.capture.top_k, head.weight.shape[0])
-            follower = NumberFollower(self.inputs.target.token_bytes, chat.token_bytes, model, head, top_k)
-        size = BatchSize(self.recipe.capture.batch_size, lambda line: print(f"{source.name}: {line}", flush=True))
-        return LoadedSource(source.name, chat, model, head, order, self.recipe.reasoning_of(source), follower, size)
 
     def _answer_all(self, source: SourceConfig, kinds: Sequence[Kind], loaded: LoadedSource | None) -> None:
         """Lets a source answer the prompts. `loaded` is the source where it has just been loaded for something else."""
@@ -283,7 +255,7 @@ class Preparation:
             if engine != "transformers":
                 free_memory()
                 return engines.enter_context(answering(engine, asked))
-            return engines.enter_context(answering(engine, asked, model or self._load(source).model))
+            return engines.enter_context(answering(engine, asked, model or load_source(self.inputs, source).model))
 
         asked = Source.of(self.recipe, source, self.inputs.chats[source.name], self.inputs.dtype)
         left_out: Counter[Verdict] = Counter()
@@ -339,85 +311,6 @@ class Preparation:
         fix = "; `reasoning: strip` for this source drops what stands before an answer" if keeps else ""
         return f"{source.name}: {found}{fix}"
 
-    def _capture(self, kind: Kind, part: Part, source: LoadedSource, fitted: Sequence[Fitted], bar: Progress) -> None:
-        """Writes one shard of captures: what a source says about one text per example of a part.
-
-        Args:
-            fitted: the texts, one per example. An example whose verdict is not OK has none.
-        """
-        # Encode the texts, and find out which prefix ranges and numbers the target will need of each.
-        rows, tokens = part.of(self.inputs.rows[kind.split]), self.inputs.target.token_bytes
-        its = source.chat.token_bytes
-        verdicts = [f.verdict for f in fitted]
-        requests: list[CaptureRequest] = []
-        asked: list[int] = []  # the example, counted within the part, of every request
-        for i, own, theirs in self._encodings(rows, source.chat, fitted, verdicts):
-            ranges = ranges_needed(tokens, theirs, its, own, source.byte_order)
-            numbers = number_rows(tokens, theirs, its, own) if source.follower else ()
-            requests.append(CaptureRequest(own, len(fitted[i].text.encode()), ranges, numbers))
-            asked.append(i)
-
-        # Score them, and write the shard.
-        top_k = self.recipe.capture.top_k
-        scored: dict[int, ScoredResponse] = {}
-        for i, response in capture_responses(
-            source.model,
-            source.head,
-            requests,
-            source.byte_order,
-            top_k=top_k,
-            batch_size=source.batch_size,
-            follower=source.follower,
-        ):
-            scored[asked[i]] = response
-            bar.update(1, tokens=len(requests[i].encoded.input_ids))
-        bar.update(len(part) - len(scored))  # the examples that were not asked for are done as well
-        arrays = pack_captures(fitted, verdicts, scored, top_k, source.head.weight.shape[0])
-        self.store.put(kind, part.number, arrays, examples=len(part))
-
-    def _take_captures(self, kind: Kind, part: Part, source: SourceConfig, fitted: Sequence[Fitted]) -> None:
-        """Writes one shard of captures from the log-probabilities that the user has given.
-
-        Args:
-            fitted: the texts, one per example. An example whose verdict is not OK has none.
-        """
-        given, chat = self.inputs.logprobs(source), self.inputs.chats[source.name]
-        verdicts, rows = [f.verdict for f in fitted], part.of(self.inputs.rows[kind.split])
-        scored: dict[int, ScoredResponse] = {}
-        for i, own, _ in self._encodings(rows, chat, fitted, verdicts):
-            assert given is not None
-            whole = self._whole_text(kind, part.first + i)
-            scored[i] = given.scored(rows[i]["prompt"], whole, own, len(fitted[i].text.encode()))
-        arrays = pack_captures(fitted, verdicts, scored, self.recipe.capture.top_k, len(chat.tokenizer))
-        self.store.put(kind, part.number, arrays, examples=len(part))
-
-    def _whole_text(self, kind: Kind, example: int) -> str:
-        """Returns the text that an example's capture is about, before it was cut: the ground truth, or the response that won."""
-        if kind.folder == "truth":
-            return self.inputs.rows[kind.split][example]["response"]
-        assert self.ballots is not None
-        return self.ballots.winning_text(example)
-
-    def _encodings(
-        self, rows: Sequence[Row], chat: ChatFormat, fitted: Sequence[Fitted], verdicts: list[Verdict]
-    ) -> Iterator[tuple[int, Encoded, Encoded]]:
-        """Encodes texts for a source and for the target.
-
-        Yields:
-            (index of the text, in the source's tokens, in the target's tokens) for every text whose verdict is OK. Where a tokenizer
-            does not hold its bytes, `verdicts` gets that instead.
-        """
-        for i, (row, text) in enumerate(zip(rows, fitted, strict=True)):
-            if text.verdict != Verdict.OK:
-                continue
-            try:
-                own = chat.encode(row["prompt"], text.text, complete=not text.cut)
-                theirs = self.inputs.target.encode(row["prompt"], text.text, complete=not text.cut)
-            except TokenBytesMismatch as error:
-                verdicts[i] = Verdict.of(error)
-                continue
-            yield i, own, theirs
-
     # -- phase 2 ---------------------------------------------------------------------------------------------------
 
     def judge(self) -> None:
@@ -436,7 +329,7 @@ class Preparation:
                 shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
                 with Unfinished(self.store.directory, kind, part.number, judge_fingerprint(config)) as kept:
                     scores = score(part.of(self.inputs.rows["train"]), shown, bar.update, kept)
-                    self.store.put(kind, part.number, {"scores": scores}, examples=len(part))
+                    self._put(kind, part, {"scores": scores})
 
     @cached_property
     def ballots(self) -> Ballots | None:
@@ -460,12 +353,16 @@ class Preparation:
         if nothing or self._winners_given(index, source):
             with closing(self.sharing.claimed(label, "prompts", kinds, lambda: None)) as claimed:
                 for kind, part, _, bar in claimed:
-                    self._take_captures(kind, part, source, self._won(index, part))
-                    bar.update(len(part))
+                    assert self.ballots is not None
+                    fitted, whole = self._won(index, part), self.ballots.winning_text
+                    self._put(kind, part, taken(self.inputs, kind.split, part, source, fitted, whole, bar))
             return
-        with closing(self.sharing.claimed(label, "prompts", kinds, partial(self._load, source))) as claimed:
+        with closing(
+            self.sharing.claimed(label, "prompts", kinds, partial(load_source, self.inputs, source))
+        ) as claimed:
             for kind, part, loaded, bar in claimed:
-                self._capture(kind, part, loaded, self._won(index, part), bar)
+                fitted = self._won(index, part)
+                self._put(kind, part, captured(self.inputs, kind.split, part, loaded, fitted, bar))
 
     def _won(self, source: int, part: Part) -> list[Fitted]:
         """Returns the responses of a source to the prompts of a part that won, one per example; those of others are unused."""
@@ -507,7 +404,7 @@ class Preparation:
         with closing(self.sharing.claimed("align", "examples", kinds, self._aligners)) as claimed:
             for kind, part, aligners, bar in claimed:
                 arrays = self._align_part(kind.split, part, aligners, bar)
-                self.store.put(kind, part.number, arrays, examples=len(part))
+                self._put(kind, part, arrays)
 
     def _aligners(self) -> list[Aligner]:
         """Makes the aligners from every source's tokens to the target's."""
