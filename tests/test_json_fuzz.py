@@ -276,6 +276,21 @@ def responses(root: Path):
     return [[["hé", True, 0], ["", False, 0]], [["x", True, 1]]], use
 
 
+def shard_record(root: Path):
+    store = small_store(root)
+    store.put_json(TEXTS, 1, [], examples=5)
+    path = store.directory / "records" / "responses-train-a-00001.json"
+
+    def use(value):
+        seal(path, value)
+        opened = Store.open(store.directory)
+        opened.totals(), opened.damaged()
+        if opened.numbers(TEXTS) != [0, 1]:
+            raise DataError("nothing is recorded, so that the shard is made again")
+
+    return {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}, use
+
+
 def lease_file(root: Path):
     path = root / "lease.json"
     original = dataclasses.asdict(lease.Holder("host", "boot", 1, "2026-01-31T10:00:00", "works", "summary", {"a": 1}))
@@ -313,6 +328,7 @@ CHEAP = {
     "manifest.json": manifest,
     "summary.json": summary,
     "responses/*.json": responses,
+    "records/*.json": shard_record,
     ".leases/*.json": lease_file,
 }
 DEAR = {

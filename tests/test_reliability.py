@@ -193,7 +193,8 @@ A file that a run reads is either proven to be what was written, or the run says
 
 A store, a run and each checkpoint have one record: `manifest.json`, `run.json` and `state.json`. It holds the sha256 and the size
 of the files beside it, is written after them, and has a seal: the sha256 of all its own entries. Each line of `metrics.jsonl` has
-a seal as well. Weights are hashed when they are written, and checked where a run relies on them.
+a seal as well, and so has the record that each shard of a store has until the manifest lists it. Weights are hashed when they are
+written, and checked where a run relies on them.
 
 ## What is promised
 
@@ -270,7 +271,7 @@ def tables(places: Places, tally: Tally, every: int) -> str:
         f"before it was used and a line said why, {bits['the same']} times the same state was read, {bits['wrong']} times "
         f"another, and {bits['failed']} times the resumption failed.",
         "",
-        "`tests/test_json_fuzz.py` puts other values into every JSON file that is read, under a right seal and digest: 9,000 into "
+        "`tests/test_json_fuzz.py` puts other values into every JSON file that is read, under a right seal and digest: 10,000 into "
         "our own files, 2,000 into those of a report and of a model. Each was used, or refused in one line.",
         "",
         f"`python tests/test_reliability.py 2 {every} > docs/reliability.md` makes all of these trials but the last, and writes "

@@ -19,6 +19,7 @@ from profuser.errors import ConfigError, ProfuserError
 from profuser.models.load import chat_format
 from profuser.prepare import engines, vllm_worker
 from profuser.prepare.engines import Asked, Source, answering, check_engine
+from profuser.prepare.vllm_engine import own_environment
 from profuser.recipe.generation import GenerationConfig
 from profuser.recipe.schema import SourceConfig
 from profuser.store import layout
@@ -222,3 +223,13 @@ def test_the_command_says_in_one_line_that_vllm_is_missing(in_run):
     assert (code, err.count("\n")) == (2, 1)
     assert "generation.python must be a Python" in err
     assert not (in_run / "new" / "responses").exists()
+
+
+def test_the_engine_of_one_of_several_processes_has_its_gpu_and_knows_of_no_launcher(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    launched = {"RANK": "5", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "TORCHELASTIC_RUN_ID": "7", "HOME": "/root"}
+    assert own_environment(launched) == {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "1"}
+    assert own_environment(launched | {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
+    assert own_environment({"HOME": "/root"}) == {"HOME": "/root"}

@@ -26,6 +26,7 @@ from test_lease import another_process, held, leases
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
 from profuser.store import layout
+from profuser.store.lease import FOLDER
 from profuser.store.store import Store
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -184,3 +185,20 @@ def test_a_launcher_starts_workers_and_one_of_them_speaks(recipe):
         assert done.stdout.count("2 processes") == 1
         assert content(recipe / "together") == content(recipe / "whole")
     assert len(list(recipe.glob("together.*"))) == 1
+
+
+@pytest.mark.long
+def test_a_training_of_several_processes_prepares_on_all_of_them(recipe):
+    command = [sys.executable, *TOGETHER, "--store", "trained", "--output", "run"]
+    command[command.index("profuser.prepare")] = "profuser.train"
+    with subprocess.Popen(command, cwd=recipe, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        workers: set[str] = set()
+        while process.poll() is None:
+            for lease in (recipe / "trained" / FOLDER).glob("*.json"):
+                with contextlib.suppress(OSError, ValueError):
+                    if json.loads(lease.read_text())["claim"]:
+                        workers.add(lease.name)
+            time.sleep(0.02)
+    assert process.returncode == 0
+    assert len(workers) == 2
+    assert content(recipe / "trained") == content(recipe / "whole")

@@ -49,14 +49,13 @@ AllLengths = dict[str, dict[Split, Lengths]]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a phase computes: operations, and over how many processes they are divided.
+    """What a phase computes: operations, which all processes share.
 
     rounds: of answering, how many tokens are written one after the other. Each round reads all weights, `read` bytes.
     """
 
     phase: str
     flops: float
-    divided: bool = False
     rounds: int = 0
     read: float = 0
 
@@ -379,7 +378,7 @@ def work_of(
         Work("score", score),
         Work("answer", answer, rounds=rounds, read=read),
         Work("judge", judging),
-        Work("fuse", fuse, divided=True),
+        Work("fuse", fuse),
     ]
     return [one for one in work if one.flops]
 

@@ -128,7 +128,7 @@ def way(memory: TrainingMemory) -> str:
 
 def preparing(plan: Plan) -> list[str]:
     """The memory of the models that make the store."""
-    return ["memory while the store is made, one model at a time, in one process:"] + [
+    return ["memory while the store is made, one model at a time in each process:"] + [
         f"  {model.name} {model.doing}: weights {size(model.weights)}, working {size(model.working)}"
         for model in plan.preparing
     ]
@@ -158,10 +158,7 @@ def time(plan: Plan, tflops: float | None, default_tflops: float) -> list[str]:
     lines = [f"time at {speed:g} TFLOP/s per process ({said}):"]
     for work in plan.work:
         seconds = work.flops / (speed * 1e12)
-        if work.divided:
-            words = ", ".join(f"{in_words(seconds / n)} with {n}" for n in numbers)
-        else:
-            words = f"{in_words(seconds)}, by one process"
+        words = ", ".join(f"{in_words(seconds / n)} with {n}" for n in numbers)
         if work.rounds:
             words += f", if speed alone counted; but each of {work.rounds:,} rounds reads a model's weights, {size(work.read)} in all"
         lines.append(f"  {work.phase}: {work.flops:.3g} FLOP, {words}")
@@ -188,7 +185,7 @@ def beside(plan: Plan, record: dict[str, Any], processes: int) -> str:
         return line
     seconds = record["seconds"]
     estimated = {
-        "prepare": plan.seconds["score"] + plan.seconds["answer"],
+        "prepare": (plan.seconds["score"] + plan.seconds["answer"]) / processes,
         "train": plan.seconds["fuse"] / processes,
         "evaluate": plan.seconds.get("evaluate", 0.0),
     }

@@ -126,9 +126,12 @@ class Preparation:
         for phase, kinds in self._phases().items():
             start = time.monotonic()
             phase()
-            while self.sharing.missing(kinds):
-                time.sleep(POLL_SECONDS)
-                phase()  # in which a shard is free again if its process has been lost
+            missing = len(self.sharing.missing(kinds))
+            with Progress("wait for the other processes", missing, "shards", brief=True) as bar:
+                while left := len(self.sharing.missing(kinds)):
+                    bar.update(missing - left - bar.done)
+                    time.sleep(POLL_SECONDS)
+                    phase()  # in which a shard is free again if its process has been lost
             self.seconds[phase.__name__] = round(time.monotonic() - start, 1)
             gc.collect()  # a model in a reference cycle would stay in memory beside those of the next phase
         while not self.store.is_finished():

@@ -97,10 +97,10 @@ def is_running(process: int) -> bool:
     return True
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Writes a file so that afterwards, even after a power cut, either the old or the whole new content is there.
 
-    It raises what `writing` raises.
+    Without `sync` this is not waited for, and does not hold after a power cut. It raises what `writing` raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
@@ -109,11 +109,13 @@ def write_atomic(path: Path, data: bytes) -> None:
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             give_name(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    if sync:
+        sync_directory(path.parent)
 
 
 def give_name(path: Path, final: Path) -> None:

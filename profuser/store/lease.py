@@ -37,7 +37,7 @@ from filelock import FileLock, Timeout
 
 from profuser.errors import ConfigError, DataError
 from profuser.store import files
-from profuser.store.files import write_json
+from profuser.store.files import as_json, write_atomic
 from profuser.typed import COUNT, Rule, read_json
 
 FOLDER = ".leases"
@@ -130,14 +130,14 @@ class Lease:
         """Writes into the lease what has become of it."""
         if self._path is not None and holder != self._holder:
             self._holder = holder
-            write_json(self._path, asdict(holder))
+            _write(self._path, holder)
 
     def _begin(self) -> None:
         """Writes the lease and renews it from then on. The caller is alone at the leases."""
         assert self._path is not None
         assert self._lock is not None
         self._lock.acquire(timeout=0)
-        write_json(self._path, asdict(self._holder))
+        _write(self._path, self._holder)
         threading.Thread(target=self._renew, daemon=True).start()
 
     def _renew(self) -> None:
@@ -305,6 +305,11 @@ def _holders(directory: Path) -> list[Holder]:
         finally:
             lock.release()
     return holders
+
+
+def _write(path: Path, holder: Holder) -> None:
+    """Writes a lease. It need not outlive a power cut, after which it would not count."""
+    write_atomic(path, as_json(asdict(holder)), sync=False)
 
 
 def _read(path: Path) -> Holder:
