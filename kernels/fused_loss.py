@@ -209,6 +209,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
         source_mass=hidden.new_empty(N, dtype=dtype),
         target_mass=hidden.new_empty(N, dtype=dtype),
         winner=hidden.new_empty(winners, dtype=torch.int64),
+        left_out=hidden.new_empty(3, dtype=dtype),
     )
     return tuple(outputs)
 

@@ -19,11 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .chunk_gradient import ChunkGradient
 from .common import IGNORE_INDEX, LOWEST, chunk_rows, compute_dtype, cross_entropy_from_sums
 from .divergences_torch import divergence_parts
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import ChunkedHead, Head
 from .kept import Kept, prepare_kept
+from .left_out import NOTHING, ThinnedProducts
 from .rows import exponentials_
 from .tails import CONDITIONAL
 from .vocabulary_slice import VocabularySlice
@@ -67,6 +69,7 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
     dbias = weight.new_zeros(V, dtype=dtype) if options.grad_bias else weight.new_empty(0, dtype=dtype)
     ce, kd, source_mass, target_mass = (hidden.new_zeros(N, dtype=dtype) for _ in range(4))
     terms = hidden.new_zeros(N if options.per_row else n, dtype=dtype)
+    thinned = ThinnedProducts(head, options, dhidden, dweight, dbias) if options.left_out and options.any_grad else None
 
     for begin in range(0, n, C):
         chunk = slice(begin, min(begin + C, n))  # of the n rows with a label
@@ -78,13 +81,14 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         slope_c = None if slope is None else slope[:size]
         z = head.logits_into(logits[:size], h, slope_c)
 
-        # Losses, and the gradient in place of the logits. It leaves through logit_scale, which multiplies it as a whole:
-        # a factor of the weights does the same.
+        # Losses, and what the gradient is made of. It leaves through logit_scale, which multiplies it as a whole: a factor
+        # of the weights does the same.
         kept_c = None if kept is None else kept.of(chunk)
-        losses = chunk_losses(
+        exps_T_c = None if exps_T is None else exps_T[:size]
+        losses, gradient = chunk_losses(
             z,
             wide[:size],
-            None if exps_T is None else exps_T[:size],
+            exps_T_c,
             gold[chunk],
             kept_c,
             a[chunk] * options.logit_scale,
@@ -100,7 +104,15 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         terms[at if options.per_row else chunk] = term
 
         # Gradients of the operands: the two other matrix products.
-        if options.any_grad and slope_c is not None:
+        if gradient is None:
+            continue
+        if thinned is not None:
+            if slope_c is not None:
+                gradient, slope_c = gradient.through(slope_c, z, exps_T_c), None
+            if thinned.add(at, h, z, exps_T_c, gradient):
+                continue
+        gradient.write(z, wide[:size], exps_T_c)
+        if slope_c is not None:
             z.mul_(slope_c)
         if options.grad_hidden:
             dhidden[at] = head.pull_back(z)
@@ -109,6 +121,7 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         if options.grad_bias:
             dbias.add_(z.sum(0))
 
+    left_out = hidden.new_tensor(NOTHING, dtype=dtype) if thinned is None else thinned.finish()
     if options.grad_hidden and not options.partial_hidden_grad:
         dhidden = vocabulary.total(dhidden)
     return Outputs(
@@ -121,6 +134,7 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         source_mass=source_mass,
         target_mass=target_mass,
         winner=winner.chosen,
+        left_out=left_out,
     )
 
 
@@ -143,10 +157,10 @@ def chunk_losses(
     b: Tensor,
     options: Options,
     vocabulary: VocabularySlice,
-) -> ChunkLosses:
-    """The losses of a chunk from its logits z (C, V).
+) -> tuple[ChunkLosses, ChunkGradient | None]:
+    """The losses of a chunk from its logits z (C, V), and their gradient where one is asked for.
 
-    z is overwritten: with its own gradient where one is asked for. a and b (C,) are the rows' weights in that gradient.
+    z is overwritten with exponentials, 0 in the lifted columns. a and b (C,) are the rows' weights in the gradient.
     `wide` is z, with one more column behind it where the head is sliced. `exps_T` (C, V) is a buffer for exponentials at T, None
     where T is 1 or without a source. `gold` (C,) holds the labels.
 
@@ -205,6 +219,7 @@ def chunk_losses(
             scalar = a * (1 + 2 * options.z_loss * lse)
     distilled = None if kept is None else kept_losses(z_lifted, e, m, m_dense, sum_dense_T, kept, options)
 
+    gradient = None
     if options.any_grad:
         # Cross-entropy: scalar·q on all columns, of which a is taken from the gold one without a difference. Label smoothing
         # takes its share of that a from all columns alike.
@@ -217,27 +232,21 @@ def chunk_losses(
             grad -= even
             grad[:, -1:] += a * smoothing
         b_T = b * T  # T² of the loss times 1/T of z/T
+        dense_T = once = None
         if distilled is not None:
             grad = grad + b_T * distilled.grad_lifted
             dense_T = b_T * distilled.grad_dense * ((m_here - m_dense) / T).exp()
             if exps_T is None:
-                dense = dense + dense_T
-            else:
-                exps_T.mul_(dense_T)
-        # Scale the exponentials to gradients, and write those of the lifted ids in their places. All slots that point at
-        # the gold id write the same value.
-        z.mul_(dense)
-        if exps_T is not None:
-            z.add_(exps_T)
-        if smoothing:
-            z.sub_(even)
+                dense, dense_T = dense + dense_T, None
         if kept is not None:
+            # All slots that point at the gold id have the same value.
             grad[:, :-1] = torch.where(kept.apart, grad[:, :-1], grad[:, -1:])
-        wide.scatter_(1, columns, grad)
+            once = torch.nn.functional.pad(kept.apart, (0, 1), value=True)
+        gradient = ChunkGradient(dense, dense_T, even if smoothing else None, columns, grad, once)
     zero = torch.zeros_like(ce[:, 0])
     if distilled is None:
-        return ChunkLosses(ce[:, 0], learnt[:, 0], zero, zero)
-    return ChunkLosses(ce[:, 0], learnt[:, 0], distilled.kd, distilled.target_mass)
+        return ChunkLosses(ce[:, 0], learnt[:, 0], zero, zero), gradient
+    return ChunkLosses(ce[:, 0], learnt[:, 0], distilled.kd, distilled.target_mass), gradient
 
 
 class KeptLosses(NamedTuple):

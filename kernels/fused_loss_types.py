@@ -51,6 +51,8 @@ class Options(NamedTuple):
     combine_temperature: float = 1.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    left_out: float = 0.0
+    left_out_bound: bool = False  # whether the bound on its error is computed
     softcap: float | None = None
     logit_scale: float = 1.0
     per_row: bool = False  # whether the loss is (N,), one per row, or the sum of those
@@ -81,6 +83,7 @@ class Outputs(NamedTuple):
     source_mass: Tensor  # (N,) the mass of the kept entries as it was given, the sources' weighted mean
     target_mass: Tensor  # (N,) the target's mass on those ids at T, likewise
     winner: Tensor  # (B,) or (N,) int64, as Winner.chosen
+    left_out: Tensor  # (3,) shares of mass left out and of columns kept, and the bound on dhidden's error; see left_out.py
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients by the names of the operands that they belong to, in the order of `DIFFERENTIABLE`."""
