@@ -43,6 +43,7 @@ class Chosen(NamedTuple):
 
     kept: Tensor  # (k,) int64, ascending
     place: Tensor  # (V,) int64: where a kept column stands among those; of the others anything
+    left: Tensor  # (V, 1): 1 in the columns that are left out, else 0
     shares: Tensor  # (P, V), the stand-in's r; 0 in the kept columns
 
 
@@ -66,9 +67,10 @@ class ThinnedProducts:
         self.head_sum: Tensor | None = None  # (1, D), the sum of the head's rows, for label smoothing
         self.even_pulled = head.weight.new_zeros(1, self.width, dtype=head.dtype)
         self.even_total = head.weight.new_zeros((), dtype=head.dtype)
-        self.probe: Tensor | None = None  # (V, 1 + s)
+        self.sketch: Tensor | None = None  # (V, s), the head along random directions
+        self.columns = self.columns_kept = 0  # of all rows
         zero = head.weight.new_zeros((), dtype=torch.float64)
-        self.mass, self.mass_left_out, self.columns, self.columns_kept, self.squares = (zero.clone() for _ in range(5))
+        self.mass, self.mass_left_out, self.squares = zero.clone(), zero.clone(), zero.clone()
 
     def add(self, at: slice | Tensor, h: Tensor, z: Tensor, exps_T: Tensor | None, gradient: ChunkGradient) -> bool:
         """Adds the gradients of a chunk, whose rows of all are `at`, and says whether it did; else the chunk is to be computed whole.
@@ -88,17 +90,16 @@ class ThinnedProducts:
             return False
 
         # What is left out: its stand-in, and the error of that.
-        probe = self.probe_without(chosen.kept)
-        error = 0.0
+        sketch = self.sketch_without(chosen.kept)
+        error = h.new_zeros(())
         for (exps, factor), shares in zip(parts, chosen.shares, strict=True):
-            sums = exps @ probe
-            total, directions = sums[:, :1], sums[:, 1:]
-            of_row = factor * total
-            self.stand_ins.append(StandIn(at, of_row, (of_row.t() @ h)[0]))
+            total = exps @ chosen.left
+            self.stand_ins.append(StandIn(at, factor * total, ((factor * total).t() @ h)[0]))
             self.shares.append(shares)
-            error = error + factor * (directions - total * (shares @ probe[:, 1:]))
+            if sketch is not None:
+                error = error + factor * (exps @ sketch - total * (shares @ sketch))
             if self.options.grad_bias:
-                self.dbias.add_((factor.t() @ exps)[0].index_fill(0, chosen.kept, 0))
+                self.dbias.add_((factor.t() @ exps)[0] * chosen.left[:, 0])
         self.squares += error.square().sum()
 
         # What is kept: the gradient's columns, side by side.
@@ -152,23 +153,23 @@ class ThinnedProducts:
         left = mass_of_part.masked_fill_(is_kept, 0)
         of_all = left.sum(1, keepdim=True)
         shares = left / of_all.where(of_all > 0, torch.ones_like(of_all))
-        return Chosen(is_kept.nonzero()[:, 0], is_kept.cumsum(0) - 1, shares)
+        return Chosen(is_kept.nonzero()[:, 0], is_kept.cumsum(0) - 1, (~is_kept).to(mass)[:, None], shares)
 
-    def probe_without(self, kept: Tensor) -> Tensor:
-        """A matrix (V, 1 + s) that sums the columns which are left out, and multiplies them by the sketch of the head."""
-        if self.probe is None:
-            ones = torch.ones(self.vocabulary, 1, dtype=self.head.dtype, device=self.head.weight.device)
-            sketch = ones[:, :0]
-            if self.options.grad_hidden and self.options.left_out_bound:
-                # The same directions in every call, which do not depend on the operands.
-                directions = torch.randn(self.width, SKETCH, generator=torch.Generator().manual_seed(0)).to(ones)
-                sketch = torch.cat([weight @ directions for _, weight in self.head.blocks()])
-            self.probe = torch.cat([ones, sketch], 1)
-        return self.probe.index_fill(0, kept, 0)
+    def sketch_without(self, kept: Tensor) -> Tensor | None:
+        """The head along random directions (V, s), with zeros for the kept columns; None where the bound is not asked for."""
+        if not (self.options.grad_hidden and self.options.left_out_bound):
+            return None
+        if self.sketch is None:
+            # The same directions in every call, which do not depend on the operands.
+            directions = torch.randn(self.width, SKETCH, generator=torch.Generator().manual_seed(0))
+            directions = directions.to(self.dhidden)
+            self.sketch = torch.cat([weight @ directions for _, weight in self.head.blocks()])
+        return self.sketch.index_fill(0, kept, 0)
 
     def sum_of_head(self) -> Tensor:
+        """The sum of the head's rows, (1, D)."""
         if self.head_sum is None:
-            self.head_sum = sum((weight.sum(0, keepdim=True) for _, weight in self.head.blocks()), torch.zeros(()))
+            self.head_sum = torch.stack([weight.sum(0, keepdim=True) for _, weight in self.head.blocks()]).sum(0)
         return self.head_sum
 
     def multiply_stand_ins(self) -> None:
@@ -193,6 +194,7 @@ class ThinnedProducts:
             self.dweight.sub_(self.even_pulled)
         if self.options.label_smoothing and self.options.grad_bias:
             self.dbias.sub_(self.even_total)
+        share = torch.where(self.mass == 0, 0, self.mass_left_out / self.mass)
+        kept = 1.0 if self.columns == 0 else self.columns_kept / self.columns
         bound = (self.squares / (SKETCH * TAIL_OF_SKETCH)).sqrt()
-        shares = [self.mass_left_out / self.mass, self.columns_kept / self.columns]
-        return torch.stack([*(x.nan_to_num() for x in shares), bound]).to(self.head.dtype)
+        return torch.stack([share, share.new_tensor(kept), bound]).to(self.head.dtype)

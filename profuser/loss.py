@@ -272,7 +272,7 @@ def fused_linear_fusion_loss(
     elif process_group is not None:
         unable = "computes a whole head, got a process_group; use impl=None"
     impl = choose_impl(impl, hidden.device, unable)
-    if left_out and (impl == "triton" or process_group is not None):
+    if left_out and torch.is_grad_enabled() and (impl == "triton" or process_group is not None):
         where = "impl='triton'" if impl == "triton" else "a process_group"
         raise ValueError(f"left_out must be 0 with {where}, got {left_out}; leave it out: it is for whole heads on a CPU")
     rows = hidden.shape[0]
