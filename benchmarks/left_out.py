@@ -35,13 +35,13 @@ from profuser.kernels.left_out import ThinnedProducts
 from profuser.loss import fused_linear_fusion_loss
 
 ROOT = Path(__file__).parent.parent
-WINDOW = 256
+WINDOW = 512
 """How many tokens of a text the model sees at a time."""
 ENTRIES = 10
 SURER = 0.7
-TABLE = ((256, 0.01), (256, 0.003), (256, 0.001), (512, 0.003), (1024, 0.003))
+TABLE = ((256, 0.01), (256, 0.003), (256, 0.001), (128, 0.003), (512, 0.003), (1024, 0.003))
 """Rows of a chunk, and the share that is left out."""
-SHARE, CHUNK = 0.003, 512
+SHARE, CHUNK = 0.003, 256
 
 Case = dict[str, Any]
 
@@ -131,9 +131,10 @@ def errors(case: Case) -> str:
     return f"{N} x {D} x {V}; rounding the gradient in the logits to bf16 costs {rounding:.1e} of dH.\n\n{table(head, rows)}"
 
 
-def times(cases: dict[str, Case], rounds: int) -> str:
+def times(cases: dict[str, Callable[[], Case]], rounds: int) -> str:
     rows = []
-    for name, case in cases.items():
+    for name, make in cases.items():
+        case = make()
         (N, D), V = case["hidden"].shape, len(case["weight"])
         by_hand = arguments(case, "one source") | {"tail": "renormalize"}
         steps: dict[str, Callable[[], object]] = {
@@ -178,8 +179,16 @@ def measured(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
     return seconds
 
 
+def uneven(case: Case) -> Case:
+    """The case with a logit of its own for each column, of standard deviation 3 and the same in all rows, as words have theirs."""
+    hidden, weight = case["hidden"].detach(), case["weight"].detach()
+    of_column = 3 * torch.randn(len(weight), 1, generator=torch.Generator().manual_seed(1))
+    hidden = torch.cat([hidden, torch.ones(len(hidden), 1)], 1)
+    return case | {"hidden": hidden.requires_grad_(), "weight": torch.cat([weight, of_column], 1).requires_grad_()}
+
+
 def flat_case(rows: int) -> Case:
-    """Random logits with a standard deviation of 1, which hold next to nothing that could be left out."""
+    """Random logits with a standard deviation of 1, of which no column could be left out."""
     g = torch.Generator().manual_seed(0)
     return {
         "hidden": torch.randn(rows, 576, generator=g).requires_grad_(),
@@ -205,9 +214,10 @@ def main(argv: list[str]) -> None:
     else:
         rows = args.rows or 8192
         cases = {
-            "real states": real_case(args.model, rows),
-            "peaked synthetic": make_case("headline", "peaked"),
-            "flat synthetic": flat_case(rows // 4),
+            "real states": lambda: real_case(args.model, rows),
+            "peaked, columns uneven": lambda: uneven(make_case("headline", "peaked")),
+            "peaked, columns alike": lambda: make_case("headline", "peaked"),
+            "flat": lambda: flat_case(rows // 4),
         }
         text = times(cases, args.rounds)
     command = f"python -m benchmarks.left_out {' '.join(argv)}"

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from .chunk_gradient import ChunkGradient
-from .common import IGNORE_INDEX, LOWEST, chunk_rows, compute_dtype, cross_entropy_from_sums
+from .common import (
+    IGNORE_INDEX,
+    LOWEST,
+    MIN_CHUNK_ROWS,
+    MIN_CHUNK_ROWS_LEFT_OUT,
+    chunk_rows,
+    compute_dtype,
+    cross_entropy_from_sums,
+)
 from .divergences_torch import divergence_parts
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import ChunkedHead, Head
@@ -54,7 +62,9 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
 
     # The buffers of a chunk, used again by every chunk: logits, which become their gradient; their exponentials at T; and
     # the softcap's derivative. The last two exist only where they differ from the first, or are needed.
-    C = chunk_rows(n, vocabulary.share, dtype.itemsize, options.chunk_size, options.max_chunk_bytes)
+    thins = options.left_out > 0 and options.any_grad
+    fewest = MIN_CHUNK_ROWS_LEFT_OUT if thins else MIN_CHUNK_ROWS
+    C = chunk_rows(n, vocabulary.share, dtype.itemsize, options.chunk_size, options.max_chunk_bytes, fewest)
     head = ChunkedHead(Head(weight, operands.bias, options.softcap, options.logit_scale), dtype, C)
     # Of a sliced head there is one column more, for what is written at ids that another process has.
     spare = int(vocabulary.group is not None)
@@ -69,7 +79,7 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
     dbias = weight.new_zeros(V, dtype=dtype) if options.grad_bias else weight.new_empty(0, dtype=dtype)
     ce, kd, source_mass, target_mass = (hidden.new_zeros(N, dtype=dtype) for _ in range(4))
     terms = hidden.new_zeros(N if options.per_row else n, dtype=dtype)
-    thinned = ThinnedProducts(head, options, dhidden, dweight, dbias) if options.left_out and options.any_grad else None
+    thinned = ThinnedProducts(head, options, dhidden, dweight, dbias) if thins else None
 
     for begin in range(0, n, C):
         chunk = slice(begin, min(begin + C, n))  # of the n rows with a label

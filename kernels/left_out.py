@@ -32,10 +32,10 @@ BLOCK = 4096
 GATHERED = 32
 """How many stand-ins are multiplied at a time. Each is held as (V,) numbers until then."""
 
-SKETCH = 15
+SKETCH = 16
 """How many random directions the error is measured along."""
 TAIL_OF_SKETCH = 0.05
-"""The share δ of its mean that the sketch falls short of with a probability of at most (δ·e^(1 − δ))^(SKETCH / 2) = 2.2e-7."""
+"""The share δ of its mean that the sketch falls short of with a probability of at most (δ·e^(1 − δ))^(SKETCH / 2) = 8e-8."""
 
 
 class Chosen(NamedTuple):

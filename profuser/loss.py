@@ -223,7 +223,7 @@ def fused_linear_fusion_loss(
             The fifth is winner, int64, (B,) or (N,) as source_index is, -1 for none; of mixed sources the heaviest. With left_out
             there are three scalars more: left_out_share of the gradient's mass, kept_share of the columns, and hidden_error_bound, which
             the Frobenius norm of the error in hidden's gradient, for a grad_output of 1, exceeds with a probability of at most
-            2.2e-7. They are NaN with reduction="none", where backward computes the gradient, and say that nothing was left out
+            8e-8. They are NaN with reduction="none", where backward computes the gradient, and say that nothing was left out
             where there is no gradient.
     Returns:
         Scalar fp32 (fp64 for fp64 inputs) in nats, or (N,) with reduction="none". With return_stats a pair of it and the dict.
