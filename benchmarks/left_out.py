@@ -182,7 +182,10 @@ def measured(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
 def uneven(case: Case) -> Case:
     """The case with a logit of its own for each column, of standard deviation 3 and the same in all rows, as words have theirs."""
     hidden, weight = case["hidden"].detach(), case["weight"].detach()
-    of_column = 3 * torch.randn(len(weight), 1, generator=torch.Generator().manual_seed(1))
+    spread = 3.0
+    of_column = spread * torch.randn(len(weight), 1, generator=torch.Generator().manual_seed(1))
+    # The gold token rises with the sum of the others, so that it keeps its share.
+    hidden = hidden + spread**2 / 2 * torch.nn.functional.normalize(weight[case["labels"]], dim=1)
     hidden = torch.cat([hidden, torch.ones(len(hidden), 1)], 1)
     return case | {"hidden": hidden.requires_grad_(), "weight": torch.cat([weight, of_column], 1).requires_grad_()}
 
