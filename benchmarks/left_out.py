@@ -55,7 +55,7 @@ def texts() -> Iterator[str]:
 
 def real_case(model_dir: str, rows: int) -> Case:
     """The arguments of the loss for the first `rows` tokens of the texts, whose first three take turns."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     windows = [tokenizer(text, return_tensors="pt").input_ids[0].split(WINDOW + 1) for text in texts()]
     whole = [[window for window in of_text if len(window) == WINDOW + 1] for of_text in windows]
@@ -126,7 +126,16 @@ def errors(case: Case) -> str:
         exact = gradients(case, beta=1.0, divergence=divergence)[:2]
         options = {"beta": 1.0, "divergence": divergence, "chunk_size": CHUNK, "left_out": SHARE}
         rows.append(error_row(f"CE + {divergence}", case, exact, **options))
-    head = ["loss", "chunk", "left out", "columns kept", "error of dH", "of dW", "dH without the stand-in", "bound / error"]
+    head = [
+        "loss",
+        "chunk",
+        "left out",
+        "columns kept",
+        "error of dH",
+        "of dW",
+        "dH without the stand-in",
+        "bound / error",
+    ]
     N, D, V = *case["hidden"].shape, len(case["weight"])
     return f"{N} x {D} x {V}; rounding the gradient in the logits to bf16 costs {rounding:.1e} of dH.\n\n{table(head, rows)}"
 
@@ -206,7 +215,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.left_out", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["errors", "times"])
     parser.add_argument("--model", required=True, metavar="DIR", help="the directory of a causal language model")
-    parser.add_argument("--rows", type=int, metavar="N", help="tokens of text (default: 2048 for errors, 8192 for times)")
+    parser.add_argument(
+        "--rows", type=int, metavar="N", help="tokens of text (default: 2048 for errors, 8192 for times)"
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is timed (default: 3)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the section left_out_WHAT of this page")
     args = parser.parse_args(argv)

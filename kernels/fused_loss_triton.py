@@ -90,6 +90,10 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
 
     # The results of all rows. The kernels write every element of them, also those of ignored rows.
     loss, ce, kd, target_mass = (empty(N) for _ in range(4))
+    target_entropy = empty(N) if options.entropies else None
+    temperature_of_row = operands.temperature_of_row
+    if temperature_of_row is not None:
+        temperature_of_row = temperature_of_row.contiguous()
     dhidden = empty(*((N, D) if options.grad_hidden else (0,)))
     dweight = empty(*((V, D) if options.grad_weight else (0,)))
     dbias = hidden.new_zeros(V if options.grad_bias else 0, dtype=torch.float32)
@@ -134,10 +138,11 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
             _dense_kernel[(n,)](
                 *(logits, grad, bias, lifted_z, lifted_grad),
                 *(found.gold_slot, found.lifted_ids, found.p, found.t, found.source_weight),
-                *(operands.ce_weight, operands.kd_weight, loss, ce, kd, target_mass, begin, options.temperature, V),
+                *(operands.ce_weight, operands.kd_weight, loss, ce, kd, target_mass, target_entropy),
+                *(temperature_of_row, begin, options.temperature, V),
                 **sizes,
                 **family,
-                TEMPERED=found.p is not None and options.temperature != 1,
+                TEMPERED=found.p is not None and (temperature_of_row is not None or options.temperature != 1),
                 **elementwise,
                 BLOCK_V=block,
                 BLOCK_SLOTS=triton.next_power_of_2(slots),
@@ -167,6 +172,8 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
         kd=kd,
         source_mass=found.source_mass,
         target_mass=target_mass,
+        source_entropy=source_entropies(found, operands.labels) if options.entropies else empty(0),
+        target_entropy=empty(0) if target_entropy is None else target_entropy,
         winner=winner.chosen,
         left_out=nothing_left_out,
     )
@@ -183,6 +190,17 @@ class Found(NamedTuple):
     )
     t: Tensor | None = None  # (N, W)
     source_weight: Tensor | None = None  # (N, W); None where every source that has an entry weighs 1
+
+
+def source_entropies(found: Found, labels: Tensor) -> Tensor:
+    """The entropy (N,) of the sources' distributions over their kept entries and bucket, the weighted mean; 0 where there is none."""
+    if found.p is None or found.t is None:
+        return torch.zeros_like(found.source_mass)
+    entropy = torch.special.entr(found.p.where(found.p != -1, 0)).sum(-1) + torch.special.entr(found.t)
+    if found.source_weight is None:
+        return entropy.masked_fill(labels == IGNORE_INDEX, 0)
+    total = found.source_weight.sum(1)
+    return (found.source_weight * entropy).sum(1) / total.where(total != 0, torch.ones_like(total))
 
 
 def launch_prep(operands: Operands, options: Options, winner: Winner) -> Found:

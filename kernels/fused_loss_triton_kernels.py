@@ -252,6 +252,15 @@ def _add_exps(top, total, total_T, z, inv_T, TEMPERED: tl.constexpr):
 
 
 @triton.jit
+def _add_spread(spread, top, total, z):
+    """The running sum of each lane's exponentials, times how far each is below the maximum; ahead of `_add_exps`."""
+    new_top = tl.maximum(top, tl.max(z, 1))
+    below = z - new_top[:, None]
+    added = tl.sum(tl.where(z > float("-inf"), -below * tl.exp(below), 0.0), 1)
+    return (spread + total * (new_top - top)) * tl.exp(top - new_top) + added
+
+
+@triton.jit
 def _add_logits(total, count, z):
     """The running sum of each lane's logits, and their number. Lifted columns and padding, at -inf, are no logits."""
     real = z > float("-inf")
@@ -296,6 +305,8 @@ def _dense_kernel(
     ce_ptr,
     kd_ptr,
     target_mass_ptr,
+    target_entropy_ptr,
+    temperature_ptr,
     begin,
     temperature,
     V,
@@ -317,7 +328,8 @@ def _dense_kernel(
 ):
     """Losses, statistics and the gradient in h Wᵀ + bias of one row. Of an ignored row they are all 0.
 
-    No gradient is computed where grad_ptr is None. Without a source, p_ptr is None and there is no KD; where source_weight_ptr
+    No gradient is computed where grad_ptr is None, and no entropy where target_entropy_ptr is None. temperature_ptr, if it is not
+    None, holds a temperature for each row. Without a source, p_ptr is None and there is no KD; where source_weight_ptr
     is None, a source that has an entry weighs 1. The row's scalars are named as in `chunk_losses` of fused_loss_torch.py, which
     computes the same thing and explains the steps.
     """
@@ -335,26 +347,37 @@ def _dense_kernel(
         tl.store(ce_ptr + n, 0.0)
         tl.store(kd_ptr + n, 0.0)
         tl.store(target_mass_ptr + n, 0.0)
+        if target_entropy_ptr is not None:
+            tl.store(target_entropy_ptr + n, 0.0)
         if grad_ptr is not None:
             zeros = tl.zeros([lanes, _LANE], grad_ptr.dtype.element_ty)
             for start in range(0, V_PADDED, BLOCK_V):
                 tl.store(grad_ptr + start + tile, zeros, mask=start + tile < V_PADDED)
     else:
+        T = temperature
+        if temperature_ptr is not None:
+            T = tl.load(temperature_ptr + n).to(tl.float32)
+            T = tl.where((T > 0) & (float("inf") > T), T, float("nan"))
         inv_T = 1.0
         if TEMPERED:
-            inv_T = 1 / temperature
+            inv_T = 1 / T
         top = tl.full([lanes], _LOWEST, tl.float32)
         total = tl.zeros([lanes], tl.float32)
         total_T = tl.zeros([lanes], tl.float32)
         total_z = tl.zeros([lanes], tl.float32)
         count_z = tl.zeros([lanes], tl.float32)
+        spread = tl.zeros([lanes], tl.float32)
         for start in range(0, WHOLE, BLOCK_V):
             z = _logits(logits_ptr, bias_ptr, start + tile, None, False, SCALE, SOFTCAP)
+            if target_entropy_ptr is not None:
+                spread = _add_spread(spread, top, total, z)
             top, total, total_T = _add_exps(top, total, total_T, z, inv_T, TEMPERED)
             if SMOOTHING != 0:
                 total_z, count_z = _add_logits(total_z, count_z, z)
         if WHOLE < V_PADDED:
             z = _logits(logits_ptr, bias_ptr, WHOLE + tile, WHOLE + tile < V_PADDED, True, SCALE, SOFTCAP)
+            if target_entropy_ptr is not None:
+                spread = _add_spread(spread, top, total, z)
             top, total, total_T = _add_exps(top, total, total_T, z, inv_T, TEMPERED)
             if SMOOTHING != 0:
                 total_z, count_z = _add_logits(total_z, count_z, z)
@@ -406,7 +429,6 @@ def _dense_kernel(
         kd = 0.0
         target_mass = 0.0
         if p_ptr is not None:
-            T = temperature
             lifted = tl.load(lifted_ids_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=-1) >= 0
             e_T, shrink_T = e, shrink
             if TEMPERED:
@@ -477,6 +499,12 @@ def _dense_kernel(
         tl.store(ce_ptr + n, ce)
         tl.store(kd_ptr + n, kd)
         tl.store(target_mass_ptr + n, target_mass)
+        if target_entropy_ptr is not None:
+            # log(total) + Σ e·(m − z) / total: no term is negative.
+            spread_dense = tl.sum((spread + total * (m_dense - top)) * tl.exp(top - m_dense), 0)
+            spread_dense = (spread_dense + sum_dense * (m - m_dense)) * shrink
+            of_lifted = tl.sum(tl.where(e > 0, -e * below, 0.0), 0)
+            tl.store(target_entropy_ptr + n, tl.log(total_e) + (spread_dense + of_lifted) / total_e)
         if grad_ptr is not None:
             if SOFTCAP is not None:
                 grad *= _slope(lifted_z, SOFTCAP)

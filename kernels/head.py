@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 PART = 512
 """How many columns of logits a CPU computes at a time."""
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
-STATS = ("ce", "kd", "source_mass", "target_mass", "winner")
+STATS = ("ce", "kd", "source_mass", "target_mass", "source_entropy", "target_entropy", "winner")
 
 
 class LossOptions(TypedDict, total=False):
@@ -52,7 +52,7 @@ class LossOptions(TypedDict, total=False):
     ce_weight: Tensor | None
     kd_weight: Tensor | None
     beta: float | None
-    temperature: float
+    temperature: float | Tensor
     tail: str
     divergence: str
     divergence_beta: float
@@ -128,7 +128,7 @@ def fused_linear_fusion_loss(
     ce_weight: Tensor | None = None,
     kd_weight: Tensor | None = None,
     beta: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     tail: str = BUCKET,
     divergence: str = FORWARD_KL,
     divergence_beta: float = 0.5,
@@ -179,7 +179,7 @@ def fused_linear_fusion_loss(
         ce_weight: (N,) weight of each row's CE, ones by default.
         kd_weight: (N,) weight of each row's divergence, beta·ce_weight by default. Give this or beta, not both.
         beta: KD weight relative to ce_weight, 0.1/0.9 by default.
-        temperature: T > 0 of the divergence.
+        temperature: T > 0 of the divergence, one number, or (N,) with one for each row, which gets no gradient.
         tail: what becomes of the source's mass outside the entries. "bucket" matches it as one more entry, "renormalize"
             divides it out, "conditional" divides it out of source and target.
         divergence: D, from a source's P to the target's Q. "forward_kl" is KL(P ‖ Q), "reverse_kl" KL(Q ‖ P), "jsd" GKD's
@@ -218,13 +218,14 @@ def fused_linear_fusion_loss(
             value out of range is no error there, the loss of its row is NaN. Without valid_rows it spends time on ignored
             rows, torch does not.
         return_stats: also return a dict of detached tensors. They are (N,), unweighted, and 0 for rows that have none: ce
-            (without smoothing and z-loss), kd (T²·D), source_mass (of the kept entries, as given) and target_mass (the
-            target's mass on the kept ids, at T); of mixed sources the weighted sum of D and the weighted mean of the masses.
-            The fifth is winner, int64, (B,) or (N,) as source_index is, -1 for none; of mixed sources the heaviest. With left_out
-            there are three scalars more: left_out_share of the gradient's mass, kept_share of the columns, and hidden_error_bound, which
-            the Frobenius norm of the error in hidden's gradient, for a grad_output of 1, exceeds with a probability of at most
-            8e-8. They are NaN with reduction="none", where backward computes the gradient, and say that nothing was left out
-            where there is no gradient.
+            (without smoothing and z-loss), kd (T²·D), source_mass (of the kept entries, as given), target_mass (the
+            target's mass on the kept ids, at T), source_entropy (of P with its bucket, in nats) and target_entropy (of the
+            target over the whole vocabulary at temperature 1); of mixed sources the weighted sum of D and the weighted means
+            of the rest. winner is int64, (B,) or (N,) as source_index is, -1 for none; of mixed sources the heaviest. With
+            left_out there are three scalars more: left_out_share of the gradient's mass, kept_share of the columns, and
+            hidden_error_bound, which the Frobenius norm of the error in hidden's gradient, for a grad_output of 1, exceeds with
+            a probability of at most 8e-8. They are NaN with reduction="none", where backward computes the gradient, and say
+            that nothing was left out where there is no gradient.
     Returns:
         Scalar fp32 (fp64 for fp64 inputs) in nats, or (N,) with reduction="none". With return_stats a pair of it and the dict.
     Raises:
@@ -250,7 +251,8 @@ def fused_linear_fusion_loss(
         >>> hidden.grad.shape, stats["winner"]
         (torch.Size([6, 16]), tensor([0]))
     """
-    check_scalars(temperature, softcap, logit_scale, chunk_size)
+    of_row = isinstance(temperature, Tensor)
+    check_scalars(1.0 if of_row else temperature, softcap, logit_scale, chunk_size)
     weight, bias, process_group = local_slice(weight, bias, process_group)
     check_head(hidden, weight, labels, bias)
     check_valid_rows(valid_rows)
@@ -274,18 +276,22 @@ def fused_linear_fusion_loss(
     impl = choose_impl(impl, hidden.device, unable)
     if left_out and torch.is_grad_enabled() and (impl == "triton" or process_group is not None):
         where = "impl='triton'" if impl == "triton" else "a process_group"
-        raise ValueError(f"left_out must be 0 with {where}, got {left_out}; leave it out: it is for whole heads on a CPU")
+        raise ValueError(
+            f"left_out must be 0 with {where}, got {left_out}; leave it out: it is for whole heads on a CPU"
+        )
     rows = hidden.shape[0]
     sources = {
         "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail,
         "source_ce": source_ce, "source_index": source_index, "source_weight": source_weight, "cu_seqlens": cu_seqlens,
     }  # fmt: skip
-    weights = {"ce_weight": ce_weight, "kd_weight": kd_weight}
+    weights = {"ce_weight": ce_weight, "kd_weight": kd_weight, "temperature": temperature if of_row else None}
     check_tensors(**sources, **weights)
     check_sources(rows, tail, **sources)
     for name, value in weights.items():
         if value is not None and value.shape != (rows,):
-            raise ValueError(f"{name} must be (N,) = ({rows},), got {tuple(value.shape)}; give one weight per row")
+            raise ValueError(f"{name} must be (N,) = ({rows},), got {tuple(value.shape)}; give one for each row")
+        if value is not None and not value.dtype.is_floating_point and name == "temperature":
+            raise ValueError(f"{name} must be floating point, got {value.dtype}; call .float()")
     if impl == "triton" and hidden.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
         # As autocast does for a linear layer. Logits and the weight's gradient stay fp32. So does the weight itself, which the
         # op casts.
@@ -304,9 +310,11 @@ def fused_linear_fusion_loss(
     # Where each row has a grad_output of its own, it is backward that computes the gradients.
     in_forward = torch.is_grad_enabled() and not per_row
     outputs = fused_loss(
-        Operands(hidden, weight, labels, ce_weight, kd_weight, bias, **sources),
+        Operands(
+            hidden, weight, labels, ce_weight, kd_weight, bias, **sources, temperature_of_row=weights["temperature"]
+        ),
         Options(
-            temperature=float(temperature),
+            temperature=1.0 if of_row else float(temperature),
             tail=tail,
             divergence=canonical(divergence, divergence_beta),
             divergence_beta=float(divergence_beta),
@@ -318,6 +326,7 @@ def fused_linear_fusion_loss(
             left_out_bound=left_out != 0 and return_stats,
             softcap=None if softcap is None else float(softcap),
             logit_scale=float(logit_scale),
+            entropies=return_stats,
             per_row=per_row,
             grad_hidden=in_forward and hidden.requires_grad,
             grad_weight=in_forward and weight.requires_grad,

@@ -84,6 +84,7 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         arguments = {f"{name}_ptr": "*fp32" for name in ("logits", *floats, "target_mass")} | {
             "grad_ptr": f"*{dtype}", "bias_ptr": None, "gold_slot_ptr": "*i32", "lifted_ids_ptr": "*i32",
             "begin": "i32", "temperature": "fp32", "V": "i32", "V_PADDED": padded(V), "SLOTS": K + 1, "TEMPERED": False,
+            "target_entropy_ptr": None, "temperature_ptr": None,
             "source_weight_ptr": None, "W": 1, "DIVERGENCE": "forward_kl", "BETA": 0.5, "LOG_P_SHARE": 0.0,
             "LOG_Q_SHARE": 0.0, "CONDITIONAL": False, "Z_LOSS": 0.0, "SMOOTHING": 0.0,
             "SCALE": 1.0, "SOFTCAP": None, "BLOCK_V": block, "BLOCK_SLOTS": triton.next_power_of_2(K + 1),
@@ -100,6 +101,7 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
     jsd = {"DIVERGENCE": "jsd", "LOG_P_SHARE": math.log(0.5), "LOG_Q_SHARE": math.log(0.5)}
     mixed = {"source_weight_ptr": "*fp32", "W": 3}
     extras = {"Z_LOSS": 1e-4, "SMOOTHING": 0.1}
+    entropy = {"target_entropy_ptr": "*fp32"}
     return {
         "prep K=10": prep(10, tail_ptr=None),
         "prep K=128, tail": prep(128),
@@ -126,6 +128,9 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         ),
         "dense V=151936, z-loss and smoothing": dense(151936, **extras),
         "dense V=151936, no source": dense(151936, K=0, p_ptr=None, t_ptr=None),
+        "dense V=151936, entropy, T of each row": dense(151936, **entropy, temperature_ptr="*fp32", TEMPERED=True),
+        "dense V=32000, entropy": dense(32000, **entropy),
+        "dense V=151936, K=60, entropy, all options": dense(151936, K=60, **entropy, **jsd, **extras, **everything),
         "dense V=151936, forward only": dense(151936, grad_ptr=None, lifted_grad_ptr=None),
     }
 
