@@ -271,7 +271,8 @@ def test_stats_are_detached_and_add_up_to_the_loss():
         case[name].requires_grad_()
     loss, stats = fused_linear_fusion_loss(**case, reduction="sum", temperature=1.5, return_stats=True)
     assert {name: tuple(value.shape) for name, value in stats.items()} == {
-        "ce": (37,), "kd": (37,), "source_mass": (37,), "target_mass": (37,), "winner": (4,)
+        "ce": (37,), "kd": (37,), "source_mass": (37,), "target_mass": (37,), "source_entropy": (37,), "target_entropy": (37,),
+        "winner": (4,),
     }  # fmt: skip
     assert not any(value.requires_grad for value in stats.values())
     total = (case["ce_weight"] * stats["ce"] + case["kd_weight"] * stats["kd"]).sum()
@@ -336,7 +337,7 @@ WRONG = {
     "head of a shard": ({"weight": torch.zeros(0)}, "gathered first"),
     "no hidden states": ({"hidden": None}, "hidden must be a tensor, got NoneType; pass the last hidden states"),
     "all hidden states": ({"hidden": lambda x: (x, x)}, r"hidden must be a tensor, got tuple.*hidden_states\[-1\]"),
-    "learnable temperature": ({"temperature": torch.ones((), requires_grad=True)}, "temperature must be a number"),
+    "learnable temperature": ({"temperature": torch.ones((), requires_grad=True)}, r"temperature must be \(N,\) = \(37,\), got \(\)"),
     "temperature as text": ({"temperature": "1"}, r"got '1' \(str\)"),
     "chunk of a half": ({"chunk_size": 2.5}, "chunk_size must be a whole number, got 2.5"),
     "bytes as a float": ({"max_chunk_bytes": 1e6}, "max_chunk_bytes must be a whole number"),
