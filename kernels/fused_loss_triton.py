@@ -3,6 +3,7 @@
 - `prep` settles the source's distribution of every row. It needs no logits.
 - Then, for each chunk, logits = h Wᵀ in fp32.
 - `gather` reads the logits at the kept ids and at the gold id, K + 1 of them at most, and leaves -inf in their place.
+- `entropy` reads each row once, where entropies are asked for.
 - `dense` reads each row twice and treats all of its columns alike: first for the sums, from which it computes the losses and
   the gradients at those ids, then for the gradient of all other columns.
 - `scatter` writes the gradients at those ids into the dense one.
@@ -24,7 +25,15 @@ from torch import Tensor
 from .common import IGNORE_INDEX, LOGPROB_SLACK, chunk_rows_gpu
 from .divergences import infinite_at_zero
 from .divergences_triton import mixture_constants
-from .fused_loss_triton_kernels import IGNORED, INVALID, _dense_kernel, _gather_kernel, _prep_kernel, _scatter_kernel
+from .fused_loss_triton_kernels import (
+    IGNORED,
+    INVALID,
+    _dense_kernel,
+    _entropy_kernel,
+    _gather_kernel,
+    _prep_kernel,
+    _scatter_kernel,
+)
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import Head
 from .kept import absent_tail, prepare_kept
@@ -32,6 +41,8 @@ from .tails import BUCKET, CONDITIONAL
 
 # Row strides are multiples of this: every row begins at a multiple of 16 bytes, also in bf16.
 PAD = 16
+# How many columns a program of `entropy` holds at a time.
+ENTROPY_BLOCK = 4096
 # How many slots a warp handles at a time.
 SLOT_BLOCK = 32
 
@@ -135,10 +146,19 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
             _gather_kernel[(n,)](
                 logits, bias, found.lifted_ids, lifted_z, begin, **sizes, **elementwise, BLOCK=slot_block, num_warps=1
             )
+            if target_entropy is not None:
+                _entropy_kernel[(n,)](
+                    *(logits, bias, lifted_z, found.gold_slot, target_entropy, begin),
+                    **sizes,
+                    **elementwise,
+                    BLOCK_V=min(block, ENTROPY_BLOCK),
+                    BLOCK_SLOTS=triton.next_power_of_2(slots),
+                    num_warps=8,
+                )
             _dense_kernel[(n,)](
                 *(logits, grad, bias, lifted_z, lifted_grad),
                 *(found.gold_slot, found.lifted_ids, found.p, found.t, found.source_weight),
-                *(operands.ce_weight, operands.kd_weight, loss, ce, kd, target_mass, target_entropy),
+                *(operands.ce_weight, operands.kd_weight, loss, ce, kd, target_mass),
                 *(temperature_of_row, begin, options.temperature, V),
                 **sizes,
                 **family,

@@ -237,6 +237,49 @@ def _scatter_kernel(
         tl.store(grad_ptr + row * V_PADDED + ids, grad.to(grad_ptr.dtype.element_ty), mask=ids >= 0)
 
 
+# entropy: one program per row, between gather and dense, and only where it is asked for
+
+
+@triton.jit(do_not_specialize=["begin"])
+def _entropy_kernel(
+    logits_ptr,
+    bias_ptr,
+    lifted_z_ptr,
+    gold_slot_ptr,
+    target_entropy_ptr,
+    begin,
+    V_PADDED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    """The entropy log Σ e + Σ e·(m − z) / Σ e of one row at temperature 1, e = exp(z − m), in which no term is negative."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V_PADDED
+    gold_slot = tl.load(gold_slot_ptr + begin + row)
+    entropy = 0.0
+    if gold_slot != _IGNORED:
+        slot = tl.arange(0, BLOCK_SLOTS)
+        lifted_z = tl.load(lifted_z_ptr + row * SLOTS + slot, mask=slot < SLOTS, other=float("-inf"))
+        m = tl.maximum(tl.max(lifted_z, 0), _LOWEST)
+        lifted_e = exact_exp(lifted_z - m)
+        total = tl.sum(lifted_e, 0)
+        spread = tl.sum(tl.where(lifted_e > 0, lifted_e * (m - lifted_z), 0.0), 0)
+        for start in range(0, V_PADDED, BLOCK_V):
+            columns = start + tl.arange(0, BLOCK_V)
+            z = _logits(logits_ptr, bias_ptr, columns, columns < V_PADDED, True, SCALE, SOFTCAP)
+            new_m = tl.maximum(m, tl.max(z, 0))
+            shrink = exact_exp(m - new_m)
+            e = tl.exp(z - new_m)
+            spread = (spread + total * (new_m - m)) * shrink + tl.sum(tl.where(z > float("-inf"), e * (new_m - z), 0.0), 0)
+            total = total * shrink + tl.sum(e, 0)
+            m = new_m
+        entropy = tl.where(gold_slot == _INVALID, float("nan"), tl.log(total) + spread / total)
+    tl.store(target_entropy_ptr + begin + row, entropy)
+
+
 # dense: one program per row
 
 
@@ -249,15 +292,6 @@ def _add_exps(top, total, total_T, z, inv_T, TEMPERED: tl.constexpr):
     if TEMPERED:
         total_T = total_T * tl.exp((top - new_top) * inv_T) + tl.sum(tl.exp(below * inv_T), 1)
     return new_top, total, total_T
-
-
-@triton.jit
-def _add_spread(spread, top, total, z):
-    """The running sum of each lane's exponentials, times how far each is below the maximum; ahead of `_add_exps`."""
-    new_top = tl.maximum(top, tl.max(z, 1))
-    below = z - new_top[:, None]
-    added = tl.sum(tl.where(z > float("-inf"), -below * tl.exp(below), 0.0), 1)
-    return (spread + total * (new_top - top)) * tl.exp(top - new_top) + added
 
 
 @triton.jit
@@ -305,7 +339,6 @@ def _dense_kernel(
     ce_ptr,
     kd_ptr,
     target_mass_ptr,
-    target_entropy_ptr,
     temperature_ptr,
     begin,
     temperature,
@@ -328,8 +361,7 @@ def _dense_kernel(
 ):
     """Losses, statistics and the gradient in h Wᵀ + bias of one row. Of an ignored row they are all 0.
 
-    No gradient is computed where grad_ptr is None, and no entropy where target_entropy_ptr is None. temperature_ptr, if it is not
-    None, holds a temperature for each row. Without a source, p_ptr is None and there is no KD; where source_weight_ptr
+    No gradient is computed where grad_ptr is None. temperature_ptr, if it is not None, holds a temperature for each row. Without a source, p_ptr is None and there is no KD; where source_weight_ptr
     is None, a source that has an entry weighs 1. The row's scalars are named as in `chunk_losses` of fused_loss_torch.py, which
     computes the same thing and explains the steps.
     """
@@ -347,8 +379,6 @@ def _dense_kernel(
         tl.store(ce_ptr + n, 0.0)
         tl.store(kd_ptr + n, 0.0)
         tl.store(target_mass_ptr + n, 0.0)
-        if target_entropy_ptr is not None:
-            tl.store(target_entropy_ptr + n, 0.0)
         if grad_ptr is not None:
             zeros = tl.zeros([lanes, _LANE], grad_ptr.dtype.element_ty)
             for start in range(0, V_PADDED, BLOCK_V):
@@ -366,18 +396,13 @@ def _dense_kernel(
         total_T = tl.zeros([lanes], tl.float32)
         total_z = tl.zeros([lanes], tl.float32)
         count_z = tl.zeros([lanes], tl.float32)
-        spread = tl.zeros([lanes], tl.float32)
         for start in range(0, WHOLE, BLOCK_V):
             z = _logits(logits_ptr, bias_ptr, start + tile, None, False, SCALE, SOFTCAP)
-            if target_entropy_ptr is not None:
-                spread = _add_spread(spread, top, total, z)
             top, total, total_T = _add_exps(top, total, total_T, z, inv_T, TEMPERED)
             if SMOOTHING != 0:
                 total_z, count_z = _add_logits(total_z, count_z, z)
         if WHOLE < V_PADDED:
             z = _logits(logits_ptr, bias_ptr, WHOLE + tile, WHOLE + tile < V_PADDED, True, SCALE, SOFTCAP)
-            if target_entropy_ptr is not None:
-                spread = _add_spread(spread, top, total, z)
             top, total, total_T = _add_exps(top, total, total_T, z, inv_T, TEMPERED)
             if SMOOTHING != 0:
                 total_z, count_z = _add_logits(total_z, count_z, z)
@@ -499,12 +524,6 @@ def _dense_kernel(
         tl.store(ce_ptr + n, ce)
         tl.store(kd_ptr + n, kd)
         tl.store(target_mass_ptr + n, target_mass)
-        if target_entropy_ptr is not None:
-            # log(total) + Σ e·(m − z) / total: no term is negative.
-            spread_dense = tl.sum((spread + total * (m_dense - top)) * tl.exp(top - m_dense), 0)
-            spread_dense = (spread_dense + sum_dense * (m - m_dense)) * shrink
-            of_lifted = tl.sum(tl.where(e > 0, -e * below, 0.0), 0)
-            tl.store(target_entropy_ptr + n, tl.log(total_e) + (spread_dense + of_lifted) / total_e)
         if grad_ptr is not None:
             if SOFTCAP is not None:
                 grad *= _slope(lifted_z, SOFTCAP)

@@ -79,6 +79,7 @@ def fusion_loss_reference(
     reduction: str = "mean",
     num_items_in_batch: int | None = None,
     return_stats: bool = False,
+    entropies: bool = False,
 ) -> Any:
     """`profuser.loss.fused_linear_fusion_loss`, dense: the same arguments and returns, with gradients by autograd."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
@@ -160,7 +161,7 @@ def fusion_loss_reference(
         name: per_row.index_put((valid,), value.detach())
         for name, value in (
             ("ce", ce), ("kd", kd), ("source_mass", source_mass), ("target_mass", target_mass),
-            ("source_entropy", source_entropy), ("target_entropy", target_entropy),
+            *((("source_entropy", source_entropy), ("target_entropy", target_entropy)) if entropies else ()),
         )
     }  # fmt: skip
     stats["winner"] = torch.tensor(winner)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 DEFAULT_BETA = 0.1 / 0.9  # FuseLLM's cross-entropy weight of 0.9, as the ratio of KD to CE
 
-STATS = ("ce", "kd", "source_mass", "target_mass", "source_entropy", "target_entropy", "winner")
+STATS = ("ce", "kd", "source_mass", "target_mass", "winner")
+ENTROPIES = ("source_entropy", "target_entropy")
 
 
 class LossOptions(TypedDict, total=False):
@@ -72,6 +73,7 @@ class LossOptions(TypedDict, total=False):
     process_group: ProcessGroup | None
     partial_hidden_grad: bool
     impl: str | None
+    entropies: bool
 
 
 @overload
@@ -149,6 +151,7 @@ def fused_linear_fusion_loss(
     partial_hidden_grad: bool = False,
     impl: str | None = None,
     return_stats: bool = False,
+    entropies: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy plus a divergence from sparse sources, without ever forming [N, V] logits.
 
@@ -218,14 +221,16 @@ def fused_linear_fusion_loss(
             value out of range is no error there, the loss of its row is NaN. Without valid_rows it spends time on ignored
             rows, torch does not.
         return_stats: also return a dict of detached tensors. They are (N,), unweighted, and 0 for rows that have none: ce
-            (without smoothing and z-loss), kd (T²·D), source_mass (of the kept entries, as given), target_mass (the
-            target's mass on the kept ids, at T), source_entropy (of P with its bucket, in nats) and target_entropy (of the
-            target over the whole vocabulary at temperature 1); of mixed sources the weighted sum of D and the weighted means
-            of the rest. winner is int64, (B,) or (N,) as source_index is, -1 for none; of mixed sources the heaviest. With
+            (without smoothing and z-loss), kd (T²·D), source_mass (of the kept entries, as given) and target_mass (the
+            target's mass on the kept ids, at T); of mixed sources the weighted sum of D and the weighted mean of the masses.
+            The fifth is winner, int64, (B,) or (N,) as source_index is, -1 for none; of mixed sources the heaviest. With
             left_out there are three scalars more: left_out_share of the gradient's mass, kept_share of the columns, and
             hidden_error_bound, which the Frobenius norm of the error in hidden's gradient, for a grad_output of 1, exceeds with
             a probability of at most 8e-8. They are NaN with reduction="none", where backward computes the gradient, and say
             that nothing was left out where there is no gradient.
+        entropies: with return_stats also source_entropy and target_entropy, (N,) in nats: of P on the kept entries and the bucket
+            (of mixed sources the weighted mean), and of the target's softmax over the whole vocabulary at temperature 1. On a
+            GPU they cost some time.
     Returns:
         Scalar fp32 (fp64 for fp64 inputs) in nats, or (N,) with reduction="none". With return_stats a pair of it and the dict.
     Raises:
@@ -326,7 +331,7 @@ def fused_linear_fusion_loss(
             left_out_bound=left_out != 0 and return_stats,
             softcap=None if softcap is None else float(softcap),
             logit_scale=float(logit_scale),
-            entropies=return_stats,
+            entropies=entropies and return_stats,
             per_row=per_row,
             grad_hidden=in_forward and hidden.requires_grad,
             grad_weight=in_forward and weight.requires_grad,
@@ -351,7 +356,7 @@ def fused_linear_fusion_loss(
         loss = loss / divisor
     if not return_stats:
         return loss
-    stats = {name: getattr(outputs, name) for name in STATS}
+    stats = {name: getattr(outputs, name) for name in STATS + (ENTROPIES if entropies else ())}
     if left_out:
         # Where each row has a loss of its own, nothing is known yet.
         share, kept, bound = (outputs.left_out.new_full((3,), torch.nan) if per_row else outputs.left_out).unbind()
