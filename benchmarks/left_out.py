@@ -5,7 +5,7 @@
 
 `errors` compares the gradients with the exact ones, for chunks of several sizes and for every divergence. `times` measures, on one
 thread and in turn, the three matrix products alone, the exact loss, the loss with `left_out`, and the chunk loop that one would write
-by hand. The source is the model itself at a temperature of 0.7, with ten entries, because there is no second model to be had here.
+by hand. It is the time of the processor, which others may share. The source is the model itself at a temperature of 0.7, with ten entries, because there is no second model to be had here.
 Dimension letters: N rows, D hidden, V vocabulary, K kept entries.
 """
 
@@ -146,15 +146,14 @@ def times(cases: dict[str, Callable[[], Case]], rounds: int) -> str:
         case = make()
         (N, D), V = case["hidden"].shape, len(case["weight"])
         by_hand = arguments(case, "one source") | {"tail": "renormalize"}
-        steps: dict[str, Callable[[], object]] = {
+        steps: dict[str, Callable[[], Any]] = {
             "three products": gemms(N, D, V, 3, torch.float32, "cpu"),
             "exact": lambda case=by_hand: step(fused_linear_fusion_loss, case),
             "chunk loop by hand": lambda case=by_hand: step(chunked, case),
             f"left_out={SHARE}": lambda case=by_hand: step(fused_linear_fusion_loss, case, left_out=SHARE),
         }
-        seconds = measured(steps, rounds)
-        exact = step(fused_linear_fusion_loss, by_hand)
-        found = step(fused_linear_fusion_loss, by_hand, left_out=SHARE)
+        seconds, results = measured(steps, rounds)
+        exact, found = results["exact"], results[f"left_out={SHARE}"]
         _, stats = fused_linear_fusion_loss(**by_hand, left_out=SHARE, return_stats=True)
         floor = seconds["three products"]
         for label, taken in seconds.items():
@@ -176,16 +175,17 @@ def step(function: Callable[..., Tensor], case: Case, **options: Any) -> tuple[T
     return torch.autograd.grad(function(**case, **options), (case["hidden"], case["weight"]))
 
 
-def measured(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The seconds of each, round by round, so that all meet the same load of the machine. A first round is not counted."""
+def measured(steps: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """The processor's seconds for each step, round by round, so that all meet the same load of the machine; and what each returned last."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
+    results: dict[str, Any] = {}
+    for _ in range(rounds):
         for name, run in steps.items():
-            begin = time.perf_counter()
-            run()
-            if round_:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
+            results.pop(name, None)
+            begin = time.process_time()
+            results[name] = run()
+            seconds[name].append(time.process_time() - begin)
+    return seconds, results
 
 
 def uneven(case: Case) -> Case:

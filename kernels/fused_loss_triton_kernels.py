@@ -273,7 +273,9 @@ def _entropy_kernel(
             new_m = tl.maximum(m, tl.max(z, 0))
             shrink = exact_exp(m - new_m)
             e = tl.exp(z - new_m)
-            spread = (spread + total * (new_m - m)) * shrink + tl.sum(tl.where(z > float("-inf"), e * (new_m - z), 0.0), 0)
+            spread = (spread + total * (new_m - m)) * shrink + tl.sum(
+                tl.where(z > float("-inf"), e * (new_m - z), 0.0), 0
+            )
             total = total * shrink + tl.sum(e, 0)
             m = new_m
         entropy = tl.where(gold_slot == _INVALID, float("nan"), tl.log(total) + spread / total)
