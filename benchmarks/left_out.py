@@ -5,7 +5,8 @@
 
 `errors` compares the gradients with the exact ones, for chunks of several sizes and for every divergence. `times` measures, on one
 thread and in turn, the three matrix products alone, the exact loss, the loss with `left_out`, and the chunk loop that one would write
-by hand. It is the time of the processor, which others may share. The source is the model itself at a temperature of 0.7, with ten entries, because there is no second model to be had here.
+by hand. It takes the time of the processor, because others may share the machine. The source is the model itself at a temperature of
+0.7, with ten entries.
 Dimension letters: N rows, D hidden, V vocabulary, K kept entries.
 """
 
