@@ -364,8 +364,8 @@ def _dense_kernel(
     """Losses, statistics and the gradient in h Wᵀ + bias of one row. Of an ignored row they are all 0.
 
     No gradient is computed where grad_ptr is None. Without a source, p_ptr is None and there is no KD; where source_weight_ptr
-    is None, a source that has an entry weighs 1. temperature_ptr holds a temperature for each row, or is None. The row's scalars are named as in `chunk_losses` of fused_loss_torch.py, which
-    computes the same thing and explains the steps.
+    is None, a source that has an entry weighs 1. temperature_ptr holds a temperature for each row, or is None. The row's
+    scalars are named as in `chunk_losses` of fused_loss_torch.py, which computes the same thing and explains the steps.
     """
     row = tl.program_id(0).to(tl.int64)
     n = begin + row

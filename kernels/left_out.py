@@ -161,7 +161,7 @@ class ThinnedProducts:
             return None
         if self.sketch is None:
             # The same directions in every call, which do not depend on the operands.
-            directions = torch.randn(self.width, SKETCH, generator=torch.Generator().manual_seed(0))
+            directions = torch.randn(self.width, SKETCH, generator=torch.Generator().manual_seed(0), device="cpu")
             directions = directions.to(self.dhidden)
             self.sketch = torch.cat([weight @ directions for _, weight in self.head.blocks()])
         return self.sketch.index_fill(0, kept, 0)

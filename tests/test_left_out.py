@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from loss_checks import Case, make_case, run, with_logits
 from test_divergences import FAMILY, mixed_case, named
 
@@ -308,3 +309,12 @@ def test_triton_refuses_it(monkeypatch):
     monkeypatch.setattr("profuser.kernels.common.HAS_TRITON", True)
     with pytest.raises(ValueError, match=r"left_out must be 0 with impl='triton', got 0\.1; leave it out"):
         fused_linear_fusion_loss(**make_case(), left_out=0.1, impl="triton")
+
+
+def test_a_divided_head_refuses_it(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="left_out must be 0 with a process_group, got"):
+            fused_linear_fusion_loss(**make_case(), left_out=0.1, process_group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
