@@ -6,11 +6,13 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -72,8 +74,9 @@ PROFUSER_INLINE Floats exp_of(Floats x) {
     return x < kLowest ? Floats{} : p * scale;
 }
 
-// One row: its maximum, the exponentials relative to it in place, and their sum.
-PROFUSER_CLONES void exp_row(float* row, std::size_t columns, float* maximum, float* sum) {
+// One row: its maximum, the exponentials relative to it in place, their sum, and, unless `spread` is null, the sum of each times how far
+// its number was below the maximum.
+PROFUSER_CLONES void exp_row(float* row, std::size_t columns, float* maximum, float* sum, float* spread) {
     const std::size_t whole = columns / kLanes * kLanes, rest = columns - whole;
     Floats highest = load_some(row + whole, rest, kNoMaximum);
     highest = highest > kNoMaximum ? highest : kNoMaximum - Floats{};
@@ -86,31 +89,42 @@ PROFUSER_CLONES void exp_row(float* row, std::size_t columns, float* maximum, fl
         top = std::max(top, highest[j]);
     }
 
-    double total = 0.0;
-    const auto add = [&total](Floats sums) {
+    double total = 0.0, total_spread = 0.0;
+    const auto add = [](Floats sums, double& total) {
         for (std::size_t j = 0; j < kLanes; ++j) {
             total += sums[j];
         }
     };
+    // At -inf the exponential is 0, and so must be its product.
+    const auto below = [](Floats x) { return x < kLowest ? Floats{} : -x; };
     for (std::size_t block = 0; block < whole; block += kBlock) {
         const std::size_t end = std::min(block + kBlock, whole);
-        Floats sums{};
+        Floats sums{}, spreads{};
         for (std::size_t i = block; i < end; i += kLanes) {
-            const Floats e = exp_of(load(row + i) - top);
+            const Floats x = load(row + i) - top, e = exp_of(x);
             std::memcpy(row + i, &e, sizeof e);
             sums += e;
+            if (spread != nullptr) {
+                spreads += e * below(x);
+            }
         }
-        add(sums);
+        add(sums, total);
+        add(spreads, total_spread);
     }
-    const Floats e = exp_of(load_some(row + whole, rest, -std::numeric_limits<float>::infinity()) - top);
+    const Floats x = load_some(row + whole, rest, -std::numeric_limits<float>::infinity()) - top, e = exp_of(x);
     std::memcpy(row + whole, &e, rest * sizeof(float));
-    add(e);
+    add(e, total);
     *maximum = top;
     *sum = static_cast<float>(total);
+    if (spread != nullptr) {
+        add(e * below(x), total_spread);
+        *spread = static_cast<float>(total_spread);
+    }
 }
 
-void exp_rows(py::buffer rows, py::array_t<float, py::array::c_style> maxima, py::array_t<float, py::array::c_style> sums,
-              int threads) {
+using Numbers = py::array_t<float, py::array::c_style>;
+
+void exp_rows(py::buffer rows, Numbers maxima, Numbers sums, std::optional<Numbers> spreads, int threads) {
     const py::buffer_info info = rows.request(true);
     const py::ssize_t element = sizeof(float);
     if (info.format != py::format_descriptor<float>::format() || info.ndim != 2 || info.strides[1] != element ||
@@ -118,17 +132,18 @@ void exp_rows(py::buffer rows, py::array_t<float, py::array::c_style> maxima, py
         throw std::invalid_argument("rows must be a 2-D float32 array whose rows are contiguous");
     }
     const std::size_t count = info.shape[0], columns = info.shape[1];
-    if (maxima.ndim() != 1 || sums.ndim() != 1 || static_cast<std::size_t>(maxima.size()) != count ||
-        static_cast<std::size_t>(sums.size()) != count) {
-        throw std::invalid_argument("maxima and sums must have one number for each of the " + std::to_string(count) + " rows");
+    const auto fits = [count](const Numbers& x) { return x.ndim() == 1 && static_cast<std::size_t>(x.size()) == count; };
+    if (!fits(maxima) || !fits(sums) || (spreads && !fits(*spreads))) {
+        throw std::invalid_argument("maxima, sums and spreads must have one number for each of the " + std::to_string(count) + " rows");
     }
     float* data = static_cast<float*>(info.ptr);
     const std::size_t stride = info.strides[0] / element;
     float *highest = maxima.mutable_data(), *totals = sums.mutable_data();
+    float* spread = spreads ? spreads->mutable_data() : nullptr;
     py::gil_scoped_release release;
     const auto part = [=](std::size_t first, std::size_t last) {
         for (std::size_t n = first; n < last; ++n) {
-            exp_row(data + n * stride, columns, highest + n, totals + n);
+            exp_row(data + n * stride, columns, highest + n, totals + n, spread == nullptr ? nullptr : spread + n);
         }
     };
     // A thread takes longer to start than this many exponentials.
@@ -148,5 +163,6 @@ void exp_rows(py::buffer rows, py::array_t<float, py::array::c_style> maxima, py
 
 PYBIND11_MODULE(_rows, module) {
     module.doc() = "Rows of logits on a CPU: see csrc/rows.cpp.";
-    module.def("exp_rows", &exp_rows, py::arg("rows"), py::arg("maxima"), py::arg("sums"), py::arg("threads"));
+    module.def("exp_rows", &exp_rows, py::arg("rows"), py::arg("maxima"), py::arg("sums"),
+               py::arg("spreads"), py::arg("threads"));
 }

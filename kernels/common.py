@@ -19,6 +19,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # A chunk of fewer than about 2^18 logits spends its time in Python. More than 128 rows of a large vocabulary do not fit the cache.
 MIN_CHUNK_ROWS = 128
 CHUNK_ELEMENTS = 1 << 18
+# With `left_out` each chunk gathers rows of the head, which takes too long for few rows; of many rows, more columns have to be kept.
+MIN_CHUNK_ROWS_LEFT_OUT = 256
 # On a GPU every chunk reads and writes the whole fp32 weight gradient, which takes too long for few rows.
 MIN_CHUNK_ROWS_GPU = 2048
 
@@ -167,14 +169,19 @@ def compute_dtype(*operands: Tensor) -> torch.dtype:
 
 
 def chunk_rows(
-    rows: int, vocabulary: int, itemsize: int, chunk_size: int | None = None, max_chunk_bytes: int | None = None
+    rows: int,
+    vocabulary: int,
+    itemsize: int,
+    chunk_size: int | None = None,
+    max_chunk_bytes: int | None = None,
+    fewest: int = MIN_CHUNK_ROWS,
 ) -> int:
     """How many rows of logits are held at a time on a CPU.
 
-    It is `chunk_size`, or depends on the vocabulary where that is None. The logits never exceed `max_chunk_bytes`, unless a
-    single row does.
+    It is `chunk_size`, or depends on the vocabulary where that is None, and is then `fewest` or more. The logits never exceed
+    `max_chunk_bytes`, unless a single row does.
     """
-    chunk = chunk_size or max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
+    chunk = chunk_size or max(fewest, CHUNK_ELEMENTS // vocabulary)
     if max_chunk_bytes is not None:
         chunk = min(chunk, max_chunk_bytes // (vocabulary * itemsize))
     return max(1, min(chunk, rows))

@@ -31,6 +31,8 @@ class Compacted(NamedTuple):
     def select(self, operands: Operands, winner: Winner) -> tuple[Operands, Winner]:
         """What these rows have of the operands, and of the choice among the sources. If a row was left out, all become NaN."""
         by_row = {name: getattr(operands, name)[self.rows] for name in ("hidden", "labels", "ce_weight", "kd_weight")}
+        if operands.temperature_of_row is not None:
+            by_row["temperature_of_row"] = operands.temperature_of_row[self.rows]
         for name in ("ce_weight", "kd_weight"):
             by_row[name] = torch.where(self.overfull, torch.nan, by_row[name])
         sources = {
@@ -46,6 +48,7 @@ class Compacted(NamedTuple):
     def expand(self, outputs: Outputs, options: Options) -> Outputs:
         """The outputs of all N rows, with zeros for those that were left out, or NaN if one of them has a label."""
         by_row = ["ce", "kd", "source_mass", "target_mass"]
+        by_row += ["source_entropy", "target_entropy"] if options.entropies else []
         by_row += ["loss"] if options.per_row else []
         by_row += ["dhidden"] if options.grad_hidden else []
         return outputs._replace(**{name: self._of_all_rows(getattr(outputs, name)) for name in by_row})

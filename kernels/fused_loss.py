@@ -72,6 +72,13 @@ def check_values(operands: Operands, vocabulary: int, valid_rows: int | None) ->
             raise ValueError(
                 f"cu_seqlens must rise from 0 to N={rows}, got {bounds.tolist()[:8]}; cumulate the sequence lengths"
             )
+    if operands.temperature_of_row is not None:
+        of_row = operands.temperature_of_row
+        bad = ~((of_row > 0) & of_row.isfinite()) & (labels != IGNORE_INDEX)
+        if bad.any():
+            raise ValueError(
+                f"temperature must be > 0 and finite, got {of_row[bad][0].item():.6g} for a row; 1.0 leaves the logits as they are"
+            )
     if source_ids is None or source_logprobs is None:  # they come together
         return
     if operands.source_index is not None:
@@ -208,7 +215,10 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
         kd=hidden.new_empty(N, dtype=dtype),
         source_mass=hidden.new_empty(N, dtype=dtype),
         target_mass=hidden.new_empty(N, dtype=dtype),
+        source_entropy=hidden.new_empty(N if options.entropies else 0, dtype=dtype),
+        target_entropy=hidden.new_empty(N if options.entropies else 0, dtype=dtype),
         winner=hidden.new_empty(winners, dtype=torch.int64),
+        left_out=hidden.new_empty(3, dtype=dtype),
     )
     return tuple(outputs)
 

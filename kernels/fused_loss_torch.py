@@ -19,12 +19,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import IGNORE_INDEX, LOWEST, chunk_rows, compute_dtype, cross_entropy_from_sums
+from .chunk_gradient import ChunkGradient
+from .common import (
+    IGNORE_INDEX,
+    LOWEST,
+    MIN_CHUNK_ROWS,
+    MIN_CHUNK_ROWS_LEFT_OUT,
+    chunk_rows,
+    compute_dtype,
+    cross_entropy_from_sums,
+)
 from .divergences_torch import divergence_parts
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import ChunkedHead, Head
 from .kept import Kept, prepare_kept
-from .rows import exponentials_
+from .left_out import NOTHING, ThinnedProducts
+from .rows import exponentials_, exponentials_and_spread_, spread_of
 from .tails import CONDITIONAL
 from .vocabulary_slice import VocabularySlice
 
@@ -38,7 +48,6 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
     hidden, weight, labels = operands.hidden, operands.weight, operands.labels
     N, D = hidden.shape
     V = vocabulary.size
-    T = options.temperature
     dtype = compute_dtype(hidden, weight)
 
     # What needs no logits, for all rows with a label at once.
@@ -50,15 +59,20 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         None if operands.source_ids is None else prepare_kept(operands, options, winner, rows, dtype, vocabulary.whole)
     )
 
+    T = options.temperature
+    T_of_row = None if operands.temperature_of_row is None else operands.temperature_of_row[rows].to(dtype)[:, None]
+
     # The buffers of a chunk, used again by every chunk: logits, which become their gradient; their exponentials at T; and
     # the softcap's derivative. The last two exist only where they differ from the first, or are needed.
-    C = chunk_rows(n, vocabulary.share, dtype.itemsize, options.chunk_size, options.max_chunk_bytes)
+    thins = options.left_out > 0 and options.any_grad
+    fewest = MIN_CHUNK_ROWS_LEFT_OUT if thins else MIN_CHUNK_ROWS
+    C = chunk_rows(n, vocabulary.share, dtype.itemsize, options.chunk_size, options.max_chunk_bytes, fewest)
     head = ChunkedHead(Head(weight, operands.bias, options.softcap, options.logit_scale), dtype, C)
     # Of a sliced head there is one column more, for what is written at ids that another process has.
     spare = int(vocabulary.group is not None)
     wide = hidden.new_empty(min(C, n), V + spare, dtype=dtype)
     logits = wide[:, :V]
-    exps_T = torch.empty_like(logits) if kept is not None and T != 1 else None
+    exps_T = torch.empty_like(logits) if kept is not None and (T_of_row is not None or T != 1) else None
     slope = torch.empty_like(logits) if options.softcap is not None and options.any_grad else None
 
     # The results. Rows without a label keep these zeros.
@@ -66,7 +80,9 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
     dweight = weight.new_zeros(V, D, dtype=dtype) if options.grad_weight else weight.new_empty(0, dtype=dtype)
     dbias = weight.new_zeros(V, dtype=dtype) if options.grad_bias else weight.new_empty(0, dtype=dtype)
     ce, kd, source_mass, target_mass = (hidden.new_zeros(N, dtype=dtype) for _ in range(4))
+    source_entropy, target_entropy = (hidden.new_zeros(N if options.entropies else 0, dtype=dtype) for _ in range(2))
     terms = hidden.new_zeros(N if options.per_row else n, dtype=dtype)
+    thinned = ThinnedProducts(head, options, dhidden, dweight, dbias) if thins else None
 
     for begin in range(0, n, C):
         chunk = slice(begin, min(begin + C, n))  # of the n rows with a label
@@ -78,17 +94,19 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         slope_c = None if slope is None else slope[:size]
         z = head.logits_into(logits[:size], h, slope_c)
 
-        # Losses, and the gradient in place of the logits. It leaves through logit_scale, which multiplies it as a whole:
-        # a factor of the weights does the same.
+        # Losses, and what the gradient is made of. It leaves through logit_scale, which multiplies it as a whole: a factor
+        # of the weights does the same.
         kept_c = None if kept is None else kept.of(chunk)
-        losses = chunk_losses(
+        exps_T_c = None if exps_T is None else exps_T[:size]
+        losses, gradient = chunk_losses(
             z,
             wide[:size],
-            None if exps_T is None else exps_T[:size],
+            exps_T_c,
             gold[chunk],
             kept_c,
             a[chunk] * options.logit_scale,
             b[chunk] * options.logit_scale,
+            T if T_of_row is None else T_of_row[chunk],
             options,
             vocabulary,
         )
@@ -98,9 +116,21 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
             term = term + b[chunk] * losses.kd
             kd[at], target_mass[at], source_mass[at] = losses.kd, losses.target_mass, kept_c.mean(kept_c.mass)
         terms[at if options.per_row else chunk] = term
+        if losses.entropy is not None:
+            target_entropy[at] = losses.entropy
+            if kept_c is not None:
+                source_entropy[at] = kept_c.mean(torch.special.entr(kept_c.p).sum(2))
 
         # Gradients of the operands: the two other matrix products.
-        if options.any_grad and slope_c is not None:
+        if gradient is None:
+            continue
+        if thinned is not None:
+            if slope_c is not None:
+                gradient, slope_c = gradient.through(slope_c, z, exps_T_c), None
+            if thinned.add(at, h, z, exps_T_c, gradient):
+                continue
+        gradient.write(z, wide[:size], exps_T_c)
+        if slope_c is not None:
             z.mul_(slope_c)
         if options.grad_hidden:
             dhidden[at] = head.pull_back(z)
@@ -109,6 +139,7 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         if options.grad_bias:
             dbias.add_(z.sum(0))
 
+    left_out = hidden.new_tensor(NOTHING, dtype=dtype) if thinned is None else thinned.finish()
     if options.grad_hidden and not options.partial_hidden_grad:
         dhidden = vocabulary.total(dhidden)
     return Outputs(
@@ -120,7 +151,10 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         kd=kd,
         source_mass=source_mass,
         target_mass=target_mass,
+        source_entropy=source_entropy,
+        target_entropy=target_entropy,
         winner=winner.chosen,
+        left_out=left_out,
     )
 
 
@@ -131,6 +165,7 @@ class ChunkLosses(NamedTuple):
     learnt: Tensor  # the same with label smoothing and z-loss: what the row's CE weight multiplies
     kd: Tensor  # T²·D
     target_mass: Tensor  # the target's mass on the kept ids, at T
+    entropy: Tensor | None  # the target's, at T = 1; None unless it is asked for
 
 
 def chunk_losses(
@@ -141,20 +176,21 @@ def chunk_losses(
     kept: Kept | None,
     a: Tensor,
     b: Tensor,
+    T: float | Tensor,
     options: Options,
     vocabulary: VocabularySlice,
-) -> ChunkLosses:
-    """The losses of a chunk from its logits z (C, V).
+) -> tuple[ChunkLosses, ChunkGradient | None]:
+    """The losses of a chunk from its logits z (C, V), and their gradient where one is asked for.
 
-    z is overwritten: with its own gradient where one is asked for. a and b (C,) are the rows' weights in that gradient.
+    z is overwritten with exponentials, 0 in the lifted columns. a and b (C,) are the rows' weights in the gradient.
     `wide` is z, with one more column behind it where the head is sliced. `exps_T` (C, V) is a buffer for exponentials at T, None
-    where T is 1 or without a source. `gold` (C,) holds the labels.
+    where T is 1 or without a source. T is one number or (C, 1). `gold` (C,) holds the labels.
 
     Every sum of exponentials is kept relative to a maximum of its own part: of the columns that were not lifted, or of all
     that are outside a source's ids. Two parts are added relative to the row's maximum. So neither q_rest, the target's mass
     outside the kept ids, nor 1 − q_gold is ever a difference.
     """
-    T, smoothing = options.temperature, options.label_smoothing
+    smoothing, spread = options.label_smoothing, None
     gold, a, b = gold[:, None], a[:, None], b[:, None]
     sum_z = z.sum(1, keepdim=True) if smoothing else None
 
@@ -169,19 +205,26 @@ def chunk_losses(
 
     # The dense part: from here on z holds exponentials relative to m_here, at T = 1.
     if exps_T is None:
-        m_here, sum_dense = exponentials_(z)
+        if options.entropies:
+            m_here, sum_dense, spread = exponentials_and_spread_(z)
+        else:
+            m_here, sum_dense = exponentials_(z)
         sum_dense_T = sum_dense
     else:
         m_here = z.amax(1, keepdim=True).clamp_min_(LOWEST)
         z.sub_(m_here)
         sum_dense_T = torch.mul(z, 1 / T, out=exps_T).exp_().sum(1, keepdim=True)
         sum_dense = z.exp_().sum(1, keepdim=True)
+        spread = spread_of(z) if options.entropies else None
     m_dense = m_here
     if vocabulary.group is not None:
         z_lifted, m_dense = vocabulary.maximum(torch.cat([z_lifted, m_here], 1)).split([lifted.shape[1], 1], 1)
         below_m = m_here - m_dense
         sums = [sum_dense * below_m.exp(), sum_dense_T * (below_m / T).exp(), sum_dense if sum_z is None else sum_z]
-        sum_dense, sum_dense_T, sum_z = vocabulary.total(torch.cat(sums, 1)).split(1, 1)
+        if spread is not None:
+            sums.append((spread - sum_dense * below_m) * below_m.exp())
+        sum_dense, sum_dense_T, sum_z, *spreads = vocabulary.total(torch.cat(sums, 1)).split(1, 1)
+        spread = spreads[0] if spreads else None
 
     # The whole row at T = 1: the dense part and the lifted entries, relative to the row's maximum m. Kept ids that are the
     # gold id are counted once, in the last slot.
@@ -193,8 +236,15 @@ def chunk_losses(
     others = sum_dense * shrink  # the sum of all that are not the gold id
     if kept is not None:
         others = others + (e[:, :-1] * kept.apart).sum(1, keepdim=True)
+    once = None if kept is None else torch.nn.functional.pad(kept.apart, (0, 1), value=True)
     total = others + e_gold
     ce = cross_entropy_from_sums(others, e_gold, below[:, -1:])
+    entropy = None
+    if spread is not None:
+        # log(total) + Σ e·(m − z) / total: no term is negative.
+        spread = (spread + sum_dense * (m - m_dense)) * shrink
+        of_lifted = torch.special.entr(e) if once is None else torch.special.entr(e) * once
+        entropy = (total.log() + (spread + of_lifted.sum(1, keepdim=True)) / total)[:, 0]
     learnt, scalar = ce, a  # what of the gradient is a number per row times the softmax
     if smoothing or options.z_loss:
         lse = m + total.log()
@@ -203,8 +253,9 @@ def chunk_losses(
         if options.z_loss:
             learnt = learnt + options.z_loss * lse * lse
             scalar = a * (1 + 2 * options.z_loss * lse)
-    distilled = None if kept is None else kept_losses(z_lifted, e, m, m_dense, sum_dense_T, kept, options)
+    distilled = None if kept is None else kept_losses(z_lifted, e, m, m_dense, sum_dense_T, T, kept, options)
 
+    gradient = None
     if options.any_grad:
         # Cross-entropy: scalar·q on all columns, of which a is taken from the gold one without a difference. Label smoothing
         # takes its share of that a from all columns alike.
@@ -217,27 +268,20 @@ def chunk_losses(
             grad -= even
             grad[:, -1:] += a * smoothing
         b_T = b * T  # T² of the loss times 1/T of z/T
+        dense_T = None
         if distilled is not None:
             grad = grad + b_T * distilled.grad_lifted
             dense_T = b_T * distilled.grad_dense * ((m_here - m_dense) / T).exp()
             if exps_T is None:
-                dense = dense + dense_T
-            else:
-                exps_T.mul_(dense_T)
-        # Scale the exponentials to gradients, and write those of the lifted ids in their places. All slots that point at
-        # the gold id write the same value.
-        z.mul_(dense)
-        if exps_T is not None:
-            z.add_(exps_T)
-        if smoothing:
-            z.sub_(even)
+                dense, dense_T = dense + dense_T, None
         if kept is not None:
+            # All slots that point at the gold id have the same value.
             grad[:, :-1] = torch.where(kept.apart, grad[:, :-1], grad[:, -1:])
-        wide.scatter_(1, columns, grad)
+        gradient = ChunkGradient(dense, dense_T, even if smoothing else None, columns, grad, once)
     zero = torch.zeros_like(ce[:, 0])
     if distilled is None:
-        return ChunkLosses(ce[:, 0], learnt[:, 0], zero, zero)
-    return ChunkLosses(ce[:, 0], learnt[:, 0], distilled.kd, distilled.target_mass)
+        return ChunkLosses(ce[:, 0], learnt[:, 0], zero, zero, entropy), gradient
+    return ChunkLosses(ce[:, 0], learnt[:, 0], distilled.kd, distilled.target_mass, entropy), gradient
 
 
 class KeptLosses(NamedTuple):
@@ -252,14 +296,20 @@ class KeptLosses(NamedTuple):
 
 
 def kept_losses(
-    z_lifted: Tensor, e: Tensor, m: Tensor, m_dense: Tensor, sum_dense_T: Tensor, kept: Kept, options: Options
+    z_lifted: Tensor,
+    e: Tensor,
+    m: Tensor,
+    m_dense: Tensor,
+    sum_dense_T: Tensor,
+    T: float | Tensor,
+    kept: Kept,
+    options: Options,
 ) -> KeptLosses:
     """Compares the target with each source of a row, on that source's ids and one bucket, and adds up what they say.
 
     The arguments are those of `chunk_losses`: logits (C, L + 1) at the ids and at the gold id, their exponentials relative to
     the row's maximum m, and the sum at T of all columns that were not lifted.
     """
-    T = options.temperature
     gold_kept = (kept.has_entry & ~kept.apart).any(1, keepdim=True)
     once = torch.cat([kept.has_entry, ~gold_kept], 1)[:, None]  # (C, 1, L + 1): every lifted id in one slot
     inside = torch.cat([kept.inside, torch.zeros_like(kept.inside[..., :1])], 2)  # (C, W, L + 1)
@@ -267,8 +317,11 @@ def kept_losses(
     z_lifted, m, m_dense, sum_dense_T = z_lifted[:, None], m[:, None], m_dense[:, None], sum_dense_T[:, None]
 
     # The target at T: the whole row, and what of it is outside a source's ids, the rest.
+    at_one = isinstance(T, float) and T == 1
+    T_of_row = T[:, 0] if isinstance(T, Tensor) else T
+    T = T[:, None] if isinstance(T, Tensor) else T
     below = (z_lifted - m) / T
-    e_T = e[:, None] if T == 1 else below.exp()
+    e_T = e[:, None] if at_one else below.exp()
     shrink_T = ((m_dense - m) / T).exp()
     total_T = (e_T * once).sum(2, keepdim=True) + sum_dense_T * shrink_T
     q_lifted = e_T / total_T
@@ -306,7 +359,7 @@ def kept_losses(
     grad, grad_dense = (weight * grad).sum(1), (weight * grad_dense).sum(1)
     of_gold = (grad[:, :-1] * (kept.has_entry & ~kept.apart)).sum(1, keepdim=True)
     grad[:, -1:] = torch.where(gold_kept, of_gold, grad[:, -1:])
-    kd = T * T * (kept.weight * value.sum(2)).sum(1)
+    kd = T_of_row * T_of_row * (kept.weight * value.sum(2)).sum(1)
     return KeptLosses(kd, kept.mean(mass_kept), grad, grad_dense)
 
 

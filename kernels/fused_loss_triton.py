@@ -3,6 +3,7 @@
 - `prep` settles the source's distribution of every row. It needs no logits.
 - Then, for each chunk, logits = h Wᵀ in fp32.
 - `gather` reads the logits at the kept ids and at the gold id, K + 1 of them at most, and leaves -inf in their place.
+- `entropy` reads each row once, where entropies are asked for.
 - `dense` reads each row twice and treats all of its columns alike: first for the sums, from which it computes the losses and
   the gradients at those ids, then for the gradient of all other columns.
 - `scatter` writes the gradients at those ids into the dense one.
@@ -24,7 +25,15 @@ from torch import Tensor
 from .common import IGNORE_INDEX, LOGPROB_SLACK, chunk_rows_gpu
 from .divergences import infinite_at_zero
 from .divergences_triton import mixture_constants
-from .fused_loss_triton_kernels import IGNORED, INVALID, _dense_kernel, _gather_kernel, _prep_kernel, _scatter_kernel
+from .fused_loss_triton_kernels import (
+    IGNORED,
+    INVALID,
+    _dense_kernel,
+    _entropy_kernel,
+    _gather_kernel,
+    _prep_kernel,
+    _scatter_kernel,
+)
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import Head
 from .kept import absent_tail, prepare_kept
@@ -32,6 +41,8 @@ from .tails import BUCKET, CONDITIONAL
 
 # Row strides are multiples of this: every row begins at a multiple of 16 bytes, also in bf16.
 PAD = 16
+# How many columns a program of `entropy` holds at a time.
+ENTROPY_BLOCK = 4096
 # How many slots a warp handles at a time.
 SLOT_BLOCK = 32
 
@@ -90,6 +101,10 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
 
     # The results of all rows. The kernels write every element of them, also those of ignored rows.
     loss, ce, kd, target_mass = (empty(N) for _ in range(4))
+    target_entropy = empty(N) if options.entropies else None
+    temperature_of_row = operands.temperature_of_row
+    if temperature_of_row is not None:
+        temperature_of_row = temperature_of_row.contiguous()
     dhidden = empty(*((N, D) if options.grad_hidden else (0,)))
     dweight = empty(*((V, D) if options.grad_weight else (0,)))
     dbias = hidden.new_zeros(V if options.grad_bias else 0, dtype=torch.float32)
@@ -131,13 +146,23 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
             _gather_kernel[(n,)](
                 logits, bias, found.lifted_ids, lifted_z, begin, **sizes, **elementwise, BLOCK=slot_block, num_warps=1
             )
+            if target_entropy is not None:
+                _entropy_kernel[(n,)](
+                    *(logits, bias, lifted_z, found.gold_slot, target_entropy, begin),
+                    **sizes,
+                    **elementwise,
+                    BLOCK_V=min(block, ENTROPY_BLOCK),
+                    BLOCK_SLOTS=triton.next_power_of_2(slots),
+                    num_warps=8,
+                )
             _dense_kernel[(n,)](
                 *(logits, grad, bias, lifted_z, lifted_grad),
                 *(found.gold_slot, found.lifted_ids, found.p, found.t, found.source_weight),
-                *(operands.ce_weight, operands.kd_weight, loss, ce, kd, target_mass, begin, options.temperature, V),
+                *(operands.ce_weight, operands.kd_weight, loss, ce, kd, target_mass),
+                *(temperature_of_row, begin, options.temperature, V),
                 **sizes,
                 **family,
-                TEMPERED=found.p is not None and options.temperature != 1,
+                TEMPERED=found.p is not None and (temperature_of_row is not None or options.temperature != 1),
                 **elementwise,
                 BLOCK_V=block,
                 BLOCK_SLOTS=triton.next_power_of_2(slots),
@@ -156,6 +181,8 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
                 dbias.add_(grad_rows.sum(0, dtype=torch.float32))
     if N == 0:  # no chunk has written it
         dweight.zero_()
+    nothing_left_out = hidden.new_zeros(3, dtype=torch.float32)
+    nothing_left_out[1].fill_(1)  # the share of the columns that are computed
     return Outputs(
         loss=loss if options.per_row else loss.sum(),
         dhidden=dhidden,
@@ -165,7 +192,10 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
         kd=kd,
         source_mass=found.source_mass,
         target_mass=target_mass,
+        source_entropy=source_entropies(found, operands.labels) if options.entropies else empty(0),
+        target_entropy=empty(0) if target_entropy is None else target_entropy,
         winner=winner.chosen,
+        left_out=nothing_left_out,
     )
 
 
@@ -180,6 +210,17 @@ class Found(NamedTuple):
     )
     t: Tensor | None = None  # (N, W)
     source_weight: Tensor | None = None  # (N, W); None where every source that has an entry weighs 1
+
+
+def source_entropies(found: Found, labels: Tensor) -> Tensor:
+    """The entropy (N,) of the sources' distributions over their kept entries and bucket, the weighted mean; 0 where there is none."""
+    if found.p is None or found.t is None:
+        return torch.zeros_like(found.source_mass)
+    entropy = torch.special.entr(found.p.where(found.p != -1, 0)).sum(-1) + torch.special.entr(found.t)
+    if found.source_weight is None:
+        return entropy.masked_fill(labels == IGNORE_INDEX, 0)
+    total = found.source_weight.sum(1)
+    return (found.source_weight * entropy).sum(1) / total.where(total != 0, torch.ones_like(total))
 
 
 def launch_prep(operands: Operands, options: Options, winner: Winner) -> Found:

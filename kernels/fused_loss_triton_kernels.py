@@ -237,6 +237,51 @@ def _scatter_kernel(
         tl.store(grad_ptr + row * V_PADDED + ids, grad.to(grad_ptr.dtype.element_ty), mask=ids >= 0)
 
 
+# entropy: one program per row, between gather and dense, and only where it is asked for
+
+
+@triton.jit(do_not_specialize=["begin"])
+def _entropy_kernel(
+    logits_ptr,
+    bias_ptr,
+    lifted_z_ptr,
+    gold_slot_ptr,
+    target_entropy_ptr,
+    begin,
+    V_PADDED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    """The entropy log Σ e + Σ e·(m − z) / Σ e of one row at temperature 1, e = exp(z − m), in which no term is negative."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V_PADDED
+    gold_slot = tl.load(gold_slot_ptr + begin + row)
+    entropy = 0.0
+    if gold_slot != _IGNORED:
+        slot = tl.arange(0, BLOCK_SLOTS)
+        lifted_z = tl.load(lifted_z_ptr + row * SLOTS + slot, mask=slot < SLOTS, other=float("-inf"))
+        m = tl.maximum(tl.max(lifted_z, 0), _LOWEST)
+        lifted_e = exact_exp(lifted_z - m)
+        total = tl.sum(lifted_e, 0)
+        spread = tl.sum(tl.where(lifted_e > 0, lifted_e * (m - lifted_z), 0.0), 0)
+        for start in range(0, V_PADDED, BLOCK_V):
+            columns = start + tl.arange(0, BLOCK_V)
+            z = _logits(logits_ptr, bias_ptr, columns, columns < V_PADDED, True, SCALE, SOFTCAP)
+            new_m = tl.maximum(m, tl.max(z, 0))
+            shrink = exact_exp(m - new_m)
+            e = tl.exp(z - new_m)
+            spread = (spread + total * (new_m - m)) * shrink + tl.sum(
+                tl.where(z > float("-inf"), e * (new_m - z), 0.0), 0
+            )
+            total = total * shrink + tl.sum(e, 0)
+            m = new_m
+        entropy = tl.where(gold_slot == _INVALID, float("nan"), tl.log(total) + spread / total)
+    tl.store(target_entropy_ptr + begin + row, entropy)
+
+
 # dense: one program per row
 
 
@@ -296,6 +341,7 @@ def _dense_kernel(
     ce_ptr,
     kd_ptr,
     target_mass_ptr,
+    temperature_ptr,
     begin,
     temperature,
     V,
@@ -318,8 +364,8 @@ def _dense_kernel(
     """Losses, statistics and the gradient in h Wᵀ + bias of one row. Of an ignored row they are all 0.
 
     No gradient is computed where grad_ptr is None. Without a source, p_ptr is None and there is no KD; where source_weight_ptr
-    is None, a source that has an entry weighs 1. The row's scalars are named as in `chunk_losses` of fused_loss_torch.py, which
-    computes the same thing and explains the steps.
+    is None, a source that has an entry weighs 1. temperature_ptr holds a temperature for each row, or is None. The row's
+    scalars are named as in `chunk_losses` of fused_loss_torch.py, which computes the same thing and explains the steps.
     """
     row = tl.program_id(0).to(tl.int64)
     n = begin + row
@@ -340,9 +386,13 @@ def _dense_kernel(
             for start in range(0, V_PADDED, BLOCK_V):
                 tl.store(grad_ptr + start + tile, zeros, mask=start + tile < V_PADDED)
     else:
+        T = temperature
+        if temperature_ptr is not None:
+            T = tl.load(temperature_ptr + n).to(tl.float32)
+            T = tl.where((T > 0) & (float("inf") > T), T, float("nan"))
         inv_T = 1.0
         if TEMPERED:
-            inv_T = 1 / temperature
+            inv_T = 1 / T
         top = tl.full([lanes], _LOWEST, tl.float32)
         total = tl.zeros([lanes], tl.float32)
         total_T = tl.zeros([lanes], tl.float32)
@@ -406,7 +456,6 @@ def _dense_kernel(
         kd = 0.0
         target_mass = 0.0
         if p_ptr is not None:
-            T = temperature
             lifted = tl.load(lifted_ids_ptr + n * SLOTS + slot, mask=slot < SLOTS, other=-1) >= 0
             e_T, shrink_T = e, shrink
             if TEMPERED:

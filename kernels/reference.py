@@ -65,7 +65,7 @@ def fusion_loss_reference(
     ce_weight: Tensor | None = None,
     kd_weight: Tensor | None = None,
     beta: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     tail: str = BUCKET,
     divergence: str = FORWARD_KL,
     divergence_beta: float = 0.5,
@@ -79,6 +79,7 @@ def fusion_loss_reference(
     reduction: str = "mean",
     num_items_in_batch: int | None = None,
     return_stats: bool = False,
+    entropies: bool = False,
 ) -> Any:
     """`profuser.loss.fused_linear_fusion_loss`, dense: the same arguments and returns, with gradients by autograd."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
@@ -110,7 +111,10 @@ def fusion_loss_reference(
     if z_loss:
         learnt = learnt + z_loss * logits.logsumexp(1) ** 2
 
-    kd, source_mass, target_mass, total_weight = (torch.zeros_like(ce) for _ in range(4))
+    kd, source_mass, target_mass, source_entropy, total_weight = (torch.zeros_like(ce) for _ in range(5))
+    target_entropy = torch.special.entr(log_q.exp()).sum(1)
+    if isinstance(temperature, Tensor):
+        temperature = temperature[valid].to(dtype)[:, None]
     if sources:
         assert source_ids is not None
         assert source_logprobs is not None
@@ -132,12 +136,16 @@ def fusion_loss_reference(
                 for i in range(len(valid))
             ]) if len(valid) else kd  # fmt: skip
             share = share.masked_fill(~P.present, 0)
-            kd = kd + torch.where(share == 0, 0, share * temperature**2 * D)
+            T = temperature[:, 0] if isinstance(temperature, Tensor) else temperature
+            kd = kd + torch.where(share == 0, 0, share * T**2 * D)
+            entropy = torch.special.entr(P.p).sum(1) + torch.special.entr(P.t)
+            source_entropy = source_entropy + torch.where(share == 0, 0, share * entropy)
             source_mass = source_mass + torch.where(share == 0, 0, share * P.mass)
             target_mass = target_mass + share * torch.where(P.inside, log_q.detach().exp(), 0).sum(1)
             total_weight = total_weight + share
         total_weight = torch.where(total_weight == 0, 1, total_weight)
         source_mass, target_mass = source_mass / total_weight, target_mass / total_weight
+        source_entropy = source_entropy / total_weight
 
     per_row = torch.zeros(rows, dtype=dtype)
     terms = per_row.index_put((valid,), ce_weight[valid] * learnt + kd_weight[valid] * kd)
@@ -151,8 +159,11 @@ def fusion_loss_reference(
         return loss
     stats = {
         name: per_row.index_put((valid,), value.detach())
-        for name, value in (("ce", ce), ("kd", kd), ("source_mass", source_mass), ("target_mass", target_mass))
-    }
+        for name, value in (
+            ("ce", ce), ("kd", kd), ("source_mass", source_mass), ("target_mass", target_mass),
+            *((("source_entropy", source_entropy), ("target_entropy", target_entropy)) if entropies else ()),
+        )
+    }  # fmt: skip
     stats["winner"] = torch.tensor(winner)
     return loss, stats
 

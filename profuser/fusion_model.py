@@ -42,7 +42,7 @@ class FusionModel(nn.Module):
     Args:
         model: the target. Its final softcap, logit scale and head bias are honoured, or else the model is refused.
         beta: as in fused_linear_fusion_loss. It counts where forward gets no kd_weight.
-        temperature, tail, divergence, divergence_beta, combine, combine_temperature, z_loss, label_smoothing: as in
+        temperature, tail, divergence, divergence_beta, combine, combine_temperature, z_loss, label_smoothing, left_out: as in
             fused_linear_fusion_loss. combine counts where forward gets a source_ce.
         source_temperature: the temperature of the source_logprobs that forward is given, if it is not `temperature`: 1.0 for
             those of `align` and of a store. They are then brought to `temperature`, and a source_tail that comes along is
@@ -83,18 +83,19 @@ class FusionModel(nn.Module):
         combine_temperature: float = 1.0,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
+        left_out: float = 0.0,
         source_temperature: float | None = None,
     ):
         super().__init__()
         check_scalars(temperature, None, 1.0, None)
         check_options(tail, "mean", None, beta, None, None)
-        check_family(
-            tail, divergence=divergence, divergence_beta=divergence_beta, combine=combine, combine_temperature=combine_temperature,
-            z_loss=z_loss, label_smoothing=label_smoothing,
-        )  # fmt: skip
         if source_temperature is not None:
             check_source_temperature(source_temperature, temperature, tail)
         head = head_of(model)
+        check_family(
+            tail, divergence=divergence, divergence_beta=divergence_beta, combine=combine, combine_temperature=combine_temperature,
+            z_loss=z_loss, label_smoothing=label_smoothing, left_out=left_out, softcap=head.softcap,
+        )  # fmt: skip
         if getattr(model.config.get_text_config(), "output_router_logits", False):
             raise DataError(
                 f"a model's loss must be its cross-entropy, {type(model).__name__} adds its router's (output_router_logits); set "
@@ -109,7 +110,7 @@ class FusionModel(nn.Module):
         self.beta, self.temperature, self.tail, self.combine = beta, temperature, tail, combine
         self.loss_options: dict[str, Any] = {
             "divergence": divergence, "divergence_beta": divergence_beta, "combine_temperature": combine_temperature,
-            "z_loss": z_loss, "label_smoothing": label_smoothing,
+            "z_loss": z_loss, "label_smoothing": label_smoothing, "left_out": left_out,
         }  # fmt: skip
         self.source_temperature = source_temperature
         self.register_state_dict_post_hook(drop_tied)

@@ -26,11 +26,13 @@ def check_family(
     combine_temperature: float,
     z_loss: float,
     label_smoothing: float,
+    left_out: float,
+    softcap: float | None,
 ) -> None:
     """Raises ValueError or TypeError unless there is such a member of the family of losses."""
     check_numbers(
         divergence_beta=divergence_beta, combine_temperature=combine_temperature, z_loss=z_loss,
-        label_smoothing=label_smoothing,
+        label_smoothing=label_smoothing, left_out=left_out,
     )  # fmt: skip
     check_divergence(divergence, divergence_beta, tail)
     if combine not in COMBINE:
@@ -47,6 +49,13 @@ def check_family(
         raise ValueError(f"z_loss must be >= 0 and finite, got {z_loss}; 1e-4 is usual")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}; 0.1 is usual")
+    if not 0 <= left_out < 1:
+        raise ValueError(f"left_out must be in [0, 1), got {left_out}; 0 is exact, 0.003 about as exact as bf16")
+    if left_out and label_smoothing and softcap is not None:
+        raise ValueError(
+            f"left_out must be 0 with label_smoothing under a softcap (where the smoothed part is not alike in all columns), got "
+            f"{left_out}; leave one of them out"
+        )
 
 
 def check_valid_rows(valid_rows: int | None) -> None:

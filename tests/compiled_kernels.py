@@ -84,6 +84,7 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         arguments = {f"{name}_ptr": "*fp32" for name in ("logits", *floats, "target_mass")} | {
             "grad_ptr": f"*{dtype}", "bias_ptr": None, "gold_slot_ptr": "*i32", "lifted_ids_ptr": "*i32",
             "begin": "i32", "temperature": "fp32", "V": "i32", "V_PADDED": padded(V), "SLOTS": K + 1, "TEMPERED": False,
+            "temperature_ptr": None,
             "source_weight_ptr": None, "W": 1, "DIVERGENCE": "forward_kl", "BETA": 0.5, "LOG_P_SHARE": 0.0,
             "LOG_Q_SHARE": 0.0, "CONDITIONAL": False, "Z_LOSS": 0.0, "SMOOTHING": 0.0,
             "SCALE": 1.0, "SOFTCAP": None, "BLOCK_V": block, "BLOCK_SLOTS": triton.next_power_of_2(K + 1),
@@ -94,6 +95,13 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
             function=source._dense_kernel, arguments=arguments, warps=warps, streams=padded(V) > block,
             loops_over_sources=over_sources,
         )  # fmt: skip
+
+    def entropy(V, K=10, **changes):
+        pointers = {"logits_ptr": "*fp32", "bias_ptr": None, "lifted_z_ptr": "*fp32", "gold_slot_ptr": "*i32"}
+        pointers |= {"target_entropy_ptr": "*fp32"}
+        fixed = {"begin": "i32", "V_PADDED": padded(V), "SLOTS": K + 1, "SCALE": 1.0, "SOFTCAP": None}
+        fixed |= {"BLOCK_V": driver.ENTROPY_BLOCK, "BLOCK_SLOTS": triton.next_power_of_2(K + 1)}
+        return Kernel(function=source._entropy_kernel, arguments=pointers | fixed | changes, warps=8)
 
     source_pointers = ("winner_ptr", "ids_ptr", "logprobs_ptr", "tail_ptr", "p_ptr", "t_ptr")
     everything = {"TEMPERED": True, "SCALE": 0.5, "SOFTCAP": 30.0, "bias_ptr": "*bf16"}
@@ -126,6 +134,9 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         ),
         "dense V=151936, z-loss and smoothing": dense(151936, **extras),
         "dense V=151936, no source": dense(151936, K=0, p_ptr=None, t_ptr=None),
+        "dense V=151936, T of each row": dense(151936, temperature_ptr="*fp32", TEMPERED=True),
+        "entropy V=32000": entropy(32000),
+        "entropy V=151936, K=128, all options": entropy(151936, K=128, bias_ptr="*bf16", SCALE=0.5, SOFTCAP=30.0),
         "dense V=151936, forward only": dense(151936, grad_ptr=None, lifted_grad_ptr=None),
     }
 

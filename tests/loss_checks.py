@@ -73,6 +73,7 @@ def run(
 ) -> dict[str, Tensor]:
     """The loss, the gradients of hidden, weight and bias, and the stats, computed on `device` and returned on the CPU."""
     case = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in (case | options).items()}
+    case.setdefault("entropies", True)
     leaves = [name for name in DIFFERENTIABLE if case.get(name) is not None]
     for name in leaves:
         case[name] = (case[name] if upcast is None else case[name].to(upcast)).requires_grad_()

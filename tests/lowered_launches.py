@@ -87,7 +87,7 @@ class Launches:
 
 def launch_fused_loss(
     V, K=10, T=1.0, grad=True, dtype="bfloat16", labels="int64", ids="int32", logprobs="float16", given=None, tail="bucket",
-    bias=None, softcap=None, scale=1.0, source_stride=None, mixed=False, **family,
+    bias=None, softcap=None, scale=1.0, source_stride=None, mixed=False, of_row=None, **family,
 ):  # fmt: skip
     """Launches the loss in two chunks, so that `begin` is 0 in one and not in the other. K = 0 is a loss without a source."""
     import torch
@@ -105,6 +105,7 @@ def launch_fused_loss(
         ce_weight=empty(N),
         kd_weight=empty(N),
         bias=bias and empty(V, dtype=bias),
+        temperature_of_row=of_row and empty(N, dtype=of_row),
     )
     if K:
         strides = (source_stride or N * K, K, 1)
@@ -124,8 +125,8 @@ def launch_fused_loss(
         grad_bias=grad and bias is not None,
         chunk_size=2,
     )
-    of_row = empty(N, dtype="int64") if K and not mixed else None
-    winner = Winner(empty(1, dtype="int64"), of_row, empty(S, N) if mixed else None)
+    chosen = empty(N, dtype="int64") if K and not mixed else None
+    winner = Winner(empty(1, dtype="int64"), chosen, empty(S, N) if mixed else None)
     fused_loss_triton(operands, options, winner)
 
 
@@ -207,6 +208,9 @@ def launch_everything(launches: Launches) -> None:
         )
     for smoothing, z_loss, K in product((0.0, 0.1), (0.0, 1e-4), (0, 10)):
         launch(launch_fused_loss, V=83, K=K, label_smoothing=smoothing, z_loss=z_loss, **everything)
+    for of_row, entropies, K in product((None, "float32", "float64"), (True, False), (0, 10)):
+        launch(launch_fused_loss, V=83, K=K, of_row=of_row, entropies=entropies)
+        launch(launch_fused_loss, V=83, K=K, of_row=of_row, entropies=entropies, mixed=K > 0, **everything)
     for labels, ids, logprobs in kinds:
         launch(launch_fused_loss, V=83, labels=labels, ids=ids, logprobs=logprobs)
     launch(launch_fused_loss, V=83, source_stride=1 << 32)

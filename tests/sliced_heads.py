@@ -39,7 +39,7 @@ def results(case: Any, options: Any, slice_of_head: slice, **more: Any) -> Any:
         case[name] = case[name][slice_of_head].clone().requires_grad_()
         leaves.append(case[name])
     arguments: Any = case | options | more | {"chunk_size": 5}
-    loss, stats = fused_linear_fusion_loss(**arguments, return_stats=True)
+    loss, stats = fused_linear_fusion_loss(**arguments, return_stats=True, entropies=True)
     grad_output = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
     return loss.detach(), stats, torch.autograd.grad(loss, leaves, grad_output)
 

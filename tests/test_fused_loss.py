@@ -330,3 +330,30 @@ def test_without_a_source_it_is_cross_entropy(loss, poisoned_buffers):
     assert ours["winner"].tolist() == [-1]
     for name in ("kd", "source_mass", "target_mass"):
         assert not ours[name].any()
+
+
+# Statistics. That they are those of the reference is checked in every case above.
+
+
+def test_entropies_are_those_worked_by_hand(loss):
+    q = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])
+    case = with_logits(
+        q.log().clamp_min(-200.0),
+        labels=torch.tensor([0, 0, 0]),
+        source_ids=torch.tensor([[[0, 1, 1], [2, -1, -1], [-1, -1, -1]]]),
+        source_logprobs=torch.tensor([[[0.5, 0.2, 0.1], [1.0, 0.3, 0.3], [0.5, 0.5, 0.5]]]).log(),
+    )
+    found = loss(case, temperature=2.0, kd_weight=torch.zeros(3))
+    of_target = [-sum(x * math.log(x) for x in row) for row in ([0.1, 0.2, 0.3, 0.4], [0.25] * 4)]
+    of_source = -sum(x * math.log(x) for x in (0.5, 0.3, 0.2))
+    assert found["target_entropy"].tolist() == pytest.approx([*of_target, 0.0], abs=1e-6)
+    assert found["source_entropy"].tolist() == pytest.approx([of_source, 0.0, 0.0], abs=1e-6)
+
+
+def test_entropies_of_mixed_sources_are_their_weighted_mean(loss):
+    case = small_case(B=1, S=2)
+    del case["source_ce"]
+    of_each = [loss(case | {"source_index": torch.tensor([s])})["source_entropy"] for s in range(2)]
+    mixed = loss(case | {"source_weight": torch.tensor([[1.0], [3.0]])})["source_entropy"]
+    present = (case["source_ids"] >= 0).any(-1).all(0)
+    torch.testing.assert_close(mixed[present], ((of_each[0] + 3 * of_each[1]) / 4)[present])

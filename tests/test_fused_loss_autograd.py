@@ -336,7 +336,7 @@ WRONG = {
     "head of a shard": ({"weight": torch.zeros(0)}, "gathered first"),
     "no hidden states": ({"hidden": None}, "hidden must be a tensor, got NoneType; pass the last hidden states"),
     "all hidden states": ({"hidden": lambda x: (x, x)}, r"hidden must be a tensor, got tuple.*hidden_states\[-1\]"),
-    "learnable temperature": ({"temperature": torch.ones((), requires_grad=True)}, "temperature must be a number"),
+    "learnable temperature": ({"temperature": torch.ones((), requires_grad=True)}, r"temperature must be \(N,\) = \(37,\), got \(\)"),
     "temperature as text": ({"temperature": "1"}, r"got '1' \(str\)"),
     "chunk of a half": ({"chunk_size": 2.5}, "chunk_size must be a whole number, got 2.5"),
     "bytes as a float": ({"max_chunk_bytes": 1e6}, "max_chunk_bytes must be a whole number"),

@@ -306,7 +306,7 @@ def test_training_without_sources_is_said(recwarn):
 @pytest.mark.parametrize(
     "option",
     [{"tail": "x"}, {"temperature": 0.0}, {"beta": -1.0}, {"divergence": "kl"}, {"combine": "x"}, {"z_loss": -1.0},
-     {"label_smoothing": 1.0}, {"divergence_beta": "half"}, {"combine_temperature": 0.0}],
+     {"label_smoothing": 1.0}, {"divergence_beta": "half"}, {"combine_temperature": 0.0}, {"left_out": 1.0}],
     ids=str,
 )  # fmt: skip
 def test_a_wrong_option_is_an_error_at_once(option):

@@ -106,6 +106,8 @@ def test_every_bundled_recipe_parses(recipe):
         ({"optim": {"combine": "softmax", "combine_temperature": 0.0}}, "optim.combine_temperature"),
         ({"optim": {"z_loss": -1.0}}, "optim.z_loss"),
         ({"optim": {"label_smoothing": 1.0}}, "optim.label_smoothing must be < 1"),
+        ({"optim": {"left_out": 1.0}}, "optim.left_out must be < 1"),
+        ({"optim": {"left_out": -0.1}}, "optim.left_out must be >= 0"),
         ({"schedule": "progresive"}, "schedule"),
         ({"schedule": []}, "at least one stage"),
         ({"schedule": [{"share": 1.0}]}, "inference_weight or training_weight"),

@@ -16,7 +16,7 @@ needs_extension = pytest.mark.skipif(rows._rows is None, reason="the C++ extensi
 def truth(z):
     m = z.double().amax(1, keepdim=True).clamp_min(LOWEST)
     e = (z.double() - m).exp()
-    return m, e, e.sum(1, keepdim=True)
+    return m, e, e.sum(1, keepdim=True), torch.special.entr(e).sum(1, keepdim=True)
 
 
 @pytest.fixture(params=["extension", "torch"])
@@ -34,12 +34,15 @@ def implementation(request, monkeypatch):
 @pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
 def test_exponentials_are_those_of_fp64(shape, spread):
     z = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * spread
-    m, e, total = truth(z)
-    got_m, got_total = rows.exponentials_(z)
+    m, e, total, of_spread = truth(z)
+    alone = rows.exponentials_(z.clone())
+    got_m, got_total, got_spread = rows.exponentials_and_spread_(z)
+    assert torch.equal(alone[1], got_total)
     assert_close(got_m, m.float(), rtol=0, atol=0)
     # The difference from the maximum is rounded in fp32, which its exponential multiplies by its size.
     assert_close(z.double(), e, rtol=2e-7 * (1 + 12 * spread), atol=1e-37)
     assert_close(got_total.double(), total, rtol=1e-6 * (1 + spread), atol=0)
+    assert_close(got_spread.double(), of_spread, rtol=1e-6 * (1 + spread), atol=1e-6)
 
 
 @pytest.mark.usefixtures("implementation")
@@ -48,8 +51,10 @@ def test_no_value_is_lost(at):
     for value, sums in ((math.nan, math.nan), (math.inf, math.nan), (-math.inf, None)):
         z = torch.randn(3, 20)
         z[1, at] = value
-        expected = truth(z)[2]
-        _, total = rows.exponentials_(z)
+        expected, of_spread = truth(z)[2:]
+        _, total, spread = rows.exponentials_and_spread_(z)
+        assert spread[1].isnan() if sums is not None else torch.isfinite(spread[1])
+        assert_close(spread[[0, 2]].double(), of_spread[[0, 2]], rtol=1e-6, atol=1e-6)
         assert total[1].isnan() if sums is not None else z[1, at] == 0
         assert_close(total[[0, 2]].double(), expected[[0, 2]], rtol=1e-6, atol=0)
 
@@ -57,9 +62,10 @@ def test_no_value_is_lost(at):
 @pytest.mark.usefixtures("implementation")
 def test_a_row_of_nothing_gives_zeros():
     z = torch.full((2, 33), -math.inf)
-    m, total = rows.exponentials_(z)
+    m, total, spread = rows.exponentials_and_spread_(z)
     assert (z == 0).all()
     assert (total == 0).all()
+    assert (spread == 0).all()
     assert_close(m, torch.full((2, 1), LOWEST))
 
 
@@ -68,12 +74,12 @@ def test_a_row_of_nothing_gives_zeros():
 def test_threads_and_strides_change_nothing(monkeypatch, threads):
     wide = torch.randn(37, 20_001)
     whole = wide.clone()
-    expected = [x.clone() for x in rows.exponentials_(whole)]
+    expected = [x.clone() for x in rows.exponentials_and_spread_(whole)]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     part = torch.randn(37, 20_050)
     part[:, :20_001] = wide
     beside = part[:, 20_001:].clone()
-    got = rows.exponentials_(part[:, :20_001])
+    got = rows.exponentials_and_spread_(part[:, :20_001])
     assert torch.equal(part[:, :20_001], whole)
     assert torch.equal(part[:, 20_001:], beside)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -84,11 +90,12 @@ def test_what_does_not_fit_is_refused():
     extension: Any = rows._rows
     z, one = torch.randn(3, 5).numpy(), torch.empty(3).numpy()
     for arguments in (
-        (z.T, one, one),
-        (z.astype("float64"), one, one),
-        (z[0], one, one),
-        (z, one[:2], one),
-        (z, one, one[:2]),
+        (z.T, one, one, None),
+        (z.astype("float64"), one, one, None),
+        (z[0], one, one, None),
+        (z, one[:2], one, None),
+        (z, one, one[:2], None),
+        (z, one, one, one[:2]),
     ):
         with pytest.raises((ValueError, TypeError)):
             extension.exp_rows(*arguments, 1)

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from profuser.errors import ConfigError, DataError, NonFiniteError
 from profuser.evaluate.__main__ import main as evaluate_command
 from profuser.evaluate.scores import evaluate
 from profuser.fusion_model import FusionModel
+from profuser.kernels import left_out
 from profuser.pipeline import train
 from profuser.prepare.data import data_hash
 from profuser.prepare.inputs import load_split
@@ -33,6 +35,7 @@ from profuser.train.loop import Trainer
 from profuser.train.metrics_log import is_due
 from profuser.train.run_directory import RunDirectory
 from profuser.train.steps import StepBatch
+from profuser.train.target import load_target
 from profuser.train.targets import Targets
 
 
@@ -247,6 +250,33 @@ def test_gradients_do_not_depend_on_the_micro_batch_size(prepared, tmp_path):
         assert metrics["loss"] == pytest.approx(after[0][1]["loss"], rel=1e-5)
         for name, value in after[0][0].items():
             torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_with_columns_left_out_has_the_exact_losses_and_nearly_the_exact_gradient(prepared, tmp_path, monkeypatch):
+    _, run, store = prepared
+    monkeypatch.setattr(left_out, "PAYS", 1.0)  # a small vocabulary would be computed as a whole
+    thinned, multiply = [], left_out.ThinnedProducts.multiply_stand_ins
+    monkeypatch.setattr(left_out.ThinnedProducts, "multiply_stand_ins", lambda self: thinned.append(multiply(self)))
+    after = []
+    for share in (0.0, 0.003):
+        t = trainer(run, store, tmp_path / str(share), left_out=share, grad_clip=1e9)
+        t.optimizer = torch.optim.SGD(t.fusion.parameters(), lr=1.0)
+        before = weights(t)
+        metrics = t._step(3, t.stages[1], t.steps.batch(3))
+        after.append((torch.cat([(value - before[name]).flatten() for name, value in weights(t).items()]), metrics))
+    (exact, of_exact), (near, of_near) = after
+    assert thinned
+    assert of_near["loss"] == of_exact["loss"]
+    assert 0 < (near - exact).norm() < 5e-3 * exact.norm()
+
+
+def test_columns_are_left_out_on_a_cpu_only(prepared):
+    recipe = prepared[1].recipe
+    recipe = replace(recipe, optim=replace(recipe.optim, left_out=0.01))
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16")
+    chat: Any = None
+    with pytest.raises(ConfigError, match=r"optim\.left_out must be 0 on a GPU"):
+        load_target(recipe, chat, gpu, sharded=False)
 
 
 def test_each_mode_is_normalised_by_its_own_tokens(prepared, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from profuser.errors import ConfigError
 from profuser.fusion_model import FusionModel
 from profuser.models.attention import uses_flash_attention
 from profuser.models.head import head_layer
@@ -24,11 +25,15 @@ def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, s
     """Loads the target onto this process's device, or divides it among the processes if it is to be `sharded`.
 
     Raises:
-        ConfigError: the recipe's adapter does not fit the target.
+        ConfigError: the recipe's adapter does not fit the target, or its loss does not fit the target or the device.
         DataError: the target cannot be loaded, or does not fit its tokenizer or the loss.
     """
     config = recipe.target_config
     in_bf16 = accelerator.mixed_precision == "bf16"
+    if recipe.optim.left_out and accelerator.device.type == "cuda":
+        raise ConfigError(
+            f"optim.left_out must be 0 on a GPU, whose kernels compute the exact gradient, got {recipe.optim.left_out:g}; take it out"
+        )
     # Weights that an adapter freezes need no more digits than they are computed with.
     dtype = torch.bfloat16 if in_bf16 and recipe.adapter is not None else torch.float32
     if not sharded:
@@ -61,7 +66,10 @@ def _with_loss(target: PreTrainedModel, recipe: Recipe, chat: ChatFormat) -> Fus
         target = with_adapter(target, recipe.adapter)
     if recipe.optim.gradient_checkpointing:
         target.gradient_checkpointing_enable()
-    return FusionModel(target, **recipe.optim.loss_options)
+    try:
+        return FusionModel(target, **recipe.optim.loss_options)
+    except ValueError as error:  # options of which the target's softcap allows one only
+        raise ConfigError(f"optim.{error}") from None
 
 
 @torch.no_grad()
