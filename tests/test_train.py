@@ -252,7 +252,9 @@ def test_gradients_do_not_depend_on_the_micro_batch_size(prepared, tmp_path):
             torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4)
 
 
-def test_a_step_with_columns_left_out_has_the_exact_losses_and_nearly_the_exact_gradient(prepared, tmp_path, monkeypatch):
+def test_a_step_with_columns_left_out_has_the_exact_losses_and_nearly_the_exact_gradient(
+    prepared, tmp_path, monkeypatch
+):
     _, run, store = prepared
     monkeypatch.setattr(left_out, "PAYS", 1.0)  # a small vocabulary would be computed as a whole
     thinned, multiply = [], left_out.ThinnedProducts.multiply_stand_ins
