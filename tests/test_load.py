@@ -141,6 +141,10 @@ def test_a_generation_config_may_be_missing(model):
         ('{"eos_token_id": [3, [4]]}', "must be a token's id or a list of ids, got [3, [4]]"),
         ('{"eos_token_id": 1e400}', "must be a token's id or a list of ids, got inf"),
         ('{"eos_token_id": true}', "must be a token's id or a list of ids, got True"),
+        (
+            '{"eos_token_id": [3, 300]}',
+            "must be a control token, 300 is ' wit' to the tokenizer, at which answers would end",
+        ),
     ],
 )
 def test_a_generation_config_that_cannot_be_read_is_said(model, content, says):

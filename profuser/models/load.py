@@ -367,10 +367,18 @@ def chat_format(source: SourceConfig, *, date: datetime.date | None = None) -> C
     """Returns a source's chat format. Its end-of-turn tokens are the tokenizer's and those of the generation config.
 
     `date` is what its chat template gets; None means today.
+
+    Raises:
+        DataError: the generation config's end token is plain text to the tokenizer. And what `load_tokenizer`, `end_tokens` and
+            ChatFormat raise.
     """
-    tokenizer = load_tokenizer(source)
-    ends = {*end_tokens(source), tokenizer.eos_token_id} - {None}
-    return ChatFormat(tokenizer, end_ids=sorted(ends), date=date)
+    tokenizer, ends = load_tokenizer(source), end_tokens(source)
+    if text := [i for i in ends if i < len(tokenizer) and i not in tokenizer.added_tokens_decoder]:
+        raise DataError(
+            f"{source.name}: eos_token_id in generation_config.json of {weights_of(source)[0]} must be a control token, {text[0]} is "
+            f"{tokenizer.decode(text)!r} to the tokenizer, at which answers would end in the middle; correct it"
+        )
+    return ChatFormat(tokenizer, end_ids=sorted({*ends, tokenizer.eos_token_id} - {None}), date=date)
 
 
 def end_tokens(source: SourceConfig) -> list[int]:
