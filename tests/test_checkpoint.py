@@ -164,7 +164,9 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_newest(tmp_path, nn.Linear(4, 8), optimizer)
 
 
-@pytest.mark.parametrize("other", [lambda tensor: None, lambda tensor: tensor[:1].clone()], ids=["missing", "of another shape"])
+@pytest.mark.parametrize(
+    "other", [lambda tensor: None, lambda tensor: tensor[:1].clone()], ids=["missing", "of another shape"]
+)
 def test_moments_of_another_kind_are_refused_in_one_line(tmp_path, other):
     """An optimizer of another version may keep other moments. One number must not be spread over a whole tensor in silence."""
     model, optimizer = trained()
