@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 from unittest import mock
 
 import numpy as np
@@ -23,7 +24,7 @@ from profuser.train.targets import Targets
 WEIGHTS = dict.fromkeys(Mode, 1.0)
 
 
-def keeping(run: Run, directory: Path, keep: str, **optim) -> Run:
+def keeping(run: Run, directory: Path, keep: Literal["winner", "all"], **optim) -> Run:
     recipe = replace(run.recipe, store=str(directory), align=replace(run.recipe.align, keep=keep))
     return replace(run, recipe=replace(recipe, optim=replace(recipe.optim, **optim)))
 
@@ -74,7 +75,7 @@ def test_a_store_with_all_rows_serves_a_recipe_that_needs_the_winners(prepared):
 
 
 def test_a_new_store_holds_what_the_recipe_says(prepared, tmp_path):
-    for keep in ("winner", "all"):
+    for keep in get_args(Literal["winner", "all"]):
         assert Inputs.open(keeping(prepared[1], tmp_path / "new", keep)).keep == keep
 
 
