@@ -1,7 +1,7 @@
 """What `left_out` costs in exactness and saves in time, on the states of a language model (SmolLM2, say) over real text.
 
     python -m benchmarks.left_out errors --model DIR [--rows 2048] [--write docs/results.md]
-    python -m benchmarks.left_out times --model DIR [--rows 8192] [--rounds 3] [--write docs/results.md]
+    python -m benchmarks.left_out times --model DIR [--rows 8192] [--rounds 3] [--case uneven --share 0.02] [--write docs/results.md]
 
 `errors` compares the gradients with the exact ones, for chunks of several sizes and for every divergence. `times` measures, on one
 thread and in turn, the three matrix products alone, the exact loss, the loss with `left_out`, and the chunk loop that one would write
@@ -141,7 +141,7 @@ def errors(case: Case) -> str:
     return f"{N} x {D} x {V}; rounding the gradient in the logits to bf16 costs {rounding:.1e} of dH.\n\n{table(head, rows)}"
 
 
-def times(cases: dict[str, Callable[[], Case]], rounds: int) -> str:
+def times(cases: dict[str, Callable[[], Case]], rounds: int, share: float) -> str:
     rows = []
     for name, make in cases.items():
         case = make()
@@ -151,11 +151,11 @@ def times(cases: dict[str, Callable[[], Case]], rounds: int) -> str:
             "three products": gemms(N, D, V, 3, torch.float32, "cpu"),
             "exact": lambda case=by_hand: step(fused_linear_fusion_loss, case),
             "chunk loop by hand": lambda case=by_hand: step(chunked, case),
-            f"left_out={SHARE}": lambda case=by_hand: step(fused_linear_fusion_loss, case, left_out=SHARE),
+            f"left_out={share}": lambda case=by_hand: step(fused_linear_fusion_loss, case, left_out=share),
         }
         seconds, results = measured(steps, rounds)
-        exact, found = results["exact"], results[f"left_out={SHARE}"]
-        _, stats = fused_linear_fusion_loss(**by_hand, left_out=SHARE, return_stats=True)
+        exact, found = results["exact"], results[f"left_out={share}"]
+        _, stats = fused_linear_fusion_loss(**by_hand, left_out=share, return_stats=True)
         floor = seconds["three products"]
         for label, taken in seconds.items():
             thin = label.startswith("left_out")
@@ -220,6 +220,12 @@ def main(argv: list[str]) -> None:
         "--rows", type=int, metavar="N", help="tokens of text (default: 2048 for errors, 8192 for times)"
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is timed (default: 3)")
+    parser.add_argument(
+        "--case", default="", metavar="NAME", help="time the cases whose names contain this (default: all)"
+    )
+    parser.add_argument(
+        "--share", type=float, default=SHARE, metavar="X", help=f"left out in what is timed (default: {SHARE})"
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the section left_out_WHAT of this page")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -234,7 +240,8 @@ def main(argv: list[str]) -> None:
             "peaked, columns alike": lambda: make_case("headline", "peaked"),
             "flat": lambda: flat_case(rows // 4),
         }
-        text = times(cases, args.rounds)
+        chosen = {name: make for name, make in cases.items() if args.case in name}
+        text = times(chosen, args.rounds, args.share)
     command = f"python -m benchmarks.left_out {' '.join(argv)}"
     text = f"Command: `{command}`; {here['cpu']}, 1 thread, float32, torch {here['torch']}; commit {here['commit']}.\n\n{text}"
     if args.write is None:

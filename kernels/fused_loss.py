@@ -258,7 +258,9 @@ def _recomputed(operands: Operands, options: Options, needed: list[str], grad_lo
     operands = Operands._make(None if x is None else x.detach() for x in operands)
     operands = operands._replace(ce_weight=operands.ce_weight * grad_loss, kd_weight=operands.kd_weight * grad_loss)
     asked_for: dict[str, Any] = {f"grad_{name}": name in needed for name in DIFFERENTIABLE}
-    return fused_loss(operands, options._replace(per_row=False, **asked_for)).gradients()
+    # What is only said beside the gradients has been said, or cannot be said here.
+    options = options._replace(per_row=False, entropies=False, left_out_bound=False, **asked_for)
+    return fused_loss(operands, options).gradients()
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:

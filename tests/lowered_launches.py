@@ -208,9 +208,12 @@ def launch_everything(launches: Launches) -> None:
         )
     for smoothing, z_loss, K in product((0.0, 0.1), (0.0, 1e-4), (0, 10)):
         launch(launch_fused_loss, V=83, K=K, label_smoothing=smoothing, z_loss=z_loss, **everything)
-    for of_row, entropies, K in product((None, "float32", "float64"), (True, False), (0, 10)):
-        launch(launch_fused_loss, V=83, K=K, of_row=of_row, entropies=entropies)
-        launch(launch_fused_loss, V=83, K=K, of_row=of_row, entropies=entropies, mixed=K > 0, **everything)
+    for of_row, K in product(("float32", "float64"), (0, 10)):
+        launch(launch_fused_loss, V=83, K=K, of_row=of_row)
+        launch(launch_fused_loss, V=83, K=K, of_row=of_row, mixed=K > 0, **everything)
+    for V, K in product((17, 83, 128), (0, 10)):
+        launch(launch_fused_loss, V=V, K=K, entropies=True)
+        launch(launch_fused_loss, V=V, K=K, entropies=True, mixed=K > 0, **everything)
     for labels, ids, logprobs in kinds:
         launch(launch_fused_loss, V=83, labels=labels, ids=ids, logprobs=logprobs)
     launch(launch_fused_loss, V=83, source_stride=1 << 32)
