@@ -242,7 +242,7 @@ def main(argv: list[str]) -> None:
         }
         chosen = {name: make for name, make in cases.items() if args.case in name}
         text = times(chosen, args.rounds, args.share)
-    command = f"python -m benchmarks.left_out {' '.join(argv)}"
+    command = f"python -m benchmarks.left_out {' '.join('DIR' if word == args.model else word for word in argv)}"
     text = f"Command: `{command}`; {here['cpu']}, 1 thread, float32, torch {here['torch']}; commit {here['commit']}.\n\n{text}"
     if args.write is None:
         print(text)
