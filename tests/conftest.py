@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -30,6 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # A shell lets what it starts in the background ignore Ctrl-C. Tests send it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """Keeps the garbage collector from going through all modules and tests again and again. It takes as long as many a test."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_collection_modifyitems(config, items):

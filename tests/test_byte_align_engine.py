@@ -158,8 +158,8 @@ def fuzz(examples: int):
 
 
 @needs_cpp
-@pytest.mark.parametrize(("target", "source"), SMALL_PAIRS + REAL_PAIRS)
-@fuzz(60)
+@pytest.mark.parametrize(("target", "source"), SMALL_PAIRS + REAL_PAIRS[::2])
+@fuzz(25)
 def test_engine_equals_the_oracle_that_sees_the_whole_text(target, source, response, seed, complete):
     check_engine_equals_oracle(*pair_of(target, source), response, seed, complete)
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from command_runs import run
 from conftest import ROOT
 from merge_models import LAYERS, changed, merged, weights, whole, written
 from safetensors.torch import save_file
@@ -175,8 +176,6 @@ def test_the_command(mergeable, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "merged 2 models by slerp" in done.stdout
-    again = subprocess.run(
-        [*command, "--output", str(tmp_path / "merged")], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 2
-    assert "--output must be a new or empty directory" in again.stderr
+    code, _, err = run("merge", *command[3:], "--output", str(tmp_path / "merged"))
+    assert code == 2
+    assert "--output must be a new or empty directory" in err

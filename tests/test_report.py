@@ -171,7 +171,8 @@ def test_several_responses_of_a_source_each_show_their_votes(tmp_path):
         ]
 
     edit(run_dir / "evaluation.json", sample_more)
-    page = Page(write_report(run_dir, store_dir))
+    with without_pictures():
+        page = Page(write_report(run_dir, store_dir))
     first = page.text[page.text.index("T0:") : page.text.index("T1:")]
     assert re.search(r"wins the vote 1 of 2 votes ★ .* 0\.5 of 2 votes the second", first)
     assert re.search(r"kept from the judges: unfinished cut off kept from the judges: empty empty response", first)
@@ -205,7 +206,8 @@ def test_a_response_that_stood_alone_did_not_win_a_vote(tmp_path):
         content["votes"][0]["sources"][0]["responses"][0]["votes"] = 0.0
 
     edit(run_dir / "evaluation.json", alone)
-    text = Page(write_report(run_dir, store_dir)).text
+    with without_pictures():
+        text = Page(write_report(run_dir, store_dir)).text
     assert text.count("★ the only finished response") == 1
     assert text.count("★ wins the vote") == 5
 
@@ -216,7 +218,8 @@ def test_a_summary_from_before_the_abstentions_still_gives_a_report(tmp_path):
         store_dir / "summary.json",
         lambda summary: [summary.pop(key) for key in ("abstentions", "no_signal", "seconds")],
     )
-    page = Page(write_report(run_dir, store_dir))
+    with without_pictures():
+        page = Page(write_report(run_dir, store_dir))
     assert {row[-1] for row in page.tables["First choices per judge"][1:]} == {"–"}
     assert "no judge preferred a response (" not in page.text
 
@@ -224,7 +227,8 @@ def test_a_summary_from_before_the_abstentions_still_gives_a_report(tmp_path):
 def test_a_run_directory_from_before_the_votes_still_gives_a_report(tmp_path):
     run_dir, store_dir = make_run(tmp_path)
     edit(run_dir / "evaluation.json", lambda content: content.pop("votes"))
-    page = Page(write_report(run_dir, store_dir))
+    with without_pictures():
+        page = Page(write_report(run_dir, store_dir))
     assert "How the sources were judged" not in page.text
     assert "Side by side" in page.text
 

@@ -29,7 +29,7 @@ def without_interpreter(program, *arguments):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [24, pytest.param(1, marks=pytest.mark.long)])
 def test_launches_have_types_that_the_compiler_accepts(every):
     launches = without_interpreter("lowered_launches.py", str(every))
     assert not launches["failures"], json.dumps(launches["failures"], indent=1)[:3000]

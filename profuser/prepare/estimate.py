@@ -10,6 +10,7 @@ they take only seconds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -63,8 +64,9 @@ class Size:
     layers: int
 
 
+@functools.cache
 def probe(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measures the device, which takes a third of a second.
+    """Measures the device, which takes a third of a second, once in a process.
 
     Each operation is run several times and the fastest time counts, because other work on the machine can only slow it down.
     """

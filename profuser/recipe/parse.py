@@ -6,6 +6,7 @@ key that is meant.
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -101,17 +102,9 @@ def parse_run(
     Raises:
         ConfigError: a key is unknown, missing or of the wrong type, or keys contradict each other.
     """
-    # The options: the recipe's path, the command's own switches, and every key of a recipe.
     flags, values = flags or {}, values or {}
-    parser = jsonargparse.ArgumentParser(
-        prog=f"python -m profuser.{command}", description=description, exit_on_error=False
-    )
-    parser.add_argument("--config", action="config", help="a recipe (YAML); the bundled demo's if there is none")
-    for flag, text in flags.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=text)
-    for option, own in values.items():
-        parser.add_argument(f"--{option}", type=str, metavar="|".join(own.words) or "NUMBER", help=own.help)
-    parser.add_class_arguments(Recipe, None, as_group=False)
+    own_values = ((option, "|".join(own.words) or "NUMBER", own.help) for option, own in values.items())
+    parser = _command_parser(command, description, tuple(flags.items()), tuple(own_values))
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
 
@@ -164,13 +157,45 @@ def load_recipe(record: dict[str, Any]) -> Recipe:
     """
     if wrong := mistake(record, Recipe):
         raise ConfigError(f"{wrong} (recipe: run.json)")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe, None, as_group=False)
+    parser = _record_parser()
     try:
         namespace = parser.instantiate(parser.parse_object(deepcopy(record)))  # it is changed there
     except (jsonargparse.ArgumentError, TypeError, AttributeError) as error:
         raise ConfigError(f"{_one_line(error)} (recipe: run.json)") from None
     return _recipe(namespace)
+
+
+# To find out what a recipe's keys are takes jsonargparse longer than to parse one.
+@functools.lru_cache(maxsize=8)
+def _command_parser(
+    command: str,
+    description: str | None,
+    flags: tuple[tuple[str, str], ...],
+    values: tuple[tuple[str, str, str], ...],
+) -> jsonargparse.ArgumentParser:
+    """Returns the parser of a command line: the recipe's path, the command's own switches, and every key of a recipe.
+
+    Args:
+        flags: the switches, each with its help text. values: the options with a value, each with what stands for it and its help.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m profuser.{command}", description=description, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="a recipe (YAML); the bundled demo's if there is none")
+    for flag, text in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    for option, stands_for, text in values:
+        parser.add_argument(f"--{option}", type=str, metavar=stands_for, help=text)
+    parser.add_class_arguments(Recipe, None, as_group=False)
+    return parser
+
+
+@functools.cache
+def _record_parser() -> jsonargparse.ArgumentParser:
+    """Returns the parser of recorded recipes."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, None, as_group=False)
+    return parser
 
 
 def _arguments(argv: Sequence[str], flags: Collection[str]) -> Iterator[tuple[str, Argument | None]]:

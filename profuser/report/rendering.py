@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import math
 import re
 from pathlib import Path
@@ -24,6 +25,12 @@ MAX_SETTING = 400  # and of a recipe's value
 
 def render(template: str, **values: Any) -> str:
     """Fills the template of a page with these values."""
+    return _environment().get_template(template).render(values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Returns what knows the templates of this folder and their filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -43,7 +50,7 @@ def render(template: str, **values: Any) -> str:
         "setting": _setting,
         "breakable": _breakable,
     }
-    return environment.get_template(template).render(values)
+    return environment
 
 
 def embedded(light: Figure, dark: Figure) -> dict[str, Markup]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from profuser.environment import environment, peak_memory
 from profuser.errors import ConfigError, DataError
-from profuser.recipe.compare import deciding_keys
+from profuser.recipe.compare import deciding_keys, differing_keys
 from profuser.recipe.parse import Run, load_recipe
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import Recipe
@@ -192,15 +192,18 @@ def differing_runs(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     A key that there was not yet when a run was begun has its default.
     """
-    recipes = []
-    for recipe in (old["recipe"], new["recipe"]):
-        with contextlib.suppress(
-            ConfigError
-        ):  # a recipe with keys or values that there are no longer is compared as it is
-            recipe = load_recipe(recipe).to_dict()
-        recipes.append(recipe)
+    recipes = [old["recipe"], new["recipe"]]
+    if differing_keys(*recipes):
+        recipes = [_with_defaults(recipe) for recipe in recipes]
     keys = [key for key in deciding_keys(*recipes) if key not in ("output", "store")]
     return keys if Path(old["store"]).resolve() == Path(new["store"]).resolve() else [*keys, "store"]
+
+
+def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe as it would be recorded now. One with keys or values that there are no longer stays as it is."""
+    with contextlib.suppress(ConfigError):
+        return load_recipe(recipe).to_dict()
+    return recipe
 
 
 def _is_readable(path: Path) -> bool:
