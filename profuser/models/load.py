@@ -373,12 +373,20 @@ def chat_format(source: SourceConfig, *, date: datetime.date | None = None) -> C
             ChatFormat raise.
     """
     tokenizer, ends = load_tokenizer(source), end_tokens(source)
-    if text := [i for i in ends if i < len(tokenizer) and i not in tokenizer.added_tokens_decoder]:
+    if text := [i for i in ends if is_plain_text(tokenizer, i)]:
         raise DataError(
             f"{source.name}: eos_token_id in generation_config.json of {weights_of(source)[0]} must be a control token, {text[0]} is "
             f"{tokenizer.decode(text)!r} to the tokenizer, at which answers would end in the middle; correct it"
         )
     return ChatFormat(tokenizer, end_ids=sorted({*ends, tokenizer.eos_token_id} - {None}), date=date)
+
+
+def is_plain_text(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether a token is one that texts are made of. A tokenizer with code of its own may not list its control tokens, so that one which
+    is spelt like a control token counts as one."""
+    if token >= len(tokenizer) or token in tokenizer.added_tokens_decoder or token in tokenizer.all_special_ids:
+        return False
+    return not str(tokenizer.decode([token])).lstrip().startswith(("<", "[", "|"))
 
 
 def end_tokens(source: SourceConfig) -> list[int]:
