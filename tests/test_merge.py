@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from command_runs import run
 from conftest import ROOT
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from small_tokenizers import pretrained_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from profuser.errors import ConfigError
 from profuser.merge import methods
 from profuser.merge import models as opened
 from profuser.merge.blocks import Blocks
@@ -167,6 +169,25 @@ def test_large_models_are_written_in_several_files(tmp_path):
     found = weights(tmp_path)
     assert all(torch.equal(found[slot.name], tensor) for slot, tensor in zip(slots, tensors, strict=True))
     assert all(index["weight_map"][name] for name in found)
+
+
+def test_a_head_beside_tied_embeddings_is_merged_or_refused_and_never_lost(tmp_path):
+    tokenizer, folders = pretrained_tokenizer(resolve("demo:guardian")), []
+    for seed, tied in enumerate((True, False)):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            tie_word_embeddings=tied,
+        )  # fmt: skip
+        folders.append(written(tmp_path / str(tied), AutoModelForCausalLM.from_config(config), tokenizer))
+    tied, own = folders
+    found = merged(tmp_path, settings_of("linear", [own, tied], None, None, None, {}, None, 0))
+    heads = weights(own)["lm_head.weight"], weights(tied)["model.embed_tokens.weight"]
+    assert torch.equal(found["lm_head.weight"], (heads[0] + heads[1]) / 2)
+    with pytest.raises(
+        ConfigError, match=r"has a lm_head\.weight of its own, which would be lost, and .* has not; name .*False first"
+    ):
+        merge(settings_of("linear", [tied, own], None, None, None, {}, None, 0), tmp_path / "other")
 
 
 def test_the_command(mergeable, tmp_path):

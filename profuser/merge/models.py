@@ -135,6 +135,11 @@ def check_stored(candidate: Candidate, architecture: Architecture) -> None:
 
 def check_mergeable(first: Candidate, other: Candidate, expected: Architecture, found: Architecture) -> None:
     """Raises ConfigError unless both have one architecture and nearly one vocabulary. Finds out how tokens correspond."""
+    if own := sorted(expected.aliases.keys() - found.aliases.keys()):
+        raise ConfigError(
+            f"models must have tied embeddings where the first's are tied, {other.name} has a {own[0]} of its own, which would be lost, "
+            f"and {first.name} has not; name {other.name} first where there is no base, or {FUSE}"
+        )
     same = same_tokenizer_files(first.folder, other.folder) or same_tokens(first.tokens, other.tokens)
     if not same:
         other.rows = rows_of(first, other, expected.shapes[expected.embedding][0])
