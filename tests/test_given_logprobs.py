@@ -1,7 +1,9 @@
 """Top-k log-probabilities that a user has already: the source is not run, and what does not fit its tokenizer is named."""
 
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +16,14 @@ from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
 from profuser.prepare.votes import count_votes
+from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 from profuser.store import layout
-from profuser.text.fit import Verdict
+from profuser.text.fit import Fitted, Verdict
 
 K = 10
 PROMPT, RESPONSE = "Which place has a wetab?", "A wetab is a stone."
+WHOLE = Fitted(RESPONSE, cut=False, verdict=Verdict.OK)
 
 
 def captured(store, kind):
@@ -87,6 +91,11 @@ def given(prepared, tmp_path_factory):
         for n, part in enumerate((rows[:half], rows[half:])):
             written(folder / f"{source.name}-top-{n}.jsonl", *part)
         sources[s] = replace(source, logprobs=str(folder / f"{source.name}-top-*.jsonl"))
+        if source.name != run.recipe.target:  # of a source that is not run no weights are needed
+            model = shutil.copytree(
+                resolve(source.model), folder / source.name, ignore=shutil.ignore_patterns("*.safetensors")
+            )
+            sources[s] = replace(sources[s], model=str(model))
     recipe = replace(run.recipe, sources=sources, judges=judges, store=str(folder / "store"))
     run = replace(run, recipe=recipe)
     with pytest.MonkeyPatch.context() as patched:
@@ -133,10 +142,12 @@ def test_the_targets_of_the_source_with_the_same_tokenizer_are_the_same(prepared
             assert ours["covered"].sum() < theirs["covered"].sum() or not theirs["kinds"][..., inside].sum()
 
 
-def test_another_file_is_another_store(given):
+def test_another_file_is_another_store(given, tmp_path):
     run, _ = given
     source = run.recipe.sources[0]
-    changed = replace(source, logprobs=source.logprobs.replace("*", "0"))
+    parts = [Path(source.logprobs.replace("*", part)).read_text() for part in "10"]
+    (tmp_path / "other.jsonl").write_text("".join(parts))
+    changed = replace(source, logprobs=str(tmp_path / "other.jsonl"))
     with pytest.raises(ConfigError, match="logprobs differ"):
         prepare(replace(run, recipe=replace(run.recipe, sources=[changed, *run.recipe.sources[1:]])))
 
@@ -160,8 +171,7 @@ def opened(tmp_path, chat, row, top_k=K):
 
 
 def scored(tmp_path, chat, row, top_k=K):
-    encoded = chat.encode(PROMPT, RESPONSE)
-    return opened(tmp_path, chat, row, top_k).scored(PROMPT, RESPONSE, encoded, len(RESPONSE))
+    return opened(tmp_path, chat, row, top_k).scored(PROMPT, RESPONSE, chat, WHOLE)
 
 
 def test_a_row_says_what_it_says(tmp_path, chat, row):
@@ -209,7 +219,13 @@ def at_one(value):
     [
         (change(response=3), "row 0 (from 0): `response` must be a text, got 3"),
         (change(top_ids=None), "row 0 (from 0): `top_ids` must be a list with an entry per token, got None"),
-        (change(token_ids=lambda x: x[1:]), "must have one entry for each of its"),
+        (change(token_ids=lambda x: x[1:]), "`top_ids` must have one entry for each of its"),
+        (change(top_ids=[]), "`top_ids` must have one entry for each of its 7 tokens, got 0"),
+        (change(logprobs=[]), "`logprobs` must have one entry for each of its 7 tokens, got 0"),
+        (change(logprobs=5), "`logprobs` must have one entry for each of its 7 tokens, got 5"),
+        (change(prompt_logprobs=[], prompt_token_ids=[5]), "`prompt_logprobs` must have one entry for each of its 1 tokens, got 0"),
+        (change(top_logprobs=at_one(-(10**400))), "token 1 (from 0): a log-probability must be a number, 0 at most, got"),
+        (change(top_ids=at_one("9" * 5000)), "token 1 (from 0): a token must be an id below"),
         (change(top_ids=at_one(10**9)), "token 1 (from 0): a token must be an id below"),
         (change(top_ids=at_one(True)), "token 1 (from 0): a token must be an id below"),
         (change(top_ids=at_one(1.5)), "token 1 (from 0): a token must be an id below"),
@@ -235,7 +251,8 @@ def test_a_wrong_row_is_named_with_its_token(tmp_path, chat, row, changed, messa
         (change(response="Another."), "must have all responses that are learnt, or none of a split, it has not"),
         (change(token_ids=lambda x: [x[0], 7, *x[2:]]), "token 1 (from 0) of the response must be"),
         (lambda row: {key: value[:-1] if isinstance(value, list) else value for key, value in row.items()}, "got no more"),
-        (change(top_ids=at_one(200)), "must have a log-probability, it is not among the most probable; add `logprobs`"),
+        (change(top_ids=at_one(200)), "must have a finite log-probability, and it is not among the most probable; add it"),
+        (change(top_ids=at_one(200), logprobs=[-math.inf] * 7), "must have a finite log-probability, and it is not among"),
         (change(top_ids=at_one(-1)), "token 1 (from 0) must have capture.top_k = 10 log-probabilities, it has 9"),
     ],
 )  # fmt: skip
@@ -246,11 +263,26 @@ def test_what_does_not_fit_the_tokenizer_is_refused_with_row_and_token(tmp_path,
     assert "\n" not in str(found.value)
 
 
+def test_a_response_that_is_cut_takes_the_tokens_before_the_cut_or_the_line_says_so(tmp_path, chat, row):
+    given = opened(tmp_path, chat, row)
+    before = given.scored(PROMPT, RESPONSE, chat, Fitted("A wetab is", cut=True, verdict=Verdict.OK))
+    assert before.capture.ids.tolist() == row["token_ids"][: before.tokens]
+    with pytest.raises(
+        DataError, match=r"of the response must be .* the response was cut there: raise data\.max_length"
+    ):
+        given.scored(PROMPT, RESPONSE, chat, Fitted("A wetab is a sto", cut=True, verdict=Verdict.OK))
+
+
+def test_of_rows_with_other_tokens_that_one_counts_which_fits(tmp_path, chat, row):
+    other = row | {"token_ids": [5, *row["token_ids"][1:]], "logprobs": [-1.0] * len(row["token_ids"])}
+    given = GivenLogprobs("g", written(tmp_path / "a.jsonl", other, row), chat, K)
+    assert given.scored(PROMPT, RESPONSE, chat, WHOLE).capture.ids.tolist() == row["token_ids"]
+
+
 def test_of_two_rows_of_one_response_the_first_counts(tmp_path, chat, row):
     other = row | {"top_logprobs": [[x[0] - 1, *x[1:]] for x in row["top_logprobs"]]}
     found = GivenLogprobs("g", written(tmp_path / "a.jsonl", row, other), chat, K)
-    encoded = chat.encode(PROMPT, RESPONSE)
-    assert found.scored(PROMPT, RESPONSE, encoded, len(RESPONSE)).nll == scored(tmp_path, chat, row).nll
+    assert found.scored(PROMPT, RESPONSE, chat, WHOLE).nll == scored(tmp_path, chat, row).nll
 
 
 def test_a_file_about_other_prompts_is_refused_before_anything_runs(prepared, tmp_path, row):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from conftest import ROOT, small_run
 from small_tokenizers import pretrained_tokenizer
 
@@ -24,7 +24,7 @@ from profuser.evaluate.__main__ import main as evaluate_command
 from profuser.evaluate.scores import evaluate
 from profuser.fusion_model import FusionModel
 from profuser.kernels import left_out
-from profuser.pipeline import train
+from profuser.pipeline import check_training, train
 from profuser.prepare.data import data_hash
 from profuser.prepare.inputs import load_split
 from profuser.prepare.phases import prepare
@@ -35,7 +35,6 @@ from profuser.train.loop import Trainer
 from profuser.train.metrics_log import is_due
 from profuser.train.run_directory import RunDirectory
 from profuser.train.steps import StepBatch
-from profuser.train.target import load_target
 from profuser.train.targets import Targets
 
 
@@ -273,12 +272,12 @@ def test_a_step_with_columns_left_out_has_the_exact_losses_and_nearly_the_exact_
 
 
 def test_columns_are_left_out_on_a_cpu_only(prepared):
+    """It is found before anything is prepared."""
     recipe = prepared[1].recipe
-    recipe = replace(recipe, optim=replace(recipe.optim, left_out=0.01))
-    gpu: Any = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16")
-    chat: Any = None
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=1, distributed_type=DistributedType.NO)
     with pytest.raises(ConfigError, match=r"optim\.left_out must be 0 on a GPU"):
-        load_target(recipe, chat, gpu, sharded=False)
+        check_training(replace(recipe, optim=replace(recipe.optim, left_out=0.01)), gpu)
+    check_training(recipe, gpu)
 
 
 def test_each_mode_is_normalised_by_its_own_tokens(prepared, tmp_path):

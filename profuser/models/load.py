@@ -140,8 +140,10 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def open_model(source: SourceConfig) -> PreTrainedConfig:
+def open_model(source: SourceConfig, *, weights: bool = True) -> PreTrainedConfig:
     """Opens a source or the target without loading it, which may take place hours later, and returns its configuration.
+
+    `weights` says whether it will be loaded at all, and must have weights.
 
     Raises:
         DataError: the configuration cannot be read, names a token that the model has not, or is of no causal language model; a
@@ -155,7 +157,7 @@ def open_model(source: SourceConfig) -> PreTrainedConfig:
     check_kind(source.name, location, config, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING)
     if "gguf_file" in options:
         check_gguf_blocks(source.name, Path(location) / options["gguf_file"], config)
-    else:
+    elif weights:
         check_weights(source.name, Path(location))
         check_places(AutoModelForCausalLM, source.name, location, config, options)
     return config

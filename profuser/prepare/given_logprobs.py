@@ -14,7 +14,7 @@ source's token are skipped (docs/alignment.md, "The top k alone, as a server giv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,12 @@ from profuser.prepare.data import plain
 from profuser.prepare.given import file_rows, prompt_of_row
 from profuser.recipe.places import files_of
 from profuser.text.chat import ChatFormat
+from profuser.text.conversation import Prompt
 from profuser.text.encoded import Encoded
+from profuser.text.fit import Fitted
 
+LARGEST = 1e6
+"""No log-probability is below this with its sign turned, but that of what is impossible."""
 ROUNDING = 1e-3
 """By so much a probability, or the sum of a row's, may be above 1: servers round them."""
 
@@ -51,7 +55,7 @@ class GivenRow:
 class GivenLogprobs:
     """The top-k log-probabilities of one source, from a file or all files of a pattern, which are read one after the other.
 
-    Of several rows of one response the first counts.
+    Of several rows of one response the first counts whose tokens fit.
 
     Args:
         source: the source's name, for messages. path: the file. chat: the source's chat format. top_k: how many entries are kept.
@@ -62,7 +66,7 @@ class GivenLogprobs:
     def __init__(self, source: str, path: str, chat: ChatFormat, top_k: int):
         self.place = f"sources: {source}: logprobs {path}"
         self._chat, self._top_k = chat, top_k
-        self._of: dict[tuple[str, str], GivenRow] = {}
+        self._of: dict[tuple[str, str], list[GivenRow]] = {}
         for file in files_of(path) or [path]:  # as Python's objects a file takes many times the memory of what is kept
             for where, row in file_rows(file):
                 self._add(where, row)
@@ -71,31 +75,35 @@ class GivenLogprobs:
         response = row.get("response")
         if not isinstance(response, str):
             raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
-        key = prompt_of_row(where, row), response.strip()
-        if key not in self._of:
-            self._of[key] = _read(where, row, len(self._chat.token_bytes.pieces), self._top_k)
+        found = _read(where, row, len(self._chat.token_bytes.pieces), self._top_k)
+        known = self._of.setdefault((prompt_of_row(where, row), response.strip()), [])
+        if not any(np.array_equal(other.ids, found.ids) for other in known):
+            known.append(found)
 
-    def has(self, prompt: str, response: str) -> bool:
+    def has(self, prompt: Prompt, response: str) -> bool:
         """Whether the file has a response to a prompt. Whitespace around a response and in a prompt does not count."""
         return (plain(prompt), response.strip()) in self._of
 
-    def scored(self, prompt: str, response: str, encoded: Encoded, response_bytes: int) -> ScoredResponse:
+    def scored(self, prompt: Prompt, response: str, chat: ChatFormat, fitted: Fitted) -> ScoredResponse:
         """Returns what the source says about a response, as if it had been run, but without ranges.
 
         Args:
-            encoded: the conversation in the source's tokens; of a response that was cut, what is left of it.
-            response_bytes: the length of the response in it.
+            chat: the source's chat format. fitted: what is learnt of the response.
         Raises:
             DataError: the file has not this response, or other tokens; or a token that is learnt has no log-probabilities, or fewer than
                 capture.top_k.
+            TokenBytesMismatch: the source's tokenizer changes the text.
         """
-        row = self._of.get((plain(prompt), response.strip()))
-        if row is None:
+        encoded, response_bytes = chat.encode(prompt, fitted.text, complete=not fitted.cut), len(fitted.text.encode())
+        rows = self._of.get((plain(prompt), response.strip()))
+        if rows is None:
             raise DataError(
                 f"{self.place} must have all responses that are learnt, or none of a split, it has not {in_short(response)} to "
-                f"{in_short(prompt)}; add the row"
+                f"{in_short(str(prompt))}; add the row"
             )
-        at = self._places(row, encoded)
+        row, at = next(((row, at) for row in rows if (at := _places(row, encoded)) is not None), (rows[0], None))
+        if at is None:
+            raise self._misfit(row, encoded, fitted.cut)
         own, top_ids, top_logprobs = row.own[at], row.top_ids[at, : self._top_k], row.top_logprobs[at, : self._top_k]
         few = np.flatnonzero((top_ids < 0).any(1)) if top_ids.shape[1] == self._top_k else np.arange(len(at))
         if len(few):
@@ -104,10 +112,10 @@ class GivenLogprobs:
                 f"{row.where}: token {token} (from 0) must have capture.top_k = {self._top_k} log-probabilities, it has "
                 f"{int((row.top_ids[token] >= 0).sum())}; set capture.top_k to that, or ask for more"
             )
-        if (unknown := np.flatnonzero(np.isnan(own))).size:
+        if (unknown := np.flatnonzero(~np.isfinite(own))).size:
             raise DataError(
-                f"{row.where}: token {int(at[unknown[0]])} (from 0), {int(row.ids[at[unknown[0]]])}, must have a log-probability, it is "
-                "not among the most probable; add `logprobs`, which are the tokens' own"
+                f"{row.where}: token {int(at[unknown[0]])} (from 0), {int(row.ids[at[unknown[0]]])}, must have a finite "
+                "log-probability, and it is not among the most probable; add it as `logprobs`, which are the tokens' own"
             )
         spans = np.array(encoded.label_spans(response_bytes), dtype=np.int32).reshape(-1, 2)
         capture = SourceCapture(
@@ -122,28 +130,45 @@ class GivenLogprobs:
         nll = -float(own.sum(dtype=np.float64))
         return ScoredResponse(capture, np.full(len(at), np.nan, np.float32), nll, len(at), response_bytes)
 
-    def _places(self, row: GivenRow, encoded: Encoded) -> np.ndarray:
-        """Returns where in a row the tokens stand that are learnt."""
-        labels = encoded.label_positions
-        forms = {
-            "conversation": (encoded.input_ids, labels),
-            "response": ([encoded.input_ids[i] for i in labels], range(len(labels))),
+    def _misfit(self, row: GivenRow, encoded: Encoded, cut: bool) -> DataError:
+        """The error for a row that holds neither the conversation nor the response. It is compared with what it agrees with longest."""
+        given = row.ids.tolist()
+        agreed = {
+            what: next(
+                (n for n, (ours, theirs) in enumerate(zip(ids, given)) if ours != theirs), min(len(ids), len(given))
+            )
+            for what, (ids, _) in _forms(encoded).items()
         }
-        for ids, at in forms.values():
-            if row.ids[: len(ids)].tolist() == ids:
-                return np.array(at, dtype=np.int64)
-        # It is neither, and compared with the form whose length is nearer.
-        what, (ids, _) = min(forms.items(), key=lambda form: abs(len(form[1][0]) - len(row.ids)))
-        pairs = zip(ids, [*row.ids.tolist(), *[None] * len(ids)])
-        n, (ours, theirs) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
-        got = "no more" if theirs is None else f"{theirs} ({self._text(theirs)})"
-        raise DataError(
-            f"{row.where}: token {n} (from 0) of the {what} must be {ours} ({self._text(ours)}), as the source's tokenizer and chat "
-            f"template have it, got {got}; ask for the log-probabilities of these tokens"
+        what = max(agreed, key=lambda form: agreed[form])
+        n, (ids, _) = agreed[what], _forms(encoded)[what]
+        got = f"{given[n]} ({self._text(given[n])})" if n < len(given) else "no more"
+        fix = "ask for the log-probabilities of these tokens"
+        if cut:
+            fix = "the response was cut there: raise data.max_length, or set data.too_long: skip"
+        return DataError(
+            f"{row.where}: token {n} (from 0) of the {what} must be {ids[n]} ({self._text(ids[n])}), as the source's tokenizer and chat "
+            f"template have it, got {got}; {fix}"
         )
 
     def _text(self, token: int) -> str:
         return repr(self._chat.tokenizer.convert_ids_to_tokens(token))
+
+
+def _forms(encoded: Encoded) -> dict[str, tuple[list[int], Sequence[int]]]:
+    """The tokens that a row may hold, each with the places among them of those that are learnt."""
+    labels = encoded.label_positions
+    return {
+        "conversation": (encoded.input_ids, labels),
+        "response": ([encoded.input_ids[i] for i in labels], range(len(labels))),
+    }
+
+
+def _places(row: GivenRow, encoded: Encoded) -> np.ndarray | None:
+    """Returns where in a row the tokens stand that are learnt; None where it holds others."""
+    for ids, at in _forms(encoded).values():
+        if row.ids[: len(ids)].tolist() == ids:
+            return np.array(at, dtype=np.int64)
+    return None
 
 
 def _read(where: str, row: Mapping[str, Any], vocabulary: int, top_k: int) -> GivenRow:
@@ -156,13 +181,14 @@ def _read(where: str, row: Mapping[str, Any], vocabulary: int, top_k: int) -> Gi
             "the columns"
         )
     tokens = row[names[0]]
-    lists = [row[name] for name in names[1:]] + (
-        [row["logprobs"]] if not served and row.get("logprobs") is not None else []
-    )
-    if wrong := next((x for x in lists if len(x) != len(tokens)), None):
-        raise DataError(
-            f"{where} must have one entry for each of its {len(tokens)} tokens, got {len(wrong)}; fix the row"
-        )
+    own_given = None if served else row.get("logprobs")
+    for name in (*names[1:], *(["logprobs"] if own_given is not None else [])):
+        is_list = isinstance(row[name], (list, tuple))
+        if not is_list or len(row[name]) != len(tokens):
+            got = len(row[name]) if is_list else in_short(row[name])
+            raise DataError(
+                f"{where}: `{name}` must have one entry for each of its {len(tokens)} tokens, got {got}; fix the row"
+            )
 
     ids, own = np.zeros(len(tokens), np.int32), np.full(len(tokens), np.nan, np.float32)
     top_ids, top_logprobs = (
@@ -176,8 +202,8 @@ def _read(where: str, row: Mapping[str, Any], vocabulary: int, top_k: int) -> Gi
             said, known = _served(place, row["prompt_logprobs"][n], ids[n])
         else:
             said, known = _listed(place, row["top_ids"][n], row["top_logprobs"][n]), None
-            if len(lists) > 2 and lists[2][n] is not None:
-                known = lists[2][n]
+            if own_given is not None:
+                known = own_given[n]
         best = _checked(place, said, vocabulary)
         own[n] = best.get(int(ids[n]), np.nan if known is None else _logprob(place, known))
         kept = sorted(best.items(), key=lambda entry: (-entry[1], entry[0]))[:top_k]
@@ -221,7 +247,8 @@ def _checked(place: str, entries: Iterable[tuple[Any, Any]], vocabulary: int) ->
         candidate = _token(place, candidate, vocabulary)
         if candidate in found:
             raise DataError(f"{place}: a token must come once, got {candidate} twice; fix the row")
-        found[candidate] = _logprob(place, logprob)
+        if (value := _logprob(place, logprob)) > -math.inf:
+            found[candidate] = value
     if (total := sum(map(math.exp, found.values()))) > 1 + ROUNDING:
         raise DataError(
             f"{place}: probabilities must add up to 1 at most, got {total:.4g}; write natural logarithms of what is not cut or scaled"
@@ -231,7 +258,7 @@ def _checked(place: str, entries: Iterable[tuple[Any, Any]], vocabulary: int) ->
 
 def _token(place: str, token: Any, vocabulary: int) -> int:
     """A token's id, which JSON's keys spell as text."""
-    if isinstance(token, str) and token.isascii() and token.isdigit():
+    if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) <= len(str(vocabulary)):
         token = int(token)
     if not isinstance(token, (int, np.integer)) or isinstance(token, bool) or not 0 <= token < vocabulary:
         raise DataError(
@@ -242,7 +269,8 @@ def _token(place: str, token: Any, vocabulary: int) -> int:
 
 def _logprob(place: str, value: Any) -> float:
     """A log-probability, which rounding may have put above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not value <= ROUNDING:
+    is_number = not isinstance(value, bool) and isinstance(value, (int, float, np.floating))
+    if not is_number or not (value == -math.inf or -LARGEST < value <= ROUNDING):
         raise DataError(
             f"{place}: a log-probability must be a number, 0 at most, got {in_short(value)}; write natural logarithms"
         )

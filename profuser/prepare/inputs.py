@@ -6,6 +6,7 @@ disk.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ from profuser.store.manifest import read_manifest
 from profuser.store.store import StoreSettings
 from profuser.text.chat import ChatFormat
 from profuser.text.conversation import Prompt
-from profuser.text.fit import Fitted, fit
+from profuser.text.fit import Fitted, Verdict, fit
+from profuser.text.token_bytes import TokenBytesMismatch
 
 ALIGNMENT_RULES = 3
 """The version of the alignment's rules. It is part of a store's settings, so that another version aligns the captures again."""
@@ -108,7 +110,10 @@ class Inputs:
         # The models' configurations, the data and the tokenizers.
         target = recipe.target_config
         models = {model.name: model for model in (*recipe.sources, target)}
-        configs = {name: open_model(model) for name, model in models.items()}
+        configs = {
+            name: open_model(model, weights=model.logprobs is None or name == recipe.target)
+            for name, model in models.items()
+        }
         rows = {split: load_split(recipe, split) for split in SPLITS if recipe.data.location(split) is not None}
         date = settled_date(recipe.date, None if fresh else run.store_dir)
         chats = {source.name: chat_format(source, date=date) for source in recipe.sources}
@@ -127,6 +132,8 @@ class Inputs:
             inputs.given(source, split)
         for source in recipe.sources:
             inputs.check_logprobs(source)
+            if source.logprobs is not None and inputs.is_run(source):
+                open_model(source)
         for judge in recipe.judges:
             check_conversations(judge, rows["train"])
             if recipe.optim.eval_rewards:
@@ -227,17 +234,31 @@ class Inputs:
         return given is not None and any(given.has(row["prompt"], row["response"]) for row in self.rows[split])
 
     def check_logprobs(self, source: SourceConfig) -> None:
-        """Raises DataError where the file with a source's log-probabilities has nothing that is asked for, or is broken."""
-        if (
-            source.logprobs is None
-            or self.recipe.judges
-            or any(self.scores_given(source, split) for split in self.rows)
-        ):
+        """Raises DataError where the file with a source's log-probabilities is broken, does not fit its tokenizer, lacks a ground truth of
+        a split of which it has others, or has nothing that is asked for."""
+        if (given := self.logprobs(source)) is None:
+            return
+        splits = [split for split in self.rows if self.scores_given(source, split)]
+        for split in splits:
+            texts = zip(self.rows[split], self.fitted[split], self.routed(split, source.name), strict=True)
+            for row, text, asked in texts:
+                if asked and text.verdict == Verdict.OK:
+                    with contextlib.suppress(TokenBytesMismatch):  # such a text is left out of what the source says
+                        given.scored(row["prompt"], row["response"], self.chats[source.name], text)
+        if splits or self.recipe.judges:
             return
         first = self.rows["train"][0]
         raise DataError(
             f"sources: {source.name}: logprobs {source.logprobs} must have responses of the data, it has none of them, for instance not "
             f"{in_short(first['response'])} to {in_short(first['prompt'])}; fix the prompts and responses of its rows"
+        )
+
+    def is_run(self, source: SourceConfig) -> bool:
+        """Whether a source has to be loaded to score the ground truth or to answer, as far as that is known before the vote."""
+        return any(
+            not self.scores_given(source, split)
+            or (self.answered(split) and source.server is None and self.given(source, split) is None)
+            for split in self.rows
         )
 
     def routed(self, split: Split, source: str) -> list[bool]:

@@ -11,6 +11,7 @@ from profuser.fusion_model import FusionModel
 from profuser.models.attention import uses_flash_attention
 from profuser.models.head import head_layer
 from profuser.models.load import check_vocabulary, load_model, load_without_weights
+from profuser.recipe.optim import OptimConfig
 from profuser.recipe.schema import Recipe
 from profuser.text.chat import ChatFormat
 from profuser.train.adapter import with_adapter
@@ -21,19 +22,23 @@ from profuser.train.quantized import load_quantized
 from profuser.train.sharding import agreed, is_main, is_sharded, load_into_shards, whole, whole_model
 
 
+def check_left_out(optim: OptimConfig, device: torch.device) -> None:
+    """Raises ConfigError where the recipe leaves columns out of the gradient on a device that computes all of them."""
+    if optim.left_out and device.type == "cuda":
+        raise ConfigError(
+            f"optim.left_out must be 0 on a GPU, whose kernels compute the exact gradient, got {optim.left_out:g}; take it out"
+        )
+
+
 def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, sharded: bool) -> FusionModel:
     """Loads the target onto this process's device, or divides it among the processes if it is to be `sharded`.
 
     Raises:
-        ConfigError: the recipe's adapter does not fit the target, or its loss does not fit the target or the device.
+        ConfigError: the recipe's adapter does not fit the target, or its loss does not fit the target.
         DataError: the target cannot be loaded, or does not fit its tokenizer or the loss.
     """
     config = recipe.target_config
     in_bf16 = accelerator.mixed_precision == "bf16"
-    if recipe.optim.left_out and accelerator.device.type == "cuda":
-        raise ConfigError(
-            f"optim.left_out must be 0 on a GPU, whose kernels compute the exact gradient, got {recipe.optim.left_out:g}; take it out"
-        )
     # Weights that an adapter freezes need no more digits than they are computed with.
     dtype = torch.bfloat16 if in_bf16 and recipe.adapter is not None else torch.float32
     if not sharded:
