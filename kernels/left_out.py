@@ -78,10 +78,10 @@ class ThinnedProducts:
         h (C, D) are hidden states, and z and `exps_T` (C, V) exponentials, 0 in the lifted columns.
         """
         with torch.autocast(h.device.type, enabled=False):
-            return self.added(at, h, z, exps_T, gradient)
+            return self._add(at, h, z, exps_T, gradient)
 
-    def added(self, at: slice | Tensor, h: Tensor, z: Tensor, exps_T: Tensor | None, gradient: ChunkGradient) -> bool:
-        """What `add` does."""
+    def _add(self, at: slice | Tensor, h: Tensor, z: Tensor, exps_T: Tensor | None, gradient: ChunkGradient) -> bool:
+        """What `add` does, where autocast converts nothing."""
         parts = [(z, gradient.dense)]
         if exps_T is not None and gradient.dense_T is not None:
             parts.append((exps_T, gradient.dense_T))

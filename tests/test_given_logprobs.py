@@ -170,8 +170,20 @@ def opened(tmp_path, chat, row, top_k=K):
     return GivenLogprobs("g", written(tmp_path / "top.jsonl", row), chat, top_k)
 
 
+def said(given, chat, fitted=WHOLE):
+    """What a file says about the response, or about what is learnt of it."""
+    return given.scored(PROMPT, RESPONSE, fitted, chat.encode(PROMPT, fitted.text, complete=not fitted.cut))
+
+
 def scored(tmp_path, chat, row, top_k=K):
-    return opened(tmp_path, chat, row, top_k).scored(PROMPT, RESPONSE, chat, WHOLE)
+    return said(opened(tmp_path, chat, row, top_k), chat)
+
+
+def check_refused(message, act):
+    with pytest.raises(DataError) as found:
+        act()
+    assert message in str(found.value)
+    assert "\n" not in str(found.value)
 
 
 def test_a_row_says_what_it_says(tmp_path, chat, row):
@@ -239,10 +251,7 @@ def at_one(value):
     ],
 )  # fmt: skip
 def test_a_wrong_row_is_named_with_its_token(tmp_path, chat, row, changed, message):
-    with pytest.raises(DataError) as found:
-        opened(tmp_path, chat, changed(row))
-    assert message in str(found.value)
-    assert "\n" not in str(found.value)
+    check_refused(message, lambda: opened(tmp_path, chat, changed(row)))
 
 
 @pytest.mark.parametrize(
@@ -257,32 +266,29 @@ def test_a_wrong_row_is_named_with_its_token(tmp_path, chat, row, changed, messa
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_tokenizer_is_refused_with_row_and_token(tmp_path, chat, row, changed, message):
-    with pytest.raises(DataError) as found:
-        scored(tmp_path, chat, changed(row))
-    assert message in str(found.value)
-    assert "\n" not in str(found.value)
+    check_refused(message, lambda: scored(tmp_path, chat, changed(row)))
 
 
 def test_a_response_that_is_cut_takes_the_tokens_before_the_cut_or_the_line_says_so(tmp_path, chat, row):
     given = opened(tmp_path, chat, row)
-    before = given.scored(PROMPT, RESPONSE, chat, Fitted("A wetab is", cut=True, verdict=Verdict.OK))
+    before = said(given, chat, Fitted("A wetab is", cut=True, verdict=Verdict.OK))
     assert before.capture.ids.tolist() == row["token_ids"][: before.tokens]
     with pytest.raises(
         DataError, match=r"of the response must be .* the response was cut there: raise data\.max_length"
     ):
-        given.scored(PROMPT, RESPONSE, chat, Fitted("A wetab is a sto", cut=True, verdict=Verdict.OK))
+        said(given, chat, Fitted("A wetab is a sto", cut=True, verdict=Verdict.OK))
 
 
 def test_of_rows_with_other_tokens_that_one_counts_which_fits(tmp_path, chat, row):
     other = row | {"token_ids": [5, *row["token_ids"][1:]], "logprobs": [-1.0] * len(row["token_ids"])}
     given = GivenLogprobs("g", written(tmp_path / "a.jsonl", other, row), chat, K)
-    assert given.scored(PROMPT, RESPONSE, chat, WHOLE).capture.ids.tolist() == row["token_ids"]
+    assert said(given, chat).capture.ids.tolist() == row["token_ids"]
 
 
 def test_of_two_rows_of_one_response_the_first_counts(tmp_path, chat, row):
     other = row | {"top_logprobs": [[x[0] - 1, *x[1:]] for x in row["top_logprobs"]]}
     found = GivenLogprobs("g", written(tmp_path / "a.jsonl", row, other), chat, K)
-    assert found.scored(PROMPT, RESPONSE, chat, WHOLE).nll == scored(tmp_path, chat, row).nll
+    assert said(found, chat).nll == scored(tmp_path, chat, row).nll
 
 
 def test_a_file_about_other_prompts_is_refused_before_anything_runs(prepared, tmp_path, row):

@@ -441,5 +441,9 @@ def test_where_a_source_runs_may_change_before_a_run_is_resumed():
         {"generation": {"batch_size": 3, "engine": "transformers"}},
     ):
         assert deciding_keys(recipe(), recipe(**free)) == []
+    bare = recipe(generation={"temperature": None})
+    assert deciding_keys(bare, recipe(generation={"temperature": None, "batch_size": 3})) == []
+    bare["sources"][1]["generation"] = None
+    assert deciding_keys(bare, recipe(generation={"temperature": None, "batch_size": 3})) == []
     for decisive in ({"server": {"model": "n"}}, {"model": "c"}, {"generation": {"temperature": 0.5}}):
         assert deciding_keys(recipe(), recipe(**decisive)) == ["sources"]

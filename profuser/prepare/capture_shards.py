@@ -110,9 +110,9 @@ def taken(
     given, chat, rows = inputs.logprobs(source), inputs.chats[source.name], part.of(inputs.rows[split])
     verdicts = [f.verdict for f in fitted]
     scored: dict[int, ScoredResponse] = {}
-    for i, _, _ in _encodings(inputs, rows, chat, fitted, verdicts):
+    for i, own, _ in _encodings(inputs, rows, chat, fitted, verdicts):
         assert given is not None
-        scored[i] = given.scored(rows[i]["prompt"], whole(part.first + i), chat, fitted[i])
+        scored[i] = given.scored(rows[i]["prompt"], whole(part.first + i), fitted[i], own)
     bar.update(len(part))
     return pack_captures(fitted, verdicts, scored, inputs.recipe.capture.top_k, len(chat.tokenizer))
 

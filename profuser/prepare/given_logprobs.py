@@ -84,17 +84,16 @@ class GivenLogprobs:
         """Whether the file has a response to a prompt. Whitespace around a response and in a prompt does not count."""
         return (plain(prompt), response.strip()) in self._of
 
-    def scored(self, prompt: Prompt, response: str, chat: ChatFormat, fitted: Fitted) -> ScoredResponse:
+    def scored(self, prompt: Prompt, response: str, fitted: Fitted, encoded: Encoded) -> ScoredResponse:
         """Returns what the source says about a response, as if it had been run, but without ranges.
 
         Args:
-            chat: the source's chat format. fitted: what is learnt of the response.
+            fitted: what is learnt of the response. encoded: the conversation with that, in the source's tokens.
         Raises:
             DataError: the file has not this response, or other tokens; or a token that is learnt has no log-probabilities, or fewer than
                 capture.top_k.
-            TokenBytesMismatch: the source's tokenizer changes the text.
         """
-        encoded, response_bytes = chat.encode(prompt, fitted.text, complete=not fitted.cut), len(fitted.text.encode())
+        response_bytes = len(fitted.text.encode())
         rows = self._of.get((plain(prompt), response.strip()))
         if rows is None:
             raise DataError(

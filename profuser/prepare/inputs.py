@@ -234,24 +234,32 @@ class Inputs:
         return given is not None and any(given.has(row["prompt"], row["response"]) for row in self.rows[split])
 
     def check_logprobs(self, source: SourceConfig) -> None:
-        """Raises DataError where the file with a source's log-probabilities is broken, does not fit its tokenizer, lacks a ground truth of
-        a split of which it has others, or has nothing that is asked for."""
-        if (given := self.logprobs(source)) is None:
-            return
-        splits = [split for split in self.rows if self.scores_given(source, split)]
-        for split in splits:
-            texts = zip(self.rows[split], self.fitted[split], self.routed(split, source.name), strict=True)
-            for row, text, asked in texts:
-                if asked and text.verdict == Verdict.OK:
-                    with contextlib.suppress(TokenBytesMismatch):  # such a text is left out of what the source says
-                        given.scored(row["prompt"], row["response"], self.chats[source.name], text)
-        if splits or self.recipe.judges:
+        """Raises DataError where the file with a source's log-probabilities is broken, or has nothing that is asked for."""
+        if (
+            source.logprobs is None
+            or self.recipe.judges
+            or any(self.scores_given(source, split) for split in self.rows)
+        ):
             return
         first = self.rows["train"][0]
         raise DataError(
             f"sources: {source.name}: logprobs {source.logprobs} must have responses of the data, it has none of them, for instance not "
             f"{in_short(first['response'])} to {in_short(first['prompt'])}; fix the prompts and responses of its rows"
         )
+
+    def try_logprobs(self) -> None:
+        """Raises DataError where a file with log-probabilities does not fit its source's tokenizer, or lacks a ground truth of a split of
+        which it has others. This encodes all of them."""
+        for source, split in product(self.recipe.sources, self.rows):
+            given = self.logprobs(source)
+            if given is None or not self.scores_given(source, split):
+                continue
+            texts = zip(self.rows[split], self.fitted[split], self.routed(split, source.name), strict=True)
+            for row, text, asked in texts:
+                if asked and text.verdict == Verdict.OK:
+                    with contextlib.suppress(TokenBytesMismatch):  # such a text is left out of what the source says
+                        own = self.chats[source.name].encode(row["prompt"], text.text, complete=not text.cut)
+                        given.scored(row["prompt"], row["response"], text, own)
 
     def is_run(self, source: SourceConfig) -> bool:
         """Whether a source has to be loaded to score the ground truth or to answer, as far as that is known before the vote."""

@@ -101,6 +101,7 @@ class Preparation:
             if (store := Store.finished(directory, settings)) is not None:
                 held.enter_context(reading.pop_all())
                 return cls(inputs, store, lease)
+        inputs.try_logprobs()  # before a store is begun, which another file would not fit
         lease = held.enter_context(held_with(use="works"))
         if lease.use == "works":  # the others have put the store in order
             return cls(inputs, Store.open(directory, complete=False), lease)

@@ -14,11 +14,11 @@ FREE_KEYS = (
 )  # fmt: skip
 """Keys that may change before a run is resumed. They decide how it is computed or shown, but not what its result is."""
 
-FREE_OF_MODELS = {
-    "device_map": None, "generation": ("batch_size", "engine", "python"),
-    "server": ("url", "key_variable", "concurrency", "timeout", "retries"),
-}  # fmt: skip
-"""The same of a source or a judge: a key of it, and which keys below that; None is the key itself."""
+FREE_OF_MODELS = (
+    "device_map", "generation.batch_size", "generation.engine", "generation.python",
+    "server.url", "server.key_variable", "server.concurrency", "server.timeout", "server.retries",
+)  # fmt: skip
+"""The same of every source and judge."""
 
 
 def differing_values(mappings: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, list[Any]]:
@@ -54,20 +54,17 @@ def deciding_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 def _without_free_parts(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a recipe whose sources and judges lack what may change before a run is resumed, such as where a server is."""
-
-    def part(key: str, value: Any) -> Any:
-        free = FREE_OF_MODELS.get(key, ())
-        if not isinstance(value, dict):
-            return value
-        return {name: inner for name, inner in value.items() if name not in (free or ())}
-
-    def model(entry: Any) -> Any:
-        if not isinstance(entry, dict):
-            return entry
-        return {key: part(key, value) for key, value in entry.items() if FREE_OF_MODELS.get(key, ()) is not None}
-
-    models = {key: recipe[key] for key in ("sources", "judges") if isinstance(recipe.get(key), (list, tuple))}
-    return dict(recipe) | {key: [model(entry) for entry in entries] for key, entries in models.items()}
+    kept: dict[str, Any] = _plain(dict(recipe))
+    models = [model for key in ("sources", "judges") if isinstance(kept.get(key), list) for model in kept[key]]
+    for model in [model for model in models if isinstance(model, dict)]:
+        for key in FREE_OF_MODELS:
+            group, _, name = key.rpartition(".")
+            holder = model.get(group) if group else model
+            if isinstance(holder, dict):
+                holder.pop(name, None)
+        if not any(value is not None for value in (model.get("generation") or {}).values()):
+            model["generation"] = None  # it says no more than one that is not there
+    return kept
 
 
 def _plain(value: Any) -> Any:
