@@ -289,10 +289,10 @@ def fused_linear_fusion_loss(
         "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail,
         "source_ce": source_ce, "source_index": source_index, "source_weight": source_weight, "cu_seqlens": cu_seqlens,
     }  # fmt: skip
-    weights = {"ce_weight": ce_weight, "kd_weight": kd_weight, "temperature": temperature if of_row else None}
-    check_tensors(**sources, **weights)
+    of_rows = {"ce_weight": ce_weight, "kd_weight": kd_weight, "temperature": temperature if of_row else None}
+    check_tensors(**sources, **of_rows)
     check_sources(rows, tail, **sources)
-    for name, value in weights.items():
+    for name, value in of_rows.items():
         if value is not None and value.shape != (rows,):
             raise ValueError(f"{name} must be (N,) = ({rows},), got {tuple(value.shape)}; give one for each row")
         if value is not None and not value.dtype.is_floating_point and name == "temperature":
@@ -301,8 +301,8 @@ def fused_linear_fusion_loss(
         # As autocast does for a linear layer. Logits and the weight's gradient stay fp32. So does the weight itself, which the
         # op casts.
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    check_device(hidden, **sources, **weights)
-    for name, value in (sources | weights).items():
+    check_device(hidden, **sources, **of_rows)
+    for name, value in (sources | of_rows).items():
         if value is not None and value.requires_grad:
             raise ValueError(f"{name} must not require grad: only hidden, weight and bias get one; detach it")
 
@@ -316,7 +316,7 @@ def fused_linear_fusion_loss(
     in_forward = torch.is_grad_enabled() and not per_row
     outputs = fused_loss(
         Operands(
-            hidden, weight, labels, ce_weight, kd_weight, bias, **sources, temperature_of_row=weights["temperature"]
+            hidden, weight, labels, ce_weight, kd_weight, bias, **sources, temperature_of_row=of_rows["temperature"]
         ),
         Options(
             temperature=1.0 if of_row else float(temperature),

@@ -72,7 +72,8 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     with directory.timed("prepare", is_main):
         store = prepare_together(run, accelerator, held)
         accelerator.wait_for_everyone()
-        store = store or Store.open(run.store_dir)
+        if store is None:
+            store = Store.open(run.store_dir)
 
     # Train the target.
     with directory.timed("train", is_main):
