@@ -85,12 +85,12 @@ class Outputs(NamedTuple):
     source_mass: Tensor  # (N,) the mass of the kept entries as it was given, the sources' weighted mean
     target_mass: Tensor  # (N,) the target's mass on those ids at T, likewise
     source_entropy: (
-        Tensor  # (N,) of the sources' distributions over their kept entries and bucket, the weighted mean; or empty
+        Tensor  # (N,) of the sources' distributions on their kept entries and bucket, the weighted mean; or empty
     )
     target_entropy: Tensor  # (N,) of softmax(z) over the vocabulary, at temperature 1; or empty
     winner: Tensor  # (B,) or (N,) int64, as Winner.chosen
     left_out: (
-        Tensor  # (3,) shares of mass left out and of columns kept, and the bound on dhidden's error; see left_out.py
+        Tensor  # (3,) the shares of mass left out and of columns kept, and the bound on dhidden's error (left_out.py)
     )
 
     def gradients(self) -> dict[str, Tensor]:

@@ -38,9 +38,8 @@ def main(argv: list[str]) -> None:
             fresh = run.options["fresh"] and first
             if fresh:
                 check_fresh(run, "store")
-            inputs = Inputs.open(
-                run, fresh=fresh
-            )  # whatever is wrong with the recipe is found before anything is moved
+            # Whatever is wrong with the recipe is found before anything is moved.
+            inputs = Inputs.open(run, fresh=fresh)
             if fresh:
                 inputs.try_judges(run.recipe.judges)
                 start_over(run, "store")
