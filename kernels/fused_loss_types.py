@@ -84,14 +84,10 @@ class Outputs(NamedTuple):
     kd: Tensor  # (N,) T²·D, the sources weighted, the row not
     source_mass: Tensor  # (N,) the mass of the kept entries as it was given, the sources' weighted mean
     target_mass: Tensor  # (N,) the target's mass on those ids at T, likewise
-    source_entropy: (
-        Tensor  # (N,) of the sources' distributions on their kept entries and bucket, the weighted mean; or empty
-    )
+    source_entropy: Tensor  # (N,) of the sources' kept entries and bucket, the weighted mean; or empty
     target_entropy: Tensor  # (N,) of softmax(z) over the vocabulary, at temperature 1; or empty
     winner: Tensor  # (B,) or (N,) int64, as Winner.chosen
-    left_out: (
-        Tensor  # (3,) the shares of mass left out and of columns kept, and the bound on dhidden's error (left_out.py)
-    )
+    left_out: Tensor  # (3,) shares of mass left out and columns kept, and a bound (left_out.py)
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients by the names of the operands that they belong to, in the order of `DIFFERENTIABLE`."""
