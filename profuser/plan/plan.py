@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from profuser.errors import ConfigError
 from profuser.models.load import default_device
 from profuser.plan.architecture import Architecture, open_architecture
 from profuser.plan.lengths import RANGES, RESPONSE_SHARE, TOKENS, Lengths, assumed, measured
@@ -27,6 +29,7 @@ from profuser.plan.memory import (
     reading,
     training_memory,
 )
+from profuser.plan.probe import Timed, probe
 from profuser.plan.store_size import Counts, capture_bytes, targets_bytes
 from profuser.prepare.estimate import expected
 from profuser.prepare.inputs import Inputs, load_split
@@ -73,7 +76,8 @@ class Plan:
     none, or without.
     training: the memory of a process, for every number of processes, whole and sharded.
     checkpoint: what writing one adds. preparing: the models that make the store.
-    store: the bytes of its parts. seconds: of each phase on this machine, None where no probe fits.
+    store: the bytes of its parts. seconds: of each phase on this machine, None where no probe of it fits.
+    timed: what a handful of examples took with the models themselves, None unless they were timed.
     """
 
     name: str
@@ -92,6 +96,7 @@ class Plan:
     preparing: list[Preparing]
     store: dict[str, int]
     seconds: dict[str, float] | None
+    timed: list[Timed] | None
     work: list[Work]
     assumed: list[str] = field(default_factory=list)
 
@@ -136,6 +141,8 @@ def make_plan(
     tokens: int | None = None,
     device: str | None = None,
     timed: bool = True,
+    probed: bool = False,
+    examples: int | None = None,
 ) -> Plan:
     """Plans a run.
 
@@ -145,8 +152,10 @@ def make_plan(
         tokens: the mean length of a conversation; None measures it.
         device: cuda or cpu; None takes the one that is here.
         timed: whether this machine is probed for how long it will take.
+        probed: whether this is found with the models themselves, on so many `examples`; None takes a number that suits the recipe.
     Raises:
-        ConfigError, DataError: what a run would raise, as far as it is seen without loading a model.
+        ConfigError, DataError: what a run would raise, as far as it is seen without loading a model, or with the models if they are
+            `probed`.
     """
     recipe, notes = run.recipe, []
     models = {model.name: open_architecture(model) for model in (*recipe.sources, recipe.target_config)}
@@ -172,7 +181,15 @@ def make_plan(
     bf16 = recipe.optim.precision == "bf16" or (recipe.optim.precision == "auto" and cuda)
 
     # How many instructions there are, and how long they are.
+    began = time.monotonic()
     inputs = Inputs.open(run) if here and instructions is None else None
+    opened = time.monotonic() - began
+    if probed and inputs is None:
+        away = [model.name for model in (*models.values(), *judges) if not model.here]
+        raise ConfigError(
+            f"--probe must have all models on this machine, {', '.join(away)} {'is' if len(away) == 1 else 'are'} not; download them, or "
+            "leave it out"
+        )
     if instructions is None:
         instructions = len(inputs.rows["train"]) if inputs else count_instructions(recipe, notes)
     target = replace(models[recipe.target_config.name], adapter=recipe.adapter)
@@ -222,9 +239,9 @@ def make_plan(
         )
     one = largest_pass(recipe, modes, of_target, own, processes[0])
     seconds = None
-    if timed and inputs is not None and device == default_device().type:
-        opened = inputs
-        seconds = expected(opened, lambda kind: len(opened.rows[kind.split]), 0)
+    if timed and not probed and inputs is not None and device == default_device().type:
+        rows = inputs.rows
+        seconds = expected(inputs, lambda kind: len(rows[kind.split]), 0)
     return Plan(
         name=run.name,
         recipe=recipe,
@@ -242,6 +259,7 @@ def make_plan(
         preparing=preparing_memory(recipe, models, judges, lengths, cuda),
         store=store_bytes(recipe, models, lengths, instructions, inputs),
         seconds=seconds,
+        timed=probe(inputs, opened, examples) if probed and inputs is not None else None,
         work=work_of(recipe, models, judges, lengths, stages, instructions, 2 if cuda else 4),
         assumed=notes,
     )

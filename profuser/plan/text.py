@@ -8,6 +8,7 @@ from typing import Any
 
 from profuser.plan.memory import PROCESS, TrainingMemory
 from profuser.plan.plan import Plan, is_sharded
+from profuser.plan.probe import Timed
 from profuser.progress import in_words
 from profuser.recipe.schedule import schedule_words
 
@@ -58,9 +59,10 @@ def head(plan: Plan) -> list[str]:
     """What is planned."""
     sources = ", ".join(source.name for source in plan.recipe.sources)
     arithmetic = "bf16" if plan.bf16 else "fp32"
+    done = "nothing was loaded or written" if plan.timed is None else "nothing of what was timed was kept"
     return [
         f"plan of {plan.name}: {sources} -> {plan.recipe.target}, {plan.instructions:,} instructions, {plan.stages[-1].stop:,} "
-        f"steps ({schedule_words(plan.recipe)}), {arithmetic} on {plan.device}; nothing was loaded or written"
+        f"steps ({schedule_words(plan.recipe)}), {arithmetic} on {plan.device}; {done}"
     ]
 
 
@@ -148,7 +150,10 @@ def store(plan: Plan) -> list[str]:
 
 
 def time(plan: Plan, tflops: float | None, default_tflops: float) -> list[str]:
-    """How long the phases take: by probes of this machine where these fit, else by the operations at a stated speed."""
+    """How long the phases take: by a handful of examples if they were timed, by probes of this machine where these fit, else by the
+    operations at a stated speed."""
+    if plan.timed is not None:
+        return probed(plan.timed)
     if plan.seconds is not None and tflops is None:
         parts = ", ".join(f"{phase} {in_words(seconds)}" for phase, seconds in plan.seconds.items())
         return [f"time with one process here, by short probes: {in_words(sum(plan.seconds.values()))} ({parts})"]
@@ -163,6 +168,42 @@ def time(plan: Plan, tflops: float | None, default_tflops: float) -> list[str]:
             words += f", if speed alone counted; but each of {work.rounds:,} rounds reads a model's weights, {size(work.read)} in all"
         lines.append(f"  {work.phase}: {work.flops:.3g} FLOP, {words}")
     return lines
+
+
+def probed(timed: Sequence[Timed]) -> list[str]:
+    """The table of what was timed, with the sums of the phases."""
+    rows = [["", "timed", "tokens/s", "start", "all"]]
+    for phase in dict.fromkeys(one.phase for one in timed):
+        of_phase = [one for one in timed if one.phase == phase]
+        rows.append([phase, "", "", "", exactly(sum(one.total for one in of_phase))])
+        rows += [
+            [
+                f"  {one.what}",
+                f"{one.amount} in {exactly(one.seconds)}" if one.amount else "",
+                f"{one.tokens / one.seconds:,.0f}" if one.tokens and one.seconds else "",
+                exactly(one.start) if one.start else "",
+                exactly(one.total),
+            ]
+            for one in of_phase
+        ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"  {row[0].ljust(widths[0])}  {row[1].ljust(widths[1])}  "
+        + "  ".join(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))
+        for row in rows
+    ]
+    return [
+        f"time with one process here, by what was timed with the models themselves: {in_words(sum(one.total for one in timed))}",
+        *lines,
+        "  start does not grow with the data; checkpoints and the report are left out",
+    ]
+
+
+def exactly(seconds: float) -> str:
+    """Formats a duration for a table, with three digits if it is short: `0.25 s`, `41.3 s`, `12.6 min`, `3.4 h`."""
+    if seconds < 100:
+        return f"{seconds:.{2 if seconds < 10 else 1}f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def commands(plan: Plan, argv: Sequence[str]) -> list[str]:

@@ -6,7 +6,9 @@ each other by their leases on the store (profuser.store.lease), which also hold 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -27,15 +29,40 @@ PATIENCE = timedelta(days=7)
 """How long the processes of a launcher wait for each other. Before one may go on, another may have days of work."""
 
 
+@dataclass(frozen=True, slots=True)
+class ShardTook:
+    """How many seconds this process worked on a shard, and how many tokens it computed for it, as far as they are counted."""
+
+    kind: Kind
+    part: Part
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """How long this process took for shards of some kinds.
+
+    label: what the work is called. begun: the seconds until what it needs was there, such as a model.
+    """
+
+    label: str
+    begun: float
+    shards: list[ShardTook] = field(default_factory=list)
+
+
 class Sharing:
     """The shards that this process makes of a store.
 
     Args:
         lease: this process's lease on the store, in which it works.
+    Attributes:
+        took: how long what this process has made took, in its order.
     """
 
     def __init__(self, inputs: Inputs, store: Store, lease: Lease):
         self.inputs, self.store, self.lease = inputs, store, lease
+        self.took: list[Took] = []
 
     def missing(self, kinds: Iterable[Kind]) -> dict[str, tuple[Kind, Part]]:
         """Returns the shards of some kinds that are still to be made, by their names."""
@@ -71,13 +98,19 @@ class Sharing:
         name = self.lease.claim([*free], is_done) if free else None
         if name is None:
             return
+        start = time.monotonic()
         needed = begin()
+        took = Took(label, time.monotonic() - start)
+        self.took.append(took)
         with Progress(label, total, unit) as bar:
             while name is not None:
                 bar.update(done_elsewhere)
                 done_elsewhere = 0
-                yield *free.pop(name), needed, bar
+                start, tokens = time.monotonic(), bar.tokens
+                kind, part = free.pop(name)
+                yield kind, part, needed, bar
                 name = self.lease.claim([*free], is_done)
+                took.shards.append(ShardTook(kind, part, time.monotonic() - start, bar.tokens - tokens))
             bar.update(done_elsewhere)
 
 

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 FLAGS = {
     "fresh": "rename an existing run aside and start over (the store stays)",
     "dry-run": "only print the plan: memory, disk, steps, time and commands; loads and writes nothing",
+    "probe": "with --dry-run: load every model and time a handful of examples with it; nothing of that is kept",
 }
-OWN = ("processes", "instructions", "tokens", "tflops", "device")
+OWN = ("processes", "instructions", "tokens", "tflops", "device", "examples")
 """The options of --dry-run, which have values."""
+UNTIMED = ("instructions", "tokens", "tflops", "device")
+"""Those that stand for something which --probe finds out."""
 
 
 def run_of(argv: list[str]) -> Run:
@@ -31,6 +34,7 @@ def run_of(argv: list[str]) -> Run:
         "tokens": OwnValue("with --dry-run: the mean length of a conversation, instead of that of the data"),
         "tflops": OwnValue("with --dry-run: the speed of a process in 10^12 operations per second", float),
         "device": OwnValue("with --dry-run: plan for cuda or cpu instead of what is here", words=("cuda", "cpu")),
+        "examples": OwnValue("with --probe: how many examples are timed, instead of a few batches"),
     }
     description = "Prepare what is missing, fuse, score, report. Without arguments: the bundled demo."
     return parse_run("train", argv, FLAGS, description, values)
@@ -38,24 +42,16 @@ def run_of(argv: list[str]) -> Run:
 
 def main(argv: list[str]) -> None:
     run = run_of(argv)
-    options = {name: run.options[name] for name in OWN}
-    if run.options["dry-run"]:
-        from profuser.plan.plan import PROCESSES, TFLOPS, make_plan
-        from profuser.plan.text import plan_text
-
-        if run.options["fresh"]:
-            raise ConfigError("--dry-run must stand without --fresh, got both; it touches no run, so leave --fresh out")
-        tflops, processes = options.pop("tflops"), options.pop("processes")
-        plan = make_plan(run, processes=(processes,) if processes else PROCESSES, **options)
-        print(plan_text(plan, without_own(argv), tflops, TFLOPS))
-        return
-    if given := [name for name, value in options.items() if value is not None]:
+    given = [name for name in (*OWN, "probe") if run.options[name]]
+    if given and not run.options["dry-run"]:
         raise ConfigError(f"--{given[0]} must come with --dry-run, got it alone; add --dry-run, or leave it out")
-
-    from profuser.pipeline import train_and_report
-
     try:
-        train_and_report(run)
+        if run.options["dry-run"]:
+            print_plan(run, argv)
+        else:
+            from profuser.pipeline import train_and_report
+
+            train_and_report(run)
     except Exception as error:
         if not is_lack_of_memory(error):
             raise
@@ -63,6 +59,36 @@ def main(argv: list[str]) -> None:
         if advice is None:
             raise
         raise OutOfMemoryError(f"out of memory ({first_line(error)}); {advice}") from error
+
+
+def print_plan(run: Run, argv: list[str]) -> None:
+    """Does what --dry-run asks for. `argv` is the command line."""
+    from profuser.plan.plan import PROCESSES, TFLOPS, make_plan
+    from profuser.plan.text import plan_text
+
+    if run.options["fresh"]:
+        raise ConfigError("--dry-run must stand without --fresh, got both; it touches no run, so leave --fresh out")
+    check_probe(run)
+    options = {name: run.options[name] for name in OWN}
+    tflops, processes = options.pop("tflops"), options.pop("processes")
+    probed = run.options["probe"]
+    plan = make_plan(run, processes=(processes,) if processes else PROCESSES, probed=probed, **options)
+    print(plan_text(plan, without_own(argv), tflops, TFLOPS))
+
+
+def check_probe(run: Run) -> None:
+    """Raises ConfigError where the options of --probe contradict each other, or several processes would time at once."""
+    given = [name for name in OWN if run.options[name] is not None]
+    if not run.options["probe"]:
+        if "examples" in given:
+            raise ConfigError("--examples must come with --probe, got it alone; add --probe, or leave it out")
+        return
+    if other := [name for name in UNTIMED if name in given]:
+        raise ConfigError(
+            f"--probe must stand without --{other[0]}, got both; it finds that out here, so leave --{other[0]} out"
+        )
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(f"--probe must run in one process, got {processes}; start it with `python -m profuser.train`")
 
 
 def without_own(argv: list[str]) -> list[str]:
@@ -73,7 +99,7 @@ def without_own(argv: list[str]) -> list[str]:
         name, equals, _ = word.removeprefix("--").partition("=")
         if name in OWN and not equals:
             waiting.pop(0)
-        elif name not in OWN and name != "dry-run":
+        elif name not in (*OWN, "dry-run", "probe"):
             kept.append(word)
     return kept
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +283,22 @@ class Trainer:
             shown = ", ".join(map(str, examples[:12])) + (" …" if len(examples) > 12 else "")
             print(f"step {step + 1} stands out: {what}; training examples {shown}", flush=True)
             append_line(self.directory / NOTICES, {"step": step + 1, "what": what, "examples": examples})
+
+    def trial(self, index: int) -> Generator[tuple[float, int]]:
+        """Takes the steps of one stage, one at a time, as `train` does, but saves, logs and validates nothing.
+
+        Yields:
+            (seconds, tokens) of a step, with the time that it waited for its batch.
+        """
+        stage = self.stages[index]
+        pinned = self.accelerator.device.type == "cuda"
+        batches = load_steps(self.steps, stage.first, workers=self.optim.data_workers, pin_memory=pinned)
+        with contextlib.closing(batches), deterministic(self.optim.deterministic, say=False):
+            for step in range(stage.first, stage.stop):
+                began = time.monotonic()
+                batch = next(batches)
+                self._step(step, stage, batch)
+                yield time.monotonic() - began, batch.tokens
 
     # -- around the loop --------------------------------------------------------------------------------------------
 
