@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +33,7 @@ from transformers import (
 from profuser.errors import DataError, first_line, in_short
 from profuser.models.attention import flash_attention
 from profuser.models.gguf_header import gguf_tensors
-from profuser.models.merged_adapter import adapter_folder, base_of, check_adapter_files, merged
+from profuser.models.merged_adapter import adapter_folder, adapter_shapes, base_of, check_adapter_files, merged
 from profuser.models.token_ids import check_token_ids, configuration_file
 from profuser.models.weights import AutoModel, check_gguf_blocks, check_weights, loaded_model
 from profuser.recipe.places import is_path, resolve
@@ -48,6 +49,8 @@ MAX_FILE_BYTES = 1 << 28
 """The largest size of a tokenizer's or configuration's file. The largest in use have 35 MiB."""
 MAX_PARTS = 10_000
 """The largest number of layers, experts or labels that a configuration may give."""
+HEAD = re.compile(r"(score|classifier)\.weight$")
+"""The weights of a reward model's last layer, which has a row per output."""
 
 
 def load_tokenizer(source: SourceConfig) -> PreTrainedTokenizerBase:
@@ -228,20 +231,27 @@ def check_kind(name: str, location: str, config: PreTrainedConfig, kind: str, kn
 
 
 def check_places(
-    kind: AutoModel, name: str, location: str, config: PreTrainedConfig, options: Mapping[str, Any]
+    kind: AutoModel,
+    name: str,
+    location: str,
+    config: PreTrainedConfig,
+    options: Mapping[str, Any],
+    brought: Collection[str] | None = None,
 ) -> None:
     """Raises DataError unless a local model's files hold its weights. Nothing but their names and shapes is read.
 
     Quantised weights are left for later, because the packages that unpack them may need the device on which they run.
     """
     if Path(location).is_dir() and getattr(config, "quantization_config", None) is None:
-        load(kind, name, location, {**options, "device_map": "meta"})
+        load(kind, name, location, {**options, "device_map": "meta"}, brought)
 
 
-def load(kind: AutoModel, name: str, location: str, options: Mapping[str, Any]) -> PreTrainedModel:
+def load(
+    kind: AutoModel, name: str, location: str, options: Mapping[str, Any], brought: Collection[str] | None = None
+) -> PreTrainedModel:
     """Does what `loaded_model` does. Whatever is raised in it becomes a DataError, but for a lack of memory."""
     try:
-        return loaded_model(kind, name, location, options)
+        return loaded_model(kind, name, location, options, brought)
     except (torch.OutOfMemoryError, DataError):
         raise
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for a broken file
@@ -327,19 +337,59 @@ def stored_dtype(source: SourceConfig) -> torch.dtype:
     return getattr(AutoConfig.from_pretrained(location, **options), "dtype", None) or torch.float32
 
 
-def open_reward_model(name: str, location: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """Opens a judge's model without loading it, and returns its configuration.
+@dataclass(frozen=True, slots=True)
+class RewardFiles:
+    """Where the parts of a judge's model lie.
+
+    location, options: what transformers' loaders take, of an adapter those of its base. adapter: its directory, None for a whole model.
+    brought: the weights that an adapter has whole, such as the score head, by their names in the base; None for a whole model.
+    """
+
+    location: str
+    options: dict[str, Any]
+    adapter: Path | None = None
+    brought: frozenset[str] | None = None
+
+
+def reward_files(judge: SourceConfig) -> RewardFiles:
+    """Finds the parts of a judge's model.
 
     Raises:
-        DataError: the configuration cannot be read, is of no reward model, or has another number of outputs than one; a local
-            model has no weights, or damaged ones.
+        DataError: it or its base is not there, or an adapter cannot be loaded or has another number of outputs than one.
     """
-    model, path = f"judge {name}", existing(location, name)
-    config = read_config(model, path, {"trust_remote_code": trust_remote_code})
+    folder, base = adapter_folder(judge), base_of(judge)
+    options: dict[str, Any] = {"trust_remote_code": judge.trust_remote_code}
+    if folder is None or base is None:
+        return RewardFiles(existing(judge.model, judge.name.removeprefix("judge ")), options)
+    check_adapter_files(judge.name, folder)
+    shapes = adapter_shapes(judge.name, folder)
+    for key, shape in shapes.items():
+        if HEAD.match(key) and shape[0] != 1:
+            raise DataError(
+                f"{judge.name}: a reward model must have 1 output, {folder} has {shape[0]} ({key}); use another model"
+            )
+    # The configuration of a language model, which most bases are, does not say that there is one output.
+    options |= {"revision": base.revision, "num_labels": 1}
+    return RewardFiles(existing(base.model, base.name), options, folder, frozenset(shapes))
+
+
+def open_reward_model(name: str, location: str, trust_remote_code: bool, base: str | None = None) -> PreTrainedConfig:
+    """Opens a judge's model without loading it, and returns its configuration.
+
+    Args:
+        base: the base of an adapter; None takes the one that the adapter names.
+    Raises:
+        DataError: the configuration cannot be read, is of no reward model, or has another number of outputs than one; a local
+            model has no weights, or damaged ones; an adapter and its base have no score head. And what `reward_files` raises.
+    """
+    judge = SourceConfig(name=f"judge {name}", model=location, base=base, trust_remote_code=trust_remote_code)
+    model, files = judge.name, reward_files(judge)
+    path = files.location
+    config = read_config(model, path, files.options)
     check_kind(model, path, config, "AutoModelForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
     check_outputs(name, config)
     check_weights(model, Path(path))
-    check_places(AutoModelForSequenceClassification, model, path, config, {"trust_remote_code": trust_remote_code})
+    check_places(AutoModelForSequenceClassification, model, path, config, files.options, files.brought)
     return config
 
 
@@ -350,17 +400,27 @@ def check_outputs(name: str, config: PreTrainedConfig) -> None:
 
 
 def load_reward_model(
-    name: str, location: str, trust_remote_code: bool, device: torch.device | str = "cpu"
+    name: str,
+    location: str,
+    trust_remote_code: bool,
+    device: torch.device | str = "cpu",
+    base: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a judge's model, in evaluation mode, and its tokenizer.
+    """Loads a judge's model, in evaluation mode, and its tokenizer. An adapter is merged into its base.
 
+    Args:
+        base: as in `open_reward_model`.
     Raises:
-        DataError: the files are missing or broken, or the model has another number of outputs than one.
+        DataError: the files are missing or broken, the model has another number of outputs than one, or an adapter does not fit its
+            base.
     """
-    path = existing(location, name)
-    options = {"trust_remote_code": trust_remote_code, "dtype": torch.float32}
-    model: Any = load(AutoModelForSequenceClassification, f"judge {name}", path, options)
-    tokenizer = load_tokenizer(SourceConfig(name=f"judge {name}", model=location, trust_remote_code=trust_remote_code))
+    judge = SourceConfig(name=f"judge {name}", model=location, base=base, trust_remote_code=trust_remote_code)
+    files = reward_files(judge)
+    options = {**files.options, "dtype": torch.float32}
+    model: Any = load(AutoModelForSequenceClassification, judge.name, files.location, options, files.brought)
+    if files.adapter is not None:
+        model = merged(judge.name, files.adapter, model)
+    tokenizer = load_tokenizer(judge)
     check_outputs(name, model.config)
     return model.to(device).eval(), tokenizer
 

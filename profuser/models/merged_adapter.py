@@ -92,6 +92,13 @@ def check_adapter_files(name: str, folder: Path) -> None:
         pass
 
 
+def adapter_shapes(name: str, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the weights that an adapter has, by their names in the base where these stand for one of its own."""
+    with opened(name, folder / WEIGHTS, "numpy") as weights:
+        names = weights.keys()
+        return {key.removeprefix("base_model.model."): tuple(weights.get_slice(key).get_shape()) for key in names}
+
+
 def merged(name: str, folder: Path, model: PreTrainedModel) -> PreTrainedModel:
     """Returns a base with an adapter merged into its weights.
 

@@ -7,7 +7,7 @@ one whose config.json was edited, would therefore load in silence.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,15 @@ def opened(name: str, file: Path, framework: str) -> Any:
         raise DataError(f"{name}: the weights {file} cannot be read ({error}); copy or download them again") from None
 
 
-def loaded_model(kind: AutoModel, name: str, location: str, options: Mapping[str, Any]) -> PreTrainedModel:
+def loaded_model(
+    kind: AutoModel, name: str, location: str, options: Mapping[str, Any], brought: Collection[str] | None = None
+) -> PreTrainedModel:
     """Loads a model with one of transformers' classes, and checks that its files hold its weights.
 
     With `device_map="meta"` in `options` no weights are read, but all that is checked of them is checked.
+
+    Args:
+        brought: of the base of a reward model's adapter, the weights that the adapter has whole; the base may lack these.
 
     Raises:
         DataError: weights are missing, have no place in the model, or have another shape than its configuration says.
@@ -118,12 +123,20 @@ def loaded_model(kind: AutoModel, name: str, location: str, options: Mapping[str
     extra = sorted(key for key in found["unexpected_keys"] if not HARMLESS.search(key))
     if judge or model.config.get_text_config().tie_word_embeddings:  # a judge, or a model whose head is the embedding
         extra = [key for key in extra if key != "lm_head.weight"]
-    if absent := sorted(found["missing_keys"]):
+    absent, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    if brought is not None:
+        mismatched = [wrong for wrong in mismatched if wrong[0] not in brought]
+        if absent := [key for key in absent if key not in brought]:
+            raise DataError(
+                f"{name}: an adapter and its base must hold every weight of a reward model together, {len(absent)} are in neither "
+                f"({absent[0]}); save the score head with the adapter (peft's modules_to_save), or give a base that has one"
+            )
+    if absent:
         raise DataError(
             f"{name}: {location} must hold every weight of its model, {len(absent)} are missing ({absent[0]}); copy or "
             "download it again, or fix its config.json"
         )
-    if mismatched := sorted(found["mismatched_keys"]):
+    if mismatched:
         key, shape, expected = mismatched[0]
         raise DataError(
             f"{name}: {location} must hold weights of the shapes that its config.json gives, {len(mismatched)} have others "

@@ -161,7 +161,10 @@ def make_plan(
     models = {model.name: open_architecture(model) for model in (*recipe.sources, recipe.target_config)}
     judges = [
         open_architecture(
-            SourceConfig(name=judge.name, model=judge.model, trust_remote_code=judge.trust_remote_code), "scores"
+            SourceConfig(
+                name=judge.name, model=judge.model, base=judge.base, trust_remote_code=judge.trust_remote_code
+            ),
+            "scores",
         )
         for judge in recipe.judges
         if judge.model is not None

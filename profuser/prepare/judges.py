@@ -22,8 +22,8 @@ import torch
 from transformers import PreTrainedModel
 
 from profuser.errors import DataError, first_line, in_short
-from profuser.models.fingerprint import fingerprint
 from profuser.models.load import check_ids, load_reward_model, load_tokenizer, open_reward_model, template_text
+from profuser.models.merged_adapter import model_fingerprint
 from profuser.models.padding import padded
 from profuser.prepare import graders
 from profuser.prepare.data import Row, for_functions
@@ -58,7 +58,7 @@ def judge_fingerprint(config: JudgeConfig) -> str:
         asked = {**vars(rubric), "text": rubric_text(config.name, rubric), "model": config.server.model}
         return sha256(json.dumps(asked, sort_keys=True).encode())[:16]
     if config.model is not None:
-        files = fingerprint(config.model)
+        files = model_fingerprint(reward_source(config, config.model))
         if config.chat_template is None:
             return files
         template = template_text(f"judge {config.name}", config.chat_template)
@@ -89,7 +89,7 @@ def open_judge(config: JudgeConfig) -> None:
     if config.server is not None:
         rubric_text(config.name, config.rubric or RubricConfig())
     if config.model is not None:
-        model = open_reward_model(config.name, config.model, config.trust_remote_code)
+        model = open_reward_model(config.name, config.model, config.trust_remote_code, config.base)
         template = reward_template(config, config.model)
         if (rows := getattr(model.get_text_config(), "vocab_size", None)) is not None:
             check_ids(f"judge {config.name}", used_ids(template), rows)
@@ -103,14 +103,20 @@ def used_ids(template: ChatTemplate) -> Iterator[int]:
     yield from template.ids(conversation("x", "y"))
 
 
-def reward_template(config: JudgeConfig, location: str, *, date: datetime.date | None = None) -> ChatTemplate:
-    """Returns the chat template in which the reward model at `location` reads a conversation."""
-    source = SourceConfig(
+def reward_source(config: JudgeConfig, location: str) -> SourceConfig:
+    """Returns the reward model at `location` as what loads models and tokenizers takes."""
+    return SourceConfig(
         name=f"judge {config.name}",
         model=location,
+        base=config.base,
         chat_template=config.chat_template,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def reward_template(config: JudgeConfig, location: str, *, date: datetime.date | None = None) -> ChatTemplate:
+    """Returns the chat template in which the reward model at `location` reads a conversation."""
+    source = reward_source(config, location)
     try:
         template = ChatTemplate(load_tokenizer(source), date=date)
         # A judge that does not see the response scores all of them alike.
@@ -310,7 +316,7 @@ def _reward_model_judge(
     It gives a response the score that transformers' AutoModelForSequenceClassification gives to the whole conversation in the
     model's own chat template, alone and without padding.
     """
-    model, _ = load_reward_model(config.name, location, config.trust_remote_code, device)
+    model, _ = load_reward_model(config.name, location, config.trust_remote_code, device, config.base)
     template = reward_template(config, location, date=date)
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     pad = _pad_id(model)

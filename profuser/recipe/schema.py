@@ -96,7 +96,10 @@ class JudgeConfig:
     name: str
     """A short, unique name that is used in the store and in the report."""
     model: str | None = None
-    """The directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME for a bundled one."""
+    """The directory or Hub id of an AutoModelForSequenceClassification with one output, or demo:NAME for a bundled one. It may be the
+    directory of a peft adapter, which is merged into its base."""
+    base: str | None = None
+    """The base of an adapter: a directory or Hub id. null takes the one that its adapter_config.json names."""
     function: str | None = None
     """A function as `module:function`. `function(example, responses)` returns one score per response, NaN to abstain."""
     grader: Grader | None = None
@@ -130,6 +133,8 @@ class JudgeConfig:
                 raise ConfigError(
                     f"judges: {self.name}: rubric is for a judge on a server; take it out, or add `server`"
                 )
+        if self.base is not None and self.model is None:
+            raise ConfigError(f"judges: {self.name}: base is for a reward model, no other judge has one; take it out")
         if self.chat_template is not None and self.model is None:
             raise ConfigError(
                 f"judges: {self.name}: chat_template is for a reward model, no other judge has one; take it out"

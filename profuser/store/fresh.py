@@ -71,6 +71,7 @@ def needed(run: Run, what: Directory) -> Iterator[tuple[str, Path]]:
     models = {model.name: model.model for model in (*recipe.sources, recipe.target_config)}
     models |= {f"the base of {source.name}": source.base for source in recipe.sources if source.base is not None}
     models |= {f"judge {judge.name}": judge.model for judge in recipe.judges if judge.model is not None}
+    models |= {f"the base of judge {judge.name}": judge.base for judge in recipe.judges if judge.base is not None}
     templates = {f"the chat template of {m.name}": m.chat_template for m in (*recipe.sources, *recipe.judges)}
     data = [
         (f"data.{split}", path)
