@@ -15,6 +15,7 @@ from profuser.plan.text import exactly, probed
 from profuser.prepare.data import Examples
 from profuser.prepare.inputs import Inputs, Part
 from profuser.prepare.sharing import ShardTook, Took
+from profuser.recipe.data import Split
 from profuser.recipe.parse import parse_run
 from profuser.recipe.schedule import plan
 from profuser.store import layout
@@ -39,7 +40,11 @@ def handful(inputs, tmp_path_factory) -> Handful:
 
 class TestAmounts:
     def test_texts_count_by_their_characters_and_prompts_by_their_number(self):
-        rows = {"train": examples(10, 20, 30, 40), "validation": examples(50), "heldout": examples(25, 25, 50)}
+        rows: dict[Split, Examples] = {
+            "train": examples(10, 20, 30, 40),
+            "validation": examples(50),
+            "heldout": examples(25, 25, 50),
+        }
         amounts = Amounts.of(rows, examples(10, 40))
         assert (amounts.prompts, amounts.texts, amounts.all_texts) == (2, 2, 5)
         assert (amounts.heldout, amounts.validation, amounts.per_example) == (1.5, 0.5, 1)
@@ -96,7 +101,6 @@ class TestPreparation:
         ("kind", "factor"),
         [
             (layout.truth("train", "guardian"), 5),  # the texts of all splits
-            (layout.responses("train", "guardian"), 3 + 1.5),  # training and held-out prompts, whatever their length
             (layout.scores("verifier"), 2),
             (layout.winners("guardian"), 2),
             (layout.targets("train"), 2 + 3 / 2),  # two modes in the training split, one in the others
@@ -109,9 +113,18 @@ class TestPreparation:
         assert (line.phase, line.start, line.seconds, line.tokens) == ("prepare", 7.0, 2.0, 80)
         assert line.total == 7.0 + 2.0 * factor  # the 100 seconds of the first rows are in neither
 
-    def test_several_responses_to_a_training_prompt_are_one_to_a_held_out_one(self, handful, monkeypatch):
+    def test_answers_are_multiplied_by_the_batches_of_all_shards(self, handful, monkeypatch):
+        kind = layout.responses("train", "guardian")
+        monkeypatch.setattr(handful.recipe.generation, "batch_size", 2)
+        # Shards of 5, 5 and 2 training prompts, and of 5 and 1 held-out ones; the handful has 4 prompts.
+        assert probe.factor_of(kind, handful, self.AMOUNTS) == (3 + 3 + 1 + 3 + 1) / 2
+
+    def test_other_engines_answer_prompt_by_prompt(self, handful, monkeypatch):
+        monkeypatch.setitem(handful.engines, "guardian", "server")
+        kind = layout.responses("train", "guardian")
+        assert probe.factor_of(kind, handful, self.AMOUNTS) == 3 + 1.5
         monkeypatch.setattr(Handful, "responses_per_prompt", lambda self, split: 3)
-        assert probe.factor_of(layout.responses("train", "guardian"), handful, self.AMOUNTS) == 3 + 1.5 / 3
+        assert probe.factor_of(kind, handful, self.AMOUNTS) == 3 + 1.5 / 3
 
     def test_what_was_not_timed_has_no_line(self, handful):
         assert probe.of_shards(Took("work", 1.0, []), handful, self.AMOUNTS) is None

@@ -3,7 +3,7 @@
 A model's time is not its operations alone: a small one spends most of it between them, and how long answers are is known of none. So
 the handful goes through the phases of a real preparation, into a store that is thrown away, and the target is trained on that for a
 few steps. What is loaded or opened counts as it is. What grows with the data is multiplied by the characters of all texts for those of
-the handful, answers by the number of prompts, training by the number of steps.
+the handful, answers by the number of batches, training by the number of steps.
 
 Left out are checkpoints, what judges think of the target while it is trained, the report, and what a whole shard would let vLLM or a
 server do at the same time.
@@ -32,7 +32,7 @@ from profuser.prepare.phases import Preparation, free_memory
 from profuser.prepare.responses import generate
 from profuser.prepare.sharing import Took
 from profuser.progress import Progress, silenced
-from profuser.recipe.data import Split
+from profuser.recipe.data import SPLITS, Split
 from profuser.recipe.schedule import Stage, plan
 from profuser.recipe.schema import Recipe
 from profuser.store.layout import Kind
@@ -111,9 +111,13 @@ class Amounts:
 
 @dataclass
 class Handful(Inputs):
-    """The inputs of a recipe with a few of its rows alone, of which every model sees the first `first` before the others."""
+    """The inputs of a recipe with a few of its rows alone.
+
+    first: how many of them every model sees before the others. numbers: how many rows the recipe's splits have.
+    """
 
     first: int
+    numbers: dict[Split, int]
 
     @classmethod
     def of(cls, inputs: Inputs, store_dir: Path, count: int) -> Handful:
@@ -127,7 +131,8 @@ class Handful(Inputs):
                 first = [order[-1 - n % len(order)] for n in range(FIRST)]
                 rows[split] = Examples([inputs.rows[split][i] for i in (*first, *order[:count])], ())
         given = {field.name: getattr(inputs, field.name) for field in fields(Inputs)}
-        return cls(**given | {"rows": rows, "store_dir": store_dir}, first=FIRST)
+        numbers = {split: len(inputs.rows.get(split, ())) for split in SPLITS}
+        return cls(**given | {"rows": rows, "store_dir": store_dir}, first=FIRST, numbers=numbers)
 
     def parts(self, split: Split) -> list[Part]:
         """The rows that go first, and the handful."""
@@ -231,16 +236,35 @@ def factor_of(kind: Kind, handful: Handful, amounts: Amounts) -> float:
     match kind.folder:
         case "truth":
             return amounts.all_texts
-        case "responses" if kind.split == "train":
-            # Training prompts get several responses, held-out prompts one.
-            return amounts.prompts + amounts.heldout / handful.responses_per_prompt("train")
         case "responses":
-            return amounts.heldout * len(handful.handful()) / len(handful.handful("heldout"))
+            return answers_factor(kind, handful, amounts)
         case "targets" if recipe.judges:
             return amounts.texts + (amounts.all_texts - amounts.texts) / 2  # the other splits have one mode of two
         case "targets":
             return amounts.all_texts
-    return amounts.texts
+        case "scores" | "winners":
+            return amounts.texts
+
+
+def answers_factor(kind: Kind, handful: Handful, amounts: Amounts) -> float:
+    """Returns how many times as much there is of a source's answers.
+
+    A batch of transformers takes as long as its longest answer, however many prompts are in it, and none reaches over the end of a
+    shard. A training prompt may get several responses, which are then batched together.
+    """
+    source = next(source for source in handful.recipe.sources if source.name == kind.of)
+    timed = len(handful.handful(kind.split))
+    if handful.engines[source.name] != "transformers":
+        several = handful.responses_per_prompt("train") if kind.split == "train" else 1
+        heldout = amounts.heldout * len(handful.handful()) / timed
+        return heldout / several + (amounts.prompts if kind.split == "train" else 0)
+    config = handful.recipe.generation_of(source)
+    size = handful.recipe.capture.shard_size
+    return sum(
+        math.ceil(min(size, number - first) / config.batch_size)
+        for number in (handful.numbers[split] for split in ("train", "heldout") if handful.answered(split))
+        for first in range(0, number, size)
+    ) / math.ceil(timed / config.batch_size)
 
 
 # -- train and evaluate ------------------------------------------------------------------------------------------
@@ -373,7 +397,9 @@ def evaluated(handful: Handful, amounts: Amounts, found: Sequence[Timed]) -> lis
             tokens=bar.tokens,
             seconds=answering.seconds,
             start=2 * loading.seconds,
-            factor=models * amounts.heldout * len(handful.handful()) / len(asked),
+            factor=models
+            * math.ceil(handful.numbers["heldout"] / config.batch_size)
+            / math.ceil(len(asked) / config.batch_size),
         )
     ]
 
