@@ -186,7 +186,7 @@ def check_module(module: str, arguments: list[str], block: Block, tmp_path: Path
         else:
             parse_run("prepare", arguments)
     elif (
-        module in ("profuser.generate", "profuser.merge", "profuser.evaluate", "profuser.report")
+        module in ("profuser.generate", "profuser.merge", "profuser.evaluate", "profuser.report", "profuser.store")
         or "--sources" in arguments
     ):
         importlib.import_module(f"{module}.__main__").arguments(arguments)

@@ -1,4 +1,7 @@
-"""`python -m profuser.store info | verify | export | diff` says what a store holds, writes it for others, or compares it."""
+"""`python -m profuser.store info | verify | export | diff` says what a store holds, writes it for others, or compares it.
+
+`python -m profuser.store distillkit` turns what DistillKit has captured into what a store can be made from.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ if TYPE_CHECKING:
     from profuser.store.store import Store
 
 
-def main(argv: list[str]) -> None:
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m profuser.store", description="Look at stores, in which nothing is changed."
     )
@@ -31,7 +35,20 @@ def main(argv: list[str]) -> None:
             action.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
         elif name == "diff":
             action.add_argument("other", type=Path, metavar="OTHER", help="another store")
-    args = parser.parse_args(argv)
+    text = "write what DistillKit has captured of a source as a file for `sources[].logprobs`"
+    action = actions.add_parser("distillkit", help=text, description=text)
+    action.add_argument("folder", type=Path, metavar="FOLDER", help="DistillKit's, with compression_config.yaml")
+    action.add_argument("--config", required=True, metavar="RECIPE", help="a recipe with the source and the data")
+    action.add_argument("--source", required=True, metavar="NAME", help="the source of it that was captured")
+    action.add_argument("--output", type=Path, required=True, metavar="FILE", help="a new Parquet file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    if args.action == "distillkit":
+        convert(args)
+        return
 
     from profuser.errors import DataError
     from profuser.store.export import export
@@ -54,6 +71,28 @@ def main(argv: list[str]) -> None:
         )
     else:
         print(f"{store.directory}: all {len(store) + 2} files are what was written")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Does what `distillkit` asks for, and says what was found."""
+    from profuser.errors import ConfigError
+    from profuser.prepare import distillkit
+    from profuser.recipe.parse import parse_run
+
+    recipe = parse_run("store", ["--config", args.config]).recipe
+    source = next((source for source in recipe.sources if source.name == args.source), None)
+    if source is None:
+        names = ", ".join(source.name for source in recipe.sources)
+        raise ConfigError(f"--source must be one of the recipe's, {names}, got {args.source}; name one")
+    counts = distillkit.convert(recipe, source, args.folder, args.output)
+    print(f"{args.output}: {counts.found:,} of {counts.wanted:,} rows of the data are there")
+    if counts.missing:
+        print(f"not there is for instance {counts.missing}; take such rows out of the data, or capture them as well")
+    if counts.outside:
+        print(
+            f"{counts.outside:,} of {counts.learnt:,} tokens are not among the most probable: their log-probability is taken as the lowest "
+            "that is there, so that the source's cross-entropy is a bit too low"
+        )
 
 
 def difference(one: Store, other: Store) -> list[str]:
