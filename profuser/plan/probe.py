@@ -12,6 +12,7 @@ server do at the same time.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import tempfile
 import time
@@ -191,10 +192,14 @@ def prepared(
         assert handful.fitted
     with stopwatch() as beginning:
         preparation = Preparation.begin(handful, held)
+    with stopwatch() as collecting:
+        gc.collect()
     with stopwatch() as working:
         store = preparation.run()
     took = preparation.sharing.took
-    beside = working.seconds - sum(one.begun + sum(shard.seconds for shard in one.shards) for one in took)
+    # After each phase Python looks through all objects for garbage, most of which are those of libraries.
+    fixed = collecting.seconds * len(preparation.seconds)
+    beside = working.seconds - sum(one.begun + sum(shard.seconds for shard in one.shards) for one in took) - fixed
     works = [
         Timed("prepare", "open models and data, begin the store", start=opened + beginning.seconds),
         *(line for one in took if (line := of_shards(one, handful, amounts)) is not None),
@@ -202,7 +207,8 @@ def prepared(
             "prepare",
             "encode texts, count votes, sum up",
             amount=f"{len(handful.rows['train'])} examples",
-            seconds=encoding.seconds + beside,
+            seconds=encoding.seconds + max(0.0, beside),
+            start=fixed,
             factor=amounts.texts * len(handful.handful()) / len(handful.rows["train"]),
         ),
     ]
