@@ -25,7 +25,12 @@ EXAMPLES = {
     "OUT/bench_gpu.md",
 }
 """Files that a user would have, and files that tests and benchmarks write."""
-OTHERS = {"test_cce_loss_backward.py", "test_cce_loss_forward.py", "test_fused_linear_cross_entropy.py"}
+OTHERS = {
+    "test_cce_loss_backward.py",
+    "test_cce_loss_forward.py",
+    "test_fused_linear_cross_entropy.py",
+    "compression_config.yaml",
+}
 """Files of other projects."""
 
 TREES = ("profuser", "kernels", "csrc", "tests", "benchmarks", "docs")
