@@ -145,7 +145,7 @@ def counts_of(examples: int, sources: int) -> dict[str, np.ndarray]:
 
 def make_store(directory: Path, instructions: int) -> Store:
     """The store with so many instructions. Shards that are there already are kept."""
-    store = Store.build(directory, SETTINGS)
+    store = Store.build(directory, SETTINGS, {})
     for number, first in enumerate(range(0, instructions, SHARD_SIZE)):
         if not store.has(layout.targets("train"), number):
             examples = min(SHARD_SIZE, instructions - first)
@@ -171,7 +171,7 @@ def demo_fusion(
     """
     chat = chat_format(source)
     sequences = demo_sequences(chat, np.random.default_rng(0), batch_size * steps, SOURCES)
-    store = Store.build(directory / "store", SETTINGS)
+    store = Store.build(directory / "store", SETTINGS, {})
     shard = shard_of(sequences, len(chat.token_bytes.pieces))
     store.put(layout.targets("train"), 0, shard, examples=len(sequences))
     store.finish()

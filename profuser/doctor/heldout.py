@@ -21,6 +21,7 @@ from profuser.evaluate.scores import source_answers
 from profuser.models.head import head_of
 from profuser.models.load import check_vocabulary, default_device, load_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash
+from profuser.prepare.draws import names_of
 from profuser.prepare.engines import Asked, Source, answering, check_engine, settled_engine
 from profuser.prepare.inputs import generation_settings, settled_dtype, source_settings
 from profuser.progress import Progress
@@ -126,6 +127,7 @@ def kept_or_made(
 
     # A file that was damaged is made again, and those behind it are used as they are.
     name, done, model = source.config.name, len(answers), None
+    names = names_of(prompts)
     check_engine(engine, source.config, source.generation)
     if engine == "transformers":
         model = load_model(source.config, source.dtype, device, spreads=True)
@@ -136,7 +138,8 @@ def kept_or_made(
     ):
         while (first := len(answers)) < len(prompts):
             part = prompts[first : first + size]
-            responses = answer(Asked("heldout", part, range(first, first + len(part))), bar.update)
+            asked = Asked("heldout", part, names=names[first : first + len(part)])
+            responses = answer(asked, bar.update)
             texts = [of_prompt[0].text for of_prompt in responses]
             write_sealed(folder / name_of(first), {"answers": texts, "of": folder.name, "first": first})
             answers += texts

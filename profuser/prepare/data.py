@@ -161,11 +161,26 @@ def shared_prompts(rows: Sequence[Row], training: Sequence[Row]) -> int:
 
 def data_hash(rows: Sequence[Row]) -> str:
     """Returns a short hash of all rows. It covers every column, because judges may read all of them."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_spelt(row))
+    return digest.hexdigest()[:16]
+
+
+def row_digest(row: Row) -> bytes:
+    """Returns the sha256 of a row with all of its columns."""
+    return hashlib.sha256(_spelt(row)).digest()
+
+
+def prompt_digest(prompt: Prompt) -> bytes:
+    """Returns the sha256 of a prompt."""
+    return hashlib.sha256(_spelt(prompt)).digest()
+
+
+def _spelt(value: object) -> bytes:
+    """Spells a row or a prompt as JSON."""
 
     def spelt(value: object) -> object:
         return value.turns if isinstance(value, Conversation) else str(value)
 
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=spelt).encode())
-    return digest.hexdigest()[:16]
+    return json.dumps(value, sort_keys=True, default=spelt).encode()

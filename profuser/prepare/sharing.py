@@ -13,12 +13,12 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 
-from profuser.prepare.inputs import Inputs, Part
+from profuser.prepare.origins import Origins
 from profuser.progress import Progress
 from profuser.recipe.schema import Recipe
+from profuser.store.division import Part
 from profuser.store.layout import Kind
 from profuser.store.lease import Lease
-from profuser.store.store import Store
 
 T = TypeVar("T")
 
@@ -34,16 +34,16 @@ class Sharing:
         lease: this process's lease on the store, in which it works.
     """
 
-    def __init__(self, inputs: Inputs, store: Store, lease: Lease):
-        self.inputs, self.store, self.lease = inputs, store, lease
+    def __init__(self, origins: Origins, lease: Lease):
+        self.origins, self.lease = origins, lease
 
     def missing(self, kinds: Iterable[Kind]) -> dict[str, tuple[Kind, Part]]:
         """Returns the shards of some kinds that are still to be made, by their names."""
         return {
             kind.shard(part.number): (kind, part)
             for kind in kinds
-            for part in self.inputs.parts(kind.split)
-            if not self.store.has(kind, part.number)
+            for part in self.origins.inputs.parts(kind.split)
+            if not self.origins.is_made(kind, part)
         }
 
     def claimed(
@@ -62,7 +62,7 @@ class Sharing:
         def is_done(name: str) -> bool:
             nonlocal done_elsewhere
             kind, part = free[name]
-            if not self.store.has(kind, part.number):
+            if not self.origins.is_made(kind, part):
                 return False
             del free[name]
             done_elsewhere += len(part)

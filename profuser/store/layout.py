@@ -1,6 +1,6 @@
 """The layout of a store: which kinds of shard there are, where their files lie, and the dtype of every column.
 
-A shard covers `capture.shard_size` consecutive examples of one split. Its file is called `FOLDER/SPLIT-OF-NUMBER`, where OF
+A shard covers about `capture.shard_size` examples of one split (division.py). Its file is called `FOLDER/SPLIT-OF-NUMBER`, where OF
 is the source or judge that the shard is about, for instance `truth/train-scholar-00003.safetensors`.
 """
 

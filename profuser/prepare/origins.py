@@ -1,0 +1,70 @@
+"""What each shard of a store is made from, by which a preparation knows whether one that is there can stay.
+
+A shard names the rows it covers and, where it was made from other shards, what they held: the scores are those of certain responses,
+the winners those of a certain vote, the targets hold certain captures. It is made again as soon as any of that is another thing,
+whether rows were added to the data or a source has answered again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from profuser.prepare.inputs import Inputs
+from profuser.prepare.votes import Ballots, count_votes
+from profuser.store import layout
+from profuser.store.division import Part
+from profuser.store.layout import Kind
+from profuser.store.store import Store
+
+
+class Origins:
+    """What the shards of a store are made from, for the inputs of a recipe."""
+
+    def __init__(self, inputs: Inputs, store: Store):
+        self.inputs, self.store = inputs, store
+        self._ballots: Ballots | None = None
+
+    @property
+    def ballots(self) -> Ballots | None:
+        """The vote over the training split. It is None where there are no judges, and as long as they have not scored all responses."""
+        judges = self.inputs.recipe.judges
+        if self._ballots is None and judges and all(self._made(layout.scores(judge.name)) for judge in judges):
+            self._ballots = count_votes(self.store, self.inputs.recipe)
+        return self._ballots
+
+    def is_made(self, kind: Kind, part: Part) -> bool:
+        """Whether a part's shard is there, and is made from what there is now."""
+        origin = self.of(kind, part)
+        return origin is not None and self.store.has(kind, part.number, origin)
+
+    def of(self, kind: Kind, part: Part) -> str | None:
+        """Returns a digest of what a part's shard is made from; None as long as not all of that is there."""
+        if kind.folder in ("truth", "responses"):
+            return part.digest
+        names = self.inputs.source_names
+        if kind.folder == "scores":
+            return self._joined(part, [layout.responses("train", name) for name in names])
+        captures = [layout.truth(kind.split, name) for name in names]
+        if kind.split != "train" or not self.inputs.recipe.judges:
+            return self._joined(part, captures, part.examples)
+        if (ballots := self.ballots) is None:
+            return None
+        winners = [int(ballots.winner[example]) for example in part.examples]
+        if kind.folder == "winners":
+            own = [e for e in part.examples if ballots.winning_source(e) == names.index(kind.of)]
+            return self._joined(part, [], [[part.examples.index(e), ballots.winning_text(e)] for e in own])
+        captures += [layout.winners(name) for name in names]
+        return self._joined(part, captures, [part.examples, winners])
+
+    def _made(self, kind: Kind) -> bool:
+        """Whether all shards of a kind are made."""
+        return all(self.is_made(kind, part) for part in self.inputs.parts(kind.split))
+
+    def _joined(self, part: Part, kinds: list[Kind], more: Any = None) -> str | None:
+        """Returns the digest of a part's rows, of its shards of some kinds and of more, which must be JSON."""
+        if not all(self.is_made(kind, part) for kind in kinds):
+            return None
+        shards = [self.store.sha256(kind, part.number) for kind in kinds]
+        return hashlib.sha256(json.dumps([part.digest, shards, more]).encode()).hexdigest()
