@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, DataError
 from profuser.prepare import engines
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation, prepare
 from profuser.prepare.responses import Response, generate
 from profuser.store import layout
+from profuser.store.__main__ import main as store_command
 from profuser.store.division import Division, in_order
 from profuser.store.store import EXAMPLES, Store
 from profuser.text.fit import Verdict
@@ -180,3 +181,24 @@ def test_scores_are_those_of_the_responses_that_are_there(prepared, tmp_path, mo
         [store.get(layout.targets("train"), n)["example"] for n in store.numbers(layout.targets("train"))]
     )
     assert set(table.tolist()) <= set(range(len(rows)))
+
+
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])], ids=["missing", "cut"]
+)
+def test_a_lost_division_is_noticed_and_written_again(prepared, tmp_path, capsys, damage):
+    rows = copied(prepared, tmp_path)
+    path = tmp_path / "store" / EXAMPLES
+    written = path.read_bytes()
+    damage(path)
+    store = Store.open(tmp_path / "store")
+    with pytest.raises(DataError, match=r"examples\.safetensors must be what was written"):
+        store.by_example(
+            layout.truth("train", "scholar"), lambda n: store.get(layout.truth("train", "scholar"), n)["nll"]
+        )
+    with pytest.raises(DataError, match=r"1 of \d+ files are damaged or missing \(examples\.safetensors\)"):
+        store_command(["verify", str(store.directory)])
+    run = with_rows(prepared[1], tmp_path, rows)
+    prepare(run)
+    assert "store: examples.safetensors is damaged or missing: writing it again" in capsys.readouterr().out
+    assert path.read_bytes() == written

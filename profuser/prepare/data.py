@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from profuser.errors import DataError, in_short
@@ -52,9 +53,44 @@ def load_examples(
         DataError: the data is missing, broken or empty; a column is missing or holds something other than text or conversations;
             a part of the prompts would be left out.
     """
+    # Read all rows, or so many as hold the examples that are asked for. That is known when they have been looked through.
     location = DataLocation(path=location) if isinstance(location, str) else location
     tables = read_tables(location, of_split or split)
-    there = list(dict.fromkeys(column for _, table in tables for row in table for column in row))
+    unread = ((name, number, cells) for name, table in tables for number, cells in enumerate(table))
+    table = list(islice(unread, limit))
+    found = _examples_in(table, config, location, split, part, routes)
+    while limit is not None and len(found) < limit and (more := list(islice(unread, max(limit, len(table))))):
+        table += more
+        found = _examples_in(table, config, location, split, part, routes)
+    rows = found[:limit]
+
+    if any(row["skill"] == "mean" for row in rows):
+        raise DataError(
+            f'data {location}: a skill must not be called "mean", which stands for the mean over skills; rename it, or set '
+            "data.skill_column: null"
+        )
+    if not rows:
+        raise DataError(
+            f"data.{split} must have at least one example, none of {location} is in its share; change data.heldout_share or "
+            "data.validation_share"
+        )
+    return Examples(rows, found.notes)
+
+
+def _examples_in(
+    table: Sequence[tuple[str, int, dict[str, Any]]],
+    config: DataConfig,
+    location: DataLocation,
+    split: Split,
+    part: tuple[float, float],
+    routes: Sequence[str],
+) -> Examples:
+    """Returns the examples of some rows, of which there may be none. It raises what `load_examples` raises.
+
+    Args:
+        table: what messages call each row's file, its number there, and its cells.
+    """
+    there = list(dict.fromkeys(column for _, _, cells in table for column in cells))
     if not there:
         raise DataError(f"data {location} must have at least one row, got none; fix the file")
     columns = find_columns(str(location), there, config)
@@ -79,37 +115,23 @@ def load_examples(
     kept = [column for column in there if column not in dropped]
     rows: list[Row] = []
     seen: set[str] = set()
-    for name, table in tables:
-        for number, cells in enumerate(table):
-            cells = dict.fromkeys(there) | cells
-            try:
-                check_none_left_out(columns, cells)
-                examples = examples_of(columns, cells, config, counts)
-                if routed:
-                    check_route(cells[config.route_column], routes, config.route_column)
-                of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
-            except DataError as error:
-                raise DataError(f"data {name}, row {number} (from 0): {error}") from None
-            for prompt, response in examples:
-                if not part[0] <= place_of(prompt) < part[1]:
-                    continue
-                if split == "train" and config.drop_duplicates and _is_twice(prompt, seen, counts):
-                    continue
-                others = {column: cells[column] for column in kept}
-                rows.append(others | {"prompt": prompt, "response": response.strip(), "skill": of_skill})
-        if limit is not None and len(rows) >= limit:
-            break
-    rows = rows[:limit]
-    if any(row["skill"] == "mean" for row in rows):
-        raise DataError(
-            f'data {location}: a skill must not be called "mean", which stands for the mean over skills; rename it, or set '
-            "data.skill_column: null"
-        )
-    if not rows:
-        raise DataError(
-            f"data.{split} must have at least one example, none of {location} is in its share; change data.heldout_share or "
-            "data.validation_share"
-        )
+    for name, number, cells in table:
+        cells = dict.fromkeys(there) | cells
+        try:
+            check_none_left_out(columns, cells)
+            examples = examples_of(columns, cells, config, counts)
+            if routed:
+                check_route(cells[config.route_column], routes, config.route_column)
+            of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
+        except DataError as error:
+            raise DataError(f"data {name}, row {number} (from 0): {error}") from None
+        for prompt, response in examples:
+            if not part[0] <= place_of(prompt) < part[1]:
+                continue
+            if split == "train" and config.drop_duplicates and _is_twice(prompt, seen, counts):
+                continue
+            others = {column: cells[column] for column in kept}
+            rows.append(others | {"prompt": prompt, "response": response.strip(), "skill": of_skill})
     notes = [f"data {location}: {columns}"] if columns.by_name or columns.system else []
     return Examples(rows, notes + [f"data {location}: {count} {what}" for what, count in counts.items()])
 

@@ -161,7 +161,8 @@ class CaptureConfig:
     """The most responses that a source scores at a time. Where its memory does not suffice for so many, it takes half of them, and says
     so."""
     shard_size: int = 4096
-    """How many examples a shard of the store holds. An interrupted preparation goes on with the next shard."""
+    """About how many examples a shard of the store holds: those whose prompts have a certain hash. An interrupted preparation goes on with
+    the next shard, and where rows of the data change, only their shards are made again."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The arithmetic of the sources. auto means bfloat16 on CUDA and float32 on the CPU; it is settled when a store is begun."""
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from mmap import mmap
 from pathlib import Path
@@ -47,6 +47,10 @@ T = TypeVar("T")
 
 EXAMPLES = "examples.safetensors"
 """The file that says for every split which shard covers which example."""
+FINDINGS = ("summary.json", "samples.parquet")
+"""The files with what a preparation found."""
+BESIDE = (EXAMPLES, *FINDINGS)
+"""All files that the manifest records beside the shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +183,7 @@ class Store:
         if not (directory / "manifest.json").exists():
             return None
         store = cls(directory)
-        made = store.complete and not store.changes(settings) and not store.damaged_findings() and store._is_divided()
+        made = store.complete and not store.changes(settings) and not store.damaged_findings(names=BESIDE)
         return store if made and not store.damaged() else None
 
     @classmethod
@@ -328,9 +332,8 @@ class Store:
                 f"{path} cannot be used ({reason}); run `python -m profuser.prepare` with the recipe, which writes it again"
             ) from None
 
-    def damaged_findings(self) -> list[str]:
-        """Returns which of summary.json and samples.parquet are missing or no longer what was written."""
-        names = ("summary.json", "samples.parquet")
+    def damaged_findings(self, *, names: Sequence[str] = FINDINGS) -> list[str]:
+        """Returns which of summary.json and samples.parquet, or of other recorded files, are missing or no longer what was written."""
         return [name for name in names if not is_intact(self.directory / name, self._manifest["files"].get(name))]
 
     def put_finding(self, name: str, data: bytes) -> None:
@@ -369,7 +372,7 @@ class Store:
             DataError: the file that says so is missing, or is not what was written.
         """
         path = self.directory / EXAMPLES
-        if not self._is_divided():
+        if self.damaged_findings(names=[EXAMPLES]):
             raise DataError(
                 f"{path} must be what was written, it is missing or its sha256 differs; run `python -m profuser.prepare` with the recipe, "
                 "which writes it again"
@@ -386,15 +389,14 @@ class Store:
         """
         return in_order(self.shard_of(kind.split), map(read, self.numbers(kind)))
 
-    def _is_divided(self) -> bool:
-        """Whether the file is what was written that says which shard covers which example."""
-        return is_intact(self.directory / EXAMPLES, self._manifest["files"].get(EXAMPLES))
-
     def _divide(self, divisions: Mapping[Split, Division]) -> None:
         """Writes how the examples are divided among the shards, and the manifest."""
         data = save_tensors({split: division.shard_of for split, division in divisions.items()})
         divided = {split: division.shards for split, division in divisions.items()}
-        if self._manifest["files"].get(EXAMPLES) != digest_of(data) or not self._is_divided():
+        damaged = bool(self.damaged_findings(names=[EXAMPLES]))
+        if damaged and EXAMPLES in self._manifest["files"]:
+            print(f"store: {EXAMPLES} is damaged or missing: writing it again", flush=True)
+        if damaged or self._manifest["files"][EXAMPLES] != digest_of(data):
             write_atomic(self.directory / EXAMPLES, data)
         self._manifest["files"][EXAMPLES] = digest_of(data)
         self._manifest["divided"] = divided
