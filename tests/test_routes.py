@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_runs import run as run_command
 from conftest import small_run
 
 from profuser.errors import ConfigError, DataError
@@ -151,9 +150,3 @@ def test_given_responses_are_needed_where_the_source_is_asked(tmp_path):
     assert [response.text for (response,) in found] == ["" if n % 2 == 0 else f"Answer: {n}." for n in range(len(rows))]
     with pytest.raises(DataError, match=r"it has 0 to example 1 \(from 0\)"):
         Inputs.open(opened(range(3, len(rows), 2)))
-
-
-def test_weights_are_refused_in_one_line(in_run):
-    code, _, err = run_command("prepare", "--config", "recipe.yaml", "--capture.choice", "weights", "--store", "new")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "capture.choice must be min_ce or route, got weights: the loss takes one source for each sequence" in err

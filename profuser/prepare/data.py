@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from profuser.errors import DataError, in_short
+from profuser.errors import DataError
+from profuser.prepare.chosen import BY_CROSS_ENTROPY, SourceChoice
 from profuser.prepare.columns import check_none_left_out, examples_of, find_columns, text_of
 from profuser.prepare.data_sets import read_tables
 from profuser.recipe.data import DataConfig, DataLocation, Split
@@ -35,7 +36,7 @@ def load_examples(
     split: Split = "train",
     part: tuple[float, float] = (0.0, 1.0),
     of_split: Split | None = None,
-    routes: Sequence[str] = (),
+    sources: SourceChoice = BY_CROSS_ENTROPY,
 ) -> Examples:
     """Reads the rows of a split.
 
@@ -47,7 +48,7 @@ def load_examples(
         part: only examples are read whose prompts have a hash from the first of these numbers on and below the second; 0 is the
             smallest hash, and all are below 1.
         of_split: the recipe's split that names the location, where it is another one.
-        routes: the sources, one of which the column `data.route_column` must name in every row; empty looks at no such column.
+        sources: what a column must say of the sources in every training row; by default no column has to.
 
     Raises:
         DataError: the data is missing, broken or empty; a column is missing or holds something other than text or conversations;
@@ -58,10 +59,10 @@ def load_examples(
     tables = read_tables(location, of_split or split)
     unread = ((name, number, cells) for name, table in tables for number, cells in enumerate(table))
     table = list(islice(unread, limit))
-    found = _examples_in(table, config, location, split, part, routes)
+    found = _examples_in(table, config, location, split, part, sources)
     while limit is not None and len(found) < limit and (more := list(islice(unread, max(limit, len(table))))):
         table += more
-        found = _examples_in(table, config, location, split, part, routes)
+        found = _examples_in(table, config, location, split, part, sources)
     rows = found[:limit]
 
     if any(row["skill"] == "mean" for row in rows):
@@ -83,7 +84,7 @@ def _examples_in(
     location: DataLocation,
     split: Split,
     part: tuple[float, float],
-    routes: Sequence[str],
+    sources: SourceChoice,
 ) -> Examples:
     """Returns the examples of some rows, of which there may be none. It raises what `load_examples` raises.
 
@@ -101,12 +102,14 @@ def _examples_in(
             "data.skill_column to the right one, or to null"
         )
 
-    if routes and config.route_column not in there and split == "train":
-        raise DataError(
-            f"data {location} must have the column {config.route_column!r} (data.route_column) with capture.choice: route, found: "
-            f"{', '.join(there)}; add it, set data.route_column to the right one, or set capture.choice: min_ce"
-        )
-    routed = bool(routes) and config.route_column in there
+    chosen = sources.column(config)
+    if chosen is not None and chosen[1] not in there:
+        if split == "train":
+            raise DataError(
+                f"data {location} must have the column {chosen[1]!r} ({chosen[0]}) with capture.choice: {sources.choice}, found: "
+                f"{', '.join(there)}; add it, set {chosen[0]} to the right one, or set capture.choice: min_ce"
+            )
+        chosen = None
 
     # Name what an example has as everything else expects it, and keep the other columns beside it. What was found by its name
     # is not kept twice, so that the rows are the same however the data set writes them down.
@@ -120,8 +123,8 @@ def _examples_in(
         try:
             check_none_left_out(columns, cells)
             examples = examples_of(columns, cells, config, counts)
-            if routed:
-                check_route(cells[config.route_column], routes, config.route_column)
+            if chosen is not None:
+                sources.check(cells[chosen[1]], chosen[1])
             of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
         except DataError as error:
             raise DataError(f"data {name}, row {number} (from 0): {error}") from None
@@ -134,15 +137,6 @@ def _examples_in(
             rows.append(others | {"prompt": prompt, "response": response.strip(), "skill": of_skill})
     notes = [f"data {location}: {columns}"] if columns.by_name or columns.system else []
     return Examples(rows, notes + [f"data {location}: {count} {what}" for what, count in counts.items()])
-
-
-def check_route(value: object, routes: Sequence[str], column: str) -> None:
-    """Raises DataError unless a cell names a source."""
-    if value not in routes:
-        raise DataError(
-            f"the column {column!r} must name a source ({', '.join(routes)}), got {in_short(value)}; correct it, or set "
-            "capture.choice: min_ce"
-        )
 
 
 def _is_twice(prompt: Prompt, seen: set[str], counts: Counter[str]) -> bool:

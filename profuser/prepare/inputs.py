@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from profuser.errors import ConfigError, DataError, in_short
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.models.merged_adapter import model_fingerprint
+from profuser.prepare.chosen import SourceChoice, weights_of
 from profuser.prepare.data import Examples, Row, data_hash, load_examples, prompt_digest, row_digest
 from profuser.prepare.engines import check_engine, settled_engine
 from profuser.prepare.given import GivenResponses, file_digest
@@ -275,6 +276,13 @@ class Inputs:
             return [True] * len(self.rows[split])
         return [row.get(column, source) == source for row in self.rows[split]]
 
+    def weights(self, row: Row) -> list[float]:
+        """How much each source counts on an example: all alike, unless a column says it."""
+        column = self.recipe.data.weights_column
+        if self.recipe.capture.choice != "weights" or row.get(column) is None:
+            return [1.0] * len(self.recipe.sources)
+        return weights_of(row[column], self.source_names, column)
+
     def responses_per_prompt(self, split: Split) -> int:
         """How many responses each source gives to a prompt of a split: several only to those that are voted on."""
         return self.recipe.generation.responses_per_source if split == "train" else 1
@@ -327,7 +335,8 @@ class Inputs:
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
             | {"max_length": recipe.data.max_length}
             | ({"too_long": recipe.data.too_long} if recipe.data.too_long != "cut" else {})
-            | ({"route_column": recipe.data.route_column} if recipe.capture.choice == "route" else {}),
+            | ({"route_column": recipe.data.route_column} if recipe.capture.choice == "route" else {})
+            | ({"weights_column": recipe.data.weights_column} if recipe.capture.choice == "weights" else {}),
             "generation": generation_settings(recipe),
             # Before there was a choice, all stores were made with min_ce.
             "capture": without(
@@ -413,10 +422,11 @@ def load_split(recipe: Recipe, split: Split) -> Examples:
     limit = recipe.data.limit if split == "train" else None
     named = "train" if getattr(recipe.data, split) is None else split
     # Held-out prompts are answered and scored by all sources.
-    routes = (
-        [source.name for source in recipe.sources] if recipe.capture.choice == "route" and split != "heldout" else []
+    choice = "min_ce" if recipe.capture.choice == "route" and split == "heldout" else recipe.capture.choice
+    names = [source.name for source in recipe.sources]
+    return load_examples(
+        recipe.data, location, limit, split, recipe.data.part(split), named, SourceChoice(choice, names)
     )
-    return load_examples(recipe.data, location, limit, split, recipe.data.part(split), named, routes)
 
 
 def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:

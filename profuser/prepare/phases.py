@@ -483,14 +483,17 @@ class Preparation:
         self, split: Split, mode: Mode, example: int, row: Row, scored: list[ScoredResponse | None]
     ) -> TargetText | Verdict:
         """Returns the text that the target learns from an example in one mode, or the reason why there is none."""
-        fitted = self.inputs.fitted[split][example] if self._teaches_truth(mode, example) else self._winning(example)
+        truth = self._teaches_truth(mode, example)
+        fitted = self.inputs.fitted[split][example] if truth else self._winning(example)
         if fitted.verdict != Verdict.OK:
             return fitted.verdict
         try:
             encoded = self.inputs.target.encode(row["prompt"], fitted.text, complete=not fitted.cut)
         except TokenBytesMismatch as error:
             return Verdict.of(error)
-        return TargetText(example, mode, fitted.text, encoded, scored)
+        # A response that won the vote is learnt from its own source, whatever the row says of the others.
+        weights = self.inputs.weights(row) if truth else [1.0] * len(scored)
+        return TargetText(example, mode, fitted.text, encoded, scored, weights)
 
 
 def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> dict[int, Aligned]:

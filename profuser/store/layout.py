@@ -121,6 +121,7 @@ TARGET_COLUMNS: Columns = {
     "mode": np.uint8,  # profuser.recipe.schedule.Mode
     "response_bytes": np.int32,
     "source_ce": np.float32,  # (n, S), nats per byte or token; +inf where the source does not take part
+    "source_weight": np.float32,  # (n, S), how much each source counts beside the others; 1 where the data do not say it
     "offsets": np.int64,  # (n + 1,): where the tokens of each of n sequences begin
     "row_offsets": np.int64,  # (n + 1,): where the rows of each sequence begin
     # One value per target token.
