@@ -88,7 +88,7 @@ CHANGES = {
 }
 
 
-LONG = ("added at the end", "taken out")
+LONG = ("added at the end", "taken out", "another ground truth")
 
 
 @pytest.mark.parametrize("change", [pytest.param(c, marks=pytest.mark.long if c in LONG else ()) for c in CHANGES])
@@ -134,6 +134,7 @@ def test_another_held_out_file_leaves_the_training_shards_alone(prepared, tmp_pa
     assert not {name for name in new if "heldout" in name and new[name] == old.get(name)}
 
 
+@pytest.mark.long
 def test_a_split_that_is_gone_takes_its_shards_along(prepared, tmp_path):
     copied(prepared, tmp_path)
     run = with_rows(prepared[1], tmp_path, rows_of(prepared[1].recipe.data.train))
@@ -202,3 +203,27 @@ def test_a_lost_division_is_noticed_and_written_again(prepared, tmp_path, capsys
     prepare(run)
     assert "store: examples.safetensors is damaged or missing: writing it again" in capsys.readouterr().out
     assert path.read_bytes() == written
+
+
+def test_a_kind_of_which_a_shard_is_missing_is_not_all_there(prepared, tmp_path):
+    copied(prepared, tmp_path)
+    store = Store.open(tmp_path / "store")
+    kind = layout.responses("heldout", "scholar")
+    assert store.has_all(kind)
+    store._drop([kind.shard(store.numbers(kind)[-1])])
+    assert not Store.open(store.directory, complete=False).has_all(kind)
+
+
+def test_what_is_stale_is_gone_before_anything_is_made_again(prepared, tmp_path, monkeypatch):
+    """A preparation that is stopped leaves no shard of other rows in the store, which readers would take for those of the data."""
+    rows = copied(prepared, tmp_path)
+    run = with_rows(prepared[1], tmp_path, CHANGES["another ground truth"](rows))
+    monkeypatch.setattr(Preparation, "run", lambda self: self.store)
+    store = prepare(run)
+    parts = {part.number: part.digest for part in Inputs.open(run).parts("train")}
+    kinds = [layout.truth("train", "scholar"), layout.responses("train", "scholar")]
+    for kind in kinds:
+        numbers = store.numbers(kind)
+        assert all(store.origin(kind, number) == parts[number] for number in numbers)
+        assert len(numbers) == len(parts) - 1
+        assert not store.has_all(kind)

@@ -28,6 +28,7 @@ from profuser.progress import Progress
 from profuser.recipe.generation import Engine
 from profuser.recipe.parse import Run
 from profuser.recipe.schema import Recipe, SourceConfig
+from profuser.store import layout
 from profuser.store.files import remove_left_over
 from profuser.store.sealed import unsealed, write_sealed
 from profuser.store.store import Store
@@ -95,8 +96,8 @@ def prepared_answers(
         and made["data"].get("max_length") == recipe.data.max_length
         and (recipe.date is None or made["date"] == recipe.date)
     )
-    answers = source_answers(store, source.name) if same else []
-    return answers if len(answers) == len(rows) else None
+    there = same and store.has_all(layout.responses("heldout", source.name))
+    return source_answers(store, source.name) if there else None
 
 
 def key_of(recipe: Recipe, source: Mapping[str, Any], chat: ChatFormat, prompts: Sequence[str], dtype: str) -> str:

@@ -219,17 +219,10 @@ class Store:
             )
         store._tidy()
         if changes.data:
-            changed = {
-                split: [part for part in of.parts if not store._stays(part, split)] for split, of in divisions.items()
-            }
-            counts = ", ".join(
-                f"{len(parts)} of {len(divisions[split].parts)} of {split}" for split, parts in changed.items()
+            print(
+                f"store: {', '.join(changes.data)} changed: making shards again ({store._renew(divisions)})", flush=True
             )
-            print(f"store: {', '.join(changes.data)} changed: making shards again ({counts})", flush=True)
-            there = {(split, part.number) for split, of in divisions.items() for part in of.parts}
-            names = [(name, *kind_of(name)) for name in store._manifest["shards"]]
             store._manifest["settings"]["sources"]["data"] = settings.sources["data"]
-            store._drop([name for name, kind, number in names if (kind.split, number) not in there])
         store._divide(divisions)
         if changes.vote:
             same = not changes.judges and store.settings.votes["asked"] == settings.votes["asked"]
@@ -365,6 +358,10 @@ class Store:
 
     # -- the division of the examples ---------------------------------------------------------------------------------
 
+    def has_all(self, kind: Kind) -> bool:
+        """Whether all shards of a kind are present. It raises what `shard_of` raises."""
+        return self.numbers(kind) == np.unique(self.shard_of(kind.split)).tolist()
+
     def shard_of(self, split: Split) -> np.ndarray:
         """Returns the number of the shard that covers each example of a split, (E,) int32.
 
@@ -401,6 +398,16 @@ class Store:
         self._manifest["files"][EXAMPLES] = digest_of(data)
         self._manifest["divided"] = divided
         self._save()
+
+    def _renew(self, divisions: Mapping[Split, Division]) -> str:
+        """Drops the shards whose rows are no longer those of the data, and returns how many of how many parts have them."""
+        staying = {
+            split: {part.number for part in of.parts if self._stays(part, split)} for split, of in divisions.items()
+        }
+        shards = [(name, *kind_of(name)) for name in self._manifest["shards"]]
+        self._drop([name for name, kind, number in shards if number not in staying.get(kind.split, ())])
+        counts = {split: len(division.parts) for split, division in divisions.items()}
+        return ", ".join(f"{counts[split] - len(staying[split])} of {counts[split]} of {split}" for split in divisions)
 
     def _stays(self, part: Part, split: Split = "train") -> bool:
         """Whether the sources have said something about just these rows."""
