@@ -25,6 +25,7 @@ class Origins:
     def __init__(self, inputs: Inputs, store: Store):
         self.inputs, self.store = inputs, store
         self._ballots: Ballots | None = None
+        self._known: dict[str, str] = {}  # the origins by the shards' names
 
     @property
     def ballots(self) -> Ballots | None:
@@ -41,6 +42,12 @@ class Origins:
 
     def of(self, kind: Kind, part: Part) -> str | None:
         """Returns a digest of what a part's shard is made from; None as long as not all of that is there."""
+        name = kind.shard(part.number)
+        if name not in self._known and (origin := self._origin(kind, part)) is not None:
+            self._known[name] = origin  # what is there stays as it is, because the store is held
+        return self._known.get(name)
+
+    def _origin(self, kind: Kind, part: Part) -> str | None:
         if kind.folder in ("truth", "responses"):
             return part.digest
         names = self.inputs.source_names
@@ -51,12 +58,13 @@ class Origins:
             return self._joined(part, captures, part.examples)
         if (ballots := self.ballots) is None:
             return None
-        winners = [int(ballots.winner[example]) for example in part.examples]
         if kind.folder == "winners":
-            own = [e for e in part.examples if ballots.winning_source(e) == names.index(kind.of)]
-            return self._joined(part, [], [[part.examples.index(e), ballots.winning_text(e)] for e in own])
+            source = names.index(kind.of)
+            won = [ballots.winning_source(example) == source for example in part.examples]
+            texts = [ballots.winning_text(example) if own else None for example, own in zip(part.examples, won)]
+            return self._joined(part, [], texts)
         captures += [layout.winners(name) for name in names]
-        return self._joined(part, captures, [part.examples, winners])
+        return self._joined(part, captures, [part.examples, ballots.winner[part.examples].tolist()])
 
     def _made(self, kind: Kind) -> bool:
         """Whether all shards of a kind are made."""
