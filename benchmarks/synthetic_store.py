@@ -59,6 +59,7 @@ def synthetic_shard(first: int, examples: int) -> dict[str, np.ndarray]:
         "mode": np.zeros(examples),
         "response_bytes": np.full(examples, 4 * RESPONSE_TOKENS),
         "source_ce": rng.uniform(0.3, 1.0, (examples, SOURCES)),
+        "source_weight": np.ones((examples, SOURCES)),
         "offsets": offsets_of(np.full(examples, tokens)),
         "row_offsets": offsets_of(np.full(examples, rows)),
         "input_ids": rng.integers(10, VOCABULARY, examples * tokens),
@@ -122,6 +123,7 @@ def shard_of(sequences: Sequence[TargetSequence], vocabulary: int) -> dict[str, 
         "example": np.arange(examples),
         "mode": np.full(examples, int(Mode.TRAINING)),
         "response_bytes": np.array([sequence.response_bytes for sequence in sequences]),
+        "source_weight": np.ones((examples, sources)),
         "source_ce": np.stack([sequence.source_ce for sequence in sequences]),
         "offsets": bounds("input_ids"),
         "row_offsets": bounds("row_position"),
@@ -145,7 +147,7 @@ def counts_of(examples: int, sources: int) -> dict[str, np.ndarray]:
 
 def make_store(directory: Path, instructions: int) -> Store:
     """The store with so many instructions. Shards that are there already are kept."""
-    store = Store.build(directory, SETTINGS)
+    store = Store.build(directory, SETTINGS, {})
     for number, first in enumerate(range(0, instructions, SHARD_SIZE)):
         if not store.has(layout.targets("train"), number):
             examples = min(SHARD_SIZE, instructions - first)
@@ -171,7 +173,7 @@ def demo_fusion(
     """
     chat = chat_format(source)
     sequences = demo_sequences(chat, np.random.default_rng(0), batch_size * steps, SOURCES)
-    store = Store.build(directory / "store", SETTINGS)
+    store = Store.build(directory / "store", SETTINGS, {})
     shard = shard_of(sequences, len(chat.token_bytes.pieces))
     store.put(layout.targets("train"), 0, shard, examples=len(sequences))
     store.finish()

@@ -16,6 +16,7 @@ from profuser.evaluate.terminal import closing_examples, score_table
 from profuser.plan.plan import make_plan
 from profuser.plan.text import beside
 from profuser.prepare.announce import announce
+from profuser.prepare.data import data_hash
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
 from profuser.prepare.sharing import takes_part
@@ -93,7 +94,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
             if recipe.data.location("heldout") is not None:
                 scores = evaluate(run, store)
                 write_card(directory.path, recipe, scores)
-        directory.finish(model, step)
+        directory.finish(model, step, store.data)
     accelerator.wait_for_everyone()
     return scores
 
@@ -147,7 +148,8 @@ def train_and_report(run: Run) -> None:
         if broadcast_object_list([complete])[0]:
             accelerator.print(f"{directory.path} is complete already; --fresh starts over")
             if accelerator.is_main_process:
-                check_unchanged(run)  # raises an error if the models or data are no longer those of the run
+                inputs = check_unchanged(run)  # raises an error if the models or data are no longer those of the store
+                directory.check_data({split: data_hash(rows) for split, rows in inputs.rows.items()})
                 score_again(run)
         else:
             fuse(run, accelerator, held)

@@ -116,3 +116,8 @@ def make_good(place: Path) -> None:
 
 def prepared_files() -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(Path("runs").rglob("*")) if p.is_file()}
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -215,8 +216,10 @@ def test_a_damaged_shard_is_one_error_and_not_a_workers_traceback(prepared, tmp_
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # the last byte belongs to the entries, so the index stays intact
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"^store shard .*sha256.*profuser\.prepare[^\n]*$"):
+    with pytest.raises(DataError, match=r"^store shard .*sha256.*profuser\.prepare[^\n]*$") as error:
         list(load_steps(damaged, 0, workers=workers, pin_memory=False))
+    assert error.traceback  # which holds on to where the error came through
+    assert not multiprocessing.active_children()  # one that is left would keep this process from ending
 
 
 class Killed:

@@ -39,7 +39,7 @@ def test_both_trainers_take_their_steps_in_turn_from_the_same_weights_on_the_sam
 def test_a_store_of_made_up_sequences_holds_each_of_them(tmp_path):
     chat = chat_format(SourceConfig(name="guardian", model="demo:guardian"))
     sequences = demo_sequences(chat, np.random.default_rng(0), 5, SOURCES)
-    store = Store.build(tmp_path / "store", SETTINGS)
+    store = Store.build(tmp_path / "store", SETTINGS, {})
     store.put(layout.targets("train"), 0, shard_of(sequences, len(chat.token_bytes.pieces)), examples=5)
     store.finish()
     targets = Targets(Store.open(store.directory), "train")

@@ -20,7 +20,7 @@ from transformers import (
 
 from profuser.models.continuation import Sampling, _Drawn, continuations
 from profuser.models.load import chat_format, load_model
-from profuser.prepare.draws import draws_of, seed_of
+from profuser.prepare.draws import draws_of, names_of, seed_of
 from profuser.prepare.responses import generate
 from profuser.recipe.generation import GenerationConfig
 from profuser.recipe.places import resolve
@@ -79,7 +79,7 @@ def test_rows_that_leave_change_nothing_for_those_that_stay(kind):
 def test_a_sampled_row_does_not_depend_on_its_batch(top_p):
     model = model_of("llama")
     sampling = Sampling(1.3, top_p)
-    draws = [draws_of(0, "s", n, 0, room) for n, room in enumerate(ROOMS)]
+    draws = [draws_of(0, "s", str(n), 0, room) for n, room in enumerate(ROOMS)]
     options = {"ends": [1, 9, 12], "pad": 0, "sampling": sampling}
     together = continuations(model, PROMPTS, rooms=ROOMS, draws=draws, **options)
     alone = [
@@ -87,7 +87,7 @@ def test_a_sampled_row_does_not_depend_on_its_batch(top_p):
         for ids, room, draw in zip(PROMPTS, ROOMS, draws)
     ]
     assert together == alone
-    other = [draws_of(1, "s", n, 0, room) for n, room in enumerate(ROOMS)]
+    other = [draws_of(1, "s", str(n), 0, room) for n, room in enumerate(ROOMS)]
     assert continuations(model, PROMPTS, rooms=ROOMS, draws=other, **options) != together
 
 
@@ -117,11 +117,11 @@ def test_the_first_and_the_last_number_draw_possible_tokens(draw):
 
 def test_every_response_has_numbers_of_its_own():
     places = [
-        (0, "a train", 3, 1),
-        (1, "a train", 3, 1),
-        (0, "b train", 3, 1),
-        (0, "a train", 4, 1),
-        (0, "a train", 3, 0),
+        (0, "a train", "x 0", 1),
+        (1, "a train", "x 0", 1),
+        (0, "b train", "x 0", 1),
+        (0, "a train", "x 1", 1),
+        (0, "a train", "x 0", 0),
     ]
     assert len({tuple(draws_of(*place, 4)) for place in places}) == len({seed_of(*place) for place in places}) == 5
     np.testing.assert_array_equal(draws_of(*places[0], 9)[:4], draws_of(*places[0], 4))
@@ -141,7 +141,9 @@ def test_responses_depend_neither_on_the_size_of_a_batch_nor_on_where_a_shard_be
             parts = [
                 answer
                 for first, stop in ((0, 4), (4, 9))
-                for answer in generate(model, chat, prompts[first:stop], config, numbers=range(first, stop), **options)
+                for answer in generate(
+                    model, chat, prompts[first:stop], config, names=names_of(prompts)[first:stop], **options
+                )
             ]
             assert parts == whole
             found.append(whole)

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
 
 import datasets.config
 import huggingface_hub
@@ -86,7 +89,7 @@ def test_files_that_other_tools_write_are_read(tmp_path):
     )
     (tmp_path / "blank.csv").write_text("\ufeffprompt,response\r\n007,NA\r\n\r\n\r\n", newline="")
     for name, count in (("indexed.arrow", 1), ("joined.jsonl", 2), ("blank.csv", 1)):
-        assert read_file(tmp_path / name, name) == [row] * count, name
+        assert list(read_file(tmp_path / name, name)) == [row] * count, name
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def test_files_that_other_tools_write_are_read(tmp_path):
 def test_json_of_another_shape_says_what_it_is(tmp_path, content, expected):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match=r"a\.json cannot be read") as error:
-        read_file(tmp_path / "a.json", "a.json")
+        list(read_file(tmp_path / "a.json", "a.json"))
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -413,3 +416,58 @@ def test_prompts_that_are_in_both_splits_are_counted():
     asked = [{"prompt": " What is  1+1?"}, {"prompt": "Who is it?"}, {"prompt": "what is 1+1?"}]
     assert shared_prompts(asked, training) == 2
     assert shared_prompts([], training) == shared_prompts(asked, []) == 0
+
+
+# --- how far files are read ---------------------------------------------------------------------------------------------
+
+
+def limited(path: Path, limit: int | None, **data: Any) -> list[dict]:
+    return load_examples(DataConfig(train=str(path), **data), str(path), limit)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".csv"])
+def test_no_more_is_read_than_the_examples_that_are_asked_for(tmp_path, ending):
+    rows = [{"prompt": f"Question {n}?", "response": f"Answer {n}."} for n in range(9)]
+    if ending == ".csv":
+        text = "prompt,response\n" + "".join(f"{row['prompt']},{row['response']}\n" for row in rows) + "one cell\n"
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows) + "{broken\n"
+    path = tmp_path / f"data{ending}"
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode())
+    assert [row["prompt"] for row in limited(path, 4)] == [row["prompt"] for row in rows[:4]]
+    assert len(limited(path, 9)) == 9
+    for limit in (10, None):
+        with pytest.raises(DataError, match=r"line 10: |row 11 has 1 cells"):
+            limited(path, limit)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "arrow"])
+def test_the_examples_are_those_of_all_rows_however_far_is_read(tmp_path, ending):
+    rows = [{"prompt": f"Question {n // 2}?", "response": f"Answer {n}."} for n in range(2600)]
+    table, path = pyarrow.Table.from_pylist(rows), tmp_path / f"data.{ending}"
+    if ending == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif ending == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=700)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1500)
+    every = limited(path, None)
+    assert [row["response"] for row in every] == [row["response"] for row in rows]
+    kept = limited(path, None, drop_duplicates=True)
+    assert len(kept) == 1300
+    for limit in (1, 700, 1299, 1300):
+        assert limited(path, limit, drop_duplicates=True) == kept[:limit]
+        assert limited(path, limit) == every[:limit]
+    assert limited(path, 5000) == every
+
+
+def test_a_file_is_not_held_in_memory(tmp_path):
+    path = tmp_path / "large.jsonl"
+    line = json.dumps({"prompt": "Which?", "response": "x" * 4000}) + "\n"
+    path.write_text(line * 5000)  # 20 MB
+    limited(path, 1)
+    tracemalloc.start()
+    assert len(limited(path, 3)) == 3
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()

@@ -83,11 +83,11 @@ def dates_in(run: Run, store: Store) -> set[str]:
 def test_a_preparation_that_goes_on_another_day_keeps_its_date(run, monkeypatch):
     put, shards = Store.put, []
 
-    def interrupted(self, kind, number, arrays, *, examples):
+    def interrupted(self, kind, number, arrays, **facts):
         if len(shards) == 2:
             raise KeyboardInterrupt
         shards.append(number)
-        put(self, kind, number, arrays, examples=examples)
+        put(self, kind, number, arrays, **facts)
 
     set_clock(monkeypatch, FIRST)
     with monkeypatch.context() as patch:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_a_server_is_asked_for_what_the_recipe_says(chat, monkeypatch):
     with chat_server(lambda body: choice(f" {body['messages'][-1]['content']}! \n")) as there:
         source = of_server(chat, there.url, key_variable="THE_KEY", generation={"temperature": 0.5, "top_p": 0.9})
         # The last prompt leaves no room for a response, and is not asked for.
-        assert answers(source, prompts, numbers=[7, 8, 9], responses=2) == [
+        assert answers(source, prompts, responses=2) == [
             one("One?!") * 2,
             one("Why?!") * 2,
             one("") * 2,
@@ -300,7 +301,7 @@ def served_run(expected, run, url: str, store: Path, **options: Any):
     for split in ("train", "heldout"):
         for source in run.recipe.sources[:2]:
             kind = layout.responses(split, source.name)
-            found = [r for n in expected.numbers(kind) for r in read_responses(expected, split, source.name, n)]
+            found = expected.by_example(kind, partial(read_responses, expected, split, source.name))
             texts |= {(source.name, row["prompt"]): of[0] for row, of in zip(rows[split], found, strict=True)}
     sources = [
         replace(source, server=ServerConfig(url=url, model=source.name, retries=0, **options)) if n < 2 else source

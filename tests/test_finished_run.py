@@ -97,6 +97,16 @@ def test_changed_data_are_noticed():
     assert "data.train differ" in err
 
 
+def test_a_run_does_not_go_on_with_a_store_that_was_made_again():
+    write_rows("train.jsonl", rows("fusion", 7))
+    assert run("prepare", "--config", "recipe.yaml")[0] == 0
+    code, _, err = run(*TRAIN)
+    assert code == 2
+    assert "other data (data.train differ)" in err
+    print(err)
+    assert (RUN / "model.safetensors").exists()
+
+
 def test_fresh_moves_nothing_before_it_can_start_over():
     write_rows("train.jsonl", rows("fusion", 7))
     code, _, err = run(*TRAIN, "--fresh")

@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -39,11 +40,7 @@ def given_files(prepared, folder: Path):
     sources, judges = [], []
     for source in run.recipe.sources:
         answers = {
-            split: [
-                answer
-                for number in expected.numbers(layout.responses(split, source.name))
-                for answer in expected.get_json(layout.responses(split, source.name), number)
-            ]
+            split: expected.by_example(kind := layout.responses(split, source.name), partial(expected.get_json, kind))
             for split in ("train", "heldout")
         }
         table = [

@@ -27,7 +27,7 @@ WHOLE = Fitted(RESPONSE, cut=False, verdict=Verdict.OK)
 
 
 def captured(store, kind):
-    return [c for number in store.numbers(kind) for c in unpack_captures(store.get(kind, number))]
+    return store.by_example(kind, lambda number: unpack_captures(store.get(kind, number)))
 
 
 def in_order(capture):

@@ -230,7 +230,7 @@ def state(root: Path):
 
 
 def small_store(root: Path) -> Store:
-    store = Store.build(root / "store", SETTINGS)
+    store = Store.build(root / "store", SETTINGS, {})
     store.put(TRUTH, 0, {"x": np.arange(5, dtype=np.float16)}, examples=5)
     store.put_json(TEXTS, 0, [[["hé", True, 0]]], examples=5)
     summary = json.loads((make_run(root / "made")[1] / "summary.json").read_text())

@@ -13,12 +13,13 @@ from profuser.plan import probe
 from profuser.plan.probe import FIRST, Amounts, Handful, Timed, characters, check_modes, default_count, of_steps
 from profuser.plan.text import exactly, probed
 from profuser.prepare.data import Examples
-from profuser.prepare.inputs import Inputs, Part
+from profuser.prepare.inputs import Inputs
 from profuser.prepare.sharing import ShardTook, Took
 from profuser.recipe.data import Split
 from profuser.recipe.parse import parse_run
 from profuser.recipe.schedule import plan
 from profuser.store import layout
+from profuser.store.division import Part
 from profuser.train.targets import Targets
 
 
@@ -62,7 +63,7 @@ class TestHandful:
         texts = [row["prompt"] for row in inputs.rows["train"]]
         chosen = [row["prompt"] for row in handful.handful()]
         assert len(handful.rows["train"]) == FIRST + 4
-        assert handful.parts("train") == [Part(0, 0, FIRST), Part(1, FIRST, FIRST + 4)]
+        assert [part.examples for part in handful.parts("train")] == [[*range(FIRST)], [*range(FIRST, FIRST + 4)]]
         assert set(chosen) < set(texts)
         assert chosen != texts[:4]
         assert not set(chosen) & {row["prompt"] for row in handful.rows["train"][:FIRST]}
@@ -94,7 +95,7 @@ class TestPreparation:
     AMOUNTS = Amounts(prompts=3, texts=2, all_texts=5, heldout=1.5, validation=0.5)
 
     def took(self, kind: layout.Kind, seconds: float, label: str = "work") -> Took:
-        parts = [Part(0, 0, FIRST), Part(1, FIRST, FIRST + 4)]
+        parts = [Part(0, [*range(FIRST)], ""), Part(1, [*range(FIRST, FIRST + 4)], "")]
         return Took(label, 7.0, [ShardTook(kind, part, s, 80) for part, s in zip(parts, (100.0, seconds), strict=True)])
 
     @pytest.mark.parametrize(

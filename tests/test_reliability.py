@@ -200,8 +200,9 @@ written, and checked where a run relies on them.
 
 - `train` resumes from the newest checkpoint of which every file is what was written. One that is not is passed over for the one
   before, and a line says why. Where none is left, training begins at step 0.
-- `prepare` and `train` make a damaged shard, `summary.json` or `samples.parquet` again and say so. `train` scores again where
-  scores are damaged, takes lost metrics from a checkpoint, and writes a model that cannot be read again from the last checkpoint.
+- `prepare` and `train` make a damaged shard, `examples.safetensors`, `summary.json` or `samples.parquet` again and say so. `train`
+  scores again where scores are damaged, takes lost metrics from a checkpoint, and writes a model that cannot be read again from the
+  last checkpoint.
 - The fused model may be edited on purpose. `train` and `evaluate` say which of its files differ, and use them as they are.
 - `evaluate`, `report`, `doctor` and `store` change nothing in a store. Where something is damaged that they need, they end with
   exit code 3 and one line, and what the line advises works.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_runs import run as run_command
 from conftest import small_run
 
 from profuser.errors import ConfigError, DataError
@@ -59,15 +58,18 @@ def made(tmp_path_factory):
         return run, prepare(run), asked
 
 
+def responses_of_source(store, name):
+    kind = layout.responses("train", name)
+    return store.by_example(kind, lambda n: read_responses(store, "train", name, n))
+
+
 def test_only_the_source_that_the_row_names_is_asked(made):
     run, store, asked = made
     rows = Inputs.open(run).rows
     count = len(rows["train"])
     assert asked == {"a train": count // 2, "b train": count // 2, "a heldout": 6, "b heldout": 6}
     for s, name in enumerate(NAMES):
-        found = [
-            r for n in store.numbers(layout.responses("train", name)) for r in read_responses(store, "train", name, n)
-        ]
+        found = responses_of_source(store, name)
         assert len(found) == count
         for example, (response,) in enumerate(found):
             assert (response.verdict == Verdict.NOT_WINNER) == (example % 2 != s)
@@ -75,7 +77,7 @@ def test_only_the_source_that_the_row_names_is_asked(made):
         # The ground truth is scored by it alone, but for held-out examples, on which the sources are compared.
         for split in ("train", "validation", "heldout"):
             kind = layout.truth(split, name)
-            reasons = np.concatenate([store.get(kind, n)["reason"] for n in store.numbers(kind)])
+            reasons = np.array(store.by_example(kind, lambda n, kind=kind: store.get(kind, n)["reason"]))
             expected = [split != "heldout" and e % 2 != s for e in range(len(rows[split]))]
             assert (reasons == Verdict.NOT_WINNER).tolist() == expected
 
@@ -144,13 +146,7 @@ def test_given_responses_are_needed_where_the_source_is_asked(tmp_path):
         return routed_run(tmp_path, f"--store={tmp_path / 'new'}", sources=sources)
 
     store = prepare(opened(range(1, len(rows), 2)))
-    found = [r for n in store.numbers(layout.responses("train", "b")) for r in read_responses(store, "train", "b", n)]
+    found = responses_of_source(store, "b")
     assert [response.text for (response,) in found] == ["" if n % 2 == 0 else f"Answer: {n}." for n in range(len(rows))]
     with pytest.raises(DataError, match=r"it has 0 to example 1 \(from 0\)"):
         Inputs.open(opened(range(3, len(rows), 2)))
-
-
-def test_weights_are_refused_in_one_line(in_run):
-    code, _, err = run_command("prepare", "--config", "recipe.yaml", "--capture.choice", "weights", "--store", "new")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "capture.choice must be min_ce or route, got weights: the loss takes one source for each sequence" in err

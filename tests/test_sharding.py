@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from command_runs import children
 from conftest import ROOT
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -33,10 +33,8 @@ from transformers import (
 from profuser.fusion_model import FusionModel, tied_names
 from profuser.recipe.places import resolve
 from profuser.train import checkpoint
-from profuser.train.checkpoint import Checkpoint, load_newest, newest_step, save_checkpoint
+from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.sharding import blocks_of, load_into_shards, whole, whole_model
-
-KILLS = int(os.environ.get("PROFUSER_KILLS", "5"))
 
 
 def launched(processes: int, *arguments: str) -> subprocess.CompletedProcess:
@@ -355,58 +353,3 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_one_process_goes_on(arg
     again = one_process([*arguments, "--optim.steps=400", "--optim.shard=true"], output)
     assert again.returncode == 0, again.stderr[-3000:]
     assert f"resuming at step {stopped} of 400" in again.stdout
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("beside", ["false", "true"])
-def test_killed_at_random_moments_a_sharded_run_ends_with_the_bits_of_an_uninterrupted_one(arguments, tmp_path, beside):
-    """SIGKILL takes both processes and their launcher, in a step or in the middle of a checkpoint, of which there is one every step.
-
-    The checkpoints are written between the steps, or beside the next one.
-    """
-    sharded = [
-        *arguments,
-        "--optim.steps=40",
-        "--optim.checkpoint_every=1",
-        "--optim.shard=true",
-        f"--optim.async_checkpoints={beside}",
-    ]
-    whole = launched(2, "-m", "profuser.train", *sharded, f"--output={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    rng = random.Random(16)
-    output, environment = tmp_path / "killed", os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    for kill in range(KILLS):
-        process = subprocess.Popen(
-            [*launcher, "profuser.train", *sharded, f"--output={output}"], env=environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        goal, deadline = newest_step(output / "checkpoints") + rng.randint(1, 40 // KILLS - 1), time.monotonic() + 120
-        while newest_step(output / "checkpoints") < goal:
-            assert process.poll() is None, kill
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        of_launcher = [process.pid, *children(process.pid)]
-        for one in of_launcher:
-            os.kill(one, signal.SIGKILL)
-        process.wait()
-    end = launched(2, "-m", "profuser.train", *sharded, f"--output={output}")
-    assert end.returncode == 0, end.stderr[-3000:]
-    assert "resuming at step" in end.stdout
-    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
-    untimed = {"tokens_per_second", "data_wait", "sha256"}
-    lines = [
-        [
-            {key: value for key, value in json.loads(line).items() if key not in untimed}
-            for line in (run / "metrics.jsonl").read_text().splitlines()
-        ]
-        for run in (output, tmp_path / "whole")
-    ]
-    assert lines[0] == lines[1]
-    assert not list(output.rglob(".*.tmp"))
-
-
-def children(process: int) -> list[int]:
-    """The processes that a process has started."""
-    return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]

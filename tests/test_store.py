@@ -34,7 +34,7 @@ SETTINGS = StoreSettings(
 TRUTH, TARGETS, TEXTS = layout.truth("train", "a"), layout.targets("train"), layout.responses("train", "a")
 
 
-SHARD = {"sha256": "0" * 64, "bytes": 0, "examples": 0}
+SHARD = {"sha256": "0" * 64, "bytes": 0, "examples": 0, "origin": ""}
 
 
 def changed(**layers) -> StoreSettings:
@@ -48,7 +48,7 @@ def rewrite_manifest(store: Store, **changes) -> None:
 
 @pytest.fixture
 def store(tmp_path):
-    store = Store.build(tmp_path / "store", SETTINGS)
+    store = Store.build(tmp_path / "store", SETTINGS, {})
     store.put(TRUTH, 0, {"x": np.arange(5, dtype=np.float16)}, examples=5)
     index = {"example": np.arange(5), "mode": np.zeros(5, np.uint8), "offsets": np.arange(6)}
     store.put(TARGETS, 0, index | {"y": np.ones((2, 3), np.int32), "none": np.zeros((0, 4), np.uint8)}, examples=5)
@@ -148,14 +148,14 @@ def test_a_missing_shard_is_refused(store):
 def test_other_capture_settings_need_another_store(store):
     other = SETTINGS.sources | {"capture": {"top_k": 5, "dtype": "float32"}, "sources": {"a": 2}}
     with pytest.raises(ConfigError, match=r"capture\.top_k, sources\.a differ"):
-        Store.build(store.directory, changed(sources=other))
+        Store.build(store.directory, changed(sources=other), {})
 
 
 def test_other_model_files_are_not_the_stores(tmp_path):
     with_files = [changed(sources=SETTINGS.sources | {"sources": {"a": {"files": x}}}) for x in "12"]
-    Store.build(tmp_path / "s", with_files[0])
+    Store.build(tmp_path / "s", with_files[0], {})
     with pytest.raises(DataError, match=r"sources\.a\.files"):
-        Store.build(tmp_path / "s", with_files[1])
+        Store.build(tmp_path / "s", with_files[1], {})
 
 
 def test_a_changed_judge_votes_again_and_the_answers_and_the_others_scores_stay(store, capsys):
@@ -163,18 +163,18 @@ def test_a_changed_judge_votes_again_and_the_answers_and_the_others_scores_stay(
     for kind in (rm, check, winners):
         store.put(kind, 0, {"x": np.ones(1)}, examples=1)
     another_check = VOTES | {"judges": VOTES["judges"] | {"check": {"files": "3"}}}
-    again = Store.build(store.directory, changed(votes=another_check))
+    again = Store.build(store.directory, changed(votes=another_check), {})
     assert "judges changed (check): voting again" in capsys.readouterr().out
     there = [kind for kind in (rm, check, winners, TARGETS, TRUTH, TEXTS) if again.has(kind, 0)]
     assert there == [rm, TRUTH, TEXTS]
     assert not again.complete
-    without = Store.build(store.directory, changed(votes={"asked": [], "judges": {}}))
+    without = Store.build(store.directory, changed(votes={"asked": [], "judges": {}}), {})
     assert without.has(rm, 0)
-    assert Store.build(store.directory, changed(votes=another_check)).has(rm, 0)
+    assert Store.build(store.directory, changed(votes=another_check), {}).has(rm, 0)
 
 
 def test_another_alignment_drops_the_targets_and_keeps_the_captures(store):
-    again = Store.build(store.directory, changed(targets={"mode": "bytes", "rule": 2}))
+    again = Store.build(store.directory, changed(targets={"mode": "bytes", "rule": 2}), {})
     assert not again.has(TARGETS, 0)
     assert again.has(TRUTH, 0)
     assert not again.complete
@@ -202,13 +202,13 @@ def test_asking_what_changed_changes_nothing(store, settings, outdated):
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match=r"manifest\.json"):
-        Store.build(tmp_path, SETTINGS)
+        Store.build(tmp_path, SETTINGS, {})
 
 
 @pytest.mark.parametrize("schema", [4, 99])
 def test_another_schema_is_refused_with_the_command(store, schema):
     rewrite_manifest(store, schema=schema)
-    for use in (lambda: Store.build(store.directory, SETTINGS), lambda: Store.open(store.directory)):
+    for use in (lambda: Store.build(store.directory, SETTINGS, {}), lambda: Store.open(store.directory)):
         with pytest.raises(DataError, match=rf"schema {schema}, this version reads .*profuser\.prepare --fresh"):
             use()
 
@@ -216,7 +216,7 @@ def test_another_schema_is_refused_with_the_command(store, schema):
 def test_a_broken_manifest_is_refused(store):
     (store.directory / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="JSON"):
-        Store.build(store.directory, SETTINGS)
+        Store.build(store.directory, SETTINGS, {})
 
 
 def flip(path, at, bit):
@@ -248,26 +248,24 @@ def test_a_damaged_finding_is_noticed(store, name, cut):
             again.handled()
 
 
-def test_a_store_of_the_schema_before_the_seals_goes_on_and_records_the_rest(store):
+def test_a_store_of_an_earlier_schema_is_refused_and_stays_as_it_is(store):
     path = store.directory / "manifest.json"
-    content = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("sha256", "files", "seconds")}
-    path.write_text(json.dumps(content | {"schema": 5}))
-    again = Store.open(store.directory)
-    assert again.get(TRUTH, 0)["x"].tolist() == [0, 1, 2, 3, 4]
-    assert again.damaged_findings() == ["summary.json", "samples.parquet"]
-    assert Store.finished(store.directory, SETTINGS) is None
-    Store.build(store.directory, SETTINGS).finish()
-    assert json.loads(path.read_text())["schema"] == 6
+    write_sealed(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"} | {"schema": 6})
+    before = path.read_bytes()
+    for use in (Store.open, lambda directory: Store.build(directory, SETTINGS, {})):
+        with pytest.raises(DataError, match=r"has schema 6, this version reads 7; prepare it again with .*--fresh"):
+            use(store.directory)
+    assert path.read_bytes() == before
 
 
 def test_another_stores_manifest_is_noticed(store, tmp_path):
     other = changed(sources=SETTINGS.sources | {"capture": {"top_k": 5, "dtype": "float32"}})
-    foreign = Store.build(tmp_path / "other", other)
+    foreign = Store.build(tmp_path / "other", other, {})
     foreign.put(TRUTH, 0, {"x": np.arange(6, dtype=np.float16)}, examples=5)
     foreign.finish()
     shutil.copy(foreign.directory / "manifest.json", store.directory / "manifest.json")
     with pytest.raises(DataError, match=r"must describe the shards beside it, .*capture\.top_k.*--fresh"):
-        Store.build(store.directory, SETTINGS)
+        Store.build(store.directory, SETTINGS, {})
 
 
 def test_what_a_killed_preparation_has_left_is_removed_by_the_next(store):
@@ -277,7 +275,7 @@ def test_what_a_killed_preparation_has_left_is_removed_by_the_next(store):
         path.write_bytes(b"x")
     Store.open(store.directory)
     assert all(path.exists() for path in left)
-    Store.build(store.directory, SETTINGS)
+    Store.build(store.directory, SETTINGS, {})
     assert [path.exists() for path in (*left, *others)] == [False, False, True, True]
 
 
@@ -298,7 +296,7 @@ def test_an_interrupted_write_leaves_no_shard(store, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         store.put(TRUTH, 1, {"x": np.zeros(1)}, examples=1)
     monkeypatch.undo()
-    again = Store.build(store.directory, SETTINGS)
+    again = Store.build(store.directory, SETTINGS, {})
     assert again.numbers(TRUTH) == [0]
     assert not list(store.directory.rglob("*.tmp"))
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,7 @@ def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
     table = audit_table(Inputs.open(run), store, ballots)
     responses = loaded("responses")
     kinds = {source.name: layout.responses("train", source.name) for source in run.recipe.sources}
-    written = {name: [a for n in store.numbers(kind) for a in store.get_json(kind, n)] for name, kind in kinds.items()}
+    written = {name: store.by_example(kind, partial(store.get_json, kind)) for name, kind in kinds.items()}
     examples, sources = len(table["prompt"]), [source.name for source in run.recipe.sources]
     assert len(responses) == examples * len(sources)
     for row in responses.to_list():
@@ -59,13 +60,12 @@ def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
 
 def test_an_export_says_which_responses_were_finished():
     """A user who takes them as given responses would otherwise let those vote that were cut."""
-    answers = {"a": [[["x", True, 0], ["y", False, 0]]], "b": [[["z", False, 0], ["x", True, 0]]]}
+    answers = {"a": [["x", True, 0], ["y", False, 0]], "b": [["z", False, 0], ["x", True, 0]]}
     store: Any = SimpleNamespace(
         settings=SimpleNamespace(
             sources={"source_names": ["a", "b"], "generation": {"responses_per_source": 2}}, votes={"asked": ["j"]}
         ),
-        numbers=lambda kind: [0, 1],
-        get_json=lambda kind, number: answers[kind.of] if number == 0 else [row[::-1] for row in answers[kind.of]],
+        by_example=lambda kind, read: [answers[kind.of], answers[kind.of][::-1]],
     )
     row = {"prompt": "p", "skill": "all", "ground_truth": "t"}
     for label, text in (("a_0", "x"), ("a_1", "y"), ("b_0", "z"), ("b_1", "x")):

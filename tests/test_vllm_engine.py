@@ -165,7 +165,7 @@ def test_sampled_requests_have_seeds_of_their_own(chat, stub, monkeypatch):
     )
     with answering("vllm", of_stub(chat, stub, temperature=0.6, top_p=0.9)) as answer:
         answer(Asked("train", ["a?", "b?"], responses=3))
-        answer(Asked("train", ["b?"], [1], responses=3))
+        answer(Asked("train", ["b?"], responses=3))
     sampling = [request["sampling"] for request in sent]
     assert {(s["temperature"], s["top_p"], s["max_tokens"]) for s in sampling} == {(0.6, 0.9, 40)}
     seeds = [s["seed"] for s in sampling]

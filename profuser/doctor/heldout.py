@@ -21,12 +21,14 @@ from profuser.evaluate.scores import source_answers
 from profuser.models.head import head_of
 from profuser.models.load import check_vocabulary, default_device, load_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash
+from profuser.prepare.draws import names_of
 from profuser.prepare.engines import Asked, Source, answering, check_engine, settled_engine
 from profuser.prepare.inputs import generation_settings, settled_dtype, source_settings
 from profuser.progress import Progress
 from profuser.recipe.generation import Engine
 from profuser.recipe.parse import Run
 from profuser.recipe.schema import Recipe, SourceConfig
+from profuser.store import layout
 from profuser.store.files import remove_left_over
 from profuser.store.sealed import unsealed, write_sealed
 from profuser.store.store import Store
@@ -94,8 +96,8 @@ def prepared_answers(
         and made["data"].get("max_length") == recipe.data.max_length
         and (recipe.date is None or made["date"] == recipe.date)
     )
-    answers = source_answers(store, source.name) if same else []
-    return answers if len(answers) == len(rows) else None
+    there = same and store.has_all(layout.responses("heldout", source.name))
+    return source_answers(store, source.name) if there else None
 
 
 def key_of(recipe: Recipe, source: Mapping[str, Any], chat: ChatFormat, prompts: Sequence[str], dtype: str) -> str:
@@ -126,6 +128,7 @@ def kept_or_made(
 
     # A file that was damaged is made again, and those behind it are used as they are.
     name, done, model = source.config.name, len(answers), None
+    names = names_of(prompts)
     check_engine(engine, source.config, source.generation)
     if engine == "transformers":
         model = load_model(source.config, source.dtype, device, spreads=True)
@@ -136,7 +139,8 @@ def kept_or_made(
     ):
         while (first := len(answers)) < len(prompts):
             part = prompts[first : first + size]
-            responses = answer(Asked("heldout", part, range(first, first + len(part))), bar.update)
+            asked = Asked("heldout", part, names=names[first : first + len(part)])
+            responses = answer(asked, bar.update)
             texts = [of_prompt[0].text for of_prompt in responses]
             write_sealed(folder / name_of(first), {"answers": texts, "of": folder.name, "first": first})
             answers += texts

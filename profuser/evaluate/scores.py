@@ -214,14 +214,17 @@ def answer(
 def source_answers(store: Store, source: str) -> list[str]:
     """Reads what a source answered to the held-out prompts, in the order of the rows."""
     kind = layout.responses("heldout", source)
-    return [answer.text for n in store.numbers(kind) for (answer,) in read_responses(store, "heldout", source, n)]
+    responses = store.by_example(kind, lambda n: read_responses(store, "heldout", source, n))
+    return [response.text for (response,) in responses]
 
 
 def source_likelihood(store: Store, source: str) -> tuple[np.ndarray, np.ndarray]:
     """Reads the nats that a source gives each held-out ground truth, and the bytes of it, in the order of the rows."""
     kind = layout.truth("heldout", source)
-    shards = [store.get(kind, number) for number in store.numbers(kind)]
-    nll, size = (np.concatenate([shard[key] for shard in shards]) for key in ("nll", "response_bytes"))
+    nll, size = (
+        np.array(store.by_example(kind, lambda n, key=key: store.get(kind, n)[key]))
+        for key in ("nll", "response_bytes")
+    )
     return nll, size
 
 

@@ -107,7 +107,8 @@ def shift_rows(store: Store, directory: Path) -> Store:
     copy, kind = Store.open(directory), layout.targets("train")
     for number in copy.numbers(kind):
         arrays = copy.get(kind, number)
-        copy.put(kind, number, shifted(arrays), examples=len(np.unique(arrays["example"])))
+        examples, origin = len(np.unique(arrays["example"])), copy.origin(kind, number)
+        copy.put(kind, number, shifted(arrays), examples=examples, origin=origin)
     copy.finish(copy.seconds)
     return copy
 

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -27,8 +28,8 @@ from accelerate import Accelerator
 
 from profuser.errors import ConfigError
 from profuser.models.load import load_model
-from profuser.prepare.data import Examples, Row
-from profuser.prepare.inputs import Inputs, Part
+from profuser.prepare.data import Examples, Row, row_digest
+from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation, free_memory
 from profuser.prepare.responses import generate
 from profuser.prepare.sharing import Took
@@ -36,6 +37,7 @@ from profuser.progress import Progress, silenced
 from profuser.recipe.data import SPLITS, Split
 from profuser.recipe.schedule import Stage, plan
 from profuser.recipe.schema import Recipe
+from profuser.store.division import Division
 from profuser.store.layout import Kind
 from profuser.store.store import Store
 from profuser.train.likelihood import likelihood
@@ -135,13 +137,21 @@ class Handful(Inputs):
         numbers = {split: len(inputs.rows.get(split, ())) for split in SPLITS}
         return cls(**given | {"rows": rows, "store_dir": store_dir}, first=FIRST, numbers=numbers)
 
-    def parts(self, split: Split) -> list[Part]:
+    @cached_property
+    def divisions(self) -> dict[Split, Division]:
         """The rows that go first, and the handful."""
-        return [Part(0, 0, self.first), Part(1, self.first, len(self.rows[split]))]
+        return {
+            split: Division(
+                2,
+                np.array([0] * self.first + [1] * (len(rows) - self.first), np.int32),
+                [row_digest(row) for row in rows],
+            )
+            for split, rows in self.rows.items()
+        }
 
     def handful(self, split: Split = "train") -> Sequence[Row]:
         """The rows that are timed."""
-        return self.parts(split)[1].of(self.rows[split])
+        return self.rows[split][self.first :]
 
 
 def characters(rows: Iterable[Row]) -> int:

@@ -13,8 +13,8 @@ PER_EXAMPLE = {"reason", "cut", "nll", "response_bytes", "offsets", "range_offse
 """The columns of a capture with a value per example. Of the others, those of a range begin with range_, the rest are of tokens."""
 ENTRIES = {"top_ids", "top_logprobs", "range_ids", "range_logprobs"}
 """The columns of a capture with top_k values per token or range."""
-PER_SEQUENCE = {"example", "mode", "response_bytes", "source_ce", "offsets", "row_offsets"}
-"""The columns of targets with a value per sequence; source_ce has one for every source."""
+PER_SEQUENCE = {"example", "mode", "response_bytes", "source_ce", "source_weight", "offsets", "row_offsets"}
+"""The columns of targets with a value per sequence; source_ce and source_weight have one for every source."""
 PER_TOKEN, PER_ENTRY = {"input_ids", "label_mask"}, {"entry_ids", "entry_logprobs"}
 PER_ROW = {"row_position", "row_source", "row_tail", "row_reliability", "entry_offsets"}
 
@@ -58,7 +58,7 @@ def targets_bytes(counts: Counts, vocabulary: int, top_k: int, sources: int) -> 
     """
     k = min(top_k, vocabulary)
     of_sequence = _width(TARGET_COLUMNS, PER_SEQUENCE, vocabulary, k)
-    of_sequence += (sources - 1) * _width(TARGET_COLUMNS, {"source_ce"}, vocabulary, k)
+    of_sequence += (sources - 1) * _width(TARGET_COLUMNS, {"source_ce", "source_weight"}, vocabulary, k)
     of_token = _width(TARGET_COLUMNS, PER_TOKEN, vocabulary, k)
     of_row = _width(TARGET_COLUMNS, PER_ROW, vocabulary, k) + k * _width(TARGET_COLUMNS, PER_ENTRY, vocabulary, k)
     of_shard = 18 * 8 + sources * 2 * (4 + 1 + 1 + 10) * 8  # the alignment's counts by mode and source

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
             if fresh:
                 inputs.try_judges(run.recipe.judges)
                 start_over(run, "store")
-            preparation = Preparation.begin(inputs, held)
+            preparation = Preparation.begin(inputs, held, renews=True)
             if first:
                 announce("prepare", preparation, state.num_processes)
         state.destroy_process_group()  # from here on none needs the others

@@ -16,11 +16,12 @@ from profuser.models.head import head_of
 from profuser.models.load import check_vocabulary, load_model
 from profuser.prepare.capture import BatchSize, CaptureRequest, ScoredResponse, capture_responses, pack_captures
 from profuser.prepare.data import Row
-from profuser.prepare.inputs import Inputs, Part
+from profuser.prepare.inputs import Inputs
 from profuser.progress import Progress
 from profuser.recipe.data import Split
 from profuser.recipe.generation import Reasoning
 from profuser.recipe.schema import SourceConfig
+from profuser.store.division import Part
 from profuser.text.chat import ChatFormat
 from profuser.text.encoded import Encoded
 from profuser.text.fit import Fitted, Verdict
@@ -112,7 +113,7 @@ def taken(
     scored: dict[int, ScoredResponse] = {}
     for i, own, _ in _encodings(inputs, rows, chat, fitted, verdicts):
         assert given is not None
-        scored[i] = given.scored(rows[i]["prompt"], whole(part.first + i), fitted[i], own)
+        scored[i] = given.scored(rows[i]["prompt"], whole(part.examples[i]), fitted[i], own)
     bar.update(len(part))
     return pack_captures(fitted, verdicts, scored, inputs.recipe.capture.top_k, len(chat.tokenizer))
 

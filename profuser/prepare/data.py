@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
-from profuser.errors import DataError, in_short
+from profuser.errors import DataError
+from profuser.prepare.chosen import BY_CROSS_ENTROPY, SourceChoice
 from profuser.prepare.columns import check_none_left_out, examples_of, find_columns, text_of
 from profuser.prepare.data_sets import read_tables
 from profuser.recipe.data import DataConfig, DataLocation, Split
@@ -34,7 +36,7 @@ def load_examples(
     split: Split = "train",
     part: tuple[float, float] = (0.0, 1.0),
     of_split: Split | None = None,
-    routes: Sequence[str] = (),
+    sources: SourceChoice = BY_CROSS_ENTROPY,
 ) -> Examples:
     """Reads the rows of a split.
 
@@ -46,60 +48,23 @@ def load_examples(
         part: only examples are read whose prompts have a hash from the first of these numbers on and below the second; 0 is the
             smallest hash, and all are below 1.
         of_split: the recipe's split that names the location, where it is another one.
-        routes: the sources, one of which the column `data.route_column` must name in every row; empty looks at no such column.
+        sources: what a column must say of the sources in every training row; by default no column has to.
 
     Raises:
         DataError: the data is missing, broken or empty; a column is missing or holds something other than text or conversations;
             a part of the prompts would be left out.
     """
+    # Read all rows, or so many as hold the examples that are asked for. That is known when they have been looked through.
     location = DataLocation(path=location) if isinstance(location, str) else location
     tables = read_tables(location, of_split or split)
-    there = list(dict.fromkeys(column for _, table in tables for row in table for column in row))
-    if not there:
-        raise DataError(f"data {location} must have at least one row, got none; fix the file")
-    columns = find_columns(str(location), there, config)
-    skill = config.skill_column if config.skill_column in there else None
-    if config.skill_column not in (skill, DataConfig.skill_column):  # one that the recipe names must be there
-        raise DataError(
-            f"data {location} must have the column {config.skill_column!r} (data.skill_column), found: {', '.join(there)}; set "
-            "data.skill_column to the right one, or to null"
-        )
+    unread = ((name, number, cells) for name, table in tables for number, cells in enumerate(table))
+    table = list(islice(unread, limit))
+    found = _examples_in(table, config, location, split, part, sources)
+    while limit is not None and len(found) < limit and (more := list(islice(unread, max(limit, len(table))))):
+        table += more
+        found = _examples_in(table, config, location, split, part, sources)
+    rows = found[:limit]
 
-    if routes and config.route_column not in there and split == "train":
-        raise DataError(
-            f"data {location} must have the column {config.route_column!r} (data.route_column) with capture.choice: route, found: "
-            f"{', '.join(there)}; add it, set data.route_column to the right one, or set capture.choice: min_ce"
-        )
-    routed = bool(routes) and config.route_column in there
-
-    # Name what an example has as everything else expects it, and keep the other columns beside it. What was found by its name
-    # is not kept twice, so that the rows are the same however the data set writes them down.
-    counts: Counter[str] = Counter()
-    dropped = columns.all if columns.by_name else (columns.system,)
-    kept = [column for column in there if column not in dropped]
-    rows: list[Row] = []
-    seen: set[str] = set()
-    for name, table in tables:
-        for number, cells in enumerate(table):
-            cells = dict.fromkeys(there) | cells
-            try:
-                check_none_left_out(columns, cells)
-                examples = examples_of(columns, cells, config, counts)
-                if routed:
-                    check_route(cells[config.route_column], routes, config.route_column)
-                of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
-            except DataError as error:
-                raise DataError(f"data {name}, row {number} (from 0): {error}") from None
-            for prompt, response in examples:
-                if not part[0] <= place_of(prompt) < part[1]:
-                    continue
-                if split == "train" and config.drop_duplicates and _is_twice(prompt, seen, counts):
-                    continue
-                others = {column: cells[column] for column in kept}
-                rows.append(others | {"prompt": prompt, "response": response.strip(), "skill": of_skill})
-        if limit is not None and len(rows) >= limit:
-            break
-    rows = rows[:limit]
     if any(row["skill"] == "mean" for row in rows):
         raise DataError(
             f'data {location}: a skill must not be called "mean", which stands for the mean over skills; rename it, or set '
@@ -110,17 +75,68 @@ def load_examples(
             f"data.{split} must have at least one example, none of {location} is in its share; change data.heldout_share or "
             "data.validation_share"
         )
+    return Examples(rows, found.notes)
+
+
+def _examples_in(
+    table: Sequence[tuple[str, int, dict[str, Any]]],
+    config: DataConfig,
+    location: DataLocation,
+    split: Split,
+    part: tuple[float, float],
+    sources: SourceChoice,
+) -> Examples:
+    """Returns the examples of some rows, of which there may be none. It raises what `load_examples` raises.
+
+    Args:
+        table: what messages call each row's file, its number there, and its cells.
+    """
+    there = list(dict.fromkeys(column for _, _, cells in table for column in cells))
+    if not there:
+        raise DataError(f"data {location} must have at least one row, got none; fix the file")
+    columns = find_columns(str(location), there, config)
+    skill = config.skill_column if config.skill_column in there else None
+    if config.skill_column not in (skill, DataConfig.skill_column):  # one that the recipe names must be there
+        raise DataError(
+            f"data {location} must have the column {config.skill_column!r} (data.skill_column), found: {', '.join(there)}; set "
+            "data.skill_column to the right one, or to null"
+        )
+
+    chosen = sources.column(config)
+    if chosen is not None and chosen[1] not in there:
+        if split == "train":
+            raise DataError(
+                f"data {location} must have the column {chosen[1]!r} ({chosen[0]}) with capture.choice: {sources.choice}, found: "
+                f"{', '.join(there)}; add it, set {chosen[0]} to the right one, or set capture.choice: min_ce"
+            )
+        chosen = None
+
+    # Name what an example has as everything else expects it, and keep the other columns beside it. What was found by its name
+    # is not kept twice, so that the rows are the same however the data set writes them down.
+    counts: Counter[str] = Counter()
+    dropped = columns.all if columns.by_name else (columns.system,)
+    kept = [column for column in there if column not in dropped]
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for name, number, cells in table:
+        cells = dict.fromkeys(there) | cells
+        try:
+            check_none_left_out(columns, cells)
+            examples = examples_of(columns, cells, config, counts)
+            if chosen is not None:
+                sources.check(cells[chosen[1]], chosen[1])
+            of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
+        except DataError as error:
+            raise DataError(f"data {name}, row {number} (from 0): {error}") from None
+        for prompt, response in examples:
+            if not part[0] <= place_of(prompt) < part[1]:
+                continue
+            if split == "train" and config.drop_duplicates and _is_twice(prompt, seen, counts):
+                continue
+            others = {column: cells[column] for column in kept}
+            rows.append(others | {"prompt": prompt, "response": response.strip(), "skill": of_skill})
     notes = [f"data {location}: {columns}"] if columns.by_name or columns.system else []
     return Examples(rows, notes + [f"data {location}: {count} {what}" for what, count in counts.items()])
-
-
-def check_route(value: object, routes: Sequence[str], column: str) -> None:
-    """Raises DataError unless a cell names a source."""
-    if value not in routes:
-        raise DataError(
-            f"the column {column!r} must name a source ({', '.join(routes)}), got {in_short(value)}; correct it, or set "
-            "capture.choice: min_ce"
-        )
 
 
 def _is_twice(prompt: Prompt, seen: set[str], counts: Counter[str]) -> bool:
@@ -161,11 +177,26 @@ def shared_prompts(rows: Sequence[Row], training: Sequence[Row]) -> int:
 
 def data_hash(rows: Sequence[Row]) -> str:
     """Returns a short hash of all rows. It covers every column, because judges may read all of them."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_spelt(row))
+    return digest.hexdigest()[:16]
+
+
+def row_digest(row: Row) -> bytes:
+    """Returns the sha256 of a row with all of its columns."""
+    return hashlib.sha256(_spelt(row)).digest()
+
+
+def prompt_digest(prompt: Prompt) -> bytes:
+    """Returns the sha256 of a prompt."""
+    return hashlib.sha256(_spelt(prompt)).digest()
+
+
+def _spelt(value: object) -> bytes:
+    """Spells a row or a prompt as JSON."""
 
     def spelt(value: object) -> object:
         return value.turns if isinstance(value, Conversation) else str(value)
 
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=spelt).encode())
-    return digest.hexdigest()[:16]
+    return json.dumps(value, sort_keys=True, default=spelt).encode()

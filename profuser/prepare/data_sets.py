@@ -37,7 +37,9 @@ NO_EXAMPLES = {"config.json", "dataset_info.json", "dataset_infos.json", "datase
 
 
 def read_tables(location: DataLocation, split: Split) -> list[tuple[str, Table]]:
-    """Reads the files of a location that the recipe names for a split, each with what messages call it.
+    """Finds the files of a location that the recipe names for a split, and returns what messages call each with its rows.
+
+    The rows are read as they are asked for, and this raises DataError where a file is broken.
 
     A folder or data set may have several splits of its own. Where the location names none of them, it is the only one, or the
     one that is called as in the recipe. Any other has to be named, so that no score is computed on training rows unnoticed.

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel
 from profuser.errors import ConfigError
 from profuser.models.load import weights_of
 from profuser.models.merged_adapter import adapter_folder
-from profuser.prepare.draws import seed_of
+from profuser.prepare.draws import names_of, seed_of
 from profuser.prepare.responses import Response, generate, is_answer, response_of
 from profuser.prepare.server import Reply, Server
 from profuser.prepare.vllm_engine import VllmProcess, engine_arguments, has_vllm
@@ -40,15 +40,16 @@ from profuser.text.said import said_elsewhere
 class Asked(NamedTuple):
     """The prompts of one shard that a source answers.
 
-    numbers: those of the prompts in their split; empty counts them from 0. responses: how many each gets.
+    names: what stands for the prompts in the draws (profuser.prepare.draws.names_of), where they are not all there are of a shard.
+    responses: how many each prompt gets.
     kept: where responses are kept until the shard is complete.
     """
 
     split: Split
     prompts: Sequence[Prompt]
-    numbers: Sequence[int] = ()
     responses: int = 1
     kept: Unfinished | None = None
+    names: Sequence[str] = ()
 
 
 class Answering(Protocol):
@@ -172,8 +173,8 @@ def _by_transformers(source: Source, model: PreTrainedModel) -> Answering:
             source.generation,
             max_length=source.max_length,
             seed=source.seed,
-            numbers=asked.numbers,
             of=drawn_for(source, asked),
+            names=asked.names,
             responses=asked.responses,
             progress=progress,
         )
@@ -189,13 +190,12 @@ def _one_by_one(source: Source, stream: Stream) -> Answering:
         answers = [[Response("", True, Verdict.OK)] * asked.responses for _ in asked.prompts]
         left = Counter({i: asked.responses for i in range(len(asked.prompts))})
         wanted = []
-        numbers = asked.numbers or range(len(asked.prompts))
-        for i, prompt in enumerate(asked.prompts):
+        for i, (prompt, name) in enumerate(zip(asked.prompts, asked.names or names_of(asked.prompts))):
             ids = source.chat.prompt_ids(prompt)
             room = min(source.generation.max_new_tokens, source.max_length - len(ids))
             for n in range(asked.responses):
                 if room > 0 and not _is_kept(asked.kept, (i, n), answers):
-                    seed = seed_of(source.seed, drawn_for(source, asked), numbers[i], n)
+                    seed = seed_of(source.seed, drawn_for(source, asked), name, n)
                     wanted.append(Wanted((i, n), prompt, ids, room, seed))
                 else:
                     left[i] -= 1

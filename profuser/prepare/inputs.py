@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,8 @@ from transformers import PreTrainedConfig
 from profuser.errors import ConfigError, DataError, in_short
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.models.merged_adapter import model_fingerprint
-from profuser.prepare.data import Examples, Row, data_hash, load_examples
+from profuser.prepare.chosen import SourceChoice, weights_of
+from profuser.prepare.data import Examples, Row, data_hash, load_examples, prompt_digest, row_digest
 from profuser.prepare.engines import check_engine, settled_engine
 from profuser.prepare.given import GivenResponses, file_digest
 from profuser.prepare.given_logprobs import GivenLogprobs
@@ -35,6 +37,7 @@ from profuser.recipe.places import load_function
 from profuser.recipe.schedule import needs_inference, schedule_words
 from profuser.recipe.schema import JudgeConfig, Recipe, SourceConfig
 from profuser.recipe.server import ServerConfig
+from profuser.store.division import Division, Part
 from profuser.store.manifest import read_manifest
 from profuser.store.store import StoreSettings
 from profuser.text.chat import ChatFormat
@@ -47,22 +50,6 @@ ALIGNMENT_RULES = 3
 
 VOTE_RULES = 3
 """The version of the vote's rules. Another version votes again on the scores that are there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The examples of a split that one shard covers: from `first` up to but not including `stop`."""
-
-    number: int
-    first: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.first
-
-    def of(self, examples: Sequence) -> Sequence:
-        """Returns the items of this part, from a sequence with one item per example of the split."""
-        return examples[self.first : self.stop]
 
 
 @dataclass
@@ -199,10 +186,23 @@ class Inputs:
         for source in sources:
             check_engine(self.engines[source.name], source, self.recipe.generation_of(source))
 
+    @cached_property
+    def divisions(self) -> dict[Split, Division]:
+        """How the examples of every split are divided among the shards of the store. One that is there keeps its number of shards."""
+        there = (self.store_dir / "manifest.json").exists()
+        begun: dict[str, int] = read_manifest(self.store_dir)["divided"] if there else {}
+        return {
+            split: Division.of(
+                [prompt_digest(row["prompt"]) for row in rows],
+                [row_digest(row) for row in rows],
+                begun.get(split, math.ceil(len(rows) / self.recipe.capture.shard_size)),
+            )
+            for split, rows in self.rows.items()
+        }
+
     def parts(self, split: Split) -> list[Part]:
-        """Divides a split into the parts that the shards of a store cover."""
-        size, total = self.recipe.capture.shard_size, len(self.rows[split])
-        return [Part(number, first, min(first + size, total)) for number, first in enumerate(range(0, total, size))]
+        """The parts of a split that the shards of a store cover."""
+        return self.divisions[split].parts
 
     def given(self, source: SourceConfig, split: Split) -> GivenResponses | None:
         """The file that has a source's responses to a split's prompts; None where the source answers them itself.
@@ -276,6 +276,13 @@ class Inputs:
             return [True] * len(self.rows[split])
         return [row.get(column, source) == source for row in self.rows[split]]
 
+    def weights(self, row: Row) -> list[float]:
+        """How much each source counts on an example: all alike, unless a column says it."""
+        column = self.recipe.data.weights_column
+        if self.recipe.capture.choice != "weights" or row.get(column) is None:
+            return [1.0] * len(self.recipe.sources)
+        return weights_of(row[column], self.source_names, column)
+
     def responses_per_prompt(self, split: Split) -> int:
         """How many responses each source gives to a prompt of a split: several only to those that are voted on."""
         return self.recipe.generation.responses_per_source if split == "train" else 1
@@ -328,7 +335,8 @@ class Inputs:
             "data": {split: data_hash(rows) for split, rows in self.rows.items()}
             | {"max_length": recipe.data.max_length}
             | ({"too_long": recipe.data.too_long} if recipe.data.too_long != "cut" else {})
-            | ({"route_column": recipe.data.route_column} if recipe.capture.choice == "route" else {}),
+            | ({"route_column": recipe.data.route_column} if recipe.capture.choice == "route" else {})
+            | ({"weights_column": recipe.data.weights_column} if recipe.capture.choice == "weights" else {}),
             "generation": generation_settings(recipe),
             # Before there was a choice, all stores were made with min_ce.
             "capture": without(
@@ -414,10 +422,11 @@ def load_split(recipe: Recipe, split: Split) -> Examples:
     limit = recipe.data.limit if split == "train" else None
     named = "train" if getattr(recipe.data, split) is None else split
     # Held-out prompts are answered and scored by all sources.
-    routes = (
-        [source.name for source in recipe.sources] if recipe.capture.choice == "route" and split != "heldout" else []
+    choice = "min_ce" if recipe.capture.choice == "route" and split == "heldout" else recipe.capture.choice
+    names = [source.name for source in recipe.sources]
+    return load_examples(
+        recipe.data, location, limit, split, recipe.data.part(split), named, SourceChoice(choice, names)
     )
-    return load_examples(recipe.data, location, limit, split, recipe.data.part(split), named, routes)
 
 
 def settled_dtype(name: str, store_dir: Path, device: torch.device) -> str:

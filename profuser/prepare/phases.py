@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,14 +37,15 @@ from profuser.prepare.capture import (
 from profuser.prepare.capture_shards import LoadedSource, captured, load_source, taken
 from profuser.prepare.data import Row
 from profuser.prepare.engines import Answering, Asked, Source, answering
-from profuser.prepare.inputs import Inputs, Part
+from profuser.prepare.inputs import Inputs
 from profuser.prepare.judges import judge_fingerprint, load_judge
+from profuser.prepare.origins import Origins
 from profuser.prepare.responses import Response
 from profuser.prepare.sharing import Sharing
 from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.vote_rules import NOBODY
-from profuser.prepare.votes import Ballots, candidates_of, count_votes
+from profuser.prepare.votes import Ballots, candidates_of
 from profuser.progress import Progress
 from profuser.recipe.data import Split
 from profuser.recipe.generation import Engine
@@ -53,6 +54,7 @@ from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import JudgeConfig, SourceConfig
 from profuser.stopping import working
 from profuser.store import layout
+from profuser.store.division import Part
 from profuser.store.layout import Kind
 from profuser.store.lease import POLL_SECONDS, Lease, hold
 from profuser.store.store import Store, check_place, differing_settings
@@ -65,9 +67,12 @@ Aligner = CppByteAligner | PythonByteAligner | FuseLLMAligner
 
 
 def prepare(run: Run) -> Store:
-    """Makes the store of a recipe, or what is missing of it. It raises what Inputs.open and Preparation.begin raise."""
+    """Makes the store of a recipe, or what is missing of it. Where rows of the data have changed, their shards are made again.
+
+    It raises what Inputs.open and Preparation.begin raise.
+    """
     with contextlib.ExitStack() as held:
-        return Preparation.begin(Inputs.open(run), held).run()
+        return Preparation.begin(Inputs.open(run), held, renews=True).run()
 
 
 class Preparation:
@@ -79,16 +84,19 @@ class Preparation:
 
     def __init__(self, inputs: Inputs, store: Store, lease: Lease):
         self.inputs, self.recipe, self.store, self.lease = inputs, inputs.recipe, store, lease
-        self.sharing = Sharing(inputs, store, lease)
+        self.origins = Origins(inputs, store)
+        self.sharing = Sharing(self.origins, lease)
         self.seconds: dict[str, float] = {}
 
     @classmethod
-    def begin(cls, inputs: Inputs, held: contextlib.ExitStack) -> Preparation:
+    def begin(cls, inputs: Inputs, held: contextlib.ExitStack, *, renews: bool = False) -> Preparation:
         """Begins a preparation and holds its store in `held`, so that no other process makes another store of it meanwhile.
 
         A store in which nothing is to be made is held together with others that use it as it is. Where something is to be made,
         it is held together with others that make it.
 
+        Args:
+            renews: whether the shards of rows that have changed may be made again (Store.build).
         Raises:
             ConfigError: another process uses the store with other settings. And what Store.build raises.
         """
@@ -105,7 +113,7 @@ class Preparation:
         lease = held.enter_context(held_with(use="works"))
         if lease.use == "works":  # the others have put the store in order
             return cls(inputs, Store.open(directory, complete=False), lease)
-        store = Store.build(directory, settings)
+        store = Store.build(directory, settings, inputs.divisions, renews=renews)
         store.drop_damaged()
         lease.share("works")
         return cls(inputs, store, lease)
@@ -184,7 +192,12 @@ class Preparation:
 
     def _put(self, kind: Kind, part: Part, arrays: dict[str, np.ndarray]) -> None:
         """Writes the shard of a part."""
-        self.store.put(kind, part.number, arrays, examples=len(part))
+        self.store.put(kind, part.number, arrays, examples=len(part), origin=self.origins.of(kind, part) or "")
+
+    def _put_responses(self, kind: Kind, part: Part, responses: list[list[Response]]) -> None:
+        """Writes the shard of a source's responses to a part."""
+        origin = self.origins.of(kind, part) or ""
+        self.store.put_json(kind, part.number, responses, examples=len(part), origin=origin)
 
     # -- phase 1 ---------------------------------------------------------------------------------------------------
 
@@ -210,7 +223,7 @@ class Preparation:
                 asked = self._asked_of(kind.split, part, source)
                 rows = [self.inputs.rows[kind.split][number] for number in asked]
                 responses = self._with_others(part, asked, given.of(rows, count), count)
-                self.store.put_json(kind, part.number, responses, examples=len(part))
+                self._put_responses(kind, part, responses)
                 taken[kind.split] += len(part)
                 bar.update(len(part))
         for split, prompts in taken.items():
@@ -285,10 +298,10 @@ class Preparation:
         prompts = [self.inputs.rows[split][number]["prompt"] for number in numbers]
         count = self.inputs.responses_per_prompt(split)
         kind, engine = layout.responses(split, source.name), self.inputs.engines[source.name]
-        with Unfinished(self.store.directory, kind, part.number, engine) as kept:
-            answers = answer(Asked(split, prompts, numbers, count, kept), bar.update)
+        with Unfinished(self.store.directory, kind, part.number, f"{engine} {part.digest}") as kept:
+            answers = answer(Asked(split, prompts, count, kept), bar.update)
             whole = self._with_others(part, numbers, answers, count)
-            self.store.put_json(kind, part.number, whole, examples=len(part))
+            self._put_responses(kind, part, whole)
         bar.update(len(part) - len(numbers))
         finished = [r for of_prompt in answers for r in of_prompt if r.finished and split == "train"]
         return Counter(r.verdict for r in finished if r.verdict != Verdict.OK)
@@ -296,7 +309,7 @@ class Preparation:
     def _asked_of(self, split: Split, part: Part, source: SourceConfig) -> list[int]:
         """Returns the numbers of a part's examples that a source is asked about."""
         routed = self.inputs.routed(split, source.name)
-        return [number for number in range(part.first, part.stop) if routed[number]]
+        return [number for number in part.examples if routed[number]]
 
     def _with_others(
         self, part: Part, numbers: Sequence[int], answers: Sequence[list[Response]], count: int
@@ -304,7 +317,7 @@ class Preparation:
         """Returns the responses to all examples of a part. Those about which the source was not asked have empty ones."""
         given = dict(zip(numbers, answers, strict=True))
         nothing = [Response("", True, Verdict.NOT_WINNER)] * count
-        return [given.get(number, nothing) for number in range(part.first, part.stop)]
+        return [given.get(number, nothing) for number in part.examples]
 
     def _left_out(self, source: SourceConfig, verdicts: Counter[Verdict]) -> str:
         """Returns the line that says which of a source's responses are left out, and what helps; it is empty without any."""
@@ -331,14 +344,15 @@ class Preparation:
                 candidates = candidates_of(self.store, self.inputs.source_names, part.number)
                 # Judges are not shown empty texts, so that an empty text in a response's place keeps it from them.
                 shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
-                with Unfinished(self.store.directory, kind, part.number, judge_fingerprint(config)) as kept:
+                judged_by = f"{judge_fingerprint(config)} {self.origins.of(kind, part)}"
+                with Unfinished(self.store.directory, kind, part.number, judged_by) as kept:
                     scores = score(part.of(self.inputs.rows["train"]), shown, bar.update, kept)
                     self._put(kind, part, {"scores": scores})
 
-    @cached_property
+    @property
     def ballots(self) -> Ballots | None:
         """The vote over the training split; None where there are no judges. It needs the responses and all scores."""
-        return count_votes(self.store, self.recipe) if self.recipe.judges else None
+        return self.origins.ballots
 
     # -- phase 3 ---------------------------------------------------------------------------------------------------
 
@@ -375,7 +389,7 @@ class Preparation:
             self._winning(example)
             if self.ballots.winning_source(example) == source
             else Fitted.unused(Verdict.NOT_WINNER)
-            for example in range(part.first, part.stop)
+            for example in part.examples
         ]
 
     def _winners_given(self, index: int, source: SourceConfig) -> bool:
@@ -441,9 +455,9 @@ class Preparation:
             len(self.recipe.sources), len(self.inputs.target.tokenizer), self.recipe.align.min_ce_unit, self.inputs.keep
         )
         texts: list[TargetText] = []
-        for i, row in enumerate(part.of(self.inputs.rows[split])):
+        for i, example in enumerate(part.examples):
+            row = self.inputs.rows[split][example]
             for mode in kinds:
-                example = part.first + i
                 of_mode = scored[Mode.TRAINING if self._teaches_truth(mode, example) else mode]
                 text = self._target_text(split, mode, example, row, [source[i] for source in of_mode])
                 if isinstance(text, Verdict):
@@ -469,14 +483,17 @@ class Preparation:
         self, split: Split, mode: Mode, example: int, row: Row, scored: list[ScoredResponse | None]
     ) -> TargetText | Verdict:
         """Returns the text that the target learns from an example in one mode, or the reason why there is none."""
-        fitted = self.inputs.fitted[split][example] if self._teaches_truth(mode, example) else self._winning(example)
+        truth = self._teaches_truth(mode, example)
+        fitted = self.inputs.fitted[split][example] if truth else self._winning(example)
         if fitted.verdict != Verdict.OK:
             return fitted.verdict
         try:
             encoded = self.inputs.target.encode(row["prompt"], fitted.text, complete=not fitted.cut)
         except TokenBytesMismatch as error:
             return Verdict.of(error)
-        return TargetText(example, mode, fitted.text, encoded, scored)
+        # A response that won the vote is learnt from its own source, whatever the row says of the others.
+        weights = self.inputs.weights(row) if truth else [1.0] * len(scored)
+        return TargetText(example, mode, fitted.text, encoded, scored, weights)
 
 
 def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> dict[int, Aligned]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from profuser.models.continuation import Sampling, continuations
-from profuser.prepare.draws import draws_of
+from profuser.prepare.draws import draws_of, names_of
 from profuser.progress import silent
 from profuser.recipe.data import Split
 from profuser.recipe.generation import GenerationConfig, Reasoning
@@ -66,8 +66,8 @@ def generate(
     *,
     max_length: int,
     seed: int = 0,
-    numbers: Sequence[int] = (),
     of: str = "",
+    names: Sequence[str] = (),
     responses: int = 1,
     reasoning: Reasoning | None = None,
     progress: Callable[..., None] = silent,
@@ -78,7 +78,8 @@ def generate(
         max_length: the longest sequence in tokens, prompt and response together. A prompt that leaves no room gets empty
             responses.
         seed: the seed of sampling; it is not used by greedy decoding.
-        numbers: those of the prompts in their split; empty counts them from 0. of: whose responses these are. Sampling depends on both.
+        of: whose responses these are. names: what stands for the prompts in the draws (`names_of`), where they are a part of
+            more. Sampling depends on both.
         responses: how many responses each prompt gets; more than one needs a temperature above 0.
         reasoning: what becomes of the reasoning before an answer; None takes the config's.
         progress: called as `Progress.update` is, with the number of prompts answered and of tokens generated for them.
@@ -93,7 +94,7 @@ def generate(
     answers = [[Response("", True, Verdict.OK)] * responses for _ in prompts]
     progress(sum(len(ids) >= max_length for ids in encoded))
 
-    numbers = numbers or range(len(prompts))
+    names = names or names_of(prompts)
     sampling = Sampling(config.temperature, config.top_p) if config.temperature > 0 else None
     strip = (reasoning or config.reasoning) == "strip"
     size = config.batch_size * responses
@@ -108,7 +109,7 @@ def generate(
             pad=chat.end_id,  # it has a row in every model, which the tokenizer's padding need not have
             rooms=rooms,
             sampling=sampling,
-            draws=[draws_of(seed, of, numbers[i], n, room) for (i, n), room in zip(batch, rooms)] if sampling else (),
+            draws=[draws_of(seed, of, names[i], n, room) for (i, n), room in zip(batch, rooms)] if sampling else (),
         )
         for (i, n), ids in zip(batch, written):
             answers[i][n] = response_of(chat, ids, strip_reasoning=strip)

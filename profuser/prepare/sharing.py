@@ -15,12 +15,12 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 
-from profuser.prepare.inputs import Inputs, Part
+from profuser.prepare.origins import Origins
 from profuser.progress import Progress
 from profuser.recipe.schema import Recipe
+from profuser.store.division import Part
 from profuser.store.layout import Kind
 from profuser.store.lease import Lease
-from profuser.store.store import Store
 
 T = TypeVar("T")
 
@@ -60,8 +60,8 @@ class Sharing:
         took: how long what this process has made took, in its order.
     """
 
-    def __init__(self, inputs: Inputs, store: Store, lease: Lease):
-        self.inputs, self.store, self.lease = inputs, store, lease
+    def __init__(self, origins: Origins, lease: Lease):
+        self.origins, self.lease = origins, lease
         self.took: list[Took] = []
 
     def missing(self, kinds: Iterable[Kind]) -> dict[str, tuple[Kind, Part]]:
@@ -69,8 +69,8 @@ class Sharing:
         return {
             kind.shard(part.number): (kind, part)
             for kind in kinds
-            for part in self.inputs.parts(kind.split)
-            if not self.store.has(kind, part.number)
+            for part in self.origins.inputs.parts(kind.split)
+            if not self.origins.is_made(kind, part)
         }
 
     def claimed(
@@ -89,7 +89,7 @@ class Sharing:
         def is_done(name: str) -> bool:
             nonlocal done_elsewhere
             kind, part = free[name]
-            if not self.store.has(kind, part.number):
+            if not self.origins.is_made(kind, part):
                 return False
             del free[name]
             done_elsewhere += len(part)

@@ -1,4 +1,4 @@
-"""Reads data files. Every value stays as it stands in the file, and all texts are Unicode.
+"""Reads data files, a part at a time where their format allows it. Every value stays as it stands in the file, and all texts are Unicode.
 
 A table with one type per column, as pandas or pyarrow would make it of a text file, would turn "007" into 7.0, "NA" into a
 missing value and a date into a timestamp.
@@ -10,17 +10,20 @@ import contextlib
 import csv
 import io
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError, first_line, in_short
 from profuser.recipe.places import COMPRESSIONS, file_suffix
-from profuser.recipe.utf8 import decode, defect, texts_in
+from profuser.recipe.utf8 import decode, defect, text_of, texts_in
 
-Table = list[dict[str, Any]]
+BATCH = 1024
+"""How many rows of a binary file are read at a time."""
+
+Table = Iterator[dict[str, Any]]
+"""The rows of a file, which are read as they are asked for."""
 
 Reader = Callable[[Any], Table]
 """Reads an open binary file."""
@@ -56,16 +59,16 @@ def from_json(text: str) -> Any:
 
 def read_jsonl(file: Any) -> Table:
     """Reads a file with one JSON object per line. Empty lines are skipped."""
-    return _json_lines(decode(file.read()))
+    return _json_lines(text_of(file))
 
 
 def read_json(file: Any) -> Table:
-    """Reads a JSON file that holds a list of objects, or one object per line."""
+    """Reads a JSON file that holds a list of objects, or one object per line. It is read as a whole."""
     text = decode(file.read())
     if text.lstrip().startswith("["):
-        return [_object(row) for row in from_json(text)]
+        return iter([_object(row) for row in from_json(text)])
     try:
-        return _json_lines(text)
+        return iter([*_json_lines(io.StringIO(text, newline=None))])
     except ValueError:
         with contextlib.suppress(ValueError):
             keys = ", ".join(_object(from_json(text)))
@@ -78,7 +81,7 @@ def read_json(file: Any) -> Table:
 def read_csv(file: Any, delimiter: str = ",") -> Table:
     """Reads a CSV file whose first row is the header. Every value stays a text."""
     csv.field_size_limit(2**31 - 1)  # a response may be longer than the default limit of 128 KiB
-    reader = csv.reader(io.StringIO(decode(file.read()), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(text_of(file, newline=""), delimiter=delimiter, strict=True)
     header = next(reader, [])
     if len(header) == 1 and (other := next((c for c in ",;\t|" if c in header[0]), None)):
         raise ValueError(
@@ -86,26 +89,30 @@ def read_csv(file: Any, delimiter: str = ",") -> Table:
         )
     if twice := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"the column {twice[0]!r} stands in the header twice")
-    rows = [row for row in reader if row]
-    if wrong := next((n for n, row in enumerate(rows, start=2) if len(row) != len(header)), None):
-        raise ValueError(f"row {wrong} has {len(rows[wrong - 2])} cells, the header {len(header)}")
-    return [dict(zip(header, row)) for row in rows]
+    for number, row in enumerate(filter(None, reader), start=2):
+        if len(row) != len(header):
+            raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
+        yield dict(zip(header, row))
 
 
 def read_parquet(file: Any) -> Table:
     """Reads a Parquet file, whose columns have the types that the file gives them."""
     import pyarrow.parquet
 
-    return _arrow_rows(pyarrow.parquet.read_table(file))
+    return _arrow_rows(pyarrow.parquet.ParquetFile(_seekable(file)).iter_batches(BATCH))
 
 
 def read_arrow(file: Any) -> Table:
     """Reads an Arrow file: a stream, such as `save_to_disk` of the library `datasets` writes, or one with an index at its end."""
     import pyarrow
 
-    content = file.read()
-    reader = pyarrow.ipc.open_file if content.startswith(b"ARROW1") else pyarrow.ipc.open_stream
-    return _arrow_rows(reader(content).read_all())
+    file = _seekable(file)
+    has_index = file.read(6) == b"ARROW1"
+    file.seek(0)
+    if not has_index:
+        return _arrow_rows(pyarrow.ipc.open_stream(file))
+    reader = pyarrow.ipc.open_file(file)
+    return _arrow_rows(map(reader.get_batch, range(reader.num_record_batches)))
 
 
 READERS: dict[str, Reader] = {
@@ -121,7 +128,7 @@ READERS: dict[str, Reader] = {
 
 
 def read_file(path: Path, name: str, delimiter: str | None = None) -> Table:
-    """Reads a data file. `name` is what messages call it, and `delimiter` what separates the cells of a CSV file.
+    """Yields the rows of a data file. `name` is what messages call it, and `delimiter` what separates the cells of a CSV file.
 
     Raises:
         DataError: the file is of no kind that we read, is broken, or holds a text that is not Unicode.
@@ -135,29 +142,33 @@ def read_file(path: Path, name: str, delimiter: str | None = None) -> Table:
         reader = partial(read_csv, delimiter=delimiter)
     try:
         with pyarrow.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix.lower())) as file:
-            rows = reader(file)
+            for number, row in enumerate(reader(file)):
+                _check_unicode(name, number, row)
+                yield row
+    except DataError:
+        raise
     except Exception as error:  # pyarrow, csv and json each raise their own kinds for a broken file
         raise DataError(f"data {name} cannot be read ({first_line(error)}); fix the file or its path") from None
-    for number, row in enumerate(rows):
-        for column, value in row.items():
-            if wrong := next(filter(None, map(defect, texts_in((column, value)))), None):
-                raise DataError(
-                    f"data {name} must hold Unicode, row {number} (from 0) has in the column {column!r} {wrong}"
-                )
-    return rows
 
 
-def _json_lines(text: str) -> Table:
+def _check_unicode(name: str, number: int, row: dict[str, Any]) -> None:
+    """Raises DataError where a row holds a text that is not Unicode."""
+    for column, value in row.items():
+        if wrong := next(filter(None, map(defect, texts_in((column, value)))), None):
+            raise DataError(
+                f"data {name} must hold Unicode, row {number} (from 0) has in the column {column!r} {wrong}"
+            )
+
+
+def _json_lines(lines: Iterable[str]) -> Table:
     """Reads one JSON object per line."""
-    rows = []
-    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
+    for number, line in enumerate(lines, start=1):
         line = line.lstrip("\ufeff")  # two files that were joined have a second mark
         if line.strip():
             try:
-                rows.append(_object(from_json(line)))
+                yield _object(from_json(line))
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
-    return rows
 
 
 def _object(value: object) -> dict:
@@ -167,14 +178,25 @@ def _object(value: object) -> dict:
     return value
 
 
-def _arrow_rows(table: Any) -> Table:
-    """Returns the rows of an Arrow table. Where a text in it is not UTF-8, the error names the row."""
-    try:
-        return table.to_pylist()
-    except UnicodeDecodeError:
-        for number in range(len(table)):
+def _seekable(file: Any) -> Any:
+    """Returns a file in which one can go back. A compressed one is therefore read as a whole."""
+    return file if file.seekable() else io.BytesIO(file.read())
+
+
+def _arrow_rows(batches: Iterable[Any]) -> Table:
+    """Yields the rows of Arrow tables. Where a text in them is not UTF-8, the error names the row."""
+    before = 0
+    for batch in batches:
+        for first in range(0, len(batch), BATCH):
+            part = batch.slice(first, BATCH)
             try:
-                table.slice(number, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"row {number}: {error}") from None
-        raise
+                rows = part.to_pylist()
+            except UnicodeDecodeError:
+                for number in range(len(part)):
+                    try:
+                        part.slice(number, 1).to_pylist()
+                    except UnicodeDecodeError as error:
+                        raise ValueError(f"row {before + first + number}: {error}") from None
+                raise
+            yield from rows
+        before += len(batch)

@@ -27,6 +27,7 @@ class TargetText:
 
     example: its number in the split. encoded: the conversation in target tokens.
     scored: one capture per source, None where the source did not score the text. In inference mode only the winner did.
+    weights: (S,), how much each source counts beside the others.
     """
 
     example: int
@@ -34,6 +35,7 @@ class TargetText:
     text: str
     encoded: Encoded
     scored: list[ScoredResponse | None]
+    weights: list[float]
 
 
 class TargetWriter:
@@ -48,7 +50,7 @@ class TargetWriter:
     def __init__(self, sources: int, vocabulary: int, min_ce_unit: str, keep: str):
         self.sources, self.vocabulary, self.min_ce_unit, self.keep = sources, vocabulary, min_ce_unit, keep
         # One item per sequence, then per row, then per entry.
-        self.example, self.mode, self.response_bytes, self.source_ce = [], [], [], []
+        self.example, self.mode, self.response_bytes, self.source_ce, self.source_weight = [], [], [], [], []
         self.input_ids, self.label_mask = [], []
         self.row_counts, self.row_position, self.row_source, self.row_tail, self.row_reliability = [], [], [], [], []
         self.entry_counts, self.entry_ids, self.entry_logprobs = [], [], []
@@ -77,6 +79,7 @@ class TargetWriter:
         # In inference mode only the winner of the vote was captured, so that Min-CE has no choice either.
         ce = np.array([np.inf if r is None else r.cross_entropy(self.min_ce_unit) for r in target.scored], np.float32)
         self.source_ce.append(ce)
+        self.source_weight.append(target.weights)
         self.input_ids.append(np.array(encoded.input_ids))
         self.label_mask.append(mask)
 
@@ -115,6 +118,7 @@ class TargetWriter:
             "mode": np.array(self.mode),
             "response_bytes": np.array(self.response_bytes),
             "source_ce": np.array(self.source_ce).reshape(-1, self.sources),
+            "source_weight": np.array(self.source_weight).reshape(-1, self.sources),
             "offsets": offsets_of([len(ids) for ids in self.input_ids]),
             "row_offsets": offsets_of(self.row_counts),
             "input_ids": end_to_end(self.input_ids),

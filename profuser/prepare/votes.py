@@ -118,15 +118,11 @@ def count_votes(store: Store, recipe: Recipe) -> Ballots:
     """
     # Read all shards.
     sources = [source.name for source in recipe.sources]
-    numbers = store.numbers(layout.responses("train", sources[0]))
-    candidates = [row for number in numbers for row in candidates_of(store, sources, number)]
+    candidates = store.by_example(layout.responses("train", sources[0]), lambda n: candidates_of(store, sources, n))
     eligible = np.array([[candidate.eligible for candidate in row] for row in candidates])
+    kinds = [layout.scores(judge.name) for judge in recipe.judges]
     scores = np.stack(
-        [
-            np.concatenate([store.get(layout.scores(judge.name), number)["scores"] for number in numbers])
-            for judge in recipe.judges
-        ],
-        axis=1,
+        [np.array(store.by_example(kind, lambda n, kind=kind: store.get(kind, n)["scores"])) for kind in kinds], axis=1
     )
 
     # A judge that never gives a score is a mistake rather than an abstention.
@@ -163,12 +159,12 @@ def judged_examples(store: Store, recipe: Recipe, rows: Sequence[Row], examples:
         unit of align.min_ce_unit, or None where it has none. `responses` is empty without judges; otherwise each
         response has its text, eligible, left_out, votes and wins_vote.
     """
-    names, size = [source.name for source in recipe.sources], recipe.capture.shard_size
+    names, shard_of = [source.name for source in recipe.sources], store.shard_of("train")
     ballots = count_votes(store, recipe) if recipe.judges else None
     found = []
     for example in examples:
         # The sources' cross-entropies on the ground truth. An example that was left out has no such row.
-        shard = store.get(layout.targets("train"), example // size)
+        shard = store.get(layout.targets("train"), int(shard_of[example]))
         ce = shard["source_ce"][(shard["example"] == example) & (shard["mode"] == Mode.TRAINING)].ravel()
         ce = np.where(np.isfinite(ce), ce, np.inf) if len(ce) else np.full(len(names), np.inf)
         sources = []

@@ -72,6 +72,9 @@ class DataConfig:
     """The column that groups the examples in tables. A data set without it forms one group, "all"."""
     route_column: str = "route"
     """The column that names the source of each example, with capture.choice: route. Validation examples may lack it."""
+    weights_column: str = "weights"
+    """The column that says how much each source counts, as a mapping from their names to numbers, with capture.choice: weights. Other
+    examples than those of training may lack it."""
     limit: int | None = None
     """How many training examples are used, counted from the first; null uses all of them."""
     max_length: int = 2048

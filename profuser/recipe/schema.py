@@ -28,6 +28,8 @@ Grader = Literal["exact", "number", "maths", "reasoning_gym"]
 
 VoteRule = Literal["majority", "borda", "mean_z"]
 
+Choice = Literal["min_ce", "route", "weights"]
+
 RESERVED_NAMES = {"target", "target_before", "fused", "none", "mean"}
 """Names that no source may have, because scores and summaries use them for something else."""
 
@@ -156,27 +158,23 @@ class JudgingConfig:
 class CaptureConfig:
     """How the sources score a response, and what of their distributions is stored."""
 
-    choice: Literal["min_ce", "route", "weights"] = "min_ce"
+    choice: Choice = "min_ce"
     """Which source an example is learnt from. min_ce: in training mode the one with the lowest cross-entropy on the ground truth, in
     inference mode the one whose response wins the vote. route: in both the one that data.route_column names, and no other is asked.
-    weights would mix them, which the loss cannot do yet."""
+    weights: in training mode all of them, as much as data.weights_column says of each; in inference mode as with min_ce."""
     top_k: int = 10
     """How many entries of a distribution are stored per position (FuseLLM's value)."""
     batch_size: int = 8
     """The most responses that a source scores at a time. Where its memory does not suffice for so many, it takes half of them, and says
     so."""
     shard_size: int = 4096
-    """How many examples a shard of the store holds. An interrupted preparation goes on with the next shard."""
+    """About how many examples a shard of the store holds: those whose prompts have a certain hash. An interrupted preparation goes on with
+    the next shard, and where rows of the data change, only their shards are made again."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The arithmetic of the sources. auto means bfloat16 on CUDA and float32 on the CPU; it is settled when a store is begun."""
 
     def __post_init__(self) -> None:
         check_positive("capture", self, "top_k", "batch_size", "shard_size")
-        if self.choice == "weights":
-            raise ConfigError(
-                "capture.choice must be min_ce or route, got weights: the loss takes one source for each sequence and cannot mix them yet; "
-                "set one of these"
-            )
 
 
 @dataclass(kw_only=True)
@@ -194,8 +192,9 @@ class AlignConfig:
     min_ce_unit: Literal["token", "byte"] = "byte"
     """Whether Min-CE compares the sources in nats per byte of the response, or in nats per own token as the paper does."""
     keep: Literal["winner", "all"] = "winner"
-    """Whose distributions the targets hold of a sequence: those of the source that won it, or those of all sources. optim.combine
-    softmax and avg_ce mix all sources and keep them whatever stands here. A store that has all of them stays as it is."""
+    """Whose distributions the targets hold of a sequence: those of the source that won it, or those of all sources. Where
+    optim.combine or capture.choice mixes the sources, those of all are kept whatever stands here. A store that has all of them stays as
+    it is."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_reliability <= 1:
@@ -392,6 +391,11 @@ class Recipe:
                 f"optim.tokens_per_micro_batch must hold a sequence of data.max_length tokens, {longest}, got {budget}; raise it, or "
                 "lower data.max_length"
             )
+        if self.capture.choice == "weights" and self.optim.combine != "min_ce":
+            raise ConfigError(
+                f"optim.combine must be left out with capture.choice: weights, which mixes the sources itself, got {self.optim.combine}; "
+                "take one of them out"
+            )
         if self.align.follow_numbers and (given := next((s for s in self.sources if s.logprobs is not None), None)):
             raise ConfigError(
                 f"align.follow_numbers must be false where a source's log-probabilities are given, they are for {given.name}: only its "
@@ -430,8 +434,9 @@ class Recipe:
 
     @property
     def keep(self) -> Literal["winner", "all"]:
-        """Whose distributions the targets must hold at least: all sources' where `optim.combine` mixes them."""
-        return self.align.keep if self.optim.combine == "min_ce" else "all"
+        """Whose distributions the targets must hold at least: all sources' where they are mixed."""
+        mixed = self.optim.combine != "min_ce" or self.capture.choice == "weights"
+        return "all" if mixed else self.align.keep
 
     @property
     def scoring_judges(self) -> list[JudgeConfig]:

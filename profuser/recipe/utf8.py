@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -32,9 +33,25 @@ def decode(data: bytes) -> str:
     Raises:
         ValueError: the file is UTF-16 or UTF-32.
     """
+    _check_encoding(data)
+    return data.decode("utf-8-sig", errors="surrogateescape")
+
+
+def text_of(file: Any, newline: str | None = None) -> io.TextIOWrapper:
+    """Reads an open binary file as `decode` does, a piece at a time. `newline` is that of `open`.
+
+    Raises:
+        ValueError: the file is UTF-16 or UTF-32.
+    """
+    buffered = io.BufferedReader(file)
+    _check_encoding(buffered.peek(4))
+    return io.TextIOWrapper(buffered, "utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _check_encoding(data: bytes) -> None:
+    """Raises ValueError where a file that begins with these bytes is UTF-16 or UTF-32."""
     if other := next((name for mark, name in OTHER_ENCODINGS.items() if data.startswith(mark)), None):
         raise ValueError(f"it is {other} and not UTF-8; convert it with `iconv -f {other} -t utf-8`")
-    return data.decode("utf-8-sig", errors="surrogateescape")
 
 
 def defect(text: str) -> str | None:

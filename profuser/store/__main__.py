@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
     from profuser.errors import DataError
     from profuser.store.export import export
-    from profuser.store.store import Store
+    from profuser.store.store import BESIDE, Store
 
     store = Store.open(args.directory, complete=args.action == "export")
     if args.action == "info":
@@ -64,13 +64,13 @@ def main(argv: list[str]) -> None:
         lines = difference(store, Store.open(args.other, complete=False))
         print("\n".join(lines) or "the stores are the same")
         sys.exit(bool(lines))
-    elif damaged := [*store.damaged(), *store.damaged_findings()]:
+    elif damaged := [*store.damaged(), *store.damaged_findings(names=BESIDE)]:
         raise DataError(
-            f"store {store.directory} must hold what was written, {len(damaged)} of {len(store) + 2} files are damaged or missing "
-            f"({damaged[0]}); run `python -m profuser.prepare` with its recipe to build them again"
+            f"store {store.directory} must hold what was written, {len(damaged)} of {len(store) + len(BESIDE)} files are damaged or "
+            f"missing ({damaged[0]}); run `python -m profuser.prepare` with its recipe to build them again"
         )
     else:
-        print(f"{store.directory}: all {len(store) + 2} files are what was written")
+        print(f"{store.directory}: all {len(store) + len(BESIDE)} files are what was written")
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -104,7 +104,7 @@ def responses_of(store: Store, examples: list[dict[str, Any]]) -> Iterator[dict[
 def _written(store: Store, source: str) -> list[list[tuple[str, bool, int]]]:
     """Reads the responses of a source to every training prompt: each text, whether it was finished, and what was found in it."""
     kind = layout.responses("train", source)
-    return [answers for number in store.numbers(kind) for answers in store.get_json(kind, number)]
+    return store.by_example(kind, lambda number: store.get_json(kind, number))
 
 
 def preferences_of(examples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

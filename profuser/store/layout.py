@@ -1,6 +1,6 @@
 """The layout of a store: which kinds of shard there are, where their files lie, and the dtype of every column.
 
-A shard covers `capture.shard_size` consecutive examples of one split. Its file is called `FOLDER/SPLIT-OF-NUMBER`, where OF
+A shard covers about `capture.shard_size` examples of one split (division.py). Its file is called `FOLDER/SPLIT-OF-NUMBER`, where OF
 is the source or judge that the shard is about, for instance `truth/train-scholar-00003.safetensors`.
 """
 
@@ -121,6 +121,7 @@ TARGET_COLUMNS: Columns = {
     "mode": np.uint8,  # profuser.recipe.schedule.Mode
     "response_bytes": np.int32,
     "source_ce": np.float32,  # (n, S), nats per byte or token; +inf where the source does not take part
+    "source_weight": np.float32,  # (n, S), how much each source counts beside the others; 1 where the data do not say it
     "offsets": np.int64,  # (n + 1,): where the tokens of each of n sequences begin
     "row_offsets": np.int64,  # (n + 1,): where the rows of each sequence begin
     # One value per target token.

@@ -1,6 +1,7 @@
 """The manifest of a store, manifest.json, which proves all other files of the store and itself (sealed.py).
 
-It holds the settings that the store was made with, the shards, and the digests of summary.json and samples.parquet.
+It holds the settings that the store was made with, into how many shards each split is divided, the shards, and the digests of
+examples.safetensors, summary.json and samples.parquet.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from typing import Any
 
 from profuser.errors import DataError
 from profuser.store.layout import kind_of
-from profuser.store.sealed import FILES, SEAL, read_record, write_sealed
-from profuser.typed import COUNT, DATE, DIGEST, NUMBER, SECONDS, SHARE, Rule, checked, read_json
+from profuser.store.sealed import FILES, read_record, write_sealed
+from profuser.typed import COUNT, DATE, DIGEST, NUMBER, SECONDS, SHARE, Rule
 
-SCHEMA_VERSION = 6
-UNSEALED_VERSION = 5
-"""The schema before this one, whose manifest had no seal and did not record summary.json and samples.parquet."""
+SCHEMA_VERSION = 7
 
 SETTINGS = {
     "sources": {
@@ -29,10 +28,11 @@ SETTINGS = {
     "votes": {"asked": [str], "judges": {str: Any}},
     "targets": {"mode": str},
 }
-SHARD = {"sha256": DIGEST, "bytes": COUNT, "examples": COUNT, "index?": DIGEST}
+SHARD = {"sha256": DIGEST, "bytes": COUNT, "examples": COUNT, "origin": str, "index?": DIGEST}
 MANIFEST = {
     "schema": COUNT,
     "settings": SETTINGS,
+    "divided": {str: COUNT},
     "shards": {str: SHARD},
     "files": FILES,
     "seconds": {str: SECONDS},
@@ -81,6 +81,7 @@ def new_manifest(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "schema": SCHEMA_VERSION,
         "settings": settings,
+        "divided": {},
         "shards": {},
         "files": {},
         "seconds": {},
@@ -101,9 +102,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if path.exists()
         else "give the directory of a store, or move this one away and run `python -m profuser.prepare` with the recipe"
     )
-    manifest = _unsealed_manifest(path) or read_record(
-        path, MANIFEST, SCHEMA_VERSION, what="store", fix=fix, again=again
-    )
+    manifest = read_record(path, MANIFEST, SCHEMA_VERSION, what="store", fix=fix, again=again)
     for name in manifest["shards"]:
         try:
             kind_of(name)
@@ -112,20 +111,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 f"store {directory}: the manifest must list shards, got {name!r}; it is not to be trusted, restore it"
             ) from None
     return manifest
-
-
-def _unsealed_manifest(path: Path) -> dict[str, Any] | None:
-    """Returns the manifest of a store of the schema before this one, as this one has it; None for any other file.
-
-    The shards of such a store are still what its manifest says. A preparation records the rest.
-    """
-    try:
-        old = read_json(path, {"schema": COUNT})
-        if old["schema"] != UNSEALED_VERSION or SEAL in old:
-            return None
-        return checked(old | {"schema": SCHEMA_VERSION, "files": {}, "seconds": {}}, MANIFEST)
-    except (DataError, ValueError):
-        return None
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

@@ -8,6 +8,9 @@ The manifest records the settings that each layer was made with. If only the ali
 made again from the captures that are there, or from new ones where the alignment wants to know something else of the sources; if
 only the judges change, they vote again on the same responses. Other sources need another store. `layout.py` says which shards there are.
 
+Where rows are added to the data, changed or taken out, the shards to which they belong are made again (division.py). A shard records
+its origin, which is a digest of what it was made from, so that nothing that follows from it stays when it has become another one.
+
 Every file is written beside its place, synced and renamed, and only then recorded with its sha256: by a record of its own
 (records.py), which the manifest takes over when it is next written. Both are sealed. Therefore an interrupted preparation goes on
 with the next shard, and a damaged shard is never trained on. Several processes may add shards at a time; what else changes a store
@@ -19,24 +22,35 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors.numpy import save as save_tensors
 
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.compare import differing_keys
+from profuser.recipe.data import SPLITS, Split
+from profuser.store.division import Division, Part, in_order
 from profuser.store.files import header_length, mapped, remove_temporary, sha256, tensors_of, write_atomic
-from profuser.store.layout import FOLDERS, Kind, kind_of
+from profuser.store.layout import FOLDERS, Kind, kind_of, truth
 from profuser.store.manifest import SUMMARY, new_manifest, read_manifest, write_manifest
 from profuser.store.records import FOLDER as RECORDS
 from profuser.store.records import read_record, read_records, remove_records, write_record
 from profuser.store.sealed import digest_of, is_intact
 from profuser.typed import checked, parsed
+
+T = TypeVar("T")
+
+EXAMPLES = "examples.safetensors"
+"""The file that says for every split which shard covers which example."""
+FINDINGS = ("summary.json", "samples.parquet")
+"""The files with what a preparation found."""
+BESIDE = (EXAMPLES, *FINDINGS)
+"""All files that the manifest records beside the shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +73,7 @@ class Changes:
     """How a store's settings differ from those that it is to be used with.
 
     foreign: the differing keys of the sources' layer that stand for a model's files or its chat template.
-    sources: the other differing keys of the sources' layer.
+    data: those that stand for the rows of a split. sources: the other differing keys of the sources' layer.
     judges: the names of the judges that have become others, by their weights or their code.
     asked: whether the list of judges, their order or the rule of the vote is another one.
     captured: whether the sources have to be captured again, because what the alignment wants to know of them is another thing.
@@ -67,14 +81,19 @@ class Changes:
     """
 
     foreign: list[str]
+    data: list[str]
     sources: list[str]
     judges: list[str]
     asked: bool
     captured: bool
     targets: list[str]
 
-    def check(self, directory: Path) -> None:
-        """Raises DataError or ConfigError if the sources' layer does not fit, which cannot be made again in the same store."""
+    def check(self, directory: Path, *, renews: bool = False) -> None:
+        """Raises DataError or ConfigError if the sources' layer does not fit, which cannot be made again in the same store.
+
+        Args:
+            renews: whether the shards of rows that have changed may be made again.
+        """
         if self.foreign:
             raise DataError(
                 f"store {directory} belongs to other models, tokenizers or chat templates ({', '.join(self.foreign)} differ); "
@@ -85,10 +104,15 @@ class Changes:
                 f"store {directory} was captured with other settings ({', '.join(self.sources)} differ); give another "
                 "--store, undo the change, or start over with `python -m profuser.prepare --fresh` and this recipe"
             )
+        if self.data and not renews:
+            raise ConfigError(
+                f"store {directory} was made of other data ({', '.join(self.data)} differ); run `python -m profuser.prepare` with this "
+                "recipe, which makes the shards again whose rows have changed, give another --store, or undo the change"
+            )
 
     def __bool__(self) -> bool:
         """Whether there is any change."""
-        return bool(self.foreign or self.sources or self.vote or self.targets)
+        return bool(self.foreign or self.data or self.sources or self.vote or self.targets)
 
     @property
     def vote(self) -> bool:
@@ -159,17 +183,22 @@ class Store:
         if not (directory / "manifest.json").exists():
             return None
         store = cls(directory)
-        made = store.complete and not store.changes(settings) and not store.damaged_findings()
+        made = store.complete and not store.changes(settings) and not store.damaged_findings(names=BESIDE)
         return store if made and not store.damaged() else None
 
     @classmethod
-    def build(cls, directory: Path, settings: StoreSettings) -> Store:
+    def build(
+        cls, directory: Path, settings: StoreSettings, divisions: Mapping[Split, Division], *, renews: bool = False
+    ) -> Store:
         """Begins a store, or opens one to go on with it. Shards that `settings` make obsolete are dropped, and this is printed.
 
         The caller must hold the directory (profuser.store.lease), because this and what follows changes it.
 
+        Args:
+            divisions: how the examples of every split are divided among the shards.
+            renews: whether the data may be other than the store was made of, as long as one of its training shards can stay.
         Raises:
-            ConfigError: the sources' captures or responses were made with other settings.
+            ConfigError: the sources' captures or responses were made with other settings, or of other data.
             DataError: the store belongs to other models or tokenizers; its manifest is broken or of another schema; the
                 directory holds something else.
         """
@@ -177,13 +206,24 @@ class Store:
         check_place(directory)
         if not (directory / "manifest.json").exists():
             store = cls(directory, new_manifest(asdict(settings)))
-            store._save()
+            store._divide(divisions)
             return store
 
         # Go on with the store that is there, if its sources are the same; drop what other judges or settings outdate.
         store = cls(directory)
-        changes = store.checked_changes(settings)
+        changes = store.checked_changes(settings, renews=renews)
+        if changes.data and not any(store._stays(part) for part in divisions["train"].parts):
+            raise ConfigError(
+                f"store {directory} was made of other data ({', '.join(changes.data)} differ), of which no shard can stay; give another "
+                "--store, undo the change, or start over with `python -m profuser.prepare --fresh` and this recipe"
+            )
         store._tidy()
+        if changes.data:
+            print(
+                f"store: {', '.join(changes.data)} changed: making shards again ({store._renew(divisions)})", flush=True
+            )
+            store._manifest["settings"]["sources"]["data"] = settings.sources["data"]
+        store._divide(divisions)
         if changes.vote:
             same = not changes.judges and store.settings.votes["asked"] == settings.votes["asked"]
             names = ", ".join(changes.judges or settings.votes["asked"] or ["none"])
@@ -211,38 +251,48 @@ class Store:
         old = self.settings
         keys = differing_keys(old.sources, settings.sources)
         foreign = [key for key in keys if key.endswith((".files", ".template"))]
+        data = [key for key in keys if key in [f"data.{split}" for split in SPLITS]]
         known = old.votes["judges"]
         return Changes(
             foreign=foreign,
-            sources=[key for key in keys if key not in foreign],
+            data=data,
+            sources=[key for key in keys if key not in foreign + data],
             judges=[name for name, judge in settings.votes["judges"].items() if known.get(name, judge) != judge],
             asked=any(key.partition(".")[0] != "judges" for key in differing_keys(old.votes, settings.votes)),
             captured=bool(old.targets.get("follow_numbers")) != bool(settings.targets.get("follow_numbers")),
             targets=differing_keys(old.targets, settings.targets),
         )
 
-    def checked_changes(self, settings: StoreSettings) -> Changes:
+    def checked_changes(self, settings: StoreSettings, *, renews: bool = False) -> Changes:
         """Compares the store's settings with these, of which the sources' layer must fit.
 
+        Args:
+            renews: whether the data may be other.
         Raises:
             ConfigError: the sources' captures or responses were made with other settings.
             DataError: the store belongs to other models or tokenizers, or the manifest is another store's.
         """
         changes = self.changes(settings)
-        if (changes.foreign or changes.sources) and (damaged := self.damaged()):
-            keys = ", ".join([*changes.foreign, *changes.sources])
+        if (changes.foreign or changes.sources or changes.data) and (damaged := self.damaged()):
+            keys = ", ".join([*changes.foreign, *changes.sources, *changes.data])
             raise DataError(
                 f"{self.directory / 'manifest.json'} must describe the shards beside it, it has other settings ({keys} differ) and "
                 f"{len(damaged)} of {len(self)} shards are not what it says; restore it, or start over with "
                 "`python -m profuser.prepare --fresh` and this recipe"
             )
-        changes.check(self.directory)
+        changes.check(self.directory, renews=renews)
         return changes
 
     @property
     def date(self) -> datetime.date:
         """The date that chat templates got when the store was made, and get wherever it is used."""
         return datetime.date.fromisoformat(self.settings.sources["date"])
+
+    @property
+    def data(self) -> dict[str, str]:
+        """A hash of the rows of every split that the store was made of (profuser.prepare.data.data_hash)."""
+        data = self.settings.sources["data"]
+        return {split: data[split] for split in SPLITS if split in data}
 
     @property
     def complete(self) -> bool:
@@ -275,9 +325,8 @@ class Store:
                 f"{path} cannot be used ({reason}); run `python -m profuser.prepare` with the recipe, which writes it again"
             ) from None
 
-    def damaged_findings(self) -> list[str]:
-        """Returns which of summary.json and samples.parquet are missing or no longer what was written."""
-        names = ("summary.json", "samples.parquet")
+    def damaged_findings(self, *, names: Sequence[str] = FINDINGS) -> list[str]:
+        """Returns which of summary.json and samples.parquet, or of other recorded files, are missing or no longer what was written."""
         return [name for name in names if not is_intact(self.directory / name, self._manifest["files"].get(name))]
 
     def put_finding(self, name: str, data: bytes) -> None:
@@ -307,22 +356,89 @@ class Store:
         self._read()
         return self.complete and not self.damaged_findings()
 
+    # -- the division of the examples ---------------------------------------------------------------------------------
+
+    def has_all(self, kind: Kind) -> bool:
+        """Whether all shards of a kind are present. It raises what `shard_of` raises."""
+        return self.numbers(kind) == np.unique(self.shard_of(kind.split)).tolist()
+
+    def shard_of(self, split: Split) -> np.ndarray:
+        """Returns the number of the shard that covers each example of a split, (E,) int32.
+
+        Raises:
+            DataError: the file that says so is missing, or is not what was written.
+        """
+        path = self.directory / EXAMPLES
+        if self.damaged_findings(names=[EXAMPLES]):
+            raise DataError(
+                f"{path} must be what was written, it is missing or its sha256 differs; run `python -m profuser.prepare` with the recipe, "
+                "which writes it again"
+            )
+        return tensors_of(mapped(path))[split]
+
+    def by_example(self, kind: Kind, read: Callable[[int], Iterable[T]]) -> list[T]:
+        """Returns what the shards of a kind have for each example of its split, in the order of the data.
+
+        Args:
+            read: returns what one shard has, by its number.
+        Raises:
+            DataError: what `shard_of` and `read` raise.
+        """
+        return in_order(self.shard_of(kind.split), map(read, self.numbers(kind)))
+
+    def _divide(self, divisions: Mapping[Split, Division]) -> None:
+        """Writes how the examples are divided among the shards, and the manifest."""
+        data = save_tensors({split: division.shard_of for split, division in divisions.items()})
+        divided = {split: division.shards for split, division in divisions.items()}
+        damaged = bool(self.damaged_findings(names=[EXAMPLES]))
+        if damaged and EXAMPLES in self._manifest["files"]:
+            print(f"store: {EXAMPLES} is damaged or missing: writing it again", flush=True)
+        if damaged or self._manifest["files"][EXAMPLES] != digest_of(data):
+            write_atomic(self.directory / EXAMPLES, data)
+        self._manifest["files"][EXAMPLES] = digest_of(data)
+        self._manifest["divided"] = divided
+        self._save()
+
+    def _renew(self, divisions: Mapping[Split, Division]) -> str:
+        """Drops the shards whose rows are no longer those of the data, and returns how many of how many parts have them."""
+        staying = {
+            split: {part.number for part in of.parts if self._stays(part, split)} for split, of in divisions.items()
+        }
+        shards = [(name, *kind_of(name)) for name in self._manifest["shards"]]
+        self._drop([name for name, kind, number in shards if number not in staying.get(kind.split, ())])
+        counts = {split: len(division.parts) for split, division in divisions.items()}
+        return ", ".join(f"{counts[split] - len(staying[split])} of {counts[split]} of {split}" for split in divisions)
+
+    def _stays(self, part: Part, split: Split = "train") -> bool:
+        """Whether the sources have said something about just these rows."""
+        names = self.settings.sources["source_names"]
+        return any(self.has(truth(split, name), part.number, part.digest) for name in names)
+
     # -- shards ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """The number of shards."""
         return len(self._manifest["shards"])
 
-    def has(self, kind: Kind, number: int) -> bool:
-        """Whether this shard is present, be it that another process has made it meanwhile. Its file is not looked at."""
+    def has(self, kind: Kind, number: int, origin: str | None = None) -> bool:
+        """Whether this shard is present, be it that another process has made it meanwhile. Its file is not looked at.
+
+        Args:
+            origin: what it must have been made from; None takes any.
+        """
         name = kind.shard(number)
-        if name in self._manifest["shards"]:
+
+        def is_present() -> bool:
+            entry = self._manifest["shards"].get(name)
+            return entry is not None and origin in (None, entry["origin"])
+
+        if is_present():
             return True
         if (entry := read_record(self.directory, name)) is not None:
             self._manifest["shards"][name] = entry
         elif self._version != _version(self.directory):  # the manifest may have taken the record over
             self._read()
-        return name in self._manifest["shards"]
+        return is_present()
 
     def numbers(self, kind: Kind) -> list[int]:
         """Returns the numbers of the present shards of a kind, in ascending order."""
@@ -366,15 +482,27 @@ class Store:
         if damaged:
             self._drop(damaged)
 
-    def put(self, kind: Kind, number: int, arrays: Mapping[str, np.ndarray], *, examples: int) -> None:
-        """Writes a shard of arrays. `examples` is the number of examples that it covers."""
+    def sha256(self, kind: Kind, number: int) -> str:
+        """The sha256 of a shard's file, which must be present."""
+        return self._manifest["shards"][kind.shard(number)]["sha256"]
+
+    def origin(self, kind: Kind, number: int) -> str:
+        """What a shard that is present was made from."""
+        return self._manifest["shards"][kind.shard(number)]["origin"]
+
+    def put(
+        self, kind: Kind, number: int, arrays: Mapping[str, np.ndarray], *, examples: int, origin: str = ""
+    ) -> None:
+        """Writes a shard of arrays. `examples` is the number of examples that it covers, `origin` a digest of what it is made from."""
         data = save_tensors({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         columns = {name: arrays[name] for name in kind.index}
-        self._put(kind.shard(number), data, {"index": index_digest(data, columns), "examples": examples})
+        facts = {"index": index_digest(data, columns), "examples": examples, "origin": origin}
+        self._put(kind.shard(number), data, facts)
 
-    def put_json(self, kind: Kind, number: int, value: Any, *, examples: int) -> None:
-        """Writes a shard of texts as JSON. `examples` is the number of examples that it covers."""
-        self._put(kind.shard(number), json.dumps(value, ensure_ascii=False).encode(), {"examples": examples})
+    def put_json(self, kind: Kind, number: int, value: Any, *, examples: int, origin: str = "") -> None:
+        """Writes a shard of texts as JSON. `examples` and `origin` are those of `put`."""
+        data = json.dumps(value, ensure_ascii=False).encode()
+        self._put(kind.shard(number), data, {"examples": examples, "origin": origin})
 
     def get(self, kind: Kind, number: int) -> dict[str, np.ndarray]:
         """Returns a shard's arrays, which are mapped into memory and read-only. The file's hash is checked at the first read.

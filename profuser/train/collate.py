@@ -40,12 +40,13 @@ def collate(
         layout: with "padded" every row must hold one sequence, and the batch has an attention_mask. Else it has position_ids
             that begin anew with every sequence, which keep them apart. Padding is at position 0, because it can be longer than
             any sequence, and the longest position decides about some models' frequencies.
-        mixing: the temperature at which the sources are weighed by their cross-entropy; None chooses the one where it is lowest.
+        mixing: the temperature at which the sources are weighed by their cross-entropy; None chooses the one where it is lowest, unless
+            the sequences say how much each source counts.
 
     Returns:
         input_ids, labels (B, T) int64 and ce_weight, kd_weight (B, T) fp32; attention_mask or position_ids (B, T) int64. Unless
         all of `kd_weight` is 0 there are also source_ids (1, B, T, K) int32, where -1 is padding, source_logprobs (1, B, T, K)
-        fp32 at temperature 1, and source_tail (1, B, T) fp32; with `mixing` the first axis is S, and there is source_weight
+        fp32 at temperature 1, and source_tail (1, B, T) fp32; where sources are mixed the first axis is S, and there is source_weight
         (S, B, T) fp32. Where no source takes part there are no entries. With "flat"
         cu_seq_lens_q, cu_seq_lens_k (n + 1,) int32 and max_length_q, max_length_k () are what flash-attention takes.
     """
@@ -78,7 +79,8 @@ def sources_of(
     rows: Sequence[Sequence[TargetSequence]], B: int, T: int, K: int, mixing: float | None
 ) -> dict[str, np.ndarray]:
     """Returns the distributions of each sequence's winner, or of all its sources and their weights, as `collate` describes."""
-    S = 1 if mixing is None else len(rows[0][0].source_ce)
+    mixed = rows[0][0].weights(mixing) is not None
+    S = len(rows[0][0].source_ce) if mixed else 1
     source_ids = np.full((S, B, T, K), -1, np.int32)
     source_logprobs = np.zeros((S, B, T, K), np.float32)
     source_tail = np.zeros((S, B, T), np.float32)
@@ -87,10 +89,9 @@ def sources_of(
         if sequence.winner is None:
             continue
         # The entries of all sources lie end to end: put each at its source, its position and its place there.
-        if mixing is None:
+        if (weights := sequence.weights(mixing)) is None:
             kept_rows, axis = sequence.row_source == sequence.winner, np.zeros_like(sequence.row_source)
         else:
-            weights = sequence.weights(mixing)
             source_weight[:, b, place] = weights[:, None]
             kept_rows, axis = weights[sequence.row_source] > 0, sequence.row_source
         row, slot = slots_of(sequence.entry_offsets)
@@ -100,7 +101,7 @@ def sources_of(
         source_logprobs[source, b, position, slot] = sequence.entry_logprobs[kept]
         source_tail[axis[kept_rows], b, place.start + sequence.row_position[kept_rows]] = sequence.row_tail[kept_rows]
     found = {"source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail}
-    return found if mixing is None else found | {"source_weight": source_weight}
+    return found | {"source_weight": source_weight} if mixed else found
 
 
 def placed(rows: Sequence[Sequence[TargetSequence]]) -> Iterator[tuple[int, slice, TargetSequence]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,13 @@ class RunDirectory:
         seconds = (self.read().get("seconds") or {}) if self.exists else {}
         self._write("running", precision=precision, seconds=seconds)
 
-    def finish(self, model: Sequence[str], step: int) -> None:
-        """Writes the record of a complete run. `model` names the files of the fused model, whose weights are those after `step`."""
+    def finish(self, model: Sequence[str], step: int, data: Mapping[str, str]) -> None:
+        """Writes the record of a complete run.
+
+        Args:
+            model: the names of the fused model's files, whose weights are those after `step`.
+            data: a hash of the rows of every split.
+        """
         record = self.read()
         names = [*model, *(name for name in MEASURED if (self.path / name).exists())]
         self._write(
@@ -151,10 +156,19 @@ class RunDirectory:
             precision=record["precision"],
             seconds=record["seconds"],
             exported_step=step,
+            data=dict(data),
             **peak_memory(),
             demo_data=demo_data(self.run.recipe),
             files={name: digest_of_file(self.path / name) for name in names},
         )
+
+    def check_data(self, data: Mapping[str, str]) -> None:
+        """Raises ConfigError where a complete run has learnt from other rows than those of which these are the hashes."""
+        if "data" in (record := self.read()) and (keys := differing_keys(record["data"], dict(data), "data.")):
+            raise ConfigError(
+                f"{self.path} holds a run of other data ({', '.join(keys)} differ); give another --output, restore the data, or start "
+                "over with --fresh"
+            )
 
     def update(self, **facts: Any) -> None:
         """Sets some entries of the record."""

@@ -50,6 +50,7 @@ RUN = {
     "seconds": {str: SECONDS},
     "precision": Rule("fp32 or bf16", lambda x: x in ("fp32", "bf16")),
     "files?": FILES,
+    "data?": {str: str},
     "exported_step?": COUNT,
     "versions": {str: str},
     "hardware": str,

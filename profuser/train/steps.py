@@ -217,19 +217,24 @@ def load_steps(steps: Steps, start: int, *, workers: int, pin_memory: bool) -> G
         generator=torch.Generator(),
     )
     batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:  # a DataLoader raises it when a worker process has ended
-            raise ProfuserError(
-                f"a process that prepares batches must live as long as the run, it ended ({first_line(error)}); the same "
-                "command resumes, with optim.data_workers: 0 if memory is short"
-            ) from error
-        if isinstance(batch, ProfuserError):
-            raise batch
-        yield batch
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # a DataLoader raises it when a worker process has ended
+                raise ProfuserError(
+                    f"a process that prepares batches must live as long as the run, it ended ({first_line(error)}); the same "
+                    "command resumes, with optim.data_workers: 0 if memory is short"
+                ) from error
+            if isinstance(batch, ProfuserError):
+                raise batch
+            yield batch
+    finally:
+        # This ends the workers. They ignore SIGTERM, so that this process could not end as long as anything held on to them, such as
+        # an error that has come through here.
+        del batches
 
 
 def live_with_the_trainer(worker: int) -> None:

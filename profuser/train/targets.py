@@ -31,6 +31,7 @@ class TargetSequence:
     input_ids: (T,) int. label_mask: (T,) bool, true for the response's tokens and the end of turn.
     source_ce: (S,) float32, each source's cross-entropy in nats per byte or token; +inf where the source does not take part.
     response_bytes: the length of the response.
+    source_weight: (S,) float32, how much each source counts beside the others, where the data say so; None elsewhere.
     row_position: (R,) int, the index in input_ids of the token that the row is about. row_source: (R,) int, the row's source.
     row_tail: (R,) float32, the linear mass outside the row's entries.
     entry_offsets: (R + 1,) int64, where each row's entries begin in entry_ids and entry_logprobs.
@@ -49,6 +50,7 @@ class TargetSequence:
     entry_offsets: np.ndarray
     entry_ids: np.ndarray
     entry_logprobs: np.ndarray
+    source_weight: np.ndarray | None = None
 
     @property
     def labels(self) -> int:
@@ -60,8 +62,16 @@ class TargetSequence:
         """The source with the lowest cross-entropy; None where no source takes part."""
         return layout.winner_of(self.source_ce)
 
-    def weights(self, mixing: float) -> np.ndarray:
-        """Returns the weight of each source, (S,) float32: softmax(-source_ce / mixing) over those that take part."""
+    def weights(self, mixing: float | None = None) -> np.ndarray | None:
+        """Returns the weight of each source, (S,) float32, which sum to 1 over those that take part, or are all 0 if none does.
+
+        They are what the data say, or else softmax(-source_ce / mixing). Without either there are none, and one source is chosen.
+        """
+        if self.source_weight is not None:
+            weights = np.where(np.isfinite(self.source_ce), self.source_weight, 0.0)
+            return (weights / (weights.sum() or 1.0)).astype(np.float32)
+        if mixing is None:
+            return None
         logits = np.where(np.isfinite(self.source_ce), -self.source_ce / mixing, -np.inf)
         if not np.isfinite(logits).any():
             return np.zeros(len(logits), np.float32)
@@ -91,6 +101,7 @@ class Targets(Dataset[list[TargetSequence]]):
         self.sources: list[str] = settings["source_names"]
         self.top_k: int = settings["capture"]["top_k"]
         self._store, self._kind = store, kind
+        self._weighed = settings["capture"].get("choice") == "weights"
         self._numbers = store.numbers(kind)
         self._open: dict[int, dict[str, np.ndarray]] = {}
         # For every sequence: its shard, its place there, its mode and its length.
@@ -130,6 +141,7 @@ class Targets(Dataset[list[TargetSequence]]):
             input_ids=shard["input_ids"][tokens],
             label_mask=shard["label_mask"][tokens].astype(bool),
             source_ce=shard["source_ce"][b],
+            source_weight=shard["source_weight"][b] if self._weighed else None,
             response_bytes=int(shard["response_bytes"][b]),
             row_position=shard["row_position"][rows],
             row_source=shard["row_source"][rows],

@@ -1,0 +1,78 @@
+"""What each shard of a store is made from, by which a preparation knows whether one that is there can stay.
+
+A shard names the rows it covers and, where it was made from other shards, what they held: the scores are those of certain responses,
+the winners those of a certain vote, the targets hold certain captures. It is made again as soon as any of that is another thing,
+whether rows were added to the data or a source has answered again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from profuser.prepare.inputs import Inputs
+from profuser.prepare.votes import Ballots, count_votes
+from profuser.store import layout
+from profuser.store.division import Part
+from profuser.store.layout import Kind
+from profuser.store.store import Store
+
+
+class Origins:
+    """What the shards of a store are made from, for the inputs of a recipe."""
+
+    def __init__(self, inputs: Inputs, store: Store):
+        self.inputs, self.store = inputs, store
+        self._ballots: Ballots | None = None
+        self._known: dict[str, str] = {}  # the origins by the shards' names
+
+    @property
+    def ballots(self) -> Ballots | None:
+        """The vote over the training split. It is None where there are no judges, and as long as they have not scored all responses."""
+        judges = self.inputs.recipe.judges
+        if self._ballots is None and judges and all(self._made(layout.scores(judge.name)) for judge in judges):
+            self._ballots = count_votes(self.store, self.inputs.recipe)
+        return self._ballots
+
+    def is_made(self, kind: Kind, part: Part) -> bool:
+        """Whether a part's shard is there, and is made from what there is now."""
+        origin = self.of(kind, part)
+        return origin is not None and self.store.has(kind, part.number, origin)
+
+    def of(self, kind: Kind, part: Part) -> str | None:
+        """Returns a digest of what a part's shard is made from; None as long as not all of that is there."""
+        name = kind.shard(part.number)
+        if name not in self._known and (origin := self._origin(kind, part)) is not None:
+            self._known[name] = origin  # what is there stays as it is, because the store is held
+        return self._known.get(name)
+
+    def _origin(self, kind: Kind, part: Part) -> str | None:
+        if kind.folder in ("truth", "responses"):
+            return part.digest
+        names = self.inputs.source_names
+        if kind.folder == "scores":
+            return self._joined(part, [layout.responses("train", name) for name in names])
+        captures = [layout.truth(kind.split, name) for name in names]
+        if kind.split != "train" or not self.inputs.recipe.judges:
+            return self._joined(part, captures, part.examples)
+        if (ballots := self.ballots) is None:
+            return None
+        if kind.folder == "winners":
+            source = names.index(kind.of)
+            won = [ballots.winning_source(example) == source for example in part.examples]
+            texts = [ballots.winning_text(example) if own else None for example, own in zip(part.examples, won)]
+            return self._joined(part, [], texts)
+        captures += [layout.winners(name) for name in names]
+        return self._joined(part, captures, [part.examples, ballots.winner[part.examples].tolist()])
+
+    def _made(self, kind: Kind) -> bool:
+        """Whether all shards of a kind are made."""
+        return all(self.is_made(kind, part) for part in self.inputs.parts(kind.split))
+
+    def _joined(self, part: Part, kinds: list[Kind], more: Any = None) -> str | None:
+        """Returns the digest of a part's rows, of its shards of some kinds and of more, which must be JSON."""
+        if not all(self.is_made(kind, part) for kind in kinds):
+            return None
+        shards = [self.store.sha256(kind, part.number) for kind in kinds]
+        return hashlib.sha256(json.dumps([part.digest, shards, more]).encode()).hexdigest()
