@@ -53,9 +53,9 @@ SHAPES = {
         "16k-152k": Shape(16384, 4096, 151936, B=8, rounds=5),
     },
     "interpreted": {
-        "4k-128k": Shape(8, 16, 400, B=2, rounds=1),
-        "8k-32k": Shape(8, 16, 130, B=2, rounds=1),
-        "16k-152k": Shape(12, 16, 500, B=2, rounds=1),
+        "4k-128k": Shape(4, 16, 400, B=2, rounds=1),
+        "8k-32k": Shape(4, 16, 130, B=2, rounds=1),
+        "16k-152k": Shape(6, 16, 500, B=2, rounds=1),
     },
 }["interpreted" if INTERPRETED else DEVICE]
 # Four sequences of 2048 tokens. This shape runs only on request, because the dense implementations take 13 GB and minutes.
