@@ -23,12 +23,13 @@ from benchmarks.cases import (
     DTYPE,
     INTERPRETED,
     SHAPES,
+    TEACHER_ENTRIES,
     chosen_shapes,
     first_rows,
     make_case,
     make_teacher,
 )
-from benchmarks.implementations import IMPLEMENTATIONS, TEACHER_ENTRIES, arguments, why_not
+from benchmarks.implementations import IMPLEMENTATIONS, arguments, why_not
 from benchmarks.measure import cuda_peak_mib, gemms, package_version, process_peaks_mib, timed
 from benchmarks.peers import JSD_BETA, KINDS, TEACHER_KL, TEACHER_PROBABILITIES, TEACHER_TOP_K, TEACHERS
 from profuser.kernels.reference import fusion_loss_reference

@@ -26,6 +26,8 @@ IMPL = "triton" if INTERPRETED else None
 LOGITS = ("random", "peaked")
 # FuseLLM's distributions are a softmax over the kept entries, so no mass is outside of them.
 TAIL = "renormalize"
+TEACHER_ENTRIES = 4 if INTERPRETED else 10
+"""How many of a dense teacher's entries profuser takes."""
 
 
 class Shape(NamedTuple):
@@ -53,9 +55,9 @@ SHAPES = {
         "16k-152k": Shape(16384, 4096, 151936, B=8, rounds=5),
     },
     "interpreted": {
-        "4k-128k": Shape(4, 16, 400, B=2, rounds=1),
-        "8k-32k": Shape(4, 16, 130, B=2, rounds=1),
-        "16k-152k": Shape(6, 16, 500, B=2, rounds=1),
+        "4k-128k": Shape(4, 16, 400, B=2, rounds=1, K=4),
+        "8k-32k": Shape(4, 16, 130, B=2, rounds=1, K=4),
+        "16k-152k": Shape(6, 16, 500, B=2, rounds=1, K=4),
     },
 }["interpreted" if INTERPRETED else DEVICE]
 # Four sequences of 2048 tokens. This shape runs only on request, because the dense implementations take 13 GB and minutes.

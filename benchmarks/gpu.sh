@@ -31,7 +31,7 @@ if [ "${1:-}" = --dry ]; then
   SLOWER=4
   tests=(--collect-only)
   steps=(--steps 2)
-  export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=''
+  export TRITON_INTERPRET=1 TORCH_COMPILE_DISABLE=1 CUDA_VISIBLE_DEVICES=''
 fi
 LIMIT=$((LIMIT * SLOWER))
 PYTHON=${PYTHON:-python3}

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from benchmarks.cases import DEVICE, IMPL, INTERPRETED
+from benchmarks.cases import DEVICE, IMPL, INTERPRETED, TEACHER_ENTRIES
 from benchmarks.measure import package_version
 from benchmarks.peers import (
     CROSS_ENTROPY,
@@ -42,8 +42,6 @@ from benchmarks.peers import (
 from profuser.kernels.common import chunk_rows, chunk_rows_gpu
 from profuser.kernels.source_topk import source_topk
 from profuser.loss import DEFAULT_BETA, fused_linear_fusion_loss
-
-TEACHER_ENTRIES = 10
 
 
 def arguments(case: dict[str, Any], computes: str) -> dict[str, Any]:
