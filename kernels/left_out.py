@@ -96,7 +96,8 @@ class LeftOutColumns:
             # the host would have to wait.
             generator = torch.Generator(self.dhidden.device).manual_seed(0)
             directions = torch.randn(self.width, SKETCH, generator=generator, device=self.dhidden.device).to(self.dtype)
-            self.head_sketch = torch.cat([weight.to(self.dtype) @ directions for _, weight in self.head.blocks()])
+            parts = (part for _, weight in self.head.blocks() for part in weight.split(BLOCK))
+            self.head_sketch = torch.cat([part.to(self.dtype) @ directions for part in parts])
         return self.head_sketch.index_fill(0, kept, 0)
 
     def sum_of_head(self) -> Tensor:

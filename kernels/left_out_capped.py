@@ -102,7 +102,7 @@ class CappedProducts(LeftOutColumns):
         # One column more, for the slots without an entry.
         ranked = torch.nn.functional.pad(mass, (0, 1))
         ranked.index_fill_(0, torch.where(lifted >= 0, lifted, self.vocabulary).flatten().long(), torch.inf)
-        ascending, order = ranked[:-1].sort()
+        ascending, order = ranked[:-1].sort(stable=True)
         # Cumulated as integers, because torch calls a sum of floats on a GPU not deterministic. A NaN or a lifted entry is too large.
         shares = (ascending / total.where(total != 0, torch.ones_like(total))).nan_to_num(nan=2.0, posinf=2.0)
         light_enough = (shares.double() * STEPS).long().cumsum(0) <= int(self.options.left_out * STEPS)
