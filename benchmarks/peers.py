@@ -18,7 +18,8 @@ Where there is a fourth product of the student's, backward computes the logits a
 "CuTe" is the language of NVIDIA's CUTLASS in which QuACK is written and `liger-cute`'s kernel between the products, which `liger` has in
 Triton; both need nvidia-cutlass-dsl. `liger-jsd` takes the one in CuTe by itself where that is installed, on Hopper and later.
 `quack` takes the fastest pipeline that it has for the shape, on an H100 the one that never writes the gradient in the logits;
-`quack-logits` is its older one. What TRL and Liger learn from a teacher has no label in it, so that all rows count.
+`quack-logits` is its older one. `torch-linear-ce` has its default chunks, of about N·D/(2V) rows: the fewer, the more often dW is gone
+through. What TRL and Liger learn from a teacher has no label in it, so that all rows count.
 Dimension letters: N rows, C rows of a chunk, D hidden, V vocabulary, K kept entries.
 """
 
