@@ -148,7 +148,8 @@ def compiled(**case):
 
 @functools.cache
 def _compiled_loss_and_gradient():
-    return torch.compile(loss_and_gradient, dynamic=False, fullgraph=True)  # fullgraph rules out a silent fallback
+    # fullgraph rules out a silent fallback.
+    return torch.compile(loss_and_gradient, dynamic=False, fullgraph=True, disable=INTERPRETED)
 
 
 def teacher_topk(hidden, weight, labels, teacher_hidden, teacher_weight):
