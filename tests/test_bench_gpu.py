@@ -68,4 +68,4 @@ def test_a_dry_run_takes_every_step(tmp_path):
     codes = dict(re.findall(r"^== (\w+): exit (\d+)", out, re.MULTILINE))
     assert set(codes.values()) == {"0"}, out
     assert len(codes) == 11  # no wheels
-    assert "members of the family" in (tmp_path / "bench_gpu.md").read_text()
+    assert "Members of the family" in (tmp_path / "bench_gpu.md").read_text()
