@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.cases import DEVICE, DTYPE, TAIL
+from benchmarks.cases import DEVICE, DTYPE, INTERPRETED, TAIL
 from benchmarks.implementations import dense, fusellm
 from benchmarks.measure import cuda_peak_mib, process_peaks_mib, timed
 from profuser.fusion_model import FusionModel
@@ -25,13 +25,16 @@ from profuser.models.head import hidden_states
 
 S, K = 3, 10
 # B sequences of T tokens, for a Llama of about 5M parameters on a CPU and of about 1.2B on CUDA.
-B, T, ROUNDS = {"cpu": (4, 256, 3), "cuda": (4, 2048, 5)}[DEVICE]
+PLACE = "interpreted" if INTERPRETED else DEVICE
+B, T, ROUNDS = {"cpu": (4, 256, 3), "cuda": (4, 2048, 5), "interpreted": (2, 16, 1)}[PLACE]
 CONFIG: dict[str, Any] = {
     "cpu": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
     | {"num_key_value_heads": 4, "vocab_size": 32000},
     "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "vocab_size": 128256},
-}[DEVICE] | {"max_position_embeddings": T, "tie_word_embeddings": True}
+    "interpreted": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    | {"num_key_value_heads": 2, "vocab_size": 300},
+}[PLACE] | {"max_position_embeddings": T, "tie_word_embeddings": True}
 CHECKED_TOKENS = 64
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}[DTYPE]
 
@@ -154,7 +157,8 @@ def test_train_step(benchmark, implementation):
         info = {"implementation": implementation, "computes": IMPLEMENTATIONS[implementation][0], "dtype": str(DTYPE)}
         timed(benchmark, step, make_step("no-loss"), ROUNDS, **info)
         benchmark.extra_info["tokens_per_s"] = round(B * T / benchmark.extra_info["median_ms"] * 1e3)
-        peak = cuda_peak_mib(step) if DEVICE == "cuda" else process_peaks()[implementation]
-        benchmark.extra_info["peak_mib"] = peak
+        if not INTERPRETED:
+            peak = cuda_peak_mib(step) if DEVICE == "cuda" else process_peaks()[implementation]
+            benchmark.extra_info["peak_mib"] = peak
     except torch.OutOfMemoryError as error:
         pytest.skip(f"{implementation} does not fit: {error}"[:200])

@@ -1,35 +1,50 @@
 #!/usr/bin/env bash
-# Runs the tests marked `gpu`, the benchmarks of loss, top-k and training step, and a few steps of the trainer on a CUDA machine, in nine
-# minutes at most.
+# Runs the tests marked `gpu`, the benchmarks of loss, its members, top-k and training step, and a few steps of the trainer on a CUDA
+# machine, in nine minutes at most.
 #
-#     [OUT=DIR] [PYTHON=python3] [PROFUSER_COMMIT=HASH] benchmarks/gpu.sh [WHEELS]
+#     [OUT=DIR] [PYTHON=python3] [PROFUSER_COMMIT=HASH] benchmarks/gpu.sh [--dry] [WHEELS]
 #
 # It writes bench_gpu.json, bench_gpu.png, bench_gpu.md and the logs to OUT (default: benchmarks/results). Every step has a time
-# limit, the shapes that matter most come first, and whatever was measured within the limit is written.
+# limit, and together they have no more than the whole. What matters most comes first: whether the kernels are right, then the time of
+# the loss at 4096 x 4096 x 128256 beside others, then every member of its family there. Whatever was measured within a limit is written.
+#
+# --dry takes the same steps without a GPU: tiny shapes, kernels in Triton's interpreter, tests only collected. It measures nothing. The
+# limits are four times as long.
 #
 # It needs a checkout, from which nothing is installed, and no network. It also needs a Python >= 3.11 with CUDA builds of torch
 # >= 2.11 and triton >= 3.6, transformers 5, matplotlib, jinja2, psutil, pytest and pytest-benchmark >= 5.1. Packages that this
 # Python lacks can be given as WHEELS, a folder of wheels. They are installed into a temporary folder and not into that Python:
 #     always       jsonargparse docstring-parser typeshed-client (and pytest, pytest-benchmark, py-cpuinfo)
 #     the trainer  accelerate, datasets, filelock, tqdm, pyyaml and what they need: without them its steps fail, and the others run
-#     to compare   liger-kernel cut-cross-entropy; quack-kernels with nvidia-cutlass-dsl and its libs, apache-tvm-ffi,
-#                  torch-c-dlpack-ext, einops: without them these implementations are skipped, and the result says so
+#     to compare   liger-kernel cut-cross-entropy trl; quack-kernels with nvidia-cutlass-dsl and its libs, apache-tvm-ffi,
+#                  torch-c-dlpack-ext, einops, which liger-cute needs, too: without them these implementations are skipped, and the
+#                  result says so
 # PROFUSER_COMMIT names the commit if the checkout came without its history.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 SECONDS=0
 LIMIT=540
+SLOWER=1
+tests=() steps=()
+if [ "${1:-}" = --dry ]; then
+  shift
+  SLOWER=4
+  tests=(--collect-only)
+  steps=(--steps 2)
+  export TRITON_INTERPRET=1 TORCH_COMPILE_DISABLE=1 CUDA_VISIBLE_DEVICES=''
+fi
+LIMIT=$((LIMIT * SLOWER))
 PYTHON=${PYTHON:-python3}
 OUT=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" && pwd)
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-export PYTHONPATH=.:$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PYTHONPATH=.:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 # step SECONDS NAME COMMAND... runs a command, and interrupts it after that time or at the limit of the whole script, whichever
 # comes first. It shows the end of the output. Without --foreground, a second interrupt, sent to the process group, would meet
 # pytest while it writes its results.
 step() {
-  local limit=$1 name=$2
+  local limit=$(($1 * SLOWER)) name=$2
   shift 2
   local left=$((LIMIT - SECONDS - 35))
   ((limit < left)) || limit=$left
@@ -43,34 +58,40 @@ step() {
 bench() {
   local limit=$1 name=$2
   shift 2
-  step "$limit" "$name" "$PYTHON" -m pytest "$@" --benchmark-only --seconds=$((limit * 3 / 4)) \
+  step "$limit" "$name" "$PYTHON" -m pytest "$@" --benchmark-only --seconds=$((limit * SLOWER * 3 / 4)) \
     --benchmark-json="$site/$name.json" --benchmark-columns=median,rounds -q
 }
 
 if [ $# -gt 0 ]; then
-  step 40 wheels "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$1"/*.whl
+  step 30 wheels "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$1"/*.whl
 fi
-# Only files with such a test are given, because the others may import what this Python lacks.
-step 90 gpu_tests "$PYTHON" -m pytest -q -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
-# The tests that otherwise run in Triton's interpreter, here with compiled kernels: small shapes and every option.
-step 50 native_tests "$PYTHON" -m pytest -q -k "triton" tests/test_fused_loss.py tests/test_fused_loss_triton.py
-bench 140 loss benchmarks/bench_fused_loss.py -k "not compiled and not quack"
-bench 50 topk benchmarks/bench_source_topk.py
-bench 60 train_step benchmarks/bench_train_step.py
+# Whether the kernels are right: the tests that otherwise run in Triton's interpreter, here with compiled kernels, with small shapes and
+# every option; and those at sizes that need a GPU. Only files with such a test are given, because the others may import what this
+# Python lacks.
+step 40 native_tests "$PYTHON" -m pytest -q "${tests[@]}" -k "triton" tests/test_fused_loss.py tests/test_fused_loss_triton.py
+step 60 gpu_tests "$PYTHON" -m pytest -q "${tests[@]}" -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
+# What compiles and tunes itself for long is a step of its own, so that it can use up only its own time.
+headline="4k-128k"
+tuned="compiled or quack"
+bench 70 headline benchmarks/bench_fused_loss.py -k "$headline and not ($tuned)"
+bench 70 members benchmarks/bench_members.py
+bench 50 headline_tuned benchmarks/bench_fused_loss.py -k "$headline and ($tuned)"
 # The trainer on the bundled demo: in bf16 with the Triton kernels, the same sharded (FSDP2) on one device, and in fp32 on the CPU, whose
 # losses should be nearly the same.
-trainer=(-m benchmarks.trainer_steps)
-step 45 trainer "$PYTHON" "${trainer[@]}"
-step 45 trainer_sharded "$PYTHON" -m torch.distributed.run --nproc-per-node 1 "${trainer[@]}" --shard
-CUDA_VISIBLE_DEVICES='' step 45 trainer_cpu "$PYTHON" "${trainer[@]}"
-# What compiles and tunes itself for long is a step of its own, so that it can use up only its own time.
-bench 80 loss_tuned benchmarks/bench_fused_loss.py -k "compiled or quack"
-if command -v compute-sanitizer >/dev/null; then
+trainer=(-m benchmarks.trainer_steps "${steps[@]}")
+step 30 trainer "$PYTHON" "${trainer[@]}"
+bench 30 topk benchmarks/bench_source_topk.py
+bench 30 train_step benchmarks/bench_train_step.py
+step 25 trainer_sharded "$PYTHON" -m torch.distributed.run --nproc-per-node 1 "${trainer[@]}" --shard
+CUDA_VISIBLE_DEVICES='' step 20 trainer_cpu "$PYTHON" "${trainer[@]}"
+bench 50 shapes benchmarks/bench_fused_loss.py -k "not $headline and not ($tuned)"
+# With what time others left:
+if [ $SLOWER = 1 ] && command -v compute-sanitizer >/dev/null; then
   step 60 sanitizer compute-sanitizer --target-processes all --error-exitcode 1 "$PYTHON" -m pytest -q -p no:cacheprovider \
     tests/test_fused_loss_gpu.py -k test_a_bad_row_is_nan
 fi
 
-"$PYTHON" - "$OUT/bench_gpu.json" "$site"/{loss,loss_tuned,topk,train_step}.json <<'END'
+"$PYTHON" - "$OUT/bench_gpu.json" "$site"/{headline,headline_tuned,members,topk,train_step,shapes}.json <<'END'
 import json, sys
 from pathlib import Path
 

@@ -1,13 +1,17 @@
-"""What is compared: profuser's loss, distillation in plain torch, and the fused cross-entropies of other projects.
+"""What is compared: profuser's loss, distillation in plain torch, and, in peers.py, the losses of other projects.
 
-Each function takes those arguments of `fused_linear_fusion_loss` that its loss needs, and returns the mean over rows. The
-losses differ in the sources that they use:
+Each function takes those arguments of `fused_linear_fusion_loss` that its loss needs, or a teacher's hidden states and head, and
+returns the mean over rows. The losses differ in what they learn from:
 
-| computes | sources |
-|---|---|
-| "fusion" | all S; Min-CE chooses the winner of each sequence |
-| "one source" | only the first |
-| "cross-entropy" | none |
+| computes | beside the labels it takes | loss of a row |
+|---|---|---|
+| "fusion" | the top-K entries of all S sources; Min-CE chooses the winner of each sequence | CE + β·KL(P, Q), K entries renormalised |
+| "one source" | the top-K entries of the first source | the same |
+| "cross-entropy" | nothing | CE |
+| "teacher, forward KL" | a teacher's hidden states and head | KL(P, Q), no CE |
+| "teacher's probabilities, forward KL" | the same as a tensor (N, V) | KL(P, Q), no CE |
+| "teacher, JSD" | a teacher's hidden states and head | generalised JSD at 1/2 of P and Q, no CE |
+| "teacher's top-K, JSD" | the same, of which it makes the top K and a bucket for the rest | the same of these parts |
 
 Dimension letters: N rows, C rows of a chunk, D hidden, V vocabulary, S sources, K kept entries.
 """
@@ -15,25 +19,51 @@ Dimension letters: N rows, C rows of a chunk, D hidden, V vocabulary, S sources,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 
+from benchmarks.cases import DEVICE, IMPL, INTERPRETED, TEACHER_ENTRIES
+from benchmarks.measure import package_version
+from benchmarks.peers import (
+    CROSS_ENTROPY,
+    FUSION,
+    JSD_BETA,
+    ONE_SOURCE,
+    PEERS,
+    TEACHER_PROBABILITIES,
+    TEACHER_TOP_K,
+    TEACHERS,
+    Implementation,
+)
 from profuser.kernels.common import chunk_rows, chunk_rows_gpu
+from profuser.kernels.source_topk import source_topk
 from profuser.loss import DEFAULT_BETA, fused_linear_fusion_loss
 
 
 def arguments(case: dict[str, Any], computes: str) -> dict[str, Any]:
-    """The arguments of a case that a loss which computes `computes` takes."""
-    if computes == "fusion":
+    """The arguments of a case that a loss which computes `computes` takes; `benchmarks.cases.make_teacher` adds the teacher's."""
+    if computes == FUSION:
         return case
-    if computes == "cross-entropy":
+    if computes == CROSS_ENTROPY:
         return {name: case[name] for name in ("hidden", "weight", "labels")}
+    if computes in TEACHERS:
+        own = {name: case[name] for name in ("hidden", "weight", "labels")}
+        teacher = {name: case[name] for name in ("teacher_hidden", "teacher_weight")}
+        if computes == TEACHER_PROBABILITIES:
+            return own | {"teacher_probabilities": probabilities(**teacher)}
+        return own | teacher
     one = {name: value for name, value in case.items() if name not in ("source_ce", "cu_seqlens")}
     return one | {name: case[name][:1] for name in ("source_ids", "source_logprobs")}
+
+
+def probabilities(teacher_hidden, teacher_weight):
+    """A teacher's probabilities (N, V) in its dtype, made before anything is timed."""
+    parts = teacher_hidden.split(1024)
+    return torch.cat([F.linear(h, teacher_weight).float().softmax(1).to(h.dtype) for h in parts])
 
 
 def fusellm(hidden, weight, labels, source_ids, source_logprobs, source_ce, cu_seqlens, tail):
@@ -118,41 +148,48 @@ def compiled(**case):
 
 @functools.cache
 def _compiled_loss_and_gradient():
-    return torch.compile(loss_and_gradient, dynamic=False, fullgraph=True)  # fullgraph rules out a silent fallback
+    # fullgraph rules out a silent fallback.
+    return torch.compile(loss_and_gradient, dynamic=False, fullgraph=True, disable=INTERPRETED)
 
 
-def liger(hidden, weight, labels):
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
-
-
-def cut_cross_entropy(hidden, weight, labels):
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(hidden, weight, labels)
-
-
-def quack(hidden, weight, labels):
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return chunked_linear_cross_entropy(hidden, weight, labels)
+def teacher_topk(hidden, weight, labels, teacher_hidden, teacher_weight):
+    """How this project takes a dense teacher: first its top K, by one matrix product, and then the loss of them, by three."""
+    ids, logprobs, _, _ = source_topk(teacher_hidden, teacher_weight, labels, TEACHER_ENTRIES, impl=IMPL)
+    return fused_linear_fusion_loss(
+        *(hidden, weight, labels, ids[None], logprobs[None]),
+        ce_weight=torch.zeros_like(labels, dtype=torch.float32),
+        kd_weight=torch.ones_like(labels, dtype=torch.float32),
+        divergence="jsd",
+        divergence_beta=JSD_BETA,
+        impl=IMPL,
+    )
 
 
-class Implementation(NamedTuple):
-    computes: str
-    function: Callable[..., Tensor]
-    package: str | None = None  # the package of another project; these need CUDA
-
+ours = functools.partial(fused_linear_fusion_loss, impl=IMPL)
 
 IMPLEMENTATIONS = {
-    "profuser": Implementation("fusion", fused_linear_fusion_loss),
-    "dense-fusellm": Implementation("fusion", fusellm),
-    "dense-torch": Implementation("fusion", dense),
-    "chunked-torch": Implementation("one source", chunked),
-    "chunked-compiled": Implementation("one source", compiled),
-    "profuser-no-source": Implementation("cross-entropy", fused_linear_fusion_loss),
-    "liger": Implementation("cross-entropy", liger, "liger-kernel"),
-    "cut-cross-entropy": Implementation("cross-entropy", cut_cross_entropy, "cut-cross-entropy"),
-    "quack": Implementation("cross-entropy", quack, "quack-kernels"),
+    "profuser": Implementation(FUSION, ours),
+    "dense-fusellm": Implementation(FUSION, fusellm),
+    "dense-torch": Implementation(FUSION, dense),
+    "chunked-torch": Implementation(ONE_SOURCE, chunked),
+    "chunked-compiled": Implementation(ONE_SOURCE, compiled),
+    "profuser-no-source": Implementation(CROSS_ENTROPY, ours),
+    "profuser-teacher": Implementation(TEACHER_TOP_K, teacher_topk),
+    **PEERS,
 }
+
+
+def why_not(name: str) -> str | None:
+    """Why an implementation cannot run on this machine; None if nothing is known against it."""
+    _, _, package, oldest, needs_cuda = IMPLEMENTATIONS[name]
+    if package is None:
+        return None
+    # Where our kernels are interpreted, so are those of others.
+    if needs_cuda and DEVICE != "cuda" and not INTERPRETED:
+        return f"{name} needs CUDA"
+    version = package_version(package)
+    if version is None:
+        return f"{name} needs {package}, which is not installed"
+    if oldest is not None and Version(version) < Version(oldest):
+        return f"{name} needs {package} >= {oldest}, {version} is installed"
+    return None

@@ -28,6 +28,8 @@ PACKAGES = (
     "liger-kernel",
     "cut-cross-entropy",
     "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "trl",
 )
 
 

@@ -18,10 +18,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.measure import PACKAGES
+from benchmarks.peers import CROSS_ENTROPY, TEACHERS
 from profuser.errors import DataError
 from profuser.experiments.page import write_section
 
 OURS, OTHERS = "#0072b2", "#8c8c8c"
+OURS_FOR = {CROSS_ENTROPY: "profuser-no-source"} | dict.fromkeys(TEACHERS, "profuser-teacher")
+"""Which of ours the time of another is divided by; "profuser" for what is not here."""
 COLUMNS = ("implementation", "computes", "median ms", "p20–p80 ms", "× ours", "× floor", "peak MiB", "error of dW")
 
 
@@ -67,7 +70,7 @@ def table(rows: list[dict]) -> str:
 
     def ours_ms(info):
         """Our time for the same loss, or for the loss with all sources where there is none for the same."""
-        same = "profuser-no-source" if info["computes"] == "cross-entropy" else "profuser"
+        same = OURS_FOR.get(info["computes"], "profuser")
         return medians.get(same, medians.get("profuser"))
 
     lines = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2)), *(cells(info, ours_ms(info)) for info in rows)]

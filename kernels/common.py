@@ -1,4 +1,4 @@
-"""What the ops share: the label to ignore, argument checks, chunk sizes, and cross-entropy from sums of exponentials.
+"""What the ops share: the label to ignore, argument checks, chunk sizes, cross-entropy from sums of exponentials, mixed products.
 
 Checks of shapes read no values: they cost nothing on a GPU and torch.compile traces through them. Checks of values read the
 data, and therefore run inside an op's own implementation.
@@ -8,6 +8,7 @@ Dimension letters: N rows, D hidden, V vocabulary.
 import importlib.util
 import math
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,3 +216,16 @@ def cross_entropy_from_sums(others: Tensor, gold: Tensor, gold_below_max: Tensor
     return torch.where(
         small, torch.log1p(others / gold.where(small, torch.ones_like(gold))), (others + gold).log() - gold_below_max
     )
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> None:
+    """out = left · right, or out += left · right. Where `out` is of a wider dtype, the sums are never rounded to the narrow one."""
+    mixed = left.dtype != out.dtype
+    if mixed and not left.is_cuda:  # on a CPU no single call multiplies into a wider dtype
+        left, right, mixed = left.to(out.dtype), right.to(out.dtype), False
+    widen: dict[str, Any] = {"out_dtype": out.dtype} if mixed else {}
+    # With out=, autocast does not convert the operands.
+    if accumulate:
+        torch.addmm(out, left, right, **widen, out=out)
+    else:
+        torch.mm(left, right, **widen, out=out)

@@ -218,7 +218,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
         source_entropy=hidden.new_empty(N if options.entropies else 0, dtype=dtype),
         target_entropy=hidden.new_empty(N if options.entropies else 0, dtype=dtype),
         winner=hidden.new_empty(winners, dtype=torch.int64),
-        left_out=hidden.new_empty(3, dtype=dtype),
+        left_out=hidden.new_empty(4, dtype=dtype),
     )
     return tuple(outputs)
 

@@ -33,7 +33,8 @@ from .divergences_torch import divergence_parts
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import ChunkedHead, Head
 from .kept import Kept, prepare_kept
-from .left_out import NOTHING, ThinnedProducts
+from .left_out import ThinnedProducts, nothing_left_out
+from .left_out_capped import CappedProducts, check_capacity
 from .rows import exponentials_, exponentials_and_spread_, spread_of
 from .tails import CONDITIONAL
 from .vocabulary_slice import VocabularySlice
@@ -82,7 +83,12 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
     ce, kd, source_mass, target_mass = (hidden.new_zeros(N, dtype=dtype) for _ in range(4))
     source_entropy, target_entropy = (hidden.new_zeros(N if options.entropies else 0, dtype=dtype) for _ in range(2))
     terms = hidden.new_zeros(N if options.per_row else n, dtype=dtype)
-    thinned = ThinnedProducts(head, options, dhidden, dweight, dbias) if thins else None
+    thinned = capped = None
+    if thins and options.left_out_capacity is not None:
+        check_capacity(options, min(C, n), 1 if kept is None else kept.ids.shape[1] + 1, V)
+        capped = CappedProducts(head, options, dhidden, dweight, dbias)
+    elif thins:
+        thinned = ThinnedProducts(head, options, dhidden, dweight, dbias)
 
     for begin in range(0, n, C):
         chunk = slice(begin, min(begin + C, n))  # of the n rows with a label
@@ -129,9 +135,15 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
                 gradient, slope_c = gradient.through(slope_c, z, exps_T_c), None
             if thinned.add(at, h, z, exps_T_c, gradient):
                 continue
+        even = gradient.even
+        if capped is not None and even is not None:
+            gradient = gradient._replace(even=None, lifted=gradient.lifted + even)
         gradient.write(z, wide[:size], exps_T_c)
         if slope_c is not None:
             z.mul_(slope_c)
+        if capped is not None:
+            capped.add(at, h, z, gradient.columns, even)
+            continue
         if options.grad_hidden:
             dhidden[at] = head.pull_back(z)
         if options.grad_weight:
@@ -139,7 +151,8 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         if options.grad_bias:
             dbias.add_(z.sum(0))
 
-    left_out = hidden.new_tensor(NOTHING, dtype=dtype) if thinned is None else thinned.finish()
+    products = thinned if capped is None else capped
+    left_out = nothing_left_out(dhidden) if products is None else products.finish()
     if options.grad_hidden and not options.partial_hidden_grad:
         dhidden = vocabulary.total(dhidden)
     return Outputs(

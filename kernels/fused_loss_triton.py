@@ -16,13 +16,13 @@ sources that a row learns from. A row has W·K + 1 slots, the last one for a gol
 fused_loss_torch.py.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .common import IGNORE_INDEX, LOGPROB_SLACK, chunk_rows_gpu
+from .common import IGNORE_INDEX, LOGPROB_SLACK, chunk_rows_gpu, product_into
 from .divergences import infinite_at_zero
 from .divergences_triton import mixture_constants
 from .fused_loss_triton_kernels import (
@@ -35,8 +35,10 @@ from .fused_loss_triton_kernels import (
     _scatter_kernel,
 )
 from .fused_loss_types import Operands, Options, Outputs, Winner
-from .head import Head
+from .head import ChunkedHead, Head
 from .kept import absent_tail, prepare_kept
+from .left_out import nothing_left_out
+from .left_out_capped import CappedProducts, check_capacity
 from .tails import BUCKET, CONDITIONAL
 
 # Row strides are multiples of this: every row begins at a multiple of 16 bytes, also in bf16.
@@ -61,19 +63,6 @@ def prep_config(entries: int) -> tuple[int, int, int]:
     """The block of slots that a program of `prep` holds, how many it compares them with at a time, and its number of warps."""
     block = triton.next_power_of_2(entries)
     return block, min(block, SLOT_BLOCK), max(1, min(8, block // 32))
-
-
-def product_into(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> None:
-    """out = left · right, or out += left · right. Where `out` is of a wider dtype, the sums are never rounded to the narrow one."""
-    mixed = left.dtype != out.dtype
-    if mixed and not left.is_cuda:  # on a CPU no single call multiplies into a wider dtype
-        left, right, mixed = left.to(out.dtype), right.to(out.dtype), False
-    widen: dict[str, Any] = {"out_dtype": out.dtype} if mixed else {}
-    # With out=, autocast does not convert the operands.
-    if accumulate:
-        torch.addmm(out, left, right, **widen, out=out)
-    else:
-        torch.mm(left, right, **widen, out=out)
 
 
 @torch.no_grad()
@@ -106,7 +95,11 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
     if temperature_of_row is not None:
         temperature_of_row = temperature_of_row.contiguous()
     dhidden = empty(*((N, D) if options.grad_hidden else (0,)))
-    dweight = empty(*((V, D) if options.grad_weight else (0,)))
+    caps = options.left_out > 0 and options.any_grad
+    # A chunk with a capacity adds to some of its rows only.
+    dweight = (torch.zeros if caps else torch.empty)(
+        (V, D) if options.grad_weight else (0,), dtype=torch.float32, device=hidden.device
+    )
     dbias = hidden.new_zeros(V if options.grad_bias else 0, dtype=torch.float32)
 
     # The buffers of a chunk, used again by every chunk. Columns beyond V are −inf: they add nothing to a sum of exponentials.
@@ -116,6 +109,10 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
     logits[:, V:] = -torch.inf
     bias = None if head.bias is None else torch.nn.functional.pad(head.bias, (0, V_padded - V))
     grad = empty(C, V_padded, dtype=hidden.dtype) if options.any_grad else None
+    capped = None
+    if caps:
+        check_capacity(options, min(C, N), slots, V)
+        capped = CappedProducts(ChunkedHead(head, hidden.dtype, C), options, dhidden, dweight, dbias)
     lifted_z = empty(C, slots)
     lifted_grad = empty(C, slots) if options.any_grad else None
 
@@ -125,7 +122,7 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
     family = {
         "W": W, "DIVERGENCE": options.divergence, "BETA": options.divergence_beta, "LOG_P_SHARE": log_p_share,
         "LOG_Q_SHARE": log_q_share, "CONDITIONAL": options.tail == CONDITIONAL, "Z_LOSS": options.z_loss,
-        "SMOOTHING": options.label_smoothing,
+        "SMOOTHING": options.label_smoothing, "EVEN_APART": caps,
     }  # fmt: skip
     elementwise = {"SCALE": head.logit_scale, "SOFTCAP": head.softcap}
     block, warps = dense_config(V, 64 if torch.version.hip else 32)
@@ -173,6 +170,9 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
             _scatter_kernel[(n,)](grad, found.lifted_ids, lifted_grad, begin, **sizes, BLOCK=slot_block, num_warps=1)
             # Gradients of the operands: the two other matrix products.
             grad_rows = grad[:n, :V]
+            if capped is not None:
+                capped.add(rows, h, grad_rows, found.lifted_ids[rows], even_of_rows(operands, options, rows, V))
+                continue
             if options.grad_hidden:
                 product_into(dhidden[rows], grad_rows, head.weight)
             if options.grad_weight:
@@ -181,8 +181,6 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
                 dbias.add_(grad_rows.sum(0, dtype=torch.float32))
     if N == 0:  # no chunk has written it
         dweight.zero_()
-    nothing_left_out = hidden.new_zeros(3, dtype=torch.float32)
-    nothing_left_out[1].fill_(1)  # the share of the columns that are computed
     return Outputs(
         loss=loss if options.per_row else loss.sum(),
         dhidden=dhidden,
@@ -195,8 +193,16 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
         source_entropy=source_entropies(found, operands.labels) if options.entropies else empty(0),
         target_entropy=empty(0) if target_entropy is None else target_entropy,
         winner=winner.chosen,
-        left_out=nothing_left_out,
+        left_out=nothing_left_out(dhidden) if capped is None else capped.finish(),
     )
+
+
+def even_of_rows(operands: Operands, options: Options, rows: slice, vocabulary: int) -> Tensor | None:
+    """What label smoothing takes from every column of these rows, (n, 1); None without it."""
+    if not options.label_smoothing:
+        return None
+    even = operands.ce_weight[rows] * (options.logit_scale * options.label_smoothing / vocabulary)
+    return even.masked_fill(operands.labels[rows] == IGNORE_INDEX, 0)[:, None]
 
 
 class Found(NamedTuple):

@@ -355,6 +355,7 @@ def _dense_kernel(
     CONDITIONAL: tl.constexpr,
     Z_LOSS: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    EVEN_APART: tl.constexpr,
     TEMPERED: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -364,8 +365,9 @@ def _dense_kernel(
     """Losses, statistics and the gradient in h Wᵀ + bias of one row. Of an ignored row they are all 0.
 
     No gradient is computed where grad_ptr is None. Without a source, p_ptr is None and there is no KD; where source_weight_ptr
-    is None, a source that has an entry weighs 1. temperature_ptr holds a temperature for each row, or is None. The row's
-    scalars are named as in `chunk_losses` of fused_loss_torch.py, which computes the same thing and explains the steps.
+    is None, a source that has an entry weighs 1. temperature_ptr holds a temperature for each row, or is None. With EVEN_APART
+    the gradient lacks what label smoothing takes from all columns alike. The row's scalars are named as in `chunk_losses` of
+    fused_loss_torch.py, which computes the same thing and explains the steps.
     """
     row = tl.program_id(0).to(tl.int64)
     n = begin + row
@@ -451,6 +453,8 @@ def _dense_kernel(
         grad = scalar * (e / total_e)
         grad = tl.where(is_gold, (scalar - a) * (e / total_e) - a * (others / total_e), grad)
         even = a * (SMOOTHING / V)
+        if EVEN_APART:
+            even = a * 0.0
         if SMOOTHING != 0:
             grad += tl.where(is_gold, a * SMOOTHING - even, -even)
         kd = 0.0

@@ -53,6 +53,7 @@ class Options(NamedTuple):
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     left_out: float = 0.0
+    left_out_capacity: int | None = None
     left_out_bound: bool = False  # whether the bound on its error is computed
     softcap: float | None = None
     logit_scale: float = 1.0
@@ -87,7 +88,7 @@ class Outputs(NamedTuple):
     source_entropy: Tensor  # (N,) of the sources' kept entries and bucket, the weighted mean; or empty
     target_entropy: Tensor  # (N,) of softmax(z) over the vocabulary, at temperature 1; or empty
     winner: Tensor  # (B,) or (N,) int64, as Winner.chosen
-    left_out: Tensor  # (3,) shares of mass left out and columns kept, and a bound (left_out.py)
+    left_out: Tensor  # (4,) by STATISTICS of left_out.py
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients by the names of the operands that they belong to, in the order of `DIFFERENTIABLE`."""

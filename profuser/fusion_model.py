@@ -42,8 +42,8 @@ class FusionModel(nn.Module):
     Args:
         model: the target. Its final softcap, logit scale and head bias are honoured, or else the model is refused.
         beta: as in fused_linear_fusion_loss. It counts where forward gets no kd_weight.
-        temperature, tail, divergence, divergence_beta, combine, combine_temperature, z_loss, label_smoothing, left_out: as in
-            fused_linear_fusion_loss. combine counts where forward gets a source_ce.
+        temperature, tail, divergence, divergence_beta, combine, combine_temperature, z_loss, label_smoothing, left_out,
+            left_out_capacity: as in fused_linear_fusion_loss. combine counts where forward gets a source_ce.
         source_temperature: the temperature of the source_logprobs that forward is given, if it is not `temperature`: 1.0 for
             those of `align` and of a store. They are then brought to `temperature`, and a source_tail that comes along is
             left out unless tail="bucket".
@@ -84,6 +84,7 @@ class FusionModel(nn.Module):
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         left_out: float = 0.0,
+        left_out_capacity: int | None = None,
         source_temperature: float | None = None,
     ):
         super().__init__()
@@ -94,7 +95,8 @@ class FusionModel(nn.Module):
         head = head_of(model)
         check_family(
             tail, divergence=divergence, divergence_beta=divergence_beta, combine=combine, combine_temperature=combine_temperature,
-            z_loss=z_loss, label_smoothing=label_smoothing, left_out=left_out, softcap=head.softcap,
+            z_loss=z_loss, label_smoothing=label_smoothing, left_out=left_out,
+            left_out_capacity=left_out_capacity, softcap=head.softcap,
         )  # fmt: skip
         if getattr(model.config.get_text_config(), "output_router_logits", False):
             raise DataError(
@@ -111,6 +113,7 @@ class FusionModel(nn.Module):
         self.loss_options: dict[str, Any] = {
             "divergence": divergence, "divergence_beta": divergence_beta, "combine_temperature": combine_temperature,
             "z_loss": z_loss, "label_smoothing": label_smoothing, "left_out": left_out,
+            "left_out_capacity": left_out_capacity,
         }  # fmt: skip
         self.source_temperature = source_temperature
         self.register_state_dict_post_hook(drop_tied)

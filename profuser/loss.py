@@ -26,6 +26,7 @@ from .kernels.common import (
 from .kernels.divergences import FORWARD_KL, canonical
 from .kernels.fused_loss import fused_loss
 from .kernels.fused_loss_types import MIN_CE, Operands, Options
+from .kernels.left_out import STATISTICS as LEFT_OUT
 from .kernels.tails import BUCKET
 from .kernels.vocabulary_slice import local_slice
 from .loss_arguments import check_family, check_options, check_sources, check_valid_rows
@@ -62,6 +63,7 @@ class LossOptions(TypedDict, total=False):
     z_loss: float
     label_smoothing: float
     left_out: float
+    left_out_capacity: int | None
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
@@ -139,6 +141,7 @@ def fused_linear_fusion_loss(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     left_out: float = 0.0,
+    left_out_capacity: int | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -199,7 +202,11 @@ def fused_linear_fusion_loss(
         left_out: the share of a chunk's gradient, by absolute value, that need not be exact, in [0, 1). 0 is the exact gradient. The
             columns of least mass that hold this share are left out of backward's products, with a rank-one matrix in their place;
             0.003 gives an error of about 1e-3 in hidden's gradient on a language model's states, as bf16 does, in less
-            time. The loss stays exact. By "torch" only, for a whole head, and with label_smoothing or a softcap, not both.
+            time. The loss stays exact. For a whole head, and with label_smoothing or a softcap, not both; by "triton" only with
+            left_out_capacity.
+        left_out_capacity: how many columns each chunk of rows keeps, whatever share that leaves out: the shapes do not depend on
+            data, and a GPU is not waited for. At least the rows of a chunk times the kept ids and the label; a multiple of 128
+            is fastest. columns_needed in the statistics is what would have been enough. None keeps what left_out needs.
         label_smoothing: ε in [0, 1): CE becomes (1 − ε)·CE + ε·(the mean of −log q over all V columns), as in torch.
         bias: (V,) head bias.
         softcap, logit_scale: the model's final logit softcap and scale.
@@ -224,9 +231,10 @@ def fused_linear_fusion_loss(
             (without smoothing and z-loss), kd (T²·D), source_mass (of the kept entries, as given) and target_mass (the
             target's mass on the kept ids, at T); of mixed sources the weighted sum of D and the weighted mean of the masses.
             The fifth is winner, int64, (B,) or (N,) as source_index is, -1 for none; of mixed sources the heaviest. With
-            left_out there are three scalars more: left_out_share of the gradient's mass, kept_share of the columns, and
+            left_out there are four scalars more: left_out_share of the gradient's mass, kept_share of the columns,
             hidden_error_bound, which the Frobenius norm of the error in hidden's gradient, for a grad_output of 1, exceeds with
-            a probability of at most 8e-8. They are NaN with reduction="none", where backward computes the gradient, and say
+            a probability of at most 8e-8, and columns_needed, the largest number of columns that a chunk must keep if no more
+            than left_out shall be left out. They are NaN with reduction="none", where backward computes the gradient, and say
             that nothing was left out where there is no gradient.
         entropies: with return_stats also source_entropy and target_entropy, (N,) in nats: of P on the kept entries and the bucket
             (of mixed sources the weighted mean), and of the target's softmax over the whole vocabulary at temperature 1. On a
@@ -266,7 +274,8 @@ def fused_linear_fusion_loss(
     check_options(tail, reduction, num_items_in_batch, beta, kd_weight, max_chunk_bytes)
     check_family(
         tail, divergence=divergence, divergence_beta=divergence_beta, combine=combine, combine_temperature=combine_temperature,
-        z_loss=z_loss, label_smoothing=label_smoothing, left_out=left_out, softcap=softcap,
+        z_loss=z_loss, label_smoothing=label_smoothing, left_out=left_out,
+        left_out_capacity=left_out_capacity, softcap=softcap,
     )  # fmt: skip
     if combine != MIN_CE and source_ce is None:
         raise ValueError(
@@ -279,11 +288,16 @@ def fused_linear_fusion_loss(
     elif process_group is not None:
         unable = "computes a whole head, got a process_group; use impl=None"
     impl = choose_impl(impl, hidden.device, unable)
-    if left_out and torch.is_grad_enabled() and (impl == "triton" or process_group is not None):
-        where = "impl='triton'" if impl == "triton" else "a process_group"
-        raise ValueError(
-            f"left_out must be 0 with {where}, got {left_out}; leave it out: it is for whole heads on a CPU"
-        )
+    if left_out and torch.is_grad_enabled():
+        if process_group is not None:
+            raise ValueError(
+                f"left_out must be 0 with a process_group, got {left_out}; leave it out: it is for whole heads"
+            )
+        if impl == "triton" and left_out_capacity is None:
+            raise ValueError(
+                f"left_out must be 0 with impl='triton', got {left_out}; leave it out, or give left_out_capacity, the number of "
+                "columns that each chunk of rows keeps"
+            )
     rows = hidden.shape[0]
     sources = {
         "source_ids": source_ids, "source_logprobs": source_logprobs, "source_tail": source_tail,
@@ -328,6 +342,7 @@ def fused_linear_fusion_loss(
             z_loss=float(z_loss),
             label_smoothing=float(label_smoothing),
             left_out=float(left_out),
+            left_out_capacity=left_out_capacity,
             left_out_bound=left_out != 0 and return_stats,
             softcap=None if softcap is None else float(softcap),
             logit_scale=float(logit_scale),
@@ -359,8 +374,9 @@ def fused_linear_fusion_loss(
     stats = {name: getattr(outputs, name) for name in STATS + (ENTROPIES if entropies else ())}
     if left_out:
         # Where each row has a loss of its own, nothing is known yet.
-        share, kept, bound = (outputs.left_out.new_full((3,), torch.nan) if per_row else outputs.left_out).unbind()
-        stats |= {"left_out_share": share, "kept_share": kept, "hidden_error_bound": bound / divisor}
+        said = outputs.left_out.new_full((4,), torch.nan) if per_row else outputs.left_out
+        stats |= dict(zip(LEFT_OUT, said.unbind(), strict=True))
+        stats["hidden_error_bound"] = stats["hidden_error_bound"] / divisor
     return loss, stats
 
 
@@ -401,6 +417,7 @@ class FusedLinearFusionLoss(nn.Module):
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         left_out: float = 0.0,
+        left_out_capacity: int | None = None,
         softcap: float | None = None,
         logit_scale: float = 1.0,
         reduction: str = "mean",
@@ -414,14 +431,15 @@ class FusedLinearFusionLoss(nn.Module):
         check_options(tail, reduction, None, beta, None, max_chunk_bytes)
         check_family(
             tail, divergence=divergence, divergence_beta=divergence_beta, combine=combine, combine_temperature=combine_temperature,
-            z_loss=z_loss, label_smoothing=label_smoothing, left_out=left_out, softcap=softcap,
+            z_loss=z_loss, label_smoothing=label_smoothing, left_out=left_out,
+            left_out_capacity=left_out_capacity, softcap=softcap,
         )  # fmt: skip
         self.options: dict[str, Any] = {
             "beta": beta, "temperature": temperature, "tail": tail, "divergence": divergence,
             "divergence_beta": divergence_beta, "combine": combine, "combine_temperature": combine_temperature,
-            "z_loss": z_loss, "label_smoothing": label_smoothing, "left_out": left_out, "softcap": softcap,
-            "logit_scale": logit_scale, "reduction": reduction, "chunk_size": chunk_size, "max_chunk_bytes": max_chunk_bytes, "impl": impl,
-            "return_stats": return_stats,
+            "z_loss": z_loss, "label_smoothing": label_smoothing, "left_out": left_out,
+            "left_out_capacity": left_out_capacity, "softcap": softcap, "logit_scale": logit_scale, "reduction": reduction,
+            "chunk_size": chunk_size, "max_chunk_bytes": max_chunk_bytes, "impl": impl, "return_stats": return_stats,
         }  # fmt: skip
 
     def forward(

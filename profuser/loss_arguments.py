@@ -27,6 +27,7 @@ def check_family(
     z_loss: float,
     label_smoothing: float,
     left_out: float,
+    left_out_capacity: int | None,
     softcap: float | None,
 ) -> None:
     """Raises ValueError or TypeError unless there is such a member of the family of losses."""
@@ -55,6 +56,15 @@ def check_family(
         raise ValueError(
             f"left_out must be 0 with label_smoothing under a softcap (where the smoothed part is not alike in all columns), got "
             f"{left_out}; leave one of them out"
+        )
+    if left_out_capacity is None:
+        return
+    if not isinstance(left_out_capacity, int) or isinstance(left_out_capacity, bool):
+        raise TypeError(f"left_out_capacity must be an int, got {left_out_capacity!r}; it is a number of columns")
+    if left_out_capacity < 1 or not left_out:
+        raise ValueError(
+            f"left_out_capacity must be > 0 and come with left_out, got {left_out_capacity} and left_out={left_out}; it is how many "
+            "columns of the logits each chunk of rows keeps"
         )
 
 

@@ -86,7 +86,7 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
             "begin": "i32", "temperature": "fp32", "V": "i32", "V_PADDED": padded(V), "SLOTS": K + 1, "TEMPERED": False,
             "temperature_ptr": None,
             "source_weight_ptr": None, "W": 1, "DIVERGENCE": "forward_kl", "BETA": 0.5, "LOG_P_SHARE": 0.0,
-            "LOG_Q_SHARE": 0.0, "CONDITIONAL": False, "Z_LOSS": 0.0, "SMOOTHING": 0.0,
+            "LOG_Q_SHARE": 0.0, "CONDITIONAL": False, "Z_LOSS": 0.0, "SMOOTHING": 0.0, "EVEN_APART": False,
             "SCALE": 1.0, "SOFTCAP": None, "BLOCK_V": block, "BLOCK_SLOTS": triton.next_power_of_2(K + 1),
         }  # fmt: skip
         arguments |= changes
@@ -133,6 +133,7 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
             151936, K=60, **mixed, **jsd, **extras, **everything
         ),
         "dense V=151936, z-loss and smoothing": dense(151936, **extras),
+        "dense V=151936, smoothing apart": dense(151936, SMOOTHING=0.1, EVEN_APART=True),
         "dense V=151936, no source": dense(151936, K=0, p_ptr=None, t_ptr=None),
         "dense V=151936, T of each row": dense(151936, temperature_ptr="*fp32", TEMPERED=True),
         "entropy V=32000": entropy(32000),

@@ -36,6 +36,23 @@ def test_bf16_gradients_are_accurate_at_full_size(V, options):
             assert relative_error(ours[name], truth[name]) < 5e-3, name
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"temperature": 2.0, "softcap": 30.0}], ids=str)
+def test_columns_that_are_left_out_are_those_of_plain_torch_and_the_bound_holds(options):
+    case = large_case(V=32000) | {"chunk_size": 1024}
+    case["labels"].clamp_(min=0)  # the chunks of plain torch have no other rows
+    capped = case | {"left_out": 0.003, "left_out_capacity": 16384}
+    truth = run(fused_linear_fusion_loss, case, upcast=torch.float32, **options)
+    by_torch = run(fused_linear_fusion_loss, capped, upcast=torch.float32, **options)
+    ours = run(fused_linear_fusion_loss, capped, device="cuda", **options)
+    assert ours["loss"].item() == pytest.approx(truth["loss"].item(), rel=1e-5)
+    for name in ("left_out_share", "columns_needed", "hidden_error_bound"):
+        assert ours[name].item() == pytest.approx(by_torch[name].item(), rel=0.05), name
+    for name in ("dhidden", "dweight"):
+        assert relative_error(ours[name], by_torch[name]) < 1e-2, name
+    error = (ours["dhidden"].double() - truth["dhidden"].double()).norm()
+    assert error <= ours["hidden_error_bound"] + 5e-3 * truth["dhidden"].double().norm()
+
+
 def test_fp64_takes_the_torch_path():
     case = make_case(torch.float64)
     ours = run(fused_linear_fusion_loss, case, device="cuda")
@@ -79,14 +96,22 @@ def test_a_chunk_of_more_than_2_to_the_31_logits_equals_small_chunks():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("sources", [True, False])
-def test_nothing_waits_for_the_device(reduction, sources):
+@pytest.mark.parametrize("capped", [True, False])
+def test_nothing_waits_for_the_device(reduction, sources, capped):
     case = on("cuda", large_case(N=512))
     if not sources:
         case = {name: case[name] for name in ("hidden", "weight", "labels")}
-    fused_linear_fusion_loss(**case, reduction=reduction).sum().backward()  # this call compiles
+    if capped:
+        case |= {"left_out": 0.003, "left_out_capacity": 16384}
+
+    def step(**options):
+        loss, _ = fused_linear_fusion_loss(**case, reduction=reduction, return_stats=True, **options)
+        loss.sum().backward()
+
+    step()  # this call compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fused_linear_fusion_loss(**case, reduction=reduction, chunk_size=256).sum().backward()
+        step(chunk_size=256)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
