@@ -15,8 +15,8 @@ ml-cross-entropy (cut-cross-entropy), test_cce_loss_forward.py and test_cce_loss
 Both projects ignore labels and take ragged sizes. `test_without_a_label_all_results_are_zero` and
 `test_any_number_of_rows_gives_torchs_values` test the extremes of that.
 
-Our loss has no label smoothing, no z-loss, no token accuracy, no ignore index other than -100 (map it), no shift of labels inside
-(FusionModel shifts), and no filtering of small gradients. So these are not tested.
+Our loss has no token accuracy, no ignore index other than -100 (map it) and no shift of labels inside (FusionModel shifts). So these are
+not tested. Label smoothing and z-loss are in test_divergences.py, and columns that are left out of the gradient in test_left_out.py.
 """
 
 from typing import Any
