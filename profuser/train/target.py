@@ -23,7 +23,7 @@ from profuser.train.sharding import agreed, is_main, is_sharded, load_into_shard
 
 
 def check_left_out(optim: OptimConfig, device: torch.device) -> None:
-    """Raises ConfigError where the recipe leaves columns out of the gradient on a GPU, where the loss wants to be told how many it keeps."""
+    """Raises ConfigError where the recipe leaves columns out of the gradient on a GPU, where the loss must be told how many it keeps."""
     if optim.left_out and device.type == "cuda":
         raise ConfigError(
             f"optim.left_out must be 0 on a GPU, where the trainer does not choose the loss's left_out_capacity, got {optim.left_out:g}; "
