@@ -68,12 +68,13 @@ def synthetic_shard(first: int, examples: int) -> dict[str, np.ndarray]:
         "row_source": np.tile(np.repeat(np.arange(SOURCES), RESPONSE_TOKENS), examples),
         "row_tail": np.full(examples * rows, 0.05),
         "row_reliability": np.full(examples * rows, 255),
-        "entry_offsets": offsets_of(np.full(examples * rows, TOP_K)),
+        "entry_offsets": offsets_of(np.full(examples, rows * TOP_K)),
+        "entry_counts": np.full(examples * rows, TOP_K),
         "entry_ids": rng.integers(10, VOCABULARY, entries),
         "entry_logprobs": np.full(entries, np.log(0.95 / TOP_K)),
         **counts_of(examples, SOURCES),
     }
-    return shard_arrays(TARGET_COLUMNS, arrays, VOCABULARY)
+    return shard_arrays(TARGET_COLUMNS, arrays, VOCABULARY, TOP_K)
 
 
 def demo_sequences(chat: ChatFormat, rng: np.random.Generator, count: int, sources: int = 1) -> list[TargetSequence]:
@@ -127,7 +128,8 @@ def shard_of(sequences: Sequence[TargetSequence], vocabulary: int) -> dict[str, 
         "source_ce": np.stack([sequence.source_ce for sequence in sequences]),
         "offsets": bounds("input_ids"),
         "row_offsets": bounds("row_position"),
-        "entry_offsets": offsets_of(entries),
+        "entry_offsets": bounds("entry_ids"),
+        "entry_counts": entries,
         "row_reliability": np.full(len(entries), 255),
         **{
             name: joined(name)
@@ -136,7 +138,7 @@ def shard_of(sequences: Sequence[TargetSequence], vocabulary: int) -> dict[str, 
         "entry_logprobs": joined("entry_logprobs"),
         **counts_of(examples, sources),
     }
-    return shard_arrays(TARGET_COLUMNS, arrays, vocabulary)
+    return shard_arrays(TARGET_COLUMNS, arrays, vocabulary, TOP_K)
 
 
 def counts_of(examples: int, sources: int) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
 from profuser.prepare.votes import count_votes
+from profuser.ragged import offsets_of
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 from profuser.store import layout
@@ -136,7 +137,8 @@ def test_the_targets_of_the_source_with_the_same_tokenizer_are_the_same(prepared
             at = [np.flatnonzero(x["row_source"] == target) for x in (ours, theirs)]
             assert len(at[0]) == len(at[1]) > 0
             for rows, x in zip(at, (ours, theirs)):
-                x["of"] = np.concatenate([x["entry_ids"][slice(*x["entry_offsets"][r : r + 2])] for r in rows])
+                offsets = offsets_of(x["entry_counts"])
+                x["of"] = np.concatenate([x["entry_ids"][slice(*offsets[r : r + 2])] for r in rows])
             assert np.array_equal(ours["of"], theirs["of"])
             inside = 2
             assert ours["covered"].sum() < theirs["covered"].sum() or not theirs["kinds"][..., inside].sum()

@@ -318,7 +318,7 @@ def test_the_command_says_what_a_store_holds_and_finds_damage(store, capsys):
     assert "complete" in out
     assert [line.split()[:4] for line in out.splitlines() if line.startswith("truth")] == [["truth", "train", "1", "5"]]
     store_command(["verify", str(store.directory)])
-    assert "all 5 files are what was written" in capsys.readouterr().out
+    assert "all 6 files are what was written" in capsys.readouterr().out
     (store.directory / f"{TEXTS.shard(0)}.json").write_text("[]")
     with pytest.raises(DataError, match=r"1 of 5 files .*responses/train-a-00000"):
         store_command(["verify", str(store.directory)])

@@ -29,6 +29,7 @@ from profuser.errors import ConfigError
 from profuser.experiments.page import write_section
 from profuser.pipeline import train
 from profuser.prepare.phases import prepare
+from profuser.ragged import offsets_of
 from profuser.recipe.data import DataLocation
 from profuser.recipe.parse import Run, parse_run
 from profuser.recipe.places import DEFAULT_RECIPE, resolve
@@ -120,17 +121,17 @@ def shifted(shard: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     has_next = np.zeros(len(key), bool)
     has_next[:-1] = key[:-1] == key[1:]
     kept = np.flatnonzero(has_next)
-    counts = np.diff(shard["entry_offsets"])
+    counts = shard["entry_counts"].astype(np.int64)
     entries = np.repeat(has_next, counts)
+    row_offsets = offsets_of(np.bincount(sequence[kept], minlength=len(shard["row_offsets"]) - 1))
     return dict(shard) | {
         "row_position": shard["row_position"][kept + 1],
         "row_source": shard["row_source"][kept],
         "row_tail": shard["row_tail"][kept],
         "row_reliability": shard["row_reliability"][kept],
-        "row_offsets": np.concatenate(
-            [[0], np.cumsum(np.bincount(sequence[kept], minlength=len(shard["row_offsets"]) - 1))]
-        ),
-        "entry_offsets": np.concatenate([[0], np.cumsum(counts[kept])]),
+        "row_offsets": row_offsets,
+        "entry_offsets": offsets_of(counts[kept])[row_offsets],
+        "entry_counts": shard["entry_counts"][kept],
         "entry_ids": shard["entry_ids"][entries],
         "entry_logprobs": shard["entry_logprobs"][entries],
     }

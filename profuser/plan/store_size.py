@@ -7,16 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from profuser.store.layout import CAPTURE_COLUMNS, COUNT, TARGET_COLUMNS, TOKEN, id_dtype
+from profuser.store.layout import CAPTURE_COLUMNS, COUNT, PLACE, TARGET_COLUMNS, TOKEN, id_dtype
 
 PER_EXAMPLE = {"reason", "cut", "nll", "response_bytes", "offsets", "range_offsets"}
 """The columns of a capture with a value per example. Of the others, those of a range begin with range_, the rest are of tokens."""
 ENTRIES = {"top_ids", "top_logprobs", "range_ids", "range_logprobs"}
 """The columns of a capture with top_k values per token or range."""
-PER_SEQUENCE = {"example", "mode", "response_bytes", "source_ce", "source_weight", "offsets", "row_offsets"}
+PER_SEQUENCE = {
+    "example",
+    "mode",
+    "response_bytes",
+    "source_ce",
+    "source_weight",
+    "offsets",
+    "row_offsets",
+    "entry_offsets",
+}
 """The columns of targets with a value per sequence; source_ce and source_weight have one for every source."""
 PER_TOKEN, PER_ENTRY = {"input_ids", "label_mask"}, {"entry_ids", "entry_logprobs"}
-PER_ROW = {"row_position", "row_source", "row_tail", "row_reliability", "entry_offsets"}
+PER_ROW = {"row_position", "row_source", "row_tail", "row_reliability", "entry_counts"}
 
 HEADER = 66
 """How many bytes of a shard's header are about one column."""
@@ -68,5 +77,5 @@ def targets_bytes(counts: Counts, vocabulary: int, top_k: int, sources: int) -> 
 
 def _width(columns, names: Iterable[str], vocabulary: int, top_k: int) -> int:
     """Returns the bytes that one value of each of these columns takes."""
-    special = {TOKEN: id_dtype(vocabulary), COUNT: np.uint8 if top_k < 256 else np.int32}
+    special = {TOKEN: id_dtype(vocabulary), COUNT: np.uint8 if top_k < 256 else np.int32, PLACE: np.uint16}
     return sum(np.dtype(special.get(columns[name], columns[name])).itemsize for name in names)

@@ -451,8 +451,13 @@ class Preparation:
         }
 
         # Collect the texts that the target learns, one per example and mode. What is left out is counted with its reason.
+        recipe = self.recipe
         writer = TargetWriter(
-            len(self.recipe.sources), len(self.inputs.target.tokenizer), self.recipe.align.min_ce_unit, self.inputs.keep
+            len(recipe.sources),
+            len(self.inputs.target.tokenizer),
+            recipe.capture.top_k,
+            recipe.align.min_ce_unit,
+            self.inputs.keep,
         )
         texts: list[TargetText] = []
         for i, example in enumerate(part.examples):

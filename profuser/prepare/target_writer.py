@@ -2,7 +2,7 @@
 
 A sequence has rows, and a row has entries. A row is one source's distribution of one token: up to K entries and a tail, which
 is the mass outside them. The rows of all sequences lie end to end, with offsets that say where each sequence's begin, and so
-do the entries of all rows (CSR form). profuser.train.targets reads the shards back.
+do the entries of all rows (as in CSR). profuser.train.targets reads the shards back.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ class TargetWriter:
 
     Args:
         sources: how many sources there are. vocabulary: how many tokens the target has.
+        top_k: the most entries that a row can have.
         min_ce_unit: "token" or "byte", the unit of the cross-entropies by which Min-CE chooses.
         keep: "winner" or "all", the sources of a sequence whose rows are kept. What is counted are the rows of all.
     """
 
-    def __init__(self, sources: int, vocabulary: int, min_ce_unit: str, keep: str):
-        self.sources, self.vocabulary, self.min_ce_unit, self.keep = sources, vocabulary, min_ce_unit, keep
+    def __init__(self, sources: int, vocabulary: int, top_k: int, min_ce_unit: str, keep: str):
+        self.sources, self.vocabulary, self.top_k = sources, vocabulary, top_k
+        self.min_ce_unit, self.keep = min_ce_unit, keep
         # One item per sequence, then per row, then per entry.
         self.example, self.mode, self.response_bytes, self.source_ce, self.source_weight = [], [], [], [], []
         self.input_ids, self.label_mask = [], []
@@ -113,6 +115,7 @@ class TargetWriter:
             """Concatenates the parts, of which there may be none."""
             return np.concatenate(parts or [np.zeros(0)])
 
+        row_offsets, entry_counts = offsets_of(self.row_counts), end_to_end(self.entry_counts).astype(np.int64)
         arrays = {
             "example": np.array(self.example),
             "mode": np.array(self.mode),
@@ -120,14 +123,15 @@ class TargetWriter:
             "source_ce": np.array(self.source_ce).reshape(-1, self.sources),
             "source_weight": np.array(self.source_weight).reshape(-1, self.sources),
             "offsets": offsets_of([len(ids) for ids in self.input_ids]),
-            "row_offsets": offsets_of(self.row_counts),
+            "row_offsets": row_offsets,
+            "entry_offsets": offsets_of(entry_counts)[row_offsets],
             "input_ids": end_to_end(self.input_ids),
             "label_mask": end_to_end(self.label_mask),
             "row_position": end_to_end(self.row_position),
             "row_source": end_to_end(self.row_source),
             "row_tail": end_to_end(self.row_tail),
             "row_reliability": end_to_end(self.row_reliability),
-            "entry_offsets": offsets_of(end_to_end(self.entry_counts).astype(np.int64)),
+            "entry_counts": entry_counts,
             "entry_ids": end_to_end(self.entry_ids),
             "entry_logprobs": end_to_end(self.entry_logprobs),
             "skipped": self.skipped,
@@ -136,4 +140,4 @@ class TargetWriter:
             "mapped_mass": self.mapped_mass,
             "reliability": self.reliability,
         }
-        return shard_arrays(TARGET_COLUMNS, arrays, self.vocabulary)
+        return shard_arrays(TARGET_COLUMNS, arrays, self.vocabulary, self.top_k)

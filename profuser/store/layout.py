@@ -85,9 +85,10 @@ def kind_of(shard: str) -> tuple[Kind, int]:
 
 
 # The columns of the shards, each with its dtype. TOKEN stands for the smaller of uint16 and int32 that can hold every id of
-# the vocabulary, COUNT for the smaller of uint8 and int32 that can hold top_k. Log-probabilities are stored in fp16, which
+# the vocabulary, COUNT for the smaller of uint8 and int32 that can hold top_k, and PLACE for the smaller of uint16 and int32 that can hold
+# the values that are there. Log-probabilities are stored in fp16, which
 # near 0, where most of them are, is finer than bf16 by three bits.
-TOKEN, COUNT = "token", "count"
+TOKEN, COUNT, PLACE = "token", "count", "place"
 Columns = Mapping[str, Any]
 
 CAPTURE_COLUMNS: Columns = {
@@ -124,15 +125,16 @@ TARGET_COLUMNS: Columns = {
     "source_weight": np.float32,  # (n, S), how much each source counts beside the others; 1 where the data do not say it
     "offsets": np.int64,  # (n + 1,): where the tokens of each of n sequences begin
     "row_offsets": np.int64,  # (n + 1,): where the rows of each sequence begin
+    "entry_offsets": np.int64,  # (n + 1,): where the entries of each sequence begin
     # One value per target token.
     "input_ids": TOKEN,
     "label_mask": np.uint8,
     # One value per row. A row is one source's distribution of one target token.
-    "row_position": np.int32,  # the index of that token in its sequence
+    "row_position": PLACE,  # the index of that token in its sequence
     "row_source": np.uint8,
     "row_tail": np.float32,  # the probability outside the entries
     "row_reliability": np.uint8,  # in 255ths
-    "entry_offsets": np.int64,  # (rows + 1,): where the entries of each row begin
+    "entry_counts": COUNT,  # how many entries the row has
     # One value per entry.
     "entry_ids": TOKEN,
     "entry_logprobs": np.float16,
@@ -166,7 +168,10 @@ def shard_arrays(
     """Returns a shard's arrays in the order and dtypes of `columns`. There must be an array for every column, and no other."""
     assert columns.keys() == arrays.keys(), columns.keys() ^ arrays.keys()
     special = {TOKEN: id_dtype(vocabulary), COUNT: np.uint8 if top_k < 256 else np.int32}
-    return {
-        name: np.asarray(arrays[name]).astype(special[dtype] if isinstance(dtype, str) else dtype, copy=False)
-        for name, dtype in columns.items()
-    }
+
+    def stored(array: np.ndarray, dtype: Any) -> np.ndarray:
+        if dtype == PLACE:
+            dtype = id_dtype(int(array.max(initial=0)) + 1)
+        return array.astype(special[dtype] if isinstance(dtype, str) else dtype, copy=False)
+
+    return {name: stored(np.asarray(arrays[name]), dtype) for name, dtype in columns.items()}

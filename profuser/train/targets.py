@@ -133,8 +133,7 @@ class Targets(Dataset[list[TargetSequence]]):
         shard, b = self._shard(int(self._shard_of[n])), int(self._place[n])
         tokens = slice(*shard["offsets"][b : b + 2])
         rows = slice(*shard["row_offsets"][b : b + 2])
-        offsets = shard["entry_offsets"][rows.start : rows.stop + 1]
-        entries = slice(offsets[0], offsets[-1])
+        entries = slice(*shard["entry_offsets"][b : b + 2])
         return TargetSequence(
             example=int(shard["example"][b]),
             mode=Mode(int(shard["mode"][b])),
@@ -143,10 +142,10 @@ class Targets(Dataset[list[TargetSequence]]):
             source_ce=shard["source_ce"][b],
             source_weight=shard["source_weight"][b] if self._weighed else None,
             response_bytes=int(shard["response_bytes"][b]),
-            row_position=shard["row_position"][rows],
+            row_position=shard["row_position"][rows].astype(np.int64),
             row_source=shard["row_source"][rows],
             row_tail=shard["row_tail"][rows],
-            entry_offsets=offsets - offsets[0],
+            entry_offsets=offsets_of(shard["entry_counts"][rows]),
             entry_ids=shard["entry_ids"][entries],
             entry_logprobs=shard["entry_logprobs"][entries],
         )
