@@ -320,7 +320,7 @@ def test_the_command_says_what_a_store_holds_and_finds_damage(store, capsys):
     store_command(["verify", str(store.directory)])
     assert "all 6 files are what was written" in capsys.readouterr().out
     (store.directory / f"{TEXTS.shard(0)}.json").write_text("[]")
-    with pytest.raises(DataError, match=r"1 of 5 files .*responses/train-a-00000"):
+    with pytest.raises(DataError, match=r"1 of 6 files .*responses/train-a-00000"):
         store_command(["verify", str(store.directory)])
 
 
