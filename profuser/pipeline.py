@@ -37,7 +37,7 @@ from profuser.train.model_card import CARD, write_card
 from profuser.train.optimizer import check_optimizer
 from profuser.train.parallel import launch, settled_precision, shards
 from profuser.train.run_directory import RunDirectory
-from profuser.train.run_record import EVALUATION, SCORES, read_measured, record_files
+from profuser.train.run_record import EVALUATION, SCORES, check_data, read_measured, record_files
 from profuser.train.target import check_left_out, whole_target
 from profuser.train.trackers import check_trackers
 
@@ -149,7 +149,8 @@ def train_and_report(run: Run) -> None:
             accelerator.print(f"{directory.path} is complete already; --fresh starts over")
             if accelerator.is_main_process:
                 inputs = check_unchanged(run)  # raises an error if the models or data are no longer those of the store
-                directory.check_data({split: data_hash(rows) for split, rows in inputs.rows.items()})
+                hashes = {str(split): data_hash(rows) for split, rows in inputs.rows.items()}
+                check_data(directory.path, directory.read(), hashes)
                 score_again(run)
         else:
             fuse(run, accelerator, held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,8 @@ def test_a_source_that_does_not_take_part_leaves_its_weight_to_the_others(made):
 @pytest.mark.parametrize(
     "value",
     ["guardian", "", None, [1, 0, 0], {}, {"other": 1}, {"guardian": -1}, {"guardian": 0}, {"guardian": "1"}, {"guardian": True},
-     {"guardian": float("nan")}, {"guardian": float("inf")}, "{", "[1]", {"guardian": None}],
+     {"guardian": float("nan")}, {"guardian": float("inf")}, "{", "[1]", {"guardian": None}, {"guardian": 10**400}, "[" * 100_000,
+     '{"guardian": 1, "guardian": 0}', [("guardian", 1), ("guardian", 1)], [["guardian"]]],
 )  # fmt: skip
 def test_what_is_no_weights_is_refused(value):
     with pytest.raises(
@@ -123,6 +125,31 @@ def test_what_is_no_weights_is_refused(value):
     ) as error:
         weights_of(value, NAMES, "w")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"guardian": 1e-50, "scholar": 1e-50}, [0.5, 0.5, 0]),
+        ({"guardian": 3e38, "scholar": 1e38, "reckoner": 1e-300}, [0.75, 0.25, 0]),
+        ({"guardian": 1e308, "scholar": 1e308}, [0.5, 0.5, 0]),
+        ([("guardian", 1.0), ("reckoner", 3.0)], [0.25, 0, 0.75]),
+        ({"guardian": Decimal("0.1"), "scholar": Decimal("0.3")}, [0.25, 0.75, 0]),
+    ],
+)
+def test_weights_of_any_size_are_shares(value, expected):
+    np.testing.assert_allclose(weights_of(value, NAMES, "w"), expected, rtol=1e-12, atol=1e-300)
+
+
+def test_rows_that_are_not_trained_on_may_lack_their_weights(tmp_path):
+    run = weighted_run(tmp_path)
+    path = tmp_path / "heldout.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps(row | ({"weights": {"scholar": 2}} if n == 0 else {})) + "\n" for n, row in enumerate(rows))
+    )
+    inputs = Inputs.open(run)
+    assert [inputs.weights(row) for row in inputs.rows["heldout"][:2]] == [[0, 1, 0], [1, 1, 1]]
 
 
 def test_a_wrong_row_is_named_before_anything_runs(tmp_path):

@@ -471,3 +471,18 @@ def test_a_file_is_not_held_in_memory(tmp_path):
     assert len(limited(path, 3)) == 3
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_column_that_stands_twice_is_an_error(tmp_path, ending):
+    table, path = (
+        pyarrow.table([["a"], ["c"], ["b"]], names=["prompt", "prompt", "response"]),
+        tmp_path / f"data.{ending}",
+    )
+    if ending == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match="the column 'prompt' stands in the file twice"):
+        list(read_file(path, path.name))

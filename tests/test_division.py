@@ -18,6 +18,7 @@ from profuser.prepare.responses import Response, generate
 from profuser.store import layout
 from profuser.store.__main__ import main as store_command
 from profuser.store.division import Division, in_order
+from profuser.store.layout import FOLDERS
 from profuser.store.store import EXAMPLES, Store
 from profuser.text.fit import Verdict
 
@@ -227,3 +228,22 @@ def test_what_is_stale_is_gone_before_anything_is_made_again(prepared, tmp_path,
         assert all(store.origin(kind, number) == parts[number] for number in numbers)
         assert len(numbers) == len(parts) - 1
         assert not store.has_all(kind)
+
+
+def test_another_column_of_one_row_leaves_the_other_rows_alone(prepared, tmp_path, capsys):
+    rows = copied(prepared, tmp_path)
+    run = with_rows(prepared[1], tmp_path, [*rows, NEW | {"origin": "me"}])
+    parts = [{part.number: part.digest for part in Inputs.open(r).parts("train")} for r in (prepared[1], run)]
+    assert sum(parts[0][number] != parts[1].get(number) for number in parts[0]) <= 1
+
+
+def test_a_store_without_a_shard_takes_any_data_and_rows_that_are_gone_are_not_kept(prepared, tmp_path, monkeypatch):
+    rows = copied(prepared, tmp_path)
+    monkeypatch.setattr(Preparation, "run", lambda self: self.store)
+    run = with_rows(prepared[1], tmp_path, rows[:-1])
+    store = prepare(run)
+    listed = {store._path(name) for name in store.digests}
+    assert {path for folder in FOLDERS for path in (store.directory / folder).iterdir()} == listed
+    store._drop([*store.digests])
+    other = with_rows(prepared[1], tmp_path, [row | {"prompt": row["prompt"] + "?"} for row in rows])
+    assert prepare(other).data["train"] != prepared[2].data["train"]

@@ -103,6 +103,12 @@ def test_a_run_does_not_go_on_with_a_store_that_was_made_again():
     code, _, err = run(*TRAIN)
     assert code == 2
     assert "other data (data.train differ)" in err
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    for command in (["evaluate", str(RUN)], ["report", str(RUN)]):
+        code, _, err = run(*command)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "holds a run of other data (data.train differ)" in err
+    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
     print(err)
     assert (RUN / "model.safetensors").exists()
 

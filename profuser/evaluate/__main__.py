@@ -91,10 +91,11 @@ def on_heldout_data(directory: Path) -> str:
     from profuser.pipeline import check_unchanged
     from profuser.stopping import working
     from profuser.store.store import Store
-    from profuser.train.run_record import EVALUATION, SCORES, record_files
+    from profuser.train.run_record import EVALUATION, SCORES, check_data, record_files
 
-    run, _ = open_run(directory)
+    run, record = open_run(directory)
     store = Store.open(run.store_dir)
+    check_data(directory, record, store.data)
     try:
         with working():
             scores = evaluate(run, store)

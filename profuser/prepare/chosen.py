@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from profuser.errors import DataError, in_short
+from profuser.prepare.tables import from_json
 from profuser.recipe.data import DataConfig
 from profuser.recipe.schema import Choice
 
@@ -25,6 +26,10 @@ class SourceChoice(NamedTuple):
         key = f"{self.choice}_column"
         return f"data.{key}", getattr(config, key)
 
+    def may_lack(self, value: object) -> bool:
+        """Whether an example that is not trained on may have this cell, which says nothing: all sources count alike there."""
+        return self.choice == "weights" and value in (None, "")
+
     def check(self, value: object, column: str) -> None:
         """Raises DataError unless a cell says what it should."""
         if self.choice == "weights":
@@ -41,26 +46,44 @@ BY_CROSS_ENTROPY = SourceChoice()
 
 
 def weights_of(value: Any, names: Sequence[str], column: str) -> list[float]:
-    """Returns how much each source counts, by a cell with a mapping from their names to numbers, or with its JSON text.
+    """Returns how much each source counts, in numbers that sum to 1, by a cell that maps their names to numbers.
 
-    A source that is not named counts nothing.
+    It may be a mapping, the pairs of one, or its JSON text. A source that is not named counts nothing.
 
     Raises:
         DataError: it is anything else, names something else, or not all numbers are finite and >= 0, or all are 0.
     """
     try:
-        weights = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        weights = None
-    # A table has one type for a whole column, in which a source that a row does not name is null.
-    named = {name: x for name, x in weights.items() if x is not None} if isinstance(weights, Mapping) else {}
-    found = [named.get(name, 0.0) for name in names]
-    numbers = all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and x >= 0 for x in found
-    )
-    if not named or set(named) - set(names) or not numbers or not any(found):
+        # A table has one type for a whole column, in which a source that a row does not name is null.
+        named = {name: x for name, x in _pairs(value) if x is not None}
+        found = [_number(named.pop(name, 0)) for name in names]
+        if named or not any(found):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise DataError(
             f"the column {column!r} must map sources ({', '.join(names)}) to weights >= 0 of which one is > 0, got {in_short(value)}; "
             "correct it, or set capture.choice: min_ce"
-        )
-    return [float(x) for x in found]
+        ) from None
+    scaled = [x / max(found) for x in found]  # whose sum is finite
+    return [x / sum(scaled) for x in scaled]
+
+
+def _pairs(value: Any) -> list[tuple[str, Any]]:
+    """Returns the pairs of a mapping, which may also be a list of them, as Parquet has it, or JSON text.
+
+    Raises:
+        ValueError, TypeError, RecursionError: it is none, or names something twice.
+    """
+    if isinstance(value, str):
+        value = from_json(value)
+    pairs = [*value.items()] if isinstance(value, Mapping) else [(name, x) for name, x in value]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError
+    return pairs
+
+
+def _number(value: Any) -> float:
+    """Returns a number as a float. It raises ValueError or OverflowError for anything else than one that is finite and >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)) or not 0 <= float(value) < math.inf:
+        raise ValueError
+    return float(value)

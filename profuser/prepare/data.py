@@ -123,7 +123,7 @@ def _examples_in(
         try:
             check_none_left_out(columns, cells)
             examples = examples_of(columns, cells, config, counts)
-            if chosen is not None:
+            if chosen is not None and not (split != "train" and sources.may_lack(cells[chosen[1]])):
                 sources.check(cells[chosen[1]], chosen[1])
             of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
         except DataError as error:
@@ -184,8 +184,8 @@ def data_hash(rows: Sequence[Row]) -> str:
 
 
 def row_digest(row: Row) -> bytes:
-    """Returns the sha256 of a row with all of its columns."""
-    return hashlib.sha256(_spelt(row)).digest()
+    """Returns the sha256 of a row with all of its columns. Empty ones do not count: they may be there for other rows' sake."""
+    return hashlib.sha256(_spelt({column: cell for column, cell in row.items() if cell is not None})).digest()
 
 
 def prompt_digest(prompt: Prompt) -> bytes:

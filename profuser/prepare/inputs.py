@@ -279,7 +279,7 @@ class Inputs:
     def weights(self, row: Row) -> list[float]:
         """How much each source counts on an example: all alike, unless a column says it."""
         column = self.recipe.data.weights_column
-        if self.recipe.capture.choice != "weights" or row.get(column) is None:
+        if self.recipe.capture.choice != "weights" or row.get(column) in (None, ""):
             return [1.0] * len(self.recipe.sources)
         return weights_of(row[column], self.source_names, column)
 

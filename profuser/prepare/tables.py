@@ -187,6 +187,9 @@ def _arrow_rows(batches: Iterable[Any]) -> Table:
     """Yields the rows of Arrow tables. Where a text in them is not UTF-8, the error names the row."""
     before = 0
     for batch in batches:
+        names = batch.schema.names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the column {twice!r} stands in the file twice")
         for first in range(0, len(batch), BATCH):
             part = batch.slice(first, BATCH)
             try:

@@ -212,7 +212,8 @@ class Store:
         # Go on with the store that is there, if its sources are the same; drop what other judges or settings outdate.
         store = cls(directory)
         changes = store.checked_changes(settings, renews=renews)
-        if changes.data and not any(store._stays(part) for part in divisions["train"].parts):
+        begun = any(kind_of(name)[0].split == "train" for name in store._manifest["shards"])
+        if changes.data and begun and not any(store._stays(part) for part in divisions["train"].parts):
             raise ConfigError(
                 f"store {directory} was made of other data ({', '.join(changes.data)} differ), of which no shard can stay; give another "
                 "--store, undo the change, or start over with `python -m profuser.prepare --fresh` and this recipe"
@@ -405,7 +406,10 @@ class Store:
             split: {part.number for part in of.parts if self._stays(part, split)} for split, of in divisions.items()
         }
         shards = [(name, *kind_of(name)) for name in self._manifest["shards"]]
-        self._drop([name for name, kind, number in shards if number not in staying.get(kind.split, ())])
+        dropped = [name for name, kind, number in shards if number not in staying.get(kind.split, ())]
+        self._drop(dropped)
+        for name in dropped:  # rows that were taken out of the data are not kept here
+            self._path(name).unlink(missing_ok=True)
         counts = {split: len(division.parts) for split, division in divisions.items()}
         return ", ".join(f"{counts[split] - len(staying[split])} of {counts[split]} of {split}" for split in divisions)
 

@@ -162,14 +162,6 @@ class RunDirectory:
             files={name: digest_of_file(self.path / name) for name in names},
         )
 
-    def check_data(self, data: Mapping[str, str]) -> None:
-        """Raises ConfigError where a complete run has learnt from other rows than those of which these are the hashes."""
-        if "data" in (record := self.read()) and (keys := differing_keys(record["data"], dict(data), "data.")):
-            raise ConfigError(
-                f"{self.path} holds a run of other data ({', '.join(keys)} differ); give another --output, restore the data, or start "
-                "over with --fresh"
-            )
-
     def update(self, **facts: Any) -> None:
         """Sets some entries of the record."""
         write_run(self.path, self.read() | facts)

@@ -7,10 +7,12 @@ report is not drawn from files that are not what was written.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from profuser.errors import DataError, in_short
+from profuser.errors import ConfigError, DataError, in_short
+from profuser.recipe.compare import differing_keys
 from profuser.recipe.schedule import NAMED
 from profuser.store.files import write_atomic
 from profuser.store.sealed import (
@@ -120,6 +122,15 @@ def read_finished(directory: Path) -> dict[str, Any]:
             f"RUN_DIR must hold a finished run, {directory} is not complete; run `python -m profuser.train` with its recipe again"
         )
     return record
+
+
+def check_data(directory: Path, record: Mapping[str, Any], data: Mapping[str, str]) -> None:
+    """Raises ConfigError where a complete run has learnt from other rows than those of which these are the hashes, by split."""
+    if "data" in record and (keys := differing_keys(record["data"], data, "data.")):
+        raise ConfigError(
+            f"{directory} holds a run of other data ({', '.join(keys)} differ); give another --output, restore the data, or start "
+            "over with `python -m profuser.train --fresh` and its recipe"
+        )
 
 
 def write_run(directory: Path, record: dict[str, Any]) -> None:
