@@ -52,8 +52,7 @@ def main(argv: list[str]) -> None:
     from profuser.report.comparison import compare_runs
     from profuser.report.page import write_report
     from profuser.stopping import working
-    from profuser.store.store import Store
-    from profuser.train.run_record import check_data, read_run
+    from profuser.train.run_record import read_run
 
     run_dir, *others = args.run_dirs
     if others:
@@ -63,11 +62,8 @@ def main(argv: list[str]) -> None:
     if not run_dir.is_dir():
         raise DataError(f"RUN_DIR must be an existing directory, got {run_dir}; give the one that training wrote")
     record = read_run(run_dir)
-    store = args.store or Path(record["store"])
-    if (store / "manifest.json").exists():
-        check_data(run_dir, record, Store.open(store, complete=False).data)
     with working():
-        print(write_report(run_dir, store))
+        print(write_report(run_dir, args.store or Path(record["store"])))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from profuser.report.scores import answer_of, models_of, read_scores
 from profuser.report.theme import DARK, LIGHT, Theme
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
-from profuser.train.run_record import METRICS, read_proven, read_run
+from profuser.train.run_record import METRICS, check_data, read_proven, read_run
 
 
 def _title(sources: Sequence[str], target: str, distilled: bool) -> str:
@@ -79,6 +79,7 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
         The path of report.html.
     Raises:
         DataError: a directory or file is missing, or a file is not what was written.
+        ConfigError: the store was made of other data than the run learnt from.
     """
     # Read what the run and its store have left. Without held-out prompts there are no scores.
     for directory, what in ((run_dir, "run"), (store_dir, "store")):
@@ -90,7 +91,9 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
     run.setdefault("peak_rss_bytes", None)
     scores, evaluation = read_scores(run_dir, run)
     metrics = read_metrics(read_proven(run_dir, run, METRICS))
-    summary = Store.open(store_dir, complete=False).summary
+    store = Store.open(store_dir, complete=False)
+    summary = store.summary
+    check_data(run_dir, run, store.data)
 
     # What the pictures show.
     sources, target, counts = summary["sources"], summary["target"], evaluation["counts"]
