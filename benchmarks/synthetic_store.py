@@ -26,7 +26,8 @@ from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.store import layout
 from profuser.store.layout import TARGET_COLUMNS, shard_arrays
-from profuser.store.store import Store, StoreSettings
+from profuser.store.settings import StoreSettings
+from profuser.store.store import Store
 from profuser.text.chat import ChatFormat
 from profuser.train.targets import TargetSequence
 

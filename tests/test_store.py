@@ -15,7 +15,8 @@ from profuser.store.__main__ import main as store_command
 from profuser.store.files import set_aside
 from profuser.store.layout import CAPTURE_COLUMNS, Kind, kind_of, shard_arrays
 from profuser.store.sealed import write_sealed
-from profuser.store.store import Store, StoreSettings
+from profuser.store.settings import StoreSettings
+from profuser.store.store import Store
 
 SUMMARY = {"sources": ["a"], "target": "a", "examples": 5, "handled": {}}
 VOTES = {"asked": ["rm", "check"], "judges": {"rm": {"files": "1"}, "check": {"files": "2"}}}

@@ -39,7 +39,7 @@ from profuser.recipe.schema import JudgeConfig, Recipe, SourceConfig
 from profuser.recipe.server import ServerConfig
 from profuser.store.division import Division, Part
 from profuser.store.manifest import read_manifest
-from profuser.store.store import StoreSettings
+from profuser.store.settings import StoreSettings
 from profuser.text.chat import ChatFormat
 from profuser.text.conversation import Prompt
 from profuser.text.fit import Fitted, Verdict, fit

@@ -57,7 +57,8 @@ from profuser.store import layout
 from profuser.store.division import Part
 from profuser.store.layout import Kind
 from profuser.store.lease import POLL_SECONDS, Lease, hold
-from profuser.store.store import Store, check_place, differing_settings
+from profuser.store.settings import differing_settings
+from profuser.store.store import Store, check_place
 from profuser.store.unfinished import Unfinished
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Fitted, Verdict

@@ -97,7 +97,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def difference(one: Store, other: Store) -> list[str]:
     """Says in which settings and shards two stores differ, by what their manifests record; nothing where they are the same."""
-    from profuser.store.store import differing_settings
+    from profuser.store.settings import differing_settings
 
     lines = [f"settings differ: {key}" for key in differing_settings(asdict(one.settings), asdict(other.settings))]
     digests = [store.digests for store in (one, other)]
