@@ -10,7 +10,8 @@ import torch
 
 from profuser.errors import DataError
 from profuser.models import load
-from profuser.models.load import chat_format, load_model, load_reward_model, load_tokenizer, open_model
+from profuser.models.load import chat_format, load_model, load_tokenizer, open_model
+from profuser.models.reward import load_reward_model
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 

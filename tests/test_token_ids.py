@@ -10,7 +10,8 @@ import pytest
 from command_runs import run
 
 from profuser.errors import DataError
-from profuser.models.load import open_model, open_reward_model
+from profuser.models.load import open_model
+from profuser.models.reward import open_reward_model
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 

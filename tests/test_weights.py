@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from profuser.errors import DataError
-from profuser.models.load import load_model, load_reward_model, load_tokenizer, open_model, open_reward_model
+from profuser.models.load import load_model, load_tokenizer, open_model
+from profuser.models.reward import load_reward_model, open_reward_model
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 

@@ -22,9 +22,10 @@ import torch
 from transformers import PreTrainedModel
 
 from profuser.errors import DataError, first_line, in_short
-from profuser.models.load import check_ids, load_reward_model, load_tokenizer, open_reward_model, template_text
+from profuser.models.load import check_ids, load_tokenizer, template_text
 from profuser.models.merged_adapter import model_fingerprint
 from profuser.models.padding import padded
+from profuser.models.reward import load_reward_model, open_reward_model
 from profuser.prepare import graders
 from profuser.prepare.data import Row, for_functions
 from profuser.prepare.given import GivenScores, file_digest
