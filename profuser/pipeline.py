@@ -16,7 +16,6 @@ from profuser.evaluate.terminal import closing_examples, score_table
 from profuser.plan.plan import make_plan
 from profuser.plan.text import beside
 from profuser.prepare.announce import announce
-from profuser.prepare.data import data_hash
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
 from profuser.prepare.sharing import takes_part
@@ -149,8 +148,7 @@ def train_and_report(run: Run) -> None:
             accelerator.print(f"{directory.path} is complete already; --fresh starts over")
             if accelerator.is_main_process:
                 inputs = check_unchanged(run)  # raises an error if the models or data are no longer those of the store
-                hashes = {str(split): data_hash(rows) for split, rows in inputs.rows.items()}
-                check_data(directory.path, directory.read(), hashes)
+                check_data(directory.path, directory.read(), inputs.data_hashes)
                 score_again(run)
         else:
             fuse(run, accelerator, held)

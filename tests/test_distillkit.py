@@ -18,7 +18,8 @@ from test_given_logprobs import captured
 
 from profuser.errors import DataError
 from profuser.models.load import chat_format
-from profuser.prepare.distillkit import CONFIG, Compression, Prefixes, Wanted
+from profuser.prepare.distillkit import Prefixes, Wanted
+from profuser.prepare.distillkit_files import CONFIG, Compression
 from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.inputs import Inputs
 from profuser.recipe.schema import SourceConfig

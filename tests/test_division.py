@@ -230,7 +230,7 @@ def test_what_is_stale_is_gone_before_anything_is_made_again(prepared, tmp_path,
         assert not store.has_all(kind)
 
 
-def test_another_column_of_one_row_leaves_the_other_rows_alone(prepared, tmp_path, capsys):
+def test_another_column_of_one_row_leaves_the_other_rows_alone(prepared, tmp_path):
     rows = copied(prepared, tmp_path)
     run = with_rows(prepared[1], tmp_path, [*rows, NEW | {"origin": "me"}])
     parts = [{part.number: part.digest for part in Inputs.open(r).parts("train")} for r in (prepared[1], run)]

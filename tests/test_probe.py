@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 from command_runs import folder, run
 
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, Interrupted, Terminated
 from profuser.plan import probe
-from profuser.plan.probe import FIRST, Amounts, Handful, Timed, characters, check_modes, default_count, of_steps
+from profuser.plan.probe import (
+    FIRST,
+    Amounts,
+    Handful,
+    Timed,
+    characters,
+    check_modes,
+    default_count,
+    nothing_kept,
+    of_steps,
+)
 from profuser.plan.text import exactly, probed
 from profuser.prepare.data import Examples
 from profuser.prepare.inputs import Inputs
@@ -230,3 +240,9 @@ class TestCommand:
 def test_characters_are_those_of_prompts_and_responses():
     assert characters(examples(3, 4)) == 7
     assert characters([]) == 1
+
+
+@pytest.mark.parametrize(("signal", "line"), [(Interrupted, "interrupted"), (Terminated, "stopped by SIGTERM")])
+def test_a_signal_says_that_nothing_is_kept(signal, line):
+    with pytest.raises(signal, match=f"^{line}; nothing of what was timed is kept$"), nothing_kept():
+        raise signal

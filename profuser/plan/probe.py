@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, Interrupted, Stopped
 from profuser.models.load import load_model
 from profuser.prepare.data import Examples, Row, row_digest
 from profuser.prepare.inputs import Inputs
@@ -37,6 +37,7 @@ from profuser.progress import Progress, silenced
 from profuser.recipe.data import SPLITS, Split
 from profuser.recipe.schedule import Stage, plan
 from profuser.recipe.schema import Recipe
+from profuser.stopping import working
 from profuser.store.division import Division
 from profuser.store.layout import Kind
 from profuser.store.store import Store
@@ -181,6 +182,7 @@ def probe(inputs: Inputs, opened: float, count: int | None = None) -> list[Timed
     with tempfile.TemporaryDirectory(prefix="profuser-") as place, contextlib.ExitStack() as held:
         handful = Handful.of(inputs, Path(place) / "store", count or default_count(inputs.recipe))
         amounts = Amounts.of(inputs.rows, handful.handful())
+        held.enter_context(nothing_kept())
         print(f"timing {len(handful.handful())} examples with every model; nothing of it is kept", flush=True)
         held.enter_context(silenced())
         store, found = prepared(handful, amounts, opened, held)
@@ -418,6 +420,17 @@ def evaluated(handful: Handful, amounts: Amounts, found: Sequence[Timed]) -> lis
             / math.ceil(len(asked) / config.batch_size),
         )
     ]
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Generator[None]:
+    """Lets the line of Ctrl-C or SIGTERM in a `with` block say that nothing of it is kept."""
+    try:
+        with working():
+            yield
+    except Stopped as stopped:
+        what = "interrupted" if isinstance(stopped, Interrupted) else "stopped by SIGTERM"
+        raise type(stopped)(f"{what}; nothing of what was timed is kept") from None
 
 
 # -- the clock ---------------------------------------------------------------------------------------------------

@@ -187,6 +187,11 @@ class Inputs:
             check_engine(self.engines[source.name], source, self.recipe.generation_of(source))
 
     @cached_property
+    def data_hashes(self) -> dict[str, str]:
+        """A hash of the rows of every split."""
+        return {split: data_hash(rows) for split, rows in self.rows.items()}
+
+    @cached_property
     def divisions(self) -> dict[Split, Division]:
         """How the examples of every split are divided among the shards of the store. One that is there keeps its number of shards."""
         there = (self.store_dir / "manifest.json").exists()
@@ -332,7 +337,7 @@ class Inputs:
                 "files": model_fingerprint(recipe.target_config),
                 "template": template_hash(self.target),
             },
-            "data": {split: data_hash(rows) for split, rows in self.rows.items()}
+            "data": self.data_hashes
             | {"max_length": recipe.data.max_length}
             | ({"too_long": recipe.data.too_long} if recipe.data.too_long != "cut" else {})
             | ({"route_column": recipe.data.route_column} if recipe.capture.choice == "route" else {})

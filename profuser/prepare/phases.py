@@ -193,12 +193,17 @@ class Preparation:
 
     def _put(self, kind: Kind, part: Part, arrays: dict[str, np.ndarray]) -> None:
         """Writes the shard of a part."""
-        self.store.put(kind, part.number, arrays, examples=len(part), origin=self.origins.of(kind, part) or "")
+        self.store.put(kind, part.number, arrays, examples=len(part), origin=self._origin(kind, part))
 
     def _put_responses(self, kind: Kind, part: Part, responses: list[list[Response]]) -> None:
         """Writes the shard of a source's responses to a part."""
-        origin = self.origins.of(kind, part) or ""
-        self.store.put_json(kind, part.number, responses, examples=len(part), origin=origin)
+        self.store.put_json(kind, part.number, responses, examples=len(part), origin=self._origin(kind, part))
+
+    def _origin(self, kind: Kind, part: Part) -> str:
+        """What the shard of a part is made from, all of which is there."""
+        origin = self.origins.of(kind, part)
+        assert origin is not None, kind
+        return origin
 
     # -- phase 1 ---------------------------------------------------------------------------------------------------
 
@@ -345,7 +350,7 @@ class Preparation:
                 candidates = candidates_of(self.store, self.inputs.source_names, part.number)
                 # Judges are not shown empty texts, so that an empty text in a response's place keeps it from them.
                 shown = [[c.text if c.eligible else "" for c in of_prompt] for of_prompt in candidates]
-                judged_by = f"{judge_fingerprint(config)} {self.origins.of(kind, part)}"
+                judged_by = f"{judge_fingerprint(config)} {self._origin(kind, part)}"
                 with Unfinished(self.store.directory, kind, part.number, judged_by) as kept:
                     scores = score(part.of(self.inputs.rows["train"]), shown, bar.update, kept)
                     self._put(kind, part, {"scores": scores})
