@@ -26,6 +26,7 @@ from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import Recipe, SourceConfig
 from profuser.store import layout
 from profuser.store.layout import TARGET_COLUMNS, shard_arrays
+from profuser.store.marks import marks_of
 from profuser.store.settings import StoreSettings
 from profuser.store.store import Store
 from profuser.text.chat import ChatFormat
@@ -52,8 +53,9 @@ def synthetic_shard(first: int, examples: int) -> dict[str, np.ndarray]:
     """Targets of `examples` instructions in training mode. Every source has a distribution for every response token."""
     rng = np.random.default_rng(first)
     tokens, rows = PROMPT_TOKENS + RESPONSE_TOKENS, SOURCES * RESPONSE_TOKENS
-    mask = np.zeros((examples, tokens), np.uint8)
-    mask[:, PROMPT_TOKENS:] = 1
+    labels = np.arange(tokens) >= PROMPT_TOKENS
+    source, position = np.nonzero(np.tile(labels, (SOURCES, 1)))
+    marks = marks_of(labels, source, position)
     entries = examples * rows * TOP_K
     arrays = {
         "example": np.arange(first, first + examples),
@@ -64,11 +66,8 @@ def synthetic_shard(first: int, examples: int) -> dict[str, np.ndarray]:
         "offsets": offsets_of(np.full(examples, tokens)),
         "row_offsets": offsets_of(np.full(examples, rows)),
         "input_ids": rng.integers(10, VOCABULARY, examples * tokens),
-        "label_mask": mask.ravel(),
-        "row_position": np.tile(np.arange(PROMPT_TOKENS, tokens), examples * SOURCES),
-        "row_source": np.tile(np.repeat(np.arange(SOURCES), RESPONSE_TOKENS), examples),
+        "marks": np.tile(marks, examples),
         "row_tail": np.full(examples * rows, 0.05),
-        "row_reliability": np.full(examples * rows, 255),
         "entry_offsets": offsets_of(np.full(examples, rows * TOP_K)),
         "entry_counts": np.full(examples * rows, TOP_K),
         "entry_ids": rng.integers(10, VOCABULARY, entries),
@@ -131,11 +130,8 @@ def shard_of(sequences: Sequence[TargetSequence], vocabulary: int) -> dict[str, 
         "row_offsets": bounds("row_position"),
         "entry_offsets": bounds("entry_ids"),
         "entry_counts": entries,
-        "row_reliability": np.full(len(entries), 255),
-        **{
-            name: joined(name)
-            for name in ("input_ids", "label_mask", "row_position", "row_source", "row_tail", "entry_ids")
-        },
+        "marks": np.concatenate([marks_of(s.label_mask, s.row_source, s.row_position) for s in sequences]),
+        **{name: joined(name) for name in ("input_ids", "row_tail", "entry_ids")},
         "entry_logprobs": joined("entry_logprobs"),
         **counts_of(examples, sources),
     }

@@ -201,6 +201,10 @@ CASES = [
     Case("a recipe that does not exist", 2, ("--config", "other.yaml"), arguments=("--config", "other.yaml")),
     Case("a recipe that is no YAML", 2, ("recipe.yaml",), replace("recipe.yaml", "target: guardian", "target: [guardian")),
     Case("no source", 2, ("sources", "empty"), arguments=("--sources", "[]")),
+    Case(
+        "more sources than a token has bits for", 2, ("sources", "63", "64"),
+        arguments=("--sources", f"[{', '.join(f'{{name: s{n}, model: demo:guardian}}' for n in range(64))}]"),
+    ),
     Case("a target that is no source and no model", 2, ("target", "guardain", "guardian, scholar"), arguments=("--target", "guardain")),
     Case("a stage without weights", 2, ("schedule[0]", "inference_weight", "training_weight"), arguments=("--schedule", "[{share: 1}]")),
     Case("a stage that turns KD round", 2, ("schedule[0].beta", "-5"), arguments=("--schedule", "[{training_weight: 1, beta: -5}]")),

@@ -10,16 +10,19 @@ from profuser.errors import ConfigError
 from profuser.experiments.compare import ARMS, chosen_arms, main, shifted, table
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import DEFAULT_RECIPE
+from profuser.store.marks import labels_of, marks_of, rows_of
 from profuser.train.run_directory import demo_data
 
 
 def test_shifted_rows_stand_one_label_later_and_lose_nothing_else():
+    first = marks_of(np.arange(9) >= 5, np.array([0, 0, 0]), np.array([5, 6, 8]))
+    last = marks_of(np.arange(4) >= 2, np.array([0, 0, 1]), np.array([2, 3, 2]))
     shard = {
+        "source_ce": np.zeros((3, 2), np.float32),
+        "offsets": np.array([0, 9, 12, 16]),
+        "marks": np.concatenate([first, np.zeros(3, np.uint64), last]).astype(np.uint8),
         "row_offsets": np.array([0, 3, 3, 6]),
-        "row_position": np.array([5, 6, 8, 2, 3, 2], np.int32),
-        "row_source": np.array([0, 0, 0, 0, 0, 1], np.uint8),
         "row_tail": np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], np.float32),
-        "row_reliability": np.arange(6, dtype=np.uint8),
         "entry_offsets": np.array([0, 6, 6, 10]),
         "entry_counts": np.array([2, 1, 3, 1, 1, 2], np.uint8),
         "entry_ids": np.arange(10, dtype=np.uint16),
@@ -28,8 +31,10 @@ def test_shifted_rows_stand_one_label_later_and_lose_nothing_else():
     }
     out = shifted(shard)
     assert out["row_offsets"].tolist() == [0, 2, 2, 3]
-    assert out["row_position"].tolist() == [6, 8, 3]
-    assert out["row_source"].tolist() == [0, 0, 0]
+    assert out["marks"].dtype == np.uint8
+    assert [rows.tolist() for rows in rows_of(out["marks"][:9], 2)] == [[0, 0], [6, 8]]
+    assert [rows.tolist() for rows in rows_of(out["marks"][12:], 2)] == [[0], [3]]
+    assert (labels_of(out["marks"]) == labels_of(shard["marks"])).all()
     np.testing.assert_allclose(out["row_tail"], [0.1, 0.2, 0.4])
     assert out["entry_offsets"].tolist() == [0, 3, 3, 4]
     assert out["entry_counts"].tolist() == [2, 1, 1]

@@ -251,7 +251,7 @@ class TestStore:
         files = list(prepared[0].glob("store/targets/*"))
         shards = [load_file(path) for path in files]
         sequences, tokens, rows_, entries = (
-            sum(len(shard[name]) for shard in shards) for name in ("example", "input_ids", "row_source", "entry_ids")
+            sum(len(shard[name]) for shard in shards) for name in ("example", "input_ids", "row_tail", "entry_ids")
         )
         counts = Counts(sequences, tokens, rows_, len(files))
         missing = (10 * rows_ - entries) * 4  # not every row has top_k entries

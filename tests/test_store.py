@@ -251,10 +251,10 @@ def test_a_damaged_finding_is_noticed(store, name, cut):
 
 def test_a_store_of_an_earlier_schema_is_refused_and_stays_as_it_is(store):
     path = store.directory / "manifest.json"
-    write_sealed(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"} | {"schema": 6})
+    write_sealed(path, {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"} | {"schema": 7})
     before = path.read_bytes()
     for use in (Store.open, lambda directory: Store.build(directory, SETTINGS, {})):
-        with pytest.raises(DataError, match=r"has schema 6, this version reads 7; prepare it again with .*--fresh"):
+        with pytest.raises(DataError, match=r"has schema 7, this version reads 8; prepare it again with .*--fresh"):
             use(store.directory)
     assert path.read_bytes() == before
 

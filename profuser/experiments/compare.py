@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from profuser.recipe.schema import Recipe, ScheduleName
 from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.files import write_atomic, write_json
+from profuser.store.marks import labels_of, marks_of, rows_of
 from profuser.store.store import Store
 from profuser.train.run_directory import RunDirectory, demo_data
 from profuser.typed import read_json
@@ -115,20 +117,23 @@ def shift_rows(store: Store, directory: Path) -> Store:
 
 
 def shifted(shard: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Gives every row the position of the next row of the same sequence and source. The last row of each is dropped."""
-    sequence = np.repeat(np.arange(len(shard["row_offsets"]) - 1), np.diff(shard["row_offsets"]))
-    key = sequence * 256 + shard["row_source"]
-    has_next = np.zeros(len(key), bool)
-    has_next[:-1] = key[:-1] == key[1:]
+    """Gives every row the token of the next row of the same sequence and source. The last row of each is dropped."""
+    marks, has_next = [], [np.zeros(0, bool)]
+    for begin, stop in pairwise(shard["offsets"]):
+        old = shard["marks"][begin:stop]
+        source, position = rows_of(old, shard["source_ce"].shape[1])
+        has_one_before = np.append(source[:1] < 0, source[1:] == source[:-1])
+        marks.append(marks_of(labels_of(old), source[has_one_before], position[has_one_before]))
+        has_next.append(np.append(has_one_before[1:], source[:1] < 0))
+    has_next = np.concatenate(has_next)
     kept = np.flatnonzero(has_next)
+    sequence = np.repeat(np.arange(len(shard["row_offsets"]) - 1), np.diff(shard["row_offsets"]))
     counts = shard["entry_counts"].astype(np.int64)
     entries = np.repeat(has_next, counts)
     row_offsets = offsets_of(np.bincount(sequence[kept], minlength=len(shard["row_offsets"]) - 1))
     return dict(shard) | {
-        "row_position": shard["row_position"][kept + 1],
-        "row_source": shard["row_source"][kept],
+        "marks": np.concatenate(marks).astype(shard["marks"].dtype),
         "row_tail": shard["row_tail"][kept],
-        "row_reliability": shard["row_reliability"][kept],
         "row_offsets": row_offsets,
         "entry_offsets": offsets_of(counts[kept])[row_offsets],
         "entry_counts": shard["entry_counts"][kept],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from profuser.store.layout import CAPTURE_COLUMNS, COUNT, PLACE, TARGET_COLUMNS, TOKEN, id_dtype
+from profuser.store.layout import CAPTURE_COLUMNS, COUNT, MARK, TARGET_COLUMNS, TOKEN, id_dtype
 
 PER_EXAMPLE = {"reason", "cut", "nll", "response_bytes", "offsets", "range_offsets"}
 """The columns of a capture with a value per example. Of the others, those of a range begin with range_, the rest are of tokens."""
@@ -24,8 +24,8 @@ PER_SEQUENCE = {
     "entry_offsets",
 }
 """The columns of targets with a value per sequence; source_ce and source_weight have one for every source."""
-PER_TOKEN, PER_ENTRY = {"input_ids", "label_mask"}, {"entry_ids", "entry_logprobs"}
-PER_ROW = {"row_position", "row_source", "row_tail", "row_reliability", "entry_counts"}
+PER_TOKEN, PER_ENTRY = {"input_ids", "marks"}, {"entry_ids", "entry_logprobs"}
+PER_ROW = {"row_tail", "entry_counts"}
 
 HEADER = 66
 """How many bytes of a shard's header are about one column."""
@@ -68,14 +68,15 @@ def targets_bytes(counts: Counts, vocabulary: int, top_k: int, sources: int) -> 
     k = min(top_k, vocabulary)
     of_sequence = _width(TARGET_COLUMNS, PER_SEQUENCE, vocabulary, k)
     of_sequence += (sources - 1) * _width(TARGET_COLUMNS, {"source_ce", "source_weight"}, vocabulary, k)
-    of_token = _width(TARGET_COLUMNS, PER_TOKEN, vocabulary, k)
+    of_token = _width(TARGET_COLUMNS, PER_TOKEN, vocabulary, k, sources)
     of_row = _width(TARGET_COLUMNS, PER_ROW, vocabulary, k) + k * _width(TARGET_COLUMNS, PER_ENTRY, vocabulary, k)
     of_shard = 18 * 8 + sources * 2 * (4 + 1 + 1 + 10) * 8  # the alignment's counts by mode and source
     sizes = counts.examples * of_sequence + counts.tokens * of_token + counts.more * of_row
     return round(sizes + counts.shards * (of_shard + HEADER * len(TARGET_COLUMNS)))
 
 
-def _width(columns, names: Iterable[str], vocabulary: int, top_k: int) -> int:
+def _width(columns, names: Iterable[str], vocabulary: int, top_k: int, sources: int = 0) -> int:
     """Returns the bytes that one value of each of these columns takes."""
-    special = {TOKEN: id_dtype(vocabulary), COUNT: np.uint8 if top_k < 256 else np.int32, PLACE: np.uint16}
+    mark = np.min_scalar_type((2 << sources) - 1)
+    special = {TOKEN: id_dtype(vocabulary), COUNT: np.uint8 if top_k < 256 else np.int32, MARK: mark}
     return sum(np.dtype(special.get(columns[name], columns[name])).itemsize for name in names)

@@ -17,6 +17,7 @@ from profuser.prepare.capture import ScoredResponse
 from profuser.ragged import offsets_of
 from profuser.recipe.schedule import Mode
 from profuser.store.layout import TARGET_COLUMNS, shard_arrays, winner_of
+from profuser.store.marks import marks_of
 from profuser.text.encoded import Encoded
 from profuser.text.fit import Verdict
 
@@ -53,8 +54,8 @@ class TargetWriter:
         self.min_ce_unit, self.keep = min_ce_unit, keep
         # One item per sequence, then per row, then per entry.
         self.example, self.mode, self.response_bytes, self.source_ce, self.source_weight = [], [], [], [], []
-        self.input_ids, self.label_mask = [], []
-        self.row_counts, self.row_position, self.row_source, self.row_tail, self.row_reliability = [], [], [], [], []
+        self.input_ids, self.marks = [], []
+        self.row_counts, self.row_tail = [], []
         self.entry_counts, self.entry_ids, self.entry_logprobs = [], [], []
         # The counts by mode, and all but the first by source as well.
         modes = len(Mode)
@@ -73,8 +74,6 @@ class TargetWriter:
         # The sequence itself.
         encoded, mode = target.encoded, target.mode
         positions = np.array(encoded.label_positions)
-        mask = np.zeros(len(encoded.input_ids), np.uint8)
-        mask[positions] = 1
         self.example.append(target.example)
         self.mode.append(mode)
         self.response_bytes.append(len(target.text.encode()))
@@ -83,10 +82,9 @@ class TargetWriter:
         self.source_ce.append(ce)
         self.source_weight.append(target.weights)
         self.input_ids.append(np.array(encoded.input_ids))
-        self.label_mask.append(mask)
 
         # The rows of the sources that are kept. A position that the alignment left without entries gets no row.
-        rows = 0
+        sources, tokens = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for source, found in enumerate(aligned):
             if found is None:
                 continue
@@ -98,15 +96,15 @@ class TargetWriter:
             self.reliability[mode, source] += np.histogram(found.reliability[kept], bins=10, range=(0, 1))[0]
             if self.keep == "winner" and source != winner_of(ce):
                 continue
-            rows += len(kept)
-            self.row_position.append(positions[kept])
-            self.row_source.append(np.full(len(kept), source))
+            sources.append(np.full(len(kept), source))
+            tokens.append(positions[kept])
             self.row_tail.append(found.tail[kept])
-            self.row_reliability.append(np.round(found.reliability[kept] * 255))
             self.entry_counts.append(counts[kept])
             self.entry_ids.append(found.ids)
             self.entry_logprobs.append(found.logprobs)
-        self.row_counts.append(rows)
+        source, token = np.concatenate(sources), np.concatenate(tokens)
+        self.marks.append(marks_of(np.array(encoded.label_mask, bool), source, token))
+        self.row_counts.append(len(source))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the shard's arrays (profuser.store.layout.TARGET_COLUMNS)."""
@@ -126,11 +124,8 @@ class TargetWriter:
             "row_offsets": row_offsets,
             "entry_offsets": offsets_of(entry_counts)[row_offsets],
             "input_ids": end_to_end(self.input_ids),
-            "label_mask": end_to_end(self.label_mask),
-            "row_position": end_to_end(self.row_position),
-            "row_source": end_to_end(self.row_source),
+            "marks": end_to_end(self.marks),
             "row_tail": end_to_end(self.row_tail),
-            "row_reliability": end_to_end(self.row_reliability),
             "entry_counts": entry_counts,
             "entry_ids": end_to_end(self.entry_ids),
             "entry_logprobs": end_to_end(self.entry_logprobs),

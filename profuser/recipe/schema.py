@@ -33,6 +33,9 @@ Choice = Literal["min_ce", "route", "weights"]
 RESERVED_NAMES = {"target", "target_before", "fused", "none", "mean"}
 """Names that no source may have, because scores and summaries use them for something else."""
 
+MOST_SOURCES = 63
+"""How many sources a recipe may have: a token of the targets has a bit for each (store/marks.py)."""
+
 
 @dataclass(kw_only=True)
 class SourceConfig:
@@ -337,6 +340,8 @@ class Recipe:
             raise ConfigError(
                 "sources must name at least one model, got an empty list; add `- {name: ..., model: ...}`"
             )
+        if len(names) > MOST_SOURCES:
+            raise ConfigError(f"sources must name at most {MOST_SOURCES} models, got {len(names)}; take the others out")
         check_names("sources", names)
         check_names("judges", [judge.name for judge in self.judges])
         columns = [f"{judge.name}_{name}" for judge in self.judges for name in names]

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from profuser.recipe.data import Split
+from profuser.store.marks import mark_dtype
 
 Folder = Literal["truth", "responses", "scores", "winners", "targets"]
 FOLDERS: tuple[Folder, ...] = get_args(Folder)
@@ -85,10 +86,9 @@ def kind_of(shard: str) -> tuple[Kind, int]:
 
 
 # The columns of the shards, each with its dtype. TOKEN stands for the smaller of uint16 and int32 that can hold every id of
-# the vocabulary, COUNT for the smaller of uint8 and int32 that can hold top_k, and PLACE for the smaller of uint16 and int32 that can hold
-# the values that are there. Log-probabilities are stored in fp16, which
-# near 0, where most of them are, is finer than bf16 by three bits.
-TOKEN, COUNT, PLACE = "token", "count", "place"
+# the vocabulary, COUNT for the smaller of uint8 and int32 that can hold top_k, and MARK for the smallest unsigned integer that can hold
+# the marks that are there. Log-probabilities are stored in fp16, which near 0, where most of them are, is finer than bf16 by three bits.
+TOKEN, COUNT, MARK = "token", "count", "mark"
 Columns = Mapping[str, Any]
 
 CAPTURE_COLUMNS: Columns = {
@@ -128,12 +128,9 @@ TARGET_COLUMNS: Columns = {
     "entry_offsets": np.int64,  # (n + 1,): where the entries of each sequence begin
     # One value per target token.
     "input_ids": TOKEN,
-    "label_mask": np.uint8,
-    # One value per row. A row is one source's distribution of one target token.
-    "row_position": PLACE,  # the index of that token in its sequence
-    "row_source": np.uint8,
+    "marks": MARK,  # whether it is a label, and which sources have a row there (marks.py)
+    # One value per row, in the order of the marks. A row is one source's distribution of one target token.
     "row_tail": np.float32,  # the probability outside the entries
-    "row_reliability": np.uint8,  # in 255ths
     "entry_counts": COUNT,  # how many entries the row has
     # One value per entry.
     "entry_ids": TOKEN,
@@ -170,8 +167,8 @@ def shard_arrays(
     special = {TOKEN: id_dtype(vocabulary), COUNT: np.uint8 if top_k < 256 else np.int32}
 
     def stored(array: np.ndarray, dtype: Any) -> np.ndarray:
-        if dtype == PLACE:
-            dtype = id_dtype(int(array.max(initial=0)) + 1)
+        if dtype == MARK:
+            dtype = mark_dtype(array)
         return array.astype(special[dtype] if isinstance(dtype, str) else dtype, copy=False)
 
     return {name: stored(np.asarray(arrays[name]), dtype) for name, dtype in columns.items()}

@@ -14,7 +14,7 @@ from profuser.store.layout import kind_of
 from profuser.store.sealed import FILES, read_record, write_sealed
 from profuser.typed import COUNT, DATE, DIGEST, NUMBER, SECONDS, SHARE, Rule
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 SETTINGS = {
     "sources": {

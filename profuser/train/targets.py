@@ -17,6 +17,7 @@ from profuser.ragged import offsets_of
 from profuser.recipe.data import Split
 from profuser.recipe.schedule import Mode
 from profuser.store import layout
+from profuser.store.marks import labels_of, rows_of
 from profuser.store.store import Store
 
 
@@ -134,16 +135,18 @@ class Targets(Dataset[list[TargetSequence]]):
         tokens = slice(*shard["offsets"][b : b + 2])
         rows = slice(*shard["row_offsets"][b : b + 2])
         entries = slice(*shard["entry_offsets"][b : b + 2])
+        marks = shard["marks"][tokens]
+        row_source, row_position = rows_of(marks, len(self.sources))
         return TargetSequence(
             example=int(shard["example"][b]),
             mode=Mode(int(shard["mode"][b])),
             input_ids=shard["input_ids"][tokens],
-            label_mask=shard["label_mask"][tokens].astype(bool),
+            label_mask=labels_of(marks),
             source_ce=shard["source_ce"][b],
             source_weight=shard["source_weight"][b] if self._weighed else None,
             response_bytes=int(shard["response_bytes"][b]),
-            row_position=shard["row_position"][rows].astype(np.int64),
-            row_source=shard["row_source"][rows],
+            row_position=row_position,
+            row_source=row_source,
             row_tail=shard["row_tail"][rows],
             entry_offsets=offsets_of(shard["entry_counts"][rows]),
             entry_ids=shard["entry_ids"][entries],
