@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import product_into
+from .common import MIN_CHUNK_ROWS_LEFT_OUT, chunk_rows, chunk_rows_gpu, product_into
 from .fused_loss_types import Options
 from .left_out import GATHERED, LeftOutColumns, StandIn
 
@@ -27,11 +27,29 @@ ALIGNED = 8
 """Matrices that are multiplied have a multiple of so many columns."""
 
 
+def lifted_at_most(rows: int, slots: int, vocabulary: int) -> int:
+    """How many columns can have a lifted entry in a chunk of `rows` rows with `slots` kept ids and label each."""
+    return min(rows * slots, vocabulary)
+
+
+def least_capacity(impl: str, rows: int, vocabulary: int, width: int, *, entries: int) -> int:
+    """The smallest `left_out_capacity` that the loss takes for so many rows with a label, where it chooses the chunks itself.
+
+    Args:
+        impl: "torch" or "triton". width: D. entries: how many ids the sources of a row have kept together, at most.
+    """
+    if impl == "triton":
+        chunk = chunk_rows_gpu(rows, vocabulary, width)
+    else:
+        chunk = chunk_rows(rows, vocabulary, 4, fewest=MIN_CHUNK_ROWS_LEFT_OUT)
+    return lifted_at_most(chunk, entries + 1, vocabulary)
+
+
 def check_capacity(options: Options, rows: int, slots: int, vocabulary: int) -> None:
     """Raises ValueError unless all lifted entries of a chunk of `rows` rows find a place among the kept columns."""
     capacity = options.left_out_capacity
     assert capacity is not None
-    if capacity < min(rows * slots, vocabulary):
+    if capacity < lifted_at_most(rows, slots, vocabulary):
         raise ValueError(
             f"left_out_capacity must be at least rows of a chunk x kept ids and label = {rows} x {slots}, because those are never left "
             f"out, got {capacity}; raise it, or lower chunk_size"

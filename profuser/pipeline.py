@@ -37,7 +37,7 @@ from profuser.train.optimizer import check_optimizer
 from profuser.train.parallel import launch, settled_precision, shards
 from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, check_data, read_measured, record_files
-from profuser.train.target import check_left_out, whole_target
+from profuser.train.target import whole_target
 from profuser.train.trackers import check_trackers
 
 
@@ -177,7 +177,6 @@ def check_training(recipe: Recipe, accelerator: Accelerator) -> None:
     sharded = shards(recipe.optim, accelerator)
     check_adapter(recipe, accelerator.device, sharded=sharded)
     check_optimizer(recipe.optim, accelerator.device, sharded=sharded)
-    check_left_out(recipe.optim, accelerator.device)
     if recipe.optim.compile:
         check_compile(accelerator.device, sharded=sharded)
     check_trackers(recipe.optim.trackers)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from profuser.errors import DataError
 from profuser.store.files import sync_directory, temporary_beside, write_atomic
 from profuser.store.sealed import FILES, FileDigest, damaged_files, digest_of, unsealed, write_sealed
+from profuser.train.capacity import STATE as CAPACITY
 from profuser.train.optimizer import MOMENTS, begin_moments, set_step
 from profuser.train.run_record import METRICS
 from profuser.train.shard_files import STEPS, load_shares, save_shares, sizes_in
@@ -36,7 +37,13 @@ from profuser.typed import COUNT, NUMBER, parsed
 RANDOM = "random.safetensors"
 WHOLE = ("model.safetensors", "optimizer.safetensors")
 """The files of the weights and moments in the form of one process."""
-STATE = {"step": COUNT, "targets": str, "files": FILES, "window?": [{str: NUMBER}]}
+STATE = {
+    "step": COUNT,
+    "targets": str,
+    "files": FILES,
+    "window?": [{str: NUMBER}],
+    "capacity?": dict.fromkeys(CAPACITY, COUNT),
+}
 """The shape of state.json."""
 
 
@@ -46,13 +53,14 @@ class Checkpoint:
 
     step: how many steps are done. targets: the digest of the targets that they were trained on.
     metrics: the content of metrics.jsonl up to this step. window: the metrics of the steps since its last line, which the next line
-    will be a mean of.
+    will be a mean of. capacity: the state of Capacity, None where the run has none.
     """
 
     step: int
     targets: str
     metrics: bytes
     window: tuple[dict[str, float], ...] = ()
+    capacity: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +169,8 @@ def _finish(directory: Path, checkpoint: Checkpoint, random: dict[str, Tensor], 
     state: dict[str, Any] = {"step": checkpoint.step, "targets": checkpoint.targets, "files": digests}
     if checkpoint.window:
         state["window"] = list(checkpoint.window)
+    if checkpoint.capacity is not None:
+        state["capacity"] = checkpoint.capacity
     write_sealed(directory / "state.json", state)
 
 
@@ -235,7 +245,8 @@ def _load_first(
     path, state = found
     divide_again(model)
     _restore(path, model, optimizer)
-    return Checkpoint(state["step"], state["targets"], (path / METRICS).read_bytes(), tuple(state.get("window", ())))
+    metrics, window = (path / METRICS).read_bytes(), tuple(state.get("window", ()))
+    return Checkpoint(state["step"], state["targets"], metrics, window, state.get("capacity"))
 
 
 def _first_intact(paths: Sequence[Path], then: str) -> tuple[Path, dict[str, Any]] | None:

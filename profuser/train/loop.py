@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
-from profuser.models.head import evaluating
+from profuser.models.head import evaluating, head_layer
 from profuser.models.load import chat_format, stored_dtype
 from profuser.progress import Progress
 from profuser.recipe.schedule import Mode, Stage, learning_rate, plan, stage_at
@@ -32,6 +32,7 @@ from profuser.store import layout
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
 from profuser.text.chat import ChatFormat
+from profuser.train.capacity import Capacity, LeftOut, is_chosen_on, left_out_metrics
 from profuser.train.checkpoint import Checkpoint, load_best, load_newest
 from profuser.train.determinism import deterministic
 from profuser.train.flops import cost_of, peak_flops, utilisation
@@ -111,6 +112,9 @@ class Trainer:
             accelerator.process_index,
             self.layout,
         )
+        self.capacity: Capacity | None = None
+        if self.optim.left_out and is_chosen_on(accelerator.device):
+            self.capacity = Capacity(*head_layer(self.fusion.model).weight.shape)
         optimizer = make_optimizer(self.fusion, self.optim)
         self.model, self.optimizer = (
             (self.fusion, optimizer) if self.sharded else accelerator.prepare(self.fusion, optimizer)
@@ -242,19 +246,29 @@ class Trainer:
         # adds them up in every pass, because no rank has room for all of them. What each sequence adds to the losses stays on the
         # device until the end, because to read it is to wait for the pass.
         losses = SequenceLosses()
+        left_out = LeftOut(self.accelerator.device)
         for number, micro in enumerate(batch.micro_batches, start=1):
             last = number == len(batch.micro_batches)
             exchanged = last or self.sharded
+            if self.capacity is not None:
+                share, device = self.optim.left_out, self.accelerator.device
+                self.fusion.loss_options |= self.capacity.options(share, micro, device)
             with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(self.model):
                 out = self.model(**micro.tensors(self.accelerator.device), reduction="sum", return_stats=True)
                 self.accelerator.backward(out["loss"])
             losses.add(micro, out["ce"], out["kd"])
+            left_out.add(micro, out)
 
         # The losses over all ranks and the norm of the gradient, which must be finite. To read them is the only time that a
         # step waits for the device.
         norm = whole(clip_grad_norm_(self.fusion.parameters(), self.optim.grad_clip))
         sums = self.accelerator.reduce(losses.by_mode(), reduction="sum")
-        *sums, norm = torch.cat([sums.flatten(), norm.double()[None]]).tolist()
+        # Of what was left out, the largest over all ranks: they must go on with one capacity.
+        largest = (
+            self.accelerator.gather(left_out.largest()[None]).amax(0) if self.optim.left_out else sums.new_empty(0)
+        )
+        *sums, norm = torch.cat([largest, sums.flatten(), norm.double()[None]]).tolist()
+        largest, sums = sums[: len(largest)], sums[len(largest) :]
         if not all(map(math.isfinite, sums)):
             raise losses.not_finite(step)
         if not math.isfinite(norm):
@@ -264,7 +278,9 @@ class Trainer:
 
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**step_losses(sums, batch, stage), "lr": lr, "grad_norm": norm}
+        if self.capacity is not None:
+            self.capacity.update(int(largest[-1]))
+        return {**step_losses(sums, batch, stage), "lr": lr, "grad_norm": norm, **left_out_metrics(largest)}
 
     def _utilisation(self, batch: StepBatch, seconds: float) -> dict[str, float]:
         """Returns the model FLOP utilisation of a step, as far as it can be known."""
@@ -341,7 +357,8 @@ class Trainer:
         """Saves a checkpoint. The main process does it, unless the model is sharded: then each writes its own shares."""
         if self.accelerator.is_main_process or self.sharded:
             metrics = self.metrics.read_bytes() if self.accelerator.is_main_process else b""
-            checkpoint = Checkpoint(step, self.targets_digest, metrics, tuple(self.window))
+            capacity = None if self.capacity is None else self.capacity.state
+            checkpoint = Checkpoint(step, self.targets_digest, metrics, tuple(self.window), capacity)
             self.saver.save(checkpoint, self.fusion, self.optimizer, self.optim.keep_checkpoints, self._best())
         self.accelerator.wait_for_everyone()
 
@@ -373,6 +390,8 @@ class Trainer:
         found = load_newest(self.directory / "checkpoints", self.fusion, self.optimizer)
         step, metrics = (0, b"") if found is None else (found.step, found.metrics)
         self.window = [] if found is None else list(found.window)
+        if self.capacity is not None:
+            self.capacity.restore(None if found is None else found.capacity)
         if found is not None and found.targets != self.targets_digest:
             raise ConfigError(
                 f"{self.directory} was trained on other targets than the store holds now; start over with --fresh, or restore "

@@ -65,7 +65,18 @@ class MicroBatch:
             name: torch.as_tensor(array).to(device, non_blocking=True) if array.ndim else int(array)
             for name, array in self.arrays.items()
         }
-        return found | {"valid_rows": int((self.arrays["labels"][:, 1:] != IGNORE_INDEX).sum())}
+        return found | {"valid_rows": self.label_rows}
+
+    @property
+    def label_rows(self) -> int:
+        """The number of tokens that are predicted and learnt."""
+        return int((self.arrays["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+    @property
+    def entries(self) -> int:
+        """How many ids the sources of a token have kept, at most, all that it learns from together."""
+        kept = self.arrays.get("source_ids")
+        return 0 if kept is None else kept.shape[0] * kept.shape[-1]
 
     def sequence_of_token(self) -> np.ndarray:
         """Returns (B * (T - 1),) int64, to which of `origins` each token belongs that is predicted, and -1 for padding."""

@@ -11,7 +11,6 @@ from profuser.fusion_model import FusionModel
 from profuser.models.attention import uses_flash_attention
 from profuser.models.head import head_layer
 from profuser.models.load import check_vocabulary, load_model, load_without_weights
-from profuser.recipe.optim import OptimConfig
 from profuser.recipe.schema import Recipe
 from profuser.text.chat import ChatFormat
 from profuser.train.adapter import with_adapter
@@ -20,15 +19,6 @@ from profuser.train.compiled import compile_target
 from profuser.train.packing import Layout
 from profuser.train.quantized import load_quantized
 from profuser.train.sharding import agreed, is_main, is_sharded, load_into_shards, whole, whole_model
-
-
-def check_left_out(optim: OptimConfig, device: torch.device) -> None:
-    """Raises ConfigError where the recipe leaves columns out of the gradient on a GPU, where the loss must be told how many it keeps."""
-    if optim.left_out and device.type == "cuda":
-        raise ConfigError(
-            f"optim.left_out must be 0 on a GPU, where the trainer does not choose the loss's left_out_capacity, got {optim.left_out:g}; "
-            "take it out"
-        )
 
 
 def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, sharded: bool) -> FusionModel:
