@@ -115,7 +115,16 @@ def test_a_file_of_another_run_is_noticed(tmp_path, name):
 
 @pytest.mark.parametrize(
     "change",
-    [{"step": "2"}, {"step": 2.0}, {"step": True}, {"step": -2}, {"targets": None}, {"files": []}, {"files": {}}],
+    [
+        {"step": "2"},
+        {"step": 2.0},
+        {"step": True},
+        {"step": -2},
+        {"targets": None},
+        {"files": []},
+        {"files": {}},
+        {"capacity": {"columns": 128}},
+    ],
 )
 def test_wrong_types_are_passed_over_even_under_a_right_seal(tmp_path, capsys, change):
     model, optimizer = trained()

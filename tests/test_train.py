@@ -9,13 +9,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from conftest import ROOT, small_run
 from small_tokenizers import pretrained_tokenizer
 
@@ -24,7 +23,7 @@ from profuser.evaluate.__main__ import main as evaluate_command
 from profuser.evaluate.scores import evaluate
 from profuser.fusion_model import FusionModel
 from profuser.kernels import left_out
-from profuser.pipeline import check_training, train
+from profuser.pipeline import train
 from profuser.prepare.data import data_hash
 from profuser.prepare.inputs import load_split
 from profuser.prepare.phases import prepare
@@ -269,15 +268,9 @@ def test_a_step_with_columns_left_out_has_the_exact_losses_and_nearly_the_exact_
     assert thinned
     assert of_near["loss"] == of_exact["loss"]
     assert 0 < (near - exact).norm() < 5e-3 * exact.norm()
-
-
-def test_columns_are_left_out_on_a_cpu_only(prepared):
-    """It is found before anything is prepared."""
-    recipe = prepared[1].recipe
-    gpu: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=1, distributed_type=DistributedType.NO)
-    with pytest.raises(ConfigError, match=r"optim\.left_out must be 0 on a GPU"):
-        check_training(replace(recipe, optim=replace(recipe.optim, left_out=0.01)), gpu)
-    check_training(recipe, gpu)
+    assert 0 < of_near["left_out_share"] <= 0.003
+    assert of_near["kept_share"] < 1
+    assert "kept_share" not in of_exact
 
 
 def test_each_mode_is_normalised_by_its_own_tokens(prepared, tmp_path):
