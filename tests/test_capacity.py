@@ -26,10 +26,12 @@ from profuser.loss import fused_linear_fusion_loss
 from profuser.models.head import head_layer
 from profuser.pipeline import check_training
 from profuser.recipe.adapter import AdapterConfig
+from profuser.recipe.schedule import Stage
 from profuser.report.metrics import read_metrics, stage_table
 from profuser.store.sealed import sealed
 from profuser.train import capacity, loop
 from profuser.train.capacity import EXACT_STEPS, PATIENCE, Capacity, LeftOut, is_chosen_on
+from profuser.train.steps import StepBatch
 
 SHARE = 0.1
 """The demo's gradients are flat: of less than this, most of its small vocabulary would be needed."""
@@ -147,9 +149,8 @@ def test_the_least_capacity_is_the_least_that_the_loss_takes(monkeypatch, impl, 
     def taken(*_):
         raise ItIsTakenError
 
-    for module in (fused_loss_torch, left_out_capped):
-        monkeypatch.setattr(module, "CappedProducts", taken)
-    monkeypatch.setattr("profuser.kernels.fused_loss_triton.CappedProducts", taken)
+    for path in ("torch", "triton"):
+        monkeypatch.setattr(f"profuser.kernels.fused_loss_{path}.CappedProducts", taken)
     case = make_case(V=vocabulary, N=rows, K=max(entries, 1), D=8)
     if not entries:
         case = {name: case[name] for name in ("hidden", "weight", "labels")}
@@ -184,10 +185,10 @@ def test_the_steps_adapt_and_a_resumed_run_equals_the_uninterrupted_one(chosen, 
     part = trainer(run, store, tmp_path / "part", left_out=SHARE)
     own_step = part._step
 
-    def interrupt(step, *rest):
+    def interrupt(step: int, stage: Stage, batch: StepBatch) -> dict[str, float]:
         if step == 2:
             raise KeyboardInterrupt
-        result = own_step(step, *rest)
+        result = own_step(step, stage, batch)
         if step == 1:
             part._checkpoint(2)
         return result
@@ -196,6 +197,7 @@ def test_the_steps_adapt_and_a_resumed_run_equals_the_uninterrupted_one(chosen, 
     with pytest.raises(KeyboardInterrupt):
         part.train()
     state = json.loads((tmp_path / "part/checkpoints/step-000002/state.json").read_text())
+    assert part.capacity is not None
     assert state["capacity"] == part.capacity.state
     assert state["capacity"]["columns"] < 1152
     resumed = trainer(run, store, tmp_path / "part", left_out=SHARE)
@@ -221,8 +223,9 @@ def test_a_step_has_the_exact_losses_and_nearly_the_exact_gradient_in_any_passes
             t.fusion.register_forward_hook(
                 lambda module, args, out, passes=passes: passes.append(float(out["columns_needed"]))
             )
-        before = weights(t)
-        metrics = t._step(3, t.stages[1], t.steps.batch(3))
+        before, batch = weights(t), t.steps.batch(3)
+        assert {micro.entries for micro in batch.micro_batches} == {30 if "combine" in optim else 10}
+        metrics = t._step(3, t.stages[1], batch)
         after.append((torch.cat([(value - before[name]).flatten() for name, value in weights(t).items()]), metrics))
     (exact, of_exact), (near, of_near) = after
     assert of_near["loss"] == pytest.approx(of_exact["loss"], rel=1e-6)

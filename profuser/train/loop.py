@@ -251,8 +251,8 @@ class Trainer:
             last = number == len(batch.micro_batches)
             exchanged = last or self.sharded
             if self.capacity is not None:
-                share, device = self.optim.left_out, self.accelerator.device
-                self.fusion.loss_options |= self.capacity.options(share, micro, device)
+                device = self.accelerator.device
+                self.fusion.loss_options |= self.capacity.options(self.optim.left_out, micro, device)
             with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(self.model):
                 out = self.model(**micro.tensors(self.accelerator.device), reduction="sum", return_stats=True)
                 self.accelerator.backward(out["loss"])
