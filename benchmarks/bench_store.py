@@ -174,6 +174,7 @@ def nested(
     )  # fmt: skip
     Dataset(table).save_to_disk(directory)
     split = load_from_disk(directory)
+    assert isinstance(split, Dataset)
 
     def read(n: int) -> Rows:
         row = split.data.slice(n, 1).to_batches()[0]
@@ -198,7 +199,7 @@ def packed(directory: Path, ids: np.ndarray, truth: list[Rows], config: dict) ->
     )
     pq.write_table(table, directory / "data.parquet")
     split = load_dataset(
-        "parquet", data_files=str(directory / "data.parquet"), split="train", cache_dir=directory.parent
+        "parquet", data_files=str(directory / "data.parquet"), split="train", cache_dir=str(directory.parent)
     )
 
     def read(n: int) -> Rows:

@@ -32,7 +32,8 @@ def labels_of(marks: np.ndarray) -> np.ndarray:
 def rows_of(marks: np.ndarray, sources: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the source and the token of every row of a sequence, each (R,) int64, from its marks (T,) and the number of sources."""
     bit = np.arange(1, 1 + sources, dtype=marks.dtype)[:, None]
-    return (marks >> bit & 1).nonzero()
+    source, position = (marks >> bit & 1).nonzero()
+    return source, position
 
 
 def mark_dtype(marks: np.ndarray) -> type[np.unsignedinteger]:
