@@ -27,7 +27,6 @@ from profuser.store.fresh import check_fresh, start_over
 from profuser.store.sealed import is_intact
 from profuser.store.store import Store, check_place
 from profuser.train.adapter import check_adapter
-from profuser.train.allocator import freed_blocks_returned
 from profuser.train.checkpoint import newest_step
 from profuser.train.compiled import check_compile
 from profuser.train.export import save_fused
@@ -77,8 +76,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
             store = Store.open(run.store_dir)
 
     # Train the target.
-    saves_memory = recipe.adapter is not None and accelerator.device.type == "cpu"
-    with directory.timed("train", is_main), freed_blocks_returned(saves_memory):
+    with directory.timed("train", is_main):
         rewards = Rewards.open(recipe, store, accelerator.device)
         trainer = Trainer(recipe, store, directory.path, accelerator, rewards)
         held.callback(trainer.trackers.close)  # last of all, because a tracker may wait for its network

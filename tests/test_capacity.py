@@ -31,6 +31,7 @@ from profuser.report.metrics import read_metrics, stage_table
 from profuser.store.sealed import sealed
 from profuser.train import capacity, loop
 from profuser.train.capacity import EXACT_STEPS, PATIENCE, Capacity, LeftOut, is_chosen_on
+from profuser.train.metrics_log import summary
 from profuser.train.steps import StepBatch
 
 SHARE = 0.1
@@ -310,8 +311,16 @@ def test_the_report_shows_what_was_left_out():
     lines = [{"step": n, "stage": 0, "left_out_share": 0.001 * n, "kept_share": 1 - n / 10} for n in (1, 2)]
     metrics = read_metrics("\n".join(json.dumps(sealed(line)) for line in lines).encode())
     rows = {row.label: row.values for row in stage_table(metrics, {"schedule": "sft"})}
-    assert rows["left out, at most"] == [(0.001, 0.002)]
-    assert rows["columns kept, at most"] == [(0.9, 0.8)]
+    assert rows["left out, the largest"] == [(0.001, 0.002)]
+    assert rows["columns kept, the most"] == [(0.9, 0.8)]
+
+
+def test_a_line_has_the_largest_share_of_its_steps():
+    """A mean would hide a step that left out more than was asked for."""
+    window = [
+        {"loss": loss, "left_out_share": share, "kept_share": 0.5} for loss, share in ((1.0, 0.002), (2.0, 0.009))
+    ]
+    assert summary(window) == {"loss": 1.5, "left_out_share": 0.009, "kept_share": 0.5}
 
 
 def test_a_pass_without_a_label_says_nothing():

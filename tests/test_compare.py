@@ -7,9 +7,12 @@ import pytest
 from conftest import ROOT
 
 from profuser.errors import ConfigError
-from profuser.experiments.compare import ARMS, chosen_arms, main, shifted, table
+from profuser.experiments import compare
+from profuser.experiments.compare import ARMS, chosen_arms, main, shift_rows, shifted, table
+from profuser.prepare.target_writer import TargetWriter
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import DEFAULT_RECIPE
+from profuser.store import layout
 from profuser.store.marks import labels_of, marks_of, rows_of
 from profuser.train.run_directory import demo_data
 
@@ -40,6 +43,28 @@ def test_shifted_rows_stand_one_label_later_and_lose_nothing_else():
     assert out["entry_counts"].tolist() == [2, 1, 1]
     assert out["entry_ids"].tolist() == [0, 1, 2, 6]
     assert out["input_ids"] is shard["input_ids"]
+
+
+def test_a_shard_without_sequences_is_shifted_as_well():
+    out = shifted(TargetWriter(2, 100, 5, "byte", "all").arrays())
+    assert [len(out[name]) for name in ("marks", "row_tail", "entry_ids")] == [0, 0, 0]
+    assert out["marks"].dtype == np.uint8
+
+
+def test_a_control_that_was_interrupted_is_not_taken_for_a_finished_one(prepared, tmp_path, monkeypatch):
+    """It would be a store in which nothing, or not all, is shifted."""
+    directory = tmp_path / "store-shifted"
+    monkeypatch.setattr(compare, "shifted", lambda shard: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shift_rows(prepared[2], directory)
+    assert not directory.exists()
+    monkeypatch.undo()
+    for _ in range(2):  # what is there already is made again
+        control = shift_rows(prepared[2], directory)
+        assert not control.damaged()
+        assert control.digest(layout.targets("train")) != prepared[2].digest(layout.targets("train"))
+        assert control.digest(layout.targets("validation")) == prepared[2].digest(layout.targets("validation"))
+    assert [path.name for path in tmp_path.iterdir()] == ["store-shifted"]
 
 
 def demo_recipe(**data):

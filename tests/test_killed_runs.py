@@ -1,6 +1,6 @@
 """SIGKILL at random moments: the run that goes on ends with the bits of one that was never interrupted.
 
-`PROFUSER_KILLS=40 python -m pytest tests/test_killed_runs.py -m long` kills each run so many times.
+`PROFUSER_KILLS=20 python -m pytest tests/test_killed_runs.py -m long` kills each run so many times, which is 40 otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from profuser.train.checkpoint import newest_step
 
 pytestmark = pytest.mark.long
 
-KILLS = int(os.environ.get("PROFUSER_KILLS", "20"))
+KILLS = int(os.environ.get("PROFUSER_KILLS", "40"))
 STEPS = 3 * KILLS + 10
 ALONE = [sys.executable, "-m", "profuser.train"]
 SHARDED = [

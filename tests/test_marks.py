@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from profuser.prepare.target_writer import TargetWriter
 from profuser.store.marks import labels_of, mark_dtype, marks_of, rows_of
 
 
@@ -32,3 +33,13 @@ def test_a_sequence_without_rows_or_tokens_has_marks():
     assert marks_of(np.array([True, False]), nothing, nothing).tolist() == [1, 0]
     assert marks_of(np.zeros(0, bool), nothing, nothing).size == 0
     assert mark_dtype(np.zeros(0, np.uint64)) is np.uint8
+
+
+def test_a_shard_without_sequences_has_marks_of_bytes():
+    assert TargetWriter(2, 100, 5, "byte", "all").arrays()["marks"].dtype == np.uint8
+
+
+@pytest.mark.parametrize(("source", "position"), [([0, 0], [2, 1]), ([1, 0], [1, 2]), ([0, 0], [1, 1])])
+def test_rows_out_of_order_are_not_attributed_to_other_tokens(source, position):
+    with pytest.raises(AssertionError, match="out of order"):
+        marks_of(np.ones(3, bool), np.array(source), np.array(position))

@@ -102,23 +102,25 @@ def chosen_arms(names: Sequence[str] | None, recipe: Recipe) -> list[Arm]:
 def shift_rows(store: Store, directory: Path) -> Store:
     """A copy of a store in which every training row stands one label later.
 
-    The distributions are right, but at the wrong tokens.
+    The distributions are right, but at the wrong tokens. The directory gets its name when all rows are moved.
     """
-    if directory.exists():
-        shutil.rmtree(directory)
-    shutil.copytree(store.directory, directory)
-    copy, kind = Store.open(directory), layout.targets("train")
+    unfinished = directory.with_name(f"{directory.name}.tmp")
+    for old in (unfinished, directory):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(store.directory, unfinished)
+    copy, kind = Store.open(unfinished), layout.targets("train")
     for number in copy.numbers(kind):
         arrays = copy.get(kind, number)
         examples, origin = len(np.unique(arrays["example"])), copy.origin(kind, number)
         copy.put(kind, number, shifted(arrays), examples=examples, origin=origin)
     copy.finish(copy.seconds)
-    return copy
+    unfinished.rename(directory)
+    return Store.open(directory)
 
 
 def shifted(shard: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Gives every row the token of the next row of the same sequence and source. The last row of each is dropped."""
-    marks, has_next = [], [np.zeros(0, bool)]
+    marks, has_next = [np.zeros(0, np.uint64)], [np.zeros(0, bool)]
     for begin, stop in pairwise(shard["offsets"]):
         old = shard["marks"][begin:stop]
         source, position = rows_of(old, shard["source_ce"].shape[1])
@@ -268,7 +270,7 @@ def main(argv: list[str]) -> None:
         print(f"store for {data} ground truth: {stores[data][1]}", flush=True)
         arm = Arm(data, data, data=data, schedule="sft")
         store = prepare(run_of(base, arm, 0, args.output, stores))
-        if data == "fusion" and any(a.data == "shifted" for a in arms) and not Path(stores["shifted"][1]).exists():
+        if data == "fusion" and any(a.data == "shifted" for a in arms):
             shift_rows(store, Path(stores["shifted"][1]))
     runs = {(a.name, s): run_of(base, a, s, args.output, stores) for s in args.seeds for a in arms}
     with (

@@ -25,6 +25,17 @@ NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 PROCESS = 375 << 20
 """What Python, torch, transformers and a recipe's opened inputs take of a process's memory before any model is loaded."""
 
+ADAPTER = 55 << 20
+"""What peft and bitsandbytes, which it loads where it is installed, add to PROCESS."""
+
+PIECES = 0.75
+"""The share of its activations that a CPU's process keeps beside them in pieces, where it trains an adapter on padded passes.
+
+In each layer an adapter frees tensors between others that stay. Where the next pass has another length, the C library seldom finds use
+for the gaps; packed passes have about one length, and where all weights are trained, their gradients fill the gaps. It was measured with
+SmolLM2-135M and with the demo's target (docs/plan.md).
+"""
+
 EIGHT_BITS = 1 + 4 / 256
 """The bytes of a moment in 8 bits: its own, and four for each block of 256."""
 

@@ -19,6 +19,8 @@ from profuser.models.load import default_device
 from profuser.plan.architecture import Architecture, open_architecture
 from profuser.plan.lengths import RANGES, RESPONSE_SHARE, TOKENS, Lengths, assumed, measured
 from profuser.plan.memory import (
+    ADAPTER,
+    PIECES,
     PROCESS,
     RETURNED,
     Pass,
@@ -125,7 +127,11 @@ class Plan:
         stays = self.one.tokens * self.target.inner * 4 < RETURNED or self.recipe.optim.async_checkpoints
         held = memory.peak if stays else memory.lasting + memory.gradients
         kept = max((model.kept for model in self.preparing), default=0)
-        return PROCESS + max([max(memory.peak, held + self.checkpoint) + kept, *alone])
+        of_adapter = 0
+        if self.recipe.adapter is not None:
+            padded = self.recipe.optim.tokens_per_micro_batch is None
+            of_adapter = ADAPTER + round(padded * PIECES * self.one.activations)
+        return PROCESS + max([max(memory.peak, held + self.checkpoint) + kept + of_adapter, *alone])
 
 
 def is_sharded(recipe: Recipe) -> bool:

@@ -129,7 +129,7 @@ def _all_rows(metrics: Metrics, recipe: Mapping[str, Any], judges: Sequence[str]
             rows.append(StageRow(quantity, mode.key, [_tenths(lines, f"{key}_{mode.key}") for lines in stages]))
         changes = [_passes(metrics.validation, key, start, stop) for start, stop in zip(starts, stops)]
         rows.append(StageRow(quantity, "validation", changes))
-    for label, key in (("left out, at most", "left_out_share"), ("columns kept, at most", "kept_share")):
+    for label, key in (("left out, the largest", "left_out_share"), ("columns kept, the most", "kept_share")):
         rows.append(StageRow("Shares of the gradient", label, [_tenths(lines, key) for lines in stages]))
     for judge in judges:
         changes = [_passes(metrics.validation, REWARD + judge, start, stop) for start, stop in zip(starts, stops)]

@@ -16,9 +16,10 @@ def marks_of(labels: np.ndarray, source: np.ndarray, position: np.ndarray) -> np
 
     Args:
         labels: (T,) bool, which of its T tokens are labels.
-        source, position: (R,) int, the source and the token of each of its R rows, in ascending order of both.
+        source, position: (R,) int, the source and the token of each of its R rows, which must be in ascending order of both.
     """
-    assert len(source) == 0 or 0 <= source.min() <= source.max() < MOST_SOURCES
+    assert (np.diff(source * len(labels) + position) > 0).all(), "rows out of order would be those of other tokens"
+    assert len(source) == 0 or 0 <= source[0] <= source[-1] < MOST_SOURCES
     marks = labels.astype(np.uint64)
     np.bitwise_or.at(marks, position, np.uint64(1) << (source.astype(np.uint64) + np.uint64(1)))
     return marks
@@ -38,4 +39,4 @@ def rows_of(marks: np.ndarray, sources: int) -> tuple[np.ndarray, np.ndarray]:
 
 def mark_dtype(marks: np.ndarray) -> type[np.unsignedinteger]:
     """Returns the smallest dtype that these marks can be stored in."""
-    return np.min_scalar_type(marks.max(initial=0)).type
+    return np.min_scalar_type(int(marks.max(initial=0))).type

@@ -39,7 +39,7 @@ from profuser.train.flops import cost_of, peak_flops, utilisation
 from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
 from profuser.train.losses import SequenceLosses, step_losses
-from profuser.train.metrics_log import append_line, is_due, means, ranking, validations
+from profuser.train.metrics_log import append_line, is_due, ranking, summary, validations
 from profuser.train.optimizer import make_optimizer
 from profuser.train.parallel import agreed_stop, shards
 from profuser.train.saver import Saver
@@ -208,7 +208,7 @@ class Trainer:
                 bar.update(1, tokens=batch.tokens, note=note)
                 self._say_what_stands_out(step, index, metrics.get("loss"), seconds)
                 if is_due(done, stage, self.optim.log_every):
-                    self._log({"step": done, "stage": index, **means(self.window)})
+                    self._log({"step": done, "stage": index, **summary(self.window)})
                     self.window = []
                 best = False
                 if (self.optim.eval_every and done % self.optim.eval_every == 0) or done == stage.stop:
@@ -257,7 +257,8 @@ class Trainer:
                 out = self.model(**micro.tensors(self.accelerator.device), reduction="sum", return_stats=True)
                 self.accelerator.backward(out["loss"])
             losses.add(micro, out["ce"], out["kd"])
-            left_out.add(micro, out)
+            if self.optim.left_out:
+                left_out.add(micro, out)
 
         # The losses over all ranks and the norm of the gradient, which must be finite. To read them is the only time that a
         # step waits for the device.

@@ -56,7 +56,12 @@ def ranking(validated: Mapping[int, float]) -> list[int]:
     return sorted(validated, key=lambda step: (validated[step], step))
 
 
-def means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Returns the mean of each metric over those steps of the window that have it."""
+LARGEST = ("left_out_share", "kept_share")
+"""The metrics of which a line has the largest, because a mean would hide a step that left out too much."""
+
+
+def summary(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns the mean of each metric over those steps of the window that have it, or the largest of those in LARGEST."""
     keys = dict.fromkeys(key for metrics in window for key in metrics)
-    return {key: float(np.mean([metrics[key] for metrics in window if key in metrics])) for key in keys}
+    found = {key: [metrics[key] for metrics in window if key in metrics] for key in keys}
+    return {key: float(max(values) if key in LARGEST else np.mean(values)) for key, values in found.items()}

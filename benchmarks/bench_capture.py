@@ -1,0 +1,140 @@
+"""Tokens per second of a capture, beside the forward pass that it cannot do without and beside full logits.
+
+    PROFUSER_SMOLLM2=DIR pytest benchmarks/bench_capture.py --benchmark-only -s
+
+A source reads conversations in batches of similar length, as `profuser.prepare` gives them to it:
+
+- *bare forward* gives the hidden states of every token, and no logits.
+- *capture* is ours: the hidden states; the head, the 10 most probable tokens and the log-sum-exp of each token of the response; and the
+  prefix ranges that the alignment to the bundled guardian's tokens needs. *without ranges* is the same for a target with the same tokens.
+- *full logits* is `model(**batch)`, log_softmax and topk over every token, which has no ranges.
+
+`demo` are the demo's prompts with short ground truths, of which a third of the tokens is learnt; `texts` are answers of some 300 tokens in
+English, German and code, of which almost all are, so that the head counts for most there is. Each round times all of them in turn. Memory
+is what one batch adds to a process of its own, with the source's own vocabulary and with four times as many tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.cases import DEVICE
+from benchmarks.measure import process_peaks_mib, surroundings, synchronize
+from profuser.alignment.ranges import ranges_needed
+from profuser.alignment.vocab_map import ByteOrder
+from profuser.experiments.windows import TEXTS
+from profuser.kernels.source_topk import source_topk
+from profuser.models.head import head_of, hidden_states
+from profuser.models.load import chat_format, load_model
+from profuser.models.padding import padded
+from profuser.prepare.capture import CaptureRequest, capture_responses
+from profuser.recipe.places import resolve
+from profuser.recipe.schema import SourceConfig
+from profuser.text.chat import ChatFormat
+
+SOURCES = {"scholar": "demo:scholar", "smollm2": os.environ.get("PROFUSER_SMOLLM2", "")}
+COUNTS = {"demo": 64, "texts": 3}
+TOP_K, BATCH_SIZE, ROUNDS = 10, {"demo": 16, "texts": 3}, 3
+
+
+def conversations(kind: str) -> list[tuple[str, str]]:
+    """Some prompts with their responses."""
+    if kind == "demo":
+        lines = Path(resolve("demo:fusion.jsonl")).read_text(encoding="utf-8").splitlines()[: COUNTS[kind]]
+        return [(row["prompt"], row["response"]) for row in map(json.loads, lines)]
+    found = []
+    for language in ("en", "de", "code"):
+        text = (TEXTS / f"{language}.txt").read_text(encoding="utf-8")
+        found.append(("Go on.", text[:1200]))
+    return found
+
+
+def requests_of(chat: ChatFormat, target: ChatFormat, order: ByteOrder, kind: str) -> list[CaptureRequest]:
+    """What `profuser.prepare` asks of a source for these conversations and this target, from the shortest on."""
+    found = []
+    for prompt, response in conversations(kind):
+        own, theirs = (c.encode(prompt, response, complete=True) for c in (chat, target))
+        ranges = ranges_needed(target.token_bytes, theirs, chat.token_bytes, own, order)
+        found.append(CaptureRequest(own, len(response.encode()), ranges))
+    return sorted(found, key=lambda request: len(request.encoded.input_ids))
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("name", SOURCES)
+def test_capture(benchmark, name, kind):
+    if not SOURCES[name]:
+        pytest.skip("no SmolLM2: set PROFUSER_SMOLLM2 to its directory")
+    source = SourceConfig(name=name, model=SOURCES[name])
+    chat, target = chat_format(source), chat_format(SourceConfig(name="guardian", model="demo:guardian"))
+    model = load_model(source, torch.float32, DEVICE).eval()
+    head, order = head_of(model), ByteOrder(chat.token_bytes, head_of(model).weight.shape[0])
+    with_ranges, without = (requests_of(chat, each, order, kind) for each in (target, chat))
+    batches = [
+        padded([request.encoded.input_ids for request in with_ranges[first : first + BATCH_SIZE[kind]]], 0)
+        for first in range(0, len(with_ranges), BATCH_SIZE[kind])
+    ]
+
+    def capture(requests: list[CaptureRequest]) -> None:
+        for _ in capture_responses(model, head, requests, order, top_k=TOP_K, batch_size=BATCH_SIZE[kind]):
+            pass
+
+    @torch.no_grad()
+    def forward() -> None:
+        for ids, mask in batches:
+            hidden_states(model, ids.to(DEVICE), mask.to(DEVICE))
+
+    @torch.no_grad()
+    def full_logits() -> None:
+        for ids, mask in batches:
+            logits = model(input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), use_cache=False).logits
+            logits.log_softmax(-1).topk(TOP_K)
+
+    ways: dict[str, Callable[[], None]] = {
+        "bare forward": forward,
+        "capture": lambda: capture(with_ranges),
+        "capture without ranges": lambda: capture(without),
+        "full logits": full_logits,
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+
+    def measure() -> None:
+        for way, run in ways.items():
+            begin = time.perf_counter()
+            run()
+            synchronize()
+            seconds[way].append(time.perf_counter() - begin)
+
+    benchmark.pedantic(measure, rounds=ROUNDS, warmup_rounds=1)
+    tokens = sum(len(request.encoded.input_ids) for request in with_ranges)
+    learnt = sum(len(request.encoded.label_positions) for request in with_ranges)
+    rates = {way: tokens / statistics.median(times[-ROUNDS:]) for way, times in seconds.items()}
+    width, vocabulary = head.weight.shape[1], head.weight.shape[0]
+    peaks = process_peaks_mib(head_step, [(learnt, width, vocabulary), (learnt, width, 4 * vocabulary)])
+    benchmark.extra_info.update(
+        surroundings(), source=name, conversations=kind, tokens=tokens, learnt=learnt, vocabulary=vocabulary,
+        ranges=sum(len(request.ranges.rows) for request in with_ranges), tokens_per_second=rates, peaks_mib=peaks,
+        threads=torch.get_num_threads(), load_1_min=round(os.getloadavg()[0], 2),
+    )  # fmt: skip
+    print(f"\n{name}, {kind}: {tokens} tokens, {learnt} of them learnt, {vocabulary:,} in the vocabulary")
+    for way, rate in rates.items():
+        print(f"  {way:23}{rate:8.0f} tokens/s, {rate / rates['bare forward']:.2f} of the bare forward")
+    print(f"  the head of {learnt} rows adds {peaks[0]} MiB, {peaks[1]} MiB with a vocabulary four times as large")
+
+
+def head_step(rows: int, width: int, vocabulary: int) -> Callable[[], object]:
+    """The head's part of a capture without ranges, over made-up states."""
+    rng = np.random.default_rng(0)
+    hidden, weight = (
+        torch.from_numpy(rng.standard_normal(shape, np.float32)) for shape in ((rows, width), (vocabulary, width))
+    )
+    labels = torch.zeros(rows, dtype=torch.long)
+    return torch.no_grad()(lambda: source_topk(hidden, weight, labels, TOP_K))
