@@ -145,10 +145,10 @@ def train_and_report(run: Run) -> None:
 
         # Train. A run that is complete is not trained again; it is scored again if its evaluation has changed.
         if broadcast_object_list([complete])[0]:
-            accelerator.print(f"{directory.path} is complete already; --fresh starts over")
             if accelerator.is_main_process:
                 inputs = check_unchanged(run)  # raises an error if the models or data are no longer those of the store
                 check_data(directory.path, directory.read(), inputs.data_hashes)
+                print(f"{directory.path} is complete already; --fresh starts over", flush=True)
                 score_again(run)
         else:
             fuse(run, accelerator, held)

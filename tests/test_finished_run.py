@@ -238,7 +238,7 @@ def test_a_store_of_an_older_schema_is_named_with_the_command_that_makes_it_anew
         code, _, err = run(*LOOKING[command])
         assert code == 3
         assert err.count("\n") == 1
-        assert "has schema 3, this version reads 7" in err
+        assert "has schema 3, this version reads 8" in err
         assert "python -m profuser.prepare --fresh" in err
 
 

@@ -100,6 +100,24 @@ def test_rows_in_other_columns_or_without_skills_are_read_and_known_prompts_coun
     assert set(json.loads(path.read_text())["scores"]["fused"]) == {"all", "mean"}
 
 
+def test_conversations_are_answered_and_their_answers_kept():
+    """A system message, and several turns: prompts that are no texts."""
+    first, second = rows("fusion", 2)
+    asked = {"role": "user", "content": first["prompt"]}
+    reply = {"role": "assistant", "content": first["response"]}
+    more = [{"role": "user", "content": second["prompt"]}, {"role": "assistant", "content": second["response"]}]
+    talks = [[{"role": "system", "content": "Be brief."}, asked, reply], [asked, reply, *more]]
+    lines = [{"messages": talk, "answer": row["answer"]} for talk, row in zip(talks, (first, second))]
+    Path("talks.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = scored(file="talks.jsonl")
+    assert [row["ground_truth"] for row in found["rows"]] == [first["response"], second["response"]]
+    assert found["rows"][0]["prompt"] == f"system: Be brief.\nuser: {first['prompt']}"
+    assert all(set(row["responses"]) == {"guardian", "scholar", "target_before", "fused"} for row in found["rows"])
+    kept = {path: path.read_bytes() for path in RUN.glob("evaluations/answers/*.json")}
+    assert scored(file="talks.jsonl") == found
+    assert {path: path.read_bytes() for path in RUN.glob("evaluations/answers/*.json")} == kept
+
+
 def test_the_report_shows_what_was_scored_later_and_names_a_damaged_file():
     scores = scored("--models", "demo:scholar")
     assert run("report", "runs/recipe")[0] == 0

@@ -167,7 +167,8 @@ def kept_answers(directory: Path, contestant: Contestant, rows: Sequence[Row], r
         "max_length": recipe.data.max_length,
         "reasoning": contestant.reasoning or generation.reasoning,
     }
-    key = {"model": contestant.identity, "prompts": prompts, "settings": settings}
+    spelt = [prompt if isinstance(prompt, str) else prompt.turns for prompt in prompts]
+    key = {"model": contestant.identity, "prompts": spelt, "settings": settings}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = directory / EVALUATIONS / "answers" / f"{digest}.json"
     try:

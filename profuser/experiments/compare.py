@@ -124,9 +124,10 @@ def shifted(shard: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for begin, stop in pairwise(shard["offsets"]):
         old = shard["marks"][begin:stop]
         source, position = rows_of(old, shard["source_ce"].shape[1])
-        has_one_before = np.append(source[:1] < 0, source[1:] == source[:-1])
-        marks.append(marks_of(labels_of(old), source[has_one_before], position[has_one_before]))
-        has_next.append(np.append(has_one_before[1:], source[:1] < 0))
+        is_next, has_one = np.zeros(len(source), bool), np.zeros(len(source), bool)
+        is_next[1:] = has_one[:-1] = source[1:] == source[:-1]
+        marks.append(marks_of(labels_of(old), source[is_next], position[is_next]))
+        has_next.append(has_one)
     has_next = np.concatenate(has_next)
     kept = np.flatnonzero(has_next)
     sequence = np.repeat(np.arange(len(shard["row_offsets"]) - 1), np.diff(shard["row_offsets"]))

@@ -18,7 +18,8 @@ def marks_of(labels: np.ndarray, source: np.ndarray, position: np.ndarray) -> np
         labels: (T,) bool, which of its T tokens are labels.
         source, position: (R,) int, the source and the token of each of its R rows, which must be in ascending order of both.
     """
-    assert (np.diff(source * len(labels) + position) > 0).all(), "rows out of order would be those of other tokens"
+    place = source.astype(np.int64) * len(labels) + position
+    assert (place[1:] > place[:-1]).all(), "rows out of order would be those of other tokens"
     assert len(source) == 0 or 0 <= source[0] <= source[-1] < MOST_SOURCES
     marks = labels.astype(np.uint64)
     np.bitwise_or.at(marks, position, np.uint64(1) << (source.astype(np.uint64) + np.uint64(1)))
