@@ -179,7 +179,7 @@ def demo() -> list[Voice]:
     return load_voices(parse_run("generate", []).recipe)
 
 
-@pytest.mark.parametrize("segment", ["shortest", "aligned"])
+@pytest.mark.parametrize("segment", [pytest.param("shortest", marks=pytest.mark.long), "aligned"])
 def test_the_demos_sources(demo, segment):
     assert compare(demo, PROMPTS, DecodeConfig(segment=segment), 24) > 20
 

@@ -102,6 +102,7 @@ class TestWithBitsandbytes:
         assert gradients.norm() > 0
         assert (gradients - true_gradients).norm() < 1e-4 * true_gradients.norm()
 
+    @pytest.mark.long
     def test_compiled_it_is_one_graph_with_the_same_gradients(self, monkeypatch):
         from torch._dynamo.utils import counters
 
