@@ -9,9 +9,10 @@ A source reads conversations in batches of similar length, as `profuser.prepare`
   prefix ranges that the alignment to the bundled guardian's tokens needs. *without ranges* is the same for a target with the same tokens.
 - *full logits* is `model(**batch)`, log_softmax and topk over every token, which has no ranges.
 
-`demo` are the demo's prompts with short ground truths, of which a third of the tokens is learnt; `texts` are answers of some 300 tokens in
-English, German and code, of which almost all are, so that the head counts for most there is. Each round times all of them in turn. Memory
-is what one batch adds to a process of its own, with the source's own vocabulary and with four times as many tokens.
+`demo` are the demo's prompts with short ground truths, of which a fourth of the tokens is learnt, or two fifths; `texts` are answers of
+1,200 characters in English, German and code, of which almost all are, so that the head takes as much time as it can. Each round times all
+of them in turn. Memory is what the head of all learnt rows adds to a process of its own, with the source's own vocabulary and with one
+four times as large.
 """
 
 from __future__ import annotations

@@ -431,6 +431,15 @@ def estimate_beside(place: Path, monkeypatch) -> tuple[float, int]:
     return estimated, record["peak_owned_bytes"]
 
 
+@pytest.mark.parametrize(("optim", "share"), [([], 0.75), (["--optim.tokens_per_micro_batch", "512"], 0)])
+def test_an_adapter_adds_its_libraries_and_on_padded_passes_the_gaps_between_its_tensors(monkeypatch, optim, share):
+    plan = make_plan(parse_run("train", ["--adapter.rank", "16", *optim]), processes=(1,), timed=False)
+    counted = plan.peak(1)
+    for name in ("ADAPTER", "PIECES"):
+        monkeypatch.setattr(f"profuser.plan.plan.{name}", 0)
+    assert counted - plan.peak(1) == (55 << 20) + round(share * plan.one.activations)
+
+
 @pytest.mark.long
 def test_a_small_training_takes_what_was_estimated(tmp_path, monkeypatch):
     """Most of its memory is that of Python and its libraries."""

@@ -25,7 +25,7 @@ from profuser.evaluate.results import Column, Result
 from profuser.evaluate.scores import accuracies, by_model
 from profuser.evaluate.statistics import Sample
 from profuser.models.load import default_device, runtime_dtype
-from profuser.prepare.data import Row, data_hash, load_examples, shared_prompts
+from profuser.prepare.data import Row, data_hash, load_examples, prompt_digest, shared_prompts
 from profuser.prepare.data_sets import read_tables
 from profuser.prepare.inputs import load_split, settled_date, settled_dtype
 from profuser.progress import Progress
@@ -167,8 +167,8 @@ def kept_answers(directory: Path, contestant: Contestant, rows: Sequence[Row], r
         "max_length": recipe.data.max_length,
         "reasoning": contestant.reasoning or generation.reasoning,
     }
-    spelt = [prompt if isinstance(prompt, str) else prompt.turns for prompt in prompts]
-    key = {"model": contestant.identity, "prompts": spelt, "settings": settings}
+    digests = [prompt_digest(prompt).hex() for prompt in prompts]
+    key = {"model": contestant.identity, "prompts": digests, "settings": settings}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = directory / EVALUATIONS / "answers" / f"{digest}.json"
     try:

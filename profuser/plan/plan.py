@@ -129,8 +129,9 @@ class Plan:
         kept = max((model.kept for model in self.preparing), default=0)
         of_adapter = 0
         if self.recipe.adapter is not None:
-            padded = self.recipe.optim.tokens_per_micro_batch is None
-            of_adapter = ADAPTER + round(padded * PIECES * self.one.activations)
+            of_adapter = ADAPTER
+            if self.recipe.optim.tokens_per_micro_batch is None:  # padded passes
+                of_adapter += round(PIECES * self.one.activations)
         return PROCESS + max([max(memory.peak, held + self.checkpoint) + kept + of_adapter, *alone])
 
 

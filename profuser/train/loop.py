@@ -251,8 +251,7 @@ class Trainer:
             last = number == len(batch.micro_batches)
             exchanged = last or self.sharded
             if self.capacity is not None:
-                device = self.accelerator.device
-                self.fusion.loss_options |= self.capacity.options(self.optim.left_out, micro, device)
+                self.fusion.loss_options |= self.capacity.options(self.optim.left_out, micro, self.accelerator.device)
             with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(self.model):
                 out = self.model(**micro.tensors(self.accelerator.device), reduction="sum", return_stats=True)
                 self.accelerator.backward(out["loss"])
@@ -268,8 +267,8 @@ class Trainer:
         largest = (
             self.accelerator.gather(left_out.largest()[None]).amax(0) if self.optim.left_out else sums.new_empty(0)
         )
-        *sums, norm = torch.cat([largest, sums.flatten(), norm.double()[None]]).tolist()
-        largest, sums = sums[: len(largest)], sums[len(largest) :]
+        read = torch.cat([largest, sums.flatten(), norm.double()[None]]).tolist()
+        largest, sums, norm = read[: len(largest)], read[len(largest) : -1], read[-1]
         if not all(map(math.isfinite, sums)):
             raise losses.not_finite(step)
         if not math.isfinite(norm):
