@@ -9,17 +9,24 @@ from glob import glob
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
+rows = sorted(glob("csrc/rows_*.cpp"))
+
 setup(
     ext_modules=[
         Pybind11Extension(
             "profuser._align",
-            sorted(set(glob("csrc/*.cpp")) - {"csrc/rows.cpp"}),
+            sorted(set(glob("csrc/*.cpp")) - set(rows)),
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
             optional=True,
         ),
         Pybind11Extension(
-            "profuser._rows", ["csrc/rows.cpp"], cxx_std=17, extra_compile_args=["-O3", "-Wno-psabi"], optional=True
+            "profuser._rows",
+            rows,
+            depends=["csrc/rows.h"],
+            cxx_std=17,
+            extra_compile_args=["-O3", "-Wno-psabi"],
+            optional=True,
         ),
     ]
 )

@@ -1,46 +1,26 @@
-"""The fused loss in plain torch, chunk by chunk, for any device and dtype.
+"""The fused loss, chunk by chunk, for any device and dtype: three matrix products, and what is done to the logits between them.
 
-Each term's gradient in a row's logits is a number per row times the softmax, minus a vector of few entries (README.md
-derives it). Therefore one dense pass over a chunk of logits serves all terms:
-- the kept ids and the gold id, the label, are *lifted*: their logits are read, and −inf takes their place;
-- all other logits are exponentiated, summed, and later multiplied by one number per row: that is their gradient;
-- the losses, and the gradients at the few lifted ids, are computed from the sums and written back.
+The first gives a chunk's logits. `chunk_losses.py`, or the C++ of `row_losses.py`, turns them into losses and, in place, into their
+gradient, from which the other two make the gradients of hidden states and head.
 
-Dimension letters: N rows, n rows with a label, C rows of a chunk, D hidden, V vocabulary; W sources that a row learns from and
-L ids that they name, as in kept.py.
-The formula's letters, as in README.md: z logits, h hidden states, m a maximum of logits, e = exp(z − m), a and b the rows'
-weights of CE and KD, p a source's distribution on its ids and its bucket, q the target's, T the temperature.
+Dimension letters: N rows, n rows with a label, C rows of a chunk, D hidden, V vocabulary.
+The formula's letters, as in README.md: z logits, h hidden states, a and b the rows' weights of CE and KD, T the temperature.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .chunk_gradient import ChunkGradient
-from .common import (
-    IGNORE_INDEX,
-    LOWEST,
-    MIN_CHUNK_ROWS,
-    MIN_CHUNK_ROWS_LEFT_OUT,
-    chunk_rows,
-    compute_dtype,
-    cross_entropy_from_sums,
-)
-from .divergences_torch import divergence_parts
+from .chunk_losses import ChunkLosses, chunk_losses
+from .common import IGNORE_INDEX, MIN_CHUNK_ROWS, MIN_CHUNK_ROWS_LEFT_OUT, chunk_rows, compute_dtype, product_into
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import ChunkedHead, Head
-from .kept import Kept, prepare_kept
+from .kept import prepare_kept
 from .left_out import ThinnedProducts, nothing_left_out
 from .left_out_capped import CappedProducts, check_capacity
-from .rows import exponentials_, exponentials_and_spread_, spread_of
-from .tails import CONDITIONAL
+from .row_losses import RowLosses
 from .vocabulary_slice import VocabularySlice
-
-TINY = 1e-38
-"""The least sum of exponentials that is divided by."""
 
 
 @torch.no_grad()
@@ -63,8 +43,8 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
     T = options.temperature
     T_of_row = None if operands.temperature_of_row is None else operands.temperature_of_row[rows].to(dtype)[:, None]
 
-    # The buffers of a chunk, used again by every chunk: logits, which become their gradient; their exponentials at T; and
-    # the softcap's derivative. The last two exist only where they differ from the first, or are needed.
+    # The buffers of a chunk, used again by every chunk: logits, which become their gradient; the softcap's derivative; and in torch their
+    # exponentials at T. The last two exist only where they differ from the first, or are needed.
     thins = options.left_out > 0 and options.any_grad
     fewest = MIN_CHUNK_ROWS_LEFT_OUT if thins else MIN_CHUNK_ROWS
     C = chunk_rows(n, vocabulary.share, dtype.itemsize, options.chunk_size, options.max_chunk_bytes, fewest)
@@ -73,16 +53,22 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
     spare = int(vocabulary.group is not None)
     wide = hidden.new_empty(min(C, n), V + spare, dtype=dtype)
     logits = wide[:, :V]
-    exps_T = torch.empty_like(logits) if kept is not None and (T_of_row is not None or T != 1) else None
+    in_rows = None
+    if not spare and RowLosses.take(logits):
+        scale = options.logit_scale
+        in_rows = RowLosses(gold, kept, a * scale, b * scale, T if T_of_row is None else T_of_row, options)
+    at_T = (in_rows is None or thins) and kept is not None and (T_of_row is not None or T != 1)
+    exps_T = torch.empty_like(logits) if at_T else None
     slope = torch.empty_like(logits) if options.softcap is not None and options.any_grad else None
 
-    # The results. Rows without a label keep these zeros.
+    # The results. Rows without a label have zeros.
+    losses = hidden.new_zeros(len(ChunkLosses._fields), n, dtype=dtype)
     dhidden = hidden.new_zeros(N, D, dtype=dtype) if options.grad_hidden else hidden.new_empty(0, dtype=dtype)
-    dweight = weight.new_zeros(V, D, dtype=dtype) if options.grad_weight else weight.new_empty(0, dtype=dtype)
+    # The first chunk writes it, and others add.
+    dweight = weight.new_empty((V, D) if options.grad_weight else (0,), dtype=dtype)
+    if thins or n == 0:
+        dweight.zero_()
     dbias = weight.new_zeros(V, dtype=dtype) if options.grad_bias else weight.new_empty(0, dtype=dtype)
-    ce, kd, source_mass, target_mass = (hidden.new_zeros(N, dtype=dtype) for _ in range(4))
-    source_entropy, target_entropy = (hidden.new_zeros(N if options.entropies else 0, dtype=dtype) for _ in range(2))
-    terms = hidden.new_zeros(N if options.per_row else n, dtype=dtype)
     thinned = capped = None
     if thins and options.left_out_capacity is not None:
         check_capacity(options, min(C, n), 1 if kept is None else kept.ids.shape[1] + 1, V)
@@ -100,284 +86,83 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         slope_c = None if slope is None else slope[:size]
         z = head.logits_into(logits[:size], h, slope_c)
 
-        # Losses, and what the gradient is made of. It leaves through logit_scale, which multiplies it as a whole: a factor
-        # of the weights does the same.
-        kept_c = None if kept is None else kept.of(chunk)
+        # Losses, and the gradient or what it is made of. It leaves through logit_scale, which multiplies it as a whole: a factor of the
+        # weights does the same.
         exps_T_c = None if exps_T is None else exps_T[:size]
-        losses, gradient = chunk_losses(
-            z,
-            wide[:size],
-            exps_T_c,
-            gold[chunk],
-            kept_c,
-            a[chunk] * options.logit_scale,
-            b[chunk] * options.logit_scale,
-            T if T_of_row is None else T_of_row[chunk],
-            options,
-            vocabulary,
-        )
-        term = a[chunk] * losses.learnt
-        ce[at] = losses.ce
-        if kept_c is not None:
-            term = term + b[chunk] * losses.kd
-            kd[at], target_mass[at], source_mass[at] = losses.kd, losses.target_mass, kept_c.mean(kept_c.mass)
-        terms[at if options.per_row else chunk] = term
-        if losses.entropy is not None:
-            target_entropy[at] = losses.entropy
-            if kept_c is not None:
-                source_entropy[at] = kept_c.mean(torch.special.entr(kept_c.p).sum(2))
+        gradient = None
+        if in_rows is not None and not thins:
+            in_rows.write(chunk, z, losses[:, chunk], slope_c)
+        elif in_rows is not None:
+            gradient = in_rows.parts(chunk, z, losses[:, chunk], exps_T_c)
+        else:
+            of_chunk, gradient = chunk_losses(
+                z,
+                wide[:size],
+                exps_T_c,
+                gold[chunk],
+                None if kept is None else kept.of(chunk),
+                a[chunk] * options.logit_scale,
+                b[chunk] * options.logit_scale,
+                T if T_of_row is None else T_of_row[chunk],
+                options,
+                vocabulary,
+            )
+            losses[:, chunk] = torch.stack(of_chunk)
 
-        # Gradients of the operands: the two other matrix products.
-        if gradient is None:
-            continue
-        if thinned is not None:
+        # The gradient in the logits' place, unless columns are left out.
+        if gradient is not None and thinned is not None:
             if slope_c is not None:
                 gradient, slope_c = gradient.through(slope_c, z, exps_T_c), None
             if thinned.add(at, h, z, exps_T_c, gradient):
                 continue
-        even = gradient.even
-        if capped is not None and even is not None:
-            gradient = gradient._replace(even=None, lifted=gradient.lifted + even)
-        gradient.write(z, wide[:size], exps_T_c)
-        if slope_c is not None:
-            z.mul_(slope_c)
-        if capped is not None:
-            capped.add(at, h, z, gradient.columns, even)
-            continue
+        if gradient is not None:
+            even = gradient.even
+            if capped is not None and even is not None:
+                gradient = gradient._replace(even=None, lifted=gradient.lifted + even)
+            gradient.write(z, wide[:size], exps_T_c, slope_c)
+            if capped is not None:
+                capped.add(at, h, z, gradient.columns, even)
+                continue
+
+        # Gradients of the operands: the two other matrix products.
         if options.grad_hidden:
             dhidden[at] = head.pull_back(z)
         if options.grad_weight:
-            dweight.addmm_(z.t(), h)
+            product_into(dweight, z.t(), h, accumulate=begin > 0 or thins)
         if options.grad_bias:
             dbias.add_(z.sum(0))
+
+    of_row = ChunkLosses(*losses)
+    term = a * of_row.learnt
+    source_mass = torch.zeros_like(term)
+    if kept is not None:
+        term += b * of_row.kd
+        source_mass = kept.mean(kept.mass)
+    source_entropy = target_entropy = None
+    if options.entropies:
+        target_entropy = of_row.entropy
+        source_entropy = torch.zeros_like(term) if kept is None else kept.mean(torch.special.entr(kept.p).sum(2))
+
+    def of_all_rows(of_labelled: Tensor | None) -> Tensor:
+        if of_labelled is None:
+            return hidden.new_empty(0, dtype=dtype)
+        return hidden.new_zeros(N, dtype=dtype).index_copy_(0, rows, of_labelled)
 
     products = thinned if capped is None else capped
     left_out = nothing_left_out(dhidden) if products is None else products.finish()
     if options.grad_hidden and not options.partial_hidden_grad:
         dhidden = vocabulary.total(dhidden)
     return Outputs(
-        loss=terms if options.per_row else terms.sum(),
+        loss=of_all_rows(term) if options.per_row else term.sum(),
         dhidden=dhidden,
         dweight=dweight,
         dbias=dbias,
-        ce=ce,
-        kd=kd,
-        source_mass=source_mass,
-        target_mass=target_mass,
-        source_entropy=source_entropy,
-        target_entropy=target_entropy,
+        ce=of_all_rows(of_row.ce),
+        kd=of_all_rows(of_row.kd),
+        source_mass=of_all_rows(source_mass),
+        target_mass=of_all_rows(of_row.target_mass),
+        source_entropy=of_all_rows(source_entropy),
+        target_entropy=of_all_rows(target_entropy),
         winner=winner.chosen,
         left_out=left_out,
     )
-
-
-class ChunkLosses(NamedTuple):
-    """What a chunk's logits say, (C,) each."""
-
-    ce: Tensor  # cross-entropy
-    learnt: Tensor  # the same with label smoothing and z-loss: what the row's CE weight multiplies
-    kd: Tensor  # T²·D
-    target_mass: Tensor  # the target's mass on the kept ids, at T
-    entropy: Tensor | None  # the target's, at T = 1; None unless it is asked for
-
-
-def chunk_losses(
-    z: Tensor,
-    wide: Tensor,
-    exps_T: Tensor | None,
-    gold: Tensor,
-    kept: Kept | None,
-    a: Tensor,
-    b: Tensor,
-    T: float | Tensor,
-    options: Options,
-    vocabulary: VocabularySlice,
-) -> tuple[ChunkLosses, ChunkGradient | None]:
-    """The losses of a chunk from its logits z (C, V), and their gradient where one is asked for.
-
-    z is overwritten with exponentials, 0 in the lifted columns. a and b (C,) are the rows' weights in the gradient.
-    `wide` is z, with one more column behind it where the head is sliced. `exps_T` (C, V) is a buffer for exponentials at T, None
-    where T is 1 or without a source. T is one number or (C, 1). `gold` (C,) holds the labels.
-
-    Every sum of exponentials is kept relative to a maximum of its own part: of the columns that were not lifted, or of all
-    that are outside a source's ids. Two parts are added relative to the row's maximum. So neither q_rest, the target's mass
-    outside the kept ids, nor 1 − q_gold is ever a difference.
-    """
-    smoothing, spread = options.label_smoothing, None
-    gold, a, b = gold[:, None], a[:, None], b[:, None]
-    sum_z = z.sum(1, keepdim=True) if smoothing else None
-
-    # Lift: read the logits at the kept ids and at the gold id, and write −inf in their place. Slots without an entry, and
-    # the last one, point at the gold id.
-    lifted = gold if kept is None else torch.cat([torch.where(kept.has_entry, kept.ids, gold), gold], 1)
-    columns = vocabulary.columns_of(lifted)
-    if vocabulary.group is not None:
-        wide[:, -1] = -torch.inf
-    z_lifted = wide.gather(1, columns)
-    wide.scatter_(1, columns, -torch.inf)
-
-    # The dense part: from here on z holds exponentials relative to m_here, at T = 1.
-    if exps_T is None:
-        if options.entropies:
-            m_here, sum_dense, spread = exponentials_and_spread_(z)
-        else:
-            m_here, sum_dense = exponentials_(z)
-        sum_dense_T = sum_dense
-    else:
-        m_here = z.amax(1, keepdim=True).clamp_min_(LOWEST)
-        z.sub_(m_here)
-        sum_dense_T = torch.mul(z, 1 / T, out=exps_T).exp_().sum(1, keepdim=True)
-        sum_dense = z.exp_().sum(1, keepdim=True)
-        spread = spread_of(z) if options.entropies else None
-    m_dense = m_here
-    if vocabulary.group is not None:
-        z_lifted, m_dense = vocabulary.maximum(torch.cat([z_lifted, m_here], 1)).split([lifted.shape[1], 1], 1)
-        below_m = m_here - m_dense
-        sums = [sum_dense * below_m.exp(), sum_dense_T * (below_m / T).exp(), sum_dense if sum_z is None else sum_z]
-        if spread is not None:
-            sums.append((spread - sum_dense * below_m) * below_m.exp())
-        sum_dense, sum_dense_T, sum_z, *spreads = vocabulary.total(torch.cat(sums, 1)).split(1, 1)
-        spread = spreads[0] if spreads else None
-
-    # The whole row at T = 1: the dense part and the lifted entries, relative to the row's maximum m. Kept ids that are the
-    # gold id are counted once, in the last slot.
-    m = torch.maximum(m_dense, z_lifted.amax(1, keepdim=True))
-    below = z_lifted - m
-    e = below.exp()
-    e_gold = e[:, -1:]
-    shrink = (m_dense - m).exp()
-    others = sum_dense * shrink  # the sum of all that are not the gold id
-    if kept is not None:
-        others = others + (e[:, :-1] * kept.apart).sum(1, keepdim=True)
-    once = None if kept is None else torch.nn.functional.pad(kept.apart, (0, 1), value=True)
-    total = others + e_gold
-    ce = cross_entropy_from_sums(others, e_gold, below[:, -1:])
-    entropy = None
-    if spread is not None:
-        # log(total) + Σ e·(m − z) / total: no term is negative.
-        spread = (spread + sum_dense * (m - m_dense)) * shrink
-        of_lifted = torch.special.entr(e) if once is None else torch.special.entr(e) * once
-        entropy = (total.log() + (spread + of_lifted.sum(1, keepdim=True)) / total)[:, 0]
-    learnt, scalar = ce, a  # what of the gradient is a number per row times the softmax
-    if smoothing or options.z_loss:
-        lse = m + total.log()
-        if sum_z is not None and smoothing:
-            learnt = (1 - smoothing) * ce + smoothing * (lse - sum_z / vocabulary.whole)
-        if options.z_loss:
-            learnt = learnt + options.z_loss * lse * lse
-            scalar = a * (1 + 2 * options.z_loss * lse)
-    distilled = None if kept is None else kept_losses(z_lifted, e, m, m_dense, sum_dense_T, T, kept, options)
-
-    gradient = None
-    if options.any_grad:
-        # Cross-entropy: scalar·q on all columns, of which a is taken from the gold one without a difference. Label smoothing
-        # takes its share of that a from all columns alike.
-        grad = scalar * (e / total)
-        grad[:, -1:] = (scalar - a) * (e_gold / total) - a * (others / total)
-        here = (m_here - m).exp()  # z times this is relative to the row's maximum
-        dense = scalar * here / total
-        even = a * (smoothing / vocabulary.whole)
-        if smoothing:
-            grad -= even
-            grad[:, -1:] += a * smoothing
-        b_T = b * T  # T² of the loss times 1/T of z/T
-        dense_T = None
-        if distilled is not None:
-            grad = grad + b_T * distilled.grad_lifted
-            dense_T = b_T * distilled.grad_dense * ((m_here - m_dense) / T).exp()
-            if exps_T is None:
-                dense, dense_T = dense + dense_T, None
-        if kept is not None:
-            # All slots that point at the gold id have the same value.
-            grad[:, :-1] = torch.where(kept.apart, grad[:, :-1], grad[:, -1:])
-        gradient = ChunkGradient(dense, dense_T, even if smoothing else None, columns, grad, once)
-    zero = torch.zeros_like(ce[:, 0])
-    if distilled is None:
-        return ChunkLosses(ce[:, 0], learnt[:, 0], zero, zero, entropy), gradient
-    return ChunkLosses(ce[:, 0], learnt[:, 0], distilled.kd, distilled.target_mass, entropy), gradient
-
-
-class KeptLosses(NamedTuple):
-    """The distillation of a chunk, and its gradients in u = z/T without the row's weight and T²."""
-
-    kd: Tensor  # (C,) T²·D
-    target_mass: Tensor  # (C,)
-    grad_lifted: Tensor  # (C, L + 1), the last for the gold id
-    grad_dense: (
-        Tensor  # (C, 1): times the exponential relative to m_dense, the gradient of a column that was not lifted
-    )
-
-
-def kept_losses(
-    z_lifted: Tensor,
-    e: Tensor,
-    m: Tensor,
-    m_dense: Tensor,
-    sum_dense_T: Tensor,
-    T: float | Tensor,
-    kept: Kept,
-    options: Options,
-) -> KeptLosses:
-    """Compares the target with each source of a row, on that source's ids and one bucket, and adds up what they say.
-
-    The arguments are those of `chunk_losses`: logits (C, L + 1) at the ids and at the gold id, their exponentials relative to
-    the row's maximum m, and the sum at T of all columns that were not lifted.
-    """
-    gold_kept = (kept.has_entry & ~kept.apart).any(1, keepdim=True)
-    once = torch.cat([kept.has_entry, ~gold_kept], 1)[:, None]  # (C, 1, L + 1): every lifted id in one slot
-    inside = torch.cat([kept.inside, torch.zeros_like(kept.inside[..., :1])], 2)  # (C, W, L + 1)
-    outside = once & ~inside
-    z_lifted, m, m_dense, sum_dense_T = z_lifted[:, None], m[:, None], m_dense[:, None], sum_dense_T[:, None]
-
-    # The target at T: the whole row, and what of it is outside a source's ids, the rest.
-    at_one = isinstance(T, float) and T == 1
-    T_of_row = T[:, 0] if isinstance(T, Tensor) else T
-    T = T[:, None] if isinstance(T, Tensor) else T
-    below = (z_lifted - m) / T
-    e_T = e[:, None] if at_one else below.exp()
-    shrink_T = ((m_dense - m) / T).exp()
-    total_T = (e_T * once).sum(2, keepdim=True) + sum_dense_T * shrink_T
-    q_lifted = e_T / total_T
-    mass_kept = (q_lifted * inside).sum(2)
-    p, log_p, conditional = kept.p, kept.log_p, options.tail == CONDITIONAL
-    if conditional:
-        log_q_inside = log_softmax_of(z_lifted / T, inside)
-        q_inside = log_q_inside.exp()
-        log_q_rest, q_rest = (torch.full_like(total_T, x).expand(*p.shape[:2], 1) for x in (-torch.inf, 0.0))
-        in_rest = dense_in_rest = torch.zeros_like(total_T)
-    else:
-        log_total_T = total_T.log()
-        q_inside, log_q_inside = q_lifted * inside, (below - log_total_T).masked_fill(~inside, -torch.inf)
-        m_rest = torch.maximum(m_dense, z_lifted.masked_fill(~outside, LOWEST).amax(2, keepdim=True))
-        in_rest = ((z_lifted - m_rest) / T).masked_fill(~outside, -torch.inf).exp()
-        dense_in_rest = ((m_dense - m_rest) / T).exp()
-        rest = (sum_dense_T * dense_in_rest + in_rest.sum(2, keepdim=True)).clamp_min_(TINY)
-        # Shares of the rest are formed from the rest's own sum, which survives a q_rest that underflows.
-        in_rest, dense_in_rest = in_rest / rest, dense_in_rest / rest
-        log_q_rest = (m_rest - m) / T + rest.log() - log_total_T
-        q_rest = log_q_rest.exp()
-
-    # D and its gradient: slope_j − q_j·Σ slope at a part, of which the columns of the rest take their shares.
-    q = torch.cat([q_inside[..., :-1], q_rest], 2)
-    log_q = torch.cat([log_q_inside[..., :-1], log_q_rest], 2)
-    value, slope = divergence_parts(options.divergence, options.divergence_beta, p, log_p, q, log_q)
-    slope_sum, slope_rest = slope.sum(2, keepdim=True), slope[..., -1:]
-    if conditional:
-        grad = torch.where(inside, slope - q_inside * slope_sum, 0)
-        grad_dense = torch.zeros_like(slope_sum)
-    else:
-        grad = torch.where(inside, slope, slope_rest * in_rest) - q_lifted * slope_sum
-        grad_dense = slope_rest * dense_in_rest - slope_sum * (shrink_T / total_T)
-    weight = kept.weight[..., None]
-    grad, grad_dense = (weight * grad).sum(1), (weight * grad_dense).sum(1)
-    of_gold = (grad[:, :-1] * (kept.has_entry & ~kept.apart)).sum(1, keepdim=True)
-    grad[:, -1:] = torch.where(gold_kept, of_gold, grad[:, -1:])
-    kd = T_of_row * T_of_row * (kept.weight * value.sum(2)).sum(1)
-    return KeptLosses(kd, kept.mean(mass_kept), grad, grad_dense)
-
-
-def log_softmax_of(z: Tensor, among: Tensor) -> Tensor:
-    """log_softmax over the last axis of those elements that are `among`, −inf for the others."""
-    z = z.masked_fill(~among, -torch.inf)
-    z = z - z.amax(-1, keepdim=True).clamp_min(LOWEST)
-    return z - z.exp().sum(-1, keepdim=True).clamp_min(TINY).log()

@@ -117,7 +117,7 @@ def prepare_kept(
         weight = weight.masked_fill(invalid, torch.nan)
     has_entry = ids >= 0
     apart = has_entry & (ids != operands.labels[rows][:, None])
-    return Kept(ids, inside, p.to(dtype), p.log().to(dtype), weight, mass.to(dtype), has_entry, apart)
+    return Kept(ids, inside, p.to(dtype), p.log().to(dtype), weight.contiguous(), mass.to(dtype), has_entry, apart)
 
 
 def entries_of_rows(operands: Operands, winner: Winner, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

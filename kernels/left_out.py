@@ -199,7 +199,9 @@ class ThinnedProducts(LeftOutColumns):
 
     def choose(self, parts: list[tuple[Tensor, Tensor]], gradient: ChunkGradient) -> Chosen | None:
         """The columns to keep; None where those are too many."""
-        mass_of_part = torch.cat([factor.abs().t() @ exps for exps, factor in parts])
+        mass_of_part = gradient.mass
+        if mass_of_part is None:
+            mass_of_part = torch.cat([factor.abs().t() @ exps for exps, factor in parts])
         mass = mass_of_part.sum(0)
         lifted = gradient.lifted.abs() if gradient.once is None else gradient.lifted.abs() * gradient.once
         total = mass.sum() + lifted.sum()

@@ -1,4 +1,4 @@
-# The C++ extension of csrc/rows.cpp, which kernels/rows.py calls.
+# The C++ extension of csrc/rows_bindings.cpp, which kernels/rows.py calls.
 import numpy as np
 from numpy.typing import NDArray
 
@@ -7,5 +7,23 @@ def exp_rows(
     maxima: NDArray[np.float32],
     sums: NDArray[np.float32],
     spreads: NDArray[np.float32] | None,
+    threads: int,
+) -> None: ...
+def loss_rows(
+    rows: NDArray[np.float32],
+    gold: NDArray[np.int64],
+    entries: tuple[NDArray[np.generic], ...] | None,
+    weight_ce: NDArray[np.float32],
+    weight_kd: NDArray[np.float32],
+    temperature: NDArray[np.float64],
+    divergence: str,
+    beta: float,
+    conditional: bool,
+    label_smoothing: float,
+    z_loss: float,
+    entropies: bool,
+    gradient: bool,
+    losses: NDArray[np.float32],
+    parts: tuple[NDArray[np.generic] | None, ...] | None,
     threads: int,
 ) -> None: ...

@@ -1,0 +1,207 @@
+// The Python module profuser._rows, which kernels/rows.py calls. The GIL is released while C++ works.
+
+#include "rows.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+namespace py = pybind11;
+
+namespace {
+
+// Without py::array::forcecast, an array of a wider dtype is an error here, and not a silent copy.
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+void require(bool fits, const std::string& what) {
+    if (!fits) {
+        throw std::invalid_argument(what);
+    }
+}
+
+// Rows of float32 that C++ writes to: contiguous in themselves, with any distance between them.
+struct Rows {
+    float* data;
+    std::size_t count, columns, stride;
+
+    explicit Rows(py::buffer& rows) {
+        const py::buffer_info info = rows.request(true);
+        const py::ssize_t element = sizeof(float);
+        require(info.format == py::format_descriptor<float>::format() && info.ndim == 2 && info.strides[1] == element &&
+                    info.strides[0] % element == 0,
+                "rows must be a 2-D float32 array whose rows are contiguous");
+        data = static_cast<float*>(info.ptr);
+        count = info.shape[0];
+        columns = info.shape[1];
+        stride = info.strides[0] / element;
+    }
+
+    float* row(std::size_t n) const { return data + n * stride; }
+};
+
+void exp_rows(py::buffer logits, Array<float> maxima, Array<float> sums, std::optional<Array<float>> spreads, int threads) {
+    const Rows rows(logits);
+    const auto fits = [&](const Array<float>& x) { return x.ndim() == 1 && static_cast<std::size_t>(x.size()) == rows.count; };
+    require(fits(maxima) && fits(sums) && (!spreads || fits(*spreads)),
+            "maxima, sums and spreads must have one number for each of the " + std::to_string(rows.count) + " rows");
+    float *highest = maxima.mutable_data(), *totals = sums.mutable_data(), *spread = spreads ? spreads->mutable_data() : nullptr;
+    py::gil_scoped_release release;
+    const std::size_t workers = profuser::workers_for(rows.count, rows.columns, threads);
+    profuser::over_rows(rows.count, workers, [=](std::size_t, std::size_t first, std::size_t last) {
+        for (std::size_t n = first; n < last; ++n) {
+            const profuser::RowSums of_row = profuser::exp_row(rows.row(n), rows.columns, spread != nullptr, nullptr, 1.0f);
+            highest[n] = of_row.maximum;
+            totals[n] = of_row.sum;
+            if (spread != nullptr) {
+                spread[n] = of_row.spread;
+            }
+        }
+    });
+}
+
+// ids (C, L), inside (C, W, L), p (C, W, L + 1), log_p (C, W, L + 1), weight (C, W) and apart (C, L), as in kernels/kept.py.
+using Entries = std::tuple<Array<std::int64_t>, Array<bool>, Array<float>, Array<float>, Array<float>, Array<bool>>;
+
+// Where RowGradient is written: scalars (C, 3) of dense, dense_T and even; lifted and columns (C, L + 1); at_T (C, V) or None; and mass
+// (P, V), of the exponentials at T = 1 and where there are any of those at T.
+using Parts = std::tuple<py::buffer, py::buffer, Array<std::int64_t>, std::optional<py::buffer>, std::optional<py::buffer>>;
+
+profuser::Divergence divergence_of(const std::string& name) {
+    using profuser::Divergence;
+    const std::pair<const char*, Divergence> known[] = {
+        {"forward_kl", Divergence::forward_kl}, {"reverse_kl", Divergence::reverse_kl},
+        {"jsd", Divergence::jsd},               {"skew_kl", Divergence::skew_kl},
+        {"tvd", Divergence::tvd},               {"skew_reverse_kl", Divergence::skew_reverse_kl}};
+    for (const auto& [known_name, divergence] : known) {
+        if (name == known_name) {
+            return divergence;
+        }
+    }
+    throw std::invalid_argument("no divergence is called " + name);
+}
+
+void loss_rows(py::buffer logits, Array<std::int64_t> gold, std::optional<Entries> entries, Array<float> weight_ce, Array<float> weight_kd,
+               Array<double> temperature, const std::string& divergence, double beta, bool conditional, double label_smoothing,
+               double z_loss, bool entropies, bool gradient, py::buffer losses, std::optional<Parts> parts, int threads) {
+    const Rows rows(logits), out(losses);
+    const std::size_t count = rows.count;
+    const auto fits = [&](const py::array& x, std::initializer_list<std::size_t> inner) {
+        bool same = x.ndim() == static_cast<py::ssize_t>(1 + inner.size()) && static_cast<std::size_t>(x.shape(0)) == count;
+        py::ssize_t axis = 1;
+        for (const std::size_t size : inner) {
+            same = same && static_cast<std::size_t>(x.shape(axis++)) == size;
+        }
+        return same;
+    };
+    require(fits(gold, {}) && fits(weight_ce, {}) && fits(weight_kd, {}) && fits(temperature, {}),
+            "gold, weights and temperature must have one number for each of the " + std::to_string(count) + " rows");
+    require(out.count == 5 && out.columns == count, "losses must be (5, " + std::to_string(count) + ")");
+
+    profuser::RowEntries first{};
+    if (entries) {
+        const auto& [ids, inside, p, log_p, weight, apart] = *entries;
+        require(inside.ndim() == 3, "inside must be (C, W, L)");
+        first.W = inside.shape(1);
+        first.L = inside.shape(2);
+        require(fits(ids, {first.L}) && fits(inside, {first.W, first.L}) && fits(p, {first.W, first.L + 1}) &&
+                    fits(log_p, {first.W, first.L + 1}) && fits(weight, {first.W}) && fits(apart, {first.L}),
+                "the entries must be of " + std::to_string(count) + " rows, and of one number of sources and ids");
+        first.ids = ids.data();
+        first.inside = inside.data();
+        first.p = p.data();
+        first.log_p = log_p.data();
+        first.weight = weight.data();
+        first.apart = apart.data();
+    }
+    const auto known = [&](std::int64_t id) { return id < static_cast<std::int64_t>(rows.columns); };
+    const std::int64_t* golds = gold.data();
+    require(std::all_of(golds, golds + count, [&](std::int64_t id) { return id >= 0 && known(id); }) &&
+                std::all_of(first.ids, first.ids + count * first.L, known),
+            "gold and ids must be columns of the " + std::to_string(rows.columns));
+    const profuser::LossOptions options{divergence_of(divergence), beta, conditional, label_smoothing, z_loss, entropies, gradient};
+    std::optional<Rows> scalars, lifted, at_T, mass;
+    std::int64_t* columns = nullptr;
+    if (parts) {
+        auto& [to_scalars, to_lifted, to_columns, to_at_T, to_mass] = *parts;
+        scalars.emplace(to_scalars);
+        lifted.emplace(to_lifted);
+        columns = to_columns.mutable_data();
+        require(scalars->count == count && scalars->columns == 3 && lifted->count == count && lifted->columns == first.L + 1 &&
+                    fits(to_columns, {first.L + 1}),
+                "of each row the parts of the gradient are 3 numbers, and one for each lifted column");
+        if (to_at_T) {
+            at_T.emplace(*to_at_T);
+            require(at_T->count == count && at_T->columns == rows.columns, "exponentials at T must be as many as logits");
+        }
+        if (to_mass) {
+            mass.emplace(*to_mass);
+            require(mass->count == (at_T ? 2u : 1u) && mass->columns == rows.columns, "mass must be (P, V)");
+        }
+    }
+    const float *of_ce = weight_ce.data(), *of_kd = weight_kd.data();
+    const double* T = temperature.data();
+
+    py::gil_scoped_release release;
+    const std::size_t workers = profuser::workers_for(count, rows.columns + first.W * first.L, threads);
+    // Each worker adds up masses of its own, which are then added in one order whatever thread was first.
+    const std::size_t masses = mass ? mass->count * rows.columns : 0;
+    std::vector<float> mass_of_worker(workers * masses, 0.0f);
+    profuser::over_rows(count, workers, [&](std::size_t worker, std::size_t begin, std::size_t end) {
+        const std::size_t W = first.W, L = first.L;
+        float* own_mass = mass ? mass_of_worker.data() + worker * masses : nullptr;
+        profuser::RowBuffers buffers;
+        for (std::size_t n = begin; n < end; ++n) {
+            const profuser::RowEntries of_row{W,
+                                              L,
+                                              first.ids + n * L,
+                                              first.inside + n * W * L,
+                                              first.p + n * W * (L + 1),
+                                              first.log_p + n * W * (L + 1),
+                                              first.weight + n * W,
+                                              first.apart + n * L};
+            profuser::RowGradient of_parts{};
+            if (parts) {
+                of_parts.lifted = lifted->row(n);
+                of_parts.columns = columns + n * (L + 1);
+                of_parts.at_T = at_T ? at_T->row(n) : nullptr;
+                of_parts.mass = own_mass;
+                of_parts.mass_T = own_mass != nullptr && at_T ? own_mass + rows.columns : nullptr;
+            }
+            const profuser::RowLosses row = profuser::loss_row(rows.row(n), rows.columns, golds[n], of_row, of_ce[n], of_kd[n], T[n],
+                                                               options, parts ? &of_parts : nullptr, buffers);
+            if (parts) {
+                const float numbers[] = {of_parts.dense, of_parts.dense_T, of_parts.even};
+                std::copy(numbers, numbers + 3, scalars->row(n));
+            }
+            const double values[] = {row.ce, row.learnt, row.kd, row.target_mass, row.entropy};
+            for (std::size_t i = 0; i < 5; ++i) {
+                out.row(i)[n] = static_cast<float>(values[i]);
+            }
+        }
+    });
+    for (std::size_t i = 0; i < masses; ++i) {
+        float sum = 0;
+        for (std::size_t worker = 0; worker < workers; ++worker) {
+            sum += mass_of_worker[worker * masses + i];
+        }
+        mass->row(i / rows.columns)[i % rows.columns] = sum;
+    }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_rows, module) {
+    module.doc() = "Rows of logits on a CPU: see csrc/rows.h.";
+    module.def("exp_rows", &exp_rows, py::arg("rows"), py::arg("maxima"), py::arg("sums"),
+               py::arg("spreads"), py::arg("threads"));
+    module.def("loss_rows", &loss_rows, py::arg("rows"), py::arg("gold"), py::arg("entries"), py::arg("weight_ce"), py::arg("weight_kd"),
+               py::arg("temperature"), py::arg("divergence"), py::arg("beta"), py::arg("conditional"), py::arg("label_smoothing"),
+               py::arg("z_loss"), py::arg("entropies"), py::arg("gradient"), py::arg("losses"), py::arg("parts"),
+               py::arg("threads"));
+}
