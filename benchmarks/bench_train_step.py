@@ -102,10 +102,11 @@ IMPLEMENTATIONS = {
 }
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(**changed: Any) -> LlamaForCausalLM:
+    """The Llama of CONFIG, some of whose sizes may be `changed`."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+        model = LlamaForCausalLM(LlamaConfig(**(CONFIG | changed)))
         return model.to(DTYPE)  # pyrefly: ignore[bad-argument-type]  # transformers wraps `to`
 
 

@@ -5,7 +5,8 @@
 Both train the same model from the same weights with AdamW, weight decay and clipping, in fp32 on a CPU and in bf16 on CUDA. Ours also
 learns the distributions of three sources with ten entries each, from a store: training mode, the second stage of the progressive
 schedule. The sequences are the demo's prompts with their ground truths; the sources are made up. `small` is the Llama of
-bench_train_step.py; `smollm2` is SmolLM2-135M, whose directory $PROFUSER_SMOLLM2 names.
+bench_train_step.py; `medium` is a wider and deeper one of 13 million parameters on a CPU; `smollm2` is SmolLM2-135M, whose directory
+$PROFUSER_SMOLLM2 names.
 
 The two take their steps in turn, so that they share the load of the machine. Neither's time has the collation of its batch, which
 worker processes do. That both compute the same is checked: the cross-entropy of the first step must be equal. `peak_mib` is the
@@ -41,22 +42,26 @@ from profuser.train.loop import Trainer
 from profuser.train.steps import StepBatch
 
 STEPS, WARM_UP = 12, 2
-SEQUENCES = {"small": 24, "smollm2": 6}
+LLAMAS: dict[str, dict[str, int]] = {
+    "small": {},
+    "medium": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6},
+}
+SEQUENCES = {"small": 24, "medium": 24, "smollm2": 6}
 """How many sequences a step takes."""
 BUDGET = 8192
 """More tokens than a step has, so that a step is one forward pass. First-fit-decreasing fills its rows."""
 
 
 def fusion_of(model: str, scratch: Path) -> tuple[Recipe, Store]:
-    """A recipe with three sources and a store for it. `scratch` is a folder for the store and the small model."""
-    directory = os.environ["PROFUSER_SMOLLM2"] if model == "smollm2" else small_model(scratch / "model")
+    """A recipe with three sources and a store for it. `scratch` is a folder for the store and a made-up model."""
+    directory = os.environ["PROFUSER_SMOLLM2"] if model == "smollm2" else made_up(scratch / "model", **LLAMAS[model])
     source = SourceConfig(name="guardian", model=str(directory))
     return demo_fusion(source, scratch, steps=STEPS, batch_size=SEQUENCES[model], budget=BUDGET)
 
 
-def small_model(directory: Path) -> Path:
-    """Writes the Llama of bench_train_step.py, with the tokenizer of the bundled guardian."""
-    make_model().float().save_pretrained(directory)
+def made_up(directory: Path, **changed: int) -> Path:
+    """Writes the Llama of bench_train_step.py, with `changed` sizes and the tokenizer of the bundled guardian."""
+    make_model(**changed).float().save_pretrained(directory)
     for path in Path(resolve("demo:guardian")).iterdir():
         if "token" in path.name or path.suffix == ".jinja":
             shutil.copy(path, directory)
@@ -202,7 +207,7 @@ def peak_mib(model: str, side: str) -> float:
     return round(resident_mib("VmHWM") - before, 1)
 
 
-@pytest.mark.parametrize("model", SEQUENCES)
+@pytest.mark.parametrize("model", ["small", "medium", "smollm2"] if DEVICE == "cpu" else ["small", "smollm2"])
 def test_trainer_step(benchmark, model):
     if model == "smollm2" and not os.environ.get("PROFUSER_SMOLLM2"):
         pytest.skip("no SmolLM2: set PROFUSER_SMOLLM2 to its directory")

@@ -140,8 +140,9 @@ def explained(error: Exception) -> ProfuserError:
         )
     if is_lack_of_memory(error):
         return OutOfMemoryError(
-            f"out of memory ({first_line(error)}); lower generation.batch_size, capture.batch_size, decode.batch_size, "
-            "optim.micro_batch_size, optim.tokens_per_micro_batch or data.max_length, or set optim.gradient_checkpointing: true"
+            f"out of memory ({first_line(error)}); lower generation.batch_size, capture.batch_size, capture.tokens_per_batch, "
+            "decode.batch_size, optim.micro_batch_size, optim.tokens_per_micro_batch or data.max_length, or set "
+            "optim.gradient_checkpointing: true"
         )
     if "DistBackendError" in kind or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         return ProfuserError(

@@ -57,7 +57,7 @@ def test_a_batch_that_is_too_large_is_halved_until_it_fits(asked, monkeypatch, e
     model, head, requests, order = asked
     expected = dict(capture_responses(model, head, requests, order, top_k=5, batch_size=2))
     tried, said = limited(monkeypatch, 2, error), []
-    size = BatchSize(8, said.append)
+    size = BatchSize(8, say=said.append)
     found = dict(capture_responses(model, head, requests, order, top_k=5, batch_size=size))
     assert tried == [8, 4, 2, 2, 2, 2, 2, 1]
     assert size.now == 2
@@ -79,7 +79,7 @@ def test_a_single_response_that_is_too_large_ends_the_command(asked, monkeypatch
     model, head, requests, order = asked
     tried = limited(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
-        list(capture_responses(model, head, requests, order, top_k=5, batch_size=BatchSize(3, lambda line: None)))
+        list(capture_responses(model, head, requests, order, top_k=5, batch_size=BatchSize(3, say=lambda line: None)))
     assert tried == [3, 1]
 
 
@@ -105,3 +105,34 @@ def test_a_source_that_does_not_fit_on_the_gpus_is_refused():
         check_spread("g", load_without_weights(SOURCE, torch.float32))
     with pytest.raises(DataError, match="a part of its weights is on cpu"):
         check_spread("g", load_model(SOURCE, torch.float32))
+
+
+def test_a_batch_of_so_many_tokens_has_many_short_responses_or_one_long(asked, monkeypatch):
+    model, head, requests, order = asked
+    expected = dict(capture_responses(model, head, requests, order, top_k=5, batch_size=1))
+    lengths = sorted(len(request.encoded.input_ids) for request in requests if request.encoded.label_positions)
+    budget = 3 * lengths[-1] - 1
+    shapes, hidden = [], capture.hidden_states
+    monkeypatch.setattr(capture, "hidden_states", lambda m, ids, mask: shapes.append(ids.shape) or hidden(m, ids, mask))
+    found = dict(capture_responses(model, head, requests, order, top_k=5, batch_size=BatchSize(budget, "tokens")))
+    assert sorted(found) == sorted(expected)
+    for i, one in found.items():
+        np.testing.assert_allclose(one.nll, expected[i].nll, rtol=1e-5)
+    assert sum(rows for rows, _ in shapes) == len(lengths)
+    assert all(rows * longest <= budget for rows, longest in shapes)
+    # One more response would not have fitted.
+    ends = np.cumsum([rows for rows, _ in shapes])[:-1]
+    assert all((rows + 1) * lengths[end] > budget for (rows, _), end in zip(shapes, ends))
+    # Of a response that is longer than the budget there is one at a time.
+    shapes.clear()
+    list(capture_responses(model, head, requests, order, top_k=5, batch_size=BatchSize(1, "tokens")))
+    assert all(rows == 1 for rows, _ in shapes)
+
+
+def test_too_many_tokens_are_halved(asked, monkeypatch):
+    model, head, requests, order = asked
+    said: list[str] = []
+    limited(monkeypatch, 2, torch.OutOfMemoryError("CUDA out of memory"))
+    size = BatchSize(100_000, "tokens", said.append)
+    assert len(dict(capture_responses(model, head, requests, order, top_k=5, batch_size=size))) == 11
+    assert said[0] == "for 100000 tokens at a time the memory does not suffice: from now on 50000 at a time"

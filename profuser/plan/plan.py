@@ -325,7 +325,9 @@ def preparing_memory(
         if source.server is None and (recipe.judges or recipe.data.location("heldout") is not None):
             rows = generation.batch_size * generation.responses_per_source
             found.append(answering(own, source.name, itemsize, rows, length))
-        found.append(reading(own, source.name, "is captured", itemsize, capture.batch_size, of.longest))
+        found.append(
+            reading(own, source.name, "is captured", itemsize, capture.responses_at_once(of.longest), of.longest)
+        )
     sizes = {judge.name: judge.batch_size for judge in recipe.judges}
     longest = lengths[recipe.target_config.name]["train"].longest
     # Judges are loaded in fp32.

@@ -250,9 +250,11 @@ def remedies(plan: Plan, processes: int) -> str:
     of_training.append(f"a lower data.max_length (now {recipe.data.max_length})")
     if processes > 1 and hasattr(optim, "shard") and not is_sharded(recipe):
         of_training.insert(0, "optim.shard: true")
+    capture = recipe.capture
+    counted = "batch_size" if capture.tokens_per_batch is None else "tokens_per_batch"
     of_store = [
         f"a lower generation.batch_size (now {generation.batch_size})",
-        f"a lower capture.batch_size (now {recipe.capture.batch_size})",
+        f"a lower capture.{counted} (now {getattr(capture, counted)})",
     ]
     prepared = max((model.peak for model in plan.preparing), default=0)
     settings = [*of_store, *of_training] if prepared > memory.peak else [*of_training, *of_store]

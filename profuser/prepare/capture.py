@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -70,19 +71,31 @@ class CaptureRequest:
 
 
 class BatchSize:
-    """How many responses a source scores at a time: so many, until its memory does not suffice for them.
+    """How much a source scores at a time: so many responses or tokens, until its memory does not suffice for them.
 
     Args:
-        most: how many at first. say: is called with a line where there are fewer from then on.
+        most: how many at first. unit: "responses", or "tokens", of which a batch has as many as its responses times the longest's.
+        say: is called with a line where there are fewer from then on.
     """
 
-    def __init__(self, most: int, say: Callable[[str], None] = print):
-        self.now, self._say = most, say
+    def __init__(
+        self, most: int, unit: Literal["responses", "tokens"] = "responses", say: Callable[[str], None] = print
+    ):
+        self.now, self.unit, self._say = most, unit, say
+
+    def batch(self, ascending: Sequence[int]) -> int:
+        """Returns how many of the next responses make a batch, at least one; from their lengths, the shortest first."""
+        if self.unit == "responses":
+            return min(self.now, len(ascending))
+        count = 1
+        while count < len(ascending) and (count + 1) * ascending[count] <= self.now:
+            count += 1
+        return count
 
     def halve(self) -> None:
         """Takes half as many from now on."""
         self._say(
-            f"for {self.now} responses at a time the memory does not suffice: from now on {self.now // 2} at a time"
+            f"for {self.now} {self.unit} at a time the memory does not suffice: from now on {self.now // 2} at a time"
         )
         self.now //= 2
 
@@ -103,7 +116,7 @@ def capture_responses(
         requests: the responses; one without any tokens is left out of the results.
         byte_order: the source's vocabulary in byte order.
         top_k: how many entries are kept of a distribution.
-        batch_size: how many responses go into a forward pass. A batch for which the memory does not suffice is divided.
+        batch_size: how many responses, or tokens, go into a forward pass. A batch for which the memory does not suffice is divided.
         follower: what asks the source how its numbers go on, if it is asked.
 
     Yields:
@@ -114,14 +127,15 @@ def capture_responses(
         (i for i, r in enumerate(requests) if r.encoded.label_positions),
         key=lambda i: len(requests[i].encoded.input_ids),
     )
+    lengths = [len(requests[i].encoded.input_ids) for i in by_length]
     vocab_order, done = torch.from_numpy(byte_order.ids).to(head.weight.device), 0
     while done < len(by_length):
-        indices = by_length[done : done + size.now]
+        indices = by_length[done : done + size.batch(lengths[done:])]
         batch = [requests[i] for i in indices]
         try:
             scored = _scored(model, head, batch, vocab_order, top_k, follower)
         except Exception as error:
-            if not is_lack_of_memory(error) or size.now == 1:
+            if not is_lack_of_memory(error) or len(indices) == 1:
                 raise
             scored = None
         if scored is None:  # behind the handler, where the error no longer holds what was computed

@@ -52,7 +52,10 @@ def load_source(inputs: Inputs, source: SourceConfig) -> LoadedSource:
     if recipe.align.follow_numbers:
         top_k = min(recipe.capture.top_k, head.weight.shape[0])
         follower = NumberFollower(inputs.target.token_bytes, chat.token_bytes, model, head, top_k)
-    size = BatchSize(recipe.capture.batch_size, lambda line: print(f"{source.name}: {line}", flush=True))
+    most, unit = recipe.capture.batch_size, "responses"
+    if recipe.capture.tokens_per_batch is not None:
+        most, unit = recipe.capture.tokens_per_batch, "tokens"
+    size = BatchSize(most, unit, lambda line: print(f"{source.name}: {line}", flush=True))
     return LoadedSource(source.name, chat, model, head, order, recipe.reasoning_of(source), follower, size)
 
 

@@ -165,8 +165,8 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
 
     # The sources score the ground truth and the responses that won, and answer the prompts.
     scoring = answering = 0.0
-    batch = recipe.capture.batch_size
     for source in recipe.sources:
+        batch = recipe.capture.responses_at_once(tokens[source.name])
         for split in inputs.rows:
             if not inputs.scores_given(source, split):
                 scoring += forward(source.name, unmade(layout.truth(split, source.name)), batch)
@@ -196,13 +196,15 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
         fusing += steps * step
     evaluations = 1 + len(stages) + (stages[-1].stop // optim.eval_every if optim.eval_every else 0)
     validated = len(inputs.rows.get("validation", ())) * evaluations
-    seconds["fuse"] = fusing + forward(target.name, validated, batch)
+    seconds["fuse"] = fusing + forward(target.name, validated, recipe.capture.batch_size)
 
     # The target answers the held-out prompts and is scored on them, before and after fusion. A target that is a source has
     # answered them already.
     if heldout := len(inputs.rows.get("heldout", ())):
         models = 1 if recipe.target in inputs.chats else 2
-        seconds["evaluate"] = generation(target, heldout) * models + 2 * forward(target.name, heldout, batch)
+        seconds["evaluate"] = generation(target, heldout) * models + 2 * forward(
+            target.name, heldout, recipe.capture.batch_size
+        )
     return seconds
 
 

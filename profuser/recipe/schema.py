@@ -170,6 +170,10 @@ class CaptureConfig:
     batch_size: int = 8
     """The most responses that a source scores at a time. Where its memory does not suffice for so many, it takes half of them, and says
     so."""
+    tokens_per_batch: int | None = None
+    """The most tokens, padding included, that a source scores at a time, in place of batch_size: of short responses it then takes more, of
+    long ones fewer, at least one. Where its memory does not suffice for so many, it takes half of them, and says so. null counts
+    responses."""
     shard_size: int = 4096
     """About how many examples a shard of the store holds: those whose prompts have a certain hash. An interrupted preparation goes on with
     the next shard, and where rows of the data change, only their shards are made again."""
@@ -177,7 +181,11 @@ class CaptureConfig:
     """The arithmetic of the sources. auto means bfloat16 on CUDA and float32 on the CPU; it is settled when a store is begun."""
 
     def __post_init__(self) -> None:
-        check_positive("capture", self, "top_k", "batch_size", "shard_size")
+        check_positive("capture", self, "top_k", "batch_size", "tokens_per_batch", "shard_size")
+
+    def responses_at_once(self, length: float) -> int:
+        """Returns how many responses of a length a source scores at a time."""
+        return self.batch_size if self.tokens_per_batch is None else max(1, int(self.tokens_per_batch / max(length, 1)))
 
 
 @dataclass(kw_only=True)
