@@ -33,11 +33,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The garbage collector would go through all modules and tests again and again, while they are collected, which takes a quarter of
+# that time, and then while tests run.
+gc.set_threshold(50_000, 10, 10)
+
+
 def pytest_collection_finish():
-    """Keeps the garbage collector from going through all modules and tests again and again. It takes as long as many a test."""
+    """Lets the garbage collector leave out from now on what has been imported and collected."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_collection_modifyitems(config, items):
