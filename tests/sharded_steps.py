@@ -1,6 +1,6 @@
 """Run by test_sharding.py in several processes: a sharded target's gradients and checkpoints beside those of a whole one.
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/sharded_steps.py STORE DIRECTORY MODEL PRECISION
+    python tests/forked.py 2 sharded_steps STORE DIRECTORY MODEL PRECISION
 
 It fails unless several processes really run, and prints what the main process has found as JSON: of the target whose own weights are
 trained, and of the target with an adapter.
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  (once, and not in every fork when the adapter is made)
 import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
@@ -77,7 +78,7 @@ def compared(targets, directory, source, dtype, accelerator, adapter) -> dict[st
     world, rank = accelerator.num_processes, accelerator.process_index
     recipe = Recipe(sources=[source], target="guardian", data=DataConfig(train="train.jsonl"), adapter=adapter)
     stages = [Stage(inference_weight=1.0, training_weight=0.5, beta=0.7, first=0, stop=20)]
-    optim = OptimConfig(batch_size=7, tokens_per_micro_batch=2048)
+    optim = OptimConfig(batch_size=3, tokens_per_micro_batch=2048)
 
     def steps_of(world, rank):
         return Steps(targets, optim, stages, 3, 0, world, rank, "packed")

@@ -1,6 +1,6 @@
 """Run by test_sliced_head.py in several processes: the loss with a head that is divided among them, beside the whole one.
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/sliced_heads.py [--all]
+    python tests/forked.py 2 sliced_heads [--all]
 
 It compares every fourth member of the family, or all with softcap, temperature and the rest, and prints how many those were. Each process
 fails where its loss, statistics or gradients differ.

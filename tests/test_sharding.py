@@ -37,6 +37,13 @@ from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.sharding import blocks_of, load_into_shards, whole, whole_model
 
 
+def forked(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a program of tests/ in several processes, which forked.py makes."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests/forked.py"), str(processes), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+
+
 def launched(processes: int, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -58,9 +65,7 @@ def tied(place: Path) -> str:
 
 
 def steps(prepared, tmp_path, processes: int, model: str, precision: str) -> dict[str, Any]:
-    done = launched(
-        processes, str(ROOT / "tests/sharded_steps.py"), str(prepared[2].directory), str(tmp_path), model, precision
-    )
+    done = forked(processes, "sharded_steps", str(prepared[2].directory), str(tmp_path), model, precision)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

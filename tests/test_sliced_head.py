@@ -11,7 +11,7 @@ from loss_checks import make_case
 
 from profuser.loss import fused_linear_fusion_loss
 
-PROGRAM = Path(__file__).parent / "sliced_heads.py"
+FORKED = Path(__file__).parent / "forked.py"
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,9 @@ PROGRAM = Path(__file__).parent / "sliced_heads.py"
     ],
 )
 def test_every_member_of_a_sliced_head_is_that_of_the_whole_one(processes, options, members):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, str(FORKED), str(processes), "sliced_heads", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(PROGRAM), *options], capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [members]
 
