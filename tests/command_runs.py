@@ -99,14 +99,16 @@ def folder(origin: Path) -> Generator[Path]:
             os.chdir(before)
 
 
-def make_good(place: Path) -> None:
+def make_good(
+    place: Path, recipe: str = RECIPE, train: list[dict] | None = None, heldout: list[dict] | None = None
+) -> None:
     """Writes into a folder a recipe, its data, a model of its own and a finished run."""
     before = Path.cwd()
     os.chdir(place)
     try:
-        Path("recipe.yaml").write_text(RECIPE)
-        write_rows("train.jsonl", rows("fusion", 6))
-        write_rows("heldout.jsonl", rows("heldout", 3))
+        Path("recipe.yaml").write_text(recipe)
+        write_rows("train.jsonl", train or rows("fusion", 6))
+        write_rows("heldout.jsonl", heldout or rows("heldout", 3))
         shutil.copytree(resolve("demo:guardian"), "guardian")
         code, _, err = run("train", "--config", "recipe.yaml")
         assert code == 0, err

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from command_runs import STORE, make_good, rows, run, without_pictures, write_rows
+from command_runs import RECIPE, STORE, make_good, rows, run, without_pictures
 
 from profuser.store.store import Store
 from profuser.train.run_record import METRICS, model_files, read_run, write_run
@@ -76,19 +76,8 @@ def make_places(root: Path) -> Places:
     places = Places(*(root / name for name in ("good", "other", "interrupted")))
     for place, seed in ((places.good, 0), (places.other, 1)):
         place.mkdir()
-        make_good(place)
-        with inside(place):
-            shutil.rmtree(RUN)
-            recipe = Path("recipe.yaml")
-            recipe.write_text(
-                recipe.read_text().replace("optim: {", f"seed: {seed}\noptim: {{ checkpoint_every: 1, log_every: 1,")
-            )
-            if seed:
-                shutil.rmtree(STORE)
-                write_rows("train.jsonl", rows("fusion", 13)[6:])
-                write_rows("heldout.jsonl", rows("heldout", 7)[4:])
-            code, _, err = run(*COMMANDS["train"])
-            assert code == 0, err
+        changed = RECIPE.replace("optim: {", f"seed: {seed}\noptim: {{ checkpoint_every: 1, log_every: 1,")
+        make_good(place, changed, *((rows("fusion", 13)[6:], rows("heldout", 7)[4:]) if seed else ()))
     shutil.copytree(places.good, places.interrupted)
     with inside(places.interrupted):
         record = read_run(Path(RUN))

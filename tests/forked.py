@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 
-import torch._dynamo  # operators import it when they are first called
+import torch._dynamo  # noqa: F401  (operators import it when they are first called)
 
 
 def free_port() -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_runs import STORE, folder, run, without_pictures
+from command_runs import STORE, folder, run, without_pictures, without_plan
 from conftest import ROOT
 from damage import COMMANDS, DAMAGES, OUTCOMES, RUN, Places, Tally, Trial, files_of, make_places, trials, walk
 from test_checkpoint import bits_of, saved, trained
@@ -39,7 +39,7 @@ PARTS = 8
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    with without_pictures():
+    with without_pictures(), without_plan():
         return make_places(tmp_path_factory.mktemp("places"))
 
 
