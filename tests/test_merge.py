@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from command_runs import run
-from conftest import ROOT
 from merge_models import LAYERS, changed, merged, weights, whole, written
 from safetensors.torch import save_file
 from small_tokenizers import pretrained_tokenizer
@@ -191,12 +188,10 @@ def test_a_head_beside_tied_embeddings_is_merged_or_refused_and_never_lost(tmp_p
 
 
 def test_the_command(mergeable, tmp_path):
-    command = [sys.executable, "-m", "profuser.merge", "--method", "slerp", "--models", mergeable["a"], mergeable["b"]]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "merged")], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "merged 2 models by slerp" in done.stdout
-    code, _, err = run("merge", *command[3:], "--output", str(tmp_path / "merged"))
+    command = ["--method", "slerp", "--models", mergeable["a"], mergeable["b"], "--output", str(tmp_path / "merged")]
+    code, out, err = run("merge", *command)
+    assert (code, err) == (0, "")
+    assert "merged 2 models by slerp" in out
+    code, _, err = run("merge", *command)
     assert code == 2
     assert "--output must be a new or empty directory" in err

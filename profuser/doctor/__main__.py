@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from profuser.cli import main_of
+from profuser.doctor.text_file import read_text
 
 DESCRIPTION = (
     "How well a source's tokens cover a target's, on a text of yours and without any model; how a training example looks in every "
@@ -94,14 +95,15 @@ def main(argv: list[str]) -> None:
 
         return show_templates(run, args.example or 0, args.json)
 
+    text, align = read_text(args.text), args.align or "bytes"
+
     from profuser.alignment.align import PlainText
-    from profuser.doctor.diagnosis import diagnose, read_text
+    from profuser.doctor.diagnosis import diagnose
     from profuser.doctor.tables import Names, describe_diagnosis, table
     from profuser.models.load import load_tokenizer
     from profuser.recipe.schema import SourceConfig
     from profuser.text.display import terminal_width, use_color
 
-    text, align = read_text(args.text), args.align or "bytes"
     target, source = (
         PlainText(load_tokenizer(SourceConfig(name=f"--tokenizers {role}", model=model)))
         for role, model in zip(("TARGET", "SOURCE"), args.tokenizers)

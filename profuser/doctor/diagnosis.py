@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -186,23 +185,6 @@ def diagnose(target: PlainText, source: PlainText, text: str, align: str = "byte
         if rejected.any():
             skips.append(Skip(SKIP_REASONS[SKIP_NOT_MATCHED], None, int(rejected.sum())))
     return Diagnosis(data, (target_view.begin, target_view.end), source_spans, kind, skips)
-
-
-def read_text(path: Path) -> str:
-    """Reads a text file and changes nothing in it, not even the ends of lines.
-
-    Raises:
-        DataError: the file cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise DataError(f"--text must be a readable file, got {path} ({error.strerror}); fix the path") from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"--text must be UTF-8, {path} has the byte 0x{error.object[error.start]:02x} at {error.start}; convert "
-            "it, for instance with `iconv -f cp1252 -t utf-8`"
-        ) from None
 
 
 def _accepted(target: PlainText, source: PlainText, target_ids: list[int], source_ids: list[int]) -> np.ndarray:

@@ -16,7 +16,8 @@ from profuser.alignment.align import PlainText
 from profuser.alignment.spans import ENGINE
 from profuser.alignment.types import KINDS
 from profuser.cli import main_of
-from profuser.doctor.diagnosis import Diagnosis, diagnose, read_text
+from profuser.doctor.diagnosis import Diagnosis, diagnose
+from profuser.doctor.text_file import read_text
 from profuser.environment import commit, versions
 from profuser.experiments.page import write_section
 from profuser.experiments.windows import LANGUAGES, TEXTS

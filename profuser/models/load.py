@@ -34,7 +34,7 @@ from profuser.models.gguf_header import gguf_tensors
 from profuser.models.merged_adapter import adapter_folder, base_of, check_adapter_files, merged
 from profuser.models.token_ids import check_token_ids, configuration_file
 from profuser.models.weights import AutoModel, check_gguf_blocks, check_weights, loaded_model
-from profuser.recipe.places import is_path, resolve
+from profuser.recipe.places import check_model, resolve
 from profuser.recipe.schema import SourceConfig
 from profuser.recipe.utf8 import read_utf8
 from profuser.text.chat import ChatFormat
@@ -392,14 +392,8 @@ def existing(location: str, name: str) -> str:
     Raises:
         DataError: the location is a local path or a `demo:NAME`, and there is nothing, or a file that is far too large.
     """
+    check_model(name, location)
     path = resolve(location)
-    if location.startswith("demo:") and not Path(path).exists():
-        bundled = sorted(p.name for p in Path(resolve("demo:guardian")).parent.iterdir() if p.is_dir())
-        raise DataError(f"{name}: a bundled model must be one of {', '.join(bundled)}, got {location}; fix the name")
-    if is_path(location) and not Path(path).exists():
-        raise DataError(
-            f"{name}: model must be an existing directory or GGUF file, got {location} (no such place); fix the path"
-        )
     check_sizes(name, Path(path))
     return path
 

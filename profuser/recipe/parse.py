@@ -21,7 +21,7 @@ import yaml
 from profuser.errors import ConfigError, ProfuserError, first_line
 from profuser.recipe.checks import LARGEST
 from profuser.recipe.keys import Argument, argument_mistake, as_argument, completed, completed_argument, mistake
-from profuser.recipe.places import DEFAULT_RECIPE
+from profuser.recipe.places import DEFAULT_RECIPE, check_model
 from profuser.recipe.schema import Recipe
 from profuser.recipe.utf8 import read_utf8
 from profuser.recipe.yaml_text import CHARACTERS, load_yaml
@@ -82,6 +82,14 @@ class Run:
     def output_dir(self) -> Path:
         """The directory of the run."""
         return Path(self.recipe.output or f"runs/{self.name}")
+
+    def check_models(self) -> None:
+        """Raises DataError where a source or the target is a local path at which there is nothing.
+
+        A command that opens all models does this first, because opening them takes the imports of torch and transformers.
+        """
+        for model in (*self.recipe.sources, self.recipe.target_config):
+            check_model(model.name, model.model)
 
 
 def parse_run(

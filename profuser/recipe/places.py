@@ -56,6 +56,18 @@ def resolve(location: str) -> str:
     return str(path)
 
 
+def check_model(name: str, location: str) -> None:
+    """Raises DataError where a model is a local path or a `demo:NAME`, and there is nothing. `name` is its name in the recipe."""
+    if not is_path(location) or Path(resolve(location)).exists():
+        return
+    if location.startswith(BUNDLED_PREFIX):
+        bundled = sorted(model.name for model in (PACKAGE_DIR / "demo/models").iterdir() if model.is_dir())
+        raise DataError(f"{name}: a bundled model must be one of {', '.join(bundled)}, got {location}; fix the name")
+    raise DataError(
+        f"{name}: model must be an existing directory or GGUF file, got {location} (no such place); fix the path"
+    )
+
+
 def files_of(location: str) -> list[str]:
     """Returns the local files and folders that a path or a pattern stands for; none where there are none."""
     path = resolve(location)

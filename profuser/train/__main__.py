@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
         if run.options["dry-run"]:
             print_plan(run, argv)
         else:
+            run.check_models()
             from profuser.pipeline import train_and_report
 
             train_and_report(run)
