@@ -88,24 +88,24 @@ def make_maps(ranges, V, seed=0) -> Ranges:
     ],
 )
 def test_merged_ranges_are_as_accurate_as_the_dense_reference(device, V, k, temperature, vocabulary_too):
-    logits, labels = random_logits(4, V, spread=1.5)
-    options: dict[str, Any] = {"ranges": make_maps(make_ranges(4, V, 9), V)}
+    logits, labels = random_logits(3, V, spread=1.5)
+    options: dict[str, Any] = {"ranges": make_maps(make_ranges(3, V, 6), V)}
     if vocabulary_too:
         options["vocab_map"] = torch.randint(-1, V // 2, (V,), generator=torch.Generator().manual_seed(1))
-    check_logits(device, logits, labels, k, chunk_size=3, temperature=temperature, **options)
+    check_logits(device, logits, labels, k, temperature=temperature, **options)
 
 
 @pytest.mark.parametrize("chunk_size", [2, *(pytest.param(size, marks=pytest.mark.long) for size in (1, None))])
 def test_whole_vocabulary_maps_of_every_row_give_the_reference(device, chunk_size):
     """As alignment uses them: one range of every row over the whole order, with one of two maps, beside small ranges."""
-    case = make_case(V=300) | {"bias": torch.randn(300, generator=torch.Generator().manual_seed(5))}
+    case = make_case(N=3, V=300) | {"bias": torch.randn(300, generator=torch.Generator().manual_seed(5))}
     g = torch.Generator().manual_seed(2)
     order = torch.randperm(300, generator=g)
-    rows = torch.arange(5).repeat_interleave(2)
-    small = torch.arange(10) % 2 == 1
-    lo = torch.where(small, torch.randint(200, (10,), generator=g), 0)
+    rows = torch.arange(3).repeat_interleave(2)
+    small = torch.arange(6) % 2 == 1
+    lo = torch.where(small, torch.randint(200, (6,), generator=g), 0)
     hi = torch.where(small, lo + 5, 300)
-    map_begin = torch.where(small, -1, 300 * torch.randint(2, (10,), generator=g))
+    map_begin = torch.where(small, -1, 300 * torch.randint(2, (6,), generator=g))
     ranges = rows, lo, hi, order, map_begin, torch.randint(-1, 20, (600,), generator=g)
     check_hidden(device, case, 10, chunk_size, ranges=ranges, softcap=20.0, logit_scale=0.7, temperature=1.3)
 
@@ -127,7 +127,7 @@ def test_many_long_segments_are_dealt_to_all_programs(device, monkeypatch):
     monkeypatch.setattr(source_topk_triton_merge, "BLOCK", 16)
     logits, labels = random_logits(2, 300)
     vocab_map = torch.randint(-1, 40, (300,), generator=torch.Generator().manual_seed(0))
-    check_logits(device, logits, labels, 16, vocab_map=vocab_map, ranges=make_maps(make_ranges(2, 300, 6), 300))
+    check_logits(device, logits, labels, 16, vocab_map=vocab_map, ranges=make_maps(make_ranges(2, 300, 4), 300))
 
 
 def test_more_rows_and_ranges_than_a_launch_takes(device, monkeypatch):
@@ -136,7 +136,7 @@ def test_more_rows_and_ranges_than_a_launch_takes(device, monkeypatch):
     monkeypatch.setattr(source_topk_triton_merge, "MERGED_ROWS", 2)
     logits, labels = random_logits(5, 50)
     vocab_map = torch.arange(50) // 3
-    for ranges in (make_ranges(5, 50, 9), make_maps(make_ranges(5, 50, 9), 50)):
+    for ranges in (make_ranges(5, 50, 5), make_maps(make_ranges(5, 50, 5), 50)):
         check_logits(device, logits, labels, 4, chunk_size=3, vocab_map=vocab_map, ranges=ranges)
 
 
