@@ -3,7 +3,9 @@
 This is a program that compiles for one target. It needs a process of its own, because Triton's interpreter and compiler
 cannot share one.
 
-    python tests/compiled_kernels.py sm_90      # JSON: kernel -> registers, spills, loops …
+    python tests/compiled_kernels.py sm_90 [EVERY]      # JSON: kernel -> registers, spills, loops …
+
+With EVERY only each EVERY-th kernel is compiled, from the first on.
 
 To check the kernels of another file, add them to `kernels`.
 """
@@ -284,14 +286,14 @@ def amd_report(compiled) -> dict:
     return {name: int(first(rf"\.{field}:\s+(\d+)", compiled.asm["amdgcn"])) for name, field in fields.items()}
 
 
-def main(target: str) -> None:
+def main(target: str, every: int = 1) -> None:
     from triton.backends.compiler import GPUTarget
 
     amd = target.startswith("gfx")
     warp_size = 64 if amd else 32
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     reports = {}
-    for name, kernel in kernels(warp_size).items():
+    for name, kernel in list(kernels(warp_size).items())[::every]:
         compiled = compile_kernel(kernel, gpu)
         reports[name] = amd_report(compiled) if amd else nvidia_report(compiled, target)
         reports[name] |= {"threads": kernel.warps * warp_size, "streams": kernel.streams}
@@ -301,4 +303,4 @@ def main(target: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -347,7 +347,8 @@ def test_a_loss_against_the_best_source_is_said_plainly(tmp_path):
         run_dir / "scores.json",
         lambda s: s["target_before"].update(mean=0.3) or s["sources"]["guardian"].update(mean=0.3),
     )
-    page = Page(write_report(run_dir, store_dir))
+    with without_pictures():
+        page = Page(write_report(run_dir, store_dir))
     assert "1.0 points below the best single model ( scholar , 51.0 %)" in page.text
     assert "−1.0 points" in page.text
     assert "cannot tell the two apart" in page.text
@@ -364,7 +365,8 @@ def test_model_text_is_escaped_and_control_characters_are_shown(tmp_path):
         content["examples"][1]["responses"]["fused"] = ""
 
     edit(run_dir / "evaluation.json", spoil)
-    path = write_report(run_dir, store_dir)
+    with without_pictures():
+        path = write_report(run_dir, store_dir)
     page = Page(path)
     assert not page.stack
     assert "script" not in {tag for tag, _ in page.tags}
