@@ -7,14 +7,12 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_runs import without_pictures
+from command_runs import run, without_pictures
 from report_runs import SKILLS, SOURCES, edit, make_run, write_lines
 
 from profuser.cli import main_of
@@ -468,10 +466,9 @@ def test_a_damaged_metrics_line_is_counted_and_repeated_steps_are_read_once(tmp_
 
 def test_the_command_reads_the_store_from_run_json(tmp_path):
     run_dir, _ = make_run(tmp_path)
-    command = [sys.executable, "-m", "profuser.report", str(run_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(run_dir / "report.html")
-    assert done.stderr == ""
+    with without_pictures():
+        code, out, err = run("report", str(run_dir))
+    assert (code, out.strip(), err) == (0, str(run_dir / "report.html"), "")
     with pytest.raises(DataError, match="none"):
         main([str(tmp_path / "none")])
 
