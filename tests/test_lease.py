@@ -131,7 +131,10 @@ def test_many_may_read_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second"), [("alone", "reads"), ("reads", "alone"), ("alone", "alone"), ("reads", "works")]
 )
-def test_with_the_same_settings_one_who_changes_and_others_wait_for_each_other(tmp_path, first, second, capsys):
+def test_with_the_same_settings_one_who_changes_and_others_wait_for_each_other(
+    tmp_path, first, second, capsys, monkeypatch
+):
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.05)
     order = []
 
     def later() -> None:
@@ -141,7 +144,7 @@ def test_with_the_same_settings_one_who_changes_and_others_wait_for_each_other(t
     thread = threading.Thread(target=later)
     with held(tmp_path, use=first):
         thread.start()
-        time.sleep(1.2)
+        time.sleep(0.3)
         order.append("first")
     thread.join(10)
     assert order == ["first", "second"]
