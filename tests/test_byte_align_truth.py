@@ -122,13 +122,14 @@ def brute_force(
     return {i: p / total for i, p in found.items()}, dropped / total, exact
 
 
-def test_alignment_equals_brute_force_over_every_continuation():
+@pytest.mark.parametrize("count", [15, pytest.param(25, marks=pytest.mark.long)])
+def test_alignment_equals_brute_force_over_every_continuation(count):
     rng = np.random.default_rng(0)
     source = toy_source(VICUNA)
     words = [*CLOSED, *(stem + ending for stem, endings in STEMS.items() for ending in endings)]
     compared = dropping = longer = inside = 0
     errors: list[float] = []
-    for _ in range(25):
+    for _ in range(count):
         # This target cuts the words anywhere, because it merges towards random parts of them in random order.
         parts = []
         for word in rng.permutation(words).tolist():
@@ -160,9 +161,9 @@ def test_alignment_equals_brute_force_over_every_continuation():
         f"exact at {compared} positions ({inside} inside a source token); approximate at {len(errors)}, where the source's "
         f"word goes on beyond the target's token: total variation {np.mean(errors):.3f} on average, {max(errors):.3f} at most"
     )
-    assert compared > 250
-    assert dropping > 10
-    assert longer > 30
+    assert compared > 10 * count
+    assert dropping > 0.4 * count
+    assert longer > 1.2 * count
     assert inside > 60
     assert np.mean(errors) < 0.2
 
