@@ -17,11 +17,13 @@ from torch import Tensor
 IGNORE_INDEX = -100
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# A chunk of fewer than about 2^18 logits spends its time in Python. More than 128 rows of a large vocabulary do not fit the cache.
-MIN_CHUNK_ROWS = 128
+# A chunk of fewer than about 2^18 logits spends its time in Python. Every chunk of the loss reads and writes the whole weight gradient, and
+# with `left_out` gathers rows of the head, which takes too long for few rows. Of many rows a cache holds nothing, and more columns have to
+# be kept.
+MIN_CHUNK_ROWS = 256
 CHUNK_ELEMENTS = 1 << 18
-# With `left_out` each chunk gathers rows of the head, which takes too long for few rows; of many rows, more columns have to be kept.
-MIN_CHUNK_ROWS_LEFT_OUT = 256
+# The top k writes nothing of that size.
+MIN_CHUNK_ROWS_TOPK = 128
 # On a GPU every chunk reads and writes the whole fp32 weight gradient, which takes too long for few rows.
 MIN_CHUNK_ROWS_GPU = 2048
 
@@ -175,14 +177,14 @@ def chunk_rows(
     itemsize: int,
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
-    fewest: int = MIN_CHUNK_ROWS,
+    fewest: int | None = None,
 ) -> int:
     """How many rows of logits are held at a time on a CPU.
 
-    It is `chunk_size`, or depends on the vocabulary where that is None, and is then `fewest` or more. The logits never exceed
-    `max_chunk_bytes`, unless a single row does.
+    It is `chunk_size`, or depends on the vocabulary where that is None, and is then at least `fewest`, or MIN_CHUNK_ROWS. The logits
+    never exceed `max_chunk_bytes`, unless a single row does.
     """
-    chunk = chunk_size or max(fewest, CHUNK_ELEMENTS // vocabulary)
+    chunk = chunk_size or max(fewest or MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
     if max_chunk_bytes is not None:
         chunk = min(chunk, max_chunk_bytes // (vocabulary * itemsize))
     return max(1, min(chunk, rows))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .chunk_losses import ChunkLosses, chunk_losses
-from .common import IGNORE_INDEX, MIN_CHUNK_ROWS, MIN_CHUNK_ROWS_LEFT_OUT, chunk_rows, compute_dtype, product_into
+from .common import IGNORE_INDEX, chunk_rows, compute_dtype, product_into
 from .fused_loss_types import Operands, Options, Outputs, Winner
 from .head import ChunkedHead, Head
 from .kept import prepare_kept
@@ -46,8 +46,7 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
     # The buffers of a chunk, used again by every chunk: logits, which become their gradient; the softcap's derivative; and in torch their
     # exponentials at T. The last two exist only where they differ from the first, or are needed.
     thins = options.left_out > 0 and options.any_grad
-    fewest = MIN_CHUNK_ROWS_LEFT_OUT if thins else MIN_CHUNK_ROWS
-    C = chunk_rows(n, vocabulary.share, dtype.itemsize, options.chunk_size, options.max_chunk_bytes, fewest)
+    C = chunk_rows(n, vocabulary.share, dtype.itemsize, options.chunk_size, options.max_chunk_bytes)
     head = ChunkedHead(Head(weight, operands.bias, options.softcap, options.logit_scale), dtype, C)
     # Of a sliced head there is one column more, for what is written at ids that another process has.
     spare = int(vocabulary.group is not None)

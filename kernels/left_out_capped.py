@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import MIN_CHUNK_ROWS_LEFT_OUT, chunk_rows, chunk_rows_gpu, product_into
+from .common import chunk_rows, chunk_rows_gpu, product_into
 from .fused_loss_types import Options
 from .left_out import GATHERED, LeftOutColumns, StandIn
 
@@ -41,7 +41,7 @@ def least_capacity(impl: str, rows: int, vocabulary: int, width: int, *, entries
     if impl == "triton":
         chunk = chunk_rows_gpu(rows, vocabulary, width)
     else:
-        chunk = chunk_rows(rows, vocabulary, 4, fewest=MIN_CHUNK_ROWS_LEFT_OUT)
+        chunk = chunk_rows(rows, vocabulary, 4)
     return lifted_at_most(chunk, entries + 1, vocabulary)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import source_topk_torch
 from .common import (
+    MIN_CHUNK_ROWS_TOPK,
     check_device,
     check_head,
     check_label_values,
@@ -106,7 +107,7 @@ def source_topk(
     with torch.no_grad():
         if not _use_triton(impl, hidden.device, dtype, k):
             _check_values(labels, vocabulary, vocab_map)
-            chunk = chunk_rows(hidden.shape[0], vocabulary, dtype.itemsize, chunk_size)
+            chunk = chunk_rows(hidden.shape[0], vocabulary, dtype.itemsize, chunk_size, fewest=MIN_CHUNK_ROWS_TOPK)
             chunked = ChunkedHead(head, dtype, chunk)
             scratch = hidden.new_empty(chunk, vocabulary, dtype=dtype)
 
@@ -159,7 +160,7 @@ def source_topk_from_logits(
     with torch.no_grad():
         if not _use_triton(impl, logits.device, dtype, k):
             _check_values(labels, vocabulary, vocab_map)
-            chunk = chunk_rows(count, vocabulary, dtype.itemsize, chunk_size)
+            chunk = chunk_rows(count, vocabulary, dtype.itemsize, chunk_size, fewest=MIN_CHUNK_ROWS_TOPK)
             asked_for = _listed_ranges(ranges, labels, vocabulary)
             return source_topk_torch.topk_rows(
                 lambda rows: logits[rows].to(dtype, copy=True),

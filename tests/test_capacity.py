@@ -20,7 +20,7 @@ from loss_checks import make_case
 from test_train import trainer, weights
 
 from profuser.errors import NonFiniteError
-from profuser.kernels import common, fused_loss_torch, left_out_capped
+from profuser.kernels import common
 from profuser.kernels.left_out_capped import least_capacity
 from profuser.loss import fused_linear_fusion_loss
 from profuser.models.head import head_layer
@@ -42,8 +42,7 @@ def few_rows_on_any_device(patch: pytest.MonkeyPatch) -> None:
     """Lets a CPU choose the capacity as a GPU does, and keep a part of a small vocabulary."""
     patch.setattr(loop, "is_chosen_on", lambda device: True)
     patch.setattr(common, "CHUNK_ELEMENTS", 1)
-    for module in (fused_loss_torch, left_out_capped):
-        patch.setattr(module, "MIN_CHUNK_ROWS_LEFT_OUT", 8)
+    patch.setattr(common, "MIN_CHUNK_ROWS", 8)
     patch.setattr(capacity, "PAYS", 0.9)
 
 
