@@ -10,8 +10,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -118,6 +120,11 @@ def quiet_libraries() -> None:
     if (transformers := sys.modules.get("transformers")) is not None:  # too late for the environment: it has been read
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+    # peft imports bitsandbytes for every adapter, where that is installed. On some CPUs it looks for a product in the package `kernels`
+    # then, and warns that it is not there: a clone's folder of that name, or nothing, is. We switch this product off (load_quantized).
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # A user can do nothing about names that transformers will drop, and that peft or we still use.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def explained(error: Exception) -> ProfuserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from adapter_checks import check_resumed
+from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
@@ -58,6 +60,23 @@ def test_the_written_model_is_the_target_with_the_adapter_merged(finished):
     assert config["base_model_name_or_path"] == resolve("demo:guardian")
     record = json.loads((run.output_dir / "run.json").read_text())
     assert "adapter/adapter_model.safetensors" in record["files"]
+
+
+@pytest.mark.long  # bitsandbytes warns when it is imported, which needs a process of its own
+def test_libraries_do_not_warn_of_an_adapter_in_a_clones_root():
+    """There the folder kernels/ hides a package of this name, in which bitsandbytes looks for a product in 4 bits on some CPUs."""
+    code = """if True:
+        from profuser.cli import quiet_libraries
+        quiet_libraries()
+        import torch
+        from profuser.models.load import load_without_weights
+        from profuser.recipe.adapter import AdapterConfig
+        from profuser.recipe.schema import SourceConfig
+        from profuser.train.adapter import with_adapter
+        with_adapter(load_without_weights(SourceConfig(name="target", model="demo:guardian"), torch.float32), AdapterConfig())
+    """
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stderr == ""
 
 
 def test_a_checkpoint_holds_the_adapter_alone(finished):
