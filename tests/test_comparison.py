@@ -82,6 +82,21 @@ def test_scores_on_the_same_prompts_stand_beside_each_other(two):
     assert "not recorded" not in page.text
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"heldout": ["a.jsonl", "b.jsonl"]}, "a.jsonl, b.jsonl"),
+        ({"heldout": {"path": "org/set", "config": None, "split": "test"}}, "org/set (split test)"),
+        ({"heldout": None, "heldout_share": 0.05, "train": ["a.jsonl", "b.jsonl"]}, "5 % of a.jsonl, b.jsonl"),
+    ],
+)
+def test_held_out_prompts_of_several_files_or_a_share_of_them_are_named_in_words(two, data, said):
+    for directory in two:
+        edit(directory / "run.json", lambda record: record["recipe"]["data"].update(data))
+    text = Page(compare_runs(two)).text.replace(" ", "")  # lines may break within a name
+    assert f"Allonthesame600held-outpromptsof{said}.".replace(" ", "") in text
+
+
 def moved(recipe):
     recipe["recipe"]["data"]["heldout"] = "elsewhere/heldout.jsonl"
 

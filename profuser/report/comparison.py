@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.compare import decides, differing_values
+from profuser.recipe.data import DataLocation
 from profuser.report import figures
 from profuser.report.figures import Model
 from profuser.report.intervals import Score, difference
@@ -190,12 +191,8 @@ def _group(runs: list[ComparedRun]) -> Group:
     if len(ranked) > 1:
         best, second, *_ = ranked
         lead = best, second, difference(best.scores["mean"], second.scores["mean"])
-    data = recipe.get("data", {})
-    heldout = data.get("heldout", "")
-    if heldout is None:
-        heldout = f"a share of {data['heldout_share']:g} of {data['train']}"
     return Group(
-        heldout=heldout if isinstance(heldout, str) else json.dumps(heldout, ensure_ascii=False),
+        heldout=_heldout(recipe.get("data", {})),
         match=recipe.get("evaluation", {}).get("match"),
         runs=runs,
         rows=[*skills, "mean"] if len(skills) > 1 else skills,
@@ -203,6 +200,18 @@ def _group(runs: list[ComparedRun]) -> Group:
         certain=all("data" in run.evaluation for run in runs),
         lead=lead,
     )
+
+
+def _heldout(data: Mapping[str, Any]) -> str:
+    """Says where held-out prompts are, by the group `data` of a recipe."""
+
+    def place(location: str | list[str] | dict[str, Any]) -> str:
+        known = location if isinstance(location, dict) else {"path": location}
+        return str(DataLocation(**{key: known.get(key) for key in ("path", "config", "split")}))
+
+    if (own := data.get("heldout", "")) is not None:
+        return place(own)
+    return f"{100 * data['heldout_share']:g} % of {place(data['train'])}"
 
 
 def _curves(runs: Sequence[ComparedRun]) -> dict[str, Markup]:

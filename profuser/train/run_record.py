@@ -35,9 +35,11 @@ EVALUATIONS = "evaluations"
 """The folder of what was measured later, on other files or with other models. No record covers it."""
 
 STAGE = {"inference_weight?": NUMBER, "training_weight?": NUMBER, "beta?": (NUMBER, None)}
+PATH = (str, [str])
+LOCATION = (*PATH, {"path": PATH, "config?": (str, None), "split?": (str, None)})
 RECIPE = {
     "schedule": (Rule("a schedule", lambda x: isinstance(x, str) and x in NAMED), [STAGE]),
-    "data?": {},
+    "data?": {"train?": LOCATION, "heldout?": (*LOCATION, None), "heldout_share?": SHARE},
     "target?": str,
     "evaluation?": {"match?": (str, None)},
     "align?": {"mode?": str},
