@@ -164,9 +164,12 @@ def test_a_template_that_rewrites_the_response_is_followed(tmp_path):
 def test_a_template_that_does_not_show_the_response_is_refused_before_any_model_runs(tmp_path, template, renders):
     """Such a judge would score all responses alike, and its votes would be called without a signal."""
     own, given = reward_model(tmp_path / "own", template=template), reward_model(tmp_path / "given")
-    for location, chat_template in ((own, None), (given, template)):
+    for location, chat_template, fix in (
+        (own, None, "set `chat_template`"),
+        (given, template, "correct the `chat_template`"),
+    ):
         judge = JudgeConfig(name="rm", model=location, chat_template=chat_template)
-        with pytest.raises(DataError, match=rf"judge rm: .*must show the response.*'{renders}'.*set `chat_template`"):
+        with pytest.raises(DataError, match=rf"must show the response, judge rm's .*'{renders}'.*{fix}"):
             open_judge(judge)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_tokenizers import CHATML
 
 from profuser.errors import DataError
 from profuser.models import load
@@ -14,6 +15,7 @@ from profuser.models.load import chat_format, load_model, load_tokenizer, open_m
 from profuser.models.reward import load_reward_model
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
+from profuser.text.conversation import Conversation, Turn
 
 
 @pytest.fixture
@@ -48,6 +50,26 @@ def test_a_chat_template_is_read_as_utf8_whatever_the_locale(model, tmp_path, mo
     message = refusal(model, chat_template=str(template))
     assert str(template) in message
     assert "line 2 has the byte 0xe9" in message
+
+
+NO_TURNS, NO_SYSTEM = (
+    "{{ messages[0]['content'] }}",
+    CHATML.replace("m['role'] +", "(m['role'] | replace('system', 'user')) +"),
+)
+
+
+def test_what_is_said_of_a_chat_template_names_the_source(model, caplog):
+    """A recipe may have one model as two sources, each with a template of its own."""
+    own = SourceConfig(name="tutor", model=str(model), chat_template=NO_TURNS)
+    with pytest.raises(DataError, match=r"once each, tutor's renders .*; correct the `chat_template` of that source"):
+        chat_format(own)
+    (model / "chat_template.jinja").write_text(NO_TURNS)
+    with pytest.raises(DataError, match=r"once each, tutor's renders .*; set `chat_template` for that source"):
+        chat_format(replace(own, chat_template=None))
+    said = Conversation((Turn("system", "s"), Turn("user", "u")))
+    chat_format(replace(own, chat_template=NO_SYSTEM)).prompt_ids(said)
+    assert "tutor's chat template has no system role" in caplog.text
+    assert str(model) not in caplog.text
 
 
 @pytest.mark.parametrize(

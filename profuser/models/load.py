@@ -39,7 +39,7 @@ from profuser.recipe.schema import SourceConfig
 from profuser.recipe.utf8 import read_utf8
 from profuser.text.chat import ChatFormat
 from profuser.text.patterns import check_patterns
-from profuser.text.template import TEMPLATE_CHARACTERS
+from profuser.text.template import FIX_IN_RECIPE, FIX_OF_RECIPES_OWN, TEMPLATE_CHARACTERS, ChatTemplate
 from profuser.text.token_bytes import MAX_ID
 from profuser.typed import parsed
 
@@ -348,7 +348,18 @@ def chat_format(source: SourceConfig, *, date: datetime.date | None = None) -> C
             f"{source.name}: eos_token_id in generation_config.json of {weights_of(source)[0]} must be a control token, {text[0]} is "
             f"{tokenizer.decode(text)!r} to the tokenizer, at which answers would end in the middle; correct it"
         )
-    return ChatFormat(tokenizer, end_ids=sorted({*ends, tokenizer.eos_token_id} - {None}), date=date)
+    ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+    return ChatFormat(tokenizer, end_ids=ends, name=source.name, date=date, fix=template_fix(source))
+
+
+def chat_template(source: SourceConfig, *, date: datetime.date | None = None) -> ChatTemplate:
+    """Returns a source's chat template. It raises what `load_tokenizer` and ChatTemplate raise."""
+    return ChatTemplate(load_tokenizer(source), name=source.name, date=date, fix=template_fix(source))
+
+
+def template_fix(source: SourceConfig) -> str:
+    """Returns what can be done about a source's chat template where it does not fit."""
+    return FIX_IN_RECIPE if source.chat_template is None else FIX_OF_RECIPES_OWN
 
 
 def is_plain_text(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:

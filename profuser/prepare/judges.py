@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from profuser.errors import DataError, first_line, in_short
-from profuser.models.load import check_ids, load_tokenizer, template_text
+from profuser.models.load import chat_template, check_ids, template_text
 from profuser.models.merged_adapter import model_fingerprint
 from profuser.models.padding import padded
 from profuser.models.reward import load_reward_model, open_reward_model
@@ -117,20 +117,15 @@ def reward_source(config: JudgeConfig, location: str) -> SourceConfig:
 
 def reward_template(config: JudgeConfig, location: str, *, date: datetime.date | None = None) -> ChatTemplate:
     """Returns the chat template in which the reward model at `location` reads a conversation."""
-    source = reward_source(config, location)
-    try:
-        template = ChatTemplate(load_tokenizer(source), date=date)
-        # A judge that does not see the response scores all of them alike.
-        answers = [conversation("x", response) for response in ("yes", "no")]
-        if template.ids(answers[0]) == template.ids(answers[1]):
-            raise DataError(
-                f"a chat template must show the response, {template.name}'s renders two of them as "
-                f"{in_short(template.text(answers[0]))}; {template.fix}"
-            )
-        return template
-    except DataError as error:
-        prefix = "" if source.name in str(error) else f"{source.name}: "
-        raise DataError(f"{prefix}{error}") from error
+    template = chat_template(reward_source(config, location), date=date)
+    # A judge that does not see the response scores all of them alike.
+    answers = [conversation("x", response) for response in ("yes", "no")]
+    if template.ids(answers[0]) == template.ids(answers[1]):
+        raise DataError(
+            f"a chat template must show the response, {template.name}'s renders two of them as "
+            f"{in_short(template.text(answers[0]))}; {template.fix}"
+        )
+    return template
 
 
 def check_conversations(config: JudgeConfig, rows: Sequence[Row]) -> None:

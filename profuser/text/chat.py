@@ -49,8 +49,7 @@ class ChatFormat:
         tokenizer: a Hugging Face tokenizer with a `tokenizers` backend and a chat template.
         end_ids: all of the model's end tokens, e.g. its generation config's `eos_token_id`. None means the tokenizer's eos.
             The first control token that the template puts after a response has the role, too.
-        date: the date that the template gets; None means today.
-        fix: what to do about a template that does not fit, for messages.
+        name, date, fix: those of `ChatTemplate`.
     Attributes:
         end_ids: the ids with the role end of turn.
         end_id: the one of them with which the template closes the turn.
@@ -66,10 +65,11 @@ class ChatFormat:
         tokenizer: PreTrainedTokenizerBase,
         *,
         end_ids: Sequence[int] | None = None,
+        name: str | None = None,
         date: datetime.date | None = None,
         fix: str = FIX_IN_RECIPE,
     ):
-        self.template = ChatTemplate(tokenizer, date=date, fix=fix)
+        self.template = ChatTemplate(tokenizer, name=name, date=date, fix=fix)
         name = self.template.name
         self.tokenizer = tokenizer
         known = [tokenizer.eos_token_id] if end_ids is None else list(end_ids)

@@ -31,6 +31,8 @@ FIX_IN_RECIPE = (
     "set `chat_template` for that source or judge in the recipe, or put a chat_template.jinja beside its tokenizer"
 )
 """What can be done about a chat template. The file also helps where the recipe has no such key: for a target that is no source."""
+FIX_OF_RECIPES_OWN = "correct the `chat_template` of that source or judge in the recipe"
+"""What can be done about one that the recipe gives."""
 
 SYSTEM = "profuserSYSTEMsentinel"
 
@@ -51,20 +53,24 @@ class ChatTemplate:
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
+        name: what messages call the model; None takes the name of the tokenizer, which is its folder or its id on the Hub.
         date: the date that the template gets, whenever it is rendered. None means today.
         fix: what to do about a template that does not fit, for messages.
-    Attributes:
-        name: the tokenizer's name, for messages.
     Raises:
         DataError: there is no chat template, or it does not render a conversation of a user and an assistant.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, date: datetime.date | None = None, fix: str = FIX_IN_RECIPE
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        date: datetime.date | None = None,
+        fix: str = FIX_IN_RECIPE,
     ):
         self.tokenizer = tokenizer
         self.fix = fix
-        self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        self.name = name or getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.chat_template:
             raise DataError(f"a model needs a chat template, {self.name} has none; {fix}")
         # The tokenizer may have several templates, of which the default one is for conversations without tools.
@@ -148,7 +154,7 @@ class ChatTemplate:
         except Exception as error:  # a template's code may raise anything
             raise DataError(
                 f"{self.name}'s chat template must render every conversation, on the prompt {messages[0]['content']!r} it "
-                f"raised {type(error).__name__}: {first_line(error)}; fix the template"
+                f"raised {type(error).__name__}: {first_line(error)}; {self.fix}"
             ) from error
 
     def _needs_system(self) -> bool:
@@ -163,7 +169,7 @@ class ChatTemplate:
                 raise
             if not isinstance(error, TemplateError):
                 raise DataError(
-                    f"{self.name}'s chat template must render, it raised {type(error).__name__}: {first_line(error)}; fix it"
+                    f"{self.name}'s chat template must render, it raised {type(error).__name__}: {first_line(error)}; {self.fix}"
                 ) from None
         self._system = True
         try:
