@@ -1,4 +1,4 @@
-"""Prints the first line of a run: what it does, with which models and data, on which device, and how long it should take."""
+"""Prints the first lines of a run: what it does, with which models, on which device, how long it should take, and with which data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from profuser.recipe.schedule import plan
 
 
 def announce(command: str, preparation: Preparation, processes: int = 1, first_step: int | None = None) -> None:
-    """Prints the first line of a run.
+    """Prints the first lines of a run.
 
     Args:
         command: the command's name. processes: how many processes train.
@@ -34,7 +34,10 @@ def announce(command: str, preparation: Preparation, processes: int = 1, first_s
     for engine in dict.fromkeys(preparation.settled_engines()):
         if engine != "transformers" or inputs.device.type == "cuda":
             print(f"generation.engine auto is {engine} here", flush=True)
-    # How the data were read. Splits that share their examples were read alike.
+    # How many examples each split has, and how they were read. Splits that share their examples were read alike.
+    words = {"train": "training", "validation": "validation", "heldout": "held-out"}
+    sizes = ", ".join(f"{len(examples):,} {words[split]}" for split, examples in inputs.rows.items())
+    print(f"data: {sizes} examples", flush=True)
     for note in dict.fromkeys(note for examples in inputs.rows.values() for note in examples.notes):
         print(note, flush=True)
     # What is computed on prompts that are trained on says nothing about new ones.
