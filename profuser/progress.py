@@ -78,7 +78,7 @@ class Progress:
             self.bar.update(n)
         elif self.done < self.total and time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
-            self._line()
+            self._line(going_on=True)
 
     def __exit__(self, kind, *_) -> None:
         if self.bar is not None:
@@ -92,12 +92,12 @@ class Progress:
         rate = f"{self.tokens / seconds:,.0f} tokens/s" if self.tokens and seconds else ""
         return [fact for fact in (rate, self.note) if fact]
 
-    def _line(self) -> None:
-        """Prints a line with what is done, the time left and the other facts."""
+    def _line(self, *, going_on: bool = False) -> None:
+        """Prints a line with what is done, the other facts, and the time left if the work is `going_on`."""
         if not self.show:
             return
         seconds = time.monotonic() - self.start
         now = self.done - self.initial
-        left = [f"{seconds / now * (self.total - self.done):.0f} s left"] if now and self.done < self.total else []
+        left = [f"{seconds / now * (self.total - self.done):.0f} s left"] if now and going_on else []
         facts = ", ".join([f"{self.done}/{self.total} {self.unit} in {seconds:.0f} s", *left, *self._facts()])
         print(f"{self.label}: {facts}", flush=True)

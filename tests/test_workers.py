@@ -16,6 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,7 +26,9 @@ from test_lease import another_process, held, leases
 
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
+from profuser.prepare.sharing import Sharing
 from profuser.store import layout
+from profuser.store.division import Part
 from profuser.store.lease import FOLDER
 from profuser.store.store import Store
 
@@ -98,6 +101,21 @@ def test_the_claim_of_a_killed_process_is_free_again(tmp_path):
         process.wait()
         assert mine.claim(["a"], never) == "a"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_line_of_progress_says_what_other_processes_are_still_at(tmp_path, capsys):
+    parts = [Part(number, [2 * number, 2 * number + 1], "") for number in range(3)]
+    made: set[int] = set()
+    kind = layout.truth("train", "guardian")
+    origins: Any = mock.Mock(**{"inputs.parts": lambda split: parts, "is_made": lambda kind, part: part.number in made})
+    with held(tmp_path, use="works") as mine:
+        mine.share("works")
+        with held(tmp_path, use="works") as other:
+            assert other.claim([kind.shard(2)], never) is not None
+            for _, part, _, bar in Sharing(origins, mine).claimed("score", "examples", [kind], lambda: None):
+                bar.update(len(part))
+                made.add(part.number)
+    assert capsys.readouterr().out.splitlines()[-1] == "score: 4/6 examples in 0 s, other processes are at the last 2"
 
 
 def test_two_workers_make_what_one_would(prepared, tmp_path):

@@ -111,7 +111,8 @@ class Sharing:
                 yield kind, part, needed, bar
                 name = self.lease.claim([*free], is_done)
                 took.shards.append(ShardTook(kind, part, time.monotonic() - start, bar.tokens - tokens))
-            bar.update(done_elsewhere)
+            left = sum(len(part) for _, part in free.values())
+            bar.update(done_elsewhere, note=f"other processes are at the last {left}" if left else "")
 
 
 def takes_part(recipe: Recipe, state: PartialState) -> bool:
