@@ -104,6 +104,7 @@ def make_run(
         "store": str(store_dir),
         "seconds": {"prepare": 43.1, "train": 3671.0, "evaluate": 8.25},
         "peak_rss_bytes": 1_834_000_000,
+        "peak_owned_bytes": 1_503_000_000,
         "demo_data": demo_data if demo else None,
     }
 

@@ -231,6 +231,10 @@ def test_a_run_directory_from_before_the_votes_still_gives_a_report(tmp_path):
     assert "Side by side" in page.text
 
 
+def test_memory_is_measured_as_beside_the_estimate_at_the_end_of_a_run(reported):
+    assert "Peak memory 1.40 GiB without mapped files" in " ".join(Page(reported / "report.html").text.split())
+
+
 def test_the_page_says_which_weights_were_exported_where_the_run_knows(tmp_path):
     run_dir, store_dir = make_run(tmp_path)
     with without_pictures():

@@ -14,6 +14,7 @@ from profuser.cli import main_of
 from profuser.experiments.page import write_section
 from profuser.progress import in_words
 from profuser.recipe.schedule import Mode
+from profuser.train.run_record import peak_of
 from profuser.typed import read_json
 
 SECTION = "real_model"
@@ -29,10 +30,11 @@ def part(run: Path) -> str:
     record, evaluation, scores = (read_json(run / f"{name}.json") for name in ("run", "evaluation", "scores"))
     summary = read_json(Path(record["store"]) / "summary.json")
     seconds = ", ".join(f"{phase} {in_words(s)}" for phase, s in record["seconds"].items())
+    memory = f", {peak[0] / 2**30:.1f} GiB {peak[1]}" if (peak := peak_of(record)) else ""
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers"))
     facts = (
         f"`{run.name}`: {', '.join(summary['sources'])} into {summary['target']}, {summary['examples']} instructions; "
-        f"{in_words(sum(record['seconds'].values()))} ({seconds}), {record['peak_rss_bytes'] / 2**30:.1f} GiB; "
+        f"{in_words(sum(record['seconds'].values()))} ({seconds}){memory}; "
         f"{record['hardware']}, {versions}, commit {record['commit']}."
     )
     return "\n\n".join([f"### {run.name}", facts, *tables(summary, evaluation, scores)])

@@ -11,6 +11,7 @@ from profuser.plan.plan import Plan, is_sharded
 from profuser.plan.probe import Timed
 from profuser.progress import in_words
 from profuser.recipe.schedule import schedule_words
+from profuser.train.run_record import peak_of
 
 GIB = 1 << 30
 MODULE = "profuser.train"
@@ -220,8 +221,10 @@ def beside(plan: Plan, record: dict[str, Any], processes: int) -> str:
 
     The estimated time is that of a run which begins with nothing.
     """
-    measured = record["peak_device_bytes" if plan.device == "cuda" else "peak_owned_bytes"]
-    line = f"memory: {size(measured)} at most, estimated {size(plan.peak(processes))}"
+    peak = peak_of(record)
+    assert peak is not None
+    measured, which = peak
+    line = f"memory {which}: {size(measured)} at most, estimated {size(plan.peak(processes))}"
     if plan.seconds is None:
         return line
     seconds = record["seconds"]

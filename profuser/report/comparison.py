@@ -26,7 +26,7 @@ from profuser.report.rendering import duration, embedded, render
 from profuser.report.scores import answer_of, models_of, read_scores
 from profuser.report.theme import DARK, LIGHT
 from profuser.store.files import write_atomic
-from profuser.train.run_record import METRICS, read_finished, read_proven
+from profuser.train.run_record import METRICS, peak_of, read_finished, read_proven
 
 DEFAULT_NAME = "report-comparison.html"
 
@@ -232,8 +232,8 @@ def _facts(runs: Sequence[ComparedRun]) -> dict[str, list[str | None]]:
     for phase in dict.fromkeys(phase for record in records for phase in record["seconds"]):
         seconds = [record["seconds"].get(phase) for record in records]
         facts[f"time to {phase}"] = [None if s is None else duration(s) for s in seconds]
-    memory = [record.get("peak_rss_bytes") for record in records]
-    facts["peak memory"] = [f"{size / 2**30:.2f} GiB" if size else None for size in memory]
+    peaks = map(peak_of, records)
+    facts["peak memory"] = [peak and f"{peak[0] / 2**30:.2f} GiB {peak[1]}" for peak in peaks]
     for key in ("precision", "hardware", "commit"):
         facts[key] = [record[key] for record in records]
     for package, versions in differing_values([record["versions"] for record in records]).items():

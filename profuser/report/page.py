@@ -25,7 +25,7 @@ from profuser.report.scores import answer_of, models_of, read_scores
 from profuser.report.theme import DARK, LIGHT, Theme
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
-from profuser.train.run_record import METRICS, check_data, read_proven, read_run
+from profuser.train.run_record import METRICS, check_data, peak_of, read_proven, read_run
 
 
 def _title(sources: Sequence[str], target: str, distilled: bool) -> str:
@@ -88,7 +88,6 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
                 f"the {what} must be an existing directory, got {directory}; give the one that training wrote"
             )
     run = read_run(run_dir)
-    run.setdefault("peak_rss_bytes", None)
     scores, evaluation = read_scores(run_dir, run)
     metrics = read_metrics(read_proven(run_dir, run, METRICS))
     store = Store.open(store_dir, complete=False)
@@ -124,6 +123,7 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
         answer=answer_of(models, skills),
         run=run,
         summary=summary,
+        peak=peak_of(run),
         total_seconds=sum(run["seconds"].values()),
         demo=_demo(run["demo_data"]) if run.get("demo_data") else None,
         models=models,

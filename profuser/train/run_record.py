@@ -67,6 +67,13 @@ RUN = {
 }
 """The shape of run.json."""
 
+PEAKS = {
+    "peak_device_bytes": "of the GPU",
+    "peak_owned_bytes": "without mapped files",
+    "peak_rss_bytes": "with mapped files",
+}
+"""The measures of a run's memory, the one that counts first, in the words that stand beside it."""
+
 BY_SKILL = {str: SHARE}
 BITS = {str: (NUMBER, None)}
 RESPONSE = {"text": str, "eligible": bool, "left_out?": str, "votes": NUMBER, "wins_vote": bool}
@@ -98,6 +105,11 @@ SHAPES: dict[str, Any] = {
     },
 }
 """The shapes of scores.json and evaluation.json."""
+
+
+def peak_of(record: Mapping[str, Any]) -> tuple[int, str] | None:
+    """Returns the most memory that a run's main process took, in bytes, and which memory it is; None where that is not recorded."""
+    return next(((record[key], words) for key, words in PEAKS.items() if key in record), None)
 
 
 def read_run(directory: Path) -> dict[str, Any]:
