@@ -113,6 +113,8 @@ def prepare_together(run: Run, accelerator: Accelerator, held: contextlib.ExitSt
                 check_training(recipe, accelerator)
             preparation = Preparation.begin(Inputs.open(run), held)
             if is_main:
+                if not preparation.store.complete:
+                    directory.update(prepared=True)
                 for example in preparation.inputs.rows.get("heldout", [])[:1]:
                     try_match(recipe.evaluation.match, example)
                 announce("train", preparation, accelerator.num_processes, newest_step(directory.checkpoints))
@@ -194,7 +196,10 @@ def print_report(run: Run, processes: int | None) -> None:
         print(closing_examples(read_measured(directory.path, record, EVALUATION), 3))
     if (run.store_dir / "manifest.json").exists() and (line := Store.open(run.store_dir, complete=False).handled()):
         print(line)
-    print(f"took {', '.join(f'{phase} {in_words(s)}' for phase, s in record['seconds'].items())}")
+    took = {phase: in_words(seconds) for phase, seconds in record["seconds"].items()}
+    if "prepare" in took and record.get("prepared") is False:
+        took["prepare"] += " (the store was there already)"
+    print(f"took {', '.join(f'{phase} {time}' for phase, time in took.items())}")
     if processes is not None:
         with contextlib.suppress(ProfuserError):  # a model that cannot be planned has been trained all the same
             print(beside(make_plan(run, processes=(processes,)), record, processes))

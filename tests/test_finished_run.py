@@ -147,7 +147,9 @@ def test_the_time_of_every_session_counts():
     write_run(RUN, read_run(RUN) | {"status": "running", "seconds": {"prepare": 1000.0}})
     code, _, err = run(*TRAIN)
     assert code == 0, err
-    assert json.loads((RUN / "run.json").read_text())["seconds"]["prepare"] > 1000
+    record = json.loads((RUN / "run.json").read_text())
+    assert record["seconds"]["prepare"] > 1000
+    assert record["prepared"] is True
 
 
 LOOKING = {

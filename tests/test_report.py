@@ -18,6 +18,7 @@ from report_runs import SKILLS, SOURCES, edit, make_run, write_lines
 from profuser.cli import main_of
 from profuser.errors import DataError
 from profuser.report.__main__ import main
+from profuser.report.comparison import compare_runs
 from profuser.report.intervals import difference, wilson
 from profuser.report.metrics import Change, Metrics, StageRow, read_metrics, stage_table
 from profuser.report.page import write_report
@@ -243,6 +244,19 @@ def test_the_page_says_which_weights_were_exported_where_the_run_knows(tmp_path)
         record["recipe"].setdefault("optim", {})["export"] = "best"
         write_run(run_dir, record | {"exported_step": 140})
         assert "the weights after step 140 (optim.export: best)" in Page(write_report(run_dir, store_dir)).text
+
+
+def test_what_a_store_took_that_was_there_already_is_not_the_runs_own_time(tmp_path):
+    run_dir, store_dir = make_run(tmp_path)
+    said = {}
+    for prepared in (True, False):
+        write_run(run_dir, read_run(run_dir) | {"prepared": prepared})
+        with without_pictures():
+            said[prepared] = Page(write_report(run_dir, store_dir)).text
+    assert "was there already" not in said[True]
+    assert "the store was there already; what it had taken is not counted: " in said[False]
+    page = Page(compare_runs([run_dir, make_run(tmp_path / "other")[0]], tmp_path / "page.html"))
+    assert ["its store", "was there already", "–"] in page.tables["Time and memory"]
 
 
 def test_stages_are_told_with_their_weights_and_changes(reported):

@@ -123,6 +123,7 @@ def test_changed_training_data_are_refused_when_scoring(finished, tmp_path):
 def test_the_run_directory_says_what_was_done(finished):
     run, _ = finished
     record = json.loads((run.output_dir / "run.json").read_text())
+    assert record["prepared"] is False  # the store was there already
     assert record["status"] == "complete"
     assert set(record["seconds"]) == {"prepare", "train", "evaluate"}
     lines = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]

@@ -219,7 +219,7 @@ def commands(plan: Plan, argv: Sequence[str]) -> list[str]:
 def beside(plan: Plan, record: dict[str, Any], processes: int) -> str:
     """Returns the line that sets what was estimated beside what run.json measured.
 
-    The estimated time is that of a run which begins with nothing.
+    The estimated time is that of a run which begins with nothing. A store that was there already is left out.
     """
     peak = peak_of(record)
     assert peak is not None
@@ -236,7 +236,7 @@ def beside(plan: Plan, record: dict[str, Any], processes: int) -> str:
     times = ", ".join(
         f"{phase} {in_words(seconds[phase])}, estimated {in_words(s)}"
         for phase, s in estimated.items()
-        if s and phase in seconds
+        if s and phase in seconds and (phase != "prepare" or record.get("prepared") is not False)
     )
     return f"{line}; time: {times}"
 

@@ -206,8 +206,8 @@ def _heldout(data: Mapping[str, Any]) -> str:
     """Says where held-out prompts are, by the group `data` of a recipe."""
 
     def place(location: str | list[str] | dict[str, Any]) -> str:
-        known = location if isinstance(location, dict) else {"path": location}
-        return str(DataLocation(**{key: known.get(key) for key in ("path", "config", "split")}))
+        known: dict[str, Any] = location if isinstance(location, dict) else {"path": location}
+        return str(DataLocation(path=known["path"], config=known.get("config"), split=known.get("split")))
 
     if (own := data.get("heldout", "")) is not None:
         return place(own)
@@ -232,6 +232,9 @@ def _facts(runs: Sequence[ComparedRun]) -> dict[str, list[str | None]]:
     for phase in dict.fromkeys(phase for record in records for phase in record["seconds"]):
         seconds = [record["seconds"].get(phase) for record in records]
         facts[f"time to {phase}"] = [None if s is None else duration(s) for s in seconds]
+    if any(record.get("prepared") is False for record in records):
+        made = {True: "made in the run", False: "was there already", None: None}
+        facts["its store"] = [made[record.get("prepared")] for record in records]
     peaks = map(peak_of, records)
     facts["peak memory"] = [peak and f"{peak[0] / 2**30:.2f} GiB {peak[1]}" for peak in peaks]
     for key in ("precision", "hardware", "commit"):

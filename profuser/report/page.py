@@ -88,6 +88,7 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
                 f"the {what} must be an existing directory, got {directory}; give the one that training wrote"
             )
     run = read_run(run_dir)
+    run.setdefault("prepared", None)
     scores, evaluation = read_scores(run_dir, run)
     metrics = read_metrics(read_proven(run_dir, run, METRICS))
     store = Store.open(store_dir, complete=False)

@@ -139,8 +139,8 @@ class RunDirectory:
 
     def begin(self, precision: str) -> None:
         """Writes the record of a run that begins or goes on. The time that it has taken before stays counted."""
-        seconds = (self.read().get("seconds") or {}) if self.exists else {}
-        self._write("running", precision=precision, seconds=seconds)
+        old = self.read() if self.exists else {"prepared": False}
+        self._write("running", precision=precision, seconds=old.get("seconds") or {}, **_prepared(old))
 
     def finish(self, model: Sequence[str], step: int, data: Mapping[str, str]) -> None:
         """Writes the record of a complete run.
@@ -155,6 +155,7 @@ class RunDirectory:
             "complete",
             precision=record["precision"],
             seconds=record["seconds"],
+            **_prepared(record),
             exported_step=step,
             data=dict(data),
             **peak_memory(),
@@ -210,6 +211,11 @@ def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(ConfigError):
         return load_recipe(recipe).to_dict()
     return recipe
+
+
+def _prepared(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a record says of whether its run made any of its store. One that is older says nothing."""
+    return {key: value for key, value in record.items() if key == "prepared"}
 
 
 def _is_readable(path: Path) -> bool:

@@ -52,6 +52,7 @@ RUN = {
     "recipe": RECIPE,
     "store": str,
     "seconds": {str: SECONDS},
+    "prepared?": bool,
     "precision": Rule("fp32 or bf16", lambda x: x in ("fp32", "bf16")),
     "files?": FILES,
     "data?": {str: str},
