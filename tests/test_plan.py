@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_runs import folder, prepared_files, rows, run, write_rows
@@ -30,9 +31,11 @@ from profuser.recipe.optim import OptimConfig
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
+from profuser.train import packing
 from profuser.train.__main__ import without_own
 from profuser.train.adapter import with_adapter
 from profuser.train.optimizer import parameter_groups
+from profuser.train.targets import Targets
 
 PAPER = str(ROOT / "profuser/recipes/paper-7b.yaml")
 ADAPTER = AdapterConfig(rank=4)
@@ -222,6 +225,17 @@ class TestMemory:
         assert (one.rows, one.length, one.activations, one.copies, one.in_step) == (48, 50, 48000, 7, 2)
         assert largest_pass(recipe, 2, lengths, (1000, 7), 2).in_step == 1
         assert largest_pass(recipe, 1, lengths, (1000, 7), 2).rows == 24
+
+    @pytest.mark.parametrize("budget", [50, 99, 130, 512, 4096])
+    @pytest.mark.parametrize("layout", ["padded", "packed", "flat"])
+    def test_a_pass_with_a_budget_is_as_large_as_the_packing_makes_it(self, prepared, budget, layout):
+        recipe = parse_run("train", ["--data.max_length=50", f"--optim.tokens_per_micro_batch={budget}"]).recipe
+        one = largest_pass(recipe, 2, Lengths(30.0, 50, 12.0, 0.0), (1000, 7), 1)
+        assert budget - one.rows < one.tokens <= budget
+        some = Targets(prepared[2], "train")[0][0]
+        drawn = np.random.default_rng(0).integers(10, 51, 500)
+        passes = packing.by_tokens([replace(some, input_ids=np.zeros(n, np.int32)) for n in drawn], budget, layout, 1)
+        assert 0.7 * budget < max(map(packing.size_of, passes)) <= budget
 
     @pytest.mark.parametrize("cuda", [False, True])
     def test_the_loss_is_far_from_tokens_times_vocabulary(self, cuda):

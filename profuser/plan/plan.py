@@ -285,9 +285,12 @@ def count_instructions(recipe: Recipe, notes: list[str]) -> int:
 
 
 def longest_row(recipe: Recipe, lengths: Lengths) -> int:
-    """Returns the length of a forward pass's rows where it is largest."""
-    budget = recipe.optim.tokens_per_micro_batch
-    return max(1, lengths.longest if budget is None else min(lengths.longest, budget))
+    """Returns the length of a forward pass's rows where it is largest.
+
+    A pass with a budget of tokens is packed up to it, in rows that may be longer than the longest sequence (profuser.train.packing).
+    """
+    budget, longest = recipe.optim.tokens_per_micro_batch, max(1, lengths.longest)
+    return longest if budget is None else budget // max(1, budget // longest)
 
 
 def largest_pass(recipe: Recipe, modes: int, lengths: Lengths, of_row: tuple[int, int], processes: int) -> Pass:
@@ -298,7 +301,7 @@ def largest_pass(recipe: Recipe, modes: int, lengths: Lengths, of_row: tuple[int
     """
     optim, length = recipe.optim, longest_row(recipe, lengths)
     if budget := optim.tokens_per_micro_batch:
-        rows = math.ceil(budget / length)
+        rows = budget // length
         passes = math.ceil(optim.batch_size * modes * lengths.mean / (budget * processes))
     else:
         passes = math.ceil(optim.batch_size / (processes * optim.micro_batch_size))
