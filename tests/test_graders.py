@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -141,6 +142,43 @@ def test_an_example_that_is_none_of_reasoning_gyms_is_refused(example):
 
 def test_every_grader_has_a_fingerprint_of_its_own():
     assert len({judge_fingerprint(JudgeConfig(name="g", grader=kind)) for kind in GRADERS}) == len(GRADERS)
+
+
+CODE = """\
+# A judge.
+def score(example, responses):
+
+    return [len(r) for r in responses]  # the longer the better
+
+TEXT = f'''{1}  # no comment
+
+'''
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (("# A judge.\n", ""), True),
+        (("# the longer the better", "# fixed"), True),
+        (("  # the longer the better", ""), True),
+        (("responses):\n\n", "responses):   \n    # first\n\n\n"), True),
+        (("'''\n", "'''"), True),
+        (("len(r) for", "-len(r) for"), False),
+        (("# no comment", "# a text"), False),
+        (("comment\n\n", "comment\n"), False),
+        (("    return", "        return"), False),
+    ],
+)
+def test_comments_and_blank_lines_are_no_part_of_a_judges_fingerprint(change, same, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for number, code in enumerate((CODE, CODE.replace(*change))):
+        assert number == 0 or code != CODE
+        (tmp_path / f"judge_{number}.py").write_text(code)
+        found.append(judge_fingerprint(JudgeConfig(name="j", function=f"judge_{number}:score")))
+        del sys.modules[f"judge_{number}"]
+    assert (found[0] == found[1]) == same
 
 
 TWO = (

@@ -10,9 +10,11 @@ import contextlib
 import datetime
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
+import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -48,12 +50,13 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     """Returns a short hash that changes whenever the judge may give other scores.
 
     For a reward model it covers the model's files; for a function it covers the code of the whole module that defines it, since
-    the function may call others there. For scores it covers their file, and for a model on a server its name and what it is asked.
+    the function may call others there, but neither comments nor blank lines. For scores it covers their file, and for a model on a
+    server its name and what it is asked.
     """
     if config.scores is not None:
         return file_digest(config.scores)
     if config.grader is not None:
-        return sha256(f"{config.grader} {inspect.getsource(graders)}".encode())[:16]
+        return sha256(f"{config.grader} {without_comments(inspect.getsource(graders))}".encode())[:16]
     if isinstance(config.server, ServerConfig):
         rubric = config.rubric or RubricConfig()
         asked = {**vars(rubric), "text": rubric_text(config.name, rubric), "model": config.server.model}
@@ -69,8 +72,23 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     module = inspect.getmodule(load_function(config.function, f"judges: {config.name}: function"))
     if module is not None:
         with contextlib.suppress(OSError, TypeError):  # a built-in or compiled module has no source code
-            code = inspect.getsource(module)
+            code = without_comments(inspect.getsource(module))
     return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def without_comments(code: str) -> str:
+    """Returns Python code without comments, blank lines and spaces at the end of lines, all of which change no score.
+
+    It stays text. A syntax tree is printed otherwise by every version of Python, and a store may be gone on with under another one.
+    """
+    lines, blank = code.split("\n"), set()
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE):
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+            if not lines[row - 1]:  # within a text there are no such tokens, so that its blank lines stay
+                blank.add(row)
+    return "\n".join(line for row, line in enumerate(lines, start=1) if row not in blank).rstrip()
 
 
 def open_judge(config: JudgeConfig) -> None:
