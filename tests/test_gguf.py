@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, GgufConfig, modeling_gguf_pytorch_utils
 
 from profuser.errors import DataError
 from profuser.models.fingerprint import fingerprint
@@ -88,6 +89,33 @@ def test_a_directory_with_one_gguf_file_and_the_file_itself_are_the_model(model,
     assert encoded.input_ids[encoded.end_of_turn] == 2
     assert stored_dtype(source) == torch.float32
     assert size_of(source) == Size(sum(p.numel() for p in loaded.parameters()), LAYERS)
+
+
+def test_a_file_is_read_for_its_configuration_once(tmp_path, monkeypatch):
+    """transformers reads the whole vocabulary of a GGUF file for it, which takes seconds where it is large."""
+    write_model(tmp_path / "tiny.gguf")
+    source, read = SourceConfig(name="tiny", model=str(tmp_path)), []
+    checkpoint = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+
+    def noting(*arguments, return_tensors=False, **options):
+        read.extend([1] * (not return_tensors))
+        return checkpoint(*arguments, return_tensors=return_tensors, **options)
+
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", noting)
+    expected = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="tiny.gguf", dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    assert read == [1]
+    config = open_model(source)
+    config.vocab_size = 7  # what a caller does to it is its own
+    loaded = load_model(source, torch.float32)
+    assert stored_dtype(source) == torch.float32
+    assert read == [1, 1]
+    assert loaded.config.to_dict() == expected.config.to_dict()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.parameters(), strict=True))
+    write_model(tmp_path / "tiny.gguf", **{"rope_freqs": (WIDTH // HEADS // 2,)})  # another file of this name
+    open_model(source)
+    assert read == [1, 1, 1]
 
 
 def test_what_was_fused_from_a_gguf_file_is_saved_as_safetensors(model, tmp_path):

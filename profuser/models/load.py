@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import functools
 import importlib.util
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -166,7 +167,7 @@ def read_config(name: str, location: str, options: Mapping[str, Any]) -> PreTrai
     """Reads a model's configuration. It raises DataError where it is missing or broken."""
     check_counts(name, Path(location) / "config.json")
     try:
-        return AutoConfig.from_pretrained(location, **options)
+        return configuration(location, options)
     except (
         Exception
     ) as error:  # transformers raises its own kinds for a broken file, and the model's own code may raise any
@@ -174,6 +175,23 @@ def read_config(name: str, location: str, options: Mapping[str, Any]) -> PreTrai
             f"{name}: no model's configuration could be read from {location} ({first_line(error)}); fix the name, or copy or "
             "download it again"
         ) from error
+
+
+def configuration(location: str, options: Mapping[str, Any]) -> PreTrainedConfig:
+    """Returns a model's configuration, which the caller may change. It raises what transformers raises.
+
+    For that of a GGUF file transformers reads the whole vocabulary, which takes seconds. It is therefore read once.
+    """
+    if "gguf_file" not in options:
+        return AutoConfig.from_pretrained(location, **options)
+    file = (Path(location) / options["gguf_file"]).stat()
+    return copy.deepcopy(_gguf_configuration(location, options["gguf_file"], file.st_mtime_ns, file.st_size))
+
+
+@functools.lru_cache(maxsize=8)
+def _gguf_configuration(location: str, name: str, modified: int, size: int) -> PreTrainedConfig:
+    # The time and the size are part of the key, so that another file of this name is read.
+    return AutoConfig.from_pretrained(location, gguf_file=name)
 
 
 def check_counts(name: str, file: Path) -> None:
@@ -247,6 +265,8 @@ def load(
 ) -> PreTrainedModel:
     """Does what `loaded_model` does. Whatever is raised in it becomes a DataError, but for a lack of memory."""
     try:
+        if "gguf_file" in options:
+            options = {**options, "config": configuration(location, options)}
         return loaded_model(kind, name, location, options, brought)
     except (torch.OutOfMemoryError, DataError):
         raise
@@ -286,12 +306,12 @@ def load_model(
         DataError: the directory is missing or does not hold a loadable causal language model.
     """
     location, options = weights_of(source)
-    if packs and (attention := flash_attention(AutoConfig.from_pretrained(location, **options), device)):
+    if packs and (attention := flash_attention(configuration(location, options), device)):
         options["attn_implementation"] = attention
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
         # transformers shows a progress bar while it reads a GGUF file. With disable=None it appears on a terminal only.
-        modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None, leave=False)  # pyrefly: ignore[bad-assignment]
+        modeling_gguf_pytorch_utils.tqdm = functools.partial(tqdm, disable=None, leave=False)  # pyrefly: ignore[bad-assignment]
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
     if spreads := spreads and source.device_map is not None and torch.device(device).type == "cuda":
@@ -321,7 +341,7 @@ def check_spread(name: str, model: PreTrainedModel) -> None:
 def load_without_weights(source: SourceConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Returns a source's model on the meta device, in evaluation mode."""
     location, options = weights_of(source)
-    config = AutoConfig.from_pretrained(location, **options)
+    config = configuration(location, options)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, dtype=dtype)
     return model.eval()
@@ -330,7 +350,7 @@ def load_without_weights(source: SourceConfig, dtype: torch.dtype) -> PreTrained
 def stored_dtype(source: SourceConfig) -> torch.dtype:
     """Returns the dtype in which a model's weights are stored, or fp32 where its config does not say."""
     location, options = weights_of(source)
-    return getattr(AutoConfig.from_pretrained(location, **options), "dtype", None) or torch.float32
+    return getattr(configuration(location, options), "dtype", None) or torch.float32
 
 
 def chat_format(source: SourceConfig, *, date: datetime.date | None = None) -> ChatFormat:
