@@ -350,7 +350,8 @@ def load_without_weights(source: SourceConfig, dtype: torch.dtype) -> PreTrained
 def stored_dtype(source: SourceConfig) -> torch.dtype:
     """Returns the dtype in which a model's weights are stored, or fp32 where its config does not say."""
     location, options = weights_of(source)
-    return getattr(configuration(location, options), "dtype", None) or torch.float32
+    stored: Any = getattr(configuration(location, options), "dtype", None)
+    return stored or torch.float32
 
 
 def chat_format(source: SourceConfig, *, date: datetime.date | None = None) -> ChatFormat:
