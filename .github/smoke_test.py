@@ -1,4 +1,4 @@
-"""Tests in seconds that an installed profuser works: its loss, and the import of its C++ extension.
+"""Tests in seconds that an installed profuser works: its loss, and the import of its C++ extensions.
 
 Run it where there is no checkout: python smoke_test.py. In a checkout the folder `profuser` would be tested instead.
 """
@@ -26,6 +26,9 @@ fused_linear_fusion_loss(hidden, head, labels, ids, logprobs, source_ce=ce, beta
 assert hidden.grad.isfinite().all()
 assert head.grad.abs().sum() > 0
 
-from profuser import _align  # noqa: E402 - this is the last test, because its failure says most if all others pass
+from profuser import _align, _rows  # noqa: E402 - this is the last test, because its failure says most if all others pass
 
-print(f"profuser {importlib.metadata.version('profuser')} from {place}, extension {_align.__file__}", file=sys.stderr)
+print(
+    f"profuser {importlib.metadata.version('profuser')} from {place}, extensions {_align.__file__}, {_rows.__file__}",
+    file=sys.stderr,
+)
