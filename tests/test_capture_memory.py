@@ -132,7 +132,18 @@ def test_a_batch_of_so_many_tokens_has_many_short_responses_or_one_long(asked, m
 def test_too_many_tokens_are_halved(asked, monkeypatch):
     model, head, requests, order = asked
     said: list[str] = []
-    limited(monkeypatch, 2, torch.OutOfMemoryError("CUDA out of memory"))
+    tried = limited(monkeypatch, 2, torch.OutOfMemoryError("CUDA out of memory"))
     size = BatchSize(100_000, "tokens", said.append)
     assert len(dict(capture_responses(model, head, requests, order, top_k=5, batch_size=size))) == 11
-    assert said[0] == "for 100000 tokens at a time the memory does not suffice: from now on 50000 at a time"
+    tokens = 11 * max(len(request.encoded.input_ids) for request in requests)
+    assert said[0] == f"for {tokens} tokens at a time the memory does not suffice: from now on {tokens // 2} at a time"
+    # None is tried twice.
+    failed = [rows for rows in tried if rows > 2]
+    assert failed == sorted(set(failed), reverse=True)
+
+
+def test_a_last_batch_of_few_responses_is_halved(asked, monkeypatch):
+    model, head, requests, order = asked
+    tried = limited(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory"))
+    list(capture_responses(model, head, requests[:3], order, top_k=5, batch_size=BatchSize(64, say=lambda line: None)))
+    assert tried == [3, 1, 1, 1]

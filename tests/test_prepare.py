@@ -77,6 +77,13 @@ def test_an_overlong_response_may_be_left_out_instead(chats, prepared):
     assert "too_long" not in Inputs.open(run).settings().sources["data"]
 
 
+def test_what_a_source_reads_at_a_time_is_no_setting_of_the_store(prepared):
+    inputs = Inputs.open(prepared[1])
+    for changed in ({"batch_size": 3}, {"tokens_per_batch": 100}):
+        capture = replace(inputs.recipe.capture, **changed)
+        assert replace(inputs, recipe=replace(inputs.recipe, capture=capture)).settings() == inputs.settings()
+
+
 def test_a_cut_response_has_no_end_of_turn_to_learn(chats):
     e = chats[0].encode("Hi", "A bozun is", complete=False)
     assert e.end_of_turn is None

@@ -92,12 +92,14 @@ class BatchSize:
             count += 1
         return count
 
-    def halve(self) -> None:
-        """Takes half as many from now on."""
-        self._say(
-            f"for {self.now} {self.unit} at a time the memory does not suffice: from now on {self.now // 2} at a time"
-        )
-        self.now //= 2
+    def halve(self, lengths: Sequence[int]) -> None:
+        """Takes half as many from now on as a batch had, for which the memory did not suffice; from its lengths, the shortest first.
+
+        A batch may have fewer than there may be at a time: it would be tried again as it is, if that number were halved.
+        """
+        had = len(lengths) if self.unit == "responses" else len(lengths) * lengths[-1]
+        self.now = had // 2
+        self._say(f"for {had} {self.unit} at a time the memory does not suffice: from now on {self.now} at a time")
 
 
 def capture_responses(
@@ -141,7 +143,7 @@ def capture_responses(
         if scored is None:  # behind the handler, where the error no longer holds what was computed
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            size.halve()
+            size.halve(lengths[done : done + len(indices)])
             continue
         yield from zip(indices, scored)
         done += len(indices)

@@ -30,6 +30,7 @@ from profuser.prepare.given import GivenResponses, file_digest
 from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.judges import check_conversations, judge_fingerprint, open_judge, try_function_judge
 from profuser.prepare.server import Server
+from profuser.recipe.compare import decides
 from profuser.recipe.data import SPLITS, Split
 from profuser.recipe.generation import Engine
 from profuser.recipe.parse import Run
@@ -345,7 +346,8 @@ class Inputs:
             "generation": generation_settings(recipe),
             # Before there was a choice, all stores were made with min_ce.
             "capture": without(
-                vars(recipe.capture), "batch_size", *(["choice"] if recipe.capture.choice == "min_ce" else [])
+                {key: value for key, value in vars(recipe.capture).items() if decides(f"capture.{key}")},
+                *(["choice"] if recipe.capture.choice == "min_ce" else []),
             )
             | {"dtype": self.dtype_name},
             "date": self.date.isoformat(),
