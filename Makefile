@@ -46,12 +46,12 @@ SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 sanitize: $(VENV)/.installed-dev
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r csrc kernels profuser tests docs README.md LICENSE setup.py pyproject.toml build/sanitize
-	rm -f build/sanitize/profuser/_align*
+	rm -f build/sanitize/profuser/_*.so
 	cd build/sanitize && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd build/sanitize && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not long" tests/test_spans.py tests/test_byte_align*.py \
-	  tests/test_fusellm*.py $(ARGS)
+	  tests/test_fusellm*.py tests/test_rows.py tests/test_row_losses.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info profuser/*.so

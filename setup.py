@@ -23,7 +23,7 @@ setup(
         Pybind11Extension(
             "profuser._rows",
             rows,
-            depends=["csrc/rows.h"],
+            depends=["csrc/rows.h", "csrc/threads.h"],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wno-psabi"],
             optional=True,

@@ -3,6 +3,7 @@
 
 #include "byte_align.h"
 #include "sequence_check.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <atomic>
@@ -10,7 +11,6 @@
 #include <exception>
 #include <mutex>
 #include <stdexcept>
-#include <thread>
 
 namespace profuser {
 
@@ -481,10 +481,7 @@ bool ByteAligner::run(const std::vector<Sequence>& batch, std::vector<Output>& o
             }
         }
     };
-    std::vector<std::thread> others;
-    for (unsigned w = 1; w < threads; ++w) others.emplace_back(work, std::ref(workers[w]));
-    work(workers[0]);
-    for (std::thread& thread : others) thread.join();
+    in_threads(threads, [&](std::size_t w) { work(workers[w]); });
     if (other) std::rethrow_exception(other);
     if (failed < batch.size()) refuse(message + " (sequence " + std::to_string(failed) + " of the batch)");
 

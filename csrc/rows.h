@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 
 namespace profuser {
 
@@ -68,10 +69,11 @@ struct RowGradient {
     float* mass_T;          // the same of those at the temperature
 };
 
-// Numbers that a row needs for a while; a thread uses them again for its next row.
+// Numbers that a row needs for a while; a thread uses them again for its next row. All are allocated ahead of it, because a thread must
+// not throw.
 struct RowBuffers {
-    std::vector<float> at_T;
-    std::vector<double> numbers;
+    std::vector<float> at_T;      // as many as columns where a row's temperature is not 1 and RowGradient is not asked for
+    std::vector<double> numbers;  // 10·(L + 1)
 };
 
 // The losses of one row of logits, which become their gradient where the options ask for it; with `parts` they stay exponentials, and
@@ -86,17 +88,10 @@ inline std::size_t workers_for(std::size_t count, std::size_t exponentials_per_r
     return std::min({static_cast<std::size_t>(std::max(threads, 1)), useful, std::max<std::size_t>(count, 1)});
 }
 
-// Calls part(worker, first, last) on shares of `count` rows, each in a thread of its own.
+// Calls part(worker, first, last) on shares of `count` rows, each in a thread of its own. `part` must not throw.
 template <typename Part>
 void over_rows(std::size_t count, std::size_t workers, const Part& part) {
-    std::vector<std::thread> others;
-    for (std::size_t w = 1; w < workers; ++w) {
-        others.emplace_back(part, w, count * w / workers, count * (w + 1) / workers);
-    }
-    part(0, 0, count / workers);
-    for (std::thread& other : others) {
-        other.join();
-    }
+    in_threads(workers, [&](std::size_t w) { part(w, count * w / workers, count * (w + 1) / workers); });
 }
 
 }  // namespace profuser

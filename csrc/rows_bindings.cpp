@@ -152,10 +152,14 @@ void loss_rows(py::buffer logits, Array<std::int64_t> gold, std::optional<Entrie
     // Each worker adds up masses of its own, which are then added in one order whatever thread was first.
     const std::size_t masses = mass ? mass->count * rows.columns : 0;
     std::vector<float> mass_of_worker(workers * masses, 0.0f);
+    const bool needs_at_T = !parts && first.W > 0 && std::any_of(T, T + count, [](double of_row) { return of_row != 1; });
+    profuser::RowBuffers buffers;
+    buffers.at_T.resize(needs_at_T ? rows.columns : 0);
+    buffers.numbers.resize(10 * (first.L + 1));
+    std::vector<profuser::RowBuffers> buffers_of_worker(workers, buffers);
     profuser::over_rows(count, workers, [&](std::size_t worker, std::size_t begin, std::size_t end) {
         const std::size_t W = first.W, L = first.L;
         float* own_mass = mass ? mass_of_worker.data() + worker * masses : nullptr;
-        profuser::RowBuffers buffers;
         for (std::size_t n = begin; n < end; ++n) {
             const profuser::RowEntries of_row{W,
                                               L,
@@ -174,7 +178,7 @@ void loss_rows(py::buffer logits, Array<std::int64_t> gold, std::optional<Entrie
                 of_parts.mass_T = own_mass != nullptr && at_T ? own_mass + rows.columns : nullptr;
             }
             const profuser::RowLosses row = profuser::loss_row(rows.row(n), rows.columns, golds[n], of_row, of_ce[n], of_kd[n], T[n],
-                                                               options, parts ? &of_parts : nullptr, buffers);
+                                                               options, parts ? &of_parts : nullptr, buffers_of_worker[worker]);
             if (parts) {
                 const float numbers[] = {of_parts.dense, of_parts.dense_T, of_parts.even};
                 std::copy(numbers, numbers + 3, scalars->row(n));

@@ -190,7 +190,6 @@ RowLosses loss_row(float* logits, std::size_t columns, std::int64_t gold, const 
                    double temperature, const LossOptions& options, RowGradient* parts, RowBuffers& buffers) {
     const std::size_t L = entries.L, slots = L + 1;
     const bool distils = entries.W > 0, at_one = parts != nullptr ? parts->at_T == nullptr : !distils || temperature == 1;
-    buffers.numbers.resize(10 * slots);
     double* numbers = buffers.numbers.data();
     const Lifted lifted{L, gold, entries, numbers, numbers + slots, numbers + 2 * slots};
     double *z = lifted.z, *e = lifted.e, *grad = lifted.grad, *grad_kd = numbers + 3 * slots;
@@ -207,7 +206,6 @@ RowLosses loss_row(float* logits, std::size_t columns, std::int64_t gold, const 
     // The dense part: from here on the logits are exponentials.
     float* at_T = parts != nullptr ? parts->at_T : nullptr;
     if (!at_one && at_T == nullptr) {
-        buffers.at_T.resize(columns);
         at_T = buffers.at_T.data();
     }
     const RowSums sums = exp_row(logits, columns, options.entropies, at_T, static_cast<float>(1 / temperature));

@@ -1,6 +1,8 @@
 """Exponentials of rows by the C++ extension are those of torch: any width, any stride, any number of threads, and no value lost."""
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -83,6 +85,28 @@ def test_threads_and_strides_change_nothing(monkeypatch, threads):
     assert torch.equal(part[:, :20_001], whole)
     assert torch.equal(part[:, 20_001:], beside)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+FEW_THREADS = """
+import resource
+import numpy as np
+from profuser import _rows
+
+z = np.random.default_rng(0).normal(size=(200, 20_001)).astype(np.float32)
+maxima, sums, same = np.empty(200, np.float32), np.empty(200, np.float32), np.empty(200, np.float32)
+_rows.exp_rows(z.copy(), maxima, sums, None, 1)
+mapped = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+# A thread's stack takes 2**23.
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**24, resource.getrlimit(resource.RLIMIT_AS)[1]))
+_rows.exp_rows(z, maxima, same, None, 64)
+assert np.array_equal(sums, same)
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_where_no_more_threads_can_be_started_fewer_do_the_work():
+    subprocess.run([sys.executable, "-c", FEW_THREADS], check=True, timeout=60)
 
 
 @needs_extension
