@@ -13,7 +13,7 @@ from profuser.models.head import head_of
 from profuser.models.load import chat_format, check_spread, load_model, load_without_weights
 from profuser.prepare import capture
 from profuser.prepare.capture import BatchSize, CaptureRequest, capture_responses
-from profuser.recipe.schema import SourceConfig
+from profuser.recipe.schema import CaptureConfig, SourceConfig
 
 SOURCE = SourceConfig(name="guardian", model="demo:guardian")
 
@@ -147,3 +147,13 @@ def test_a_last_batch_of_few_responses_is_halved(asked, monkeypatch):
     tried = limited(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory"))
     list(capture_responses(model, head, requests[:3], order, top_k=5, batch_size=BatchSize(64, say=lambda line: None)))
     assert tried == [3, 1, 1, 1]
+
+
+def test_the_plan_counts_the_responses_of_a_batch_and_no_more_than_a_shard_has():
+    def of(length: float, **options: int) -> int:
+        return CaptureConfig(**options).responses_at_once(length)
+
+    assert of(49, batch_size=8) == 8
+    assert of(49, batch_size=8, tokens_per_batch=500) == 10
+    assert of(501, tokens_per_batch=500) == 1
+    assert of(0, tokens_per_batch=500, shard_size=200) == of(1, batch_size=300, shard_size=200) == 200

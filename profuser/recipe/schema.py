@@ -184,8 +184,11 @@ class CaptureConfig:
         check_positive("capture", self, "top_k", "batch_size", "tokens_per_batch", "shard_size")
 
     def responses_at_once(self, length: float) -> int:
-        """Returns how many responses of a length a source scores at a time."""
-        return self.batch_size if self.tokens_per_batch is None else max(1, int(self.tokens_per_batch / max(length, 1)))
+        """Returns how many responses of a length a source scores at a time, of which a shard has no more than its examples."""
+        fitting = self.batch_size
+        if self.tokens_per_batch is not None:
+            fitting = max(1, int(self.tokens_per_batch / max(length, 1)))
+        return min(fitting, self.shard_size)
 
 
 @dataclass(kw_only=True)
