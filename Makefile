@@ -47,7 +47,8 @@ sanitize: $(VENV)/.installed-dev
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r csrc kernels profuser tests docs README.md LICENSE setup.py pyproject.toml build/sanitize
 	rm -f build/sanitize/profuser/_*.so
-	cd build/sanitize && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	for extension in _align _rows; do nm -D build/sanitize/profuser/$$extension.*.so | grep -q __asan_report || exit 1; done
 	cd build/sanitize && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not long" tests/test_spans.py tests/test_byte_align*.py \

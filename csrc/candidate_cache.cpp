@@ -94,7 +94,8 @@ ByteAligner::Key ByteAligner::read_key(const std::string& key, std::vector<std::
     const std::size_t rest = key.size() - sizeof(numbers);
     std::memcpy(numbers, key.data() + rest, sizeof(numbers));
     prefix.resize((rest - numbers[0]) / sizeof(std::int32_t));
-    std::memcpy(prefix.data(), key.data(), rest - numbers[0]);
+    // Not memcpy, to which the null pointer of an empty vector may not be given.
+    std::copy_n(key.data(), rest - numbers[0], reinterpret_cast<char*>(prefix.data()));
     return {prefix.size(), std::string_view(key).substr(rest - numbers[0], numbers[0]), numbers[1]};
 }
 
