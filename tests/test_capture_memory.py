@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -150,7 +152,7 @@ def test_a_last_batch_of_few_responses_is_halved(asked, monkeypatch):
 
 
 def test_the_plan_counts_the_responses_of_a_batch_and_no_more_than_a_shard_has():
-    def of(length: float, **options: int) -> int:
+    def of(length: float, **options: Any) -> int:
         return CaptureConfig(**options).responses_at_once(length)
 
     assert of(49, batch_size=8) == 8

@@ -79,9 +79,9 @@ def test_an_overlong_response_may_be_left_out_instead(chats, prepared):
 
 def test_what_a_source_reads_at_a_time_is_no_setting_of_the_store(prepared):
     inputs = Inputs.open(prepared[1])
-    for changed in ({"batch_size": 3}, {"tokens_per_batch": 100}):
-        capture = replace(inputs.recipe.capture, **changed)
-        assert replace(inputs, recipe=replace(inputs.recipe, capture=capture)).settings() == inputs.settings()
+    capture = inputs.recipe.capture
+    for changed in (replace(capture, batch_size=3), replace(capture, tokens_per_batch=100)):
+        assert replace(inputs, recipe=replace(inputs.recipe, capture=changed)).settings() == inputs.settings()
 
 
 def test_a_cut_response_has_no_end_of_turn_to_learn(chats):
