@@ -92,7 +92,7 @@ def fused_loss_torch(operands: Operands, options: Options, winner: Winner, vocab
         if in_rows is not None and not thins:
             in_rows.write(chunk, z, losses[:, chunk], slope_c)
         elif in_rows is not None:
-            gradient = in_rows.parts(chunk, z, losses[:, chunk], exps_T_c)
+            gradient = in_rows.parts(chunk, z, losses[:, chunk], exps_T_c, with_mass=thinned is not None)
         else:
             of_chunk, gradient = chunk_losses(
                 z,

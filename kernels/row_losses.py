@@ -44,18 +44,21 @@ class RowLosses:
         if slope is not None and self.options.any_grad:
             z.mul_(slope)
 
-    def parts(self, chunk: slice, z: Tensor, losses: Tensor, exps_T: Tensor | None) -> ChunkGradient:
+    def parts(
+        self, chunk: slice, z: Tensor, losses: Tensor, exps_T: Tensor | None, *, with_mass: bool
+    ) -> ChunkGradient:
         """Writes the losses as `write` does, but leaves exponentials in z (C, V) and in `exps_T`, and returns what the gradient is made of.
 
-        Lifted columns have 0 there. `exps_T` (C, V) is None where no row has a temperature other than 1.
+        Lifted columns have 0 there. `exps_T` (C, V) is None where no row has a temperature other than 1. `with_mass` asks for the
+        columns' mass.
         """
         size, V = z.shape
         slots = 1 if self.once is None else self.once.shape[1]
         scalars, lifted = z.new_empty(size, 3), z.new_empty(size, slots)
         columns = torch.empty(size, slots, dtype=torch.int64)
-        mass = z.new_empty(1 if exps_T is None else 2, V)
-        at_T = None if exps_T is None else exps_T.numpy()
-        self._call(chunk, z, losses, (scalars.numpy(), lifted.numpy(), columns.numpy(), at_T, mass.numpy()))
+        mass = z.new_empty(1 if exps_T is None else 2, V) if with_mass else None
+        written = (scalars, lifted, columns, exps_T, mass)
+        self._call(chunk, z, losses, tuple(None if x is None else x.numpy() for x in written))
         dense, dense_T, even = scalars.split(1, 1)
         return ChunkGradient(
             dense,
