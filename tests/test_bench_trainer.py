@@ -70,7 +70,7 @@ def test_the_steps_for_a_gpu_print_their_losses_and_then_the_share_of_the_loss(t
     assert 0 < share["share_of_loss"] < 1
 
 
-@pytest.mark.parametrize("model", ["small", "smollm2"])
+@pytest.mark.parametrize("model", ["small", "medium", "smollm2"])
 def test_the_page_says_what_the_result_says_which_is_within_its_bounds(model):
     """A fusion step takes at most 1.05 of the time of a plain one, with less memory."""
     result = json.loads((ROOT / f"benchmarks/results/bench_trainer_{model}.json").read_text())
