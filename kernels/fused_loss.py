@@ -245,7 +245,11 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *grads_of_the_rest: Tensor | N
         gradients = _recomputed(Operands(*ctx.saved_tensors), ctx.options, needed, grad_loss)
         return _of_every_argument({name: gradients[name].to(ctx.dtypes[name]) for name in needed})
     gradients = dict(zip(DIFFERENTIABLE, ctx.saved_tensors, strict=True))
-    return _of_every_argument({name: _scaled(gradients[name], grad_loss, ctx.dtypes[name]) for name in needed})
+    # The graph's buffers are freed after this, so that nobody will ask for the gradients of a grad_output of 1 again.
+    last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    return _of_every_argument(
+        {name: _scaled(gradients[name], grad_loss, ctx.dtypes[name], in_place=last) for name in needed}
+    )
 
 
 def _of_every_argument(gradients: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
@@ -263,14 +267,21 @@ def _recomputed(operands: Operands, options: Options, needed: list[str], grad_lo
     return fused_loss(operands, options).gradients()
 
 
-def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient · grad_loss in a new tensor, because a second backward may follow.
+def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """gradient · grad_loss; `in_place` allows that to be the same tensor, which spares one as large as the head.
 
     The product is formed in the loss's dtype: a grad_output of 1/N, rounded to bf16, would scale the whole gradient wrongly.
     The product is written in its final dtype: an fp32 one as large as the head would be one copy too many.
     """
+    grad_loss = grad_loss.detach()
+    # Of a compiled graph these are not the tensors themselves, and the graph may run again with others.
+    if in_place and type(gradient) is Tensor and gradient.dtype == grad_loss.dtype == dtype:
+        known_to_be_one = (
+            grad_loss.device.type == "cpu" and grad_loss.item() == 1
+        )  # on a GPU reading it would be a wait
+        return gradient if known_to_be_one else gradient.mul_(grad_loss)
     out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient.to(grad_loss.dtype), grad_loss.detach(), out=out)
+    return torch.mul(gradient.to(grad_loss.dtype), grad_loss, out=out)
 
 
 fused_loss_op.register_autograd(_backward, setup_context=_setup_context)

@@ -15,6 +15,11 @@ except ImportError:  # the extension is optional
     _rows = None
 
 
+def is_built() -> bool:
+    """Whether there is a C++ extension."""
+    return _rows is not None
+
+
 def exponentials_(z: Tensor) -> tuple[Tensor, Tensor]:
     """Overwrites z (C, V) with exponentials relative to each row's maximum, and returns the maxima and the sums, (C, 1) each.
 
@@ -36,7 +41,7 @@ def exponentials_and_spread_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def extension_takes(z: Tensor) -> bool:
-    return _rows is not None and z.device.type == "cpu" and z.dtype == torch.float32 and z.stride(1) == 1
+    return is_built() and z.device.type == "cpu" and z.dtype == torch.float32 and z.stride(1) == 1
 
 
 def through_extension(z: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor]:

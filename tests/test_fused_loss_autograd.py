@@ -93,6 +93,36 @@ def test_two_backwards_add_the_gradient_twice(reduction):
         torch.testing.assert_close(case[name].grad, 2 * expected[f"d{name}"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("grad_output", [1.0, -3.7])
+def test_gradients_of_a_kept_graph_are_nobodys_but_the_callers(grad_output, dtype):
+    """The last backward may hand out the op's own tensors; one before it may not, because the next one needs them."""
+    case = make_case(dtype)
+    expected = run(fused_linear_fusion_loss, case, grad_output=grad_output)
+    operands = [case[name].requires_grad_() for name in DIFFERENTIABLE]
+    loss = fused_linear_fusion_loss(**case)
+    for last in (False, False, True):
+        gradients = torch.autograd.grad(loss, operands, torch.tensor(grad_output).to(loss), retain_graph=not last)
+        for name, gradient in zip(DIFFERENTIABLE, gradients, strict=True):
+            torch.testing.assert_close(gradient, expected[f"d{name}"])
+            gradient.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, operands)
+
+
+def test_gradients_that_were_put_aside_are_scaled_once():
+    """Packed tensors may be the very ones that come back, as those of save_on_cpu are on a CPU."""
+    case = make_case(torch.float64)
+    expected = run(fused_linear_fusion_loss, case, grad_output=2.5)
+    operands = [case[name].requires_grad_() for name in DIFFERENTIABLE]
+    with torch.autograd.graph.save_on_cpu():
+        loss = fused_linear_fusion_loss(**case)
+    for last in (False, True):
+        gradients = torch.autograd.grad(2.5 * loss, operands, retain_graph=not last)
+        for name, gradient in zip(DIFFERENTIABLE, gradients, strict=True):
+            torch.testing.assert_close(gradient, expected[f"d{name}"])
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",), ("hidden", "weight"), DIFFERENTIABLE])
 def test_frozen_parts_get_no_gradient(frozen, reduction):
@@ -239,6 +269,22 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_or_a_gradient(options):
             run(fused_linear_fusion_loss, case, reduction=reduction, chunk_size=chunk)
     # Tensors as large as the whole batch's sources and gradients are allowed. The whole batch's logits would be 64 chunks.
     assert max(new.sizes) <= max(chunk * V, N * D, V * D, 3 * N * 4)
+
+
+@pytest.mark.parametrize("grad_output", [1.0, 0.5])
+def test_the_last_backward_makes_no_tensor_as_large_as_the_head(grad_output):
+    V, D = 300, 64
+    case = make_case(N=16, D=D, V=V, K=4)
+    for name in DIFFERENTIABLE:
+        case[name].requires_grad_()
+    loss = fused_linear_fusion_loss(**case)
+    with NewTensors() as kept:
+        loss.backward(torch.tensor(grad_output), retain_graph=True)
+    case["weight"].grad = None
+    with NewTensors() as last:
+        loss.backward(torch.tensor(grad_output))
+    assert V * D in kept.sizes
+    assert V * D not in last.sizes  # not even where the weight's .grad is filled
 
 
 def test_a_bf16_head_is_not_copied_to_fp32_at_once():

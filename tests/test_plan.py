@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from profuser.kernels.common import chunk_rows
 from profuser.models.load import load_model
 from profuser.plan.architecture import CONFIGS, Architecture, open_architecture
 from profuser.plan.lengths import Lengths
@@ -242,10 +243,22 @@ class TestMemory:
         model, optim = open_architecture(SourceConfig(name="m", model="lmsys/vicuna-7b-v1.5")), OptimConfig()
         sizes = [loss_bytes(model, optim, n, top_k=10, cuda=cuda, bf16=cuda) for n in (65_536, 131_072)]
         assert sizes[1] - sizes[0] < 65_536 * 32_000 * 4 / 3  # what grows are the gradients of the hidden states
-        hot = loss_bytes(
-            model, replace(optim, temperature=2.0, tail="renormalize"), 65_536, top_k=10, cuda=cuda, bf16=cuda
+
+    @pytest.mark.parametrize(
+        ("built", "cuda", "left_out", "another_chunk"),
+        [(True, False, 0.0, False), (True, False, 0.003, True), (False, False, 0.0, True), (False, True, 0.0, False)],
+    )
+    def test_a_temperature_needs_another_chunk_of_logits_where_the_loss_does(
+        self, built, cuda, left_out, another_chunk, monkeypatch
+    ):
+        monkeypatch.setattr("profuser.kernels.rows._rows", object() if built else None)
+        model = open_architecture(SourceConfig(name="m", model="lmsys/vicuna-7b-v1.5"))
+        optim = OptimConfig(left_out=left_out)
+        cold, hot = (
+            loss_bytes(model, replace(optim, temperature=T, tail="renormalize"), 65_536, top_k=10, cuda=cuda, bf16=cuda)
+            for T in (1.0, 2.0)
         )
-        assert (hot > sizes[0]) == (not cuda and hot != 2 * 4 * (32_000 + 65_536) * 4096)
+        assert hot - cold == another_chunk * chunk_rows(65_536, 32_000, 4) * 32_000 * 4
 
 
 class TestStore:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from profuser.kernels.common import chunk_rows, chunk_rows_gpu
+from profuser.kernels.rows import is_built
 from profuser.plan.architecture import Architecture
 from profuser.recipe.optim import EIGHT_BIT, OptimConfig
 
@@ -154,8 +155,8 @@ def update_bytes(target: Architecture, optim: OptimConfig, share: int, *, cuda: 
 def loss_bytes(target: Architecture, optim: OptimConfig, tokens: int, *, top_k: int, cuda: bool, bf16: bool) -> int:
     """Returns the memory that the fused loss takes beyond its inputs (kernels/README.md, "Memory and chunks").
 
-    The gradients of head and hidden states are held in fp32 from the forward to the backward pass, which multiplies them into new
-    tensors. The logits of a chunk of tokens exist in the forward pass only.
+    The gradients of head and hidden states are held in fp32 from the forward to the backward pass, which multiplies them in place, or
+    in bf16 into new tensors. The logits of a chunk of tokens exist in the forward pass only.
     """
     vocabulary, width = target.vocabulary, target.width
     learns = target.trained == target.parameters  # else the head is frozen
@@ -168,11 +169,14 @@ def loss_bytes(target: Architecture, optim: OptimConfig, tokens: int, *, top_k: 
     else:
         text = target.config.get_text_config()
         softcap = any(getattr(text, key, None) for key in ("final_logit_softcapping", "logits_soft_cap"))
-        buffers = 1 + (optim.temperature != 1) + softcap
+        at_T = optim.temperature != 1 and (
+            optim.left_out > 0 or not is_built()
+        )  # C++ rows need no buffer for their temperature
+        buffers = 1 + at_T + softcap
         chunk = chunk_rows(tokens, vocabulary, FP32) * vocabulary * FP32 * buffers
         operands = 0
         entries = tokens * top_k * 6 * 8  # the merging of equal ids is done in fp64
-    return max(gradients + chunk + operands + entries, 2 * gradients)
+    return max(gradients + chunk + operands + entries, 2 * gradients if bf16 else 0)
 
 
 def checkpoint_bytes(target: Architecture, optim: OptimConfig, *, cuda: bool) -> int:
