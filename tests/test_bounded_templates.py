@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.connection import Connection
 
 import pytest
 from jinja2 import TemplateError
@@ -26,8 +27,11 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Lets a template take a second. A helper that is made from here on inherits it."""
+    """Lets a template take a second. A helper that is made from here on inherits it, and none that was made before is used."""
+    bounded.renderer_of.cache_clear()
     monkeypatch.setattr(bounded, "SECONDS", 1)
+    yield
+    bounded.renderer_of.cache_clear()
 
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
@@ -136,10 +140,70 @@ def test_a_helper_that_is_killed_is_replaced(tokenizer):
     assert template.text(conversation("a", "b")) == text
 
 
-def test_a_helper_ends_with_its_template(tokenizer):
+def test_models_with_one_template_share_a_helper(tokenizer):
+    before = helpers()
+    first = ChatTemplate(tokenizer)
+    (helper,) = helpers() - before
+    again = ChatTemplate(load_tokenizer(SourceConfig(name="again", model="demo:guardian")), name="again")
+    assert again.text(conversation("a", "b")) == first.text(conversation("a", "b"))
+    assert helpers() - before == {helper}
+
+
+@pytest.mark.parametrize("change", ["the template", "a special token", "the class"])
+def test_models_that_render_otherwise_share_none(tokenizer, change):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    first = ChatTemplate(tokenizer)
+    other = load_tokenizer(SourceConfig(name="other", model="demo:guardian"))
+    other.chat_template = tokenizer.chat_template
+    if change == "the template":
+        other.chat_template += "!"
+    elif change == "a special token":
+        other.eos_token = "<other>"
+    else:
+        own = {"apply_chat_template": lambda self, *args, **options: ["another way"]}
+        other.__class__ = type("Own", (type(other),), own)
+    expected = {"the template": "a<e>b<e>!", "a special token": "a<other>b<other>", "the class": "another way"}[change]
+    messages = conversation("a", "b")
+    assert ChatTemplate(other).text(messages) == expected.replace("<e>", tokenizer.eos_token)
+    assert first.text(messages) == "a<e>b<e>".replace("<e>", tokenizer.eos_token)
+
+
+def test_an_error_names_the_model_that_was_asked(tokenizer):
+    tokenizer.chat_template = "{% if messages[0]['content'] == 'now' %}" + LARGE["a long text"] + "{% endif %}x"
+    for name in ("the first", "the second"):
+        with pytest.raises(DataError, match=f"^{name}'s chat template"):
+            ChatTemplate(tokenizer, name=name).text(conversation("now", "y"))
+
+
+def test_a_fork_has_a_helper_of_its_own(tokenizer):
+    """Else the replies to two processes would be mixed up."""
+    before = helpers()
+    template = ChatTemplate(tokenizer)
+    (helper,) = helpers() - before
+    fork = multiprocessing.get_context("fork")
+    there = fork.Queue()
+    child = fork.Process(target=lambda: there.put([template.text(conversation("there", str(n))) for n in range(99)]))
+    child.start()
+    here = [template.text(conversation("here", str(n))) for n in range(99)]
+    assert [text.replace("there", "here") for text in there.get(timeout=60)] == here
+    child.join()
+    assert helper in helpers()
+
+
+def test_a_reply_that_nobody_waited_for_is_not_taken_for_the_next(tokenizer, monkeypatch):
+    template = ChatTemplate(tokenizer)
+    text = template.text(conversation("a", "b"))
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(Connection, "poll", lambda *_: signal.raise_signal(signal.SIGINT))
+        template.text(conversation("another", "prompt"))
+    assert template.text(conversation("a", "b")) == text
+
+
+def test_a_helper_ends_when_its_renderer_is_no_longer_kept(tokenizer):
     before = helpers()
     template = ChatTemplate(tokenizer)
     (helper,) = helpers() - before
     del template
+    bounded.renderer_of.cache_clear()
     gc.collect()
     assert helper not in helpers()

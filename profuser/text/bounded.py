@@ -2,19 +2,23 @@
 
 A template is a program that comes with a model. Jinja's sandbox keeps it from files and from Python, but not from endless loops,
 nor from `9 ** 9 ** 9`, which no exception can interrupt. The helper is a fork of this process, made when a template is first
-rendered, and it ends by itself when nothing has been rendered for a while: a fork keeps the memory that its parent frees.
+rendered, and it ends by itself when nothing has been rendered for a while: a fork keeps the memory that its parent frees. A fork of a
+large process takes tens of milliseconds, and models are often opened again: those with the same template share a helper.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import resource
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,60 +35,63 @@ LENGTH, LENGTH_FACTOR = 1 << 20, 16
 """The most characters that a template may give: so many, and so many times what the conversation has."""
 IDLE_SECONDS = 2
 """After how long without anything to render the helper ends."""
+SHARED = 16
+"""How many templates have a helper that others may share."""
 
 FIX = "give another template, or another model"
 
 Conversation = list[dict[str, Any]]
+Render = Callable[..., list[str]]
+"""A function of conversations, and of options by their names, that returns a text for each conversation."""
 
 Reply = tuple[str | None, str, bool]
 """(None, the texts as JSON, False), or what was raised: its type, its message, and whether it is a TemplateError."""
 
 
 class BoundedRenderer:
-    """Calls `render`, a function of conversations and options that returns a text for each, in a helper process.
+    """Renders conversations in a helper process, which is made when there is none."""
 
-    Args:
-        name: whose template it is, for messages.
-    """
-
-    def __init__(self, render: Callable[..., list[str]], name: str):
-        self._render, self._name = render, name
+    def __init__(self) -> None:
         self._helper: tuple[Any, Connection] | None = None
+        self._process, self._lock = os.getpid(), threading.Lock()
 
-    def __call__(self, conversations: list[Conversation], **options: Any) -> list[str]:
-        """Returns what `render` returns.
+    def __call__(self, render: Render, name: str, conversations: list[Conversation], **options: Any) -> list[str]:
+        """Returns what `render` returns for conversations and options, a text for each conversation.
 
+        Args:
+            render: must be the same function in every call, though not the same object: the helper keeps the one that it was made with.
+            name: whose template it is, for messages.
         Raises:
             DataError: a limit is exceeded.
             Exception: what `render` raised, by its name and message. A TemplateError stays one.
         """
-        reply = self._ask(conversations, options)
-        if reply is None:  # the helper had ended, for there was nothing to render
-            self._stop()
-            reply = self._ask(conversations, options)
-        if reply is None:
-            self._stop()
-            raise DataError(
-                f"{self._name}'s chat template must render within {SECONDS} s and {MEMORY_BYTES >> 20} MiB, its process was ended; "
-                f"{FIX}"
-            )
+        if self._process != os.getpid():  # a fork of the process must not talk to the helper of that one
+            self._helper, self._process, self._lock = None, os.getpid(), threading.Lock()
+        with self._lock:
+            reply = self._ask(render, name, conversations, options)
+            if reply is None:  # the helper had ended, for there was nothing to render
+                self._stop()
+                reply = self._ask(render, name, conversations, options)
+            if reply is None:
+                self._stop()
+                raise DataError(
+                    f"{name}'s chat template must render within {SECONDS} s and {MEMORY_BYTES >> 20} MiB, its process was ended; {FIX}"
+                )
         kind, content, is_refusal = reply
         if kind is None:
             return json.loads(content)
         if kind == "MemoryError":
-            raise DataError(
-                f"{self._name}'s chat template must render within {MEMORY_BYTES >> 20} MiB, it needs more; {FIX}"
-            )
+            raise DataError(f"{name}'s chat template must render within {MEMORY_BYTES >> 20} MiB, it needs more; {FIX}")
         if kind == "length":
-            raise DataError(
-                f"{self._name}'s chat template must give at most {content} characters, it gives more; {FIX}"
-            )
+            raise DataError(f"{name}'s chat template must give at most {content} characters, it gives more; {FIX}")
         raise type(kind, (TemplateError if is_refusal else Exception,), {})(content)
 
-    def _ask(self, conversations: list[Conversation], options: dict[str, Any]) -> Reply | None:
+    def _ask(
+        self, render: Render, name: str, conversations: list[Conversation], options: dict[str, Any]
+    ) -> Reply | None:
         """Sends conversations to the helper and returns its reply; None where it has ended."""
         if self._helper is None:
-            self._helper = self._start()
+            self._helper = self._start(render)
         connection = self._helper[1]
         try:
             connection.send((conversations, options))
@@ -93,21 +100,24 @@ class BoundedRenderer:
                 return kind, connection.recv_bytes().decode(errors="surrogatepass"), is_refusal
         except (EOFError, OSError):
             return None
+        except BaseException:  # such as Ctrl-C: the reply that is still to come must not be taken for the next one
+            self._stop()
+            raise
         self._stop()
-        raise DataError(f"{self._name}'s chat template must render within {SECONDS} s, it takes longer; {FIX}")
+        raise DataError(f"{name}'s chat template must render within {SECONDS} s, it takes longer; {FIX}")
 
-    def _start(self) -> tuple[Any, Connection]:
+    def _start(self, render: Render) -> tuple[Any, Connection]:
         """Makes the helper, and returns it with this process's end of the connection."""
         ours, theirs = multiprocessing.Pipe()
         # Only a fork has the tokenizer at once, and without importing anything again.
-        helper = multiprocessing.get_context("fork").Process(target=_serve, args=(theirs, self._render), daemon=True)
+        helper = multiprocessing.get_context("fork").Process(target=_serve, args=(theirs, render), daemon=True)
         helper.start()
         theirs.close()
         return helper, ours
 
     def _stop(self) -> None:
-        """Ends the helper."""
-        if self._helper is not None:
+        """Ends the helper, if it is this process's."""
+        if self._helper is not None and self._process == os.getpid():
             helper, connection = self._helper
             self._helper = None
             connection.close()
@@ -119,7 +129,16 @@ class BoundedRenderer:
             self._stop()
 
 
-def _serve(connection: Connection, render: Callable[..., list[str]]) -> None:
+@functools.lru_cache(maxsize=SHARED)
+def renderer_of(identity: Hashable) -> BoundedRenderer:
+    """Returns the renderer that all templates of one identity share. What is equal in that must be rendered alike."""
+    return BoundedRenderer()
+
+
+atexit.register(renderer_of.cache_clear)  # while there still is what ends a helper
+
+
+def _serve(connection: Connection, render: Render) -> None:
     """Answers requests until there are none any more. This is what the helper does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it as well, and its parent ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -142,7 +161,7 @@ def _serve(connection: Connection, render: Callable[..., list[str]]) -> None:
         connection.send_bytes(content.encode(errors="surrogatepass"))
 
 
-def _reply(conversations: list[Conversation], options: dict[str, Any], render: Callable[..., list[str]]) -> Reply:
+def _reply(conversations: list[Conversation], options: dict[str, Any], render: Render) -> Reply:
     """Renders conversations, or says why they cannot be rendered."""
     given = sum(len(str(message.get("content") or "")) for messages in conversations for message in messages)
     limit = LENGTH + LENGTH_FACTOR * given

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import TemplateError
 
 from profuser.errors import DataError, first_line
-from profuser.text.bounded import BoundedRenderer
+from profuser.text.bounded import Render, renderer_of
 from profuser.text.conversation import Conversation, Prompt, Turn, as_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Hashable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -89,7 +89,7 @@ class ChatTemplate:
         if "strftime_now" in self._template:
             self._template = _clock_at(date or datetime.date.today()) + self._template
         render = partial(tokenizer.apply_chat_template, chat_template=self._template, tokenize=False)
-        self._render = BoundedRenderer(cast("Callable[..., list[str]]", render), self.name)
+        self._render = partial(renderer_of(self._identity()), cast("Render", render), self.name)
         self._system = self._needs_system()
 
     def text(self, messages: list[Message], *, generation: bool = False) -> str:
@@ -139,6 +139,15 @@ class ChatTemplate:
         if isinstance(prompt, Conversation) and prompt.turns[0].role == "system" and not self.has_system:
             return Conversation(prompt.without_system())
         return prompt
+
+    def _identity(self) -> Hashable:
+        """What decides how conversations are rendered: the template and the special tokens, unless the class has a way of its own."""
+        from transformers import PreTrainedTokenizerBase
+
+        kind = type(self.tokenizer)
+        if kind.apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            return object()
+        return self._template, json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str)
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         """Returns messages with an empty system message in front, if the template needs one and there is none."""
