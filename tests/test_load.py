@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from small_tokenizers import CHATML
 
 from profuser.errors import DataError
 from profuser.models import load
 from profuser.models.load import chat_format, load_model, load_tokenizer, open_model
 from profuser.models.reward import load_reward_model
+from profuser.models.weights import loaded_model
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 from profuser.text.conversation import Conversation, Turn
@@ -177,3 +179,18 @@ def test_a_generation_config_that_cannot_be_read_is_said(model, content, says):
     assert says in str(error.value)
     assert "\n" not in str(error.value)
     assert "generation_config.json" in str(error.value)
+
+
+def test_a_model_that_is_opened_again_is_looked_at_again_only_where_a_file_has_changed(model, monkeypatch):
+    source, looked = SourceConfig(name="m", model=str(model)), []
+    monkeypatch.setattr(load, "loaded_model", lambda *args: looked.append(args) or loaded_model(*args))
+    open_model(source)
+    open_model(source)
+    assert len(looked) == 1
+
+    weights = model / "model.safetensors"
+    weights.write_bytes(save({name: tensor for name, tensor in load_file(weights).items() if "layers.1." not in name}))
+    for times in (2, 3):  # what is wrong is said every time
+        with pytest.raises(DataError, match="layers"):
+            open_model(source)
+        assert len(looked) == times

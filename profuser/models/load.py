@@ -257,7 +257,24 @@ def check_places(
     Quantised weights are left for later, because the packages that unpack them may need the device on which they run.
     """
     if Path(location).is_dir() and getattr(config, "quantization_config", None) is None:
-        load(kind, name, location, {**options, "device_map": "meta"}, brought)
+        files = ((file.name, file.stat()) for file in Path(location).iterdir() if file.exists())
+        stamps = frozenset((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in files)
+        _load_places(
+            kind, name, location, stamps, tuple(options.items()), brought if brought is None else frozenset(brought)
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _load_places(
+    kind: AutoModel,
+    name: str,
+    location: str,
+    stamps: frozenset[tuple[str, int, int, int]],
+    options: tuple[tuple[str, Any], ...],
+    brought: frozenset[str] | None,
+) -> None:
+    """Loads a model without its weights. The `stamps` of its files are the key under which this is done once."""
+    load(kind, name, location, {**dict(options), "device_map": "meta"}, brought)
 
 
 def load(
