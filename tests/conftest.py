@@ -33,6 +33,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# No power fails while tests run, and to wait for the disk takes more than a twentieth of their time.
+os.fsync = lambda descriptor: None
+
 # The garbage collector would go through all modules and tests again and again, while they are collected, which takes a quarter of
 # that time, and then while tests run.
 gc.set_threshold(50_000, 10, 10)
