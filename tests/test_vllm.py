@@ -91,7 +91,8 @@ def gap_of(model, prompt: list[int], one: list[int], other: list[int]) -> float:
 def test_sampled_answers_can_be_made_again():
     source = SourceConfig(name="m", model="demo:guardian")
     generation = GenerationConfig(engine="vllm", python=PYTHON, temperature=2.0, max_new_tokens=16)
-    asked = Asked("train", ["How does a bozun taste?", "How do I kill the process?"], responses=3)
+    # The model is not sure of an answer to either. To what it has learnt it gives one answer at any temperature.
+    asked = Asked("train", ["How does a bozun taste?", "Write a poem about a dog."], responses=3)
     with answering("vllm", Source(source, generation, chat_format(source), 256, 0, torch.float32)) as answer:
         found = answer(asked)
         assert answer(asked) == found
