@@ -13,6 +13,9 @@ A source reads conversations in batches of similar length, as `profuser.prepare`
 1,200 characters in English, German and code, of which almost all are, so that the head takes as much time as it can. Each round times all
 of them in turn. Memory is what the head of all learnt rows adds to a process of its own, with the source's own vocabulary and with one
 four times as large.
+
+`test_packing` captures responses within a budget of tokens, padded and packed in turn. `mixed` are some of the demo's and the texts, whose
+lengths differ most.
 """
 
 from __future__ import annotations
@@ -27,17 +30,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.cases import DEVICE
 from benchmarks.measure import process_peaks_mib, surroundings, synchronize
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.experiments.windows import TEXTS
+from profuser.kernels.head import Head
 from profuser.kernels.source_topk import source_topk
 from profuser.models.head import head_of, hidden_states
 from profuser.models.load import chat_format, load_model
+from profuser.models.packing import Layout, by_tokens, size_of
 from profuser.models.padding import padded
-from profuser.prepare.capture import CaptureRequest, capture_responses
+from profuser.prepare.capture import BatchSize, CaptureRequest, Numbered, capture_responses
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 from profuser.text.chat import ChatFormat
@@ -45,6 +51,8 @@ from profuser.text.chat import ChatFormat
 SOURCES = {"scholar": "demo:scholar", "smollm2": os.environ.get("PROFUSER_SMOLLM2", "")}
 COUNTS = {"demo": 64, "texts": 3}
 TOP_K, BATCH_SIZE, ROUNDS = 10, {"demo": 16, "texts": 3}, 3
+BUDGETS = {"demo": (1024, 4096), "mixed": (2048,)}
+"""How many tokens a pass may have, padding included."""
 
 
 def conversations(kind: str) -> list[tuple[str, str]]:
@@ -52,7 +60,7 @@ def conversations(kind: str) -> list[tuple[str, str]]:
     if kind == "demo":
         lines = Path(resolve("demo:fusion.jsonl")).read_text(encoding="utf-8").splitlines()[: COUNTS[kind]]
         return [(row["prompt"], row["response"]) for row in map(json.loads, lines)]
-    found = []
+    found = conversations("demo")[:32] if kind == "mixed" else []
     for language in ("en", "de", "code"):
         text = (TEXTS / f"{language}.txt").read_text(encoding="utf-8")
         found.append(("Go on.", text[:1200]))
@@ -72,12 +80,7 @@ def requests_of(chat: ChatFormat, target: ChatFormat, order: ByteOrder, kind: st
 @pytest.mark.parametrize("kind", COUNTS)
 @pytest.mark.parametrize("name", SOURCES)
 def test_capture(benchmark, name, kind):
-    if not SOURCES[name]:
-        pytest.skip("no SmolLM2: set PROFUSER_SMOLLM2 to its directory")
-    source = SourceConfig(name=name, model=SOURCES[name])
-    chat, target = chat_format(source), chat_format(SourceConfig(name="guardian", model="demo:guardian"))
-    model = load_model(source, torch.float32, DEVICE).eval()
-    head, order = head_of(model), ByteOrder(chat.token_bytes, head_of(model).weight.shape[0])
+    model, head, order, chat, target = loaded(name)
     with_ranges, without = (requests_of(chat, each, order, kind) for each in (target, chat))
     batches = [
         padded([request.encoded.input_ids for request in with_ranges[first : first + BATCH_SIZE[kind]]], 0)
@@ -129,6 +132,53 @@ def test_capture(benchmark, name, kind):
     for way, rate in rates.items():
         print(f"  {way:23}{rate:8.0f} tokens/s, {rate / rates['bare forward']:.2f} of the bare forward")
     print(f"  the head of {learnt} rows adds {peaks[0]} MiB, {peaks[1]} MiB with a vocabulary four times as large")
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget"), [(kind, budget) for kind, of_kind in BUDGETS.items() for budget in of_kind]
+)
+@pytest.mark.parametrize("name", SOURCES)
+def test_packing(benchmark, name, kind, budget):
+    model, head, order, chat, target = loaded(name)
+    requests = requests_of(chat, target, order, kind)
+    layouts: list[Layout] = ["padded", "packed"]
+    sequences = [Numbered(n, request) for n, request in enumerate(requests)]
+    passes = {layout: by_tokens(sequences, budget, layout) for layout in layouts}
+    seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
+
+    def measure() -> None:
+        for layout in layouts:
+            begin = time.perf_counter()
+            size = BatchSize(budget, "tokens", layout=layout)
+            for _ in capture_responses(model, head, requests, order, top_k=TOP_K, batch_size=size):
+                pass
+            synchronize()
+            seconds[layout].append(time.perf_counter() - begin)
+
+    benchmark.pedantic(measure, rounds=ROUNDS, warmup_rounds=1)
+    tokens = sum(len(request.encoded.input_ids) for request in requests)
+    rates = {layout: tokens / statistics.median(times[-ROUNDS:]) for layout, times in seconds.items()}
+    filled = {layout: tokens / sum(map(size_of, of_layout)) for layout, of_layout in passes.items()}
+    benchmark.extra_info.update(
+        surroundings(), source=name, conversations=kind, budget=budget, tokens=tokens, tokens_per_second=rates, filled=filled,
+        seconds={layout: times[-ROUNDS:] for layout, times in seconds.items()},
+        threads=torch.get_num_threads(), load_1_min=round(os.getloadavg()[0], 2),
+    )  # fmt: skip
+    print(f"\n{name}, {kind}: {len(requests)} responses, {tokens} tokens, at most {budget} in a pass")
+    for layout in layouts:
+        print(f"  {layout:8}{rates[layout]:8.0f} tokens/s, {len(passes[layout])} passes, {filled[layout]:.0%} filled")
+
+
+def loaded(name: str) -> tuple[PreTrainedModel, Head, ByteOrder, ChatFormat, ChatFormat]:
+    """A source in memory with its head, its vocabulary in byte order, and its chat format and that of the bundled guardian."""
+    if not SOURCES[name]:
+        pytest.skip("no SmolLM2: set PROFUSER_SMOLLM2 to its directory")
+    source = SourceConfig(name=name, model=SOURCES[name])
+    chat, target = chat_format(source), chat_format(SourceConfig(name="guardian", model="demo:guardian"))
+    model = load_model(source, torch.float32, DEVICE)
+    head = head_of(model)
+    order = ByteOrder(chat.token_bytes, head.weight.shape[0])
+    return model, head, order, chat, target
 
 
 def head_step(rows: int, width: int, vocabulary: int) -> Callable[[], object]:

@@ -23,10 +23,10 @@ from benchmarks.measure import surroundings, synchronize
 from benchmarks.synthetic_store import TOP_K, demo_sequences
 from profuser.fusion_model import FusionModel
 from profuser.models.load import chat_format, load_model
+from profuser.models.packing import Layout, by_count, by_tokens, size_of
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import SourceConfig
 from profuser.train.collate import collate
-from profuser.train.packing import Layout, by_count, by_tokens, size_of
 
 TARGETS = {"demo": "demo:guardian", "smollm2": os.environ.get("PROFUSER_SMOLLM2", "")}
 SEQUENCES, ROUNDS = 32, 3

@@ -8,11 +8,11 @@ Dimension letters: S sources, B rows of the batch, T tokens of a row, K kept ent
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithFlattening, PreTrainedModel
+from transformers import PreTrainedModel
 
 from profuser.errors import DataError
 from profuser.kernels.common import IGNORE_INDEX, check_scalars, check_tensors
@@ -21,8 +21,8 @@ from profuser.kernels.fused_loss_types import MIN_CE
 from profuser.kernels.tails import BUCKET
 from profuser.loss import at_temperature, fused_linear_fusion_loss
 from profuser.loss_arguments import check_family, check_options, check_source_temperature
-from profuser.models.attention import uses_flash_attention
-from profuser.models.head import evaluating, head_layer, head_of, hidden_states
+from profuser.models.attention import keeps_apart
+from profuser.models.head import head_layer, head_of, hidden_states
 
 # Collators that flatten a batch may add these for the attention. They are passed on to the model.
 FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -300,46 +300,6 @@ def packed_begins(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor
                 "of packed examples"
             )
     return begins
-
-
-def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
-    """Whether packed examples see nothing of those before them: many architectures ignore the restarts of position_ids.
-
-    It is found by the gradient of the second examples' hidden states in the embeddings of the first, which must be exactly 0.
-
-    Args:
-        flattened: whether a batch is one row and comes with what a flattening collator adds. Else it has two rows, whose examples
-            begin at different places.
-    """
-    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flattened, return_seq_idx=flattened)
-    embedding = cast("nn.Embedding", model.get_input_embeddings())
-    begins = [4] if flattened else [4, 3]  # where the second example of each row begins
-    ids = [token % embedding.weight.shape[0] for token in range(1, 9)]
-    rows = [collate([{"input_ids": ids[:n]}, {"input_ids": ids[n:]}], return_tensors="pt") for n in begins]
-    joined = {name: torch.cat([cast("Tensor", row[name]) for row in rows]) for name in ("input_ids", "position_ids")}
-    batch: dict[str, Any] = rows[0] | joined
-    batch = {k: x.to(model.device) if isinstance(x, Tensor) else x for k, x in batch.items() if k != "labels"}
-    embedded: list[Tensor] = []
-
-    def embed(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
-        embedded.append(out.detach().requires_grad_())
-        return embedded[-1]
-
-    hook = embedding.register_forward_hook(embed)
-    # flash-attention computes in 16 bits only, as it will under the trainer's autocast.
-    arithmetic = torch.autocast(model.device.type, torch.bfloat16, enabled=uses_flash_attention(model))
-    try:
-        with evaluating(model), torch.enable_grad(), arithmetic:
-            hidden = hidden_states(model, attention_mask=None, **batch)
-            second = torch.cat([of_row[begin:] for of_row, begin in zip(hidden, begins, strict=True)])
-            (grad,) = torch.autograd.grad(second.float().square().sum(), embedded[:1])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a model that takes no position_ids, or lacks what these kernels need; each raises its own kinds
-        return False
-    finally:
-        hook.remove()
-    return not any(of_row[:begin].any() for of_row, begin in zip(grad, begins, strict=True))
 
 
 def warn_without_sources() -> None:

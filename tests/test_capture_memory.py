@@ -122,9 +122,8 @@ def test_a_batch_of_so_many_tokens_has_many_short_responses_or_one_long(asked, m
         np.testing.assert_allclose(one.nll, expected[i].nll, rtol=1e-5)
     assert sum(rows for rows, _ in shapes) == len(lengths)
     assert all(rows * longest <= budget for rows, longest in shapes)
-    # One more response would not have fitted.
-    ends = np.cumsum([rows for rows, _ in shapes])[:-1]
-    assert all((rows + 1) * lengths[end] > budget for (rows, _), end in zip(shapes, ends))
+    # One more response would not have fitted: those of a pass are no longer than its first.
+    assert all((rows + 1) * longest > budget for rows, longest in shapes[:-1])
     # Of a response that is longer than the budget there is one at a time.
     shapes.clear()
     list(capture_responses(model, head, requests, order, top_k=5, batch_size=BatchSize(1, "tokens")))

@@ -10,14 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
 from profuser.errors import ConfigError, NonFiniteError
-from profuser.fusion_model import FusionModel, keeps_apart
+from profuser.fusion_model import FusionModel
 from profuser.kernels.common import IGNORE_INDEX
+from profuser.models.attention import keeps_apart
 from profuser.models.load import load_model
+from profuser.models.packing import Layout, by_count, by_tokens, first_fit, shares, size_of, tokens_of
 from profuser.recipe.schedule import Mode, plan
 from profuser.recipe.schema import SourceConfig
 from profuser.train.collate import collate
 from profuser.train.losses import SequenceLosses
-from profuser.train.packing import Layout, by_count, by_tokens, first_fit, shares, size_of, tokens_of
 from profuser.train.steps import Steps
 from profuser.train.targets import Targets
 

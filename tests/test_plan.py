@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from profuser.kernels.common import chunk_rows
+from profuser.models import packing
 from profuser.models.load import load_model
 from profuser.plan.architecture import CONFIGS, Architecture, open_architecture
 from profuser.plan.lengths import Lengths
@@ -32,7 +33,6 @@ from profuser.recipe.optim import OptimConfig
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
-from profuser.train import packing
 from profuser.train.__main__ import without_own
 from profuser.train.adapter import with_adapter
 from profuser.train.optimizer import parameter_groups

@@ -80,7 +80,8 @@ def test_an_overlong_response_may_be_left_out_instead(chats, prepared):
 def test_what_a_source_reads_at_a_time_is_no_setting_of_the_store(prepared):
     inputs = Inputs.open(prepared[1])
     capture = inputs.recipe.capture
-    for changed in (replace(capture, batch_size=3), replace(capture, tokens_per_batch=100)):
+    of_tokens = replace(capture, tokens_per_batch=100)
+    for changed in (replace(capture, batch_size=3), of_tokens, replace(of_tokens, layout="packed")):
         assert replace(inputs, recipe=replace(inputs.recipe, capture=changed)).settings() == inputs.settings()
 
 

@@ -1,10 +1,21 @@
-"""Which implementation of attention a model uses, as far as packed sequences depend on it."""
+"""Which implementation of attention a model uses, whether it keeps packed sequences apart, and how they are therefore laid out."""
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    DataCollatorWithFlattening,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import is_flash_attn_2_available
+
+from profuser.models.head import evaluating, hidden_states
+from profuser.models.packing import Layout
 
 FLASH = "flash_attention_2"
 """transformers' name of the implementation that takes the bounds of sequences and computes nothing between them."""
@@ -20,3 +31,56 @@ def flash_attention(config: PreTrainedConfig, device: torch.device | str) -> str
 def uses_flash_attention(model: PreTrainedModel) -> bool:
     """Whether a model was loaded with flash-attention."""
     return model.config.get_text_config()._attn_implementation == FLASH
+
+
+def packed_layout(model: PreTrainedModel, apart: bool, budget: int) -> tuple[Layout, str]:
+    """Returns how a model's sequences are laid into passes of `budget` tokens, and what a user is told of it.
+
+    Args:
+        apart: what `keeps_apart` says of the model with its own attention.
+    """
+    if not apart:
+        return "padded", f"padded and not packed: {type(model).__name__} would let each see the one before it"
+    if uses_flash_attention(model):
+        return "flat", f"packed into passes of {budget:,} tokens, flash-attention over the bounds of the sequences"
+    return "packed", f"packed into passes of {budget:,} tokens, attention with a mask of blocks"
+
+
+def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
+    """Whether packed examples see nothing of those before them: many architectures ignore the restarts of position_ids.
+
+    It is found by the gradient of the second examples' hidden states in the embeddings of the first, which must be exactly 0.
+
+    Args:
+        flattened: whether a batch is one row and comes with what a flattening collator adds. Else it has two rows, whose examples
+            begin at different places.
+    """
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flattened, return_seq_idx=flattened)
+    embedding = cast("nn.Embedding", model.get_input_embeddings())
+    begins = [4] if flattened else [4, 3]  # where the second example of each row begins
+    ids = [token % embedding.weight.shape[0] for token in range(1, 9)]
+    rows = [collate([{"input_ids": ids[:n]}, {"input_ids": ids[n:]}], return_tensors="pt") for n in begins]
+    joined = {name: torch.cat([cast("Tensor", row[name]) for row in rows]) for name in ("input_ids", "position_ids")}
+    batch: dict[str, Any] = rows[0] | joined
+    batch = {k: x.to(model.device) if isinstance(x, Tensor) else x for k, x in batch.items() if k != "labels"}
+    embedded: list[Tensor] = []
+
+    def embed(layer: nn.Module, args: Any, out: Tensor) -> Tensor:
+        embedded.append(out.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = embedding.register_forward_hook(embed)
+    # flash-attention computes in 16 bits only, as it will under the trainer's autocast.
+    arithmetic = torch.autocast(model.device.type, torch.bfloat16, enabled=uses_flash_attention(model))
+    try:
+        with evaluating(model), torch.enable_grad(), arithmetic:
+            hidden = hidden_states(model, attention_mask=None, **batch)
+            second = torch.cat([of_row[begin:] for of_row, begin in zip(hidden, begins, strict=True)])
+            (grad,) = torch.autograd.grad(second.float().square().sum(), embedded[:1])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model that takes no position_ids, or lacks what these kernels need; each raises its own kinds
+        return False
+    finally:
+        hook.remove()
+    return not any(of_row[:begin].any() for of_row, begin in zip(grad, begins, strict=True))

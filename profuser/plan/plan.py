@@ -287,7 +287,7 @@ def count_instructions(recipe: Recipe, notes: list[str]) -> int:
 def longest_row(recipe: Recipe, lengths: Lengths) -> int:
     """Returns the length of a forward pass's rows where it is largest.
 
-    A pass with a budget of tokens is packed up to it, in rows that may be longer than the longest sequence (profuser.train.packing).
+    A pass with a budget of tokens is packed up to it, in rows that may be longer than the longest sequence (profuser.models.packing).
     """
     budget, longest = recipe.optim.tokens_per_micro_batch, max(1, lengths.longest)
     return longest if budget is None else budget // max(1, budget // longest)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from profuser.alignment.vocab_map import ByteOrder
 from profuser.errors import is_lack_of_memory
 from profuser.kernels.head import Head
 from profuser.kernels.source_topk import source_topk
+from profuser.models.batch import batch_of, on_device, placed
 from profuser.models.head import hidden_states
-from profuser.models.padding import padded
+from profuser.models.packing import Layout, Pass, by_tokens, size_of
 from profuser.ragged import offsets_of
 from profuser.store.layout import CAPTURE_COLUMNS, shard_arrays
 from profuser.text.encoded import Encoded
@@ -70,34 +71,51 @@ class CaptureRequest:
     numbers: Sequence[NumberRow] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """A request with its number among those that were made together."""
+
+    number: int
+    request: CaptureRequest
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The conversation in the source's tokens."""
+        return self.request.encoded.input_ids
+
+
 class BatchSize:
     """How much a source scores at a time: so many responses or tokens, until its memory does not suffice for them.
 
     Args:
-        most: how many at first. unit: "responses", or "tokens", of which a batch has as many as its responses times the longest's.
+        most: how many at first. unit: "responses", or "tokens", padding included.
         say: is called with a line where there are fewer from then on.
+        layout: how the responses of so many tokens are laid into a forward pass. Those that are counted are padded.
     """
 
     def __init__(
-        self, most: int, unit: Literal["responses", "tokens"] = "responses", say: Callable[[str], None] = print
+        self,
+        most: int,
+        unit: Literal["responses", "tokens"] = "responses",
+        say: Callable[[str], None] = print,
+        layout: Layout = "padded",
     ):
-        self.now, self.unit, self._say = most, unit, say
+        assert unit == "tokens" or layout == "padded"
+        self.now, self.unit, self.layout, self._say = most, unit, layout, say
 
-    def batch(self, ascending: Sequence[int]) -> int:
-        """Returns how many of the next responses make a batch, at least one; from their lengths, the shortest first."""
-        if self.unit == "responses":
-            return min(self.now, len(ascending))
-        count = 1
-        while count < len(ascending) and (count + 1) * ascending[count] <= self.now:
-            count += 1
-        return count
+    def passes(self, asked: Sequence[Numbered]) -> list[Pass[Numbered]]:
+        """Divides requests into forward passes of responses of similar length. It depends on these and on `now` alone."""
+        if self.unit == "tokens":
+            return by_tokens(asked, self.now, self.layout)
+        ascending = sorted(asked, key=lambda one: len(one.input_ids))
+        return [[[one] for one in ascending[n : n + self.now]] for n in range(0, len(ascending), self.now)]
 
-    def halve(self, lengths: Sequence[int]) -> None:
-        """Takes half as many from now on as a batch had, for which the memory did not suffice; from its lengths, the shortest first.
+    def halve(self, rows: Pass[Numbered]) -> None:
+        """Takes half as many from now on as a pass had, for which the memory did not suffice.
 
-        A batch may have fewer than there may be at a time: it would be tried again as it is, if that number were halved.
+        A pass may have fewer than there may be at a time: it would be tried again as it is, if that number were halved.
         """
-        had = len(lengths) if self.unit == "responses" else len(lengths) * lengths[-1]
+        had = len(rows) if self.unit == "responses" else size_of(rows)
         self.now = had // 2
         self._say(f"for {had} {self.unit} at a time the memory does not suffice: from now on {self.now} at a time")
 
@@ -112,63 +130,67 @@ def capture_responses(
     batch_size: int | BatchSize,
     follower: NumberFollower | None = None,
 ) -> Iterator[tuple[int, ScoredResponse]]:
-    """Scores responses with one source, in batches of similar length.
+    """Scores responses with one source, several in a forward pass.
 
     Args:
         requests: the responses; one without any tokens is left out of the results.
         byte_order: the source's vocabulary in byte order.
         top_k: how many entries are kept of a distribution.
-        batch_size: how many responses, or tokens, go into a forward pass. A batch for which the memory does not suffice is divided.
+        batch_size: how many responses, or tokens, go into a forward pass. A pass for which the memory does not suffice is divided.
         follower: what asks the source how its numbers go on, if it is asked.
 
     Yields:
         (index into `requests`, ScoredResponse), in no particular order.
     """
     size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
-    by_length = sorted(
-        (i for i, r in enumerate(requests) if r.encoded.label_positions),
-        key=lambda i: len(requests[i].encoded.input_ids),
-    )
-    lengths = [len(requests[i].encoded.input_ids) for i in by_length]
-    vocab_order, done = torch.from_numpy(byte_order.ids).to(head.weight.device), 0
-    while done < len(by_length):
-        indices = by_length[done : done + size.batch(lengths[done:])]
-        batch = [requests[i] for i in indices]
+    passes = size.passes([Numbered(i, r) for i, r in enumerate(requests) if r.encoded.label_positions])
+    vocab_order = torch.from_numpy(byte_order.ids).to(head.weight.device)
+    while passes:
+        numbers = [one.number for row in passes[0] for one in row]
         try:
-            scored = _scored(model, head, batch, vocab_order, top_k, follower)
+            scored = _scored(model, head, passes[0], size.layout, vocab_order, top_k, follower)
         except Exception as error:
-            if not is_lack_of_memory(error) or len(indices) == 1:
+            if not is_lack_of_memory(error) or len(numbers) == 1:
                 raise
             scored = None
         if scored is None:  # behind the handler, where the error no longer holds what was computed
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            size.halve(lengths[done : done + len(indices)])
+            size.halve(passes[0])
+            passes = size.passes([one for rows in passes for row in rows for one in row])
             continue
-        yield from zip(indices, scored)
-        done += len(indices)
+        yield from zip(numbers, scored)
+        del passes[0]
 
 
 @torch.no_grad()
 def _scored(
     model: PreTrainedModel,
     head: Head,
-    batch: Sequence[CaptureRequest],
+    one_pass: Pass[Numbered],
+    layout: Layout,
     vocab_order: torch.Tensor,
     top_k: int,
     follower: NumberFollower | None,
 ) -> list[ScoredResponse]:
-    """Scores the responses of one batch, in one forward pass."""
+    """Scores the responses of one forward pass, in the order in which they lie in its rows."""
     device = head.weight.device
     top_k = min(top_k, head.weight.shape[0])
-    input_ids, attention_mask = padded([r.encoded.input_ids for r in batch], 0)
-    hidden = hidden_states(model, input_ids.to(device), attention_mask.to(device))
+    inputs: dict[str, Any] = on_device(batch_of(one_pass, 0, layout), device)
+    input_ids = inputs.pop("input_ids")
+    hidden = hidden_states(model, input_ids, inputs.pop("attention_mask", None), **inputs)
 
-    # The rows of source_topk are the batch's label tokens end to end. Each is predicted from the position before it.
+    # The rows of source_topk are the batch's label tokens end to end. Each is predicted from the position before it. A text's first
+    # token has none, and must not take that of the text before it.
+    batch = [one.request for row in one_pass for one in row]
     positions = [r.encoded.label_positions for r in batch]
-    sequence = torch.tensor([b for b, of_response in enumerate(positions) for _ in of_response])
-    position = torch.tensor([t for of_response in positions for t in of_response])
-    labels = input_ids[sequence, position].to(device)
+    places = [(b, place.start) for b, place, _ in placed(one_pass)]
+    sequence = torch.tensor([b for (b, _), of_response in zip(places, positions) for _ in of_response])
+    position = torch.tensor([begin + t for (_, begin), of_response in zip(places, positions) for t in of_response])
+    before = torch.tensor(
+        [begin + max(t - 1, 0) for (_, begin), of_response in zip(places, positions) for t in of_response]
+    )
+    labels = input_ids[sequence.to(device), position.to(device)]
     row_offsets = offsets_of([len(of_response) for of_response in positions])
 
     # The prefix ranges are put end to end as well, so that their row numbers now count over the whole batch.
@@ -181,7 +203,7 @@ def _scored(
     )
 
     # The head and the top k of every row and range.
-    rows_of = hidden[sequence.to(hidden.device), position.to(hidden.device) - 1]
+    rows_of = hidden[sequence.to(hidden.device), before.to(hidden.device)]
     found = source_topk(
         rows_of.to(device),  # a model that is spread over devices may have its head on another one than its last layer
         head.weight,

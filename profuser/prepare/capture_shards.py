@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from profuser.alignment.follow_numbers import NumberFollower, number_rows
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.kernels.head import Head
+from profuser.models.attention import keeps_apart, packed_layout, uses_flash_attention
 from profuser.models.head import head_of
 from profuser.models.load import check_vocabulary, load_model
+from profuser.models.packing import Layout
 from profuser.prepare.capture import BatchSize, CaptureRequest, ScoredResponse, capture_responses, pack_captures
 from profuser.prepare.data import Row
 from profuser.prepare.inputs import Inputs
 from profuser.progress import Progress
 from profuser.recipe.data import Split
 from profuser.recipe.generation import Reasoning
-from profuser.recipe.schema import SourceConfig
+from profuser.recipe.schema import CaptureConfig, SourceConfig
 from profuser.store.division import Part
 from profuser.text.chat import ChatFormat
 from profuser.text.encoded import Encoded
@@ -44,7 +48,10 @@ class LoadedSource:
 
 def load_source(inputs: Inputs, source: SourceConfig) -> LoadedSource:
     """Loads a source's model and checks that it fits its tokenizer."""
-    model = load_model(source, inputs.dtype, inputs.device, spreads=True)
+    config = inputs.recipe.capture
+    # flash-attention computes in 16 bits, and takes none of the masks by which numbers are followed.
+    packs = config.may_pack and inputs.dtype == torch.bfloat16 and not inputs.recipe.align.follow_numbers
+    model = load_model(source, inputs.dtype, inputs.device, packs=packs, spreads=True)
     head, chat, recipe = head_of(model), inputs.chats[source.name], inputs.recipe
     check_vocabulary(source.name, chat, len(head.weight))
     order = ByteOrder(chat.token_bytes, head.weight.shape[0])
@@ -52,11 +59,38 @@ def load_source(inputs: Inputs, source: SourceConfig) -> LoadedSource:
     if recipe.align.follow_numbers:
         top_k = min(recipe.capture.top_k, head.weight.shape[0])
         follower = NumberFollower(inputs.target.token_bytes, chat.token_bytes, model, head, top_k)
-    most, unit = recipe.capture.batch_size, "responses"
-    if recipe.capture.tokens_per_batch is not None:
-        most, unit = recipe.capture.tokens_per_batch, "tokens"
-    size = BatchSize(most, unit, lambda line: print(f"{source.name}: {line}", flush=True))
-    return LoadedSource(source.name, chat, model, head, order, recipe.reasoning_of(source), follower, size)
+    return LoadedSource(
+        source.name,
+        chat,
+        model,
+        head,
+        order,
+        recipe.reasoning_of(source),
+        follower,
+        batch_size(source.name, model, config),
+    )
+
+
+def batch_size(name: str, model: PreTrainedModel, config: CaptureConfig) -> BatchSize:
+    """Returns how much a source scores at a time, and says how its responses are packed if they are."""
+
+    def say(line: str) -> None:
+        print(f"{name}: {line}", flush=True)
+
+    if (budget := config.tokens_per_batch) is None:
+        return BatchSize(config.batch_size, say=say)
+    layout: Layout = "padded"
+    flash = uses_flash_attention(model)
+    if config.may_pack and (flash or config.layout == "packed"):
+        layout, said = packed_layout(model, keeps_apart(model, flash), budget)
+        say_once(f"{name}: responses are {said}")
+    return BatchSize(budget, "tokens", say, layout)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Prints a line, if this process has not printed it yet: a source is loaded in several phases."""
+    print(line, flush=True)
 
 
 def captured(

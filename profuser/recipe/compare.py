@@ -10,8 +10,8 @@ FREE_KEYS = (
     "optim.micro_batch_size", "optim.tokens_per_micro_batch", "optim.deterministic", "optim.shard", "optim.compile",
     "optim.gradient_checkpointing", "optim.log_every", "optim.eval_every", "optim.eval_rewards", "optim.checkpoint_every",
     "optim.async_checkpoints", "optim.keep_checkpoints", "optim.keep_best", "optim.export", "optim.trackers", "optim.data_workers",
-    "capture.batch_size", "capture.tokens_per_batch", "generation.batch_size", "generation.engine", "generation.python", "evaluation",
-    "decode", "hub",
+    "capture.batch_size", "capture.tokens_per_batch", "capture.layout", "generation.batch_size", "generation.engine",
+    "generation.python", "evaluation", "decode", "hub",
 )  # fmt: skip
 """Keys that may change before a run is resumed. They decide how it is computed or shown, but not what its result is."""
 

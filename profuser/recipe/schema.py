@@ -174,6 +174,10 @@ class CaptureConfig:
     """The most tokens, padding included, that a source scores at a time, in place of batch_size: of short responses it then takes more, of
     long ones fewer, at least one. Where its memory does not suffice for so many, it takes half of them, and says so. null counts
     responses."""
+    layout: Literal["auto", "packed", "padded"] = "auto"
+    """How the responses of tokens_per_batch lie in a forward pass. packed: end to end, and none sees another; a source whose architecture
+    would let it is padded, and says so. auto packs where flash-attention is used, which computes nothing between responses, and pads
+    elsewhere: responses of similar length lie together, so that little is padding, and a mask of blocks costs more than it saves."""
     shard_size: int = 4096
     """About how many examples a shard of the store holds: those whose prompts have a certain hash. An interrupted preparation goes on with
     the next shard, and where rows of the data change, only their shards are made again."""
@@ -182,6 +186,15 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         check_positive("capture", self, "top_k", "batch_size", "tokens_per_batch", "shard_size")
+        if self.layout == "packed" and self.tokens_per_batch is None:
+            raise ConfigError(
+                "capture.layout: packed needs a budget of tokens, capture.tokens_per_batch is null; set it, or leave layout out"
+            )
+
+    @property
+    def may_pack(self) -> bool:
+        """Whether responses are laid end to end where a source's attention suits it."""
+        return self.tokens_per_batch is not None and self.layout != "padded"
 
     def responses_at_once(self, length: float) -> int:
         """Returns how many responses of a length a source scores at a time, of which a shard has no more than its examples."""

@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from profuser.errors import ProfuserError, first_line
 from profuser.kernels.common import IGNORE_INDEX
+from profuser.models.batch import on_device
+from profuser.models.packing import Layout, Pass, by_count, by_tokens, shares, size_of
 from profuser.recipe.optim import OptimConfig
 from profuser.recipe.schedule import Mode, Stage, stage_at
 from profuser.train.collate import collate
-from profuser.train.packing import Layout, Pass, by_count, by_tokens, shares, size_of
 from profuser.train.targets import Targets, TargetSequence
 
 STEPS_IN_FLIGHT = 2
@@ -61,11 +62,7 @@ class MicroBatch:
 
     def tensors(self, device: torch.device) -> dict[str, Tensor | int]:
         """Returns what FusionModel takes, on its device. Single numbers stay numbers, and so does that of the labels."""
-        found: dict[str, Tensor | int] = {
-            name: torch.as_tensor(array).to(device, non_blocking=True) if array.ndim else int(array)
-            for name, array in self.arrays.items()
-        }
-        return found | {"valid_rows": self.label_rows}
+        return on_device(self.arrays, device) | {"valid_rows": self.label_rows}
 
     @property
     def label_rows(self) -> int:
@@ -187,7 +184,7 @@ class Steps(Dataset[StepBatch | ProfuserError]):
             taken.append(int(self._orders[epoch][i]))
         return taken
 
-    def _passes(self, instructions: list[list[TargetSequence]]) -> list[Pass]:
+    def _passes(self, instructions: list[list[TargetSequence]]) -> list[Pass[TargetSequence]]:
         """Divides the sequences into the forward passes of all ranks.
 
         Every rank must have the same number of passes, or DDP would wait for ever. An empty pass is made of a sequence without

@@ -8,15 +8,15 @@ from transformers import PreTrainedModel
 
 from profuser.errors import ConfigError
 from profuser.fusion_model import FusionModel
-from profuser.models.attention import uses_flash_attention
+from profuser.models.attention import packed_layout, uses_flash_attention
 from profuser.models.head import head_layer
 from profuser.models.load import check_vocabulary, load_model, load_without_weights
+from profuser.models.packing import Layout
 from profuser.recipe.schema import Recipe
 from profuser.text.chat import ChatFormat
 from profuser.train.adapter import with_adapter
 from profuser.train.checkpoint import weights_of
 from profuser.train.compiled import compile_target
-from profuser.train.packing import Layout
 from profuser.train.quantized import load_quantized
 from profuser.train.sharding import agreed, is_main, is_sharded, load_into_shards, whole, whole_model
 
@@ -91,17 +91,7 @@ def layout_for(fusion: FusionModel, budget: int | None) -> Layout:
     """Chooses how sequences are laid into passes of `budget` tokens, and says so once. None pads passes of instructions."""
     if budget is None:
         return "padded"
-    flash = uses_flash_attention(fusion.model)
-    if not fusion.keeps_apart[flash]:
-        layout: Layout = "padded"
-        said = f"padded and not packed: {type(fusion.model).__name__} would let each see the one before it"
-    elif flash:
-        layout, said = (
-            "flat",
-            f"packed into passes of {budget:,} tokens, flash-attention over the bounds of the sequences",
-        )
-    else:
-        layout, said = "packed", f"packed into passes of {budget:,} tokens, attention with a mask of blocks"
+    layout, said = packed_layout(fusion.model, fusion.keeps_apart[uses_flash_attention(fusion.model)], budget)
     if is_main():
         print(f"sequences are {said}", flush=True)
     return layout
