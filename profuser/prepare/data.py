@@ -56,7 +56,8 @@ def load_examples(
     """
     # Read all rows, or so many as hold the examples that are asked for. That is known when they have been looked through.
     location = DataLocation(path=location) if isinstance(location, str) else location
-    tables = read_tables(location, of_split or split)
+    notes: list[str] = []
+    tables = read_tables(location, of_split or split, streams=config.streams, say=notes.append)
     unread = ((name, number, cells) for name, table in tables for number, cells in enumerate(table))
     table = list(islice(unread, limit))
     found = _examples_in(table, config, location, split, part, sources)
@@ -75,7 +76,7 @@ def load_examples(
             f"data.{split} must have at least one example, none of {location} is in its share; change data.heldout_share or "
             "data.validation_share"
         )
-    return Examples(rows, found.notes)
+    return Examples(rows, notes + found.notes)
 
 
 def _examples_in(

@@ -1,7 +1,7 @@
 """Reads the table of a split: a file, or one split of a folder or of a data set on the Hub.
 
-The library `datasets` only finds the files of a split and fetches them; the readers of tables.py read them. A folder is then
-read exactly like the files in it.
+The library `datasets` only finds the files of a split, and fetches them or opens them where they are; the readers of tables.py read
+them. A folder or a data set is then read exactly like the files in it. The library's own streaming would give every column one type.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from profuser.errors import DataError, first_line
-from profuser.prepare.tables import READERS, Table, read_file
+from profuser.prepare.tables import ON_HUB, READERS, Table, is_read_in_parts, read_file
 from profuser.recipe.data import DataLocation, Split
 from profuser.recipe.places import file_suffix, files_of, is_path, resolve
 from profuser.recipe.utf8 import decode
@@ -36,10 +36,16 @@ NO_EXAMPLES = {"config.json", "dataset_info.json", "dataset_infos.json", "datase
 """Files that the library `datasets` writes beside the data."""
 
 
-def read_tables(location: DataLocation, split: Split) -> list[tuple[str, Table]]:
+def read_tables(
+    location: DataLocation, split: Split, *, streams: bool = False, say: Callable[[str], None] = print
+) -> list[tuple[str, Table]]:
     """Finds the files of a location that the recipe names for a split, and returns what messages call each with its rows.
 
     The rows are read as they are asked for, and this raises DataError where a file is broken.
+
+    Args:
+        streams: whether files on the Hub are read there, as far as rows are asked for, unless they have been downloaded before. Else all
+            files of the data set are downloaded. say: is called with a line on what is read there.
 
     A folder or data set may have several splits of its own. Where the location names none of them, it is the only one, or the
     one that is called as in the recipe. Any other has to be named, so that no score is computed on training rows unnoticed.
@@ -48,7 +54,8 @@ def read_tables(location: DataLocation, split: Split) -> list[tuple[str, Table]]
         DataError: the location is missing or broken, or holds no data that we read; its configuration or split is unknown, or
             one has to be named; a pattern fits no file.
     """
-    found = [file for path in location.paths for file in _located(location, path, split)]
+    reading = _Reading(location, split, streams, say)
+    found = [file for path in location.paths for file in _located(reading, path)]
     times = Counter(os.path.abspath(file) for file, _, _ in found)
     if twice := next((name for file, name, _ in found if times[os.path.abspath(file)] > 1), None):
         raise DataError(
@@ -57,13 +64,23 @@ def read_tables(location: DataLocation, split: Split) -> list[tuple[str, Table]]
     return [(name, read_file(file, name, delimiter)) for file, name, delimiter in found]
 
 
-def _located(location: DataLocation, named: str, split: Split) -> Iterator[tuple[Path, str, str | None]]:
+class _Reading(NamedTuple):
+    """What `read_tables` is asked for."""
+
+    location: DataLocation
+    split: Split
+    streams: bool
+    say: Callable[[str], None]
+
+
+def _located(reading: _Reading, named: str) -> Iterator[tuple[str, str, str | None]]:
     """Yields the files of one file, folder, data set or pattern, each with its name and what separates its cells."""
+    location, split = reading.location, reading.split
     path, is_pattern = Path(resolve(named)), bool(set(named) & set("*?["))
     if not path.exists() and (is_path(named) or is_pattern):
         found = files_of(named)
         for file in found:
-            yield from _located(location, file, split)
+            yield from _located(reading, file)
         if found:
             return
         kind = "no file fits the pattern" if is_pattern else "no such file"
@@ -73,18 +90,19 @@ def _located(location: DataLocation, named: str, split: Split) -> Iterator[tuple
     if not named or path == Path():
         raise DataError(f"data must be a file, a folder or a Hub data set, got {named!r}; name one")
     if not path.is_file():
-        yield from _files(location, named, split, path)
+        yield from _files(reading, named, path)
         return
     for key in ("config", "split"):
         if (value := getattr(location, key)) is not None:
             raise DataError(f"data.{split}: a file has no {key}, got {value} of {named}; take {key} out")
-    yield path, named, None
+    yield str(path), named, None
 
 
-def _files(location: DataLocation, named: str, split: Split, path: Path) -> Iterator[tuple[Path, str, str | None]]:
-    """Yields the files of a split, which are then on this machine, each with its name and what separates its cells."""
+def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str, str | None]]:
+    """Yields the files of a split, where they can be read, each with its name and what separates its cells."""
     import datasets
 
+    location, split = reading.location, reading.split
     # Find out which files the splits have.
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our own errors say in one line what is wrong
@@ -98,7 +116,7 @@ def _files(location: DataLocation, named: str, split: Split, path: Path) -> Iter
         builder = _builder(place, location.config)
         files: dict[str, list[str]] = {str(name): list(found) for name, found in builder.config.data_files.items()}
     except Exception as error:  # a Hub out of reach, a broken README and unknown names each raise their own kinds
-        raise _explained(error, location, named, split, place) from None
+        raise _explained(error, reading, named, place) from None
 
     if path.is_dir():
         _check_none_left_out(named, Path(place), {file for found in files.values() for file in found})
@@ -123,10 +141,36 @@ def _files(location: DataLocation, named: str, split: Split, path: Path) -> Iter
             "convert them and name them"
         )
 
+    names = [f"{named}/{file.removeprefix(builder.base_path).lstrip('/')}" for file in files[name]]
+    if reading.streams and any(file.startswith(ON_HUB) for file in files[name]):
+        if whole := next((n for n in names if not is_read_in_parts(n)), None):
+            reading.say(f"data {named}: downloaded as a whole, because {whole} cannot be read a part at a time")
+        else:
+            there = _on_hub_or_here(files[name])
+            if any(file.startswith(ON_HUB) for file in there):
+                reading.say(
+                    f"data {named}: read on the Hub, only as far as rows are needed, and not kept here (data.limit)"
+                )
+            yield from ((file, name, delimiter) for file, name in zip(there, names))
+            return
+
     # Fetch the files of all splits, so that they are found again without a network. Those of a folder are here already.
     fetched: Any = datasets.DownloadManager(record_checksums=False).download(files)
-    for file, here in zip(files[name], fetched[name]):
-        yield Path(here), f"{named}/{file.removeprefix(builder.base_path).lstrip('/')}", delimiter
+    yield from ((here, name, delimiter) for here, name in zip(fetched[name], names))
+
+
+def _on_hub_or_here(files: Sequence[str]) -> list[str]:
+    """Returns where some files of the Hub are read: here, if they have been downloaded before."""
+    from huggingface_hub import HfFileSystem, try_to_load_from_cache
+
+    hub, found = HfFileSystem(), []
+    for file in files:
+        place: Any = hub.resolve_path(file)
+        here = try_to_load_from_cache(
+            place.repo_id, place.path_in_repo, revision=place.revision, repo_type=place.repo_type
+        )
+        found.append(here if isinstance(here, str) else file)
+    return found
 
 
 def _check_none_left_out(named: str, folder: Path, found: set[str]) -> None:
@@ -182,8 +226,9 @@ def _builder(place: str, config: str | None) -> Any:
         return datasets.load_dataset_builder(downloaded, config)
 
 
-def _explained(error: Exception, location: DataLocation, named: str, split: Split, place: str) -> DataError:
+def _explained(error: Exception, reading: _Reading, named: str, place: str) -> DataError:
     """Returns the error of one line for a folder or data set that could not be opened."""
+    location, split = reading.location, reading.split
     # The library's message lists the configurations where one is unknown or missing.
     listed = re.search(r"available\b[^:]*: (\[.*\])", str(error), re.IGNORECASE)
     configs: list[str] = ast.literal_eval(listed[1]) if listed else []
@@ -206,6 +251,7 @@ def _explained(error: Exception, location: DataLocation, named: str, split: Spli
             fix = f"write the ending of {readable[0]} in small letters, or name this file in place of the folder"
     elif not Path(place).is_dir():
         fix = "fix the id, or run once where the Hub can be reached"
+        fix += ", without data.limit, so that it is kept" if reading.streams else ""
     return DataError(f"data {named} cannot be read ({reason}); {fix}")
 
 

@@ -22,6 +22,9 @@ from profuser.recipe.utf8 import decode, defect, text_of, texts_in
 BATCH = 1024
 """How many rows of a binary file are read at a time."""
 
+ON_HUB = "hf://"
+"""How the library `datasets` begins the place of a file on the Hub."""
+
 Table = Iterator[dict[str, Any]]
 """The rows of a file, which are read as they are asked for."""
 
@@ -99,7 +102,8 @@ def read_parquet(file: Any) -> Table:
     """Reads a Parquet file, whose columns have the types that the file gives them."""
     import pyarrow.parquet
 
-    return _arrow_rows(pyarrow.parquet.ParquetFile(_seekable(file)).iter_batches(BATCH))
+    # Buffering in advance would read all of the file for its first rows.
+    return _arrow_rows(pyarrow.parquet.ParquetFile(_seekable(file), pre_buffer=False).iter_batches(BATCH))
 
 
 def read_arrow(file: Any) -> Table:
@@ -127,28 +131,56 @@ READERS: dict[str, Reader] = {
 """The reader of a data file by the file's ending. A compressed file has another ending behind it."""
 
 
-def read_file(path: Path, name: str, delimiter: str | None = None) -> Table:
-    """Yields the rows of a data file. `name` is what messages call it, and `delimiter` what separates the cells of a CSV file.
+def is_read_in_parts(name: str) -> bool:
+    """Whether a file of this name is read a part at a time. A JSON list is not, nor a compressed file in which one has to go back."""
+    suffix, is_compressed = file_suffix(name), Path(name).suffix.lower() in COMPRESSIONS
+    return suffix != ".json" and not (is_compressed and suffix in (".parquet", ".arrow"))
+
+
+def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Table:
+    """Yields the rows of a data file.
+
+    Args:
+        path: where it is; hf://… is a file on the Hub, of which no more is read than the rows need that are asked for.
+        name: what messages call it. delimiter: what separates the cells of a CSV file.
 
     Raises:
         DataError: the file is of no kind that we read, is broken, or holds a text that is not Unicode.
     """
     import pyarrow
 
-    reader = READERS.get(file_suffix(path.name))
+    path = str(path)
+    reader = READERS.get(file_suffix(path))
     if reader is None:
         raise DataError(f"data must be {', '.join(READERS)}, got {name}; convert it")
     if delimiter is not None:
         reader = partial(read_csv, delimiter=delimiter)
     try:
-        with pyarrow.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix.lower())) as file:
+        with (
+            open_on_hub(path) if path.startswith(ON_HUB) else contextlib.nullcontext(path) as place,
+            pyarrow.input_stream(place, compression=COMPRESSIONS.get(Path(path).suffix.lower())) as file,
+        ):
             for number, row in enumerate(reader(file)):
                 _check_unicode(name, number, row)
                 yield row
     except DataError:
         raise
-    except Exception as error:  # pyarrow, csv and json each raise their own kinds for a broken file
-        raise DataError(f"data {name} cannot be read ({first_line(error)}); fix the file or its path") from None
+    except (
+        Exception
+    ) as error:  # pyarrow, csv and json each raise their own kinds for a broken file, and the Hub for a lost network
+        fix = (
+            "fix the file, or leave data.limit out to download it"
+            if path.startswith(ON_HUB)
+            else "fix the file or its path"
+        )
+        raise DataError(f"data {name} cannot be read ({first_line(error)}); {fix}") from None
+
+
+def open_on_hub(url: str) -> Any:
+    """Opens a file on the Hub. What is read of it is fetched a block at a time, and tried again where the network fails."""
+    from datasets.download.streaming_download_manager import xopen
+
+    return xopen(url, "rb")
 
 
 def _check_unicode(name: str, number: int, row: dict[str, Any]) -> None:

@@ -76,7 +76,8 @@ class DataConfig:
     """The column that says how much each source counts, as a mapping from their names to numbers, with capture.choice: weights. Other
     examples than those of training may lack it."""
     limit: int | None = None
-    """How many training examples are used, counted from the first; null uses all of them."""
+    """How many training examples are used, counted from the first; null uses all of them. Of data sets on the Hub that have not been
+    downloaded before, no more is then fetched than that takes, and nothing is kept, unless other splits are shares of `train`."""
     max_length: int = 2048
     """The longest sequence in tokens, prompt and response together (FuseLLM's value)."""
     too_long: Literal["cut", "skip"] = "cut"
@@ -123,6 +124,11 @@ class DataConfig:
                 f"data.messages_column must stand alone, got {self.messages_column} beside data.prompt_column "
                 f"{self.prompt_column} and data.response_column {self.response_column}; take those two out"
             )
+
+    @property
+    def streams(self) -> bool:
+        """Whether files on the Hub are read there. Where other splits are parts of `train`, all of it is read, limit or not."""
+        return self.limit is not None and not (self.heldout_share or self.validation_share)
 
     def location(self, split: Split) -> DataLocation | None:
         """Returns where the examples of a split are; None where the recipe has no such split."""
