@@ -165,14 +165,9 @@ def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Tabl
                 yield row
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # pyarrow, csv and json each raise their own kinds for a broken file, and the Hub for a lost network
-        fix = (
-            "fix the file, or leave data.limit out to download it"
-            if path.startswith(ON_HUB)
-            else "fix the file or its path"
-        )
+    except Exception as error:  # pyarrow, csv, json and the Hub each raise their own kinds for a broken file
+        on_hub = path.startswith(ON_HUB)
+        fix = "fix the file, or leave data.limit out to download it" if on_hub else "fix the file or its path"
         raise DataError(f"data {name} cannot be read ({first_line(error)}); {fix}") from None
 
 

@@ -177,7 +177,7 @@ class CaptureConfig:
     layout: Literal["auto", "packed", "padded"] = "auto"
     """How the responses of tokens_per_batch lie in a forward pass. packed: end to end, and none sees another; a source whose architecture
     would let it is padded, and says so. auto packs where flash-attention is used, which computes nothing between responses, and pads
-    elsewhere: responses of similar length lie together, so that little is padding, and a mask of blocks costs more than it saves."""
+    elsewhere: responses of similar length lie together, so that little is padding, and a mask of blocks costs what it saves."""
     shard_size: int = 4096
     """About how many examples a shard of the store holds: those whose prompts have a certain hash. An interrupted preparation goes on with
     the next shard, and where rows of the data change, only their shards are made again."""
