@@ -34,7 +34,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 # No power fails while tests run, and to wait for the disk takes more than a twentieth of their time.
-os.fsync = lambda descriptor: None
+os.fsync = lambda fd: None
 
 # The garbage collector would go through all modules and tests again and again, while they are collected, which takes a quarter of
 # that time, and then while tests run.

@@ -209,6 +209,7 @@ def test_loading_steps_leaves_the_random_state_alone(steps):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_shard_is_one_error_and_not_a_workers_traceback(prepared, tmp_path, steps, workers):
+    before = set(multiprocessing.active_children())  # such as what renders chat templates for others
     shutil.copytree(prepared[2].directory, tmp_path / "store")
     store = Store.open(tmp_path / "store")
     damaged = replace(steps, targets=Targets(store, "train"))
@@ -219,7 +220,7 @@ def test_a_damaged_shard_is_one_error_and_not_a_workers_traceback(prepared, tmp_
     with pytest.raises(DataError, match=r"^store shard .*sha256.*profuser\.prepare[^\n]*$") as error:
         list(load_steps(damaged, 0, workers=workers, pin_memory=False))
     assert error.traceback  # which holds on to where the error came through
-    assert not multiprocessing.active_children()  # one that is left would keep this process from ending
+    assert set(multiprocessing.active_children()) <= before  # one that is left would keep this process from ending
 
 
 class Killed:
