@@ -39,6 +39,7 @@ from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, check_data, read_measured, record_files
 from profuser.train.target import whole_target
 from profuser.train.trackers import check_trackers
+from profuser.train.zero import check_zero, is_asked_for
 
 
 def train(run: Run, accelerator: Accelerator | None = None) -> dict[str, Any]:
@@ -177,6 +178,8 @@ def check_training(recipe: Recipe, accelerator: Accelerator) -> None:
         ModuleNotFoundError: peft or bitsandbytes is missing.
     """
     sharded = shards(recipe.optim, accelerator)
+    if is_asked_for():
+        check_zero(accelerator, recipe.optim)
     check_adapter(recipe, accelerator.device, sharded=sharded)
     check_optimizer(recipe.optim, accelerator.device, sharded=sharded)
     if recipe.optim.compile:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from profuser.errors import DataError
 from profuser.store.files import sync_directory, temporary_beside, write_atomic
 from profuser.store.sealed import FILES, FileDigest, damaged_files, digest_of, unsealed, write_sealed
+from profuser.train import zero
 from profuser.train.capacity import STATE as CAPACITY
 from profuser.train.optimizer import MOMENTS, begin_moments, set_step
 from profuser.train.run_record import METRICS
@@ -76,10 +77,13 @@ class State:
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, *, copied: bool = False) -> State:
     """Returns the state of a training. If it is `copied` into the machine's memory, the training may go on meanwhile."""
-    divide_again(model)
     random = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
+
+    if zero.is_zero(model):
+        return State(*zero.state_of(model, optimizer), random, sharded=True)
+    divide_again(model)
 
     def taken(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()} if copied else tensors
@@ -278,15 +282,18 @@ def _proven_state(path: Path) -> dict[str, Any]:
 def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Copies the contents of a checkpoint's files into the model, the optimizer and the random generators."""
     whole = all((path / name).exists() for name in WHOLE)
-    parameters = weights_of(model)
     stored = {} if is_sharded(model) or not whole else load_file(path / WHOLE[0]) | load_file(path / WHOLE[1])
     sizes = {name: tensor.shape for name, tensor in stored.items()} or sizes_in(path)
     steps = load_file(path / (WHOLE[1] if whole else STEPS))
-    begun = {name: parameter for name, parameter in model.named_parameters() if f"{name}/step" in steps}
-    begin_moments(optimizer, begun.values())
-    for name, parameter in begun.items():
-        set_step(optimizer, parameter, steps[f"{name}/step"])
-    tensors = parameters | moments_of(model, optimizer)
+    if zero.is_zero(model):
+        steps = {name: step for name, step in steps.items() if name.endswith("/step")}
+        tensors = zero.empty_state(model, steps)
+    else:
+        begun = {name: parameter for name, parameter in model.named_parameters() if f"{name}/step" in steps}
+        begin_moments(optimizer, begun.values())
+        for name, parameter in begun.items():
+            set_step(optimizer, parameter, steps[f"{name}/step"])
+        tensors = weights_of(model) | moments_of(model, optimizer)
     names = {name for name in sizes if not name.endswith("/step") and name not in ("torch", "cuda")}
     if other := sorted(n for n in {*names, *tensors} if sizes.get(n) != getattr(tensors.get(n), "shape", None)):
         raise DataError(
@@ -298,6 +305,8 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
             tensor.copy_(stored[name])
     else:
         load_shares(path, tensors)
+    if zero.is_zero(model):
+        zero.put_state(model, optimizer, tensors, steps)
     random = load_file(path / RANDOM)
     torch.set_rng_state(random["torch"])
     if "cuda" in random and torch.cuda.is_available():

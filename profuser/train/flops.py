@@ -11,6 +11,7 @@ although it is causal, and the head at every token although the loss computes it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from profuser.models.head import head_layer
+from profuser.train.zero import shape_of
 
 # Dense bf16 products with fp32 sums, in 10^12 operations per second, from NVIDIA's data sheets of A100 (June 2021), H100 (SXM, PCIe and
 # NVL), H200, HGX B200 and L40S, where those from the H100 on print twice as much, with sparsity; and from the white paper on the Ada
@@ -64,7 +66,7 @@ def cost_of(model: PreTrainedModel) -> Cost | None:
     head = head_layer(model).weight
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(head)}
     per_token = sum(
-        (6 if parameter.requires_grad else 4) * parameter.numel()
+        (6 if parameter.requires_grad else 4) * math.prod(shape_of(parameter))
         for parameter in model.parameters()  # a tied one comes once
         if id(parameter) not in looked_up
     )

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from profuser.errors import ConfigError, DataError, NonFiniteError
@@ -40,14 +39,15 @@ from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
 from profuser.train.losses import SequenceLosses, step_losses
 from profuser.train.metrics_log import append_line, is_due, ranking, summary, validations
-from profuser.train.optimizer import make_optimizer
 from profuser.train.parallel import agreed_stop, shards
 from profuser.train.saver import Saver
-from profuser.train.sharding import agreed, gathered, whole
+from profuser.train.sharding import agreed, gathered
 from profuser.train.steps import StepBatch, Steps, load_steps
 from profuser.train.target import layout_for, load_target
 from profuser.train.targets import Targets
 from profuser.train.trackers import Trackers
+from profuser.train.updates import make_updates
+from profuser.train.zero import shape_of
 
 NOTICES = "notices.jsonl"
 """The file of a run with the steps that stood out. Nothing is read from it."""
@@ -100,7 +100,8 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.sharded = shards(self.optim, accelerator)
         self.saved_dtype = stored_dtype(config)
-        self.fusion = load_target(recipe, self.chat, accelerator, sharded=self.sharded).train()
+        self.fusion, loaded = load_target(recipe, self.chat, accelerator, sharded=self.sharded)
+        self.fusion.train()
         self.layout = layout_for(self.fusion, self.optim.tokens_per_micro_batch)
         self.steps = Steps(
             self.targets,
@@ -114,11 +115,9 @@ class Trainer:
         )
         self.capacity: Capacity | None = None
         if self.optim.left_out and is_chosen_on(accelerator.device):
-            self.capacity = Capacity(*head_layer(self.fusion.model).weight.shape)
-        optimizer = make_optimizer(self.fusion, self.optim)
-        self.model, self.optimizer = (
-            (self.fusion, optimizer) if self.sharded else accelerator.prepare(self.fusion, optimizer)
-        )
+            self.capacity = Capacity(*shape_of(head_layer(self.fusion.model).weight))
+        self.updates = make_updates(self.fusion, loaded, self.optim, accelerator, sharded=self.sharded)
+        self.optimizer = self.updates.optimizer
         self.cost = cost_of(self.fusion.model)
         self.peak = peak_flops(accelerator.device, bf16=accelerator.mixed_precision == "bf16")
         self.saver = Saver(
@@ -242,42 +241,37 @@ class Trainer:
         drawn = np.random.SeedSequence((self.recipe.seed, step, self.accelerator.process_index))
         torch.manual_seed(int(drawn.generate_state(1)[0]))
 
-        # The forward and backward passes. Only in the last one does DDP exchange the gradients between the ranks; a sharded model
-        # adds them up in every pass, because no rank has room for all of them. What each sequence adds to the losses stays on the
-        # device until the end, because to read it is to wait for the pass.
+        # The forward and backward passes. What each sequence adds to the losses stays on the device until the end, because to read
+        # it is to wait for the pass.
         losses = SequenceLosses()
         left_out = LeftOut(self.accelerator.device)
         for number, micro in enumerate(batch.micro_batches, start=1):
-            last = number == len(batch.micro_batches)
-            exchanged = last or self.sharded
             if self.capacity is not None:
                 self.fusion.loss_options |= self.capacity.options(self.optim.left_out, micro, self.accelerator.device)
-            with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(self.model):
-                out = self.model(**micro.tensors(self.accelerator.device), reduction="sum", return_stats=True)
-                self.accelerator.backward(out["loss"])
+            inputs = micro.tensors(self.accelerator.device)
+            out = self.updates.run(
+                inputs | {"reduction": "sum", "return_stats": True}, last=number == len(batch.micro_batches)
+            )
             losses.add(micro, out["ce"], out["kd"])
             if self.optim.left_out:
                 left_out.add(micro, out)
 
-        # The losses over all ranks and the norm of the gradient, which must be finite. To read them is the only time that a
-        # step waits for the device.
-        norm = whole(clip_grad_norm_(self.fusion.parameters(), self.optim.grad_clip))
+        # The losses over all ranks and the norm of the gradient must be finite, or the weights stay as they are. To read these is the
+        # only time that a step waits for the device.
         sums = self.accelerator.reduce(losses.by_mode(), reduction="sum")
         # Of what was left out, the largest over all ranks: they must go on with one capacity.
         largest = (
             self.accelerator.gather(left_out.largest()[None]).amax(0) if self.optim.left_out else sums.new_empty(0)
         )
-        read = torch.cat([largest, sums.flatten(), norm.double()[None]]).tolist()
-        largest, sums, norm = read[: len(largest)], read[len(largest) : -1], read[-1]
+        read = torch.cat([largest, sums.flatten()]).tolist()
+        largest, sums = read[: len(largest)], read[len(largest) :]
         if not all(map(math.isfinite, sums)):
             raise losses.not_finite(step)
+        norm = self.updates.update()
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"gradients must be finite, got norm {norm} at step {step + 1}; lower optim.lr or raise optim.warmup_ratio"
             )
-
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.capacity is not None:
             self.capacity.update(int(largest[-1]))
         return {**step_losses(sums, batch, stage), "lr": lr, "grad_norm": norm, **left_out_metrics(largest)}

@@ -1,4 +1,4 @@
-"""Sets up the processes of a training run: a single one, or the ranks of DDP or FSDP2 under torchrun or accelerate launch."""
+"""Sets up the processes of a training run: a single one, or the ranks of DDP, FSDP2 or DeepSpeed under torchrun or accelerate launch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from transformers.integrations import unset_hf_deepspeed_config
 
 from profuser.errors import ConfigError, Stopped
 from profuser.recipe.optim import OptimConfig
 from profuser.stopping import KINDS
+from profuser.train import zero
 from profuser.train.determinism import set_environment
 
 
@@ -31,17 +33,25 @@ def launch(precision: str, *, deterministic: bool = False) -> Accelerator:
         set_environment()
     # A process may have prepared its share of the store days before the last one has.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    on_cpu = not torch.cuda.is_available()
+    if with_zero := zero.is_asked_for():
+        zero.check_installed()
+        if on_cpu:
+            # With cpu=True accelerate would take DDP, and without a backend every process would be alone.
+            patience.backend = "gloo"
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
-        cpu=not torch.cuda.is_available(),
+        cpu=on_cpu and not with_zero,
         # The gradients lie in the buffers that DDP sends, so that there is no second copy of them.
         kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"):
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED"):
         raise ConfigError(
-            f"training runs on one process, under DDP or under FSDP, got {accelerator.distributed_type.value}; launch with torchrun "
+            f"training runs on one process, under DDP, FSDP or DeepSpeed, got {accelerator.distributed_type.value}; launch with torchrun "
             "or --multi_gpu, and set optim.shard: true where the model is too large for one GPU"
         )
+    if with_zero:
+        unset_hf_deepspeed_config()  # else transformers would divide every model that is loaded, sources and judges among them
     return accelerator
 
 
@@ -50,7 +60,7 @@ def shards(optim: OptimConfig, accelerator: Accelerator) -> bool:
 
     A single process of a launcher counts as several, so that this path can be tried on one device.
     """
-    asked = optim.shard or accelerator.distributed_type.value == "FSDP"
+    asked = optim.shard or accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
     return asked and dist.is_initialized()
 
 

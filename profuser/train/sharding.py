@@ -2,13 +2,17 @@
 
 A block of the model is gathered when it is computed. Embeddings, the last norm and the head belong to FusionModel itself, whose
 forward holds the loss: they are gathered once per forward pass and stay until its backward pass is through.
+
+Where the launcher asks for DeepSpeed, its ZeRO divides the target instead (profuser.train.zero). What is said here of a divided target
+is true of both.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from profuser.fusion_model import FusionModel, tied_names
+from profuser.train import zero
 
 T = TypeVar("T")
 
@@ -57,21 +62,31 @@ def load_into_shards(fusion: FusionModel, loaded: PreTrainedModel | None, accele
         loaded: the same model with its weights, on the main process; None on the others.
     """
     device, source = accelerator.device, {} if loaded is None else _tensors(loaded)
-    mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+    divide = _divider(accelerator)
+    # DeepSpeed keeps the weights in fp32 beside those that are computed with.
+    rounded = torch.bfloat16 if zero.is_asked_for() and accelerator.mixed_precision == "bf16" else None
+    tie_as(fusion.model, agreed({} if loaded is None else tied_names(loaded)))
+    names = {id(module): name for name, module in fusion.model.named_modules()}
+    for block in blocks_of(fusion.model):
+        _fill(block, f"{names[id(block)]}.", source, device, rounded)
+        divide(block)
+    _fill(fusion.model, "", source, device, rounded)
+    if loaded is not None:
+        fusion.model.generation_config = loaded.generation_config
+    divide(fusion)
+
+
+def _divider(accelerator: Accelerator) -> Callable[[nn.Module], object]:
+    """Returns what divides a module that is whole, but for the parts of it that are divided already."""
+    if zero.is_asked_for():
+        return zero.divide if zero.stage_of(accelerator) == 3 else lambda module: None
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if accelerator.mixed_precision == "bf16" else None,
         reduce_dtype=torch.float32 if accelerator.mixed_precision == "bf16" else None,
         cast_forward_inputs=False,  # the sources' log-probabilities and the weights of the tokens stay in fp32
     )
-    tie_as(fusion.model, agreed({} if loaded is None else tied_names(loaded)))
-    names = {id(module): name for name, module in fusion.model.named_modules()}
-    for block in blocks_of(fusion.model):
-        _fill(block, f"{names[id(block)]}.", source, device)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    _fill(fusion.model, "", source, device)
-    if loaded is not None:
-        fusion.model.generation_config = loaded.generation_config
-    fully_shard(fusion, mesh=mesh, mp_policy=policy)
+    return partial(fully_shard, mesh=mesh, mp_policy=policy)
 
 
 def tie_as(model: nn.Module, ties: dict[str, str]) -> None:
@@ -94,10 +109,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _fill(module: nn.Module, prefix: str, source: dict[str, Tensor], device: torch.device) -> None:
+def _fill(
+    module: nn.Module, prefix: str, source: dict[str, Tensor], device: torch.device, rounded: torch.dtype | None
+) -> None:
     """Replaces what is on the meta device by the main process's tensors. Weights that are tied within the module stay tied.
 
-    `prefix` is the name of the module in the model.
+    `prefix` is the name of the module in the model. Parameters are `rounded` to a dtype if one is given.
     """
     # The old and the new tensors, by the id of the old one, which is kept so that no other tensor gets this id.
     placed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -108,7 +125,8 @@ def _fill(module: nn.Module, prefix: str, source: dict[str, Tensor], device: tor
                 if old is None or isinstance(old, DTensor) or not old.is_meta:
                     continue
                 if id(old) not in placed:
-                    full = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    dtype = rounded if rounded is not None and isinstance(old, nn.Parameter) else old.dtype
+                    full = torch.empty(old.shape, dtype=dtype, device=device)
                     if source:
                         full.copy_(source[f"{name}.{key}" if name else key])
                     dist.broadcast(full, 0)
@@ -133,7 +151,7 @@ def agreed(value: T, group: dist.ProcessGroup | None = None) -> T:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model is divided among the processes."""
-    return isinstance(model, FSDPModule)
+    return isinstance(model, FSDPModule) or zero.is_zero(model)
 
 
 def divide_again(model: nn.Module) -> None:
@@ -147,7 +165,7 @@ def divide_again(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Generator[None]:
-    """Holds the embeddings, the last norm and the head whole in a `with` block, so that the wrapped model can be called by itself.
+    """Holds what belongs to FusionModel itself whole in a `with` block, so that the wrapped model can be called by itself.
 
     Its blocks are gathered as always. The model must have been called as a whole before. If it is divided, all processes must do this,
     and then compute the same.
@@ -162,6 +180,8 @@ def gathered(model: nn.Module) -> Generator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """Returns a tensor as it is without division. If it is divided, all processes must call this."""
+    if zero.is_zero(tensor):
+        return zero.whole(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -172,13 +192,13 @@ def whole_model(model: PreTrainedModel, dtype: torch.dtype, accelerator: Acceler
     All processes must call it. Of a divided model only the main process gets the whole; the others get None.
     """
     tensors = model.state_dict(keep_vars=True)
-    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+    if not any(isinstance(tensor, DTensor) or zero.is_zero(tensor) for tensor in tensors.values()):
         return model
     gathered: dict[str, Tensor] = {}
     by_id: dict[int, Tensor] = {}  # tied weights are gathered once
     for name, tensor in tensors.items():
         if id(tensor) not in by_id:
-            full = whole(tensor.detach())
+            full = whole(tensor).detach()
             rounded = dtype if full.is_floating_point() else full.dtype
             by_id[id(tensor)] = full.to("cpu", rounded) if accelerator.is_main_process else torch.empty(0)
         gathered[name] = by_id[id(tensor)]

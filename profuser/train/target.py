@@ -14,6 +14,7 @@ from profuser.models.load import check_vocabulary, load_model, load_without_weig
 from profuser.models.packing import Layout
 from profuser.recipe.schema import Recipe
 from profuser.text.chat import ChatFormat
+from profuser.train import zero
 from profuser.train.adapter import with_adapter
 from profuser.train.checkpoint import weights_of
 from profuser.train.compiled import compile_target
@@ -21,9 +22,13 @@ from profuser.train.quantized import load_quantized
 from profuser.train.sharding import agreed, is_main, is_sharded, load_into_shards, whole, whole_model
 
 
-def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, sharded: bool) -> FusionModel:
+def load_target(
+    recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, sharded: bool
+) -> tuple[FusionModel, PreTrainedModel | None]:
     """Loads the target onto this process's device, or divides it among the processes if it is to be `sharded`.
 
+    Returns:
+        The target with its loss; and of a divided one the whole that it was made of, on the main process.
     Raises:
         ConfigError: the recipe's adapter does not fit the target, or its loss does not fit the target.
         DataError: the target cannot be loaded, or does not fit its tokenizer or the loss.
@@ -39,7 +44,7 @@ def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, s
         fusion = _with_loss(loaded, recipe, chat)
         if recipe.optim.compile:
             compile_target(fusion)
-        return fusion
+        return fusion, None
 
     # The main process has the weights. What has to be proven with them, it proves for all.
     target, keeps_apart = None, {}
@@ -49,11 +54,14 @@ def load_target(recipe: Recipe, chat: ChatFormat, accelerator: Accelerator, *, s
     fusion = _with_loss(load_without_weights(config, dtype), recipe, chat)
     fusion.keeps_apart = agreed(keeps_apart)
     load_into_shards(fusion, target, accelerator)
+    way, what = "FSDP2", "weights, gradients and moments"
+    if zero.is_asked_for():
+        way = f"ZeRO-{zero.stage_of(accelerator)}"
+        what = what if way == "ZeRO-3" else "gradients, moments and weights in fp32"
     accelerator.print(
-        f"FSDP2: of the processes each holds 1/{accelerator.num_processes} of the target's weights, gradients and moments",
-        flush=True,
+        f"{way}: of the processes each holds 1/{accelerator.num_processes} of the target's {what}", flush=True
     )
-    return fusion
+    return fusion, target
 
 
 def _with_loss(target: PreTrainedModel, recipe: Recipe, chat: ChatFormat) -> FusionModel:
@@ -78,7 +86,8 @@ def whole_target(
     """
     if recipe.adapter is None or not is_sharded(fusion):
         return whole_model(fusion.model, dtype, accelerator)
-    gathered = {name: whole(tensor) for name, tensor in weights_of(fusion.model).items()}
+    trained = ((name, p) for name, p in fusion.model.named_parameters() if p.requires_grad)
+    gathered = {name: whole(parameter).detach() for name, parameter in trained}
     if not accelerator.is_main_process:
         return None
     target = with_adapter(load_model(recipe.target_config, torch.float32), recipe.adapter)
