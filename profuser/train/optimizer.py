@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from profuser.errors import ConfigError
 from profuser.recipe.optim import EIGHT_BIT, OptimConfig
 from profuser.train.tried import must_work
+from profuser.train.zero import shape_of
 
 FEWEST = 4096
 """A tensor of fewer numbers has no moments in 8 bits."""
@@ -67,8 +68,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Returns AdamW's parameter groups: matrices with weight decay, and norms and biases without."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if len(shape_of(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
 
 

@@ -52,9 +52,16 @@ class Updates(Protocol):
 class OwnUpdates:
     """The updates of one process, under DDP, or under FSDP2 if the target is `sharded`."""
 
-    def __init__(self, fusion: FusionModel, optim: OptimConfig, accelerator: Accelerator, *, sharded: bool):
-        self.fusion, self.accelerator, self.sharded, self.grad_clip = fusion, accelerator, sharded, optim.grad_clip
-        optimizer = make_optimizer(fusion, optim)
+    def __init__(
+        self,
+        fusion: FusionModel,
+        optimizer: torch.optim.Optimizer,
+        grad_clip: float,
+        accelerator: Accelerator,
+        *,
+        sharded: bool,
+    ):
+        self.fusion, self.accelerator, self.sharded, self.grad_clip = fusion, accelerator, sharded, grad_clip
         self.model, self.optimizer = (fusion, optimizer) if sharded else accelerator.prepare(fusion, optimizer)
 
     def run(self, inputs: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
@@ -81,6 +88,7 @@ def make_updates(
 
     `fusion` and `loaded` are what `load_target` has returned.
     """
+    optimizer = make_optimizer(fusion, optim)
     if zero.is_asked_for():
-        return zero.ZeroUpdates(fusion, loaded, optim, accelerator)
-    return OwnUpdates(fusion, optim, accelerator, sharded=sharded)
+        return zero.ZeroUpdates(fusion, loaded, optimizer, optim.grad_clip, accelerator)
+    return OwnUpdates(fusion, optimizer, optim.grad_clip, accelerator, sharded=sharded)

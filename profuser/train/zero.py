@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 from profuser.errors import ConfigError
 from profuser.fusion_model import FusionModel
 from profuser.recipe.optim import OptimConfig
-from profuser.train.optimizer import make_optimizer
 
 KINDS = ("exp_avg", "exp_avg_sq")
 """The moments of torch's AdamW."""
@@ -103,19 +102,26 @@ class ZeroUpdates:
     Args:
         fusion: the target, which `divide` has divided if the stage is 3.
         loaded: the whole that it was made of, on the main process; None on the others.
+        optimizer: AdamW for its parameters. grad_clip: the norm to which a gradient is scaled down.
     """
 
     def __init__(
-        self, fusion: FusionModel, loaded: PreTrainedModel | None, optim: OptimConfig, accelerator: Accelerator
+        self,
+        fusion: FusionModel,
+        loaded: PreTrainedModel | None,
+        optimizer: torch.optim.Optimizer,
+        grad_clip: float,
+        accelerator: Accelerator,
     ):
         in_bf16 = accelerator.mixed_precision == "bf16"
         config = accelerator.deepspeed_plugin.deepspeed_config
-        config |= OURS | {"gradient_clipping": optim.grad_clip}
+        config |= OURS | {"gradient_clipping": grad_clip}
         config["communication_data_type"] = "fp32"  # in which the ranks' gradients are added, and those of a step's passes
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         if in_bf16:
             config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        self.engine, self.optimizer = accelerator.prepare(fusion, make_optimizer(fusion, optim))
+        self.engine, self.optimizer = accelerator.prepare(fusion, optimizer)
+        _begin_moments(self.optimizer)
         if in_bf16:  # the weights in fp32 have been made of the rounded ones
             for name, parameter in _trained(fusion.model):
                 full = torch.empty(shape_of(parameter), dtype=torch.float32, device=accelerator.device)
@@ -209,11 +215,12 @@ def put_state(model: nn.Module, optimizer: Any, tensors: dict[str, Tensor], step
             f"all weights must have been changed equally often under DeepSpeed, got {len(counts)} different counts in the checkpoint; go on "
             "with torchrun and optim.shard: true"
         )
-    for count in counts:
-        _begin_moments(optimizer, count)
+    adamw, flat = _adamw(optimizer)
+    for tensor in flat:
+        adamw.state[tensor]["step"].fill_(max(counts, default=0.0))
     for name, parameter in _trained(model):
         _put(parameter, _full(tensors[name], parameter))
-        for kind in KINDS if counts else ():
+        for kind in KINDS:
             moment = tensors.get(f"{name}/{kind}")  # none if the parameter never had a gradient
             full = parameter.new_zeros(shape_of(parameter)) if moment is None else _full(moment, parameter)
             _put(parameter, full, kind)
@@ -261,28 +268,27 @@ def _put(parameter: Tensor, full: Tensor, kind: str | None = None) -> None:
         parameter.data.copy_(full)  # the one that is computed with
 
 
-def _adamw(optimizer: Any) -> tuple[torch.optim.Optimizer, list[Tensor], Any]:
-    """Returns torch's own optimizer, what it changes, which is a flat tensor for each of several groups of parameters, and DeepSpeed's
-    optimizer around it."""
-    zero = optimizer.optimizer  # within accelerate's
-    flat = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
-    return zero.optimizer, flat, zero
+def _begin_moments(optimizer: Any) -> None:
+    """Gives AdamW the moments that it would make in its first step.
 
-    
+    ZeRO-2 notes where the moments of its parameters are when the first group of them has been changed, and finds none of the others.
+    """
+    adamw, flat = _adamw(optimizer)
+    for tensor in flat:
+        moments = {kind: torch.zeros_like(tensor) for kind in KINDS}
+        adamw.state[tensor] = moments | {"step": torch.zeros((), device=tensor.device)}
+    if hasattr(optimizer.optimizer, "single_partition_of_fp32_groups"):
+        optimizer.optimizer._lazy_init_hp_params_optimizer_state()
+
 
 def _steps_done(optimizer: Any) -> int:
     """Returns AdamW's count of steps, which is one for all parameters."""
-    adamw, flat, _ = _adamw(optimizer)
-    return int(adamw.state[flat[0]]["step"]) if flat[0] in adamw.state else 0
+    adamw, flat = _adamw(optimizer)
+    return int(adamw.state[flat[0]]["step"])
 
 
-def _begin_moments(optimizer: Any, count: float) -> None:
-    """Gives AdamW moments, which it has from its first step on only, and a count of steps."""
-    adamw, flat, zero = _adamw(optimizer)
-    for tensor in flat:
-        state = adamw.state[tensor]
-        if not state:
-            state |= {kind: torch.zeros_like(tensor) for kind in KINDS}
-        state["step"] = torch.tensor(count, device=tensor.device)
-    if hasattr(zero, "single_partition_of_fp32_groups"):
-        zero._lazy_init_hp_params_optimizer_state()
+def _adamw(optimizer: Any) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+    """Returns torch's own optimizer, and what it changes: a flat tensor for each of several groups of parameters."""
+    zero = optimizer.optimizer  # within accelerate's
+    flat = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
+    return zero.optimizer, flat
