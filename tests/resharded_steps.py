@@ -1,4 +1,4 @@
-"""Run by test_sharding.py: goes on with a run from its newest checkpoint for some steps, in any number of processes.
+"""Run by test_sharding.py and test_deepspeed.py: goes on with a run from its newest checkpoint for some steps, in any number of processes.
 
     python -m torch.distributed.run --nproc-per-node 4 tests/resharded_steps.py RECIPE STORE DIRECTORY STEPS
 
@@ -9,16 +9,15 @@ import json
 import sys
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from profuser.recipe.parse import load_recipe
 from profuser.store.store import Store
 from profuser.train.loop import Trainer
+from profuser.train.parallel import launch
 
 
 def main() -> None:
     recipe, store, directory = map(Path, sys.argv[1:4])
-    accelerator = Accelerator(cpu=True)
+    accelerator = launch("fp32")
     trainer = Trainer(load_recipe(json.loads(recipe.read_text())), Store.open(store), directory, accelerator)
     assert trainer.sharded == (accelerator.num_processes > 1)
     start = trainer._resume()

@@ -168,7 +168,7 @@ def test_settings_out_of_range_are_refused(options, said):
 def test_a_quantised_target_is_not_sharded(prepared):
     """Neither where the recipe asks for it nor where the launcher does. An adapter alone can be."""
     recipe, quantized = prepared[1].recipe, replace(ADAPTER, quantize="nf4")
-    with pytest.raises(ConfigError, match="got a launcher that asks for FSDP; launch with torchrun"):
+    with pytest.raises(ConfigError, match="got a launcher that asks for FSDP or DeepSpeed; launch with torchrun"):
         check_adapter(replace(recipe, adapter=quantized), CPU, sharded=True)
     check_adapter(recipe, CPU, sharded=True)
     check_adapter(replace(recipe, adapter=ADAPTER), CPU, sharded=True)

@@ -152,7 +152,7 @@ class TestWithBitsandbytes:
 
 def test_moments_in_8_bits_are_not_sharded(prepared):
     """Neither where the recipe asks for it nor where the launcher does."""
-    with pytest.raises(ConfigError, match="got a launcher that asks for FSDP; launch with torchrun"):
+    with pytest.raises(ConfigError, match="got a launcher that asks for FSDP or DeepSpeed; launch with torchrun"):
         check_optimizer(EIGHT, CPU, sharded=True)
     check_optimizer(OptimConfig(), CPU, sharded=True)
     with pytest.raises(ConfigError, match=r"optim\.shard must be false with optim\.name: adamw_8bit"):

@@ -25,7 +25,7 @@ def check_compile(device: torch.device, *, sharded: bool) -> None:
     """
     if sharded:
         raise ConfigError(
-            "a compiled target must not be sharded, got a launcher that asks for FSDP; launch with torchrun or --multi_gpu, or leave "
+            "a compiled target must not be sharded, got a launcher that asks for FSDP or DeepSpeed; launch with torchrun or --multi_gpu, or leave "
             "optim.compile out"
         )
     try:

@@ -36,7 +36,7 @@ def check_optimizer(optim: OptimConfig, device: torch.device, *, sharded: bool) 
         return
     if sharded:
         raise ConfigError(
-            f"optim.name: {EIGHT_BIT} must not be sharded, got a launcher that asks for FSDP; launch with torchrun or --multi_gpu, or "
+            f"optim.name: {EIGHT_BIT} must not be sharded, got a launcher that asks for FSDP or DeepSpeed; launch with torchrun or --multi_gpu, or "
             "leave optim.name out"
         )
     import bitsandbytes

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,7 +52,8 @@ def is_asked_for() -> bool:
 
 
 def check_installed() -> None:
-    """Raises ModuleNotFoundError unless DeepSpeed is there. It is also kept from talking."""
+    """Raises ModuleNotFoundError unless DeepSpeed is there. It is also kept from saying what nobody can do anything about."""
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # functions with new names, which it calls by the old ones
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
