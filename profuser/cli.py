@@ -40,7 +40,14 @@ COMMANDS = {
     "store": "what a store holds, and whether its files are what was written",
 }
 
-EXTRAS = {"deepspeed": "deepspeed", "gguf": "gguf", "peft": "lora", "bitsandbytes": "qlora", "reasoning_gym": "recipes", "lm_eval": "benchmarks"}
+EXTRAS = {
+    "deepspeed": "deepspeed",
+    "gguf": "gguf",
+    "peft": "lora",
+    "bitsandbytes": "qlora",
+    "reasoning_gym": "recipes",
+    "lm_eval": "benchmarks",
+}
 """Packages that an extra of its own installs, each with that extra. The extra `train` installs all others."""
 
 

@@ -29,13 +29,12 @@ from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.optimizer import make_optimizer
 from profuser.train.parallel import launch
 from profuser.train.saver import Saver
-from profuser.train.sharding import agreed, load_into_shards, whole
+from profuser.train.sharding import load_into_shards, whole
 from profuser.train.steps import Steps
 from profuser.train.target import whole_target
 from profuser.train.targets import Targets
 from profuser.train.updates import Updates, make_updates
 from profuser.train.zero import KINDS, shape_of, stage_of
-
 
 CPU = torch.device("cpu")
 

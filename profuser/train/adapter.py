@@ -29,8 +29,8 @@ def check_adapter(recipe: Recipe, device: torch.device, *, sharded: bool) -> Non
     if recipe.adapter is not None:
         if sharded and recipe.adapter.quantize is not None:
             raise ConfigError(
-                "a quantised target must not be sharded, got a launcher that asks for FSDP or DeepSpeed; launch with torchrun or --multi_gpu, or leave "
-                "adapter.quantize out"
+                "a quantised target must not be sharded, got a launcher that asks for FSDP or DeepSpeed; launch with torchrun or "
+                "--multi_gpu, or leave adapter.quantize out"
             )
         with_adapter(load_without_weights(recipe.target_config, torch.float32), recipe.adapter)
         if recipe.adapter.quantize is not None:

@@ -25,8 +25,8 @@ def check_compile(device: torch.device, *, sharded: bool) -> None:
     """
     if sharded:
         raise ConfigError(
-            "a compiled target must not be sharded, got a launcher that asks for FSDP or DeepSpeed; launch with torchrun or --multi_gpu, or leave "
-            "optim.compile out"
+            "a compiled target must not be sharded, got a launcher that asks for FSDP or DeepSpeed; launch with torchrun or "
+            "--multi_gpu, or leave optim.compile out"
         )
     try:
         torch.compile(lambda x: x.sin() + 1, backend=BACKEND)(torch.ones(2, device=device))

@@ -36,8 +36,8 @@ def check_optimizer(optim: OptimConfig, device: torch.device, *, sharded: bool) 
         return
     if sharded:
         raise ConfigError(
-            f"optim.name: {EIGHT_BIT} must not be sharded, got a launcher that asks for FSDP or DeepSpeed; launch with torchrun or --multi_gpu, or "
-            "leave optim.name out"
+            f"optim.name: {EIGHT_BIT} must not be sharded, got a launcher that asks for FSDP or DeepSpeed; launch with torchrun or "
+            "--multi_gpu, or leave optim.name out"
         )
     import bitsandbytes
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from transformers.integrations import unset_hf_deepspeed_config
 
-from profuser.errors import ConfigError, Stopped
+from profuser.errors import ConfigError, Stopped, first_line
 from profuser.recipe.optim import OptimConfig
 from profuser.stopping import KINDS
 from profuser.train import zero
@@ -27,7 +27,8 @@ def launch(precision: str, *, deterministic: bool = False) -> Accelerator:
 
     Raises:
         ConfigError: the environment rules out what is to be `deterministic`; or the launcher asked for something else than one
-            process, DDP or FSDP, such as DeepSpeed.
+            process, DDP, FSDP or DeepSpeed, or for DeepSpeed with a configuration that accelerate refuses.
+        ModuleNotFoundError: the launcher asked for DeepSpeed, which is missing.
     """
     if deterministic:
         set_environment()
@@ -35,16 +36,24 @@ def launch(precision: str, *, deterministic: bool = False) -> Accelerator:
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     on_cpu = not torch.cuda.is_available()
     if with_zero := zero.is_asked_for():
-        zero.check_installed()
+        zero.check_launched()
         if on_cpu:
             # With cpu=True accelerate would take DDP, and without a backend every process would be alone.
             patience.backend = "gloo"
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        cpu=on_cpu and not with_zero,
-        # The gradients lie in the buffers that DDP sends, so that there is no second copy of them.
-        kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            cpu=on_cpu and not with_zero,
+            # The gradients lie in the buffers that DDP sends, so that there is no second copy of them.
+            kwargs_handlers=[patience, DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        if not with_zero:
+            raise
+        raise ConfigError(
+            f"DeepSpeed's configuration must be one that accelerate takes, got one that it refuses ({first_line(error)}); leave out what "
+            "the recipe says"
+        ) from error
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED"):
         raise ConfigError(
             f"training runs on one process, under DDP, FSDP or DeepSpeed, got {accelerator.distributed_type.value}; launch with torchrun "

@@ -51,18 +51,34 @@ def is_asked_for() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
-def check_installed() -> None:
-    """Raises ModuleNotFoundError unless DeepSpeed is there. It is also kept from saying what nobody can do anything about."""
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # functions with new names, which it calls by the old ones
+def check_launched() -> None:
+    """Finds out whether DeepSpeed is there and its processes are, and keeps it from saying what nobody can do anything about.
+
+    Raises:
+        ConfigError: no launcher has started this process.
+        ModuleNotFoundError: DeepSpeed is missing.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            "DeepSpeed must be started by a launcher, got ACCELERATE_USE_DEEPSPEED without one; start it with accelerate launch or "
+            "torchrun, or unset the variable"
+        )
+    # It calls functions by their old names.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # noqa: F401
 
 
+def config_of(accelerator: Any) -> dict[str, Any]:
+    """Returns the configuration that DeepSpeed will get, which may still be changed."""
+    return accelerator.deepspeed_plugin.deepspeed_config
+
+
 def check_zero(accelerator: Accelerator, optim: OptimConfig) -> None:
     """Raises ConfigError where the launcher's DeepSpeed configuration asks for something that the recipe says, or that is not done."""
-    config = accelerator.deepspeed_plugin.deepspeed_config
+    config = config_of(accelerator)
     stage = config["zero_optimization"].get("stage")
     if stage not in (2, 3):
         raise ConfigError(f"DeepSpeed must divide by ZeRO-2 or ZeRO-3, got zero_stage: {stage}; set it to 2 or 3")
@@ -95,7 +111,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 def stage_of(accelerator: Accelerator) -> int:
     """Returns 2 or 3: whether the weights that are computed with are whole on each process, or divided as well."""
-    return accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
+    return config_of(accelerator)["zero_optimization"]["stage"]
 
 
 class ZeroUpdates:
@@ -116,9 +132,10 @@ class ZeroUpdates:
         accelerator: Accelerator,
     ):
         in_bf16 = accelerator.mixed_precision == "bf16"
-        config = accelerator.deepspeed_plugin.deepspeed_config
+        config = config_of(accelerator)
         config |= OURS | {"gradient_clipping": grad_clip}
-        config["communication_data_type"] = "fp32"  # in which the ranks' gradients are added, and those of a step's passes
+        # Gradients are added in fp32, those of the ranks and those of a step's passes.
+        config["communication_data_type"] = "fp32"
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         if in_bf16:
             config["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -214,8 +231,8 @@ def put_state(model: nn.Module, optimizer: Any, tensors: dict[str, Tensor], step
     counts = {float(step) for step in steps.values()}
     if len(counts) > 1:
         raise ConfigError(
-            f"all weights must have been changed equally often under DeepSpeed, got {len(counts)} different counts in the checkpoint; go on "
-            "with torchrun and optim.shard: true"
+            f"all weights must have been changed equally often under DeepSpeed, got {len(counts)} different counts in the checkpoint; go "
+            "on with torchrun and optim.shard: true"
         )
     adamw, flat = _adamw(optimizer)
     for tensor in flat:
@@ -248,7 +265,7 @@ def _full(share: Tensor, parameter: Tensor) -> Tensor:
     return share.to(parameter.device).full_tensor()  # pyrefly: ignore[missing-attribute]  # a DTensor
 
 
-def _put(parameter: Tensor, full: Tensor, kind: str | None = None) -> None:
+def _put(parameter: Any, full: Tensor, kind: str | None = None) -> None:
     """Sets a trained parameter, or one of its moments, to what all processes have."""
     import deepspeed
 
