@@ -216,7 +216,7 @@ def test_a_step_has_the_exact_losses_and_nearly_the_exact_gradient_in_any_passes
     after = []
     for share in (0.0, SHARE):
         t = trainer(run, store, tmp_path / str(share), left_out=share, grad_clip=1e9, **optim)
-        t.optimizer = torch.optim.SGD(t.fusion.parameters(), lr=1.0)
+        t.updates.optimizer = torch.optim.SGD(t.fusion.parameters(), lr=1.0)
         passes: list[float] = []
         if t.capacity is not None:
             t.capacity.restore({"columns": 768, "fewer": 0, "enough": 0, "exact_steps": 0})

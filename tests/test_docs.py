@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
@@ -165,6 +166,11 @@ def test_a_shell_line_names_a_command_that_exists_and_takes_its_arguments(block,
     elif words[0] == "torchrun":
         launched = get_args_parser().parse_args(words[1:])
         assert launched.module
+        check_module(launched.training_script, launched.training_script_args, block, tmp_path, monkeypatch)
+    elif words[:2] == ["accelerate", "launch"]:
+        launched = launch_command_parser().parse_args(words[2:])
+        assert launched.module
+        assert (ROOT / launched.config_file).exists()
         check_module(launched.training_script, launched.training_script_args, block, tmp_path, monkeypatch)
     elif words[0] in ("pytest", "bash"):
         assert all((ROOT / word).exists() for word in words[1:] if "/" in word and not word.startswith("-"))

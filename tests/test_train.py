@@ -242,7 +242,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_size(prepared, tmp_path):
     after = []
     for size in (1, 3, 4):
         t = trainer(run, store, tmp_path / str(size), micro_batch_size=size, grad_clip=1e9)
-        t.optimizer = torch.optim.SGD(t.fusion.parameters(), lr=1.0)
+        t.updates.optimizer = torch.optim.SGD(t.fusion.parameters(), lr=1.0)
         metrics = t._step(3, t.stages[1], t.steps.batch(3))
         after.append((weights(t), metrics))
     for other, metrics in after[1:]:
@@ -261,7 +261,7 @@ def test_a_step_with_columns_left_out_has_the_exact_losses_and_nearly_the_exact_
     after = []
     for share in (0.0, 0.003):
         t = trainer(run, store, tmp_path / str(share), left_out=share, grad_clip=1e9)
-        t.optimizer = torch.optim.SGD(t.fusion.parameters(), lr=1.0)
+        t.updates.optimizer = torch.optim.SGD(t.fusion.parameters(), lr=1.0)
         before = weights(t)
         metrics = t._step(3, t.stages[1], t.steps.batch(3))
         after.append((torch.cat([(value - before[name]).flatten() for name, value in weights(t).items()]), metrics))

@@ -117,7 +117,6 @@ class Trainer:
         if self.optim.left_out and is_chosen_on(accelerator.device):
             self.capacity = Capacity(*shape_of(head_layer(self.fusion.model).weight))
         self.updates = make_updates(self.fusion, loaded, self.optim, accelerator, sharded=self.sharded)
-        self.optimizer = self.updates.optimizer
         self.cost = cost_of(self.fusion.model)
         self.peak = peak_flops(accelerator.device, bf16=accelerator.mixed_precision == "bf16")
         self.saver = Saver(
@@ -142,6 +141,11 @@ class Trainer:
                     f"stage {i} needs training examples of its mode, {modes}, none is left "
                     f"({store.handled() or 'nothing was skipped'}); {fix}"
                 )
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What holds AdamW's moments."""
+        return self.updates.optimizer
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
