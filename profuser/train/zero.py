@@ -66,9 +66,15 @@ def check_launched() -> None:
     # It calls functions by their old names.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    if not torch.cuda.is_available():
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
+    import deepspeed
+
+    if on_cpu:
+        # Else it would compile an exchange of its own beside gloo. A process that is killed meanwhile leaves a lock, on which all later
+        # ones would wait for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def config_of(accelerator: Any) -> dict[str, Any]:
