@@ -1,4 +1,5 @@
-# The targets are train, test, test-long, test-vllm, test-deepspeed, coverage, bench, lint, docs, sanitize and clean. Each installs what it needs into .venv.
+# The targets are train, test, test-long, test-vllm, test-deepspeed, coverage, bench, lint, docs, sanitize and clean. Each installs what it
+# needs into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
