@@ -26,7 +26,7 @@ from test_lease import another_process, held, leases
 
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
-from profuser.prepare.sharing import Sharing
+from profuser.prepare.sharing import Sharing, in_turn
 from profuser.store import layout
 from profuser.store.division import Part
 from profuser.store.lease import FOLDER
@@ -101,6 +101,17 @@ def test_the_claim_of_a_killed_process_is_free_again(tmp_path):
         process.wait()
         assert mine.claim(["a"], never) == "a"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_process_of_a_launcher_begins_with_another_model(monkeypatch):
+    orders = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        orders.append(in_turn("abc"))
+    assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+    assert in_turn([]) == []
+    monkeypatch.delenv("RANK")
+    assert in_turn("abc") == ["a", "b", "c"]
 
 
 def test_the_last_line_of_progress_says_what_other_processes_are_still_at(tmp_path, capsys):

@@ -41,7 +41,7 @@ from profuser.prepare.inputs import Inputs
 from profuser.prepare.judges import judge_fingerprint, load_judge
 from profuser.prepare.origins import Origins
 from profuser.prepare.responses import Response
-from profuser.prepare.sharing import Sharing
+from profuser.prepare.sharing import Sharing, in_turn
 from profuser.prepare.summary import no_signal_warning, write_summary
 from profuser.prepare.target_writer import TargetText, TargetWriter
 from profuser.prepare.vote_rules import NOBODY
@@ -209,7 +209,7 @@ class Preparation:
 
     def capture_truth_and_answer(self) -> None:
         """Lets every source score the ground truth and answer the prompts. It is loaded once for both."""
-        for source in self.recipe.sources:
+        for source in in_turn(self.recipe.sources):
             answers = [
                 layout.responses(split, source.name) for split in self.inputs.rows if self.inputs.answered(split)
             ]
@@ -338,7 +338,7 @@ class Preparation:
 
     def judge(self) -> None:
         """Lets every judge score every eligible response to the training prompts."""
-        for config in self.recipe.judges:
+        for config in in_turn(self.recipe.judges):
             self._judge_by(config)
 
     def _judge_by(self, config: JudgeConfig) -> None:
@@ -366,7 +366,7 @@ class Preparation:
         """Captures what each source says about those of its responses that won the vote."""
         if not self.recipe.judges:
             return
-        for index, source in enumerate(self.recipe.sources):
+        for index, source in in_turn([*enumerate(self.recipe.sources)]):
             self._capture_won(index, source)
 
     def _capture_won(self, index: int, source: SourceConfig) -> None:

@@ -6,8 +6,9 @@ each other by their leases on the store (profuser.store.lease), which also hold 
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -113,6 +114,15 @@ class Sharing:
                 took.shards.append(ShardTook(kind, part, time.monotonic() - start, bar.tokens - tokens))
             left = sum(len(part) for _, part in free.values())
             bar.update(done_elsewhere, note=f"other processes are at the last {left}" if left else "")
+
+
+def in_turn(models: Sequence[T]) -> list[T]:
+    """Returns the sources or judges of a phase in the order in which this process goes through them.
+
+    Each process of a launcher begins with another one, so that they do not all load the same; then it helps the others.
+    """
+    first = int(os.environ.get("RANK", "0")) % max(1, len(models))
+    return [*models[first:], *models[:first]]
 
 
 def takes_part(recipe: Recipe, state: PartialState) -> bool:
