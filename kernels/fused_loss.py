@@ -245,11 +245,20 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *grads_of_the_rest: Tensor | N
         gradients = _recomputed(Operands(*ctx.saved_tensors), ctx.options, needed, grad_loss)
         return _of_every_argument({name: gradients[name].to(ctx.dtypes[name]) for name in needed})
     gradients = dict(zip(DIFFERENTIABLE, ctx.saved_tensors, strict=True))
-    # The graph's buffers are freed after this, so that nobody will ask for the gradients of a grad_output of 1 again.
-    last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    last = _is_last()
     return _of_every_argument(
         {name: _scaled(gradients[name], grad_loss, ctx.dtypes[name], in_place=last) for name in needed}
     )
+
+
+def _is_last() -> bool:
+    """Whether the graph's buffers are freed after this backward, so that nobody will ask for its gradients again.
+
+    What is compiled or recorded may run again with the same tensors.
+    """
+    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _of_every_argument(gradients: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
@@ -274,7 +283,7 @@ def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, *, in_place
     The product is written in its final dtype: an fp32 one as large as the head would be one copy too many.
     """
     grad_loss = grad_loss.detach()
-    # Of a compiled graph these are not the tensors themselves, and the graph may run again with others.
+    # What traces a graph gives other kinds of tensors.
     if in_place and type(gradient) is Tensor and gradient.dtype == grad_loss.dtype == dtype:
         known_to_be_one = (
             grad_loss.device.type == "cpu" and grad_loss.item() == 1

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 from jinja2 import TemplateError
@@ -149,7 +150,9 @@ def test_models_with_one_template_share_a_helper(tokenizer):
     assert helpers() - before == {helper}
 
 
-@pytest.mark.parametrize("change", ["the template", "a special token", "the class"])
+@pytest.mark.parametrize(
+    "change", ["the template", "a special token", "the class", "the object", "the choice of a template"]
+)
 def test_models_that_render_otherwise_share_none(tokenizer, change):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     first = ChatTemplate(tokenizer)
@@ -159,13 +162,42 @@ def test_models_that_render_otherwise_share_none(tokenizer, change):
         other.chat_template += "!"
     elif change == "a special token":
         other.eos_token = "<other>"
-    else:
+    elif change == "the class":
         own = {"apply_chat_template": lambda self, *args, **options: ["another way"]}
         other.__class__ = type("Own", (type(other),), own)
-    expected = {"the template": "a<e>b<e>!", "a special token": "a<other>b<other>", "the class": "another way"}[change]
+    elif change == "the object":
+        other.apply_chat_template = lambda *args, **options: ["another way"]
+    else:
+        own = {"get_chat_template": lambda self, *args: "another way"}
+        other.__class__ = type("Own", (type(other),), own)
+    expected = {"the template": "a<e>b<e>!", "a special token": "a<other>b<other>"}.get(change, "another way")
     messages = conversation("a", "b")
     assert ChatTemplate(other).text(messages) == expected.replace("<e>", tokenizer.eos_token)
     assert first.text(messages) == "a<e>b<e>".replace("<e>", tokenizer.eos_token)
+
+
+def test_a_tokenizer_that_is_changed_later_changes_nothing(tokenizer, monkeypatch):
+    monkeypatch.setattr(bounded, "IDLE_SECONDS", 0.1)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    template, end, before = ChatTemplate(tokenizer), tokenizer.eos_token, helpers()
+    tokenizer.eos_token = "<changed>"
+    deadline = time.monotonic() + 20
+    while helpers() & before:  # another helper is made of the changed one
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert template.text(conversation("a", "b")) == f"a{end}b{end}"
+
+
+def test_helpers_that_have_ended_leave_nothing_behind(tokenizer, monkeypatch):
+    monkeypatch.setattr(bounded, "IDLE_SECONDS", 0.1)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = []
+    for n in range(6):
+        time.sleep(0.3)
+        tokenizer.chat_template = f"{n}" + "{{ messages[0].content }}"
+        kept.append(ChatTemplate(tokenizer))
+    assert len(os.listdir("/proc/self/fd")) <= before + 4  # a helper has two
+    assert len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()) <= 2
 
 
 def test_an_error_names_the_model_that_was_asked(tokenizer):

@@ -219,6 +219,19 @@ def test_compiles_in_one_graph():
             torch.testing.assert_close(found[name], expected[name])
 
 
+def test_its_backward_is_compiled_as_a_part_of_one_graph():
+    """Compiled autograd traces the backward itself, in which nothing may be asked of the graph that is running."""
+    case = make_case()
+    expected = run(fused_linear_fusion_loss, case)
+    for name in DIFFERENTIABLE:
+        case[name].requires_grad_()
+    loss = fused_linear_fusion_loss(**case)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        loss.backward()
+    for name in DIFFERENTIABLE:
+        torch.testing.assert_close(case[name].grad, expected[f"d{name}"])
+
+
 def test_compiles_once_for_every_size_and_every_weight():
     compiled = torch.compile(fused_linear_fusion_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     calls: list[tuple[int, dict[str, Any]]] = [

@@ -258,7 +258,9 @@ def check_places(
     """
     if Path(location).is_dir() and getattr(config, "quantization_config", None) is None:
         files = ((file.name, file.stat()) for file in Path(location).iterdir() if file.exists())
-        stamps = frozenset((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in files)
+        stamps = frozenset(
+            (name, stat.st_ino, stat.st_ctime_ns, stat.st_mtime_ns, stat.st_size) for name, stat in files
+        )
         _load_places(
             kind, name, location, stamps, tuple(options.items()), brought if brought is None else frozenset(brought)
         )
@@ -269,7 +271,7 @@ def _load_places(
     kind: AutoModel,
     name: str,
     location: str,
-    stamps: frozenset[tuple[str, int, int, int]],
+    stamps: frozenset[tuple[str, int, int, int, int]],
     options: tuple[tuple[str, Any], ...],
     brought: frozenset[str] | None,
 ) -> None:

@@ -18,10 +18,11 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Hashable
+import weakref
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import TemplateError
 
@@ -51,9 +52,12 @@ Reply = tuple[str | None, str, bool]
 class BoundedRenderer:
     """Renders conversations in a helper process, which is made when there is none."""
 
+    made: ClassVar[weakref.WeakSet[BoundedRenderer]] = weakref.WeakSet()
+
     def __init__(self) -> None:
         self._helper: tuple[Any, Connection] | None = None
         self._process, self._lock = os.getpid(), threading.Lock()
+        self.made.add(self)
 
     def __call__(self, render: Render, name: str, conversations: list[Conversation], **options: Any) -> list[str]:
         """Returns what `render` returns for conversations and options, a text for each conversation.
@@ -108,6 +112,8 @@ class BoundedRenderer:
 
     def _start(self, render: Render) -> tuple[Any, Connection]:
         """Makes the helper, and returns it with this process's end of the connection."""
+        for other in [*self.made]:
+            other._forget_ended()
         ours, theirs = multiprocessing.Pipe()
         # Only a fork has the tokenizer at once, and without importing anything again.
         helper = multiprocessing.get_context("fork").Process(target=_serve, args=(theirs, render), daemon=True)
@@ -124,14 +130,23 @@ class BoundedRenderer:
             helper.kill()
             helper.join()
 
-    def __del__(self):
-        with contextlib.suppress(Exception):  # the interpreter may be about to end
+    def _forget_ended(self) -> None:
+        """Gives back what a helper has left that ended by itself, unless it is being talked to."""
+        if self._process == os.getpid() and self._lock.acquire(blocking=False):
+            try:
+                if self._helper is not None and not self._helper[0].is_alive():
+                    self._stop()
+            finally:
+                self._lock.release()
+
+    def __del__(self, suppress: Any = contextlib.suppress):
+        with suppress(Exception):  # the interpreter may be about to end, and its modules be gone
             self._stop()
 
 
 @functools.lru_cache(maxsize=SHARED)
-def renderer_of(identity: Hashable) -> BoundedRenderer:
-    """Returns the renderer that all templates of one identity share. What is equal in that must be rendered alike."""
+def renderer_of(template: str, special_tokens: str) -> BoundedRenderer:
+    """Returns the renderer that is shared by all that render one template, with the same special tokens."""
     return BoundedRenderer()
 
 

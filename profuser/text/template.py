@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import TemplateError
 
 from profuser.errors import DataError, first_line
-from profuser.text.bounded import Render, renderer_of
+from profuser.text.bounded import BoundedRenderer, Render, renderer_of
 from profuser.text.conversation import Conversation, Prompt, Turn, as_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -88,8 +88,13 @@ class ChatTemplate:
             )
         if "strftime_now" in self._template:
             self._template = _clock_at(date or datetime.date.today()) + self._template
-        render = partial(tokenizer.apply_chat_template, chat_template=self._template, tokenize=False)
-        self._render = partial(renderer_of(self._identity()), cast("Render", render), self.name)
+        render, renderer = partial(tokenizer.apply_chat_template, chat_template=self._template, tokenize=False), None
+        if _renders_as_all_do(tokenizer):
+            special = dict(tokenizer.special_tokens_map)
+            renderer = renderer_of(self._template, json.dumps(special, sort_keys=True, default=str))
+            # Whoever changes the tokenizer later, these are rendered.
+            render = partial(render, **special)
+        self._render = partial(renderer or BoundedRenderer(), cast("Render", render), self.name)
         self._system = self._needs_system()
 
     def text(self, messages: list[Message], *, generation: bool = False) -> str:
@@ -140,15 +145,6 @@ class ChatTemplate:
             return Conversation(prompt.without_system())
         return prompt
 
-    def _identity(self) -> Hashable:
-        """What decides how conversations are rendered: the template and the special tokens, unless the class has a way of its own."""
-        from transformers import PreTrainedTokenizerBase
-
-        kind = type(self.tokenizer)
-        if kind.apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-            return object()
-        return self._template, json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str)
-
     def _with_system(self, messages: list[Message]) -> list[Message]:
         """Returns messages with an empty system message in front, if the template needs one and there is none."""
         has_system = bool(messages) and messages[0]["role"] == "system"
@@ -190,6 +186,17 @@ class ChatTemplate:
             raise DataError(
                 f"{self.name}'s chat template must render a user and an assistant message, got: {first_line(error)}; {self.fix}"
             ) from error
+
+
+def _renders_as_all_do(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has no way of its own to render a template."""
+    from transformers import PreTrainedTokenizerBase
+
+    methods = ("apply_chat_template", "get_chat_template")
+    return not any(
+        method in vars(tokenizer) or getattr(type(tokenizer), method) is not getattr(PreTrainedTokenizerBase, method)
+        for method in methods
+    )
 
 
 def _clock_at(date: datetime.date) -> str:
