@@ -197,6 +197,8 @@ def print_report(run: Run, processes: int | None) -> None:
     if run.recipe.data.location("heldout") is not None:
         print(score_table(read_measured(directory.path, record, SCORES)))
         print(closing_examples(read_measured(directory.path, record, EVALUATION), 3))
+    else:
+        print("nothing was scored: the recipe has no data.heldout; give one, or set data.heldout_share: 0.05")
     if (run.store_dir / "manifest.json").exists() and (line := Store.open(run.store_dir, complete=False).handled()):
         print(line)
     took = {phase: in_words(seconds) for phase, seconds in record["seconds"].items()}

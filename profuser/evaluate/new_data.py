@@ -138,7 +138,13 @@ def new_rows(recipe: Recipe, file: str) -> list[Row]:
         DataError: it is missing or broken, or has no rows.
     """
     location, data, usual = DataLocation(path=file), recipe.data, DataConfig(train=file)
-    columns = {column for _, table in read_tables(location, "heldout") for row in table for column in row}
+    try:
+        columns = {column for _, table in read_tables(location, "heldout") for row in table for column in row}
+    except DataError as error:
+        wrong, chooses, _ = str(error).partition("; set data.heldout: ")
+        if not chooses:
+            raise
+        raise DataError(f"{wrong}; --data takes a file, or a folder with one split: name a file of it") from None
     named = {data.messages_column} if data.messages_column else {data.prompt_column, data.response_column}
     if not named <= columns:
         data = replace(

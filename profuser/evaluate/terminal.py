@@ -9,10 +9,14 @@ from profuser.text.display import visible
 
 
 def score_table(scores: Mapping[str, Any]) -> str:
-    """Formats the content of scores.json as a table in percent, one line per model. Further models come last."""
+    """Formats the content of scores.json as a table in percent, one line per model. Further models come last.
+
+    Of a single skill there is no mean.
+    """
     rows = [*scores["sources"].items(), ("target before", scores["target_before"]), ("fused", scores["fused"])]
     rows += scores.get("models", {}).items()
     skills = list(scores["fused"])
+    skills = skills[:1] if len(skills) == 2 else skills
     width, column = max(len(name) for name, _ in rows), max(10, *map(len, skills)) + 2
     head = " " * width + "".join(f"{skill:>{column}}" for skill in skills)
     lines = (

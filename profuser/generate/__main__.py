@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from profuser.cli import main_of
-from profuser.errors import ConfigError, DataError
+from profuser.errors import ConfigError, DataError, Stopped
 
 DESCRIPTION = "Let the sources of a recipe answer prompts together, without training."
 
@@ -129,6 +129,10 @@ def main(argv: list[str]) -> None:
                     answered.append((prompt, answer))
                     if args.chat:
                         earlier = (*earlier, Turn("user", text), Turn("assistant", answer.text))
+        except Stopped as stop:
+            if args.output is not None:
+                raise
+            raise type(stop)(f"{stop.line.partition(';')[0]}; answers in the terminal are not kept") from None
         finally:
             if args.trace is not None and answered:
                 write_atomic(args.trace, page(sources, answered).encode())

@@ -72,7 +72,11 @@ def main(argv: list[str]) -> None:
             args.method, args.models, args.base, args.weight, args.density, shared, args.dtype, args.seed
         )
     merge(settings, args.output)
-    print(f"merged {len(settings.models) + (settings.base is not None)} models by {settings.method}: {args.output}")
+    # slerp goes from one model to another, of which the first stands in the base's place.
+    count, into = len(settings.models), " into their base"
+    if settings.base is None or settings.method == "slerp":
+        count, into = count + (settings.base is not None), ""
+    print(f"merged {count} model{'s' * (count > 1)}{into} by {settings.method}: {args.output}")
 
 
 if __name__ == "__main__":

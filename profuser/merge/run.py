@@ -79,6 +79,7 @@ def merge(settings: MergeSettings, output: Path) -> None:
                     bar.update(1)
 
             WeightsWriter(part, slots).write(merged())
+            bar.update(len(slots) - bar.done)  # the last one, behind which nothing more is asked for
         write_rest(part, first, dtype, settings)
         if output.exists():
             output.rmdir()

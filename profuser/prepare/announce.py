@@ -52,7 +52,7 @@ def announce(command: str, preparation: Preparation, processes: int = 1, first_s
     align = recipe.align
     if recipe.schedule == "fusellm" and (align.mode, align.min_ce_unit) != ("fusellm", "token"):
         print(
-            f"schedule: fusellm keeps align.mode: {align.mode} and align.min_ce_unit: {align.min_ce_unit}; FuseLLM's own are "
+            f"schedule: fusellm keeps align.mode: {align.mode} and align.min_ce_unit: {align.min_ce_unit}; to repeat FuseLLM itself, take "
             "fusellm and token, as in profuser/recipes/fusellm.yaml",
             flush=True,
         )

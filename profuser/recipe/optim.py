@@ -37,8 +37,8 @@ class OptimConfig:
     micro_batch_size: int = 8
     """How many instructions one process takes into a forward pass."""
     tokens_per_micro_batch: int | None = None
-    """The most tokens that one process takes into a forward pass, in which sequences are then packed, several to a row; null counts
-    instructions by micro_batch_size, and pads."""
+    """The most tokens that one process takes into a forward pass, in which sequences are then packed, several to a row; at least
+    data.max_length. null counts instructions by micro_batch_size, and pads."""
     epochs: float = 3.0
     """How often the training instructions are passed over, all stages together (three in the paper)."""
     steps: int | None = None
