@@ -57,7 +57,7 @@ def load_examples(
     # Read all rows, or so many as hold the examples that are asked for. That is known when they have been looked through.
     location = DataLocation(path=location) if isinstance(location, str) else location
     notes: list[str] = []
-    tables = read_tables(location, of_split or split, streams=config.streams, say=notes.append)
+    tables = read_tables(location, of_split or split, streams=config.streams and limit is not None, say=notes.append)
     unread = ((name, number, cells) for name, table in tables for number, cells in enumerate(table))
     table = list(islice(unread, limit))
     found = _examples_in(table, config, location, split, part, sources)
