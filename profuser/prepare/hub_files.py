@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ class FileOnHub(io.RawIOBase):
     """
 
     def __init__(self, url: str, name: str):
-        self._name, self._file = name, None
+        self._name = name
+        self._file: Any = None
         with self._reaching():
             self._file = file_system().open(url, "rb")
 
@@ -93,7 +94,7 @@ class FileOnHub(io.RawIOBase):
         super().close()
 
     @contextlib.contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _reaching(self) -> Generator[None]:
         try:
             yield
         except Exception as error:  # the libraries below raise their own kinds
