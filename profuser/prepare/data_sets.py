@@ -125,15 +125,13 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
     except Exception as error:  # a Hub out of reach, a broken README and unknown names each raise their own kinds
         raise _explained(error, reading, named, place) from None
     if left_out:
-        kind, fix = (
-            "folder",
-            (
-                "give all files one kind and the names of splits, as in train-1.jsonl, take it out of the folder, or name one file "
-                "in place of the folder"
-            ),
-        )
-        if not path.is_dir():
-            kind, fix = "data set", "download its files, and name those that are meant"
+        kind, fix = "data set", "download its files, and name those that are meant"
+        if path.is_dir():
+            kind, fix = (
+                "folder",
+                "give all files one kind and the names of splits, as in train-1.jsonl, take it out of the folder, ",
+            )
+            fix += "or name one file in place of the folder"
         raise DataError(
             f"data {named}: every data file of a {kind} must belong to a split, {left_out[0]} would not be read "
             f"({len(left_out)} of {len(left_out) + len(taken)} files); {fix}"
