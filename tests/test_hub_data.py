@@ -114,14 +114,25 @@ def test_no_more_is_read_than_the_limit_takes(hub, ending):
     assert hub.sent[f"data/train-00000{ending}"] < 0.5 * whole
 
 
-def test_a_split_without_a_limit_is_downloaded_and_kept(hub):
+def test_a_split_without_a_limit_is_downloaded_alone_and_kept(hub, monkeypatch):
     folder = data_set(hub, ".jsonl")
+    (folder / "README.md").write_text("# A set\n")
     heldout = examples(5, split="heldout", of="test")
     assert [*heldout] == [*examples(None, folder, "heldout", "test")]
     assert not heldout.notes
+    assert set(hub.sent) == {"README.md", "data/test-00000.jsonl"}
     hub.sent.clear()
     assert [*examples(5, split="heldout", of="test")] == [*heldout]
     assert not hub.sent
+    # Without a network it is the only split that is known. It is not taken for the one that is missing.
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert [*examples(5, split="heldout", of="test")] == [*heldout]
+    for of in (None, "train"):
+        with pytest.raises(
+            DataError, match=r"data\.train must be on this machine where the Hub cannot be reached, [^\n]* test, got"
+        ):
+            examples(5, of=of)
 
 
 def test_the_configuration_and_the_split_of_a_readme_are_obeyed(hub):

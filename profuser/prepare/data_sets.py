@@ -40,7 +40,12 @@ NO_EXAMPLES = {"config.json", "dataset_info.json", "dataset_infos.json", "datase
 
 
 def read_tables(
-    location: DataLocation, split: Split, *, streams: bool = False, say: Callable[[str], None] = print
+    location: DataLocation,
+    split: Split,
+    *,
+    streams: bool = False,
+    alone: bool = False,
+    say: Callable[[str], None] = print,
 ) -> list[tuple[str, Table]]:
     """Finds the files of a location that the recipe names for a split, and returns what messages call each with its rows.
 
@@ -48,7 +53,8 @@ def read_tables(
 
     Args:
         streams: whether files on the Hub are read there, as far as rows are asked for, unless they have been downloaded before. Else all
-            files of the data set are downloaded. say: is called with a line on what is read there.
+            files of the data set are downloaded. alone: whether the other splits of a data set are then left on the Hub.
+        say: is called with a line on what is read there.
 
     A folder or data set may have several splits of its own. Where the location names none of them, it is the only one, or the
     one that is called as in the recipe. Any other has to be named, so that no score is computed on training rows unnoticed.
@@ -57,7 +63,7 @@ def read_tables(
         DataError: the location is missing or broken, or holds no data that we read; its configuration or split is unknown, or
             one has to be named; a pattern fits no file.
     """
-    reading = _Reading(location, split, streams, say)
+    reading = _Reading(location, split, streams, alone, say)
     found = [file for path in location.paths for file in _located(reading, path)]
     times = Counter(os.path.abspath(file) for file, _, _ in found)
     if twice := next((name for file, name, _ in found if times[os.path.abspath(file)] > 1), None):
@@ -73,6 +79,7 @@ class _Reading(NamedTuple):
     location: DataLocation
     split: Split
     streams: bool
+    alone: bool
     say: Callable[[str], None]
 
 
@@ -120,25 +127,30 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
         files: dict[str, list[str]] = {str(name): list(found) for name, found in builder.config.data_files.items()}
         base = place if path.is_dir() else builder.base_path
         taken = {file for found in files.values() for file in found}
-        # What was downloaded from the Hub, which is out of reach now, is not all of the data set.
-        left_out = _left_out(base, taken) if path.is_dir() or base.startswith(ON_HUB) else []
+        # What was downloaded from the Hub, where that is out of reach now, may be one split of several.
+        is_whole = path.is_dir() or base.startswith(ON_HUB)
+        left_out = _left_out(base, taken) if is_whole else []
     except Exception as error:  # a Hub out of reach, a broken README and unknown names each raise their own kinds
         raise _explained(error, reading, named, place) from None
     if left_out:
         kind, fix = "data set", "download its files, and name those that are meant"
         if path.is_dir():
-            kind, fix = (
-                "folder",
-                "give all files one kind and the names of splits, as in train-1.jsonl, take it out of the folder, ",
-            )
-            fix += "or name one file in place of the folder"
+            kind = "folder"
+            fix = "give all files one kind and the names of splits, as in train-1.jsonl, take it out of the folder, or name one file in "
+            fix += "place of the folder"
         raise DataError(
             f"data {named}: every data file of a {kind} must belong to a split, {left_out[0]} would not be read "
             f"({len(left_out)} of {len(left_out) + len(taken)} files); {fix}"
         )
 
     # Choose the split.
-    name = location.split or next((name for name in files if len(files) == 1 or name == split), "")
+    is_only = len(files) == 1 and (is_whole or not {split, USUAL_NAMES[split], "train"}.isdisjoint(files))
+    name = location.split or next((name for name in files if is_only or name == split), "")
+    if name not in files and not is_whole and len(files) == 1:
+        raise DataError(
+            f"data.{split} must be on this machine where the Hub cannot be reached, of {named} there is only the split "
+            f"{next(iter(files))}, got {name or 'none'}; run once where it can be, without data.limit, or name this one"
+        )
     if name not in files:
         (nearest,) = difflib.get_close_matches(name or USUAL_NAMES[split], files, n=1, cutoff=0)
         raise DataError(
@@ -172,7 +184,8 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
 
     # Fetch the files of all splits, so that they are found again without a network. Those of a folder are here already.
     try:
-        fetched: Any = datasets.DownloadManager(record_checksums=False).download(files)
+        asked = {name: files[name]} if reading.alone else files
+        fetched: Any = datasets.DownloadManager(record_checksums=False).download(asked)
     except Exception as error:  # the network, the Hub and the disk each raise their own kinds
         raise DataError(
             f"data {named} cannot be downloaded ({first_line(error)}); run again when the Hub answers, what was downloaded is kept"
