@@ -10,7 +10,7 @@ import threading
 from collections.abc import Generator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.parse import unquote, urlsplit
 
 import datasets.config
@@ -22,11 +22,16 @@ COMMIT = "0" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves what lies in directory/org/set as the data set org/set. `sent` is how many bytes of each of its files were sent."""
+    """Serves what lies in directory/org/set as the data set org/set. `sent` is how many bytes of each of its files were sent.
+
+    `fault` is what goes wrong with every file: it is "busy", it is "cut" while it is sent, or it is "short", so that its second half
+    does not come, from the end of a line on.
+    """
 
     def __init__(self, directory: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.directory, self.sent = directory, dict[str, int]()
+        self.fault: Literal["busy", "cut", "short"] | None = None
 
     @property
     def url(self) -> str:
@@ -54,7 +59,8 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "resolve" and place.is_file():
             self._send_file(str(place.relative_to(folder)), place.read_bytes())
         elif kind == "tree" and place.is_dir():
-            self._send([self._entry(folder, file) for file in sorted(place.iterdir())])
+            files = place.rglob("*") if "recursive=true" in self.path else place.iterdir()
+            self._send([self._entry(folder, file) for file in sorted(files)])
         elif kind in (None, "revision") and folder.is_dir():
             self._send({"_id": found and found[2], "id": found and found[2], "sha": COMMIT, "siblings": [], "tags": []})
         else:
@@ -67,11 +73,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, path: str, content: bytes) -> None:
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(path.encode()).hexdigest()}"'}
+        fault = self.hub.fault if self.command == "GET" else None
+        if fault == "busy":
+            self._send({"error": "busy"}, 429)
+            return
+        if fault == "short":
+            content = content[: content.rfind(b"\n", 0, len(content) // 2) + 1]
         part, status = content, 200
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             first, stop = int(found[1]), min(int(found[2] or len(content)) + 1, len(content))
             headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(content)}"
             part, status = content[first:stop], 206
+        if fault == "cut":
+            headers["Content-Length"], part = str(len(part)), part[:1]
+            self.close_connection = True
         self._send(part, status, headers)
         if self.command == "GET":
             self.hub.sent[path] = self.hub.sent.get(path, 0) + len(part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -111,8 +112,27 @@ def test_no_more_is_read_than_the_limit_takes(hub, ending):
     assert [*examples(1)] == [*examples(1, folder)]
     assert list(hub.sent) == [f"data/train-00000{ending}"]
     assert hub.sent[f"data/train-00000{ending}"] < 0.5 * whole
-    assert [*examples(5, split="heldout", of="test")] == [*examples(None, folder, "heldout", "test")]
-    assert set(hub.sent) == {f"data/train-00000{ending}", f"data/test-00000{ending}"}
+
+
+def test_a_split_without_a_limit_is_downloaded_alone_and_kept(hub, monkeypatch):
+    folder = data_set(hub, ".jsonl")
+    (folder / "README.md").write_text("# A set\n")
+    heldout = examples(5, split="heldout", of="test")
+    assert [*heldout] == [*examples(None, folder, "heldout", "test")]
+    assert not heldout.notes
+    assert set(hub.sent) == {"README.md", "data/test-00000.jsonl"}
+    hub.sent.clear()
+    assert [*examples(5, split="heldout", of="test")] == [*heldout]
+    assert not hub.sent
+    # Without a network it is the only split that is known. It is not taken for the one that is missing.
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert [*examples(5, split="heldout", of="test")] == [*heldout]
+    for of in (None, "train"):
+        with pytest.raises(
+            DataError, match=r"data\.train must be on this machine where the Hub cannot be reached, [^\n]* test, got"
+        ):
+            examples(5, of=of)
 
 
 def test_the_configuration_and_the_split_of_a_readme_are_obeyed(hub):
@@ -166,15 +186,73 @@ def test_a_file_that_goes_away_is_one_line(hub):
     ((_, first), (_, second)) = read_tables(DataLocation(path="org/set"), "train", streams=True, say=lambda line: None)
     assert len([*first]) == ROWS
     (folder / "data" / "train-00001.jsonl").unlink()
-    with pytest.raises(
-        DataError, match=r"^data org/set/data/train-00001\.jsonl cannot be read \([^\n]*, or leave data\.limit out"
-    ):
+    with pytest.raises(DataError, match=r"^data org/set/data/train-00001\.jsonl cannot be read on the Hub \([^\n]*$"):
         next(second)
 
 
-def test_without_a_network_nothing_is_left_of_what_was_read(hub, monkeypatch):
+@pytest.mark.parametrize("limit", [10**6, None])
+@pytest.mark.parametrize(("fault", "cause"), [("busy", "429 Too Many Requests"), ("cut", "peer closed connection")])
+def test_a_hub_that_does_not_answer_is_one_line_in_half_a_minute(hub, monkeypatch, fault, cause, limit):
     data_set(hub, ".jsonl")
+    hub.fault, waited = fault, list[float]()
+    monkeypatch.setattr(time, "sleep", waited.append)
+    what, fix = ("cannot be downloaded", "what was downloaded is kept")
+    if limit is not None:
+        what, fix = "cannot be read on the Hub", "or leave data.limit out to download it"
+    with pytest.raises(DataError, match=rf"^data org/set[^ ]* {what} \([^\n]*{cause}[^\n]*; run again [^\n]*{fix}$"):
+        examples(limit)
+    assert sum(waited) < 30
+    hub.fault = None
+    assert len(examples(limit)) == 2 * ROWS
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".jsonl.gz", ".parquet"])
+def test_a_file_of_which_the_end_does_not_come_is_an_error(hub, ending):
+    data_set(hub, ending)
+    hub.fault = "short"
+    with pytest.raises(
+        DataError, match=r"train-00000[^ ]* cannot be read on the Hub \(nothing came from byte \d+ on, of \d+\)"
+    ):
+        examples(10**6)
+
+
+@pytest.mark.parametrize("limit", [3, None])
+def test_a_file_of_another_kind_is_not_left_out_unnoticed(hub, limit):
+    folder = data_set(hub, ".jsonl")
+    examples(limit)
+    write(folder / "train-more.csv", rows_of("more", 5))
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    with pytest.raises(
+        DataError, match=r"data org/set: every data file of a data set [^\n]*, train-more\.csv would not be read"
+    ):
+        examples(limit)
+
+
+def test_what_is_wrong_in_a_file_is_not_mended_by_downloading_it(hub):
+    folder = data_set(hub, ".jsonl")
+    (folder / "data" / "train-00000.jsonl").write_text('{"prompt": 1\n')
+    with pytest.raises(
+        DataError, match=r"train-00000\.jsonl cannot be read \(line 1: [^\n]*\); name a copy that is mended$"
+    ):
+        examples(3)
+
+
+def test_an_ending_in_capitals_is_named(hub):
+    (hub.directory / "org/set/data").mkdir(parents=True)
+    (hub.directory / "org/set/data/train.JSONL").write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(
+        DataError, match=r"\); download data/train\.JSONL, whose ending is not in small letters, and name"
+    ):
+        examples(3)
+
+
+@pytest.mark.parametrize("has_readme", [False, True])
+def test_without_a_network_nothing_is_left_of_what_was_read(hub, monkeypatch, has_readme):
+    folder = data_set(hub, ".jsonl")
+    if has_readme:  # which is kept
+        (folder / "README.md").write_text("# A set\n")
     examples(3)
+    huggingface_hub.HfFileSystem.clear_instance_cache()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         DataError, match=r"run once where the Hub can be reached, without data\.limit, so that it is kept"

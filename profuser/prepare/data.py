@@ -57,7 +57,9 @@ def load_examples(
     # Read all rows, or so many as hold the examples that are asked for. That is known when they have been looked through.
     location = DataLocation(path=location) if isinstance(location, str) else location
     notes: list[str] = []
-    tables = read_tables(location, of_split or split, streams=config.streams, say=notes.append)
+    # A split without a limit is downloaded. The others of its data set are then left where they are, if one of them is read there.
+    streams, alone = config.streams and limit is not None, config.streams and limit is None
+    tables = read_tables(location, of_split or split, streams=streams, alone=alone, say=notes.append)
     unread = ((name, number, cells) for name, table in tables for number, cells in enumerate(table))
     table = list(islice(unread, limit))
     found = _examples_in(table, config, location, split, part, sources)

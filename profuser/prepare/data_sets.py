@@ -7,6 +7,7 @@ them. A folder or a data set is then read exactly like the files in it. The libr
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import logging
 import os
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from profuser.errors import DataError, first_line
-from profuser.prepare.tables import ON_HUB, READERS, Table, is_read_in_parts, read_file
+from profuser.prepare import hub_files
+from profuser.prepare.hub_files import ON_HUB
+from profuser.prepare.tables import READERS, Table, is_read_in_parts, read_file
 from profuser.recipe.data import DataLocation, Split
 from profuser.recipe.places import file_suffix, files_of, is_path, resolve
 from profuser.recipe.utf8 import decode
@@ -37,7 +40,12 @@ NO_EXAMPLES = {"config.json", "dataset_info.json", "dataset_infos.json", "datase
 
 
 def read_tables(
-    location: DataLocation, split: Split, *, streams: bool = False, say: Callable[[str], None] = print
+    location: DataLocation,
+    split: Split,
+    *,
+    streams: bool = False,
+    alone: bool = False,
+    say: Callable[[str], None] = print,
 ) -> list[tuple[str, Table]]:
     """Finds the files of a location that the recipe names for a split, and returns what messages call each with its rows.
 
@@ -45,7 +53,8 @@ def read_tables(
 
     Args:
         streams: whether files on the Hub are read there, as far as rows are asked for, unless they have been downloaded before. Else all
-            files of the data set are downloaded. say: is called with a line on what is read there.
+            files of the data set are downloaded. alone: whether the other splits of a data set are then left on the Hub.
+        say: is called with a line on what is read there.
 
     A folder or data set may have several splits of its own. Where the location names none of them, it is the only one, or the
     one that is called as in the recipe. Any other has to be named, so that no score is computed on training rows unnoticed.
@@ -54,7 +63,7 @@ def read_tables(
         DataError: the location is missing or broken, or holds no data that we read; its configuration or split is unknown, or
             one has to be named; a pattern fits no file.
     """
-    reading = _Reading(location, split, streams, say)
+    reading = _Reading(location, split, streams, alone, say)
     found = [file for path in location.paths for file in _located(reading, path)]
     times = Counter(os.path.abspath(file) for file, _, _ in found)
     if twice := next((name for file, name, _ in found if times[os.path.abspath(file)] > 1), None):
@@ -70,6 +79,7 @@ class _Reading(NamedTuple):
     location: DataLocation
     split: Split
     streams: bool
+    alone: bool
     say: Callable[[str], None]
 
 
@@ -115,14 +125,32 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
     try:
         builder = _builder(place, location.config)
         files: dict[str, list[str]] = {str(name): list(found) for name, found in builder.config.data_files.items()}
+        base = place if path.is_dir() else builder.base_path
+        taken = {file for found in files.values() for file in found}
+        # What was downloaded from the Hub, where that is out of reach now, may be one split of several.
+        is_whole = path.is_dir() or base.startswith(ON_HUB)
+        left_out = _left_out(base, taken) if is_whole else []
     except Exception as error:  # a Hub out of reach, a broken README and unknown names each raise their own kinds
         raise _explained(error, reading, named, place) from None
-
-    if path.is_dir():
-        _check_none_left_out(named, Path(place), {file for found in files.values() for file in found})
+    if left_out:
+        kind, fix = "data set", "download its files, and name those that are meant"
+        if path.is_dir():
+            kind = "folder"
+            fix = "give all files one kind and the names of splits, as in train-1.jsonl, take it out of the folder, or name one file in "
+            fix += "place of the folder"
+        raise DataError(
+            f"data {named}: every data file of a {kind} must belong to a split, {left_out[0]} would not be read "
+            f"({len(left_out)} of {len(left_out) + len(taken)} files); {fix}"
+        )
 
     # Choose the split.
-    name = location.split or next((name for name in files if len(files) == 1 or name == split), "")
+    is_only = len(files) == 1 and (is_whole or not {split, USUAL_NAMES[split], "train"}.isdisjoint(files))
+    name = location.split or next((name for name in files if is_only or name == split), "")
+    if name not in files and not is_whole and len(files) == 1:
+        raise DataError(
+            f"data.{split} must be on this machine where the Hub cannot be reached, of {named} there is only the split "
+            f"{next(iter(files))}, got {name or 'none'}; run once where it can be, without data.limit, or name this one"
+        )
     if name not in files:
         (nearest,) = difflib.get_close_matches(name or USUAL_NAMES[split], files, n=1, cutoff=0)
         raise DataError(
@@ -146,7 +174,7 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
         if whole := next((n for n in names if not is_read_in_parts(n)), None):
             reading.say(f"data {named}: downloaded as a whole, because {whole} cannot be read a part at a time")
         else:
-            there = _on_hub_or_here(files[name])
+            there = hub_files.here_or_there(files[name])
             if any(file.startswith(ON_HUB) for file in there):
                 reading.say(
                     f"data {named}: read on the Hub, only as far as rows are needed, and not kept here (data.limit)"
@@ -155,50 +183,45 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
             return
 
     # Fetch the files of all splits, so that they are found again without a network. Those of a folder are here already.
-    fetched: Any = datasets.DownloadManager(record_checksums=False).download(files)
+    try:
+        asked = {name: files[name]} if reading.alone else files
+        fetched: Any = datasets.DownloadManager(record_checksums=False).download(asked)
+    except Exception as error:  # the network, the Hub and the disk each raise their own kinds
+        raise DataError(
+            f"data {named} cannot be downloaded ({first_line(error)}); run again when the Hub answers, what was downloaded is kept"
+        ) from None
     yield from ((here, name, delimiter) for here, name in zip(fetched[name], names))
 
 
-def _on_hub_or_here(files: Sequence[str]) -> list[str]:
-    """Returns where some files of the Hub are read: here, if they have been downloaded before."""
-    from huggingface_hub import HfFileSystem, try_to_load_from_cache
-
-    hub, found = HfFileSystem(), []
-    for file in files:
-        place: Any = hub.resolve_path(file)
-        here = try_to_load_from_cache(
-            place.repo_id, place.path_in_repo, revision=place.revision, repo_type=place.repo_type
-        )
-        found.append(here if isinstance(here, str) else file)
-    return found
-
-
-def _check_none_left_out(named: str, folder: Path, found: set[str]) -> None:
-    """Raises DataError where a data file of a folder is in none of its splits, so that its rows would be lost unnoticed.
+def _left_out(base: str, taken: set[str]) -> list[str]:
+    """Returns the data files of a folder, or of a data set on the Hub, that are in none of its splits. Their rows would be lost unnoticed.
 
     The library takes the files of the most frequent kind only, and leaves out those that are not called after a split where
     others are. A README that lists the files has chosen them on purpose.
     """
-    readme = folder / "README.md"
-    if readme.is_file() and re.search(r"^configs:", decode(readme.read_bytes()), re.MULTILINE):
-        return
-    if left_out := [file for file in _data_files(folder) if str(folder / file) not in found]:
-        raise DataError(
-            f"data {named}: every data file of a folder must belong to a split, {left_out[0]} would not be read "
-            f"({len(left_out)} of {len(left_out) + len(found)} files); give all files one kind and the names of splits, as in "
-            "train-1.jsonl, take it out of the folder, or name one file in place of the folder"
-        )
+    there = _files_below(base)
+    for settings in {"README.md", ".huggingface.yaml"}.intersection(there):
+        text = hub_files.content(base, settings) if base.startswith(ON_HUB) else Path(base, settings).read_bytes()
+        if re.search(r"^configs:", decode(text), re.MULTILINE):
+            return []
+    return [file for file in _data_files(there) if f"{base}/{file}" not in taken]
 
 
-def _data_files(folder: Path) -> list[str]:
-    """Returns the files below a folder that we can read, by their paths in it. Hidden ones are not among them."""
-    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+def _files_below(base: str) -> list[str]:
+    """Returns all files below a folder or in a data set on the Hub, by their paths in it."""
+    if base.startswith(ON_HUB):
+        return hub_files.files_below(base)
+    return [str(file.relative_to(base)) for file in sorted(Path(base).rglob("*")) if file.is_file()]
+
+
+def _data_files(files: Sequence[str]) -> list[str]:
+    """Returns those of some files, by their paths in a folder, that we can read. Hidden ones are not among them."""
     return [
-        str(file)
+        file
         for file in files
-        if file_suffix(file.name) in READERS
-        and file.name not in NO_EXAMPLES
-        and not any(part.startswith((".", "__")) for part in file.parts)
+        if file_suffix(file) in READERS
+        and Path(file).name not in NO_EXAMPLES
+        and not any(part.startswith((".", "__")) for part in Path(file).parts)
     ]
 
 
@@ -223,7 +246,10 @@ def _builder(place: str, config: str | None) -> Any:
             downloaded = snapshot_download(place, repo_type="dataset", local_files_only=True)
         except Exception:  # nothing was downloaded, so that the first error is the one to be told
             raise error from None
-        return datasets.load_dataset_builder(downloaded, config)
+        try:
+            return datasets.load_dataset_builder(downloaded, config)
+        except FileNotFoundError:  # what was downloaded is the README alone
+            raise error from None
 
 
 def _explained(error: Exception, reading: _Reading, named: str, place: str) -> DataError:
@@ -243,15 +269,25 @@ def _explained(error: Exception, reading: _Reading, named: str, place: str) -> D
             f"{location.config or 'none'}; set data.{split}: {_mapping(replace(location, config=nearest))}"
         )
     reason = "its README.md is not UTF-8" if isinstance(error, UnicodeDecodeError) else first_line(error)
-    fix = "fix the folder, or name a file in it"
-    if Path(place).is_dir() and "data files" in reason:
-        readable = _data_files(Path(place))
-        fix = "put files there that we read, or fix the path"
-        if readable:  # the library knows no endings in capitals
-            fix = f"write the ending of {readable[0]} in small letters, or name this file in place of the folder"
-    elif not Path(place).is_dir():
-        fix = "fix the id, or run once where the Hub can be reached"
-        fix += ", without data.limit, so that it is kept" if reading.streams else ""
+    on_hub, is_empty = not Path(place).is_dir(), "data files" in reason
+    in_capitals = ""
+    if is_empty:  # the library knows no endings in capitals
+        with contextlib.suppress(Exception):  # a Hub that is out of reach now
+            there = _data_files(_files_below(f"{ON_HUB}datasets/{place}" if on_hub else place))
+            in_capitals = next((f for f in there if file_suffix(f) not in f or not Path(f).suffix.islower()), "")
+    if in_capitals and on_hub:
+        fix = f"download {in_capitals}, whose ending is not in small letters, and name that file"
+    elif in_capitals:
+        fix = f"write the ending of {in_capitals} in small letters, or name this file in place of the folder"
+    elif is_empty:
+        fix = (
+            "name a data set that has files that we read" if on_hub else "put files there that we read, or fix the path"
+        )
+    elif on_hub:
+        kept = ", without data.limit, so that it is kept" if reading.streams else ""
+        fix = f"fix the id, or run once where the Hub can be reached{kept}"
+    else:
+        fix = "fix the folder, or name a file in it"
     return DataError(f"data {named} cannot be read ({reason}); {fix}")
 
 

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from profuser.errors import DataError, first_line, in_short
+from profuser.prepare.hub_files import ON_HUB, FileOnHub
 from profuser.recipe.places import COMPRESSIONS, file_suffix
 from profuser.recipe.utf8 import decode, defect, text_of, texts_in
 
 BATCH = 1024
 """How many rows of a binary file are read at a time."""
-
-ON_HUB = "hf://"
-"""How the library `datasets` begins the place of a file on the Hub."""
 
 Table = Iterator[dict[str, Any]]
 """The rows of a file, which are read as they are asked for."""
@@ -145,7 +143,7 @@ def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Tabl
         name: what messages call it. delimiter: what separates the cells of a CSV file.
 
     Raises:
-        DataError: the file is of no kind that we read, is broken, or holds a text that is not Unicode.
+        DataError: the file is of no kind that we read, is broken, holds a text that is not Unicode, or does not come from the Hub.
     """
     import pyarrow
 
@@ -157,7 +155,7 @@ def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Tabl
         reader = partial(read_csv, delimiter=delimiter)
     try:
         with (
-            open_on_hub(path) if path.startswith(ON_HUB) else contextlib.nullcontext(path) as place,
+            FileOnHub(path, name) if path.startswith(ON_HUB) else contextlib.nullcontext(path) as place,
             pyarrow.input_stream(place, compression=COMPRESSIONS.get(Path(path).suffix.lower())) as file,
         ):
             for number, row in enumerate(reader(file)):
@@ -165,17 +163,9 @@ def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Tabl
                 yield row
     except DataError:
         raise
-    except Exception as error:  # pyarrow, csv, json and the Hub each raise their own kinds for a broken file
-        on_hub = path.startswith(ON_HUB)
-        fix = "fix the file, or leave data.limit out to download it" if on_hub else "fix the file or its path"
+    except Exception as error:  # pyarrow, csv and json each raise their own kinds for a broken file
+        fix = "name a copy that is mended" if path.startswith(ON_HUB) else "fix the file or its path"
         raise DataError(f"data {name} cannot be read ({first_line(error)}); {fix}") from None
-
-
-def open_on_hub(url: str) -> Any:
-    """Opens a file on the Hub. What is read of it is fetched a block at a time, and tried again where the network fails."""
-    from datasets.download.streaming_download_manager import xopen
-
-    return xopen(url, "rb")
 
 
 def _check_unicode(name: str, number: int, row: dict[str, Any]) -> None:

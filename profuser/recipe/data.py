@@ -76,8 +76,8 @@ class DataConfig:
     """The column that says how much each source counts, as a mapping from their names to numbers, with capture.choice: weights. Other
     examples than those of training may lack it."""
     limit: int | None = None
-    """How many training examples are used, counted from the first; null uses all of them. Of data sets on the Hub that have not been
-    downloaded before, no more is then fetched than that takes, and nothing is kept, unless other splits are shares of `train`."""
+    """How many training examples are used, counted from the first; null uses all of them. Of the training data on the Hub, if it has not
+    been downloaded before, no more is then fetched than that takes, and nothing is kept, unless other splits are shares of `train`."""
     max_length: int = 2048
     """The longest sequence in tokens, prompt and response together (FuseLLM's value)."""
     too_long: Literal["cut", "skip"] = "cut"
@@ -127,7 +127,7 @@ class DataConfig:
 
     @property
     def streams(self) -> bool:
-        """Whether files on the Hub are read there. Where other splits are parts of `train`, all of it is read, limit or not."""
+        """Whether training data on the Hub is read there. Where other splits are parts of it, all of it is read, limit or not."""
         return self.limit is not None and not (self.heldout_share or self.validation_share)
 
     def location(self, split: Split) -> DataLocation | None:
