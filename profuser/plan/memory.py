@@ -169,9 +169,8 @@ def loss_bytes(target: Architecture, optim: OptimConfig, tokens: int, *, top_k: 
     else:
         text = target.config.get_text_config()
         softcap = any(getattr(text, key, None) for key in ("final_logit_softcapping", "logits_soft_cap"))
-        at_T = optim.temperature != 1 and (
-            optim.left_out > 0 or not is_built()
-        )  # C++ rows need no buffer for their temperature
+        # Rows in C++ need no buffer for their temperature.
+        at_T = optim.temperature != 1 and (optim.left_out > 0 or not is_built())
         buffers = 1 + at_T + softcap
         chunk = chunk_rows(tokens, vocabulary, FP32) * vocabulary * FP32 * buffers
         operands = 0
