@@ -32,6 +32,9 @@ PACKAGES = (
     "trl",
 )
 
+WARM_UP_SECONDS = 0.5
+"""How long a step is repeated before it is timed: one of milliseconds gets faster for a while, as the allocator learns its sizes."""
+
 
 def synchronize() -> None:
     if torch.cuda.is_available():
@@ -94,6 +97,9 @@ def timed(benchmark, step: Callable[[], object], floor: Callable[[], object], ro
 
     info |= {"threads": torch.get_num_threads(), "load_1_min": round(os.getloadavg()[0], 2)}
     benchmark.extra_info.update(surroundings(), **info)
+    warm_until = time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < warm_until:
+        run()
     benchmark.pedantic(run, setup=time_floor, rounds=rounds, warmup_rounds=1)
     data = benchmark.stats.stats.data
     p20, *_, p80 = statistics.quantiles(data, n=5, method="inclusive") if rounds > 1 else data * 4
