@@ -285,10 +285,8 @@ def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, *, in_place
     grad_loss = grad_loss.detach()
     # What traces a graph gives other kinds of tensors.
     if in_place and type(gradient) is Tensor and gradient.dtype == grad_loss.dtype == dtype:
-        known_to_be_one = (
-            grad_loss.device.type == "cpu" and grad_loss.item() == 1
-        )  # on a GPU reading it would be a wait
-        return gradient if known_to_be_one else gradient.mul_(grad_loss)
+        on_cpu = grad_loss.device.type == "cpu"  # to read a number of a GPU is to wait for it
+        return gradient if on_cpu and grad_loss.item() == 1 else gradient.mul_(grad_loss)
     out = torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient.to(grad_loss.dtype), grad_loss, out=out)
 

@@ -41,24 +41,25 @@ class Stopped(BaseException):
     """
 
     exit_code = 1
-    line = ""
+    happened = ""
+    kept = "what was finished is kept, the same command goes on from there"
 
-    def __init__(self, line: str | None = None):
-        super().__init__(line or self.line)
+    def __init__(self, kept: str | None = None):
+        super().__init__(f"{self.happened}; {kept or self.kept}")
 
 
 class Terminated(Stopped):
     """SIGTERM came (exit code 75)."""
 
     exit_code = 75
-    line = "stopped by SIGTERM; what was finished is kept, the same command goes on from there"
+    happened = "stopped by SIGTERM"
 
 
 class Interrupted(Stopped, KeyboardInterrupt):
     """Ctrl-C was pressed, which is SIGINT (exit code 130)."""
 
     exit_code = 130
-    line = "interrupted; what was finished is kept, the same command goes on from there"
+    happened = "interrupted"
 
 
 def first_line(error: BaseException) -> str:

@@ -8,13 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from small_tokenizers import real_chat
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from profuser.errors import ConfigError, DataError
+from profuser.errors import ConfigError, DataError, Interrupted
 from profuser.generate.__main__ import main
 from profuser.generate.answers import answer_file, finished_rows, prompts_of
 from profuser.generate.asking import alone
@@ -427,6 +428,12 @@ def test_the_command_prints_the_answer_and_draws_the_page(tmp_path, capsys):
     answer = capsys.readouterr().out.strip()
     assert answer
     assert "guardian" in (tmp_path / "trace.html").read_text()
+
+
+def test_an_interrupted_answer_promises_nothing(monkeypatch):
+    monkeypatch.setattr("profuser.generate.__main__.streamed", mock.Mock(side_effect=Interrupted))
+    with pytest.raises(Interrupted, match="answers in the terminal are not kept"):
+        main(["--prompt", PROMPTS[1]])
 
 
 def test_what_the_page_shows_is_escaped(demo):

@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_runs import STORE, rows, run
+from command_runs import STORE, rows, run, write_rows
 
 from profuser.evaluate import contestants
+from profuser.evaluate.terminal import score_table
 from profuser.models.fingerprint import fingerprint
 from profuser.train.run_record import EVALUATION, SCORES
 
@@ -98,6 +99,58 @@ def test_rows_in_other_columns_or_without_skills_are_read_and_known_prompts_coun
     assert "2 of 2 prompts in plain.jsonl are training prompts as well" in out
     (path,) = RUN.glob("evaluations/plain-*.json")
     assert set(json.loads(path.read_text())["scores"]["fused"]) == {"all", "mean"}
+
+
+def test_a_configuration_is_chosen_as_the_message_says():
+    """Each message leads to the next command, until the rows are scored."""
+    for name in ("main", "extra"):
+        for split in ("dev", "test"):
+            Path(f"sets/{name}").mkdir(parents=True, exist_ok=True)
+            write_rows(f"sets/{name}/{split}.jsonl", rows("fusion", 2 if name == "main" else 1))
+    Path("sets/README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {name}\n  data_files:\n"
+            + "".join(f"  - {{ split: {split}, path: {name}/{split}.jsonl }}\n" for split in ("dev", "test"))
+            for name in ("main", "extra")
+        )
+        + "---\n"
+    )
+    given, said = "sets", []
+    for _ in range(3):
+        code, _, err = run("evaluate", str(RUN), "--data", given)
+        if code == 0:
+            break
+        said.append(err)
+        given = err.partition("; write --data '")[2].rpartition("'")[0]
+    assert given == "{ path: sets, config: main, split: test }"
+    assert [message.partition(" of sets")[0] for message in said] == [
+        "error: --data must name one of the configurations", "error: --data must name one of the splits",
+    ]  # fmt: skip
+    (path,) = RUN.glob("evaluations/sets-*.json")
+    assert len(json.loads(path.read_text())["rows"]) == 2
+
+
+@pytest.mark.parametrize("given", ["{ path: [a, b] }", "{ folder: sets }", "{ config: main }", "{ path: a", "{}"])
+def test_a_mapping_that_is_no_place_is_one_line(given):
+    code, _, err = run("evaluate", str(RUN), "--data", given)
+    assert code == 2
+    assert err == (
+        f"error: --data must be a path, or a mapping of path, config and split, got {given}; write '{{ path: data, config: main }}'\n"
+    )
+
+
+def test_without_held_out_data_a_run_says_that_nothing_was_scored():
+    places = ["--store", "runs/other-store", "--output", "runs/other"]
+    code, out, err = run("train", "--config", "recipe.yaml", "--data.heldout", "null", *places)
+    assert (code, err) == (0, "")
+    assert "nothing was scored: the recipe has no data.heldout" in out
+    assert "target before" not in out
+
+
+def test_of_a_single_skill_there_is_no_mean():
+    scores = {"target_before": {"all": 0.5, "mean": 0.5}, "fused": {"all": 1.0, "mean": 1.0}, "sources": {}}
+    assert score_table(scores).split() == ["all", "target", "before", "50.0", "fused", "100.0"]
 
 
 def test_conversations_are_answered_and_their_answers_kept():

@@ -25,7 +25,7 @@ from profuser.errors import Interrupted, Terminated
 from profuser.stopping import noted, working
 
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
-LINES = {signal.SIGTERM: f"error: {Terminated.line}\n", signal.SIGINT: f"{Interrupted.line}\n"}
+LINES = {signal.SIGTERM: f"error: {Terminated()}\n", signal.SIGINT: f"{Interrupted()}\n"}
 SIGNALS = pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 
 

@@ -22,7 +22,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "run_dir", type=Path, nargs="?", metavar="RUN_DIR", help="directory of a finished run, for instance runs/demo"
     )
-    parser.add_argument("--data", metavar="FILE", help="score on the prompts of this file instead of the held-out ones")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="score on the prompts of this file, folder or data set, or '{ path: data, config: main }', instead of the held-out ones",
+    )
     parser.add_argument("--models", nargs="+", default=[], metavar="MODEL", help=f"models, each {MODEL}")
     parser.add_argument(
         "--tasks",

@@ -6,6 +6,7 @@ kept under the run's directory, in evaluations/, so that only what is new is ans
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from profuser.errors import DataError
+from profuser.errors import ConfigError, DataError
 from profuser.evaluate.comparison import Compared, as_json, compare
 from profuser.evaluate.contestants import Alone, Contestant, contestants_of, fused_of
 from profuser.evaluate.finished import open_run
@@ -41,7 +43,7 @@ def score_on(directory: Path, file: str, specs: Sequence[str]) -> tuple[dict[str
     """Scores a run's models and others on a file, and writes the scores under the run's directory.
 
     Args:
-        specs: further models, as `contestants_of` takes them.
+        file: where the rows are, as `place_of` takes it. specs: further models, as `contestants_of` takes them.
 
     Returns:
         What scores.json holds, with the scores of the further models under "models"; and the comparison of all models.
@@ -51,7 +53,8 @@ def score_on(directory: Path, file: str, specs: Sequence[str]) -> tuple[dict[str
     # The rows, and everything that can be wrong before a model is loaded.
     run, _ = open_run(directory)
     recipe = run.recipe
-    rows = new_rows(recipe, file)
+    location = place_of(file)
+    rows = new_rows(recipe, location)
     if recipe.evaluation.match is None and not any(row["response"] for row in rows):
         raise DataError(
             f"{file} must hold a ground truth to score the answers by, every response is empty; fill them in, or train with a "
@@ -106,7 +109,7 @@ def score_on(directory: Path, file: str, specs: Sequence[str]) -> tuple[dict[str
             for k, (i, row) in enumerate(zip(asked, asked_rows))
         ],
     }
-    write_json(result_path(directory, file, rows), content)
+    write_json(result_path(directory, location.paths[0], rows), content)
     return scores, compared
 
 
@@ -131,20 +134,32 @@ def result_path(directory: Path, file: str, rows: Sequence[Row]) -> Path:
     return directory / EVALUATIONS / f"{Path(file).name.partition('.')[0]}-{data_hash(rows)}.json"
 
 
-def new_rows(recipe: Recipe, file: str) -> list[Row]:
+def place_of(text: str) -> DataLocation:
+    """Returns the place that --data names: a file, a folder or a data set, or a mapping that also chooses of what it holds.
+
+    Raises:
+        ConfigError: a mapping has other keys than path, config and split, or has no path.
+    """
+    if not text.lstrip().startswith("{"):
+        return DataLocation(path=text)
+    with contextlib.suppress(yaml.YAMLError, TypeError):
+        given = yaml.safe_load(text)
+        if all(isinstance(value, str) for value in given.values()):
+            return DataLocation(**given)
+    raise ConfigError(
+        f"--data must be a path, or a mapping of path, config and split, got {text}; write '{{ path: data, config: main }}'"
+    )
+
+
+def new_rows(recipe: Recipe, location: DataLocation) -> list[Row]:
     """Reads the rows of a new file, in the columns that the recipe names or else in those of the usual names.
 
     Raises:
         DataError: it is missing or broken, or has no rows.
     """
-    location, data, usual = DataLocation(path=file), recipe.data, DataConfig(train=file)
-    try:
-        columns = {column for _, table in read_tables(location, "heldout") for row in table for column in row}
-    except DataError as error:
-        wrong, chooses, _ = str(error).partition("; set data.heldout: ")
-        if not chooses:
-            raise
-        raise DataError(f"{wrong}; --data takes a file, or a folder with one split: name a file of it") from None
+    data, usual = recipe.data, DataConfig(train=location)
+    tables = read_tables(location, "heldout", option="--data")
+    columns = {column for _, table in tables for row in table for column in row}
     named = {data.messages_column} if data.messages_column else {data.prompt_column, data.response_column}
     if not named <= columns:
         data = replace(

@@ -16,7 +16,8 @@ def score_table(scores: Mapping[str, Any]) -> str:
     rows = [*scores["sources"].items(), ("target before", scores["target_before"]), ("fused", scores["fused"])]
     rows += scores.get("models", {}).items()
     skills = list(scores["fused"])
-    skills = skills[:1] if len(skills) == 2 else skills
+    if len(skills) == 2:
+        skills = [skill for skill in skills if skill != "mean"]
     width, column = max(len(name) for name, _ in rows), max(10, *map(len, skills)) + 2
     head = " " * width + "".join(f"{skill:>{column}}" for skill in skills)
     lines = (

@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
         except Stopped as stop:
             if args.output is not None:
                 raise
-            raise type(stop)(f"{stop.line.partition(';')[0]}; answers in the terminal are not kept") from None
+            raise type(stop)("answers in the terminal are not kept") from None
         finally:
             if args.trace is not None and answered:
                 write_atomic(args.trace, page(sources, answered).encode())

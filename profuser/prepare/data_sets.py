@@ -46,6 +46,7 @@ def read_tables(
     streams: bool = False,
     alone: bool = False,
     say: Callable[[str], None] = print,
+    option: str | None = None,
 ) -> list[tuple[str, Table]]:
     """Finds the files of a location that the recipe names for a split, and returns what messages call each with its rows.
 
@@ -54,7 +55,7 @@ def read_tables(
     Args:
         streams: whether files on the Hub are read there, as far as rows are asked for, unless they have been downloaded before. Else all
             files of the data set are downloaded. alone: whether the other splits of a data set are then left on the Hub.
-        say: is called with a line on what is read there.
+        say: is called with a line on what is read there. option: what names the location in place of the recipe's key, such as --data.
 
     A folder or data set may have several splits of its own. Where the location names none of them, it is the only one, or the
     one that is called as in the recipe. Any other has to be named, so that no score is computed on training rows unnoticed.
@@ -63,12 +64,12 @@ def read_tables(
         DataError: the location is missing or broken, or holds no data that we read; its configuration or split is unknown, or
             one has to be named; a pattern fits no file.
     """
-    reading = _Reading(location, split, streams, alone, say)
+    reading = _Reading(location, split, streams, alone, say, option)
     found = [file for path in location.paths for file in _located(reading, path)]
     times = Counter(os.path.abspath(file) for file, _, _ in found)
     if twice := next((name for file, name, _ in found if times[os.path.abspath(file)] > 1), None):
         raise DataError(
-            f"data.{split} must name every file once, {twice} is named more than once in {location}; take it out of one place"
+            f"{reading.key} must name every file once, {twice} is named more than once in {location}; take it out of one place"
         )
     return [(name, read_file(file, name, delimiter)) for file, name, delimiter in found]
 
@@ -81,11 +82,23 @@ class _Reading(NamedTuple):
     streams: bool
     alone: bool
     say: Callable[[str], None]
+    option: str | None
+
+    @property
+    def key(self) -> str:
+        """What names the location."""
+        return self.option or f"data.{self.split}"
+
+    def to_choose(self, **choice: str) -> str:
+        """Says how a configuration or a split of the location is named."""
+        location = asdict(replace(self.location, **choice))
+        spelt = "{ " + ", ".join(f"{key}: {value}" for key, value in location.items() if value is not None) + " }"
+        return f"set {self.key}: {spelt}" if self.option is None else f"write {self.option} '{spelt}'"
 
 
 def _located(reading: _Reading, named: str) -> Iterator[tuple[str, str, str | None]]:
     """Yields the files of one file, folder, data set or pattern, each with its name and what separates its cells."""
-    location, split = reading.location, reading.split
+    location = reading.location
     path, is_pattern = Path(resolve(named)), bool(set(named) & set("*?["))
     if not path.exists() and (is_path(named) or is_pattern):
         found = files_of(named)
@@ -104,7 +117,7 @@ def _located(reading: _Reading, named: str) -> Iterator[tuple[str, str, str | No
         return
     for key in ("config", "split"):
         if (value := getattr(location, key)) is not None:
-            raise DataError(f"data.{split}: a file has no {key}, got {value} of {named}; take {key} out")
+            raise DataError(f"{reading.key}: a file has no {key}, got {value} of {named}; take {key} out")
     yield str(path), named, None
 
 
@@ -120,7 +133,7 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
     place = str(path.resolve()) if path.is_dir() else named
     if path.is_dir() and (wild := sorted(set(place) & set("*?[]"))):  # the library would take it for a pattern
         raise DataError(
-            f"data.{split}: a folder's path must be without {' '.join(wild)}, got {place}; rename it, or name a file in it"
+            f"{reading.key}: a folder's path must be without {' '.join(wild)}, got {place}; rename it, or name a file in it"
         )
     try:
         builder = _builder(place, location.config)
@@ -148,14 +161,14 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
     name = location.split or next((name for name in files if is_only or name == split), "")
     if name not in files and not is_whole and len(files) == 1:
         raise DataError(
-            f"data.{split} must be on this machine where the Hub cannot be reached, of {named} there is only the split "
+            f"{reading.key} must be on this machine where the Hub cannot be reached, of {named} there is only the split "
             f"{next(iter(files))}, got {name or 'none'}; run once where it can be, without data.limit, or name this one"
         )
     if name not in files:
         (nearest,) = difflib.get_close_matches(name or USUAL_NAMES[split], files, n=1, cutoff=0)
         raise DataError(
-            f"data.{split} must name one of the splits of {named} ({', '.join(files)}), got {name or 'none'}; set "
-            f"data.{split}: {_mapping(replace(location, split=nearest))}"
+            f"{reading.key} must name one of the splits of {named} ({', '.join(files)}), got {name or 'none'}; "
+            f"{reading.to_choose(split=nearest)}"
         )
 
     # A data set's README may say how its files are to be read. What separates the cells is all that we can obey.
@@ -254,19 +267,19 @@ def _builder(place: str, config: str | None) -> Any:
 
 def _explained(error: Exception, reading: _Reading, named: str, place: str) -> DataError:
     """Returns the error of one line for a folder or data set that could not be opened."""
-    location, split = reading.location, reading.split
+    location = reading.location
     # The library's message lists the configurations where one is unknown or missing.
     listed = re.search(r"available\b[^:]*: (\[.*\])", str(error), re.IGNORECASE)
     configs: list[str] = ast.literal_eval(listed[1]) if listed else []
     if configs == ["default"]:  # what the library calls the whole, where there are none
         inside = Path(place) / str(location.config)
         other = f", or set path: {named}/{location.config}" if inside.is_dir() else ""
-        return DataError(f"data.{split}: {named} has no configurations, got {location.config}; take config out{other}")
+        return DataError(f"{reading.key}: {named} has no configurations, got {location.config}; take config out{other}")
     if configs:
         (nearest,) = difflib.get_close_matches(location.config or configs[0], configs, n=1, cutoff=0)
         return DataError(
-            f"data.{split} must name one of the configurations of {named} ({', '.join(configs)}), got "
-            f"{location.config or 'none'}; set data.{split}: {_mapping(replace(location, config=nearest))}"
+            f"{reading.key} must name one of the configurations of {named} ({', '.join(configs)}), got "
+            f"{location.config or 'none'}; {reading.to_choose(config=nearest)}"
         )
     reason = "its README.md is not UTF-8" if isinstance(error, UnicodeDecodeError) else first_line(error)
     on_hub, is_empty = not Path(place).is_dir(), "data files" in reason
@@ -289,8 +302,3 @@ def _explained(error: Exception, reading: _Reading, named: str, place: str) -> D
     else:
         fix = "fix the folder, or name a file in it"
     return DataError(f"data {named} cannot be read ({reason}); {fix}")
-
-
-def _mapping(location: DataLocation) -> str:
-    """Spells a location as a recipe does."""
-    return "{ " + ", ".join(f"{key}: {value}" for key, value in asdict(location).items() if value is not None) + " }"
