@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from profuser.errors import ConfigError, Interrupted, Stopped
+from profuser.errors import ConfigError, Stopped
 from profuser.models.load import load_model
 from profuser.prepare.data import Examples, Row, row_digest
 from profuser.prepare.inputs import Inputs
@@ -429,8 +429,7 @@ def nothing_kept() -> Generator[None]:
         with working():
             yield
     except Stopped as stopped:
-        what = "interrupted" if isinstance(stopped, Interrupted) else "stopped by SIGTERM"
-        raise type(stopped)(f"{what}; nothing of what was timed is kept") from None
+        raise type(stopped)("nothing of what was timed is kept") from None
 
 
 # -- the clock ---------------------------------------------------------------------------------------------------
