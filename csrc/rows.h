@@ -54,6 +54,48 @@ struct RowEntries {
     const bool* apart;        // (L)
 };
 
+// What the sources of one row say as it was given: W sources with K entries each.
+struct GivenEntries {
+    std::size_t W, K;
+    const std::int64_t* ids;  // (W, K), -1 = no entry
+    const double* log_p;      // (W, K)
+    const double* tail;       // (W) mass outside the entries; null where it is what they lack of 1
+};
+
+// What becomes of the mass outside a source's entries, as kernels/kept.py settles it.
+struct TailRule {
+    bool bucket;             // else it is divided out
+    double absent_tail;      // of a source without an entry
+    double tail_floor;       // the least mass of the bucket, and of all entries together; 0 where none is needed, likewise the next
+    double entry_floor;      // an entry of less belongs to the bucket
+    std::size_t vocabulary;  // the number of all ids
+};
+
+// Where RowEntries are written, and beside them what was given.
+struct KeptEntries {
+    std::int64_t* ids;
+    bool* inside;
+    float *p, *log_p;
+    bool* apart;
+    double* mass;   // (W) of the entries, as it was given
+    bool* present;  // (W) whether the entries have a mass at all
+};
+
+struct Entry {
+    std::int64_t id;
+    double p;
+};
+
+// Numbers that a row's entries need for a while, allocated ahead as RowBuffers are.
+struct EntryBuffers {
+    std::vector<Entry> entries;  // W·K
+    std::vector<double> p;       // W·(W·K + 1)
+    std::vector<double> tails;   // W
+};
+
+// Makes the entries of one row ready to be compared with the target's logits; L of RowEntries is W·K.
+void keep_entries(const GivenEntries& given, std::int64_t label, const TailRule& rule, const KeptEntries& kept, EntryBuffers& buffers);
+
 // What one row's logits say, as ChunkLosses of kernels/chunk_losses.py.
 struct RowLosses {
     double ce, learnt, kd, target_mass, entropy;
@@ -91,7 +133,7 @@ inline std::size_t workers_for(std::size_t count, std::size_t exponentials_per_r
 // Calls part(worker, first, last) on shares of `count` rows, each in a thread of its own. `part` must not throw.
 template <typename Part>
 void over_rows(std::size_t count, std::size_t workers, const Part& part) {
-    in_threads(workers, [&](std::size_t w) { part(w, count * w / workers, count * (w + 1) / workers); });
+    in_torch_threads(workers, [&](std::size_t w) { part(w, count * w / workers, count * (w + 1) / workers); });
 }
 
 }  // namespace profuser

@@ -198,6 +198,50 @@ void loss_rows(py::buffer logits, Array<std::int64_t> gold, std::optional<Entrie
     }
 }
 
+// Where KeptEntries are written, in its order: ids (n, L), inside (n, W, L), p and log_p (n, W, L + 1), apart (n, L), mass and present
+// (n, W).
+using KeptArrays = std::tuple<Array<std::int64_t>, Array<bool>, Array<float>, Array<float>, Array<bool>, Array<double>, Array<bool>>;
+
+void keep_entries(Array<std::int64_t> ids, Array<double> log_p, std::optional<Array<double>> tail, Array<std::int64_t> labels, bool bucket,
+                  double absent_tail, double tail_floor, double entry_floor, std::size_t vocabulary, KeptArrays to, int threads) {
+    require(ids.ndim() == 3, "ids must be (n, W, K)");
+    const std::size_t count = ids.shape(0), W = ids.shape(1), K = ids.shape(2), L = W * K;
+    const auto fits = [](const py::array& x, std::initializer_list<std::size_t> shape) {
+        return static_cast<std::size_t>(x.ndim()) == shape.size() &&
+               std::equal(shape.begin(), shape.end(), x.shape(), [](std::size_t a, py::ssize_t b) { return a == std::size_t(b); });
+    };
+    auto& [to_ids, to_inside, to_p, to_log_p, to_apart, to_mass, to_present] = to;
+    require(fits(log_p, {count, W, K}) && (!tail || fits(*tail, {count, W})) && fits(labels, {count}),
+            "log_p must be (n, W, K), tail (n, W) and labels (n)");
+    require(fits(to_ids, {count, L}) && fits(to_inside, {count, W, L}) && fits(to_p, {count, W, L + 1}) &&
+                fits(to_log_p, {count, W, L + 1}) && fits(to_apart, {count, L}) && fits(to_mass, {count, W}) &&
+                fits(to_present, {count, W}),
+            "the results must be of as many rows, sources and ids");
+    const profuser::TailRule rule{bucket, absent_tail, tail_floor, entry_floor, vocabulary};
+    const profuser::GivenEntries given{W, K, ids.data(), log_p.data(), tail ? tail->data() : nullptr};
+    const profuser::KeptEntries kept{to_ids.mutable_data(),   to_inside.mutable_data(), to_p.mutable_data(),      to_log_p.mutable_data(),
+                                     to_apart.mutable_data(), to_mass.mutable_data(),   to_present.mutable_data()};
+    const std::int64_t* golds = labels.data();
+
+    py::gil_scoped_release release;
+    // An entry takes as long as some ten exponentials of a row of logits.
+    const std::size_t workers = profuser::workers_for(count, 10 * W * (L + 1), threads);
+    profuser::EntryBuffers buffers;
+    buffers.entries.resize(L);
+    buffers.p.resize(W * (L + 1));
+    buffers.tails.resize(W);
+    std::vector<profuser::EntryBuffers> buffers_of_worker(workers, buffers);
+    profuser::over_rows(count, workers, [&](std::size_t worker, std::size_t begin, std::size_t end) {
+        for (std::size_t n = begin; n < end; ++n) {
+            const profuser::GivenEntries of_row{W, K, given.ids + n * L, given.log_p + n * L, tail ? given.tail + n * W : nullptr};
+            const profuser::KeptEntries to_row{kept.ids + n * L,   kept.inside + n * W * L, kept.p + n * W * (L + 1),
+                                               kept.log_p + n * W * (L + 1), kept.apart + n * L,  kept.mass + n * W,
+                                               kept.present + n * W};
+            profuser::keep_entries(of_row, golds[n], rule, to_row, buffers_of_worker[worker]);
+        }
+    });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_rows, module) {
@@ -207,5 +251,8 @@ PYBIND11_MODULE(_rows, module) {
     module.def("loss_rows", &loss_rows, py::arg("rows"), py::arg("gold"), py::arg("entries"), py::arg("weight_ce"), py::arg("weight_kd"),
                py::arg("temperature"), py::arg("divergence"), py::arg("beta"), py::arg("conditional"), py::arg("label_smoothing"),
                py::arg("z_loss"), py::arg("entropies"), py::arg("gradient"), py::arg("losses"), py::arg("parts"),
+               py::arg("threads"));
+    module.def("keep_entries", &keep_entries, py::arg("ids"), py::arg("log_p"), py::arg("tail"), py::arg("labels"), py::arg("bucket"),
+               py::arg("absent_tail"), py::arg("tail_floor"), py::arg("entry_floor"), py::arg("vocabulary"), py::arg("to"),
                py::arg("threads"));
 }

@@ -100,20 +100,25 @@ def check_values(operands: Operands, vocabulary: int, valid_rows: int | None) ->
                 f"source_weight must be >= 0 and finite, got {operands.source_weight[bad][0].item():.6g}; "
                 "0 leaves a source out"
             )
+    if source_ids.numel() == 0:
+        return
+    # One pass over each finds out whether there is anything to look for. Only then does it matter which rows have a label.
     valid = (labels != IGNORE_INDEX)[:, None]
-    bad = (source_ids >= vocabulary) | (source_ids < -1)
-    # In two steps, because the mask of valid rows matters only where something is out of range.
-    if bad.any() and (bad := bad & valid).any():
-        raise ValueError(
-            f"source_ids must be < {vocabulary} (the target's vocabulary) and >= -1 (padding), "
-            f"got {source_ids[bad][0].item()}; map the source's tokens to this target's tokenizer"
-        )
-    bad = source_logprobs > LOGPROB_SLACK
-    if bad.any() and (bad := bad & valid & (source_ids >= 0)).any():
-        raise ValueError(
-            f"source_logprobs must be natural log-probabilities <= 0, got {source_logprobs[bad][0].item():.6g}; "
-            "take log() of probabilities, log_softmax() of logits"
-        )
+    lowest, highest = source_ids.aminmax()
+    if lowest < -1 or highest >= vocabulary:
+        bad = ((source_ids >= vocabulary) | (source_ids < -1)) & valid
+        if bad.any():
+            raise ValueError(
+                f"source_ids must be < {vocabulary} (the target's vocabulary) and >= -1 (padding), "
+                f"got {source_ids[bad][0].item()}; map the source's tokens to this target's tokenizer"
+            )
+    if not source_logprobs.max() <= LOGPROB_SLACK:  # also true where one is NaN, which may hide a larger one
+        bad = (source_logprobs > LOGPROB_SLACK) & valid & (source_ids >= 0)
+        if bad.any():
+            raise ValueError(
+                f"source_logprobs must be natural log-probabilities <= 0, got {source_logprobs[bad][0].item():.6g}; "
+                "take log() of probabilities, log_softmax() of logits"
+            )
 
 
 def choose_winner(operands: Operands, options: Options) -> Winner:

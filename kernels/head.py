@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .common import product_into
+
 PART = 512
 """How many columns of logits a CPU computes at a time."""
 
@@ -85,7 +87,7 @@ class ChunkedHead:
 
     def pull_back(self, grad_product: Tensor) -> Tensor:
         """The gradient (C, D) of the hidden states from the gradient (C, V) of hidden Wᵀ + bias."""
-        grad = grad_product.new_zeros(grad_product.shape[0], self.weight.shape[1])
+        grad = grad_product.new_empty(grad_product.shape[0], self.weight.shape[1])
         for columns, weight in self.blocks():
-            grad.addmm_(grad_product[:, columns], weight)
+            product_into(grad, grad_product[:, columns], weight, accumulate=columns.start > 0)
         return grad

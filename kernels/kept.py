@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import row_entries
 from .common import LOWEST, MASS_SLACK, TAIL_SLACK
 from .divergences import ENTRY_FLOOR, TAIL_FLOOR, infinite_at_zero
 from .fused_loss_types import Operands, Options, Winner
@@ -66,6 +67,48 @@ def prepare_kept(
         ValueError: a mass or a tail is out of range.
     """
     ids, log_p, tail, weight = entries_of_rows(operands, winner, rows)
+    labels = operands.labels[rows]
+    tail = None if tail is None else tail.double()
+    bucket, floors = options.tail == BUCKET, infinite_at_zero(options.divergence)
+    settle = row_entries.settle if invalid is None and row_entries.take(ids, dtype) else settled
+    ids, inside, p, log_p, apart, mass, present = settle(
+        *(ids, log_p, tail if bucket else None, labels),
+        bucket=bucket,
+        absent_tail=absent_tail(options.tail),
+        tail_floor=TAIL_FLOOR if floors else 0.0,
+        entry_floor=ENTRY_FLOOR if floors else 0.0,
+        vocabulary=vocabulary,
+    )
+    weight = weight.to(dtype).masked_fill(~present, 0)
+    if bucket:
+        wrong = out_of_range(mass, tail, present)
+        if invalid is None:
+            check_range(wrong, mass, tail)
+        else:
+            invalid = invalid | wrong
+    if invalid is not None:
+        weight = weight.masked_fill(invalid, torch.nan)
+    return Kept(ids, inside, p.to(dtype), log_p.to(dtype), weight.contiguous(), mass.to(dtype), ids >= 0, apart)
+
+
+def settled(
+    ids: Tensor,
+    log_p: Tensor,
+    tail: Tensor | None,
+    labels: Tensor,
+    *,
+    bucket: bool,
+    absent_tail: float,
+    tail_floor: float,
+    entry_floor: float,
+    vocabulary: int,
+) -> tuple[Tensor, ...]:
+    """ids, inside, p, log_p, apart and mass as Kept has them, in fp64, and which sources have any mass (n, W).
+
+    From ids (n, W, K) int64, log_p (n, W, K), tail (n, W) fp64, None where it is what the entries lack of 1, and labels (n,).
+    Without a `bucket` the mass outside is divided out. The floors are the least mass of the bucket, and of all entries together,
+    and that of an entry.
+    """
     log_p = log_p.double().masked_fill(ids < 0, -torch.inf)
     # p relative to the largest: where it is renormalised, entries of e^-800 count as well.
     top = log_p.amax(-1, keepdim=True).clamp_min(LOWEST)
@@ -78,46 +121,47 @@ def prepare_kept(
     ids = ids.masked_fill(~present[..., None], -1)
 
     # The tail t and what it leaves to the entries: nothing and all, what the entries lack of 1 and their mass, or what is given.
-    if options.tail != BUCKET:
+    if not bucket:
         t, share = torch.zeros_like(mass), torch.ones_like(mass)
     elif tail is None:
-        over = mass > 1 + MASS_SLACK
-        if invalid is not None:
-            invalid = invalid | over
-        elif over.any():
-            raise ValueError(
-                "source_logprobs must be natural log-probabilities of one distribution, a row's add up to a mass of "
-                f"{mass[over][0].item():.4g}; take log_softmax over the whole vocabulary (after / T), and pad with the id -1"
-            )
         t, share = (1 - mass).clamp_min(0), mass.clamp_max(1)
     else:
-        t = tail.double()
-        outside = present & ~((t >= -TAIL_SLACK) & (t <= 1 + TAIL_SLACK))  # also true for NaN
-        if invalid is not None:
-            invalid = invalid | outside
-        elif outside.any():
-            raise ValueError(
-                f"source_tail must be linear mass in [0, 1], got {t[outside][0].item():.6g}; take exp() of a log-mass"
-            )
-        t = t.clamp(0, 1)
+        t = tail.clamp(0, 1)
         share = 1 - t
+    if tail_floor and bucket:
+        t, share = (x.clamp(tail_floor, 1 - tail_floor) for x in (t, share))
     p = p / relative.where(present, torch.ones_like(relative))[..., None]
-    if infinite_at_zero(options.divergence):
-        if options.tail == BUCKET:
-            t, share = (x.clamp(TAIL_FLOOR, 1 - TAIL_FLOOR) for x in (t, share))
-        ids = ids.masked_fill(p * share[..., None] < ENTRY_FLOOR, -1)
+    if entry_floor:
+        ids = ids.masked_fill(p * share[..., None] < entry_floor, -1)
     # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
     nothing_outside = (ids >= 0).sum(-1) == vocabulary
     p = p * share.masked_fill(nothing_outside, 1)[..., None]
-    t = t.masked_fill(nothing_outside, 0).masked_fill(~present, absent_tail(options.tail))
+    t = t.masked_fill(nothing_outside, 0).masked_fill(~present, absent_tail)
     ids, inside, p = on_one_set_of_ids(ids, p)
     p = torch.cat([p, t[..., None]], -1)
-    weight = weight.to(dtype).masked_fill(~present, 0)
-    if invalid is not None:
-        weight = weight.masked_fill(invalid, torch.nan)
-    has_entry = ids >= 0
-    apart = has_entry & (ids != operands.labels[rows][:, None])
-    return Kept(ids, inside, p.to(dtype), p.log().to(dtype), weight.contiguous(), mass.to(dtype), has_entry, apart)
+    apart = (ids >= 0) & (ids != labels[:, None])
+    return ids, inside, p, p.log(), apart, mass, present
+
+
+def out_of_range(mass: Tensor, tail: Tensor | None, present: Tensor) -> Tensor:
+    """Which sources (n, W) have entries of more mass than there is, or a tail that is none."""
+    if tail is None:
+        return mass > 1 + MASS_SLACK
+    return present & ~((tail >= -TAIL_SLACK) & (tail <= 1 + TAIL_SLACK))  # also true for NaN
+
+
+def check_range(wrong: Tensor, mass: Tensor, tail: Tensor | None) -> None:
+    """Raises ValueError for the first source that is out of range."""
+    if not wrong.any():
+        return
+    if tail is None:
+        raise ValueError(
+            "source_logprobs must be natural log-probabilities of one distribution, a row's add up to a mass of "
+            f"{mass[wrong][0].item():.4g}; take log_softmax over the whole vocabulary (after / T), and pad with the id -1"
+        )
+    raise ValueError(
+        f"source_tail must be linear mass in [0, 1], got {tail[wrong][0].item():.6g}; take exp() of a log-mass"
+    )
 
 
 def entries_of_rows(operands: Operands, winner: Winner, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -160,7 +204,7 @@ def on_one_set_of_ids(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The ids (n, L) that any source names, whether a source names them (n, W, L), and its p there; from (n, W, K)."""
     n, W, K = ids.shape
     if W == 1:
-        return ids[:, 0], ids >= 0, p
+        return ids[:, 0], ids >= 0, p.masked_fill(ids < 0, 0)
     all_ids, by_id = ids.flatten(1).sort(1)
     run = run_numbers(all_ids)
     slot = torch.empty_like(run).scatter_(1, by_id, run).view(n, W, K)

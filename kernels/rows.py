@@ -10,7 +10,7 @@ from .common import LOWEST
 
 try:
     from profuser import _rows
-    from profuser._rows import loss_rows as _loss_rows  # noqa: F401  (an older build lacks it)
+    from profuser._rows import keep_entries as _keep_entries  # noqa: F401  (an older build lacks it)
 except ImportError:  # the extension is optional
     _rows = None
 

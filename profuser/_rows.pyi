@@ -1,4 +1,4 @@
-# The C++ extension of csrc/rows_bindings.cpp, which kernels/rows.py calls.
+# The C++ extension of csrc/rows_bindings.cpp, which kernels/rows.py, row_losses.py and row_entries.py call.
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,5 +25,18 @@ def loss_rows(
     gradient: bool,
     losses: NDArray[np.float32],
     parts: tuple[NDArray[np.generic] | None, ...] | None,
+    threads: int,
+) -> None: ...
+def keep_entries(
+    ids: NDArray[np.int64],
+    log_p: NDArray[np.float64],
+    tail: NDArray[np.float64] | None,
+    labels: NDArray[np.int64],
+    bucket: bool,
+    absent_tail: float,
+    tail_floor: float,
+    entry_floor: float,
+    vocabulary: int,
+    to: tuple[NDArray[np.generic], ...],
     threads: int,
 ) -> None: ...

@@ -109,6 +109,31 @@ def test_where_no_more_threads_can_be_started_fewer_do_the_work():
     subprocess.run([sys.executable, "-c", FEW_THREADS], check=True, timeout=60)
 
 
+# torch's own threads are gone in a process that was forked, and whoever calls them waits for ever.
+FORKED = """
+import os
+
+import torch
+
+from profuser.kernels import rows
+
+torch.set_num_threads(2)
+z = torch.randn(200, 20_001)
+_, expected = rows.exponentials_(z.clone())
+assert (z @ z.t()).exp().isfinite().any()
+if (child := os.fork()) == 0:
+    _, total = rows.exponentials_(z)
+    os._exit(0 if total.numpy().tobytes() == expected.numpy().tobytes() else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process with threads")
+def test_a_forked_process_computes():
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
+
+
 @needs_extension
 def test_what_does_not_fit_is_refused():
     extension: Any = rows._rows
