@@ -17,8 +17,9 @@ from command_runs import run
 
 from profuser.cli import explained
 from profuser.errors import DataError, OutOfMemoryError
-from profuser.generate.answers import answer_file, finished_rows, prompts_of, settings_key
+from profuser.generate.answers import answer_file, finished_rows, settings_key
 from profuser.generate.decoder import Decoder
+from profuser.generate.prompts import prompts_of
 from profuser.generate.steps import Answer
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import resolve

@@ -15,9 +15,10 @@ from test_align_conversations import FORGETS, LLAMA2_SYSTEM
 from test_cool_fusion import CONVERSATIONS, PROMPTS, demo  # noqa: F401  (demo is a fixture)
 
 from profuser.errors import DataError
-from profuser.generate.answers import answer_file, finished_rows, prompts_of
+from profuser.generate.answers import answer_file, finished_rows
 from profuser.generate.cool_fusion import CoolFusion
 from profuser.generate.methods import METHODS
+from profuser.generate.prompts import prompts_of
 from profuser.generate.speaker import Voice
 from profuser.recipe.schema import DecodeConfig
 from profuser.text.chat import ChatFormat

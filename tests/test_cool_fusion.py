@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from profuser.errors import ConfigError, DataError, Interrupted
 from profuser.generate.__main__ import main
-from profuser.generate.answers import answer_file, finished_rows, prompts_of
+from profuser.generate.answers import answer_file, finished_rows
 from profuser.generate.asking import alone
 from profuser.generate.boundaries import word_ends
 from profuser.generate.cool_fusion import CoolFusion
 from profuser.generate.gated import Gated
+from profuser.generate.prompts import prompts_of
 from profuser.generate.speaker import Speaker, Voice, Writing
 from profuser.generate.trace import page
 from profuser.generate.voices import load_voices

@@ -89,21 +89,29 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str]) -> None:
     args, overrides = arguments(argv)
 
-    from profuser.generate.answers import answer_file, finished_rows, prompts_of, settings_key
+    from profuser.generate.prompts import prompts_of
+    from profuser.recipe.parse import parse_run
+    from profuser.recipe.places import check_model
+
+    # What can be wrong with the command line is said before torch and transformers are imported, which takes seconds.
+    run = parse_run("generate", [*(["--config", args.config] if args.config else []), *overrides], {}, DESCRIPTION)
+    for source in run.recipe.sources:
+        check_model(source.name, source.model)
+    if args.prompt is not None:
+        check_unicode("--prompt", args.prompt)
+    prompts = [] if args.input is None else prompts_of(args.input)
+
+    from profuser.generate.answers import answer_file, finished_rows, settings_key
     from profuser.generate.methods import open_decoder
     from profuser.generate.steps import Answer
     from profuser.generate.trace import page
-    from profuser.recipe.parse import parse_run
     from profuser.stopping import working
     from profuser.store.files import write_atomic
     from profuser.text.conversation import Conversation, Prompt, Turn
 
-    run = parse_run("generate", [*(["--config", args.config] if args.config else []), *overrides], {}, DESCRIPTION)
-    if args.prompt is not None:
-        check_unicode("--prompt", args.prompt)
-    prompts, settings = [], ""
+    settings = ""
     if args.input is not None:
-        prompts, settings = prompts_of(args.input), settings_key(run.recipe)
+        settings = settings_key(run.recipe)
         finished_rows(args.output, prompts, settings)  # what is wrong with it is said before a model is loaded
     fusion = open_decoder(run.recipe)
     for note in fusion.notes():
