@@ -53,8 +53,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = arguments(argv)
 
-    from profuser.merge.run import merge
     from profuser.merge.settings import read_settings, settings_of
+    from profuser.recipe.places import check_model
 
     if args.config is not None:
         own = ("models", "base", "weight", "density", "t", "scale", "normalize", "dtype")
@@ -71,6 +71,11 @@ def main(argv: list[str]) -> None:
         settings = settings_of(
             args.method, args.models, args.base, args.weight, args.density, shared, args.dtype, args.seed
         )
+    for model in settings.names:
+        check_model(model, model)  # before torch and transformers are imported, which takes seconds
+
+    from profuser.merge.run import merge
+
     merge(settings, args.output)
     # slerp goes from one model to another, of which the first stands in the base's place.
     count, into = len(settings.models), " into their base"

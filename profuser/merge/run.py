@@ -41,8 +41,7 @@ def merge(settings: MergeSettings, output: Path) -> None:
         raise ConfigError(f"--output must be a new or empty directory, got {output}; name another")
     if Path.cwd().is_relative_to(place):
         raise ConfigError(f"--output must not be the working directory, got {output}; name another")
-    names = [*([settings.base] if settings.base is not None else []), *(model.model for model in settings.models)]
-    architecture, candidates = open_models(names)
+    architecture, candidates = open_models(settings.names)
     first, others = candidates[0], candidates[settings.base is not None :]
     if settings.method in WITH_BASE:
         check_ancestor(first, others, architecture)

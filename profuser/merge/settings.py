@@ -110,6 +110,11 @@ class MergeSettings:
         if self.method == "slerp" and "t" not in self.parameters:
             raise ConfigError("method slerp needs t, the way from the first model (0) to the second (1); give --t 0.5")
 
+    @property
+    def names(self) -> list[str]:
+        """All models that are read, the base in front."""
+        return [*([] if self.base is None else [self.base]), *(model.model for model in self.models)]
+
     def _check(self, key: str, setting: Setting) -> None:
         if key in IGNORED:
             return
