@@ -155,3 +155,33 @@ def test_the_console_script_finds_functions_where_it_runs(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (
+            ("train", "--data.train", "nowhere.jsonl"),
+            "must be an existing file or folder, or a Hub data set, got nowhere.jsonl",
+        ),
+        (("prepare", "--data.heldout", "nowhere/*.csv"), "got nowhere/*.csv (no file fits the pattern)"),
+        (("train", "--target", "./nowhere"), "must be an existing directory or GGUF file, got ./nowhere"),
+        (("generate", "--input", "nowhere.jsonl", "--output", "o.jsonl"), "--input must be an existing JSONL file"),
+        (("merge", "--method", "linear", "--models", "./a", "./b", "--output", "m"), "GGUF file, got ./a"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_torch_is_imported(tmp_path, command, line):
+    program = f"""
+import sys
+from profuser.cli import main
+sys.argv = ["profuser", *{command!r}]
+try:
+    main()
+except SystemExit as stop:
+    assert stop.code == 3, stop.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert line in done.stderr
+    assert not list(tmp_path.iterdir())

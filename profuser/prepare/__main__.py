@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
 
     flags = {"fresh": "rename an existing store aside and start over"}
     run = parse_run("prepare", argv, flags, "From models and prompts to a store of aligned targets.")
-    run.check_models()
+    run.check_places()
 
     import torch
     from accelerate import PartialState

@@ -23,7 +23,7 @@ from profuser.prepare import hub_files
 from profuser.prepare.hub_files import ON_HUB
 from profuser.prepare.tables import READERS, Table, is_read_in_parts, read_file
 from profuser.recipe.data import DataLocation, Split
-from profuser.recipe.places import file_suffix, files_of, is_path, resolve
+from profuser.recipe.places import data_files, file_suffix, resolve
 from profuser.recipe.utf8 import decode
 
 USUAL_NAMES: dict[Split, str] = {"train": "train", "validation": "validation", "heldout": "test"}
@@ -99,17 +99,11 @@ class _Reading(NamedTuple):
 def _located(reading: _Reading, named: str) -> Iterator[tuple[str, str, str | None]]:
     """Yields the files of one file, folder, data set or pattern, each with its name and what separates its cells."""
     location = reading.location
-    path, is_pattern = Path(resolve(named)), bool(set(named) & set("*?["))
-    if not path.exists() and (is_path(named) or is_pattern):
-        found = files_of(named)
+    path = Path(resolve(named))
+    if not path.exists() and (found := data_files(named)) is not None:
         for file in found:
             yield from _located(reading, file)
-        if found:
-            return
-        kind = "no file fits the pattern" if is_pattern else "no such file"
-        raise DataError(
-            f"data must be an existing file or folder, or a Hub data set, got {named} ({kind}); fix the path"
-        )
+        return
     if not named or path == Path():
         raise DataError(f"data must be a file, a folder or a Hub data set, got {named!r}; name one")
     if not path.is_file():

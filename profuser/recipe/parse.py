@@ -20,8 +20,9 @@ import yaml
 
 from profuser.errors import ConfigError, ProfuserError, first_line
 from profuser.recipe.checks import LARGEST
+from profuser.recipe.data import SPLITS
 from profuser.recipe.keys import Argument, argument_mistake, as_argument, completed, completed_argument, mistake
-from profuser.recipe.places import DEFAULT_RECIPE, check_model
+from profuser.recipe.places import DEFAULT_RECIPE, check_model, data_files
 from profuser.recipe.schema import Recipe
 from profuser.recipe.utf8 import read_utf8
 from profuser.recipe.yaml_text import CHARACTERS, load_yaml
@@ -83,13 +84,17 @@ class Run:
         """The directory of the run."""
         return Path(self.recipe.output or f"runs/{self.name}")
 
-    def check_models(self) -> None:
-        """Raises DataError where a source or the target is a local path at which there is nothing.
+    def check_places(self) -> None:
+        """Raises DataError where a source, the target or the data is a local path at which there is nothing.
 
-        A command that opens all models does this first, because opening them takes the imports of torch and transformers.
+        A command that opens all of them does this first, because opening them takes the imports of torch and transformers.
         """
         for model in (*self.recipe.sources, self.recipe.target_config):
             check_model(model.name, model.model)
+        for split in SPLITS:
+            location = self.recipe.data.location(split)
+            for named in [] if location is None else location.paths:
+                data_files(named)
 
 
 def parse_run(

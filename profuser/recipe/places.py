@@ -74,6 +74,21 @@ def files_of(location: str) -> list[str]:
     return [path] if Path(path).exists() else sorted(glob(path, recursive=True))
 
 
+def data_files(named: str) -> list[str] | None:
+    """Returns the files and folders that a local path or a pattern of the data stands for; None for an id on the Hub.
+
+    Raises:
+        DataError: there are none.
+    """
+    is_pattern = bool(set(named) & set("*?["))
+    if found := files_of(named):
+        return found
+    if not (is_path(named) or is_pattern):
+        return None
+    kind = "no file fits the pattern" if is_pattern else "no such file"
+    raise DataError(f"data must be an existing file or folder, or a Hub data set, got {named} ({kind}); fix the path")
+
+
 def text_or_file(key: str, text: str) -> str:
     """Returns a text that a recipe has at `key`, be it spelt out or in a .txt or .md file.
 

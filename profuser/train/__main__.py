@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         if run.options["dry-run"]:
             print_plan(run, argv)
         else:
-            run.check_models()
+            run.check_places()
             from profuser.pipeline import train_and_report
 
             train_and_report(run)
