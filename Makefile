@@ -58,7 +58,7 @@ sanitize: $(VENV)/.installed-dev
 	cd build/sanitize && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m "not long" tests/test_spans.py tests/test_byte_align*.py \
-	  tests/test_fusellm*.py tests/test_rows.py tests/test_row_losses.py $(ARGS)
+	  tests/test_fusellm*.py tests/test_rows.py tests/test_row_entries.py tests/test_row_losses.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info profuser/*.so
