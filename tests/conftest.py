@@ -7,7 +7,7 @@ import json
 import math
 import os
 import signal
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +152,57 @@ def lean_commands(request):
     from command_runs import without_pictures, without_plan
 
     with without_pictures(), without_plan():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lean_interpreter():
+    """Lets Triton's interpreter prepare its language once for a launch, and look NumPy's types up in a table.
+
+    It goes through all names of triton.language again whenever one jitted function calls another, although the launch has
+    replaced them already, which takes more than half of the time of our kernels.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # another version, which works in another way
+        yield
+        return
+    prepare, find_numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
+    prepared: set[str] = set()
+    numpy_types: dict[str, np.dtype] = {}
+
+    @cache
+    def seen_from(fn):
+        modules = {"tl": tl, "core": tl.core}
+        return {name for name, module in modules.items() if any(value is module for value in fn.__globals__.values())}
+
+    def prepare_once(fn):
+        new = seen_from(fn) - prepared
+        if not new:
+            return interpreter._LangPatchScope()
+        scope = prepare(fn)
+        prepared.update(new)
+        restore = scope.restore
+
+        def restore_and_forget():  # a launch calls it when it ends
+            restore()
+            prepared.difference_update(new)
+
+        scope.restore = restore_and_forget
+        return scope
+
+    def numpy_type(dtype):
+        if dtype.name not in numpy_types:  # the type of a block cannot be hashed, and its name says all of it
+            numpy_types[dtype.name] = find_numpy_type(dtype)
+        return numpy_types[dtype.name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", prepare_once)
+        patch.setattr(interpreter, "_get_np_dtype", numpy_type)
         yield
 
 
