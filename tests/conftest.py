@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 from functools import cache, partial
 from pathlib import Path
 
@@ -41,10 +42,23 @@ os.fsync = lambda fd: None
 gc.set_threshold(50_000, 10, 10)
 
 
-def pytest_collection_finish():
-    """Lets the garbage collector leave out from now on what has been imported and collected."""
+def leave_out_of_collections():
+    """Lets the garbage collector leave out from now on what there is, which is mostly what has been imported and collected."""
+    global imported
+    imported = len(sys.modules)
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    leave_out_of_collections()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """What a test has imported is left out as well: every preparation and training collects, several times."""
+    if len(sys.modules) > imported + 50:
+        leave_out_of_collections()
 
 
 def pytest_collection_modifyitems(config, items):
