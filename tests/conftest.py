@@ -10,6 +10,7 @@ import signal
 import sys
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,7 +215,25 @@ def lean_interpreter():
             numpy_types[dtype.name] = find_numpy_type(dtype)
         return numpy_types[dtype.name]
 
+    def remembering(init, key_of, own):
+        """An __init__ that computes attributes once for all objects of the same key, other than those that are an object's own."""
+        attributes: dict[Any, dict[str, Any]] = {}
+
+        def init_once(self, *arguments):
+            key = key_of(*arguments)
+            if key not in attributes:
+                init(self, *arguments)
+                attributes[key] = {name: value for name, value in vars(self).items() if name not in own}
+            vars(self).update(attributes[key], **dict(zip(own, arguments)))
+
+        return init_once
+
+    types_of_blocks = remembering(tl.block_type.__init__, lambda element, shape: (element.name, *shape), ())
+    tensors = remembering(tl.tensor.__init__, lambda handle, type: type.name, ("handle", "type"))
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tl.block_type, "__init__", types_of_blocks)
+        patch.setattr(tl.tensor, "__init__", tensors)
         patch.setattr(interpreter, "_patch_lang", prepare_once)
         patch.setattr(interpreter, "_get_np_dtype", numpy_type)
         yield
