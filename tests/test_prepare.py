@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,8 @@ def test_a_schedule_with_inference_mode_needs_judges(prepared, tmp_path):
 
 def test_without_judges_ground_truth_schedules_still_work(prepared, tmp_path):
     _, run, _ = prepared
-    recipe = replace(run.recipe, judges=[], schedule="fusellm", store=str(tmp_path / "s"))
+    data = replace(run.recipe.data, validation=None, heldout=None)
+    recipe = replace(run.recipe, judges=[], schedule="fusellm", data=data, store=str(tmp_path / "s"))
     store = prepare(replace(run, recipe=recipe))
     assert {s.mode for s in sequences_of(Targets(store, "train"))} == {Mode.TRAINING}
     summary = json.loads((store.directory / "summary.json").read_text())
@@ -234,6 +236,7 @@ def test_a_target_that_is_no_source_keeps_its_own_tokenizer(prepared, tmp_path):
         run.recipe,
         sources=[SourceConfig(name="s", model="demo:scholar"), SourceConfig(name="s-0.5b", model="demo:reckoner")],
         target="demo:guardian",
+        data=replace(run.recipe.data, validation=None, heldout=None),
         store=str(tmp_path / "s"),
     )
     store = prepare(replace(run, recipe=recipe))
@@ -279,6 +282,7 @@ def test_odd_cells_stay_texts(tmp_path):
 
 def test_a_judge_that_never_scores_is_an_error(prepared, tmp_path):
     _, run, _ = prepared
+    shutil.copytree(run.store_dir, tmp_path / "s")  # it has the responses already
     judges = [JudgeConfig(name="broken", function="test_prepare:always_nan")]
     with pytest.raises(DataError, match="judge broken"):
         prepare(replace(run, recipe=replace(run.recipe, judges=judges, store=str(tmp_path / "s"))))
