@@ -8,9 +8,9 @@ import math
 import os
 import signal
 import sys
-from functools import cache, partial
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +41,7 @@ os.fsync = lambda fd: None
 # The garbage collector would go through all modules and tests again and again, while they are collected, which takes a quarter of
 # that time, and then while tests run.
 gc.set_threshold(50_000, 10, 10)
+imported = 0
 
 
 def leave_out_of_collections():
@@ -172,70 +173,11 @@ def lean_commands(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def lean_interpreter():
-    """Lets Triton's interpreter prepare its language once for a launch, and look NumPy's types up in a table.
-
-    It goes through all names of triton.language again whenever one jitted function calls another, although the launch has
-    replaced them already, which takes more than half of the time of our kernels.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        yield
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    if not hasattr(interpreter, "_LangPatchScope"):  # another version, which works in another way
-        yield
-        return
-    prepare, find_numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
-    prepared: set[str] = set()
-    numpy_types: dict[str, np.dtype] = {}
-
-    @cache
-    def seen_from(fn):
-        modules = {"tl": tl, "core": tl.core}
-        return {name for name, module in modules.items() if any(value is module for value in fn.__globals__.values())}
-
-    def prepare_once(fn):
-        new = seen_from(fn) - prepared
-        if not new:
-            return interpreter._LangPatchScope()
-        scope = prepare(fn)
-        prepared.update(new)
-        restore = scope.restore
-
-        def restore_and_forget():  # a launch calls it when it ends
-            restore()
-            prepared.difference_update(new)
-
-        scope.restore = restore_and_forget
-        return scope
-
-    def numpy_type(dtype):
-        if dtype.name not in numpy_types:  # the type of a block cannot be hashed, and its name says all of it
-            numpy_types[dtype.name] = find_numpy_type(dtype)
-        return numpy_types[dtype.name]
-
-    def remembering(init, key_of, own):
-        """An __init__ that computes attributes once for all objects of the same key, other than those that are an object's own."""
-        attributes: dict[Any, dict[str, Any]] = {}
-
-        def init_once(self, *arguments):
-            key = key_of(*arguments)
-            if key not in attributes:
-                init(self, *arguments)
-                attributes[key] = {name: value for name, value in vars(self).items() if name not in own}
-            vars(self).update(attributes[key], **dict(zip(own, arguments)))
-
-        return init_once
-
-    types_of_blocks = remembering(tl.block_type.__init__, lambda element, shape: (element.name, *shape), ())
-    tensors = remembering(tl.tensor.__init__, lambda handle, type: type.name, ("handle", "type"))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tl.block_type, "__init__", types_of_blocks)
-        patch.setattr(tl.tensor, "__init__", tensors)
-        patch.setattr(interpreter, "_patch_lang", prepare_once)
-        patch.setattr(interpreter, "_get_np_dtype", numpy_type)
+        if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+            from lean_interpreter import make_lean
+
+            make_lean(patch)
         yield
 
 
