@@ -98,7 +98,8 @@ def test_files_that_other_tools_write_are_read(tmp_path):
         ('{\n "data": [\n  {"prompt": "a"}\n ]\n}', "it is one object with the keys data"),
         ('{\n "prompt": "a",\n "response": "b"\n}', "with the keys prompt, response"),
         ('[{"prompt": "a"}, {"prompt": "b", "prompt": "c"}]', "'prompt' stands in an object twice, {'prompt': 'c'}"),
-        ('{"prompt": "a"}\n{"prompt": "b",}', "line 2: "),
+        ('{"prompt": "a"}\n{"prompt": "b",}', "(line 2: "),
+        ('{"prompt": "a"}\n{"prompt": "b', "(line 2: Unterminated string starting at, at character 12)"),
     ],
 )
 def test_json_of_another_shape_says_what_it_is(tmp_path, content, expected):
@@ -273,6 +274,7 @@ def test_a_split_has_to_be_named_where_a_score_could_be_one_on_training_rows(tmp
     message = refusal(folder, "heldout")
     assert "(train, test)" in message
     assert f"set data.heldout: {{ path: {folder}, split: test }}" in message
+    assert f"set data.validation: {{ path: {folder}, split: test }}" in refusal(folder, "validation")
     assert "got tset; " in refusal(DataLocation(path=str(folder), split="tset"), "heldout")
 
 
@@ -471,6 +473,21 @@ def test_a_file_is_not_held_in_memory(tmp_path):
     assert len(limited(path, 3)) == 3
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ending", ["arrow", "arrow.gz"])
+def test_a_stream_whose_writer_was_killed_between_two_tables_is_an_error(tmp_path, ending):
+    table, content = pyarrow.table({"prompt": ["a", "b"], "response": ["c", "d"]}), pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(content, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+        there = content.tell()
+    path = tmp_path / f"data.{ending}"
+    packed = gzip.compress if ending.endswith("gz") else bytes
+    path.write_bytes(packed(content.getvalue().to_pybytes()))
+    assert responses(path) == ["c", "d"]
+    path.write_bytes(packed(content.getvalue().to_pybytes()[:there]))
+    assert "was not written to its end" in refusal(path)
+    assert [row["response"] for row in limited(path, 1)] == ["c"]
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])

@@ -159,7 +159,9 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
             f"{next(iter(files))}, got {name or 'none'}; run once where it can be, without data.limit, or name this one"
         )
     if name not in files:
-        (nearest,) = difflib.get_close_matches(name or USUAL_NAMES[split], files, n=1, cutoff=0)
+        # Training rows are never proposed to be scored or validated on where there are others.
+        proposed = files if name or split == "train" else {other for other in files if other != "train"} or files
+        (nearest,) = difflib.get_close_matches(name or USUAL_NAMES[split], proposed, n=1, cutoff=0)
         raise DataError(
             f"{reading.key} must name one of the splits of {named} ({', '.join(files)}), got {name or 'none'}; "
             f"{reading.to_choose(split=nearest)}"

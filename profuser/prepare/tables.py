@@ -23,6 +23,10 @@ from profuser.recipe.utf8 import decode, defect, text_of, texts_in
 BATCH = 1024
 """How many rows of a binary file are read at a time."""
 
+CONTINUED = b"\xff\xff\xff\xff"
+"""What stands before every message of an Arrow stream. With a length of 0 behind it, it is the mark at the end
+(https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format)."""
+
 Table = Iterator[dict[str, Any]]
 """The rows of a file, which are read as they are asked for."""
 
@@ -112,7 +116,7 @@ def read_arrow(file: Any) -> Table:
     has_index = file.read(6) == b"ARROW1"
     file.seek(0)
     if not has_index:
-        return _arrow_rows(pyarrow.ipc.open_stream(file))
+        return _arrow_rows(_whole_stream(file))
     reader = pyarrow.ipc.open_file(file)
     return _arrow_rows(map(reader.get_batch, range(reader.num_record_batches)))
 
@@ -180,10 +184,12 @@ def _check_unicode(name: str, number: int, row: dict[str, Any]) -> None:
 def _json_lines(lines: Iterable[str]) -> Table:
     """Reads one JSON object per line."""
     for number, line in enumerate(lines, start=1):
-        line = line.lstrip("\ufeff")  # two files that were joined have a second mark
+        line = line.strip(" \t\r\n").lstrip("\ufeff")  # two files that were joined have a second mark
         if line.strip():
             try:
                 yield _object(from_json(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error.msg}, at character {error.colno}") from None
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
 
@@ -193,6 +199,22 @@ def _object(value: object) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"a row must be an object, got a {type(value).__name__}")
     return value
+
+
+def _whole_stream(file: Any) -> Iterator[Any]:
+    """Yields the tables of an Arrow stream. One whose writer was killed may end between two of them, and then lacks the mark at the end.
+
+    Streams from before Arrow 0.15, whose messages do not begin with CONTINUED, are taken as they are.
+    """
+    import pyarrow
+
+    is_marked = file.read(len(CONTINUED)) == CONTINUED
+    file.seek(0)
+    yield from pyarrow.ipc.open_stream(file)
+    mark = CONTINUED + bytes(4)
+    file.seek(max(file.tell() - len(mark), 0))
+    if is_marked and file.read(len(mark)) != mark:
+        raise ValueError("it was not written to its end, so that rows may be missing: write it again")
 
 
 def _seekable(file: Any) -> Any:
