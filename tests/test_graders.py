@@ -35,6 +35,8 @@ from profuser.text.conversation import Conversation
     [
         ("8-4=4. 4+5=9. Answer: 11.", "11."),
         ("First, Answer: 3.\nNo.\n**Answer:** 4\nGlad to help!", "4"),
+        ("**Answer**: 4 of 12", "4 of 12"),
+        ("The **answer** is 4", "4"),
         ("So the answer is 12 apples", "12 apples"),
         ("The answer is: bitter", "bitter"),
         ("I cannot answer that.", "I cannot answer that."),
@@ -87,7 +89,7 @@ def test_the_last_number_in_a_text(text, value):
     [
         ("exact", {"response": "A bozun is a stone. Answer: bitter."},
          ["Answer: Bitter", "bitter", "sweet", "Answer: not bitter"], [1, 1, 0, 0]),
-        ("exact", {"response": "long words", "answer": "B"}, ["The answer is **B**.", "b", "A or B"], [1, 1, 0]),
+        ("exact", {"response": "long words", "answer": "B"}, ["The answer is **B**.", "\u201cb\u201d.", "A or B"], [1, 1, 0]),
         ("exact", {"response": "x", "answer": 7}, ["7", "7.0"], [1, 0]),
         ("exact", {"response": ""}, ["anything"], [math.nan]),
         ("number", {"response": "4+5=9. Answer: 9."}, ["Answer: 9", "It is 9.0 in all", "4+5=10", "nine"], [1, 1, 0, 0]),

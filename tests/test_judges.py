@@ -21,8 +21,10 @@ from transformers import (
 )
 
 from profuser.errors import DataError
+from profuser.evaluate.match import load_match
 from profuser.prepare.judges import load_judge, open_judge
 from profuser.recipe.schema import JudgeConfig
+from profuser.text.template import ChatTemplate, conversation
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {
@@ -196,3 +198,20 @@ def test_a_template_that_refuses_a_conversation_is_one_line(tmp_path):
     judge = load_judge(JudgeConfig(name="rm", model=reward_model(tmp_path, template=template)))
     with pytest.raises(DataError, match="on the prompt 'no' it raised TemplateError: not that"):
         judge([{"prompt": "no"}], [["42"]])
+
+
+def test_a_line_that_names_a_long_prompt_stays_short():
+    example = {"prompt": "word " * 20_000, "response": "x", "skill": "all"}
+    refusing = "{% if messages[0]['content']|length > 99 %}{{ raise_exception('too long') }}{% endif %}" + CHATML
+    template = ChatTemplate(wrap(byte_level(500), refusing), name="rm")
+    for call in (
+        lambda: load_judge(JudgeConfig(name="j", function="test_judges:nothing"))([example], [["a"]]),
+        lambda: load_match("test_judges:nothing", fix="fix it")(example, "a"),
+        lambda: template.ids(conversation(example["prompt"], "x")),
+    ):
+        with pytest.raises(DataError, match="on the prompt 'word word") as error:
+            call()
+        assert len(str(error.value)) < 1000
+
+
+def nothing(*_): ...

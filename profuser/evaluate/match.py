@@ -38,16 +38,16 @@ def load_match(path: str | None, fix: str = AGAIN) -> Match:
     def match(example: Row, response: str) -> bool:
         """Calls the user's function, and checks that it returns True or False."""
         example = for_functions(example)
+        rule = (
+            f"evaluation.match: {path} must return True or False, on the prompt {in_short(example['prompt'])} it gave"
+        )
         try:
             right = function(example, response)
         except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
             right = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(right, (bool, np.bool_)):
             return bool(right)
-        raise DataError(
-            f"evaluation.match: {path} must return True or False, on the prompt {example['prompt']!r} it gave {in_short(right)}; "
-            f"{fix}"
-        )
+        raise DataError(f"{rule} {in_short(right)}; {fix}")
 
     return match
 

@@ -23,7 +23,9 @@ from profuser.recipe.schema import Grader
 Scores = Callable[[dict[str, Any], Sequence[str]], list[float]]
 """What judges that are functions are: it gives an example and some responses one score each."""
 
-NAMED = re.compile(r"\banswer\b(?:\s+is\b)?\s*[:=]?\**\s*", re.IGNORECASE)
+NAMED = re.compile(r"\banswer\b\**(?:\s+is\b)?\s*[:=]?\**\s*", re.IGNORECASE)
+AROUND = " .*\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
+"""What may stand around an answer without being a part of it: full stops, stars and quotes, also those of typesetters."""
 NUMBER = re.compile(
     r"(?<![\w.])(?P<sign>[-+\u2212]?)[$\u20ac\u00a3]?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?"
     r"(?:[eE](?P<power>[-+]?\d{1,3})(?![\w]))?(?:\s?/\s?(?P<below>\d+(?:\.\d+)?))?(?!\d)"
@@ -77,7 +79,7 @@ def exact() -> Scores:
     """The answers are the same text, but for case, whitespace, and what stands around them of quotes, stars and full stops."""
 
     def plain(text: str) -> str:
-        return " ".join(text.split()).strip(" .*\"'`").casefold()
+        return " ".join(text.split()).strip(AROUND).casefold()
 
     def score(example: dict[str, Any], responses: Sequence[str]) -> list[float]:
         right = plain(right_answer(example))

@@ -294,7 +294,7 @@ def _function_judge(judge: str, path: str, function: Callable) -> Judge:
 def _numbers(judge: str, path: str, function: Callable, example: Row, responses: Sequence[str]) -> list[float]:
     """Calls a judge's function, and checks that it gives one number per response."""
     example = for_functions(example)
-    rule = f"judge {judge}: {path} must return one number per response, on the prompt {example['prompt']!r} it"
+    rule = f"judge {judge}: {path} must return one number per response, on the prompt {in_short(example['prompt'])} it"
     try:
         given = function(example, list(responses))
     except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything

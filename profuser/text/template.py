@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from profuser.errors import DataError, first_line
+from profuser.errors import DataError, first_line, in_short
 from profuser.text.bounded import BoundedRenderer, Render, renderer_of
 from profuser.text.conversation import Conversation, Prompt, Turn, as_messages
 
@@ -158,7 +158,7 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template's code may raise anything
             raise DataError(
-                f"{self.name}'s chat template must render every conversation, on the prompt {messages[0]['content']!r} it "
+                f"{self.name}'s chat template must render every conversation, on the prompt {in_short(messages[0]['content'])} it "
                 f"raised {type(error).__name__}: {first_line(error)}; {self.fix}"
             ) from error
 

@@ -110,7 +110,7 @@ def _around(template: ChatTemplate, turns: list[Message], last: Message) -> tupl
     text = _rendered(template, [*turns, last | {"content": sentinel}])
     if text.count(sentinel) != 1:
         raise DataError(
-            f"a chat template must show the response once, {template.name}'s renders {text!r}; {template.fix}"
+            f"a chat template must show the response once, {template.name}'s renders {in_short(text)}; {template.fix}"
         )
     before, behind = text.split(sentinel)
     return before, behind
@@ -171,7 +171,7 @@ def checked(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         silent = turn.get("role") == "assistant" and turn.setdefault("content", None) is None
         if not isinstance(turn.get("role"), str) or not (silent or isinstance(turn.get("content"), str)):
             raise DataError(
-                f"a message must have a `role` and a `content` that are strings, got {turn!r} as number {n + 1}; "
+                f"a message must have a `role` and a `content` that are strings, got {in_short(turn)} as number {n + 1}; "
                 "join the parts of a content to one string"
             )
     if turns[-1]["role"] != "assistant":
