@@ -255,6 +255,8 @@ def at_one(value):
         (change(top_logprobs=at_one(float("nan"))), "token 1 (from 0): a log-probability must be a number, 0 at most, got"),
         (change(top_logprobs=at_one(-0.1)), "token 1 (from 0): probabilities must add up to 1 at most, got 1.355"),
         (change(top_logprobs=lambda x: [x[0], x[1][1:], *x[2:]]), "token 1 (from 0): `top_ids` and `top_logprobs` must be lists of one"),
+        (change(logprobs=[-30.0] * 7), "token 0 (from 0): the log-probability of its own"),
+        (change(top_ids=at_one(200), logprobs=[None, 0.0, *[None] * 5]), "must be at most that of the last among the most probable"),
         (lambda row: row | {"prompt_logprobs": [1], "prompt_token_ids": [5]}, "`prompt_logprobs` must map tokens to their `logprob`"),
     ],
 )  # fmt: skip
@@ -288,7 +290,7 @@ def test_a_response_that_is_cut_takes_the_tokens_before_the_cut_or_the_line_says
 
 
 def test_of_rows_with_other_tokens_that_one_counts_which_fits(tmp_path, chat, row):
-    other = row | {"token_ids": [5, *row["token_ids"][1:]], "logprobs": [-1.0] * len(row["token_ids"])}
+    other = row | {"token_ids": [5, *row["token_ids"][1:]], "logprobs": [-20.0, *[None] * (len(row["token_ids"]) - 1)]}
     given = GivenLogprobs("g", written(tmp_path / "a.jsonl", other, row), chat, K)
     assert said(given, chat).capture.ids.tolist() == row["token_ids"]
 

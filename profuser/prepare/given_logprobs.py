@@ -35,6 +35,8 @@ LARGEST = 1e6
 """No log-probability is below this with its sign turned, but that of what is impossible."""
 ROUNDING = 1e-3
 """By so much a probability, or the sum of a row's, may be above 1: servers round them."""
+APART = 0.02
+"""So far may a token's own log-probability be from what the most probable ones say, as a share of it, or absolutely above -1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,7 @@ def _read(where: str, row: Mapping[str, Any], vocabulary: int, top_k: int) -> Gi
             if own_given is not None:
                 known = own_given[n]
         best = _checked(place, said, vocabulary)
-        own[n] = best.get(int(ids[n]), np.nan if known is None else _logprob(place, known))
+        own[n] = _own(place, int(ids[n]), best, known)
         kept = sorted(best.items(), key=lambda entry: (-entry[1], entry[0]))[:top_k]
         for j, (candidate, logprob) in enumerate(kept):
             top_ids[n, j], top_logprobs[n, j] = candidate, logprob
@@ -253,6 +255,22 @@ def _checked(place: str, entries: Iterable[tuple[Any, Any]], vocabulary: int) ->
             f"{place}: probabilities must add up to 1 at most, got {total:.4g}; write natural logarithms of what is not cut or scaled"
         )
     return found
+
+
+def _own(place: str, token: int, best: Mapping[int, float], known: Any) -> float:
+    """The log-probability of the token itself: what the most probable ones say, else what is given for it; NaN where neither does."""
+    if known is None:
+        return best.get(token, math.nan)
+    given = _logprob(place, known)
+    highest = best.get(token, min(best.values(), default=0.0))
+    apart = given - highest if token not in best else abs(given - highest)
+    if math.isfinite(given) and apart > APART * max(1.0, -highest):
+        what = "equal its entry" if token in best else "be at most that of the last"
+        raise DataError(
+            f"{place}: the log-probability of its own {token} must {what} among the most probable ({highest:.4g}), got {given:.4g}; "
+            "check that all lists begin at the same token"
+        )
+    return best.get(token, given)
 
 
 def _token(place: str, token: Any, vocabulary: int) -> int:
