@@ -196,6 +196,8 @@ def test_a_server_may_say_how_long_to_wait(chat):
         ((500, "out of memory"), ProfuserError, r"it did not in 3 tries \(500 out of memory\); start it"),
         ((302, ""), ProfuserError, "must not redirect"),
         ((200, "<html>"), ProfuserError, "must reply with JSON, got '<html>'"),
+        ((200, "[" * 100_000), ProfuserError, r"must reply with JSON, got '\[\["),
+        ((400, "[" * 100_000), ConfigError, r"refuses a request: 400 \[\["),
         ((200, {"choices": []}), ProfuserError, "must reply with choices"),
         ((200, []), ProfuserError, "must reply with choices"),
         (choice(7), ProfuserError, "must reply with choices"),  # pyrefly: ignore[bad-argument-type]

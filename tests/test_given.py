@@ -148,6 +148,7 @@ def test_scores_are_found_by_prompt_and_response(tmp_path):
         ({"score": True}, "must be a number"),
         ({"scores": 2}, "must be a number or null, got None"),  # a name that is not read would be an abstention
         ({"score": "high"}, "must be a number"),
+        ({"score": 10**400}, "must be a number or null, got 1000"),
         ({"score": 3}, "one score"),
     ):
         path = written(

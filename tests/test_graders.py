@@ -78,6 +78,7 @@ def test_the_answer_in_a_text(text, answer):
         ("none", None),
         ("", None),
         ("9" * 40, int("9" * 40)),
+        pytest.param("1/1" + "0" * 5000, Fraction(1, 10**5000), id="long"),
     ],
 )
 def test_the_last_number_in_a_text(text, value):
@@ -232,6 +233,11 @@ def no_waiting(monkeypatch):
         ('{"score": "9"}', 9),
         ('{"score": true}', None),
         ("[1, 2]", None),
+        pytest.param('{"why": "good", "score": 1' + "0" * 400 + "}", None, id="too large"),
+        pytest.param("[" * 100_000, None, id="nested"),
+        pytest.param(
+            "the\n" * 100_000 + "Score: 5", 5, id="long"
+        ),  # a search that starts again at every line would take minutes
         ("", None),
     ],
 )

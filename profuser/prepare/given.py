@@ -97,7 +97,7 @@ class GivenScores:
                 if isinstance(score, bool) or "score" not in row:
                     raise TypeError
                 value = float("nan") if score is None else float(score)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise DataError(
                     f"{where}: `score` must be a number or null, got {in_short(score)}; fix the row"
                 ) from None

@@ -109,7 +109,7 @@ def number_in(text: str) -> Fraction | None:
         except InvalidOperation:
             continue
         value *= Fraction(10) ** int(match["power"] or 0)
-        below = Fraction(match["below"] or 1)
+        below = Fraction(Decimal(match["below"] or 1))  # a Fraction of a text has a limit of 4,300 digits
         if below:
             found = (-value if match["sign"] in ("-", "\u2212") else value) / below
     return found

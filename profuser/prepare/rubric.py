@@ -36,7 +36,7 @@ Explain briefly what is right and wrong with it. Then end with a line of its own
 
 VALUE = r"([-+]?\d+(?:\.\d+)?)"
 LINE = re.compile(
-    rf"^\W*(?:(?:my|the|final|overall)\s+)*score\b(?:\s+is\b)?\W*?{VALUE}\s*(?:/\s*\d+(?:\.\d+)?)?\W*$",
+    rf"^[^\w\n]*(?:(?:my|the|final|overall)[^\S\n]+)*score\b(?:\s+is\b)?\W*?{VALUE}\s*(?:/\s*\d+(?:\.\d+)?)?\W*$",
     re.IGNORECASE | re.MULTILINE,
 )
 BRACKETS = re.compile(rf"\[\[\s*{VALUE}\s*\]\]")
@@ -127,9 +127,9 @@ def score_in(reply: str) -> float | None:
             return float(found[-1])
     try:
         content = json.loads(reply.strip().removeprefix("```json").removeprefix("```").removesuffix("```"))
-    except ValueError:
-        content = None
-    if isinstance(content, dict) and type(content.get("score")) in (int, float):
-        return float(content["score"])
+        if isinstance(content, dict) and type(content.get("score")) in (int, float):
+            return float(content["score"])
+    except (ValueError, OverflowError, RecursionError):  # no JSON, or a number or nesting that nobody means
+        pass
     alone = ALONE.fullmatch(reply)
     return float(alone[1]) if alone else None

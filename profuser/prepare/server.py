@@ -179,7 +179,7 @@ class Server:
                 )
             try:
                 return reply.json()
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise self._error(f"must reply with JSON, got {in_short(reply.text)}", "correct its url") from None
         tries = self.config.retries + 1
         raise self._error(
@@ -205,7 +205,7 @@ class Server:
             error = reply.json()
             error = error.get("error", error) if isinstance(error, dict) else error
             text = error.get("message", error) if isinstance(error, dict) else error
-        except ValueError:
+        except (ValueError, RecursionError):
             text = reply.text
         text = " ".join(str(text).split())[:300] or reply.reason
         return f"{reply.status_code} {text.replace(self._key, '***') if self._key else text}"
