@@ -121,6 +121,7 @@ def test_greedy_requests_have_no_seed_and_a_response_has_the_room_that_is_left(c
         (choice("", "content_filter"), one("", False)),
         (choice(None, "tool_calls"), one("", False)),
         (choice("half a \ufffd"), one("half a \ufffd", True, Verdict.BROKEN)),
+        (choice("half a \ud83d", "length"), one("half a \ufffd", False, Verdict.BROKEN)),
     ],
 )
 def test_what_a_server_says_is_recorded_as_what_it_is(chat, reply, expected):

@@ -16,6 +16,7 @@ import requests
 
 from profuser.errors import ConfigError, ProfuserError, first_line, in_short
 from profuser.recipe.server import ServerConfig
+from profuser.recipe.utf8 import SURROGATE
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -105,9 +106,9 @@ class Server:
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         return Reply(
-            text or "",
+            _unicode(text or ""),
             reason == "stop",
-            reasoning if isinstance(reasoning, str) else "",
+            _unicode(reasoning) if isinstance(reasoning, str) else "",
             tokens if isinstance(tokens, int) else 0,
         )
 
@@ -244,6 +245,11 @@ def _reason(error: requests.RequestException) -> str:
             break
         cause = inner
     return first_line(cause).rpartition(">: ")[2].rpartition("): ")[2] or type(error).__name__
+
+
+def _unicode(text: str) -> str:
+    """A text as JSON spells it, with the character of broken bytes in place of halves of others, such as at the end of a cut reply."""
+    return SURROGATE.sub("\ufffd", text)
 
 
 def _seconds(header: str | None) -> float:
