@@ -323,6 +323,9 @@ def test_the_command_says_what_a_store_holds_and_finds_damage(store, capsys):
     (store.directory / f"{TEXTS.shard(0)}.json").write_text("[]")
     with pytest.raises(DataError, match=r"1 of 6 files .*responses/train-a-00000"):
         store_command(["verify", str(store.directory)])
+    store.drop_damaged()
+    with pytest.raises(DataError, match="is not complete, all 3 files that it has are what was written"):
+        store_command(["verify", str(store.directory)])
 
 
 def test_set_aside_renames_and_never_overwrites(tmp_path):

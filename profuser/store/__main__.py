@@ -50,9 +50,8 @@ def main(argv: list[str]) -> None:
         convert(args)
         return
 
-    from profuser.errors import DataError
     from profuser.store.export import export
-    from profuser.store.store import BESIDE, Store
+    from profuser.store.store import Store
 
     store = Store.open(args.directory, complete=args.action == "export")
     if args.action == "info":
@@ -64,13 +63,8 @@ def main(argv: list[str]) -> None:
         lines = difference(store, Store.open(args.other, complete=False))
         print("\n".join(lines) or "the stores are the same")
         sys.exit(bool(lines))
-    elif damaged := [*store.damaged(), *store.damaged_findings(names=BESIDE)]:
-        raise DataError(
-            f"store {store.directory} must hold what was written, {len(damaged)} of {len(store) + len(BESIDE)} files are damaged or "
-            f"missing ({damaged[0]}); run `python -m profuser.prepare` with its recipe to build them again"
-        )
     else:
-        print(f"{store.directory}: all {len(store) + len(BESIDE)} files are what was written")
+        print(verified(store))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -108,6 +102,30 @@ def difference(one: Store, other: Store) -> list[str]:
         elif here != there:
             lines.append(f"shards differ: {name}")
     return lines
+
+
+def verified(store: Store) -> str:
+    """Checks all files of a store, and returns the line that says so.
+
+    Raises:
+        DataError: files are damaged or missing, or the store is not complete.
+    """
+    from profuser.errors import DataError
+    from profuser.store.store import BESIDE, EXAMPLES
+
+    beside = BESIDE if store.complete else (EXAMPLES,)  # what a preparation has found is written at its end
+    files = len(store) + len(beside)
+    if damaged := [*store.damaged(), *store.damaged_findings(names=beside)]:
+        raise DataError(
+            f"store {store.directory} must hold what was written, {len(damaged)} of {files} files are damaged or missing "
+            f"({damaged[0]}); run `python -m profuser.prepare` with its recipe to build them again"
+        )
+    if not store.complete:
+        raise DataError(
+            f"store {store.directory} is not complete, all {files} files that it has are what was written; run "
+            "`python -m profuser.prepare` with its recipe to finish it"
+        )
+    return f"{store.directory}: all {files} files are what was written"
 
 
 def info(store: Store) -> str:
