@@ -101,6 +101,8 @@ def test_the_last_number_in_a_text(text, value):
         ("reasoning_gym", {"prompt": "q", "response": "-4", "metadata": '{"source_dataset": "basic_arithmetic"}'}, ["-4"], [1]),
         ("reasoning_gym", {"prompt": "q", "response": "-4", "skill": "basic_arithmetic",
                            "entry": '{"question": "q", "answer": "-4", "metadata": {}}'}, ["-4"], [1]),
+        ("reasoning_gym", {"prompt": "q", "response": "2 \u00d7 3", "metadata": {"source_dataset": "prime_factorization", "number": 6}},
+         ["2 \u00d7 3", "two and three"], [1, 0]),
     ],
 )  # fmt: skip
 def test_what_a_grader_says(kind, example, responses, expected):

@@ -143,6 +143,15 @@ def reasoning_gym() -> Scores:
             "`pip install reasoning-gym`"
         ) from None
 
+    def of_one(own: Callable[[Any, dict[str, Any]], float], answer: Any, entry: dict[str, Any]) -> float:
+        try:
+            return float(own(answer, entry))
+        except (
+            Exception
+        ):  # some tasks raise anything where an answer is not of their kind, such as a word in place of numbers
+            own(entry["answer"], entry)  # what is wrong with the entry itself stays an error
+            return 0.0
+
     def score(example: dict[str, Any], responses: Sequence[str]) -> list[float]:
         entry = _entry(example)
         task = entry["metadata"].get("source_dataset") or example.get("skill")
@@ -152,7 +161,7 @@ def reasoning_gym() -> Scores:
             raise DataError(
                 f"an example of reasoning-gym must have its task as metadata.source_dataset, got {in_short(task)}; keep the metadata"
             ) from None
-        return [float(own(answer_in(response), entry)) for response in responses]
+        return [of_one(own, answer_in(response), entry) for response in responses]
 
     return score
 
