@@ -144,11 +144,10 @@ def reasoning_gym() -> Scores:
         ) from None
 
     def of_one(own: Callable[[Any, dict[str, Any]], float], answer: Any, entry: dict[str, Any]) -> float:
+        # Some tasks raise anything where an answer is not of their kind, such as a word in place of numbers.
         try:
             return float(own(answer, entry))
-        except (
-            Exception
-        ):  # some tasks raise anything where an answer is not of their kind, such as a word in place of numbers
+        except Exception:
             own(entry["answer"], entry)  # what is wrong with the entry itself stays an error
             return 0.0
 

@@ -110,7 +110,7 @@ def _around(template: ChatTemplate, turns: list[Message], last: Message) -> tupl
     text = _rendered(template, [*turns, last | {"content": sentinel}])
     if text.count(sentinel) != 1:
         raise DataError(
-            f"a chat template must show the response once, {template.name}'s renders {in_short(text)}; {template.fix}"
+            f"a chat template must show the response once, {template.name}'s renders {text!r}; {template.fix}"
         )
     before, behind = text.split(sentinel)
     return before, behind
