@@ -123,6 +123,9 @@ def test_every_bundled_recipe_parses(recipe):
         ({"optim": {"betas": [1.5, 0.9]}}, "optim.betas"),
         ({"optim": {"log_every": 0}}, "optim.log_every"),
         ({"seed": -1}, "seed"),
+        ({"adapter": {"rank": 0}}, "adapter.rank must be > 0"),
+        ({"adapter": {"target_modules": []}}, "adapter.target_modules must have a name"),
+        ({"sources": [{"name": "a", "model": "m", "generation": {"top_p": 0.0}}]}, "sources: generation.top_p"),
         ({"date": "31.7.2026"}, "date must be a date such as"),
     ],
 )
@@ -131,6 +134,7 @@ def test_a_wrong_recipe_names_the_key(tmp_path, change, expected):
         parse(tmp_path, MINIMAL | change)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+    assert "Subtypes" not in str(error.value)  # jsonargparse's words for a group that may be null
 
 
 @pytest.mark.parametrize(
@@ -387,6 +391,12 @@ def test_the_record_of_a_run_is_read_and_left_as_it_is(tmp_path):
     record = recipe.to_dict()
     assert load_recipe(record) == load_recipe(record) == recipe
     assert record == recipe.to_dict()
+
+
+def test_a_record_with_a_value_that_a_group_refuses_is_blamed_in_one_line(tmp_path):
+    record = parse(tmp_path, MINIMAL).recipe.to_dict() | {"adapter": {"rank": 0}}
+    with pytest.raises(ConfigError, match=r"^adapter\.rank must be > 0[^\n]*$"):
+        load_recipe(record)
 
 
 def test_a_run_that_was_begun_before_a_key_existed_has_its_default(tmp_path):

@@ -173,7 +173,7 @@ def load_recipe(record: dict[str, Any]) -> Recipe:
     parser = _record_parser()
     try:
         namespace = parser.instantiate(parser.parse_object(deepcopy(record)))  # it is changed there
-    except (jsonargparse.ArgumentError, TypeError, AttributeError) as error:
+    except (jsonargparse.ArgumentError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{_one_line(error)} (recipe: run.json)") from None
     return _recipe(namespace)
 
@@ -262,7 +262,15 @@ def _recipe(namespace: Any) -> Recipe:
 
 
 def _one_line(error: Exception) -> str:
-    """Turns jsonargparse's message into one line."""
+    """Turns jsonargparse's message into one line, or takes that of our own error behind it.
+
+    It wraps our errors where a group may be null: then it tries both, and lists what each came to.
+    """
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, ConfigError):
+        inner = inner.__cause__ or inner.__context__
+    if inner is not None:
+        return str(inner)
     message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if found := re.match(r"the following arguments are required: (.*)", message):
         return f"a recipe must have the keys {found[1]}, it lacks them; add them"
