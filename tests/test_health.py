@@ -8,6 +8,7 @@ import random
 import pytest
 from test_train import trainer
 
+from profuser.errors import NonFiniteError
 from profuser.store.sealed import unsealed
 from profuser.train.health import ENOUGH, Health, spike
 
@@ -67,3 +68,16 @@ def test_the_trainer_says_which_examples_were_in_the_step(prepared, tmp_path, ca
     (line,) = (tmp_path / "run/notices.jsonl").read_text().splitlines()
     entry = unsealed(json.loads(line), {"step": int, "what": str, "examples": [int]})
     assert (entry["step"], entry["examples"]) == (3, examples)
+
+
+def test_a_gradient_that_is_not_finite_names_the_examples_of_its_step(prepared, tmp_path, monkeypatch):
+    _, run, store = prepared
+    t = trainer(run, store, tmp_path / "run")
+    monkeypatch.setattr(t.updates, "update", lambda: float("inf"))
+    examples = sorted({s.example for i in t.steps.instructions(2) for s in t.targets[i]})
+    with pytest.raises(
+        NonFiniteError, match=f"norm inf at step 3, training examples {', '.join(map(str, examples))}; lower"
+    ):
+        t._step(2, t.stages[0], t.steps.batch(2))
+    (line,) = (tmp_path / "run/notices.jsonl").read_text().splitlines()
+    assert json.loads(line)["examples"] == examples

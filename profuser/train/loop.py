@@ -273,9 +273,7 @@ class Trainer:
             raise losses.not_finite(step)
         norm = self.updates.update()
         if not math.isfinite(norm):
-            raise NonFiniteError(
-                f"gradients must be finite, got norm {norm} at step {step + 1}; lower optim.lr or raise optim.warmup_ratio"
-            )
+            raise self._gradient_not_finite(step, norm)
         if self.capacity is not None:
             self.capacity.update(int(largest[-1]))
         return {**step_losses(sums, batch, stage), "lr": lr, "grad_norm": norm, **left_out_metrics(largest)}
@@ -292,11 +290,22 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         for what in self.health.notices(stage, loss, seconds):
-            taken = self.steps.instructions(step)
-            examples = sorted({sequence.example for i in taken for sequence in self.targets[i]})
-            shown = ", ".join(map(str, examples[:12])) + (" …" if len(examples) > 12 else "")
-            print(f"step {step + 1} stands out: {what}; training examples {shown}", flush=True)
+            print(f"step {step + 1} stands out: {what}; {self._noted(step, what)}", flush=True)
+
+    def _noted(self, step: int, what: str) -> str:
+        """Adds what stands out in a step to notices.jsonl with the examples in it, and names the first of these in words."""
+        taken = self.steps.instructions(step)
+        examples = sorted({sequence.example for i in taken for sequence in self.targets[i]})
+        if self.accelerator.is_main_process:
             append_line(self.directory / NOTICES, {"step": step + 1, "what": what, "examples": examples})
+        return "training examples " + ", ".join(map(str, examples[:12])) + (" …" if len(examples) > 12 else "")
+
+    def _gradient_not_finite(self, step: int, norm: float) -> NonFiniteError:
+        """Returns the error for a gradient that is not finite where all losses are. It cannot be traced to one of the step's examples."""
+        return NonFiniteError(
+            f"gradients must be finite, got norm {norm} at step {step + 1}, {self._noted(step, f'the gradient had norm {norm}')}; lower "
+            "optim.lr or raise optim.warmup_ratio"
+        )
 
     def trial(self, index: int) -> Generator[tuple[float, int]]:
         """Takes the steps of one stage, one at a time, as `train` does, but saves, logs and validates nothing.
