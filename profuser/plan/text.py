@@ -15,6 +15,8 @@ from profuser.train.run_record import peak_of
 
 GIB = 1 << 30
 MODULE = "profuser.train"
+GPUS = 8
+"""How many GPUs a machine has at most. More processes than that are started on several machines."""
 COLUMNS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -211,8 +213,13 @@ def commands(plan: Plan, argv: Sequence[str]) -> list[str]:
     """What to type."""
     lines = ["commands:"]
     for n in dict.fromkeys(memory.processes for memory in plan.training):
-        launcher = "python" if n == 1 else f"torchrun --nproc-per-node {n}"
-        lines.append("  " + " ".join([launcher, "-m", MODULE, shlex.join(argv)]).rstrip())
+        launcher, machines = "python" if n == 1 else f"torchrun --nproc-per-node {n}", n // GPUS
+        if several := plan.device == "cuda" and machines > 1 and n % GPUS == 0:
+            launcher = (
+                f"torchrun --nnodes {machines} --nproc-per-node {GPUS} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+            )
+        line = " ".join([launcher, "-m", MODULE, shlex.join(argv)]).rstrip()
+        lines.append(f"  {line}" + (f"  # on each of {machines} machines, HOST is one of them" if several else ""))
     return lines
 
 
