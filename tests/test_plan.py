@@ -27,7 +27,7 @@ from profuser.plan.lengths import Lengths
 from profuser.plan.memory import checkpoint_bytes, loss_bytes
 from profuser.plan.plan import Plan, largest_pass, make_plan
 from profuser.plan.store_size import Counts, capture_bytes, targets_bytes
-from profuser.plan.text import plan_text, remedies, size
+from profuser.plan.text import commands, plan_text, remedies, size
 from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.optim import OptimConfig
 from profuser.recipe.parse import parse_run
@@ -350,6 +350,9 @@ class TestCommand:
         with folder(good):
             code, _, err = run("train", "--config", "recipe.yaml", "--dry-run", "--target=./nowhere")
             assert (code, err.count("\n"), "nowhere" in err) == (3, 1, True)
+            code, _, err = run("train", "--config", "recipe.yaml", "--dry-run", "--adapter.target_modules=[nope]")
+            assert (code, err.count("\n")) == (2, 1)
+            assert err.startswith("error: adapter.target_modules must name layers of the target, got nope")
             Path("train.jsonl").unlink()
             code, _, err = run("train", "--config", "recipe.yaml", "--dry-run")
             assert (code, err.count("\n"), "train.jsonl" in err) == (3, 1, True)
@@ -377,6 +380,16 @@ class TestCommand:
     def test_the_commands_keep_all_other_arguments(self):
         argv = ["--config", "a b.yaml", "--dry-run", "--processes", "4", "--optim.lr=1e-5", "--tflops=3", "--seed", "1"]
         assert without_own(argv) == ["--config", "a b.yaml", "--optim.lr=1e-5", "--seed", "1"]
+
+    @pytest.mark.parametrize("name", ["device", "probe"])
+    def test_a_source_may_be_called_what_an_option_is_called(self, name):
+        assert without_own(["--dry-run", "--device", "cpu", "--target", name]) == ["--target", name]
+
+    def test_more_gpus_than_a_machine_has_are_started_on_several(self, paper):
+        two = "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m profuser.train --seed 1"
+        assert commands(paper, ["--seed", "1"])[-1].split("  # ")[0].strip() == two
+        on_cpu = commands(replace(paper, device="cpu"), ["--seed", "1"])[-1]
+        assert on_cpu.strip() == "torchrun --nproc-per-node 16 -m profuser.train --seed 1"
 
 
 class TestLackOfMemory:

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from profuser.errors import DataError, first_line
+from profuser.errors import ConfigError, DataError, first_line
 from profuser.models.head import head_layer, hidden_states
 from profuser.models.load import read_config, weights_of
 from profuser.recipe.adapter import AdapterConfig
@@ -64,11 +64,13 @@ class Architecture:
         """The model on torch's meta device.
 
         Raises:
-            DataError: transformers cannot build it.
+            DataError: transformers cannot build it. ConfigError: the adapter does not fit it.
         """
         try:
             with torch.device("meta"):
                 return self._build() if self.adapter is None else with_adapter(self._build(), self.adapter)
+        except ConfigError:  # ours, about the adapter
+            raise
         except Exception as error:  # the configuration may ask for anything, and the model's own code raise anything
             raise DataError(
                 f"{self.name}: the plan needs a model that transformers can build, {self.config.model_type!r} failed "

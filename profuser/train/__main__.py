@@ -98,7 +98,9 @@ def without_own(argv: list[str]) -> list[str]:
     while waiting:
         word = waiting.pop(0)
         name, equals, _ = word.removeprefix("--").partition("=")
-        if name in OWN and not equals:
+        if not word.startswith("--"):  # a value, such as the name of a source
+            kept.append(word)
+        elif name in OWN and not equals:
             waiting.pop(0)
         elif name not in (*OWN, "dry-run", "probe"):
             kept.append(word)
