@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.linalg import vector_norm
+from torch.nn.utils import clip_grads_with_norm_
 from transformers import PreTrainedModel
 
 from profuser.fusion_model import FusionModel
@@ -74,11 +76,24 @@ class OwnUpdates:
         return out
 
     def update(self) -> float:
-        norm = float(whole(clip_grad_norm_(self.fusion.parameters(), self.grad_clip)))
+        parameters = [p for p in self.fusion.parameters() if p.grad is not None]
+        norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
+        clip_grads_with_norm_(parameters, self.grad_clip, norm.float())
+        norm = float(norm)
         if math.isfinite(norm):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the norm of all gradients together, fp64, the same on all processes if they are divided.
+
+    Only a row is added up in fp32. torch's own norm adds up a whole tensor so on a CPU, which for the 28 million numbers of an embedding
+    is wrong by 0.15 %, and for half of them by less: how far a gradient is clipped would depend on how the target is divided.
+    """
+    of_tensors = [vector_norm(vector_norm(gradient, dim=-1).double()) for gradient in gradients]
+    return whole(vector_norm(torch.stack(of_tensors)))
 
 
 def make_updates(
