@@ -266,11 +266,11 @@ def _one_line(error: Exception) -> str:
 
     It wraps our errors where a group may be null: then it tries both, and lists what each came to.
     """
-    inner: BaseException | None = error
-    while inner is not None and not isinstance(inner, ConfigError):
-        inner = inner.__cause__ or inner.__context__
-    if inner is not None:
-        return str(inner)
+    behind: list[BaseException] = [error]  # errors can stand behind each other in a circle
+    while (inner := behind[-1].__cause__ or behind[-1].__context__) is not None and inner not in behind:
+        behind.append(inner)
+    if own := [inner for inner in behind if isinstance(inner, ConfigError)]:
+        return str(own[0])
     message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if found := re.match(r"the following arguments are required: (.*)", message):
         return f"a recipe must have the keys {found[1]}, it lacks them; add them"
