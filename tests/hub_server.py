@@ -87,9 +87,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "cut":
             headers["Content-Length"], part = str(len(part)), part[:1]
             self.close_connection = True
-        self._send(part, status, headers)
-        if self.command == "GET":
+        if self.command == "GET":  # counted before whoever asked has it, and may look
             self.hub.sent[path] = self.hub.sent.get(path, 0) + len(part)
+        self._send(part, status, headers)
 
     def _send(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
