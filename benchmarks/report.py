@@ -101,7 +101,10 @@ def section(groups: dict[str, list[dict]], skipped: list[str]) -> str:
 
 
 def draw(groups: dict[str, list[dict]]) -> Figure:
-    """Draws the time relative to the floor and the peak memory, with one bar per implementation on logarithmic axes."""
+    """Draws the time relative to the floor and the peak memory, with one bar per implementation.
+
+    An axis is logarithmic where its longest bar is ten times its shortest or more. Otherwise it begins at 0.
+    """
     labels, bars = [], []
     for group, rows in groups.items():
         labels += [group, *(info["implementation"] for info in rows), ""]
@@ -111,13 +114,13 @@ def draw(groups: dict[str, list[dict]]) -> Figure:
     for axis, key, title in zip(
         axes, ("times_floor", "peak_mib"), ("time / time of the GEMMs alone", "peak memory, MiB")
     ):
-        for y, info in enumerate(bars):
-            value = info and info.get(key)
-            if not value:
-                continue
-            axis.barh(y, value, color=OURS if info["implementation"].startswith("profuser") else OTHERS)
+        values = {y: info[key] for y, info in enumerate(bars) if info and info.get(key)}
+        for y, value in values.items():
+            is_ours = bars[y]["implementation"].startswith("profuser")
+            axis.barh(y, value, color=OURS if is_ours else OTHERS)
             axis.annotate(f" {value:,.2f}" if value < 10 else f" {value:,.0f}", (value, y), va="center", fontsize=7)
-        axis.set(xscale="log", title=title)
+        spread = max(values.values(), default=1) / min(values.values(), default=1)
+        axis.set(xscale="log" if spread >= 10 else "linear", title=title)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(labels)), labels, fontsize=7)
