@@ -130,7 +130,7 @@ inline std::size_t workers_for(std::size_t count, std::size_t exponentials_per_r
     return std::min({static_cast<std::size_t>(std::max(threads, 1)), useful, std::max<std::size_t>(count, 1)});
 }
 
-// Calls part(worker, first, last) on shares of `count` rows, each in a thread of its own. `part` must not throw.
+// Calls part(worker, first, last) on shares of `count` rows, in torch's threads. `part` must not throw.
 template <typename Part>
 void over_rows(std::size_t count, std::size_t workers, const Part& part) {
     in_torch_threads(workers, [&](std::size_t w) { part(w, count * w / workers, count * (w + 1) / workers); });

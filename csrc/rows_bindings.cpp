@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -23,6 +25,11 @@ void require(bool fits, const std::string& what) {
     if (!fits) {
         throw std::invalid_argument(what);
     }
+}
+
+bool fits(const py::array& x, std::initializer_list<std::size_t> shape) {
+    return static_cast<std::size_t>(x.ndim()) == shape.size() &&
+           std::equal(shape.begin(), shape.end(), x.shape(), [](std::size_t a, py::ssize_t b) { return a == static_cast<std::size_t>(b); });
 }
 
 // Rows of float32 that C++ writes to: contiguous in themselves, with any distance between them.
@@ -47,8 +54,7 @@ struct Rows {
 
 void exp_rows(py::buffer logits, Array<float> maxima, Array<float> sums, std::optional<Array<float>> spreads, int threads) {
     const Rows rows(logits);
-    const auto fits = [&](const Array<float>& x) { return x.ndim() == 1 && static_cast<std::size_t>(x.size()) == rows.count; };
-    require(fits(maxima) && fits(sums) && (!spreads || fits(*spreads)),
+    require(fits(maxima, {rows.count}) && fits(sums, {rows.count}) && (!spreads || fits(*spreads, {rows.count})),
             "maxima, sums and spreads must have one number for each of the " + std::to_string(rows.count) + " rows");
     float *highest = maxima.mutable_data(), *totals = sums.mutable_data(), *spread = spreads ? spreads->mutable_data() : nullptr;
     py::gil_scoped_release release;
@@ -91,15 +97,7 @@ void loss_rows(py::buffer logits, Array<std::int64_t> gold, std::optional<Entrie
                double z_loss, bool entropies, bool gradient, py::buffer losses, std::optional<Parts> parts, int threads) {
     const Rows rows(logits), out(losses);
     const std::size_t count = rows.count;
-    const auto fits = [&](const py::array& x, std::initializer_list<std::size_t> inner) {
-        bool same = x.ndim() == static_cast<py::ssize_t>(1 + inner.size()) && static_cast<std::size_t>(x.shape(0)) == count;
-        py::ssize_t axis = 1;
-        for (const std::size_t size : inner) {
-            same = same && static_cast<std::size_t>(x.shape(axis++)) == size;
-        }
-        return same;
-    };
-    require(fits(gold, {}) && fits(weight_ce, {}) && fits(weight_kd, {}) && fits(temperature, {}),
+    require(fits(gold, {count}) && fits(weight_ce, {count}) && fits(weight_kd, {count}) && fits(temperature, {count}),
             "gold, weights and temperature must have one number for each of the " + std::to_string(count) + " rows");
     require(out.count == 5 && out.columns == count, "losses must be (5, " + std::to_string(count) + ")");
 
@@ -109,8 +107,8 @@ void loss_rows(py::buffer logits, Array<std::int64_t> gold, std::optional<Entrie
         require(inside.ndim() == 3, "inside must be (C, W, L)");
         first.W = inside.shape(1);
         first.L = inside.shape(2);
-        require(fits(ids, {first.L}) && fits(inside, {first.W, first.L}) && fits(p, {first.W, first.L + 1}) &&
-                    fits(log_p, {first.W, first.L + 1}) && fits(weight, {first.W}) && fits(apart, {first.L}),
+        require(fits(ids, {count, first.L}) && fits(inside, {count, first.W, first.L}) && fits(p, {count, first.W, first.L + 1}) &&
+                    fits(log_p, {count, first.W, first.L + 1}) && fits(weight, {count, first.W}) && fits(apart, {count, first.L}),
                 "the entries must be of " + std::to_string(count) + " rows, and of one number of sources and ids");
         first.ids = ids.data();
         first.inside = inside.data();
@@ -133,7 +131,7 @@ void loss_rows(py::buffer logits, Array<std::int64_t> gold, std::optional<Entrie
         lifted.emplace(to_lifted);
         columns = to_columns.mutable_data();
         require(scalars->count == count && scalars->columns == 3 && lifted->count == count && lifted->columns == first.L + 1 &&
-                    fits(to_columns, {first.L + 1}),
+                    fits(to_columns, {count, first.L + 1}),
                 "of each row the parts of the gradient are 3 numbers, and one for each lifted column");
         if (to_at_T) {
             at_T.emplace(*to_at_T);
@@ -206,10 +204,6 @@ void keep_entries(Array<std::int64_t> ids, Array<double> log_p, std::optional<Ar
                   double absent_tail, double tail_floor, double entry_floor, std::size_t vocabulary, KeptArrays to, int threads) {
     require(ids.ndim() == 3, "ids must be (n, W, K)");
     const std::size_t count = ids.shape(0), W = ids.shape(1), K = ids.shape(2), L = W * K;
-    const auto fits = [](const py::array& x, std::initializer_list<std::size_t> shape) {
-        return static_cast<std::size_t>(x.ndim()) == shape.size() &&
-               std::equal(shape.begin(), shape.end(), x.shape(), [](std::size_t a, py::ssize_t b) { return a == std::size_t(b); });
-    };
     auto& [to_ids, to_inside, to_p, to_log_p, to_apart, to_mass, to_present] = to;
     require(fits(log_p, {count, W, K}) && (!tail || fits(*tail, {count, W})) && fits(labels, {count}),
             "log_p must be (n, W, K), tail (n, W) and labels (n)");

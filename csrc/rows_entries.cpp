@@ -16,8 +16,7 @@ constexpr double kLowest = -1e30;  // maxima start here, as in kernels/common.py
 double at_most(double x, double limit) { return x > limit ? limit : x; }
 double at_least(double x, double limit) { return x < limit ? limit : x; }
 
-// Brings the entries in the order of their ids, adds those of equal ids up, and returns how many ids there are. The slots that get free
-// hold -1 and 0.
+// Brings the entries in the order of their ids, and adds those of equal ids up. The slots that get free hold -1 and 0.
 void merge_equal(Entry* entries, std::size_t count) {
     std::sort(entries, entries + count, [](const Entry& a, const Entry& b) { return a.id < b.id; });
     std::size_t runs = 0;

@@ -15,7 +15,7 @@ from . import row_entries
 from .common import LOWEST, MASS_SLACK, TAIL_SLACK
 from .divergences import ENTRY_FLOOR, TAIL_FLOOR, infinite_at_zero
 from .fused_loss_types import Operands, Options, Winner
-from .tails import BUCKET, CONDITIONAL
+from .tails import BUCKET, CONDITIONAL, TailRule
 
 
 class Kept(NamedTuple):
@@ -70,15 +70,15 @@ def prepare_kept(
     labels = operands.labels[rows]
     tail = None if tail is None else tail.double()
     bucket, floors = options.tail == BUCKET, infinite_at_zero(options.divergence)
-    settle = row_entries.settle if invalid is None and row_entries.take(ids, dtype) else settled
-    ids, inside, p, log_p, apart, mass, present = settle(
-        *(ids, log_p, tail if bucket else None, labels),
+    rule = TailRule(
         bucket=bucket,
         absent_tail=absent_tail(options.tail),
         tail_floor=TAIL_FLOOR if floors else 0.0,
         entry_floor=ENTRY_FLOOR if floors else 0.0,
         vocabulary=vocabulary,
     )
+    settle = row_entries.settle if invalid is None and row_entries.take(ids, dtype) else settled
+    ids, inside, p, log_p, apart, mass, present = settle(ids, log_p, tail if bucket else None, labels, rule)
     weight = weight.to(dtype).masked_fill(~present, 0)
     if bucket:
         wrong = out_of_range(mass, tail, present)
@@ -91,23 +91,10 @@ def prepare_kept(
     return Kept(ids, inside, p.to(dtype), log_p.to(dtype), weight.contiguous(), mass.to(dtype), ids >= 0, apart)
 
 
-def settled(
-    ids: Tensor,
-    log_p: Tensor,
-    tail: Tensor | None,
-    labels: Tensor,
-    *,
-    bucket: bool,
-    absent_tail: float,
-    tail_floor: float,
-    entry_floor: float,
-    vocabulary: int,
-) -> tuple[Tensor, ...]:
+def settled(ids: Tensor, log_p: Tensor, tail: Tensor | None, labels: Tensor, rule: TailRule) -> tuple[Tensor, ...]:
     """ids, inside, p, log_p, apart and mass as Kept has them, in fp64, and which sources have any mass (n, W).
 
     From ids (n, W, K) int64, log_p (n, W, K), tail (n, W) fp64, None where it is what the entries lack of 1, and labels (n,).
-    Without a `bucket` the mass outside is divided out. The floors are the least mass of the bucket, and of all entries together,
-    and that of an entry.
     """
     log_p = log_p.double().masked_fill(ids < 0, -torch.inf)
     # p relative to the largest: where it is renormalised, entries of e^-800 count as well.
@@ -121,22 +108,22 @@ def settled(
     ids = ids.masked_fill(~present[..., None], -1)
 
     # The tail t and what it leaves to the entries: nothing and all, what the entries lack of 1 and their mass, or what is given.
-    if not bucket:
+    if not rule.bucket:
         t, share = torch.zeros_like(mass), torch.ones_like(mass)
     elif tail is None:
         t, share = (1 - mass).clamp_min(0), mass.clamp_max(1)
     else:
         t = tail.clamp(0, 1)
         share = 1 - t
-    if tail_floor and bucket:
-        t, share = (x.clamp(tail_floor, 1 - tail_floor) for x in (t, share))
+    if rule.tail_floor and rule.bucket:
+        t, share = (x.clamp(rule.tail_floor, 1 - rule.tail_floor) for x in (t, share))
     p = p / relative.where(present, torch.ones_like(relative))[..., None]
-    if entry_floor:
-        ids = ids.masked_fill(p * share[..., None] < entry_floor, -1)
+    if rule.entry_floor:
+        ids = ids.masked_fill(p * share[..., None] < rule.entry_floor, -1)
     # Where the ids are the whole vocabulary, no column is left that could hold a tail: it is rounding, and is divided out.
-    nothing_outside = (ids >= 0).sum(-1) == vocabulary
+    nothing_outside = (ids >= 0).sum(-1) == rule.vocabulary
     p = p * share.masked_fill(nothing_outside, 1)[..., None]
-    t = t.masked_fill(nothing_outside, 0).masked_fill(~present, absent_tail)
+    t = t.masked_fill(nothing_outside, 0).masked_fill(~present, rule.absent_tail)
     ids, inside, p = on_one_set_of_ids(ids, p)
     p = torch.cat([p, t[..., None]], -1)
     apart = (ids >= 0) & (ids != labels[:, None])

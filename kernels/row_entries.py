@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import rows
+from .tails import TailRule
 
 
 def take(ids: Tensor, dtype: torch.dtype) -> bool:
@@ -18,22 +19,8 @@ def take(ids: Tensor, dtype: torch.dtype) -> bool:
     return rows.is_built() and ids.device.type == "cpu" and dtype == torch.float32
 
 
-def settle(
-    ids: Tensor,
-    log_p: Tensor,
-    tail: Tensor | None,
-    labels: Tensor,
-    *,
-    bucket: bool,
-    absent_tail: float,
-    tail_floor: float,
-    entry_floor: float,
-    vocabulary: int,
-) -> tuple[Tensor, ...]:
-    """The results of `settled` in kept.py, in fp32, from ids (n, W, K) int64, log_p (n, W, K), tail (n, W) fp64 and labels (n,).
-
-    A floor of 0 is none.
-    """
+def settle(ids: Tensor, log_p: Tensor, tail: Tensor | None, labels: Tensor, rule: TailRule) -> tuple[Tensor, ...]:
+    """The results of `settled` in kept.py, in fp32, from ids (n, W, K) int64, log_p (n, W, K), tail (n, W) fp64 and labels (n,)."""
     assert rows._rows is not None
     n, W, K = ids.shape
     L = W * K
@@ -49,11 +36,7 @@ def settle(
         log_p.double().contiguous().numpy(),
         None if tail is None else tail.contiguous().numpy(),
         labels.long().contiguous().numpy(),
-        bucket,
-        absent_tail,
-        tail_floor,
-        entry_floor,
-        vocabulary,
+        *rule,
         tuple(x.numpy() for x in to),
         torch.get_num_threads(),
     )

@@ -5,7 +5,7 @@ what p and t are, and whether the target's mass outside counts; README.md derive
 has these formulas once more, on purpose.
 """
 
-from typing import Final, Literal, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
 Tail = Literal["bucket", "renormalize", "conditional"]
 TAILS: tuple[Tail, ...] = get_args(Tail)
@@ -31,3 +31,13 @@ CONDITIONAL: Final = "conditional"
 Source and target are compared given that the token is one of the kept ids, which others call top-k KL. Nothing is said about
 the target's mass outside, and no gradient reaches those logits. Otherwise it is as RENORMALIZE.
 """
+
+
+class TailRule(NamedTuple):
+    """How the tail of the sources of some rows is settled. A floor of 0 is none."""
+
+    bucket: bool  # else the mass outside is divided out
+    absent_tail: float  # of a source without an entry
+    tail_floor: float  # the least mass of the bucket, and of all entries together
+    entry_floor: float  # an entry of less mass belongs to the bucket
+    vocabulary: int  # the number of all ids

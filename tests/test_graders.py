@@ -145,6 +145,12 @@ def test_an_example_that_is_none_of_reasoning_gyms_is_refused(example):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_wrong_with_the_entry_itself_is_an_error():
+    example = {"prompt": "q", "response": "1", "metadata": {"source_dataset": "sudoku"}}
+    with pytest.raises(KeyError, match="solution"):
+        grader("reasoning_gym")(example, ["2"])
+
+
 def test_every_grader_has_a_fingerprint_of_its_own():
     assert len({judge_fingerprint(JudgeConfig(name="g", grader=kind)) for kind in GRADERS}) == len(GRADERS)
 

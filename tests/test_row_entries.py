@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from profuser.kernels import kept, row_entries, rows
 from profuser.kernels.divergences import ENTRY_FLOOR, TAIL_FLOOR
+from profuser.kernels.tails import TailRule
 
 pytestmark = pytest.mark.skipif(not rows.is_built(), reason="the C++ extension is not built")
 
@@ -17,9 +18,9 @@ NAMES = ("ids", "inside", "p", "log_p", "apart", "mass", "present")
 ODD = (torch.nan, -torch.inf, torch.inf, -800.0, -1e31, 0.0, 5.0)
 
 
-def assert_equal_settled(ids: Tensor, log_p: Tensor, tail: Tensor | None, labels: Tensor, **rule) -> None:
-    expected = dict(zip(NAMES, kept.settled(ids, log_p, tail, labels, **rule), strict=True))
-    got = dict(zip(NAMES, row_entries.settle(ids, log_p, tail, labels, **rule), strict=True))
+def assert_equal_settled(ids: Tensor, log_p: Tensor, tail: Tensor | None, labels: Tensor, rule: TailRule) -> None:
+    expected = dict(zip(NAMES, kept.settled(ids, log_p, tail, labels, rule), strict=True))
+    got = dict(zip(NAMES, row_entries.settle(ids, log_p, tail, labels, rule), strict=True))
     for of_one in (expected, got):  # a small tail is a difference, whose digits are those of rounding
         of_one["log_p"][..., -1].masked_fill_(of_one["p"][..., -1] < 1e-9, 0)
     for name, of_torch in expected.items():
@@ -48,11 +49,13 @@ def drawn(seed: int) -> dict:
         "log_p": log_p,
         "tail": torch.rand(n, W, generator=g).double() * 1.002 - 0.001 if bucket and choose.random() < 0.5 else None,
         "labels": torch.randint(0, vocabulary, (n,), generator=g, dtype=choose.choice([torch.int32, torch.int64])),
-        "bucket": bucket,
-        "absent_tail": choose.choice([0.0, 1.0]),
-        "tail_floor": TAIL_FLOOR if floors else 0.0,
-        "entry_floor": ENTRY_FLOOR if floors else 0.0,
-        "vocabulary": vocabulary,
+        "rule": TailRule(
+            bucket=bucket,
+            absent_tail=choose.choice([0.0, 1.0]),
+            tail_floor=TAIL_FLOOR if floors else 0.0,
+            entry_floor=ENTRY_FLOOR if floors else 0.0,
+            vocabulary=vocabulary,
+        ),
     }
 
 
@@ -66,9 +69,9 @@ def test_they_are_those_of_torch(seeds):
 
 def test_an_entry_below_the_floor_belongs_to_the_rest():
     ids, log_p = torch.tensor([[[4, 2]]]), torch.tensor([[[-1e-30, -80.0]]])
-    rule = {"bucket": True, "absent_tail": 1.0, "tail_floor": TAIL_FLOOR, "entry_floor": ENTRY_FLOOR, "vocabulary": 9}
+    rule = TailRule(bucket=True, absent_tail=1.0, tail_floor=TAIL_FLOOR, entry_floor=ENTRY_FLOOR, vocabulary=9)
     for settle in (kept.settled, row_entries.settle):
-        got = dict(zip(NAMES, settle(ids, log_p, None, torch.tensor([4]), **rule), strict=True))
+        got = dict(zip(NAMES, settle(ids, log_p, None, torch.tensor([4]), rule), strict=True))
         assert got["ids"].tolist() == [[-1, 4]]
         assert got["p"][0, 0].tolist() == pytest.approx([0, 1 - TAIL_FLOOR, TAIL_FLOOR])
         assert got["log_p"][0, 0, 0] == -torch.inf
@@ -77,7 +80,8 @@ def test_an_entry_below_the_floor_belongs_to_the_rest():
 
 def test_threads_change_nothing(monkeypatch):
     case = drawn(3) | {"ids": torch.randint(-1, 50, (3001, 2, 7)), "log_p": torch.randn(3001, 2, 7).log_softmax(-1)}
-    case |= {"tail": None, "labels": torch.randint(0, 50, (3001,)), "vocabulary": 50}
+    case |= {"tail": None, "labels": torch.randint(0, 50, (3001,))}
+    case["rule"] = case["rule"]._replace(vocabulary=50)
     alone = row_entries.settle(**case)
     for threads in (2, 5, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -87,7 +91,7 @@ def test_threads_change_nothing(monkeypatch):
 
 def test_what_does_not_fit_is_refused():
     extension: Any = rows._rows
-    case = {name: value for name, value in drawn(2).items() if name not in ("ids", "log_p", "tail", "labels")}
+    rule = drawn(2)["rule"]
     ids, log_p, labels = (
         torch.zeros(3, 1, 2, dtype=torch.int64),
         torch.zeros(3, 1, 2).double(),
@@ -103,7 +107,7 @@ def test_what_does_not_fit_is_refused():
 
     def call(ids=ids, log_p=log_p, tail=None, labels=labels, to=to):
         given = [x if x is None else x.numpy() for x in (ids, log_p, tail, labels)]
-        extension.keep_entries(*given, *case.values(), tuple(x.numpy() for x in to), 1)
+        extension.keep_entries(*given, *rule, tuple(x.numpy() for x in to), 1)
 
     call()
     for wrong in (

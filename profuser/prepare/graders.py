@@ -26,6 +26,8 @@ Scores = Callable[[dict[str, Any], Sequence[str]], list[float]]
 NAMED = re.compile(r"\banswer\b\**(?:\s+is\b)?\s*[:=]?\**\s*", re.IGNORECASE)
 AROUND = " .*\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
 """What may stand around an answer without being a part of it: full stops, stars and quotes, also those of typesetters."""
+NOT_OF_ITS_KIND = (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError)
+"""What some of reasoning-gym's tasks raise where an answer is not of their kind, such as a word in place of numbers."""
 NUMBER = re.compile(
     r"(?<![\w.])(?P<sign>[-+\u2212]?)[$\u20ac\u00a3]?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?"
     r"(?:[eE](?P<power>[-+]?\d{1,3})(?![\w]))?(?:\s?/\s?(?P<below>\d+(?:\.\d+)?))?(?!\d)"
@@ -144,10 +146,9 @@ def reasoning_gym() -> Scores:
         ) from None
 
     def of_one(own: Callable[[Any, dict[str, Any]], float], answer: Any, entry: dict[str, Any]) -> float:
-        # Some tasks raise anything where an answer is not of their kind, such as a word in place of numbers.
         try:
             return float(own(answer, entry))
-        except Exception:
+        except NOT_OF_ITS_KIND:
             own(entry["answer"], entry)  # what is wrong with the entry itself stays an error
             return 0.0
 

@@ -76,10 +76,10 @@ class OwnUpdates:
         return out
 
     def update(self) -> float:
-        parameters = [p for p in self.fusion.parameters() if p.grad is not None]
-        norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
-        clip_grads_with_norm_(parameters, self.grad_clip, norm.float())
-        norm = float(norm)
+        parameters = list(self.fusion.parameters())
+        of_all = gradient_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        clip_grads_with_norm_(parameters, self.grad_clip, of_all.float())
+        norm = float(of_all)
         if math.isfinite(norm):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
