@@ -35,6 +35,7 @@ from profuser.train.capacity import Capacity, LeftOut, is_chosen_on, left_out_me
 from profuser.train.checkpoint import Checkpoint, load_best, load_newest
 from profuser.train.determinism import deterministic
 from profuser.train.flops import cost_of, peak_flops, utilisation
+from profuser.train.freed_memory import returns_freed_memory
 from profuser.train.health import Health
 from profuser.train.likelihood import likelihood
 from profuser.train.losses import SequenceLosses, step_losses
@@ -159,7 +160,11 @@ class Trainer:
             DataError: a shard is damaged.
             ProfuserError: a process that prepares batches was killed.
         """
-        with deterministic(self.optim.deterministic, say=self.accelerator.is_main_process):
+        returned = self.optim.gradient_checkpointing and self.accelerator.device.type == "cpu"
+        with (
+            deterministic(self.optim.deterministic, say=self.accelerator.is_main_process),
+            returns_freed_memory(returned),
+        ):
             self._train()
 
     def _train(self) -> None:

@@ -1,0 +1,51 @@
+"""Memory that is freed returns to the system where a recipe trades time for memory."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from profuser.train.freed_memory import VARIABLE
+
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+MEASURE = """
+import sys
+import torch
+from profuser.train.freed_memory import returns_freed_memory
+
+def owned():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) >> 10
+
+torch.ones(31 << 18)  # of 31 MiB: once it is freed, glibc keeps smaller blocks
+before = owned()
+with returns_freed_memory(sys.argv[1] == "asked"):
+    pairs = [(torch.ones(1 << 20), torch.ones(1 << 12)) for _ in range(60)]
+    held = owned()
+    small = [second for _, second in pairs]
+    del pairs
+    print(held - before, owned() - before)
+"""
+
+
+def held_and_left(*arguments: str, **environment: str) -> tuple[int, int]:
+    """Returns the MiB of sixty tensors of 4 MiB with small ones between them, and what is left when only the small ones are held."""
+    command = [sys.executable, "-c", MEASURE, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
+    held, left = map(int, done.stdout.split())
+    return held, left
+
+
+@GLIBC
+def test_what_is_freed_between_tensors_that_stay_returns_to_the_system():
+    held, left = held_and_left("asked")
+    assert held >= 240 > 24 >= left
+
+
+@GLIBC
+@pytest.mark.parametrize("environment", [{}, {VARIABLE: str(16 << 20)}])
+def test_it_is_kept_where_nobody_asks_or_the_environment_says_so(environment):
+    held, left = held_and_left("asked" if environment else "not asked", **environment)
+    assert held >= 240 and left >= 200
