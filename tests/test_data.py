@@ -3,6 +3,7 @@
 import gzip
 import json
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from profuser.errors import DataError
-from profuser.prepare.data import load_examples, shared_prompts
+from profuser.prepare.data import Row, load_examples, shared_prompts
 from profuser.prepare.tables import READERS, read_file
 from profuser.recipe.data import DataConfig, DataLocation, Split
 from profuser.recipe.places import FILE_SUFFIXES, is_path
@@ -36,7 +37,7 @@ TEXTS = [
 ]
 
 
-def examples(place, split: Split = "train", **columns) -> list[dict]:
+def examples(place, split: Split = "train", **columns) -> Sequence[Row]:
     location = place if isinstance(place, DataLocation) else DataLocation(path=str(place))
     return load_examples(DataConfig(train="unused", **columns), location, split=split)
 
@@ -423,7 +424,7 @@ def test_prompts_that_are_in_both_splits_are_counted():
 # --- how far files are read ---------------------------------------------------------------------------------------------
 
 
-def limited(path: Path, limit: int | None, **data: Any) -> list[dict]:
+def limited(path: Path, limit: int | None, **data: Any) -> Sequence[Row]:
     return load_examples(DataConfig(train=str(path), **data), str(path), limit)
 
 

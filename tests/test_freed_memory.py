@@ -48,4 +48,4 @@ def test_what_is_freed_between_tensors_that_stay_returns_to_the_system():
 @pytest.mark.parametrize("environment", [{}, {VARIABLE: str(16 << 20)}])
 def test_it_is_kept_where_nobody_asks_or_the_environment_says_so(environment):
     held, left = held_and_left("asked" if environment else "not asked", **environment)
-    assert held >= 240 and left >= 200
+    assert held >= left >= 200

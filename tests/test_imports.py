@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = (
-    ("errors", "kernels", "environment", "ragged", "progress"),
+    ("errors", "kernels", "environment", "ragged", "disk_list", "progress"),
     ("loss_arguments", "typed"),
     ("loss",),
     ("recipe", "text", "stopping"),

@@ -124,7 +124,7 @@ def test_a_route_that_names_no_source_is_refused_with_its_row(tmp_path, value):
 def test_the_column_may_have_another_name_and_must_be_there(tmp_path):
     run = routed_run(tmp_path, "--data.route_column=teacher", column="teacher", validation=False)
     inputs = Inputs.open(run)
-    assert inputs.routed("train", "a")[:3] == [True, False, True]
+    assert inputs.routed("train", "a")[:3].tolist() == [True, False, True]
     assert all(inputs.routed("validation", "a"))  # which has no such column, so that all are asked
     assert all(inputs.routed("heldout", "a"))
     with pytest.raises(

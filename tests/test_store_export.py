@@ -11,7 +11,7 @@ import pytest
 
 from profuser.errors import ConfigError, DataError
 from profuser.prepare.inputs import Inputs
-from profuser.prepare.summary import audit_table
+from profuser.prepare.summary import audit_tables
 from profuser.prepare.votes import count_votes
 from profuser.store import layout
 from profuser.store.__main__ import difference, main
@@ -19,7 +19,7 @@ from profuser.store.export import export, responses_of
 from profuser.store.store import Store
 
 
-def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
+def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys, monkeypatch):
     _, run, store = prepared
     main(["export", str(store.directory), "--output", str(tmp_path / "out")])
 
@@ -29,7 +29,9 @@ def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys):
         return datasets.load_dataset(folder, name, split="train", cache_dir=cache)
 
     ballots = count_votes(store, run.recipe)
-    table = audit_table(Inputs.open(run), store, ballots)
+    monkeypatch.setattr("profuser.prepare.summary.AT_A_TIME", 3)
+    tables = list(audit_tables(Inputs.open(run), store, ballots))
+    table = {name: [cell for part in tables for cell in part[name]] for name in tables[0]}
     responses = loaded("responses")
     kinds = {source.name: layout.responses("train", source.name) for source in run.recipe.sources}
     written = {name: store.by_example(kind, partial(store.get_json, kind)) for name, kind in kinds.items()}

@@ -151,7 +151,7 @@ def place_of(text: str) -> DataLocation:
     )
 
 
-def new_rows(recipe: Recipe, location: DataLocation) -> list[Row]:
+def new_rows(recipe: Recipe, location: DataLocation) -> Sequence[Row]:
     """Reads the rows of a new file, in the columns that the recipe names or else in those of the usual names.
 
     Raises:

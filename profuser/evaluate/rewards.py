@@ -7,6 +7,7 @@ validations differ by the target alone. A file of scores cannot judge what is ne
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,7 +32,7 @@ class Rewards:
     """The validation prompts that are answered, and the judges' recipe, device and store."""
 
     recipe: Recipe
-    rows: list[Row]
+    rows: Sequence[Row]
     device: torch.device
     store: Store
 

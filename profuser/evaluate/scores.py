@@ -178,7 +178,7 @@ def said_to_differ(directory: Path) -> Generator[None]:
         ) from error
 
 
-def prepared_rows(recipe: Recipe, store: Store, split: Split) -> list[Row]:
+def prepared_rows(recipe: Recipe, store: Store, split: Split) -> Sequence[Row]:
     """Reads the rows of a split.
 
     Raises:
@@ -221,11 +221,7 @@ def source_answers(store: Store, source: str) -> list[str]:
 def source_likelihood(store: Store, source: str) -> tuple[np.ndarray, np.ndarray]:
     """Reads the nats that a source gives each held-out ground truth, and the bytes of it, in the order of the rows."""
     kind = layout.truth("heldout", source)
-    nll, size = (
-        np.array(store.by_example(kind, lambda n, key=key: store.get(kind, n)[key]))
-        for key in ("nll", "response_bytes")
-    )
-    return nll, size
+    return store.array_by_example(kind, "nll"), store.array_by_example(kind, "response_bytes")
 
 
 def target_likelihood(

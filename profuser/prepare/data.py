@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from profuser.disk_list import DiskList
 from profuser.errors import DataError
 from profuser.prepare.chosen import BY_CROSS_ENTROPY, SourceChoice
 from profuser.prepare.columns import check_none_left_out, examples_of, find_columns, text_of
@@ -21,10 +22,10 @@ Row = dict[str, Any]
 columns of the data."""
 
 
-class Examples(list[Row]):
+class Examples(DiskList[Row]):
     """The rows of a split. `notes` are lines on how they were read, which a user should see."""
 
-    def __init__(self, rows: Sequence[Row], notes: Sequence[str]):
+    def __init__(self, rows: Iterable[Row], notes: Iterable[str]):
         super().__init__(rows)
         self.notes = list(notes)
 
@@ -61,12 +62,12 @@ def load_examples(
     streams, alone = config.streams and limit is not None, config.streams and limit is None
     tables = read_tables(location, of_split or split, streams=streams, alone=alone, say=notes.append)
     unread = ((name, number, cells) for name, table in tables for number, cells in enumerate(table))
-    table = list(islice(unread, limit))
-    found = _examples_in(table, config, location, split, part, sources)
-    while limit is not None and len(found) < limit and (more := list(islice(unread, max(limit, len(table))))):
-        table += more
-        found = _examples_in(table, config, location, split, part, sources)
-    rows = found[:limit]
+    table = DiskList(islice(unread, limit))
+    rows = _examples_in(table, config, location, split, part, sources)
+    while limit is not None and len(rows) < limit and (more := list(islice(unread, max(limit, len(table))))):
+        table.extend(more)
+        rows = _examples_in(table, config, location, split, part, sources)
+    rows = Examples(islice(rows, limit), notes + rows.notes)
 
     if any(row["skill"] == "mean" for row in rows):
         raise DataError(
@@ -78,11 +79,11 @@ def load_examples(
             f"data.{split} must have at least one example, none of {location} is in its share; change data.heldout_share or "
             "data.validation_share"
         )
-    return Examples(rows, notes + found.notes)
+    return rows
 
 
 def _examples_in(
-    table: Sequence[tuple[str, int, dict[str, Any]]],
+    table: Iterable[tuple[str, int, dict[str, Any]]],
     config: DataConfig,
     location: DataLocation,
     split: Split,
@@ -119,36 +120,38 @@ def _examples_in(
     counts: Counter[str] = Counter()
     dropped = columns.all if columns.by_name else (columns.system,)
     kept = [column for column in there if column not in dropped]
-    rows: list[Row] = []
-    seen: set[str] = set()
-    for name, number, cells in table:
-        cells = dict.fromkeys(there) | cells
-        try:
-            check_none_left_out(columns, cells)
-            examples = examples_of(columns, cells, config, counts)
-            if chosen is not None and not (split != "train" and sources.may_lack(cells[chosen[1]])):
-                sources.check(cells[chosen[1]], chosen[1])
-            of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
-        except DataError as error:
-            raise DataError(f"data {name}, row {number} (from 0): {error}") from None
-        for prompt, response in examples:
-            if not part[0] <= place_of(prompt) < part[1]:
-                continue
-            if split == "train" and config.drop_duplicates and _is_twice(prompt, seen, counts):
-                continue
-            others = {column: cells[column] for column in kept}
-            rows.append(others | {"prompt": prompt, "response": response.strip(), "skill": of_skill})
-    notes = [f"data {location}: {columns}"] if columns.by_name or columns.system else []
-    return Examples(rows, notes + [f"data {location}: {count} {what}" for what, count in counts.items()])
+    seen: set[bytes] = set()
+
+    def rows() -> Iterator[Row]:
+        for name, number, cells in table:
+            cells = dict.fromkeys(there) | cells
+            try:
+                check_none_left_out(columns, cells)
+                examples = examples_of(columns, cells, config, counts)
+                if chosen is not None and not (split != "train" and sources.may_lack(cells[chosen[1]])):
+                    sources.check(cells[chosen[1]], chosen[1])
+                of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
+            except DataError as error:
+                raise DataError(f"data {name}, row {number} (from 0): {error}") from None
+            for prompt, response in examples:
+                if not part[0] <= place_of(prompt) < part[1]:
+                    continue
+                if split == "train" and config.drop_duplicates and _is_twice(prompt, seen, counts):
+                    continue
+                others = {column: cells[column] for column in kept}
+                yield others | {"prompt": prompt, "response": response.strip(), "skill": of_skill}
+
+    found = Examples(rows(), [f"data {location}: {columns}"] if columns.by_name or columns.system else [])
+    found.notes += [f"data {location}: {count} {what}" for what, count in counts.items()]
+    return found
 
 
-def _is_twice(prompt: Prompt, seen: set[str], counts: Counter[str]) -> bool:
-    """Whether an earlier example had the same prompt. It is then counted, and else remembered."""
-    text = plain(prompt)
-    if text in seen:
+def _is_twice(prompt: Prompt, seen: set[bytes], counts: Counter[str]) -> bool:
+    """Whether an earlier example had the same prompt. It is then counted, and else remembered by its hash."""
+    if (digest := _plain_digest(prompt)) in seen:
         counts["examples with the prompt of an earlier one, dropped"] += 1
         return True
-    seen.add(text)
+    seen.add(digest)
     return False
 
 
@@ -157,11 +160,16 @@ def plain(prompt: Prompt) -> str:
     return " ".join(str(prompt).split())
 
 
+def _plain_digest(prompt: Prompt) -> bytes:
+    """The first 16 bytes of the sha256 of a plain prompt, which take less memory than the prompt."""
+    return hashlib.sha256(plain(prompt).encode()).digest()[:16]
+
+
 def place_of(prompt: Prompt) -> float:
     """A hash in [0, 1) of the user's first turn, which is the same for all examples of one conversation."""
     if isinstance(prompt, Conversation):
         prompt = next(turn.text for turn in prompt.turns if turn.role == "user")
-    return int(hashlib.sha256(plain(prompt).encode()).hexdigest()[:12], 16) / 16**12
+    return int.from_bytes(_plain_digest(prompt)[:6], "big") / 256**6
 
 
 def for_functions(row: Row) -> dict[str, Any]:
@@ -174,8 +182,8 @@ def for_functions(row: Row) -> dict[str, Any]:
 
 def shared_prompts(rows: Sequence[Row], training: Sequence[Row]) -> int:
     """Counts the rows whose prompt is a training prompt as well. Differences in whitespace alone do not count."""
-    known = {plain(row["prompt"]) for row in training}
-    return sum(plain(row["prompt"]) in known for row in rows)
+    known = {_plain_digest(row["prompt"]) for row in training}
+    return sum(_plain_digest(row["prompt"]) in known for row in rows)
 
 
 def data_hash(rows: Sequence[Row]) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from profuser.errors import DataError, in_short
 from profuser.prepare.columns import text_of
 from profuser.prepare.data import Row, plain
@@ -45,16 +47,16 @@ class GivenResponses:
             answer = Response(response.strip(), finished, Verdict.OK)
             self._of_prompt.setdefault(prompt_of_row(where, row), []).append(answer)
 
-    def check(self, split: Split, rows: Sequence[Row], count: int, asked: Sequence[bool] | None = None) -> bool:
+    def check(self, split: Split, rows: Sequence[Row], count: int, asked: np.ndarray | None = None) -> bool:
         """Whether the file has the responses to a split's prompts. It is false where it has none of them.
 
         Args:
             count: how many responses each prompt must have.
-            asked: for each row, whether there must be any; None means all.
+            asked: (E,) bool, for each row, whether there must be any; None means all.
         Raises:
             DataError: it has some, or another number.
         """
-        asked = [True] * len(rows) if asked is None else asked
+        asked = np.ones(len(rows), bool) if asked is None else asked
         found = [len(self._answers(row, count)) if needed else count for row, needed in zip(rows, asked, strict=True)]
         if not any(found) and split == "heldout":
             return False

@@ -17,9 +17,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from profuser.disk_list import DiskList
 from profuser.errors import ConfigError, DataError, in_short
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.models.merged_adapter import model_fingerprint
@@ -275,12 +277,14 @@ class Inputs:
             for split in self.rows
         )
 
-    def routed(self, split: Split, source: str) -> list[bool]:
-        """Which examples of a split a source is asked about: all, unless a column names the source of each."""
-        column = self.recipe.data.route_column
+    def routed(self, split: Split, source: str) -> np.ndarray:
+        """Returns (E,) bool, which examples of a split a source is asked about: all, unless a column names the source of each."""
         if self.recipe.capture.choice != "route" or split == "heldout":
-            return [True] * len(self.rows[split])
-        return [row.get(column, source) == source for row in self.rows[split]]
+            return np.ones(len(self.rows[split]), bool)
+        if (split, source) not in self._routed:
+            column = self.recipe.data.route_column
+            self._routed[split, source] = np.array([row.get(column, source) == source for row in self.rows[split]])
+        return self._routed[split, source]
 
     def weights(self, row: Row) -> list[float]:
         """How much each source counts on an example: all alike, unless a column says it."""
@@ -292,6 +296,10 @@ class Inputs:
     def responses_per_prompt(self, split: Split) -> int:
         """How many responses each source gives to a prompt of a split: several only to those that are voted on."""
         return self.recipe.generation.responses_per_source if split == "train" else 1
+
+    @cached_property
+    def _routed(self) -> dict[tuple[Split, str], np.ndarray]:
+        return {}
 
     @cached_property
     def _given(self) -> dict[str, GivenResponses]:
@@ -306,7 +314,7 @@ class Inputs:
         return split == "heldout" or (split == "train" and bool(self.recipe.judges))
 
     @cached_property
-    def fitted(self) -> dict[Split, list[Fitted]]:
+    def fitted(self) -> dict[Split, DiskList[Fitted]]:
         """The ground truths of every split. A long one is cut once for all sources, so that they score the same bytes."""
         sources = list(self.chats.values())
 
@@ -317,7 +325,9 @@ class Inputs:
                 location = self.recipe.data.location(split)
                 raise DataError(f"data {location}, example {number} (from 0): {error}") from None
 
-        return {split: [fitted(split, n, row) for n, row in enumerate(rows)] for split, rows in self.rows.items()}
+        return {
+            split: DiskList(fitted(split, n, row) for n, row in enumerate(rows)) for split, rows in self.rows.items()
+        }
 
     def fit(self, sources: Sequence[ChatFormat], prompt: Prompt, response: str) -> Fitted:
         """Returns what is learnt of a response: `profuser.text.fit.fit` to the target and some sources, as the recipe asks for it."""

@@ -263,7 +263,7 @@ class Preparation:
 
     def _truth_of(self, split: Split, part: Part, source: SourceConfig) -> list[Fitted]:
         """Returns the ground truths of a part that a source is to score, one per example."""
-        routed = part.of(self.inputs.routed(split, source.name))
+        routed = self.inputs.routed(split, source.name)[part.examples]
         of_part = part.of(self.inputs.fitted[split])
         return [text if asked else Fitted.unused(Verdict.NOT_WINNER) for text, asked in zip(of_part, routed)]
 

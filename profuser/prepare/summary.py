@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,24 @@ NO_SIGNAL = {"skip": "left out of inference mode", "ground_truth": "taught the g
 """What becomes of a prompt without a signal, for every value of judging.no_signal."""
 MUCH_WITHOUT_SIGNAL = 0.2
 """The share of prompts without a signal above which a warning is printed."""
+AT_A_TIME = 1024
+"""How many rows of the audit table are held in memory."""
 
 
 def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]) -> None:
     """Writes summary.json and samples.parquet, the audit table, beside the shards. `seconds` says how long each phase took."""
-    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    datasets.disable_progress_bars()
-    table = io.BytesIO()
-    datasets.Dataset.from_dict(audit_table(inputs, store, ballots)).to_parquet(table)
+    turn = pa.struct({"role": pa.string(), "content": pa.string()})
+    types = {"votes": pa.float64(), "score": pa.float64(), "chosen": pa.list_(turn), "rejected": pa.list_(turn)}
+    table, writer = io.BytesIO(), None
+    for columns in audit_tables(inputs, store, ballots):
+        schema = pa.schema({name: types.get(name.partition("_")[0], pa.string()) for name in columns})
+        writer = writer or pq.ParquetWriter(table, schema)
+        writer.write_table(pa.table(columns, schema))
+    assert writer is not None
+    writer.close()
     store.put_finding("summary.json", as_json(summarise(inputs, store, ballots, seconds)))
     store.put_finding("samples.parquet", table.getvalue())
 
@@ -108,46 +117,52 @@ def no_signal_warning(summary: Mapping[str, Any]) -> str:
     )
 
 
-def audit_table(inputs: Inputs, store: Store, ballots: Ballots | None) -> dict[str, list]:
-    """Returns the columns of the audit table, which has one row per training prompt.
+def audit_tables(inputs: Inputs, store: Store, ballots: Ballots | None) -> Iterator[dict[str, list]]:
+    """Yields the columns of the audit table, which has one row per training prompt, for some prompts after the other.
 
     They hold the texts, the winners, the votes and the scores. The last two, `chosen` and `rejected`, hold the vote as a
     preference between two conversations, in the form that preference training uses. Where no judge preferred the winner, both
     are null.
     """
-    # The ground truth and who won by Min-CE.
-    rows, names = inputs.rows["train"], inputs.source_names
-    min_ce = min_ce_winners(target_shards(store), len(rows))
-    table: dict[str, list] = {
-        "prompt": [str(row["prompt"]) for row in rows],
-        "ground_truth": [row["response"] for row in rows],
-        "skill": [row["skill"] for row in rows],
-        "min_ce_winner": [None if winner == NOBODY else names[winner] for winner in min_ce],
-    }
-    if ballots is None:
-        return table
+    everything, names = inputs.rows["train"], inputs.source_names
+    min_ce = min_ce_winners(target_shards(store), len(everything))
+    for first in range(0, len(everything), AT_A_TIME):
+        # The ground truth and who won by Min-CE.
+        rows = everything[first : first + AT_A_TIME]
+        examples = range(first, first + len(rows))
+        table: dict[str, list] = {
+            "prompt": [str(row["prompt"]) for row in rows],
+            "ground_truth": [row["response"] for row in rows],
+            "skill": [row["skill"] for row in rows],
+            "min_ce_winner": [None if min_ce[e] == NOBODY else names[min_ce[e]] for e in examples],
+        }
+        if ballots is None:
+            yield table
+            continue
 
-    # Every response with its votes and scores. Where a source gave several, its columns are numbered.
-    for source, name in enumerate(names):
-        for n, c in enumerate(ballots.places_of(source)):
-            label = f"{name}_{n}" if ballots.responses_per_source > 1 else name
-            table[f"response_{label}"] = [of_prompt[c].text for of_prompt in ballots.candidates]
-            table[f"votes_{label}"] = ballots.votes[:, c].tolist()
-            for r, judge in enumerate(inputs.recipe.judges):
-                table[f"score_{judge.name}_{label}"] = [float(x) for x in ballots.scores[:, r, c]]
+        # Every response with its votes and scores. Where a source gave several, its columns are numbered.
+        candidates = [ballots.candidates[e] for e in examples]
+        votes, scores = ballots.votes[examples], ballots.scores[examples].astype(np.float64)
+        for source, name in enumerate(names):
+            for n, c in enumerate(ballots.places_of(source)):
+                label = f"{name}_{n}" if ballots.responses_per_source > 1 else name
+                table[f"response_{label}"] = [of_prompt[c].text for of_prompt in candidates]
+                table[f"votes_{label}"] = votes[:, c].tolist()
+                for r, judge in enumerate(inputs.recipe.judges):
+                    table[f"score_{judge.name}_{label}"] = scores[:, r, c].tolist()
 
-    # Who won the vote, and the vote as a preference.
-    winning = [ballots.winning_source(e) for e in range(len(rows))]
-    table["vote_winner"] = [None if winner == NOBODY else names[winner] for winner in winning]
-    table["chosen"] = [
-        conversation(row["prompt"], ballots.winning_text(e)) if ballots.preferred(e) else None
-        for e, row in enumerate(rows)
-    ]
-    losers = [loser(*of_prompt) for of_prompt in zip(ballots.candidates, ballots.votes, ballots.winner)]
-    table["rejected"] = [
-        None if losing is None else conversation(row["prompt"], losing.text) for row, losing in zip(rows, losers)
-    ]
-    return table
+        # Who won the vote, and the vote as a preference.
+        winning = [ballots.winning_source(e) for e in examples]
+        table["vote_winner"] = [None if winner == NOBODY else names[winner] for winner in winning]
+        table["chosen"] = [
+            conversation(row["prompt"], of_prompt[ballots.winner[e]].text) if ballots.preferred(e) else None
+            for e, row, of_prompt in zip(examples, rows, candidates)
+        ]
+        losers = [loser(*of_prompt) for of_prompt in zip(candidates, votes, ballots.winner[examples])]
+        table["rejected"] = [
+            None if losing is None else conversation(row["prompt"], losing.text) for row, losing in zip(rows, losers)
+        ]
+        yield table
 
 
 def target_shards(store: Store) -> list[dict[str, np.ndarray]]:

@@ -45,7 +45,7 @@ class Ballots:
         source's, the next are the second's, and so on.
     """
 
-    candidates: list[list[Candidate]]
+    candidates: Sequence[list[Candidate]]
     winner: np.ndarray
     votes: np.ndarray
     tied: np.ndarray
@@ -121,9 +121,7 @@ def count_votes(store: Store, recipe: Recipe) -> Ballots:
     candidates = store.by_example(layout.responses("train", sources[0]), lambda n: candidates_of(store, sources, n))
     eligible = np.array([[candidate.eligible for candidate in row] for row in candidates])
     kinds = [layout.scores(judge.name) for judge in recipe.judges]
-    scores = np.stack(
-        [np.array(store.by_example(kind, lambda n, kind=kind: store.get(kind, n)["scores"])) for kind in kinds], axis=1
-    )
+    scores = np.stack([store.array_by_example(kind, "scores") for kind in kinds], axis=1)
 
     # A judge that never gives a score is a mistake rather than an abstention.
     for r, judge in enumerate(recipe.judges):
@@ -187,11 +185,12 @@ def judged_examples(store: Store, recipe: Recipe, rows: Sequence[Row], examples:
 
 def _judged_responses(ballots: Ballots, example: int, source: int) -> list[dict[str, Any]]:
     """Describes a source's responses to one prompt, with the votes that they got."""
+    candidates = ballots.candidates[example]
     return [
         {
-            "text": ballots.candidates[example][c].text,
-            "eligible": ballots.candidates[example][c].eligible,
-            "left_out": ballots.candidates[example][c].left_out,
+            "text": candidates[c].text,
+            "eligible": candidates[c].eligible,
+            "left_out": candidates[c].left_out,
             "votes": float(ballots.votes[example, c]),
             "wins_vote": bool(c == ballots.winner[example]),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Evaluation:
     data: str
     prompts: int
     skills: list[str]
-    rows: list[Row]
+    rows: Sequence[Row]
 
 
 def read_evaluations(run_dir: Path) -> list[Evaluation]:

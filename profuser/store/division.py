@@ -7,7 +7,7 @@ number of shards that it was begun with, whatever becomes of its data. A shard h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -69,14 +69,12 @@ class Division:
         return Part(number, examples, hashlib.sha256(b"".join(self.rows[example] for example in examples)).hexdigest())
 
 
-def in_order(shard_of: np.ndarray, by_shard: Iterable[Iterable[T]]) -> list[T]:
-    """Puts what the shards have for each example into the order of the data.
+def places(shard_of: np.ndarray) -> np.ndarray:
+    """Returns the place of each example where the shards follow each other by their numbers, each with its examples.
 
     Args:
-        shard_of: (E,), as in Division. by_shard: the items of every shard that there is, by their numbers.
+        shard_of: (E,), as in Division.
     """
-    found: list[T] = [item for shard in by_shard for item in shard]
-    assert len(found) == len(shard_of), (len(found), len(shard_of))
-    place = np.empty(len(found), np.int64)
-    place[np.argsort(shard_of, kind="stable")] = np.arange(len(found))
-    return [found[p] for p in place.tolist()]
+    found = np.empty(len(shard_of), np.int64)
+    found[np.argsort(shard_of, kind="stable")] = np.arange(len(shard_of))
+    return found

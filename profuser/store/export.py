@@ -7,7 +7,7 @@ columns of TRL's preference trainers (DPO and its kin): `prompt`, `chosen` and `
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def responses_of(store: Store, examples: list[dict[str, Any]]) -> Iterator[dict[
             }
 
 
-def _written(store: Store, source: str) -> list[list[tuple[str, bool, int]]]:
+def _written(store: Store, source: str) -> Sequence[list[tuple[str, bool, int]]]:
     """Reads the responses of a source to every training prompt: each text, whether it was finished, and what was found in it."""
     kind = layout.responses("train", source)
     return store.by_example(kind, lambda number: store.get_json(kind, number))

@@ -25,9 +25,10 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors.numpy import save as save_tensors
 
+from profuser.disk_list import DiskList
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.data import SPLITS, Split
-from profuser.store.division import Division, Part, in_order
+from profuser.store.division import Division, Part, places
 from profuser.store.files import mapped, tensors_of, write_atomic
 from profuser.store.layout import FOLDERS, Kind, kind_of, truth
 from profuser.store.manifest import SUMMARY, new_manifest
@@ -260,7 +261,7 @@ class Store(Shards):
             )
         return tensors_of(mapped(path))[split]
 
-    def by_example(self, kind: Kind, read: Callable[[int], Iterable[T]]) -> list[T]:
+    def by_example(self, kind: Kind, read: Callable[[int], Iterable[T]]) -> DiskList[T]:
         """Returns what the shards of a kind have for each example of its split, in the order of the data.
 
         Args:
@@ -268,7 +269,17 @@ class Store(Shards):
         Raises:
             DataError: what `shard_of` and `read` raise.
         """
-        return in_order(self.shard_of(kind.split), map(read, self.numbers(kind)))
+        found = DiskList(item for number in self.numbers(kind) for item in read(number))
+        return found.in_order(places(self.shard_of(kind.split)))
+
+    def array_by_example(self, kind: Kind, name: str) -> np.ndarray:
+        """Returns an array that the shards of a kind have with an item for each example, in the order of the data.
+
+        Raises:
+            DataError: what `shard_of` and `get` raise.
+        """
+        found = np.concatenate([self.get(kind, number)[name] for number in self.numbers(kind)])
+        return found[places(self.shard_of(kind.split))]
 
     def _divide(self, divisions: Mapping[Split, Division]) -> None:
         """Writes how the examples are divided among the shards, and the manifest."""
