@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from profuser.owned_memory import OwnedMemory
+
 PACKAGES = (
     "profuser",
     "torch",
@@ -59,7 +61,7 @@ def hardware() -> str:
     return f"{cpu}, {torch.get_num_threads()} threads"
 
 
-def peak_memory() -> dict[str, int]:
+def peak_memory(owned: OwnedMemory) -> dict[str, int]:
     """Returns the most memory that this process has taken, in bytes.
 
     peak_rss_bytes is all of it. peak_owned_bytes leaves out the mapped files, which are libraries and shards: the system can drop and
@@ -69,11 +71,10 @@ def peak_memory() -> dict[str, int]:
     if status.exists():
         # ru_maxrss would also count the process that this one was started from, as it was before the program was loaded.
         lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
-        peak, mapped = (1024 * int(lines[name].split()[0]) for name in ("VmHWM", "RssFile"))
+        peak = 1024 * int(lines["VmHWM"].split()[0])
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        mapped = 0
-    found = {"peak_rss_bytes": peak, "peak_owned_bytes": max(0, peak - mapped)}
+    found = {"peak_rss_bytes": peak, "peak_owned_bytes": peak if owned.peak is None else owned.peak}
     return found | ({"peak_device_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
 
 

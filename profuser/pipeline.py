@@ -8,11 +8,13 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
+from profuser.environment import peak_memory
 from profuser.errors import ProfuserError
 from profuser.evaluate.match import try_match
 from profuser.evaluate.rewards import Rewards
 from profuser.evaluate.scores import evaluate
 from profuser.evaluate.terminal import closing_examples, score_table
+from profuser.owned_memory import OwnedMemory
 from profuser.plan.plan import make_plan
 from profuser.plan.text import beside
 from profuser.prepare.announce import announce
@@ -65,6 +67,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
     """
     # Begin the run, or go on with one.
     recipe, directory, is_main = run.recipe, RunDirectory(run), accelerator.is_main_process
+    memory = held.enter_context(OwnedMemory())
     if is_main:
         directory.begin(settled_precision(directory.precision()))
     accelerator.wait_for_everyone()
@@ -94,7 +97,7 @@ def fuse(run: Run, accelerator: Accelerator, held: contextlib.ExitStack) -> dict
             if recipe.data.location("heldout") is not None:
                 scores = evaluate(run, store)
                 write_card(directory.path, recipe, scores)
-        directory.finish(model, step, store.data)
+        directory.finish(model, step, store.data, peak_memory(memory))
     accelerator.wait_for_everyone()
     return scores
 

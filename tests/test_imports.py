@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT
 
 FLOORS = (
-    ("errors", "kernels", "environment", "ragged", "disk_list", "progress"),
-    ("loss_arguments", "typed"),
+    ("errors", "kernels", "owned_memory", "ragged", "disk_list", "progress"),
+    ("environment", "loss_arguments", "typed"),
     ("loss",),
     ("recipe", "text", "stopping"),
     ("models", "store"),

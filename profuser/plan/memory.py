@@ -23,14 +23,19 @@ FP32, BF16 = 4, 2
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """The bytes of a weight in NF4: 4 bits, one of 8 bits for each block of 64, and one of 32 for each 256 of those."""
 
-PROCESS = 375 << 20
-"""What Python, torch, transformers and a recipe's opened inputs take of a process's memory before any model is loaded."""
+PROCESS = 400 << 20
+"""What a process takes beside what is counted here.
+
+Python, torch, transformers and a recipe's opened inputs took 350 to 377 MiB before any model was loaded. The rest is what the C library
+keeps between tensors; whole runs of the demo needed 0 to 50 MiB for it (docs/plan.md).
+"""
 
 ADAPTER = 55 << 20
 """What peft and bitsandbytes, which it loads where it is installed, add to PROCESS."""
 
 PIECES = 0.75
-"""The share of its activations that a CPU's process keeps beside them in pieces, where it trains an adapter on padded passes.
+"""The share of its activations that a CPU's process keeps beside them in pieces, where it trains an adapter on padded passes that keep
+their activations.
 
 In each layer an adapter frees tensors between others that stay. Where the next pass has another length, the C library seldom finds use
 for the gaps; packed passes have about one length, and where all weights are trained, their gradients fill the gaps. It was measured with

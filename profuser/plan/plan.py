@@ -115,7 +115,7 @@ class Plan:
     def peak(self, processes: int) -> int:
         """The most memory that the main process takes on its device: on a CPU also what is no tensor, and a checkpoint's bytes.
 
-        What a process has freed in small pieces stays its own on a CPU. So a checkpoint is written beside what the training took at
+        What a process has freed in small pieces mostly stays its own on a CPU. So a checkpoint is written beside what the training took at
         its peak, as it is if training goes on meanwhile, and the training takes its memory beside what made the store.
         """
         memory = self.memory(processes)
@@ -124,13 +124,15 @@ class Plan:
             alone += [memory.lasting + model.peak for model in self.preparing if model.doing == JUDGES]
         if self.device != "cpu":
             return max([memory.peak, *alone])
-        stays = self.one.tokens * self.target.inner * 4 < RETURNED or self.recipe.optim.async_checkpoints
-        held = memory.peak if stays else memory.lasting + memory.gradients
+        optim = self.recipe.optim
+        # With gradient checkpointing, what a step frees returns to the system (profuser/train/freed_memory.py).
+        in_pieces = not optim.gradient_checkpointing and self.one.tokens * self.target.inner * 4 < RETURNED
+        held = memory.peak if in_pieces or optim.async_checkpoints else memory.lasting + memory.gradients
         kept = max((model.kept for model in self.preparing), default=0)
         of_adapter = 0
         if self.recipe.adapter is not None:
             of_adapter = ADAPTER
-            if self.recipe.optim.tokens_per_micro_batch is None:  # padded passes
+            if optim.tokens_per_micro_batch is None and not optim.gradient_checkpointing:
                 of_adapter += round(PIECES * self.one.activations)
         return PROCESS + max([max(memory.peak, held + self.checkpoint) + kept + of_adapter, *alone])
 

@@ -17,7 +17,7 @@ MMAP_THRESHOLD = -3
 """The number of glibc's setting of the size from which on a block is mapped by itself (`M_MMAP_THRESHOLD` of malloc.h)."""
 VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 """Where a user says the same. What it says stands."""
-RETURNED, USUAL = 1 << 20, 32 << 20
+RETURNED, USUAL = 256 << 10, 32 << 20
 """Such blocks are returned meanwhile, and after it. USUAL is what glibc itself arrives at in a process that frees large blocks."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from profuser.environment import environment, peak_memory
+from profuser.environment import environment
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.compare import deciding_keys, differing_keys
 from profuser.recipe.parse import Run, load_recipe
@@ -26,7 +26,7 @@ from profuser.store.files import TEMPORARY, remove_temporary
 from profuser.store.lease import FOLDER, hold
 from profuser.store.sealed import damaged_files, digest_of_file
 from profuser.train.checkpoint import checkpoints
-from profuser.train.run_record import MEASURED, check_own, model_files, read_run, restore_metrics, write_run
+from profuser.train.run_record import MEASURED, PEAKS, check_own, model_files, read_run, restore_metrics, write_run
 from profuser.typed import parsed, read_json
 
 
@@ -140,14 +140,15 @@ class RunDirectory:
     def begin(self, precision: str) -> None:
         """Writes the record of a run that begins or goes on. The time that it has taken before stays counted."""
         old = self.read() if self.exists else {"prepared": False}
-        self._write("running", precision=precision, seconds=old.get("seconds") or {}, **_prepared(old))
+        self._write("running", precision=precision, seconds=old.get("seconds") or {}, **_prepared(old), **_peaks(old))
 
-    def finish(self, model: Sequence[str], step: int, data: Mapping[str, str]) -> None:
+    def finish(self, model: Sequence[str], step: int, data: Mapping[str, str], memory: Mapping[str, int]) -> None:
         """Writes the record of a complete run.
 
         Args:
             model: the names of the fused model's files, whose weights are those after `step`.
             data: a hash of the rows of every split.
+            memory: the most memory that this process has taken. One that completed the run before may have taken more.
         """
         record = self.read()
         names = [*model, *(name for name in MEASURED if (self.path / name).exists())]
@@ -158,7 +159,7 @@ class RunDirectory:
             **_prepared(record),
             exported_step=step,
             data=dict(data),
-            **peak_memory(),
+            **{name: max(size, _peaks(record).get(name, 0)) for name, size in memory.items()},
             demo_data=demo_data(self.run.recipe),
             files={name: digest_of_file(self.path / name) for name in names},
         )
@@ -216,6 +217,11 @@ def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
 def _prepared(record: dict[str, Any]) -> dict[str, Any]:
     """Returns what a record says of whether its run made any of its store. One that is older says nothing."""
     return {key: value for key, value in record.items() if key == "prepared"}
+
+
+def _peaks(record: dict[str, Any]) -> dict[str, int]:
+    """Returns the most memory that a process took which completed the run before."""
+    return {name: record[name] for name in PEAKS if name in record}
 
 
 def _is_readable(path: Path) -> bool:
