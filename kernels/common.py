@@ -76,8 +76,13 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
 
 
 def check_tensors(**arguments: Tensor | None) -> None:
-    """Raises TypeError for what is neither a tensor nor None. hidden, weight and labels may not be None either."""
+    """Raises TypeError for what is neither a tensor nor None. hidden, weight and labels may not be None either.
+
+    Raises ValueError for a DTensor among those that are no operands of a matrix product: `check_head` speaks of these.
+    """
     for name, value in arguments.items():
+        if hasattr(value, "full_tensor") and name not in ("hidden", "weight", "bias"):
+            raise ValueError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
         if isinstance(value, Tensor) or (value is None and name not in ("hidden", "weight", "labels")):
             continue
         attribute = next(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from .kernels.common import (
     IGNORE_INDEX,
@@ -161,8 +162,8 @@ def fused_linear_fusion_loss(
     Row n adds ce_weight[n]·CE + kd_weight[n]·T²·D, with CE at temperature 1. D is the KL to the winning source, or another
     divergence, or the weighted sum of the divergences from several sources. The logits are
     softcap·tanh(logit_scale·(h Wᵀ + bias)/softcap), of which each part is there only when it is given. The loss has a gradient
-    in hidden, weight and bias, by backward. A second derivative is an error; forward-mode differentiation and torch.func
-    are not supported.
+    in hidden, weight and bias, by backward. A second derivative and forward-mode differentiation (torch.func.jvp) are errors; the
+    rest of torch.func is not supported.
 
     Args:
         hidden: (N, D) bf16/fp16/fp32/fp64, last hidden states. Row n predicts labels[n]: they are already shifted.
@@ -319,6 +320,10 @@ def fused_linear_fusion_loss(
     for name, value in (sources | of_rows).items():
         if value is not None and value.requires_grad:
             raise ValueError(f"{name} must not require grad: only hidden, weight and bias get one; detach it")
+    for name, value in {"hidden": hidden, "weight": weight, "bias": bias, **sources, **of_rows}.items():
+        # The op would drop the tangent: the derivative would be 0.
+        if value is not None and value.is_floating_point() and unpack_dual(value).tangent is not None:
+            raise RuntimeError(f"the fused loss has no forward-mode derivative, got a tangent of {name}; call backward")
 
     if ce_weight is None:
         ce_weight = torch.ones(rows, dtype=dtype, device=hidden.device)

@@ -59,8 +59,7 @@ def check_family(
         )
     if left_out_capacity is None:
         return
-    if not isinstance(left_out_capacity, int) or isinstance(left_out_capacity, bool):
-        raise TypeError(f"left_out_capacity must be an int, got {left_out_capacity!r}; it is a number of columns")
+    check_numbers(whole=True, left_out_capacity=left_out_capacity)
     if left_out_capacity < 1 or not left_out:
         raise ValueError(
             f"left_out_capacity must be > 0 and come with left_out, got {left_out_capacity} and left_out={left_out}; it is how many "
@@ -112,8 +111,10 @@ def check_options(
                 raise ValueError(f"num_items_in_batch must be one number, got {shape}; sum it over the optimizer step")
         else:
             check_numbers(num_items_in_batch=num_items_in_batch)
-            if num_items_in_batch < 0:
-                raise ValueError(f"num_items_in_batch must be >= 0, got {num_items_in_batch}; count the valid labels")
+            if not 0 <= num_items_in_batch < math.inf:
+                raise ValueError(
+                    f"num_items_in_batch must be >= 0 and finite, got {num_items_in_batch}; count the valid labels"
+                )
     if beta is not None:
         check_numbers(beta=beta)
         if kd_weight is not None:

@@ -104,6 +104,9 @@ def main() -> None:
     refused(r"labels must be in \[0, 83\)", labels=torch.full_like(case["labels"], V), **sliced)
     refused("sharded on V", **{name: DTensor.from_local(case[name], mesh, [Replicate()]) for name in leaves})
     refused("divided alike", weight=leaves["weight"])
+    for name in ("labels", "source_ids", "ce_weight"):
+        whole_rows = DTensor.from_local(case[name], mesh, [Replicate()])
+        refused(rf"{name} must be a plain tensor, got a DTensor; pass {name}\.full_tensor\(\)", **{name: whole_rows})
     if rank == 0:
         print(compared)
     dist.destroy_process_group()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from loss_checks import DIFFERENTIABLE, assert_close_to_truth, make_case, run
 from new_tensors import NewTensors
+from torch.autograd.forward_ad import dual_level, make_dual
 
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.kernels.fused_loss import fused_loss_forward, fused_loss_op
@@ -253,6 +254,26 @@ def test_a_second_derivative_is_an_error(reduction):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "source_logprobs", "ce_weight"])
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+        lambda f, x: torch.func.jacfwd(f)(x),
+        dual_level()(lambda f, x: f(make_dual(x, torch.ones_like(x)))),
+    ],
+    ids=["jvp", "jacfwd", "dual"],
+)
+def test_forward_mode_is_an_error(name, derivative):
+    case = make_case(bias=torch.zeros(83), ce_weight=torch.ones(37), kd_weight=None)
+
+    def loss(x):
+        return fused_linear_fusion_loss(**case | {name: x})
+
+    with pytest.raises(RuntimeError, match=f"no forward-mode derivative, got a tangent of {name}; call backward"):
+        derivative(loss, case[name])
+
+
 @pytest.mark.long
 def test_compiles_with_inductor():
     for found, expected in compiled_results("inductor"):
@@ -383,6 +404,8 @@ WRONG = {
     "unknown reduction": ({"reduction": "batchmean"}, "reduction must be one of"),
     "divisor of a sum": ({"reduction": "sum", "num_items_in_batch": 5}, "is for reduction='mean'"),
     "negative divisor": ({"num_items_in_batch": -1}, "num_items_in_batch must be >= 0"),
+    "infinite divisor": ({"num_items_in_batch": float("inf")}, "num_items_in_batch must be >= 0 and finite, got inf"),
+    "divisor that is NaN": ({"num_items_in_batch": float("nan")}, "num_items_in_batch must be >= 0 and finite, got nan"),
     "weight per sequence": ({"ce_weight": torch.ones(4)}, r"ce_weight must be \(N,\)"),
     "source that requires grad": ({"source_logprobs": lambda x: x.requires_grad_()}, "must not require grad"),
     "triton in fp64": ({"impl": "triton", "hidden": lambda x: x.double()}, "computes in float32, got float64"),

@@ -109,6 +109,12 @@ def test_another_column_or_choice_is_another_store(made, tmp_path):
         prepare(routed_run(directory, "--capture.choice=min_ce"))
     with pytest.raises(ConfigError, match=r"captured with other settings \(data\.route_column"):
         prepare(routed_run(directory, "--data.route_column=teacher", column="teacher"))
+    # A route leaves nothing to mix in training, and Min-CE is what chooses on a validation row without one.
+    with pytest.raises(
+        ConfigError,
+        match=r"optim\.combine must be left out with capture\.choice: route, which leaves one source to learn from, got avg_ce",
+    ):
+        routed_run(tmp_path, "--optim.combine=avg_ce")
 
 
 @pytest.mark.parametrize("value", ["c", "A", "", None, 1, ["a"], {"name": "a"}])

@@ -420,10 +420,11 @@ class Recipe:
                 f"optim.tokens_per_micro_batch must hold a sequence of data.max_length tokens, {longest}, got {budget}; raise it, or "
                 "lower data.max_length"
             )
-        if self.capture.choice == "weights" and self.optim.combine != "min_ce":
+        if (choice := self.capture.choice) != "min_ce" and self.optim.combine != "min_ce":
+            does = "mixes the sources itself" if choice == "weights" else "leaves one source to learn from"
             raise ConfigError(
-                f"optim.combine must be left out with capture.choice: weights, which mixes the sources itself, got {self.optim.combine}; "
-                "take one of them out"
+                f"optim.combine must be left out with capture.choice: {choice}, which {does}, got {self.optim.combine}; take one "
+                "of them out"
             )
         if self.align.follow_numbers and (given := next((s for s in self.sources if s.logprobs is not None), None)):
             raise ConfigError(
