@@ -130,3 +130,14 @@ def test_the_demos_section_of_a_page_is_not_overwritten_with_other_data(tmp_path
     with pytest.raises(ConfigError, match="--write puts the demo's results into a page"):
         main(["--config", str(recipe), "--output", str(tmp_path / "out"), "--write", str(ROOT / "docs/results.md")])
     assert not (tmp_path / "out").exists()
+
+
+def test_arms_that_mix_the_sources_have_a_store_with_all_of_them(tmp_path):
+    base = parse_run("train", [])
+    stores = {"fusion": (base.recipe.data.train, "a"), "mixed": (base.recipe.data.train, "b")}
+    arms = {arm.name: arm for arm in ARMS}
+    runs = {name: compare.run_of(base, arms[name], 0, tmp_path, stores) for name in ("fusellm", "avg-ce", "softmax")}
+    optim = {name: run.recipe.optim for name, run in runs.items()}
+    assert [(optim[name].combine, optim[name].mixing, runs[name].recipe.keep, runs[name].recipe.store) for name in runs] == [
+        ("min_ce", None, "winner", "a"), ("avg_ce", 1.0, "all", "b"), ("softmax", 0.1, "all", "b"),
+    ]  # fmt: skip

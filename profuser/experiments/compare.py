@@ -1,11 +1,11 @@
 """`python -m profuser.experiments.compare`: compares progressive fusion with baselines and controls, of the demo by default.
 
-Every arm trains for the same number of optimizer steps on each seed, and arms on the same data share one store. The
-baselines are SFT, FuseLLM, SimulFuse, ReverseFuse, SFT on the well-formed ground truths alone, and SFT and progressive
-fusion on clean ground truths. Two controls show what the distributions contribute: progressive fusion without KD
-(beta = 0), and with every KD row moved to the next token. The arms on well-formed and on clean ground truths train on the demo's
-own files, so that a recipe on other data has none of them. Finished runs are kept, so after an interruption the same command
-goes on where it stopped.
+Every arm trains for the same number of optimizer steps on each seed, and arms on the same data share one store. The baselines are SFT,
+FuseLLM with Min-CE and with AvgCE, SimulFuse, ReverseFuse, progressive fusion that mixes the sources of a ground truth, SFT on the
+well-formed ground truths alone, and SFT and progressive fusion on clean ground truths. Two controls show what the distributions
+contribute: progressive fusion without KD (beta = 0), and with every KD row moved to the next token. The arms on well-formed and on clean
+ground truths train on the demo's own files, so that a recipe on other data has none of them. Finished runs are kept, so after an
+interruption the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,9 +50,11 @@ class Arm:
 
     name: str
     label: str
-    data: str = "fusion"  # one of fusion, wellformed, clean and shifted
+    data: str = "fusion"  # one of fusion, mixed (with the distributions of all sources), wellformed, clean and shifted
     schedule: ScheduleName = "progressive"
     beta: float | None = None
+    combine: Literal["min_ce", "avg_ce", "softmax"] = "min_ce"
+    combine_temperature: float = 1.0
 
 
 DEMOS_OWN = ("wellformed", "clean")
@@ -63,8 +65,12 @@ ARMS = (
     Arm("sft", "SFT", schedule="sft"),
     Arm("sft-wellformed", "SFT, well-formed ground truth only", data="wellformed", schedule="sft"),
     Arm("fusellm", "FuseLLM (Min-CE only)", schedule="fusellm"),
+    Arm("avg-ce", "FuseLLM with AvgCE", data="mixed", schedule="fusellm", combine="avg_ce"),
     Arm("simultaneous", "SimulFuse", schedule="simultaneous"),
     Arm("reverse", "ReverseFuse", schedule="reverse"),
+    Arm(
+        "softmax", "ProFuser, sources mixed by softmax(−CE / 0.1)", "mixed", combine="softmax", combine_temperature=0.1
+    ),
     Arm("beta0", "control: progressive without KD (beta = 0)", beta=0.0),
     Arm("shifted", "control: progressive, KD rows moved by one token", data="shifted"),
     Arm("sft-clean", "SFT, clean ground truth", data="clean", schedule="sft"),
@@ -149,7 +155,8 @@ def run_of(
     base: Run, arm: Arm, seed: int, directory: Path, stores: Mapping[str, tuple[str | list[str] | DataLocation, str]]
 ) -> Run:
     train_data, store = stores[arm.data]
-    optim = base.recipe.optim if arm.beta is None else replace(base.recipe.optim, beta=arm.beta)
+    beta = base.recipe.optim.beta if arm.beta is None else arm.beta
+    optim = replace(base.recipe.optim, beta=beta, combine=arm.combine, combine_temperature=arm.combine_temperature)
     recipe = replace(
         base.recipe,
         data=replace(base.recipe.data, train=train_data),
@@ -261,6 +268,7 @@ def main(argv: list[str]) -> None:
         )
     stores: dict[str, tuple[str | list[str] | DataLocation, str]] = {
         "fusion": (base.recipe.data.train, str(base.store_dir)),
+        "mixed": (base.recipe.data.train, str(args.output / "store-mixed")),
         "wellformed": (str(args.output / WELLFORMED), str(args.output / "store-wellformed")),
         "clean": ("demo:fusion_clean.jsonl", str(args.output / "store-clean")),
         "shifted": (base.recipe.data.train, str(args.output / "store-shifted")),
@@ -269,7 +277,8 @@ def main(argv: list[str]) -> None:
         write_wellformed(args.output / WELLFORMED)
     for data in dict.fromkeys("fusion" if a.data == "shifted" else a.data for a in arms):
         print(f"store for {data} ground truth: {stores[data][1]}", flush=True)
-        arm = Arm(data, data, data=data, schedule="sft")
+        # A store does not depend on the schedule; it has the distributions of all sources where an arm mixes them.
+        arm = Arm(data, data, data=data, schedule="sft", combine="avg_ce" if data == "mixed" else "min_ce")
         store = prepare(run_of(base, arm, 0, args.output, stores))
         if data == "fusion" and any(a.data == "shifted" for a in arms):
             shift_rows(store, Path(stores["shifted"][1]))
