@@ -86,6 +86,16 @@ def test_a_damaged_table_is_not_exported(prepared, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["", "out", "responses/out", "../store/out", ".."])
+def test_nothing_is_exported_into_the_store(prepared, tmp_path, place):
+    _, _, store = prepared
+    shutil.copytree(store.directory, tmp_path / "store")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"--output must be (a new or empty folder|outside of the store), got [^\n]*"):
+        export(Store.open(tmp_path / "store"), tmp_path / "store" / place)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_difference_names_settings_and_shards(prepared, tmp_path, capsys):
     _, _, store = prepared
     shutil.copytree(store.directory, tmp_path / "store")

@@ -29,7 +29,7 @@ def export(store: Store, output: Path) -> dict[str, int]:
     Returns:
         How many rows each table has.
     Raises:
-        ConfigError: the folder is there and not empty.
+        ConfigError: the folder is there and not empty, or lies in the store.
         DataError: the store is not complete, or its audit table is damaged.
     """
     import pyarrow as pa
@@ -37,6 +37,8 @@ def export(store: Store, output: Path) -> dict[str, int]:
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output must be a new or empty folder, got {output}; name another one")
+    if output.resolve().is_relative_to(store.directory.resolve()):
+        raise ConfigError(f"--output must be outside of the store, got {output} in {store.directory}; name another one")
     examples = audit_rows(store)
     if not store.settings.votes["asked"]:
         raise DataError(
