@@ -125,7 +125,7 @@ def test_every_bundled_recipe_parses(recipe):
         ({"seed": -1}, "seed"),
         ({"adapter": {"rank": 0}}, "adapter.rank must be > 0"),
         ({"adapter": {"target_modules": []}}, "adapter.target_modules must have a name"),
-        ({"sources": [{"name": "a", "model": "m", "generation": {"top_p": 0.0}}]}, "sources: generation.top_p"),
+        ({"sources": [{"name": "a", "model": "m", "generation": {"top_p": 0.0}}]}, "sources: a: generation.top_p"),
         ({"date": "31.7.2026"}, "date must be a date such as"),
     ],
 )

@@ -75,6 +75,8 @@ class SourceConfig:
             self.server = ServerConfig(url=self.server)
         if isinstance(self.server, ServerConfig):
             self.server.check(f"sources: {self.name}: server")
+        if self.generation is not None:
+            self.generation.check(f"sources: {self.name}: generation")
         engine = None if self.generation is None else self.generation.engine
         if self.server is not None and engine not in (None, "server"):
             raise ConfigError(
