@@ -25,7 +25,6 @@ from profuser.errors import DataError, in_short
 from profuser.prepare.capture import ScoredResponse
 from profuser.prepare.data import plain
 from profuser.prepare.given import file_rows, prompt_of_row
-from profuser.recipe.places import files_of
 from profuser.text.chat import ChatFormat
 from profuser.text.conversation import Prompt
 from profuser.text.encoded import Encoded
@@ -66,12 +65,14 @@ class GivenLogprobs:
     """
 
     def __init__(self, source: str, path: str, chat: ChatFormat, top_k: int):
-        self.place = f"sources: {source}: logprobs {path}"
+        key = f"sources: {source}: logprobs"
+        self.place = f"{key} {path}"
         self._chat, self._top_k = chat, top_k
         self._of: dict[tuple[str, str], list[GivenRow]] = {}
-        for file in files_of(path) or [path]:  # as Python's objects a file takes many times the memory of what is kept
-            for where, row in file_rows(file):
-                self._add(where, row)
+        for where, row in file_rows(
+            key, path
+        ):  # one at a time: as Python's objects they take many times the memory of what is kept
+            self._add(where, row)
 
     def _add(self, where: str, row: dict[str, Any]) -> None:
         response = row.get("response")

@@ -54,7 +54,7 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     server its name and what it is asked.
     """
     if config.scores is not None:
-        return file_digest(config.scores)
+        return file_digest(f"judges: {config.name}: scores", config.scores)
     if config.grader is not None:
         return sha256(f"{config.grader} {without_comments(inspect.getsource(graders))}".encode())[:16]
     if isinstance(config.server, ServerConfig):

@@ -139,12 +139,12 @@ def is_read_in_parts(name: str) -> bool:
     return suffix != ".json" and not (is_compressed and suffix in (".parquet", ".arrow"))
 
 
-def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Table:
+def read_file(path: str | Path, name: str, delimiter: str | None = None, what: str = "data") -> Table:
     """Yields the rows of a data file.
 
     Args:
         path: where it is; hf://… is a file on the Hub, of which no more is read than the rows need that are asked for.
-        name: what messages call it. delimiter: what separates the cells of a CSV file.
+        name: what messages call it. delimiter: what separates the cells of a CSV file. what: what the file is.
 
     Raises:
         DataError: the file is of no kind that we read, is broken, holds a text that is not Unicode, or does not come from the Hub.
@@ -154,7 +154,7 @@ def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Tabl
     path = str(path)
     reader = READERS.get(file_suffix(path))
     if reader is None:
-        raise DataError(f"data must be {', '.join(READERS)}, got {name}; convert it")
+        raise DataError(f"{what} must be {', '.join(READERS)}, got {name}; convert it")
     if delimiter is not None:
         reader = partial(read_csv, delimiter=delimiter)
     try:
@@ -163,22 +163,20 @@ def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Tabl
             pyarrow.input_stream(place, compression=COMPRESSIONS.get(Path(path).suffix.lower())) as file,
         ):
             for number, row in enumerate(reader(file)):
-                _check_unicode(name, number, row)
+                _check_unicode(f"{what} {name}", number, row)
                 yield row
     except DataError:
         raise
     except Exception as error:  # pyarrow, csv and json each raise their own kinds for a broken file
         fix = "name a copy that is mended" if path.startswith(ON_HUB) else "fix the file or its path"
-        raise DataError(f"data {name} cannot be read ({first_line(error)}); {fix}") from None
+        raise DataError(f"{what} {name} cannot be read ({first_line(error)}); {fix}") from None
 
 
 def _check_unicode(name: str, number: int, row: dict[str, Any]) -> None:
     """Raises DataError where a row holds a text that is not Unicode."""
     for column, value in row.items():
         if wrong := next(filter(None, map(defect, texts_in((column, value)))), None):
-            raise DataError(
-                f"data {name} must hold Unicode, row {number} (from 0) has in the column {column!r} {wrong}"
-            )
+            raise DataError(f"{name} must hold Unicode, row {number} (from 0) has in the column {column!r} {wrong}")
 
 
 def _json_lines(lines: Iterable[str]) -> Table:
