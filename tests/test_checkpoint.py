@@ -75,7 +75,8 @@ def test_where_there_is_none_before_it_none_is_said_to_be_tried(tmp_path, capsys
     (saved(tmp_path, 1, model, optimizer) / "model.safetensors").unlink()
     assert load_newest(tmp_path, model, optimizer) is None
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"checkpoint {tmp_path / 'step-000001'} is damaged (") and "trying" not in first
+    assert first.startswith(f"checkpoint {tmp_path / 'step-000001'} is damaged (")
+    assert "trying" not in first
     assert second == f"no intact checkpoint is left in {tmp_path}: beginning at step 0"
 
 
