@@ -185,6 +185,9 @@ def test_parquet_refuses_bytes(tmp_path):
 def test_a_column_twice_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,response,response\np,a,b\n")
     assert "'response' stands in the header twice" in refusal(tmp_path / "a.csv")
+    for row in ('"b,y', '"b" too,y'):
+        (tmp_path / "a.csv").write_text(f"prompt,response\na,x\n{row}\nc,z\n")
+        assert "row 3, counted from the header: " in refusal(tmp_path / "a.csv")
     (tmp_path / "a.jsonl").write_text(
         '{"prompt": "p", "response": "a"}\n{"prompt": "p", "response": "a", "prompt": "q"}\n'
     )
@@ -214,6 +217,17 @@ def test_a_folder_that_the_library_saved_is_read_with_its_splits(tmp_path):
     datasets.DatasetDict(**saved).save_to_disk(str(tmp_path / "set"))
     assert responses(tmp_path / "set") == ["train"]
     assert responses(DataLocation(path=str(tmp_path / "set"), split="test"), "heldout") == ["test"]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_part_of_a_saved_folder_that_is_missing_is_named(tmp_path, lost):
+    """The rows of the others would be taken for all. Whoever means these alone can name them."""
+    rows = {"prompt": ["a", "b"], "response": ["x", "y"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "set"), num_shards=2)
+    assert responses(tmp_path / "set") == ["x", "y"]
+    (tmp_path / "set" / f"data-0000{lost}-of-00002.arrow").unlink()
+    assert f"data-0000{lost}-of-00002.arrow is missing" in refusal(tmp_path / "set")
+    assert responses(tmp_path / "set" / "*.arrow") == [["y"], ["x"]][lost]
 
 
 def test_every_ending_that_is_read_is_known_as_that_of_a_file():

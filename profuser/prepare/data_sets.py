@@ -169,6 +169,12 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
             f"{reading.to_choose(split=nearest)}"
         )
 
+    if path.is_dir() and (missing := _missing_part(files[name])) and not Path(missing).exists():
+        raise DataError(
+            f"data {named}: a folder must have all files that their names count, {os.path.relpath(missing, place)} is missing; copy it "
+            f"again, or name those that are meant, as in {named}/*{Path(missing).suffix}"
+        )
+
     # A data set's README may say how its files are to be read. What separates the cells is all that we can obey.
     usual = type(builder.config)()
     options = {field.name: getattr(builder.config, field.name) for field in fields(usual)}
@@ -271,17 +277,21 @@ def _builder(named: str, place: str, config: str | None) -> Any:
 def _deleted(folder: Path) -> str | None:
     """Returns a file that was downloaded from the Hub and is there no more; None where all are. The library would leave it out unnoticed.
 
-    In the Hub's cache a data set's files are links. Those that are numbered say themselves how many there are.
+    In the Hub's cache a data set's files are links.
     """
     there = sorted(file for file in folder.rglob("*") if not file.is_dir())
-    if broken := next((file for file in there if not file.exists()), None):
-        return str(broken.relative_to(folder))
-    names = {str(file.relative_to(folder)) for file in there}
-    numbered = (re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(.*)", name) for name in sorted(names))
+    broken = next((file for file in there if not file.exists()), None)
+    names = [str(file.relative_to(folder)) for file in there]
+    return str(broken.relative_to(folder)) if broken else _missing_part(names)
+
+
+def _missing_part(names: Sequence[str]) -> str | None:
+    """Returns a file that is missing among some that say how many parts there are, such as data-00000-of-00002.arrow; None if none is."""
+    numbered = (re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\..*)", name) for name in names)
     for first, count, last in dict.fromkeys(found.groups() for found in numbered if found):
         of_all = (f"{first}{number:05}-of-{count}{last}" for number in range(int(count)))
-        if gone := next((name for name in of_all if name not in names), None):
-            return gone
+        if missing := next((name for name in of_all if name not in set(names)), None):
+            return missing
     return None
 
 

@@ -94,10 +94,15 @@ def read_csv(file: Any, delimiter: str = ",") -> Table:
         )
     if twice := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"the column {twice[0]!r} stands in the header twice")
-    for number, row in enumerate(filter(None, reader), start=2):
-        if len(row) != len(header):
-            raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
-        yield dict(zip(header, row))
+    number = 1
+    try:
+        for row in filter(None, reader):
+            number += 1
+            if len(row) != len(header):
+                raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
+            yield dict(zip(header, row))
+    except csv.Error as error:
+        raise ValueError(f"row {number + 1}, counted from the header: {error}") from None
 
 
 def read_parquet(file: Any) -> Table:
