@@ -182,12 +182,15 @@ def test_parquet_refuses_bytes(tmp_path):
     assert "got a bytes" in refusal(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("row", ['"b,y', '"b" too,y'])
+def test_a_row_of_a_csv_file_with_a_wrong_quote_is_named(tmp_path, row):
+    (tmp_path / "a.csv").write_text(f"prompt,response\na,x\n{row}\nc,z\n")
+    assert "row 3, counted from the header: " in refusal(tmp_path / "a.csv")
+
+
 def test_a_column_twice_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,response,response\np,a,b\n")
     assert "'response' stands in the header twice" in refusal(tmp_path / "a.csv")
-    for row in ('"b,y', '"b" too,y'):
-        (tmp_path / "a.csv").write_text(f"prompt,response\na,x\n{row}\nc,z\n")
-        assert "row 3, counted from the header: " in refusal(tmp_path / "a.csv")
     (tmp_path / "a.jsonl").write_text(
         '{"prompt": "p", "response": "a"}\n{"prompt": "p", "response": "a", "prompt": "q"}\n'
     )
