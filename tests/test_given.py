@@ -152,6 +152,10 @@ def test_scores_are_found_by_prompt_and_response(tmp_path):
         ({"scores": 2}, "must be a number or null, got None"),  # a name that is not read would be an abstention
         ({"score": "high"}, "must be a number"),
         ({"score": 10**400}, "must be a number or null, got 1000"),
+        (
+            {"score": -1e39},
+            "must be 3.4e+38 at most, got -1e+39",
+        ),  # which would be infinite, and tie with others that are
         ({"score": 3}, "one score"),
     ):
         path = written(

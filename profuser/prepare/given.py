@@ -6,6 +6,7 @@ before the response. Whitespace in a prompt does not count. In a CSV file everyt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from profuser.recipe.data import Split
 from profuser.recipe.places import files_of
 from profuser.store.files import sha256
 from profuser.text.fit import Verdict
+
+LARGEST_SCORE = float(np.finfo(np.float32).max)
+"""The largest finite score: all are kept in fp32, in which a larger one would be infinite, and equal to others that are."""
 
 
 class GivenResponses:
@@ -105,6 +109,10 @@ class GivenScores:
                 raise DataError(
                     f"{where}: `score` must be a number or null, got {in_short(score)}; fix the row"
                 ) from None
+            if LARGEST_SCORE < abs(value) < math.inf:
+                raise DataError(
+                    f"{where}: `score` must be {LARGEST_SCORE:.1e} at most, got {in_short(score)}; scale the scores"
+                )
             known = self._of.setdefault((prompt_of_row(where, row), response.strip()), value)
             if known != value and not (known != known and value != value):
                 raise DataError(
