@@ -104,6 +104,15 @@ def test_a_difference_names_settings_and_shards(prepared, tmp_path, capsys):
     assert not end.value.code
     assert "the stores are the same" in capsys.readouterr().out
 
+    lost = tmp_path / "store" / "truth" / "train-scholar-00000.safetensors"
+    content = lost.read_bytes()
+    lost.unlink()
+    line = f"missing in {tmp_path / 'store'}: truth/train-scholar-00000"
+    assert (
+        difference(store, Store.open(tmp_path / "store")) == difference(Store.open(tmp_path / "store"), store) == [line]
+    )
+    lost.write_bytes(content)
+
     changed = Store.open(tmp_path / "store")
     changed._manifest["settings"]["targets"]["min_reliability"] = 0.5
     changed._manifest["shards"]["targets/train-00000"]["sha256"] = "0" * 64
