@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -222,6 +223,20 @@ def test_a_folder_that_the_library_saved_is_read_with_its_splits(tmp_path):
     assert responses(DataLocation(path=str(tmp_path / "set"), split="test"), "heldout") == ["test"]
 
 
+def test_a_link_to_nothing_is_named(tmp_path):
+    """Of a folder or a pattern, the rows of the other files would be taken for all."""
+    write(tmp_path / "set" / "b.jsonl", "text")
+    (tmp_path / "set" / "a.jsonl").symlink_to("gone.jsonl")
+    for place in ("set", "set/*.jsonl", "set/a.jsonl"):
+        assert "a.jsonl is a link to what is not there" in refusal(tmp_path / place)
+    assert responses(tmp_path / "set" / "b.jsonl") == ["text"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert "a.jsonl is a pipe or a device" in refusal(tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_part_of_a_saved_folder_that_is_missing_is_named(tmp_path, lost):
     """The rows of the others would be taken for all. Whoever means these alone can name them."""
@@ -229,7 +244,7 @@ def test_a_part_of_a_saved_folder_that_is_missing_is_named(tmp_path, lost):
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "set"), num_shards=2)
     assert responses(tmp_path / "set") == ["x", "y"]
     (tmp_path / "set" / f"data-0000{lost}-of-00002.arrow").unlink()
-    assert f"data-0000{lost}-of-00002.arrow is missing" in refusal(tmp_path / "set")
+    assert f"must be there, data-0000{lost}-of-00002.arrow is missing" in refusal(tmp_path / "set")
     assert responses(tmp_path / "set" / "*.arrow") == [["y"], ["x"]][lost]
 
 

@@ -100,7 +100,8 @@ def _located(reading: _Reading, named: str) -> Iterator[tuple[str, str, str | No
     """Yields the files of one file, folder, data set or pattern, each with its name and what separates its cells."""
     location = reading.location
     path = Path(resolve(named))
-    if not path.exists() and (found := data_files(named)) is not None:
+    found = data_files(named) if named else None
+    if found is not None and not path.exists():
         for file in found:
             yield from _located(reading, file)
         return
@@ -169,10 +170,10 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
             f"{reading.to_choose(split=nearest)}"
         )
 
-    if path.is_dir() and (missing := _missing_part(files[name])) and not Path(missing).exists():
+    if path.is_dir() and (lost := _lost_file(path, files[name])):
         raise DataError(
-            f"data {named}: a folder must have all files that their names count, {os.path.relpath(missing, place)} is missing; copy it "
-            f"again, or name those that are meant, as in {named}/*{Path(missing).suffix}"
+            f"data {named}: every data file of a folder must be there, {lost}; copy it again, or name those that are meant, as in "
+            f"{named}/*{Path(files[name][0]).suffix}"
         )
 
     # A data set's README may say how its files are to be read. What separates the cells is all that we can obey.
@@ -283,6 +284,18 @@ def _deleted(folder: Path) -> str | None:
     broken = next((file for file in there if not file.exists()), None)
     names = [str(file.relative_to(folder)) for file in there]
     return str(broken.relative_to(folder)) if broken else _missing_part(names)
+
+
+def _lost_file(folder: Path, of_split: Sequence[str]) -> str | None:
+    """Says which data file of a folder is not there, by the files of a split or by a link; None where there is none. The library would
+    leave it out unnoticed."""
+    missing = _missing_part(of_split)
+    if missing is not None and not Path(missing).exists():
+        return f"{Path(missing).name} is missing, which the names of the others count"
+    links = [
+        str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_symlink() and not file.exists()
+    ]
+    return next((f"{file} is a link to what is not there" for file in _data_files(links)), None)
 
 
 def _missing_part(names: Sequence[str]) -> str | None:
