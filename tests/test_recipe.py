@@ -315,6 +315,16 @@ def test_a_recipe_may_be_utf8_with_a_mark_but_not_utf16(tmp_path):
         parse_run("train", ["--config", str(path)])
 
 
+@pytest.mark.parametrize("key", ["store", "output"])
+def test_a_folder_of_the_data_has_neither_the_store_nor_the_run_in_it(tmp_path, key):
+    """The next start would take their files for data."""
+    (tmp_path / "set").mkdir()
+    recipe = MINIMAL | {"data": {"train": str(tmp_path / "set")}, key: str(tmp_path / "set" / ".." / "set" / "made")}
+    with pytest.raises(ConfigError, match=rf"^{key} must lie outside of the data's folders, got [^\n]*"):
+        parse(tmp_path, recipe).check_places()
+    parse(tmp_path, recipe, f"--{key}={tmp_path / 'set-made'}").check_places()
+
+
 def test_a_split_may_name_a_place_in_a_data_set(tmp_path):
     heldout = {"path": "org/set", "config": "main", "split": "test"}
     run = parse(tmp_path, MINIMAL | {"data": {"train": "org/set", "heldout": heldout}}, "--data.validation.path=v")
