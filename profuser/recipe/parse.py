@@ -85,8 +85,9 @@ class Run:
         return Path(self.recipe.output or f"runs/{self.name}")
 
     def check_places(self) -> None:
-        """Raises DataError where a source, the target or the data is a local path at which there is nothing, and ConfigError where the store
-        or the run would lie in a folder of the data, whose files they would be.
+        """Raises DataError where a source, the target or the data is a local path at which there is nothing.
+
+        Also raises ConfigError where the store or the run would lie in a folder of the data, which their files would be taken for.
 
         A command that opens all of them does this first, because opening them takes the imports of torch and transformers.
         """
