@@ -86,6 +86,14 @@ def test_a_damaged_table_is_not_exported(prepared, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_without_a_preference_is_a_data_set_too(prepared, tmp_path, monkeypatch):
+    _, _, store = prepared
+    monkeypatch.setattr("profuser.store.export.preferences_of", lambda examples: iter(()))
+    assert export(store, tmp_path / "out")["preferences"] == 0
+    folder, cache = str(tmp_path / "out"), str(tmp_path / "cache")
+    assert len(datasets.load_dataset(folder, split="train", cache_dir=cache)) > 0
+
+
 @pytest.mark.parametrize("place", ["", "out", "responses/out", "../store/out", ".."])
 def test_nothing_is_exported_into_the_store(prepared, tmp_path, place):
     _, _, store = prepared
