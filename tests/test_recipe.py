@@ -115,6 +115,7 @@ def test_every_bundled_recipe_parses(recipe):
         ({"schedule": [{"inference_weight": float("inf")}]}, "schedule[0].inference_weight must be >= 0"),
         ({"judges": [{"name": "j", "model": "m", "batch_size": 0}]}, "judges: j: batch_size must be > 0, got 0"),
         ({"decode": {"seed": -1}}, "decode.seed must be >= 0"),
+        ({"data": {"train": "x", "response_column": "prompt"}}, "must differ, got 'prompt' as both"),
         ({"sources": []}, "at least one model"),
         ({"sources": [{"name": "a", "model": "m"}, {"name": "a", "model": "n"}]}, "'a' twice"),
         ({"sources": [{"name": "../a", "model": "m"}]}, "'../a'"),
@@ -327,6 +328,7 @@ def test_a_folder_of_the_data_has_neither_the_store_nor_the_run_in_it(tmp_path, 
     with pytest.raises(ConfigError, match=rf"^{key} must lie outside of the data's folders, got [^\n]*"):
         parse(tmp_path, recipe).check_places()
     parse(tmp_path, recipe, f"--{key}={tmp_path / 'set-made'}").check_places()
+    parse(tmp_path, recipe, "--data.train=.").check_places()  # which is refused when it is read
 
 
 def test_a_split_may_name_a_place_in_a_data_set(tmp_path):

@@ -101,9 +101,9 @@ class Run:
 
 
 def _check_outside(key: str, directory: Path, places: Sequence[str]) -> None:
-    """Raises ConfigError where a directory lies in one of some places. `key` is the recipe's."""
+    """Raises ConfigError where a directory lies in one of some places. `key` is the recipe's. The working directory is no place of data."""
     for place in places:
-        if Path(place).is_dir() and directory.resolve().is_relative_to(Path(place).resolve()):
+        if Path(place) != Path() and Path(place).is_dir() and directory.resolve().is_relative_to(Path(place).resolve()):
             raise ConfigError(
                 f"{key} must lie outside of the data's folders, got {directory} in {place}; name another place, or the files in the folder"
             )
