@@ -232,6 +232,12 @@ def test_a_link_to_nothing_is_named(tmp_path):
     assert responses(tmp_path / "set" / "b.jsonl") == ["text"]
 
 
+@pytest.mark.parametrize("value", ["[" * 300 + "]" * 300, '{"x": ' * 300 + "1" + "}" * 300])
+def test_a_value_that_is_nested_very_deep_is_named(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "p", "response": "r", "more": {value}}}\n')
+    assert "row 0 (from 0) has more in the column 'more'" in refusal(tmp_path / "a.jsonl")
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     assert "a.jsonl is a pipe or a device" in refusal(tmp_path / "a.jsonl")

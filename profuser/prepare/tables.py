@@ -20,6 +20,9 @@ from profuser.prepare.hub_files import ON_HUB, FileOnHub
 from profuser.recipe.places import COMPRESSIONS, file_suffix
 from profuser.recipe.utf8 import decode, defect, text_of, texts_in
 
+DEEPEST = 200
+"""So many lists and mappings may lie in each other. Of many more neither Python's JSON nor its pickle is sure."""
+
 BATCH = 1024
 """How many rows of a binary file are read at a time."""
 
@@ -168,7 +171,7 @@ def read_file(path: str | Path, name: str, delimiter: str | None = None, what: s
             pyarrow.input_stream(place, compression=COMPRESSIONS.get(Path(path).suffix.lower())) as file,
         ):
             for number, row in enumerate(reader(file)):
-                _check_unicode(f"{what} {name}", number, row)
+                _check_row(f"{what} {name}", number, row)
                 yield row
     except DataError:
         raise
@@ -177,11 +180,24 @@ def read_file(path: str | Path, name: str, delimiter: str | None = None, what: s
         raise DataError(f"{what} {name} cannot be read ({first_line(error)}); {fix}") from None
 
 
-def _check_unicode(name: str, number: int, row: dict[str, Any]) -> None:
-    """Raises DataError where a row holds a text that is not Unicode."""
+def _check_row(name: str, number: int, row: dict[str, Any]) -> None:
+    """Raises DataError where a row holds a text that is not Unicode, or is nested too deep. `name` is what messages call the file."""
     for column, value in row.items():
+        if _is_deeper(value, DEEPEST):
+            raise DataError(
+                f"{name} must hold at most {DEEPEST} lists and mappings in each other, row {number} (from 0) has more in the column "
+                f"{column!r}; take it out"
+            )
         if wrong := next(filter(None, map(defect, texts_in((column, value)))), None):
             raise DataError(f"{name} must hold Unicode, row {number} (from 0) has in the column {column!r} {wrong}")
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether more lists and mappings than so many lie in each other."""
+    if not isinstance(value, (list, tuple, dict)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(one, levels - 1) for one in inner)
 
 
 def _json_lines(lines: Iterable[str]) -> Table:
