@@ -314,7 +314,7 @@ def test_prompts_that_are_trained_on_are_counted_before_the_run_and_after_it(tmp
     assert handled(preparation.inputs, preparation.store) == {"held-out prompt that is trained on as well, kept": 3}
 
 
-@pytest.mark.filterwarnings("error")  # such as that nobody has waited for a coroutine
+@pytest.mark.filterwarnings("error:coroutine", "error::pytest.PytestUnraisableExceptionWarning")
 def test_a_judge_that_is_wrong_is_found_before_any_model_runs(prepared, tmp_path, monkeypatch):
     _, run, _ = prepared
     monkeypatch.setattr(
