@@ -300,10 +300,11 @@ def _lost_file(folder: Path, of_split: Sequence[str]) -> str | None:
 
 def _missing_part(names: Sequence[str]) -> str | None:
     """Returns a file that is missing among some that say how many parts there are, such as data-00000-of-00002.arrow; None if none is."""
+    there = set(names)
     numbered = (re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\..*)", name) for name in names)
     for first, count, last in dict.fromkeys(found.groups() for found in numbered if found):
         of_all = (f"{first}{number:05}-of-{count}{last}" for number in range(int(count)))
-        if missing := next((name for name in of_all if name not in set(names)), None):
+        if missing := next((name for name in of_all if name not in there), None):
             return missing
     return None
 
