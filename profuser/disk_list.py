@@ -36,8 +36,18 @@ class DiskList(Sequence[T], Generic[T]):
         """Adds items at the end."""
         assert self._order is None, "a list that was put in order does not grow"
         for item in items:
-            self._ends.append(self._ends[-1] + self._file.write(pickle.dumps(item, pickle.HIGHEST_PROTOCOL)))
-        self._file.flush()
+            self._write(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
+        self._write()
+
+    def _write(self, item: bytes | None = None) -> None:
+        """Adds a pickled item; None puts what was added into the file."""
+        try:
+            if item is None:
+                self._file.flush()
+            else:
+                self._ends.append(self._ends[-1] + self._file.write(item))
+        except OSError as error:  # the file has no name that could be told
+            raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
 
     def in_order(self, places: np.ndarray) -> DiskList[T]:
         """Returns a list of the same items, whose n-th is the one that has the place `places[n]` here."""

@@ -70,6 +70,16 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caps
     assert capsys.readouterr().out.count("trying the one before") == 5
 
 
+def test_where_there_is_none_before_it_none_is_said_to_be_tried(tmp_path, capsys):
+    model, optimizer = trained()
+    (saved(tmp_path, 1, model, optimizer) / "model.safetensors").unlink()
+    assert load_newest(tmp_path, model, optimizer) is None
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"checkpoint {tmp_path / 'step-000001'} is damaged (")
+    assert "trying" not in first
+    assert second == f"no intact checkpoint is left in {tmp_path}: beginning at step 0"
+
+
 def test_only_the_newest_are_kept(tmp_path):
     model, optimizer = trained()
     for step in range(1, 6):

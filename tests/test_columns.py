@@ -116,6 +116,12 @@ def test_what_was_found_is_said_in_one_line(tmp_path):
         f"data {tmp_path / 'c.jsonl'}: conversations in 'conversations', system messages in 'system'",
         f"data {tmp_path / 'c.jsonl'}: 3 conversations begin with the assistant's turn, which is left out",
     ]
+    system = {"from": "system", "value": "Be brief."}
+    found = examples(written(tmp_path / "d.jsonl", {"conversations": [system, *sharegpt(begun)]}))
+    assert found == examples(written(tmp_path / "e.jsonl", {"conversations": [system, *sharegpt(HELLO)]}))
+    assert found.notes[1:] == [
+        f"data {tmp_path / 'd.jsonl'}: 1 conversations begin with the assistant's turn, which is left out"
+    ]
 
 
 def test_other_columns_are_kept_and_those_of_the_recipe_are_read_as_they_were(tmp_path):
@@ -179,6 +185,8 @@ def test_two_conversations_with_the_same_text_have_different_hashes(tmp_path):
         ([*sharegpt(HELLO[:1]), {"from": "tool_result", "value": "f"}, *sharegpt(HELLO[1:])], "got 'tool_result'"),
         ([HELLO[0], HELLO[1] | {"tool_calls": [{"name": "f"}]}], "'tool_calls'"),
         ([HELLO[0], HELLO[1] | {"reasoning_content": "So."}], "'reasoning_content'"),
+        ([HELLO[0], HELLO[1] | {"reasoning": "So."}], "'reasoning'"),
+        ([HELLO[1], *HELLO], "in place of user in message 1; take it out, or add the user's before it"),
         ([HELLO[0], HELLO[1] | {"weight": 0}], "'weight'"),
         ([HELLO[0], HELLO[1] | {"train": False}], "'train'"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, HELLO[1]], "image_url"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,6 +183,12 @@ def test_parquet_refuses_bytes(tmp_path):
     assert "got a bytes" in refusal(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("row", ['"b,y', '"b" too,y'])
+def test_a_row_of_a_csv_file_with_a_wrong_quote_is_named(tmp_path, row):
+    (tmp_path / "a.csv").write_text(f"prompt,response\na,x\n{row}\nc,z\n")
+    assert "row 3, counted from the header: " in refusal(tmp_path / "a.csv")
+
+
 def test_a_column_twice_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,response,response\np,a,b\n")
     assert "'response' stands in the header twice" in refusal(tmp_path / "a.csv")
@@ -214,6 +221,37 @@ def test_a_folder_that_the_library_saved_is_read_with_its_splits(tmp_path):
     datasets.DatasetDict(**saved).save_to_disk(str(tmp_path / "set"))
     assert responses(tmp_path / "set") == ["train"]
     assert responses(DataLocation(path=str(tmp_path / "set"), split="test"), "heldout") == ["test"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    """Of a folder or a pattern, the rows of the other files would be taken for all."""
+    write(tmp_path / "set" / "b.jsonl", "text")
+    (tmp_path / "set" / "a.jsonl").symlink_to("gone.jsonl")
+    for place in ("set", "set/*.jsonl", "set/a.jsonl"):
+        assert "a.jsonl is a link to what is not there" in refusal(tmp_path / place)
+    assert responses(tmp_path / "set" / "b.jsonl") == ["text"]
+
+
+@pytest.mark.parametrize("value", ["[" * 300 + "]" * 300, '{"x": ' * 300 + "1" + "}" * 300])
+def test_a_value_that_is_nested_very_deep_is_named(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "p", "response": "r", "more": {value}}}\n')
+    assert "row 0 (from 0) has more in the column 'more'" in refusal(tmp_path / "a.jsonl")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert "a.jsonl is a pipe or a device" in refusal(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_part_of_a_saved_folder_that_is_missing_is_named(tmp_path, lost):
+    """The rows of the others would be taken for all. Whoever means these alone can name them."""
+    rows = {"prompt": ["a", "b"], "response": ["x", "y"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "set"), num_shards=2)
+    assert responses(tmp_path / "set") == ["x", "y"]
+    (tmp_path / "set" / f"data-0000{lost}-of-00002.arrow").unlink()
+    assert f"must be there, data-0000{lost}-of-00002.arrow is missing" in refusal(tmp_path / "set")
+    assert responses(tmp_path / "set" / "*.arrow") == [["y"], ["x"]][lost]
 
 
 def test_every_ending_that_is_read_is_known_as_that_of_a_file():

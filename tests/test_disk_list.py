@@ -1,6 +1,7 @@
 """Lists whose items lie on the disk."""
 
 import os
+import tempfile
 import tracemalloc
 from itertools import islice
 
@@ -37,6 +38,16 @@ def test_it_grows_and_what_is_read_is_a_copy():
     assert found == [{"a": [1]}, {"a": [3]}, {"a": [4]}]
     found.extend([])
     assert len(found) == 3
+
+
+def test_a_full_disk_is_named_by_the_folder_of_temporary_files(monkeypatch):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    found = DiskList()
+    monkeypatch.setattr(found, "_file", open("/dev/full", "wb"))  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left") as error:
+        found.extend(["a"])
+    assert error.value.filename == tempfile.gettempdir()
 
 
 def test_an_order_is_a_list_of_its_own():

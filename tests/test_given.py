@@ -2,9 +2,11 @@
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from conftest import small_run
 from profuser.errors import ConfigError, DataError
 from profuser.prepare.data import plain
 from profuser.prepare.given import GivenResponses, GivenScores, file_digest
+from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
 from profuser.prepare.votes import candidates_of, count_votes
@@ -149,6 +152,10 @@ def test_scores_are_found_by_prompt_and_response(tmp_path):
         ({"scores": 2}, "must be a number or null, got None"),  # a name that is not read would be an abstention
         ({"score": "high"}, "must be a number"),
         ({"score": 10**400}, "must be a number or null, got 1000"),
+        (
+            {"score": -1e39},
+            "must be 3.4e+38 at most, got -1e+39",
+        ),  # which would be infinite, and tie with others that are
         ({"score": 3}, "one score"),
     ):
         path = written(
@@ -157,8 +164,37 @@ def test_scores_are_found_by_prompt_and_response(tmp_path):
         with pytest.raises(DataError, match="row 1") as error:
             GivenScores("j", path)
         assert expected in str(error.value)
-    with pytest.raises(DataError, match="no such file"):
-        GivenScores("j", str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("none.jsonl", None, "must be an existing file or a pattern of files, got "),
+        ("*.jsonl", None, "must be an existing file or a pattern of files, got "),
+        ("folder", "", "must be a file or a pattern of files, got "),
+        ("rows.txt", "{}", "must be .jsonl, "),
+        ("rows.jsonl", "{", "rows.jsonl cannot be read (line 1: "),
+        ("rows.jsonl", '{"prompt": "\\ud800"}', "rows.jsonl must hold Unicode, row 0"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_called_what_it_is(tmp_path, name, content, expected):
+    """It is not the data, for which a recipe has another key."""
+    if name == "folder":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_text(content)
+    chat: Any = None
+    openings: dict[str, Callable[[str], Any]] = {
+        "sources: s: responses": lambda path: GivenResponses("s", path),
+        "judges: s: scores": lambda path: GivenScores("s", path),
+        "sources: s: logprobs": lambda path: GivenLogprobs("s", path, chat, 1),
+    }
+    for key, opened in openings.items():
+        with pytest.raises(DataError) as error:
+            opened(str(tmp_path / name))
+        assert str(error.value).startswith(f"{key} ")
+        assert expected in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_a_judge_is_one_of_three(tmp_path):
@@ -232,12 +268,13 @@ def test_a_prompt_is_named_as_the_data_name_it(tmp_path):
 
 def test_the_digest_of_a_pattern_is_that_of_all_its_files(tmp_path):
     one = written(tmp_path / "1.jsonl", {"prompt": "a", "response": "x"})
-    assert file_digest(str(tmp_path / "*.jsonl")) == file_digest(one) == sha256(Path(one).read_bytes())[:16]
+    digest = partial(file_digest, "sources: s: responses")
+    assert digest(str(tmp_path / "*.jsonl")) == digest(one) == sha256(Path(one).read_bytes())[:16]
     written(tmp_path / "2.jsonl", {"prompt": "b", "response": "y"})
-    both = file_digest(str(tmp_path / "*.jsonl"))
+    both = digest(str(tmp_path / "*.jsonl"))
     assert GivenResponses("s", str(tmp_path / "*.jsonl")).check("train", [{"prompt": "a"}, {"prompt": "b"}], 1)
     written(tmp_path / "2.jsonl", {"prompt": "b", "response": "z"})
-    assert len({both, file_digest(one), file_digest(str(tmp_path / "*.jsonl"))}) == 3
+    assert len({both, digest(one), digest(str(tmp_path / "*.jsonl"))}) == 3
     for wrong in ("none.jsonl", "*.csv", ""):
-        with pytest.raises(DataError, match="cannot be read"):
-            file_digest(str(tmp_path / wrong))
+        with pytest.raises(DataError, match=r"^sources: s: responses must be [^\n]*(no such file|which is none)"):
+            digest(str(tmp_path / wrong))

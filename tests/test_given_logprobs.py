@@ -1,5 +1,7 @@
 """Top-k log-probabilities that a user has already: the source is not run, and what does not fit its tokenizer is named."""
 
+import csv
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -7,6 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from test_given import given_files, written
 
@@ -223,6 +227,35 @@ def test_a_token_that_vllm_adds_is_not_one_of_the_best(tmp_path, chat, row):
         DataError, match=rf"token {encoded.start} \(from 0\) must have capture.top_k = {K + 1} .* it has {K}"
     ):
         scored(tmp_path, chat, served, top_k=K + 1)
+
+
+def test_files_of_every_kind_say_the_same(tmp_path, chat, row):
+    """A CSV file has lists as JSON. A Parquet file has pairs, or for every token all keys of all tokens, in place of a mapping."""
+    encoded = chat.encode(PROMPT, RESPONSE)
+    entries: list = [None] * len(encoded.input_ids)
+    for n, ids, logprobs in zip(encoded.label_positions, row["top_ids"], row["top_logprobs"]):
+        entries[n] = {str(x): {"logprob": y, "rank": r} for r, (x, y) in enumerate(zip(ids, logprobs), start=1)}
+    served = {"prompt": PROMPT, "response": RESPONSE, "prompt_token_ids": encoded.input_ids, "prompt_logprobs": entries}
+    expected = scored(tmp_path, chat, row)
+
+    for name, form in {"listed": row, "served": served}.items():
+        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, list(form))
+            table.writeheader()
+            table.writerow({key: cell if isinstance(cell, str) else json.dumps(cell) for key, cell in form.items()})
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([form]), tmp_path / f"{name}.parquet")
+    mapping = pyarrow.map_(
+        pyarrow.string(), pyarrow.struct([("logprob", pyarrow.float64()), ("rank", pyarrow.int64())])
+    )
+    pairs = pyarrow.array([[entry and list(entry.items()) for entry in entries]], pyarrow.list_(mapping))
+    columns = {key: [cell] for key, cell in served.items()} | {"prompt_logprobs": pairs}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "pairs.parquet")
+
+    for name in ("listed.csv", "served.csv", "listed.parquet", "served.parquet", "pairs.parquet"):
+        found = said(GivenLogprobs("g", str(tmp_path / name), chat, K), chat)
+        assert found.nll == expected.nll
+        assert np.array_equal(found.capture.top_ids, expected.capture.top_ids)
+        assert np.array_equal(found.capture.top_logprobs, expected.capture.top_logprobs)
 
 
 def change(**changes):

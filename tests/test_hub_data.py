@@ -246,6 +246,24 @@ def test_an_ending_in_capitals_is_named(hub):
         examples(3)
 
 
+@pytest.mark.parametrize("deleted", ["file", "link"])
+def test_without_a_network_a_file_that_was_deleted_is_missed(hub, monkeypatch, deleted):
+    """The rows of the others would be taken for all."""
+    folder = hub.directory / "org" / "set"
+    for n in range(3):
+        write(folder / f"train-0000{n}-of-00003.jsonl", rows_of(str(n)))
+    (folder / "README.md").write_text("# A set\n")
+    assert len(examples(None)) == 3 * ROWS
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert len(examples(None)) == 3 * ROWS
+    (link,) = hub.directory.glob("cache/**/train-00001-of-00003.jsonl")
+    (link if deleted == "link" else link.resolve()).unlink()
+    for limit in (None, 2):
+        with pytest.raises(DataError, match=r"must be whole [^\n]*, train-00001-of-00003\.jsonl is missing; run once"):
+            examples(limit)
+
+
 @pytest.mark.parametrize("has_readme", [False, True])
 def test_without_a_network_nothing_is_left_of_what_was_read(hub, monkeypatch, has_readme):
     folder = data_set(hub, ".jsonl")

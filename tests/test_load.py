@@ -197,3 +197,38 @@ def test_a_model_that_is_opened_again_is_looked_at_again_only_where_a_file_has_c
         with pytest.raises(DataError, match="layers"):
             open_model(source)
         assert len(looked) == times
+
+
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    """The folder of a model in the Hub's cache, in which each file is a link, on a machine without a network."""
+    repository = tmp_path / "models--org--m"
+    folder = repository / "snapshots" / "0"
+    shutil.copytree(resolve("demo:guardian"), repository / "blobs")
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0")
+    for file in (repository / "blobs").iterdir():
+        (folder / file.name).symlink_to(file)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "deleted", "said"),
+    [
+        ("model.safetensors", "file", "model.safetensors"),
+        ("model.safetensors", "link", "a model must have weights"),
+        ("generation_config.json", "file", "generation_config.json is a link to what is not there"),
+        ("tokenizer.json", "file", "tokenizer.json is a link to what is not there"),
+        ("tokenizer.json", "link", "no tokenizer could be loaded"),
+    ],
+)
+def test_a_file_of_a_hub_model_that_was_deleted_is_missed_before_a_model_is_loaded(downloaded, name, deleted, said):
+    """Without a network it cannot be downloaded again. No generation config at all is right for many models."""
+    source = SourceConfig(name="a", model="org/m")
+    open_model(source)
+    (downloaded / name if deleted == "link" else (downloaded / name).resolve()).unlink()
+    with pytest.raises(DataError, match=rf"^a: [^\n]*{said}"):
+        _ = open_model(source), chat_format(source)

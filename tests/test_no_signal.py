@@ -190,7 +190,7 @@ def test_steps_without_any_target_of_their_stage_change_nothing(prepared, tmp_pa
     assert [line["step"] for line in lines if "eval" not in line] == list(range(1, 25))
 
 
-@pytest.mark.parametrize("floor", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("floor", [float("nan"), float("inf"), -float("inf"), 1e300])
 def test_a_floor_is_a_number(floor):
     with pytest.raises(ConfigError, match="judges: j: floor must be finite"):
         JudgeConfig(name="j", function="m:f", floor=floor)

@@ -346,13 +346,17 @@ class TestCommand:
             assert run("train", "--config", "recipe.yaml", "--dry-run")[0] == 0
             assert prepared_files() == before
 
-    def test_the_plan_finds_what_a_run_would_refuse(self, good):
+    def test_the_plan_finds_what_a_run_would_refuse(self, good, monkeypatch):
         with folder(good):
             code, _, err = run("train", "--config", "recipe.yaml", "--dry-run", "--target=./nowhere")
             assert (code, err.count("\n"), "nowhere" in err) == (3, 1, True)
             code, _, err = run("train", "--config", "recipe.yaml", "--dry-run", "--adapter.target_modules=[nope]")
             assert (code, err.count("\n")) == (2, 1)
             assert err.startswith("error: adapter.target_modules must name layers of the target, got nope")
+            monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+            code, _, err = run("train", "--config", "recipe.yaml", "--dry-run", "--optim.trackers=[wandb]")
+            assert (code, err.count("\n")) == (2, 1)
+            assert err.startswith("error: optim.trackers: wandb needs the package wandb")
             Path("train.jsonl").unlink()
             code, _, err = run("train", "--config", "recipe.yaml", "--dry-run")
             assert (code, err.count("\n"), "train.jsonl" in err) == (3, 1, True)

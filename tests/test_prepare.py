@@ -314,6 +314,7 @@ def test_prompts_that_are_trained_on_are_counted_before_the_run_and_after_it(tmp
     assert handled(preparation.inputs, preparation.store) == {"held-out prompt that is trained on as well, kept": 3}
 
 
+@pytest.mark.filterwarnings("error:coroutine", "error::pytest.PytestUnraisableExceptionWarning")
 def test_a_judge_that_is_wrong_is_found_before_any_model_runs(prepared, tmp_path, monkeypatch):
     _, run, _ = prepared
     monkeypatch.setattr(
@@ -363,6 +364,14 @@ def too_few(example, responses):
     return [1.0] * (len(responses) - 1)
 
 
+def too_large(example, responses):
+    return [10.0 ** (39 + n) for n in range(len(responses))]
+
+
+async def waited_for(example, responses):
+    return [1.0] * len(responses)
+
+
 def digits(example, responses):
     return "1" * len(responses)
 
@@ -388,6 +397,8 @@ WRONG_JUDGES = {
     "no_return": "returned None",
     "one_number": r"returned 1\.0",
     "too_few": "returned 2 numbers for 3 responses",
+    "too_large": r"returned 1e\+39, and scores are kept in fp32",
+    "waited_for": "returned <coroutine",
     "digits": "returned '111'",
     "unordered": "returned {",
     "words": "returned .'good'",

@@ -111,6 +111,11 @@ def test_every_bundled_recipe_parses(recipe):
         ({"schedule": "progresive"}, "schedule"),
         ({"schedule": []}, "at least one stage"),
         ({"schedule": [{"share": 1.0}]}, "inference_weight or training_weight"),
+        ({"schedule": [{"training_weight": float("nan")}]}, "schedule[0].training_weight must be >= 0"),
+        ({"schedule": [{"inference_weight": float("inf")}]}, "schedule[0].inference_weight must be >= 0"),
+        ({"judges": [{"name": "j", "model": "m", "batch_size": 0}]}, "judges: j: batch_size must be > 0, got 0"),
+        ({"decode": {"seed": -1}}, "decode.seed must be >= 0"),
+        ({"data": {"train": "x", "response_column": "prompt"}}, "must differ, got 'prompt' as both"),
         ({"sources": []}, "at least one model"),
         ({"sources": [{"name": "a", "model": "m"}, {"name": "a", "model": "n"}]}, "'a' twice"),
         ({"sources": [{"name": "../a", "model": "m"}]}, "'../a'"),
@@ -125,7 +130,7 @@ def test_every_bundled_recipe_parses(recipe):
         ({"seed": -1}, "seed"),
         ({"adapter": {"rank": 0}}, "adapter.rank must be > 0"),
         ({"adapter": {"target_modules": []}}, "adapter.target_modules must have a name"),
-        ({"sources": [{"name": "a", "model": "m", "generation": {"top_p": 0.0}}]}, "sources: generation.top_p"),
+        ({"sources": [{"name": "a", "model": "m", "generation": {"top_p": 0.0}}]}, "sources: a: generation.top_p"),
         ({"date": "31.7.2026"}, "date must be a date such as"),
     ],
 )
@@ -313,6 +318,17 @@ def test_a_recipe_may_be_utf8_with_a_mark_but_not_utf16(tmp_path):
     path.write_bytes(yaml.safe_dump(MINIMAL).encode("utf-16"))
     with pytest.raises(ConfigError, match="iconv -f UTF-16"):
         parse_run("train", ["--config", str(path)])
+
+
+@pytest.mark.parametrize("key", ["store", "output"])
+def test_a_folder_of_the_data_has_neither_the_store_nor_the_run_in_it(tmp_path, key):
+    """The next start would take their files for data."""
+    (tmp_path / "set").mkdir()
+    recipe = MINIMAL | {"data": {"train": str(tmp_path / "set")}, key: str(tmp_path / "set" / ".." / "set" / "made")}
+    with pytest.raises(ConfigError, match=rf"^{key} must lie outside of the data's folders, got [^\n]*"):
+        parse(tmp_path, recipe).check_places()
+    parse(tmp_path, recipe, f"--{key}={tmp_path / 'set-made'}").check_places()
+    parse(tmp_path, recipe, "--data.train=.").check_places()  # which is refused when it is read
 
 
 def test_a_split_may_name_a_place_in_a_data_set(tmp_path):

@@ -86,6 +86,24 @@ def test_a_damaged_table_is_not_exported(prepared, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_without_a_preference_is_a_data_set_too(prepared, tmp_path, monkeypatch):
+    _, _, store = prepared
+    monkeypatch.setattr("profuser.store.export.preferences_of", lambda examples: iter(()))
+    assert export(store, tmp_path / "out")["preferences"] == 0
+    folder, cache = str(tmp_path / "out"), str(tmp_path / "cache")
+    assert len(datasets.load_dataset(folder, split="train", cache_dir=cache)) > 0
+
+
+@pytest.mark.parametrize("place", ["", "out", "responses/out", "../store/out", ".."])
+def test_nothing_is_exported_into_the_store(prepared, tmp_path, place):
+    _, _, store = prepared
+    shutil.copytree(store.directory, tmp_path / "store")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"--output must be (a new or empty folder|outside of the store), got [^\n]*"):
+        export(Store.open(tmp_path / "store"), tmp_path / "store" / place)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_difference_names_settings_and_shards(prepared, tmp_path, capsys):
     _, _, store = prepared
     shutil.copytree(store.directory, tmp_path / "store")
@@ -93,6 +111,15 @@ def test_a_difference_names_settings_and_shards(prepared, tmp_path, capsys):
         main(["diff", str(store.directory), str(tmp_path / "store")])
     assert not end.value.code
     assert "the stores are the same" in capsys.readouterr().out
+
+    lost = tmp_path / "store" / "truth" / "train-scholar-00000.safetensors"
+    content = lost.read_bytes()
+    lost.unlink()
+    line = f"missing in {tmp_path / 'store'}: truth/train-scholar-00000"
+    assert (
+        difference(store, Store.open(tmp_path / "store")) == difference(Store.open(tmp_path / "store"), store) == [line]
+    )
+    lost.write_bytes(content)
 
     changed = Store.open(tmp_path / "store")
     changed._manifest["settings"]["targets"]["min_reliability"] = 0.5

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from tqdm import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -147,20 +147,33 @@ def open_model(source: SourceConfig, *, weights: bool = True) -> PreTrainedConfi
 
     Raises:
         DataError: the configuration cannot be read, names a token that the model has not, or is of no causal language model; a
-            local model has no weights, or damaged ones.
+            model that is here, or cannot be fetched, has no weights, or damaged ones.
     """
     location, options = weights_of(source)
     if (folder := adapter_folder(source)) is not None:
         check_adapter_files(source.name, folder)
     config = read_config(source.name, location, options)
+    place = place_of_files(source.name, location, source.revision)
     check_token_ids(source.name, location, config, source.revision)
     check_kind(source.name, location, config, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING)
     if "gguf_file" in options:
         check_gguf_blocks(source.name, Path(location) / options["gguf_file"], config)
     elif weights:
-        check_weights(source.name, Path(location))
-        check_places(AutoModelForCausalLM, source.name, location, config, options)
+        check_weights(source.name, place)
+        check_places(AutoModelForCausalLM, source.name, str(place), config, options)
     return config
+
+
+def place_of_files(name: str, location: str, revision: str | None = None) -> Path:
+    """Returns the directory of a model's files. Of a Hub model there is one where nothing can be fetched, with what was downloaded earlier.
+
+    Raises:
+        DataError: a file that was downloaded has been deleted since, or is far too large.
+    """
+    if constants.HF_HUB_OFFLINE and (config := configuration_file(location, "config.json", revision)) is not None:
+        check_sizes(name, config.parent)
+        return config.parent
+    return Path(location)
 
 
 def read_config(name: str, location: str, options: Mapping[str, Any]) -> PreTrainedConfig:
@@ -221,7 +234,8 @@ def is_above(value: object, limit: int) -> bool:
 
 
 def check_sizes(name: str, folder: Path) -> None:
-    """Raises DataError where a file of a model that is read as a whole is larger than any tokenizer is, or has no end at all."""
+    """Raises DataError where a file of a model that is read as a whole is a link to nothing, larger than any tokenizer is, or has no end
+    at all."""
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.exists() and not (
             file.is_file() or file.is_dir()
@@ -229,6 +243,10 @@ def check_sizes(name: str, folder: Path) -> None:
             raise DataError(f"{name}: a model must consist of files, {file} is none; copy or download it again")
     for pattern in ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"):
         for file in folder.glob(pattern):
+            if not file.exists():  # the cache of the Hub has links
+                raise DataError(
+                    f"{name}: a model must have all its files, {file} is a link to what is not there; copy or download it again"
+                )
             if (size := file.stat().st_size) > MAX_FILE_BYTES:
                 raise DataError(
                     f"{name}: {file} must have at most {MAX_FILE_BYTES >> 20} MiB, it has {size >> 20:,} MiB; copy or download it "

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from profuser.errors import DataError
-from profuser.models.load import check_kind, check_places, existing, load, load_tokenizer, read_config
+from profuser.models.load import check_kind, check_places, existing, load, load_tokenizer, place_of_files, read_config
 from profuser.models.merged_adapter import adapter_folder, adapter_shapes, base_of, check_adapter_files, merged
 from profuser.models.weights import check_weights
 from profuser.recipe.schema import SourceConfig
@@ -68,8 +68,9 @@ def open_reward_model(name: str, location: str, trust_remote_code: bool, base: s
     Args:
         base: the base of an adapter; None takes the one that the adapter names.
     Raises:
-        DataError: the configuration cannot be read, is of no reward model, or has another number of outputs than one; a local
-            model has no weights, or damaged ones; an adapter and its base have no score head. And what `reward_files` raises.
+        DataError: the configuration cannot be read, is of no reward model, or has another number of outputs than one; a model that is
+            here, or cannot be fetched, has no weights, or damaged ones; an adapter and its base have no score head. And what
+            `reward_files` raises.
     """
     judge = SourceConfig(name=f"judge {name}", model=location, base=base, trust_remote_code=trust_remote_code)
     model, files = judge.name, reward_files(judge)
@@ -77,8 +78,9 @@ def open_reward_model(name: str, location: str, trust_remote_code: bool, base: s
     config = read_config(model, path, files.options)
     check_kind(model, path, config, "AutoModelForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
     check_outputs(name, config)
-    check_weights(model, Path(path))
-    check_places(AutoModelForSequenceClassification, model, path, config, files.options, files.brought)
+    place = place_of_files(model, path, files.options.get("revision"))
+    check_weights(model, place)
+    check_places(AutoModelForSequenceClassification, model, str(place), config, files.options, files.brought)
     return config
 
 

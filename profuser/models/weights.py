@@ -53,7 +53,8 @@ def check_weights(name: str, folder: Path) -> None:
     """Raises DataError where a local model's weights are missing or damaged. Only headers are read."""
     for index in folder.glob("*.safetensors.index.json"):
         check_index(name, folder, index)
-    if folder.is_dir() and not any(folder.glob("pytorch_model*.bin")) and not list(opened_weights(name, folder)):
+    pickled = any(file.exists() for file in folder.glob("pytorch_model*.bin"))
+    if folder.is_dir() and not pickled and not list(opened_weights(name, folder)):
         raise DataError(
             f"{name}: a model must have weights, {folder} holds neither safetensors nor a pytorch_model.bin; copy or download "
             "it again"

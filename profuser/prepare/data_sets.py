@@ -100,7 +100,8 @@ def _located(reading: _Reading, named: str) -> Iterator[tuple[str, str, str | No
     """Yields the files of one file, folder, data set or pattern, each with its name and what separates its cells."""
     location = reading.location
     path = Path(resolve(named))
-    if not path.exists() and (found := data_files(named)) is not None:
+    found = data_files(named) if named else None
+    if found is not None and not path.exists():
         for file in found:
             yield from _located(reading, file)
         return
@@ -130,13 +131,15 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
             f"{reading.key}: a folder's path must be without {' '.join(wild)}, got {place}; rename it, or name a file in it"
         )
     try:
-        builder = _builder(place, location.config)
+        builder = _builder(named, place, location.config)
         files: dict[str, list[str]] = {str(name): list(found) for name, found in builder.config.data_files.items()}
         base = place if path.is_dir() else builder.base_path
         taken = {file for found in files.values() for file in found}
         # What was downloaded from the Hub, where that is out of reach now, may be one split of several.
         is_whole = path.is_dir() or base.startswith(ON_HUB)
         left_out = _left_out(base, taken) if is_whole else []
+    except DataError:
+        raise
     except Exception as error:  # a Hub out of reach, a broken README and unknown names each raise their own kinds
         raise _explained(error, reading, named, place) from None
     if left_out:
@@ -165,6 +168,12 @@ def _files(reading: _Reading, named: str, path: Path) -> Iterator[tuple[str, str
         raise DataError(
             f"{reading.key} must name one of the splits of {named} ({', '.join(files)}), got {name or 'none'}; "
             f"{reading.to_choose(split=nearest)}"
+        )
+
+    if path.is_dir() and (lost := _lost_file(path, files[name])):
+        raise DataError(
+            f"data {named}: every data file of a folder must be there, {lost}; copy it again, or name those that are meant, as in "
+            f"{named}/*{Path(files[name][0]).suffix}"
         )
 
     # A data set's README may say how its files are to be read. What separates the cells is all that we can obey.
@@ -234,10 +243,10 @@ def _data_files(files: Sequence[str]) -> list[str]:
     ]
 
 
-def _builder(place: str, config: str | None) -> Any:
+def _builder(named: str, place: str, config: str | None) -> Any:
     """Returns what the library `datasets` knows of a folder or a data set on the Hub: above all, the files of every split.
 
-    Without a network this is read from what was downloaded earlier.
+    Without a network this is read from what was downloaded earlier. It raises DataError where a part of that has been deleted since.
     """
     import datasets
     from huggingface_hub import snapshot_download
@@ -255,10 +264,49 @@ def _builder(place: str, config: str | None) -> Any:
             downloaded = snapshot_download(place, repo_type="dataset", local_files_only=True)
         except Exception:  # nothing was downloaded, so that the first error is the one to be told
             raise error from None
+        if gone := _deleted(Path(downloaded)):
+            raise DataError(
+                f"data {named} must be whole on this machine where the Hub cannot be reached, {gone} is missing; run once where it can "
+                "be, without data.limit, or name the files"
+            ) from None
         try:
             return datasets.load_dataset_builder(downloaded, config)
         except FileNotFoundError:  # what was downloaded is the README alone
             raise error from None
+
+
+def _deleted(folder: Path) -> str | None:
+    """Returns a file that was downloaded from the Hub and is there no more; None where all are. The library would leave it out unnoticed.
+
+    In the Hub's cache a data set's files are links.
+    """
+    there = sorted(file for file in folder.rglob("*") if not file.is_dir())
+    broken = next((file for file in there if not file.exists()), None)
+    names = [str(file.relative_to(folder)) for file in there]
+    return str(broken.relative_to(folder)) if broken else _missing_part(names)
+
+
+def _lost_file(folder: Path, of_split: Sequence[str]) -> str | None:
+    """Says which data file of a folder is not there, by the files of a split or by a link; None where there is none. The library would
+    leave it out unnoticed."""
+    missing = _missing_part(of_split)
+    if missing is not None and not Path(missing).exists():
+        return f"{Path(missing).name} is missing, which the names of the others count"
+    links = [
+        str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_symlink() and not file.exists()
+    ]
+    return next((f"{file} is a link to what is not there" for file in _data_files(links)), None)
+
+
+def _missing_part(names: Sequence[str]) -> str | None:
+    """Returns a file that is missing among some that say how many parts there are, such as data-00000-of-00002.arrow; None if none is."""
+    there = set(names)
+    numbered = (re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\..*)", name) for name in names)
+    for first, count, last in dict.fromkeys(found.groups() for found in numbered if found):
+        of_all = (f"{first}{number:05}-of-{count}{last}" for number in range(int(count)))
+        if missing := next((name for name in of_all if name not in there), None):
+            return missing
+    return None
 
 
 def _explained(error: Exception, reading: _Reading, named: str, place: str) -> DataError:

@@ -6,7 +6,8 @@ before the response. Whitespace in a prompt does not count. In a CSV file everyt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ import numpy as np
 from profuser.errors import DataError, in_short
 from profuser.prepare.columns import text_of
 from profuser.prepare.data import Row, plain
-from profuser.prepare.data_sets import read_tables
 from profuser.prepare.messages import messages_of, prompt_of
 from profuser.prepare.responses import Response
-from profuser.recipe.data import DataLocation, Split
+from profuser.prepare.tables import read_file
+from profuser.recipe.data import Split
 from profuser.recipe.places import files_of
 from profuser.store.files import sha256
 from profuser.text.fit import Verdict
+
+LARGEST_SCORE = float(np.finfo(np.float32).max)
+"""The largest finite score: all are kept in fp32, in which a larger one would be infinite, and equal to others that are."""
 
 
 class GivenResponses:
@@ -34,9 +38,10 @@ class GivenResponses:
     """
 
     def __init__(self, source: str, path: str):
-        self.place = f"sources: {source}: responses {path}"
+        key = f"sources: {source}: responses"
+        self.place = f"{key} {path}"
         self._of_prompt: dict[str, list[Response]] = {}
-        for where, row in file_rows(path):
+        for where, row in file_rows(key, path):
             response, finished = row.get("response"), _from_text(row.get("finished"))
             if not isinstance(response, str):
                 raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
@@ -89,9 +94,10 @@ class GivenScores:
     """
 
     def __init__(self, judge: str, path: str):
-        self.place = f"judges: {judge}: scores {path}"
+        key = f"judges: {judge}: scores"
+        self.place = f"{key} {path}"
         self._of: dict[tuple[str, str], float] = {}
-        for where, row in file_rows(path):
+        for where, row in file_rows(key, path):
             response, score = row.get("response"), _from_text(row.get("score"))
             if not isinstance(response, str):
                 raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
@@ -103,8 +109,11 @@ class GivenScores:
                 raise DataError(
                     f"{where}: `score` must be a number or null, got {in_short(score)}; fix the row"
                 ) from None
-            key = prompt_of_row(where, row), response.strip()
-            known = self._of.setdefault(key, value)
+            if LARGEST_SCORE < abs(value) < math.inf:
+                raise DataError(
+                    f"{where}: `score` must be {LARGEST_SCORE:.1e} at most, got {in_short(score)}; scale the scores"
+                )
+            known = self._of.setdefault((prompt_of_row(where, row), response.strip()), value)
             if known != value and not (known != known and value != value):
                 raise DataError(
                     f"{where}: a response must have one score, got {value:g} after {known:g}; take one of them out"
@@ -125,21 +134,41 @@ class GivenScores:
         return self._of[key]
 
 
-def file_digest(path: str) -> str:
-    """Returns a short hash of a file that a user has given, or of all that fit a pattern. It raises DataError where there is none."""
+def given_files(what: str, path: str) -> list[str]:
+    """Returns the files that a recipe names, by a path or a pattern. `what` is the recipe's key, for messages.
+
+    Raises:
+        DataError: there are none, or one is a folder.
+    """
+    files = files_of(path)
+    if not files:
+        raise DataError(
+            f"{what} must be an existing file or a pattern of files, got {path} (no such file); fix the path"
+        )
+    if folder := next((file for file in files if not Path(file).is_file()), None):
+        raise DataError(
+            f"{what} must be a file or a pattern of files, got {folder}, which is none; name the files in it"
+        )
+    return files
+
+
+def file_digest(what: str, path: str) -> str:
+    """Returns a short hash of a file that a user has given, or of all that fit a pattern. It raises what `given_files` raises, and
+    DataError where a file cannot be read."""
     try:
-        digests = [sha256(Path(file).read_bytes()) for file in files_of(path)]
+        digests = [sha256(Path(file).read_bytes()) for file in given_files(what, path)]
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); name a file, or a pattern of files") from None
-    if not digests:
-        raise DataError(f"{path} cannot be read (no such file); fix the path")
+        raise DataError(f"{what} {path} cannot be read ({error.strerror}); fix the file or its path") from None
     return (digests[0] if len(digests) == 1 else sha256("".join(digests).encode()))[:16]
 
 
-def file_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with what messages call it."""
-    tables = read_tables(DataLocation(path=path), "train")
-    return [(f"{name}, row {n} (from 0)", row) for name, table in tables for n, row in enumerate(table)]
+def file_rows(what: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the rows of a file, or of all files of a pattern, each with what messages call it. They are read as they are asked for.
+
+    It raises what `given_files` and `read_file` raise.
+    """
+    for file in given_files(what, path):
+        yield from ((f"{file}, row {n} (from 0)", row) for n, row in enumerate(read_file(file, file, what=what)))
 
 
 def _from_text(cell: Any) -> Any:

@@ -25,12 +25,14 @@ from profuser.errors import DataError, in_short
 from profuser.prepare.capture import ScoredResponse
 from profuser.prepare.data import plain
 from profuser.prepare.given import file_rows, prompt_of_row
-from profuser.recipe.places import files_of
+from profuser.prepare.tables import from_json
 from profuser.text.chat import ChatFormat
 from profuser.text.conversation import Prompt
 from profuser.text.encoded import Encoded
 from profuser.text.fit import Fitted
 
+LISTS = ("token_ids", "top_ids", "top_logprobs", "logprobs", "prompt_token_ids", "prompt_logprobs")
+"""The columns with an entry per token."""
 LARGEST = 1e6
 """No log-probability is below this with its sign turned, but that of what is impossible."""
 ROUNDING = 1e-3
@@ -66,12 +68,14 @@ class GivenLogprobs:
     """
 
     def __init__(self, source: str, path: str, chat: ChatFormat, top_k: int):
-        self.place = f"sources: {source}: logprobs {path}"
+        key = f"sources: {source}: logprobs"
+        self.place = f"{key} {path}"
         self._chat, self._top_k = chat, top_k
         self._of: dict[tuple[str, str], list[GivenRow]] = {}
-        for file in files_of(path) or [path]:  # as Python's objects a file takes many times the memory of what is kept
-            for where, row in file_rows(file):
-                self._add(where, row)
+        for where, row in file_rows(
+            key, path
+        ):  # one at a time: as Python's objects they take many times the memory of what is kept
+            self._add(where, row)
 
     def _add(self, where: str, row: dict[str, Any]) -> None:
         response = row.get("response")
@@ -174,6 +178,7 @@ def _places(row: GivenRow, encoded: Encoded) -> np.ndarray | None:
 
 def _read(where: str, row: Mapping[str, Any], vocabulary: int, top_k: int) -> GivenRow:
     """Reads a row in either form, and checks its numbers. `top_k` entries of a token are kept at most."""
+    row = {name: _unspelt(cell) if name in LISTS else cell for name, cell in row.items()}
     served = row.get("prompt_logprobs") is not None
     names = ("prompt_token_ids", "prompt_logprobs") if served else ("token_ids", "top_ids", "top_logprobs")
     if missing := [name for name in names if not isinstance(row.get(name), (list, tuple))]:
@@ -213,6 +218,16 @@ def _read(where: str, row: Mapping[str, Any], vocabulary: int, top_k: int) -> Gi
     return GivenRow(where, ids, own, top_ids, top_logprobs)
 
 
+def _unspelt(cell: Any) -> Any:
+    """What a cell says that is spelt as JSON, as lists are in a CSV file. Any other is left as it is."""
+    if not isinstance(cell, str):
+        return cell
+    try:
+        return from_json(cell) if cell.strip() else None
+    except (ValueError, RecursionError):
+        return cell
+
+
 def _served(place: str, entry: Any, token: int) -> tuple[list[tuple[Any, Any]], Any]:
     """The entries of vLLM's `prompt_logprobs` at one token, and the token's own log-probability.
 
@@ -220,6 +235,11 @@ def _served(place: str, entry: Any, token: int) -> tuple[list[tuple[Any, Any]], 
     """
     if entry is None:
         return [], None
+    # A Parquet file has pairs in place of a mapping, or for every token all keys of all tokens, most of them null.
+    pairs_only = isinstance(entry, list) and all(isinstance(x, tuple) and len(x) == 2 for x in entry)
+    entry = dict(entry) if pairs_only else entry
+    if isinstance(entry, Mapping):
+        entry = {candidate: x for candidate, x in entry.items() if x is not None}
     if not isinstance(entry, Mapping) or not all(isinstance(x, Mapping) and "logprob" in x for x in entry.values()):
         raise DataError(
             f"{place}: `prompt_logprobs` must map tokens to their `logprob`, got {in_short(entry)}; fix the row"

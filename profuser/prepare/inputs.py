@@ -391,7 +391,9 @@ def source_settings(recipe: Recipe, source: SourceConfig, chat: ChatFormat, engi
     transformers is not named, with which all stores were made before there were other engines.
     """
     files = {"responses": source.responses, "logprobs": source.logprobs}
-    given = {name: file_digest(path) for name, path in files.items() if path is not None}
+    given = {
+        key: file_digest(f"sources: {source.name}: {key}", path) for key, path in files.items() if path is not None
+    }
     by: dict[str, Any] = {} if engine == "transformers" else {"engine": engine}
     if isinstance(source.server, ServerConfig):
         by |= {"served": source.server.model}  # wherever the server is

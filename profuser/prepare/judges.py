@@ -30,7 +30,7 @@ from profuser.models.padding import padded
 from profuser.models.reward import load_reward_model, open_reward_model
 from profuser.prepare import graders
 from profuser.prepare.data import Row, for_functions
-from profuser.prepare.given import GivenScores, file_digest
+from profuser.prepare.given import LARGEST_SCORE, GivenScores, file_digest
 from profuser.prepare.rubric import Judged, RubricJudge, rubric_text
 from profuser.prepare.server import Server
 from profuser.progress import silent
@@ -54,7 +54,7 @@ def judge_fingerprint(config: JudgeConfig) -> str:
     server its name and what it is asked.
     """
     if config.scores is not None:
-        return file_digest(config.scores)
+        return file_digest(f"judges: {config.name}: scores", config.scores)
     if config.grader is not None:
         return sha256(f"{config.grader} {without_comments(inspect.getsource(graders))}".encode())[:16]
     if isinstance(config.server, ServerConfig):
@@ -304,10 +304,16 @@ def _numbers(judge: str, path: str, function: Callable, example: Row, responses:
         numbers = None if isinstance(given, (str, bytes, set, frozenset, dict)) else [float(x) for x in given]
     except Exception:  # a generator of the user's own may raise anything, too
         numbers = None
+    if inspect.iscoroutine(given):
+        given.close()  # else Python warns, at some later time, that nobody has waited for it
     if numbers is None:
         raise DataError(f"{rule} returned {in_short(given)}; fix the function")
     if len(numbers) != len(responses):
         raise DataError(f"{rule} returned {len(numbers)} numbers for {len(responses)} responses; fix the function")
+    if large := next((x for x in numbers if LARGEST_SCORE < abs(x) < math.inf), None):
+        raise DataError(
+            f"{rule} returned {large:g}, and scores are kept in fp32; return numbers below {LARGEST_SCORE:.1e}"
+        )
     return numbers
 
 

@@ -26,7 +26,7 @@ WEIGHTS = ("weight", "train", "loss")
 
 UNREAD = (
     "tool_calls", "tool_call_id", "function_call", "tools", "images", "image", "videos", "video", "audio", "refusal",
-    "reasoning_content", "thinking",
+    "reasoning_content", "reasoning", "thinking",
 )  # fmt: skip
 """Keys of a message that say something which is not read."""
 
@@ -60,10 +60,12 @@ def messages_of(column: str, value: object, notes: dict[str, int] | None = None)
         raise DataError(f"the column {column!r} must hold a list of messages, got {in_short(given)}; {fix}")
     messages = [_message(column, number, message) for number, message in enumerate(value, start=1)]
     sharegpt = any(message.get("from") is not None for message in value)
-    if notes is not None and sharegpt and messages and messages[0].role == "assistant":  # many of ShareGPT's do
+    first = int(bool(messages) and messages[0].role == "system")
+    begins = [message.role for message in messages[first : first + 1]] == ["assistant"]
+    if notes is not None and sharegpt and begins:  # many of ShareGPT's do
         what = "conversations begin with the assistant's turn, which is left out"
         notes[what] = notes.get(what, 0) + 1
-        messages = messages[1:]
+        del messages[first]
     return messages
 
 

@@ -20,6 +20,9 @@ from profuser.prepare.hub_files import ON_HUB, FileOnHub
 from profuser.recipe.places import COMPRESSIONS, file_suffix
 from profuser.recipe.utf8 import decode, defect, text_of, texts_in
 
+DEEPEST = 200
+"""So many lists and mappings may lie in each other. Of many more neither Python's JSON nor its pickle is sure."""
+
 BATCH = 1024
 """How many rows of a binary file are read at a time."""
 
@@ -94,10 +97,15 @@ def read_csv(file: Any, delimiter: str = ",") -> Table:
         )
     if twice := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"the column {twice[0]!r} stands in the header twice")
-    for number, row in enumerate(filter(None, reader), start=2):
-        if len(row) != len(header):
-            raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
-        yield dict(zip(header, row))
+    number = 1
+    try:
+        for row in filter(None, reader):
+            number += 1
+            if len(row) != len(header):
+                raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
+            yield dict(zip(header, row))
+    except csv.Error as error:
+        raise ValueError(f"row {number + 1}, counted from the header: {error}") from None
 
 
 def read_parquet(file: Any) -> Table:
@@ -139,12 +147,12 @@ def is_read_in_parts(name: str) -> bool:
     return suffix != ".json" and not (is_compressed and suffix in (".parquet", ".arrow"))
 
 
-def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Table:
+def read_file(path: str | Path, name: str, delimiter: str | None = None, what: str = "data") -> Table:
     """Yields the rows of a data file.
 
     Args:
         path: where it is; hf://… is a file on the Hub, of which no more is read than the rows need that are asked for.
-        name: what messages call it. delimiter: what separates the cells of a CSV file.
+        name: what messages call it. delimiter: what separates the cells of a CSV file. what: what the file is.
 
     Raises:
         DataError: the file is of no kind that we read, is broken, holds a text that is not Unicode, or does not come from the Hub.
@@ -154,7 +162,7 @@ def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Tabl
     path = str(path)
     reader = READERS.get(file_suffix(path))
     if reader is None:
-        raise DataError(f"data must be {', '.join(READERS)}, got {name}; convert it")
+        raise DataError(f"{what} must be {', '.join(READERS)}, got {name}; convert it")
     if delimiter is not None:
         reader = partial(read_csv, delimiter=delimiter)
     try:
@@ -163,22 +171,33 @@ def read_file(path: str | Path, name: str, delimiter: str | None = None) -> Tabl
             pyarrow.input_stream(place, compression=COMPRESSIONS.get(Path(path).suffix.lower())) as file,
         ):
             for number, row in enumerate(reader(file)):
-                _check_unicode(name, number, row)
+                _check_row(f"{what} {name}", number, row)
                 yield row
     except DataError:
         raise
     except Exception as error:  # pyarrow, csv and json each raise their own kinds for a broken file
         fix = "name a copy that is mended" if path.startswith(ON_HUB) else "fix the file or its path"
-        raise DataError(f"data {name} cannot be read ({first_line(error)}); {fix}") from None
+        raise DataError(f"{what} {name} cannot be read ({first_line(error)}); {fix}") from None
 
 
-def _check_unicode(name: str, number: int, row: dict[str, Any]) -> None:
-    """Raises DataError where a row holds a text that is not Unicode."""
+def _check_row(name: str, number: int, row: dict[str, Any]) -> None:
+    """Raises DataError where a row holds a text that is not Unicode, or is nested too deep. `name` is what messages call the file."""
     for column, value in row.items():
-        if wrong := next(filter(None, map(defect, texts_in((column, value)))), None):
+        if _is_deeper(value, DEEPEST):
             raise DataError(
-                f"data {name} must hold Unicode, row {number} (from 0) has in the column {column!r} {wrong}"
+                f"{name} must hold at most {DEEPEST} lists and mappings in each other, row {number} (from 0) has more in the column "
+                f"{column!r}; take it out"
             )
+        if wrong := next(filter(None, map(defect, texts_in((column, value)))), None):
+            raise DataError(f"{name} must hold Unicode, row {number} (from 0) has in the column {column!r} {wrong}")
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether more lists and mappings than so many lie in each other."""
+    if not isinstance(value, (list, tuple, dict)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(one, levels - 1) for one in inner)
 
 
 def _json_lines(lines: Iterable[str]) -> Table:

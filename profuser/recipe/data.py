@@ -124,6 +124,10 @@ class DataConfig:
                 f"data.messages_column must stand alone, got {self.messages_column} beside data.prompt_column "
                 f"{self.prompt_column} and data.response_column {self.response_column}; take those two out"
             )
+        if self.prompt_column == self.response_column:
+            raise ConfigError(
+                f"data.prompt_column and data.response_column must differ, got {self.prompt_column!r} as both; name two columns"
+            )
 
     @property
     def streams(self) -> bool:

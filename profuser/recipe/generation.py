@@ -59,8 +59,9 @@ class SourceGenerationConfig:
     batch_size: int | None = None
     """How many prompts it answers at a time."""
 
-    def __post_init__(self) -> None:
-        check_sampling("sources: generation", self)
+    def check(self, group: str) -> None:
+        """Raises what `check_sampling` raises. `group` is the place of these keys in the recipe."""
+        check_sampling(group, self)
 
     @property
     def said(self) -> dict[str, Any]:

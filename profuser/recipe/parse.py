@@ -87,6 +87,8 @@ class Run:
     def check_places(self) -> None:
         """Raises DataError where a source, the target or the data is a local path at which there is nothing.
 
+        Also raises ConfigError where the store or the run would lie in a folder of the data, which their files would be taken for.
+
         A command that opens all of them does this first, because opening them takes the imports of torch and transformers.
         """
         for model in (*self.recipe.sources, self.recipe.target_config):
@@ -94,7 +96,17 @@ class Run:
         for split in SPLITS:
             location = self.recipe.data.location(split)
             for named in [] if location is None else location.paths:
-                data_files(named)
+                for key, directory in (("store", self.store_dir), ("output", self.output_dir)):
+                    _check_outside(key, directory, data_files(named) or [])
+
+
+def _check_outside(key: str, directory: Path, places: Sequence[str]) -> None:
+    """Raises ConfigError where a directory lies in one of some places. `key` is the recipe's. The working directory is no place of data."""
+    for place in places:
+        if Path(place) != Path() and Path(place).is_dir() and directory.resolve().is_relative_to(Path(place).resolve()):
+            raise ConfigError(
+                f"{key} must lie outside of the data's folders, got {directory} in {place}; name another place, or the files in the folder"
+            )
 
 
 def parse_run(

@@ -78,10 +78,13 @@ def data_files(named: str) -> list[str] | None:
     """Returns the files and folders that a local path or a pattern of the data stands for; None for an id on the Hub.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or one is a link to nothing, or neither a file nor a folder.
     """
     is_pattern = bool(set(named) & set("*?["))
     if found := files_of(named):
+        if wrong := next((file for file in found if not (Path(file).is_file() or Path(file).is_dir())), None):
+            kind = "a pipe or a device" if Path(wrong).exists() else "a link to what is not there"
+            raise DataError(f"data must be files and folders, {wrong} is {kind}; name others")
         return found
     if not (is_path(named) or is_pattern):
         return None

@@ -75,6 +75,8 @@ class SourceConfig:
             self.server = ServerConfig(url=self.server)
         if isinstance(self.server, ServerConfig):
             self.server.check(f"sources: {self.name}: server")
+        if self.generation is not None:
+            self.generation.check(f"sources: {self.name}: generation")
         engine = None if self.generation is None else self.generation.engine
         if self.server is not None and engine not in (None, "server"):
             raise ConfigError(
@@ -126,8 +128,14 @@ class JudgeConfig:
     """Whether Python code from the model's repository may be run."""
 
     def __post_init__(self) -> None:
-        if self.floor is not None and not math.isfinite(self.floor):
-            raise ConfigError(f"judges: {self.name}: floor must be finite, got {self.floor:g}; null sets none")
+        if self.batch_size <= 0:
+            raise ConfigError(
+                f"judges: {self.name}: batch_size must be > 0, got {self.batch_size}; set a positive number"
+            )
+        if self.floor is not None and not abs(self.floor) < LARGEST:
+            raise ConfigError(
+                f"judges: {self.name}: floor must be finite and its size below 2**63, got {self.floor:g}; null sets none"
+            )
         if isinstance(self.server, str):
             self.server = ServerConfig(url=self.server)
         if isinstance(self.server, ServerConfig):
@@ -251,7 +259,8 @@ class StageConfig:
         `name` is the stage's place in the recipe.
         """
         infer, train = self.inference_weight, self.training_weight
-        if infer < 0 or train < 0 or infer + train == 0:
+        check_not_negative(name, self, "inference_weight", "training_weight")
+        if infer + train == 0:
             raise ConfigError(
                 f"{name} must have a positive inference_weight or training_weight, got {infer:g} and {train:g}; set one"
             )
@@ -292,6 +301,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         check_positive("decode", self, "max_segment_tokens", "top_n", "temperature", "batch_size")
+        check_not_negative("decode", self, "seed")
         if self.weights is not None and not (all(0 <= w < LARGEST for w in self.weights) and any(self.weights)):
             raise ConfigError(
                 f"decode.weights must be >= 0 and not all 0, and below 2**63, got {self.weights}; leave them out to let all count alike"

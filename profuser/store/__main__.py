@@ -90,7 +90,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def difference(one: Store, other: Store) -> list[str]:
-    """Says in which settings and shards two stores differ, by what their manifests record; nothing where they are the same."""
+    """Says in which settings and shards two stores differ, by what their manifests record, and which of these shards are not there; nothing
+    where they are the same."""
     from profuser.store.settings import differing_settings
 
     lines = [f"settings differ: {key}" for key in differing_settings(asdict(one.settings), asdict(other.settings))]
@@ -101,6 +102,7 @@ def difference(one: Store, other: Store) -> list[str]:
             lines.append(f"only in {(other if here is None else one).directory}: {name}")
         elif here != there:
             lines.append(f"shards differ: {name}")
+    lines += [f"missing in {store.directory}: {name}" for store in (one, other) for name in store.missing()]
     return lines
 
 

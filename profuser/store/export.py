@@ -24,12 +24,12 @@ TABLES = ("responses", "preferences")
 
 
 def export(store: Store, output: Path) -> dict[str, int]:
-    """Writes a folder with responses.parquet, preferences.parquet if there was a vote, and README.md.
+    """Writes a folder with responses.parquet, preferences.parquet if a judge had any, and README.md.
 
     Returns:
         How many rows each table has.
     Raises:
-        ConfigError: the folder is there and not empty.
+        ConfigError: the folder is there and not empty, or lies in the store.
         DataError: the store is not complete, or its audit table is damaged.
     """
     import pyarrow as pa
@@ -37,6 +37,8 @@ def export(store: Store, output: Path) -> dict[str, int]:
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output must be a new or empty folder, got {output}; name another one")
+    if output.resolve().is_relative_to(store.directory.resolve()):
+        raise ConfigError(f"--output must be outside of the store, got {output} in {store.directory}; name another one")
     examples = audit_rows(store)
     if not store.settings.votes["asked"]:
         raise DataError(
@@ -52,6 +54,8 @@ def export(store: Store, output: Path) -> dict[str, int]:
         )
     }
     for name, rows in tables.items():
+        if not rows:  # the library `datasets` reads no empty file
+            continue
         content = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=shapes.get(name)), content)
         write_atomic(output / f"{name}.parquet", content.getvalue())
@@ -118,7 +122,7 @@ def preferences_of(examples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def card(store: Store, counts: dict[str, int]) -> str:
     """Returns the text of README.md, from which the library `datasets` also reads which file is which table."""
     settings = store.settings
-    configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in TABLES)
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in TABLES if counts[name])
     sources = "".join(f"- {name}: `{source['model']}`\n" for name, source in settings.sources["sources"].items())
     judges = "".join(
         f"- {name}: `{next((str(judge[kind]) for kind in JUDGES if judge.get(kind) is not None), 'a server')}`\n"

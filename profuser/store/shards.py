@@ -109,6 +109,10 @@ class Shards:
         """Returns the names of the shards whose files are missing or no longer what was written."""
         return [name for name in sorted(self._manifest["shards"]) if not self._intact(name)]
 
+    def missing(self) -> list[str]:
+        """Returns the names of the shards whose files are not there. No file is read."""
+        return [name for name in sorted(self._manifest["shards"]) if not self._path(name).is_file()]
+
     def drop_damaged(self) -> None:
         """Drops the shards whose files are missing or no longer what was written, so that they are made again, and prints them."""
         damaged = self.damaged()

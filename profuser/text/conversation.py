@@ -54,10 +54,12 @@ class Conversation:
             if turn.role != expected:
                 place = number + len(turns) - len(spoken) + 1
                 fix = (
-                    "give all of it in one message, the first"
-                    if turn.role == "system"
-                    else "join the two, or add the turn between them"
+                    "join the two, or add the turn between them"
+                    if number
+                    else "take it out, or add the user's before it"
                 )
+                if turn.role == "system":
+                    fix = "give all of it in one message, the first"
                 raise DataError(
                     f"the user and the assistant must speak in turn, the user first, got the role {turn.role} in place of {expected} in "
                     f"message {place}; {fix}"

@@ -98,6 +98,8 @@ def fit(
         return Fitted.unused(Verdict.of(error))
     able = [target]
     for chat in sources:
+        if chat is target:  # which is encoded already
+            continue
         try:
             encoded.append(chat.encode(prompt, response))
         except TokenBytesMismatch:

@@ -258,7 +258,8 @@ def _first_intact(paths: Sequence[Path], then: str) -> tuple[Path, dict[str, Any
         try:
             return path, _proven_state(path)
         except (OSError, ValueError) as error:
-            print(f"checkpoint {path} is damaged ({error}): trying {then}", flush=True)
+            what_is_done = "" if path == paths[-1] else f": trying {then}"
+            print(f"checkpoint {path} is damaged ({error}){what_is_done}", flush=True)
     return None
 
 
