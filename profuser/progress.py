@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from tqdm import tqdm
 
@@ -48,12 +48,20 @@ class Progress:
         label: what is being done. total: how much there is to do, in units called `unit`.
         show: whether anything is shown at all. initial: how much was done before, by a run that was interrupted.
         brief: whether nothing is shown unless the work takes long. This is for a part of other work with its own progress.
+        cost: how much the first n units cost together, in any measure, where some take longer than others.
     """
 
     def __init__(
-        self, label: str, total: int, unit: str = "it", show: bool = True, initial: int = 0, brief: bool = False
+        self,
+        label: str,
+        total: int,
+        unit: str = "it",
+        show: bool = True,
+        initial: int = 0,
+        brief: bool = False,
+        cost: Callable[[int], float] = float,
     ):
-        self.label, self.total, self.unit, self.brief = label, total, unit, brief
+        self.label, self.total, self.unit, self.brief, self.cost = label, total, unit, brief, cost
         self.show, self.done, self.initial = show and total > 0 and not _is_silent, initial, initial
         self.note = ""
         self.tokens = 0
@@ -97,7 +105,8 @@ class Progress:
         if not self.show:
             return
         seconds = time.monotonic() - self.start
-        now = self.done - self.initial
-        left = [f"{seconds / now * (self.total - self.done):.0f} s left"] if now and going_on else []
+        now = self.cost(self.done) - self.cost(self.initial)
+        left = self.cost(self.total) - self.cost(self.done)
+        left = [f"{seconds / now * left:.0f} s left"] if now and going_on else []
         facts = ", ".join([f"{self.done}/{self.total} {self.unit} in {seconds:.0f} s", *left, *self._facts()])
         print(f"{self.label}: {facts}", flush=True)

@@ -90,9 +90,17 @@ def test_nobody_is_asked_and_the_targets_are_the_same(prepared, tmp_path, monkey
     assert "12 train prompts have their responses from" in capsys.readouterr().out
 
     # Another file is another store: neither is taken for the other.
-    Path(str(sources[0].responses)).write_text(Path(str(sources[0].responses)).read_text().replace("Answer", "answer"))
+    path = Path(str(sources[0].responses))
+    path.write_text(path.read_text().replace('"prompt": " ', '"prompt": "  '))
     with pytest.raises(ConfigError, match="responses differ"):
         prepare(replace(run, recipe=recipe))
+
+    # A response without a score is missed before anything is made.
+    path.write_text(path.read_text().replace("Answer", "answer"))
+    with pytest.raises(
+        DataError, match=f"judges: {judges[0].name}: scores .* must have a score for every finished response"
+    ):
+        Inputs.open(replace(run, recipe=recipe))
     export(store, tmp_path / "out")
     assert f"`{tmp_path / judges[0].name}.jsonl`" in (tmp_path / "out" / "README.md").read_text()
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from profuser.errors import ConfigError, DataError
 from profuser.prepare.phases import prepare
+from profuser.prepare.summary import no_signal_warning
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import JudgeConfig, JudgingConfig
@@ -194,3 +195,23 @@ def test_steps_without_any_target_of_their_stage_change_nothing(prepared, tmp_pa
 def test_a_floor_is_a_number(floor):
     with pytest.raises(ConfigError, match="judges: j: floor must be finite"):
         JudgeConfig(name="j", function="m:f", floor=floor)
+
+
+@pytest.mark.parametrize(
+    ("reasons", "fix"),
+    [
+        (
+            {"no response was finished": 9, "the judges scored all alike or abstained": 3},
+            "raise generation.max_new_tokens",
+        ),
+        ({"every response is below a judge's floor": 9, "no response was finished": 3}, "lower the floor"),
+        ({"all responses are the same text": 9}, "use sources that differ more"),
+        ({"the judges scored all alike or abstained": 9}, "use judges that tell responses apart"),
+    ],
+)
+@pytest.mark.parametrize("rule", ["skip", "ground_truth"])
+def test_the_warning_says_what_helps_against_the_most_frequent_reason(reasons, fix, rule):
+    no_signal = {"prompts": sum(reasons.values()), "rule": rule, "reasons": reasons}
+    line = no_signal_warning({"examples": 20, "no_signal": no_signal})
+    assert f"; {fix}" in line
+    assert ("judging.no_signal: ground_truth" in line) == (rule == "skip")

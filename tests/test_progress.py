@@ -75,6 +75,13 @@ def test_a_resumed_phase_estimates_from_what_it_did_itself(clock, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "fuse: 95/100 steps in 20 s, 20 s left"
 
 
+def test_the_time_left_counts_units_by_what_they_cost(clock, capsys):
+    with Progress("fuse", 4, "steps", initial=1, cost=lambda n: [0, 1, 2, 4, 6][n]) as bar:
+        clock.now += 20
+        bar.update()
+    assert capsys.readouterr().out.splitlines()[0] == "fuse: 2/4 steps in 20 s, 80 s left"
+
+
 def test_on_a_terminal_the_bar_carries_rate_and_note(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with Progress("fuse", 2, "steps") as bar:

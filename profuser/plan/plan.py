@@ -271,7 +271,9 @@ def make_plan(
         other_activations=one.rows * saved[not checkpointing],
         training=training,
         checkpoint=checkpoint_bytes(target, recipe.optim, cuda=cuda),
-        preparing=preparing_memory(recipe, models, judges, lengths, cuda),
+        preparing=preparing_memory(
+            recipe, [s for s in recipe.sources if inputs is None or inputs.is_run(s)], models, judges, lengths, cuda
+        ),
         store=store_bytes(recipe, models, lengths, instructions, inputs),
         seconds=seconds,
         timed=probe(inputs, opened, examples) if probed and inputs is not None else None,
@@ -316,16 +318,18 @@ def largest_pass(recipe: Recipe, modes: int, lengths: Lengths, of_row: tuple[int
 
 def preparing_memory(
     recipe: Recipe,
+    sources: Sequence[SourceConfig],
     models: dict[str, Architecture],
     judges: Sequence[Architecture],
     lengths: AllLengths,
     cuda: bool,
 ) -> list[Preparing]:
-    """Returns what each source and judge needs while the store is made. One process has one model at a time."""
+    """Returns what each judge needs while the store is made, and each of the `sources`, which are those that have to be loaded. One
+    process has one model at a time."""
     capture = recipe.capture
     itemsize = 2 if capture.dtype == "bfloat16" or (capture.dtype == "auto" and cuda) else 4
     found = []
-    for source in recipe.sources:
+    for source in sources:
         own, of = models[source.name], lengths[source.name]["train"]
         generation = recipe.generation_of(source)
         prompt = of.longest if recipe.data.max_length <= of.longest else of.longest - round(of.response)

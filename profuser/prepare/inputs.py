@@ -28,7 +28,7 @@ from profuser.models.merged_adapter import model_fingerprint
 from profuser.prepare.chosen import SourceChoice, weights_of
 from profuser.prepare.data import Examples, Row, data_hash, load_examples, prompt_digest, row_digest
 from profuser.prepare.engines import check_engine, settled_engine
-from profuser.prepare.given import GivenResponses, file_digest
+from profuser.prepare.given import GivenResponses, GivenScores, file_digest
 from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.judges import check_conversations, judge_fingerprint, open_judge, try_function_judge
 from profuser.prepare.server import Server
@@ -125,6 +125,7 @@ class Inputs:
             if source.logprobs is not None and inputs.is_run(source):
                 open_model(source)
         for judge in recipe.judges:
+            inputs.check_scores(judge)
             check_conversations(judge, rows["train"])
             if recipe.optim.eval_rewards:
                 check_conversations(judge, rows["validation"])
@@ -254,6 +255,18 @@ class Inputs:
             f"sources: {source.name}: logprobs {source.logprobs} must have responses of the data, it has none of them, for instance not "
             f"{in_short(first['response'])} to {in_short(first['prompt'])}; fix the prompts and responses of its rows"
         )
+
+    def check_scores(self, judge: JudgeConfig) -> None:
+        """Raises DataError where the file with a judge's scores lacks that of a response which is in a file as well."""
+        if judge.scores is None:
+            return
+        scores, count = GivenScores(judge.name, judge.scores), self.responses_per_prompt("train")
+        for source in self.recipe.sources:
+            if (given := self.given(source, "train")) is not None:
+                for row, asked in zip(self.rows["train"], self.routed("train", source.name)):
+                    for response in given.of([row], count)[0] if asked else ():
+                        if response.eligible:
+                            scores.score(row, response.text)
 
     def try_logprobs(self) -> None:
         """Raises DataError where a file with log-probabilities does not fit its source's tokenizer, or lacks a ground truth of a split of

@@ -101,8 +101,6 @@ def open_judge(config: JudgeConfig) -> None:
     """
     if config.function is not None:
         load_function(config.function, f"judges: {config.name}: function")
-    if config.scores is not None:
-        GivenScores(config.name, config.scores)
     if config.grader is not None:
         graders.grader(config.grader)
     if config.server is not None:

@@ -15,7 +15,7 @@ from profuser.prepare.agreement import agreement
 from profuser.prepare.data import Row, shared_prompts
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.vote_rules import NOBODY
-from profuser.prepare.votes import Ballots, Candidate
+from profuser.prepare.votes import ALIKE, BELOW, SAME, UNFINISHED, Ballots, Candidate
 from profuser.recipe.schedule import Mode
 from profuser.store import layout
 from profuser.store.files import as_json
@@ -27,6 +27,13 @@ NO_SIGNAL = {"skip": "left out of inference mode", "ground_truth": "taught the g
 """What becomes of a prompt without a signal, for every value of judging.no_signal."""
 MUCH_WITHOUT_SIGNAL = 0.2
 """The share of prompts without a signal above which a warning is printed."""
+FIXES = {
+    UNFINISHED: "raise generation.max_new_tokens, or data.max_length if the prompts leave too little of it",
+    BELOW: "lower the floor of that judge",
+    SAME: "use sources that differ more, or let each give several responses with a generation.temperature above 0",
+    ALIKE: "use judges that tell responses apart",
+}
+"""What helps against the most frequent reason why no judge preferred a response."""
 AT_A_TIME = 1024
 """How many rows of the audit table are held in memory."""
 
@@ -108,7 +115,7 @@ def no_signal_warning(summary: Mapping[str, Any]) -> str:
     if not found or found["prompts"] <= MUCH_WITHOUT_SIGNAL * examples:
         return ""
     reasons = ", ".join(f"{n} x {reason}" for reason, n in found["reasons"].items())
-    other = "use judges that tell responses apart" + (
+    other = FIXES[max(found["reasons"], key=found["reasons"].get)] + (
         ", or set judging.no_signal: ground_truth" if found["rule"] == "skip" else ""
     )
     return (

@@ -22,6 +22,10 @@ from profuser.recipe.schema import Recipe
 from profuser.store import layout
 from profuser.store.store import Store
 
+UNFINISHED, BELOW = "no response was finished", "every response is below a judge's floor"
+SAME, ALIKE = "all responses are the same text", "the judges scored all alike or abstained"
+"""Why nobody won an example, in words."""
+
 
 class Candidate(NamedTuple):
     """A response in the vote. It is not eligible if it is empty, was not finished or cannot be used; then no judge sees it.
@@ -90,10 +94,10 @@ class Ballots:
         """Says why nobody won an example."""
         texts = [candidate.text for candidate in self.candidates[example] if candidate.eligible]
         if not texts:
-            return "no response was finished"
+            return UNFINISHED
         if not self.admitted[example].any():
-            return "every response is below a judge's floor"
-        return "all responses are the same text" if len(set(texts)) == 1 else "the judges scored all alike or abstained"
+            return BELOW
+        return SAME if len(set(texts)) == 1 else ALIKE
 
     def places_of(self, source: int) -> range:
         """Returns the indices of one source's candidates."""

@@ -14,7 +14,7 @@ import os
 from collections.abc import Generator
 
 MMAP_THRESHOLD = -3
-"""The number of glibc's setting of the size from which on a block is mapped by itself (`M_MMAP_THRESHOLD` of malloc.h)."""
+"""The number of glibc's setting of the size from which on a block is mapped by itself (M_MMAP_THRESHOLD)."""
 VARIABLE = "MALLOC_MMAP_THRESHOLD_"
 """Where a user says the same. What it says stands."""
 RETURNED, USUAL = 256 << 10, 32 << 20

@@ -129,6 +129,10 @@ class Trainer:
         shown = self.optim.trackers if accelerator.is_main_process else ()
         self.trackers = Trackers(shown, directory, recipe.to_dict())
 
+    def _passes(self, steps: int) -> float:
+        """How many texts of an instruction the first steps learn. A stage of both modes takes twice as long as one of a single mode."""
+        return sum(len(stage.modes) * max(0, min(steps, stage.stop) - stage.first) for stage in self.stages)
+
     def _check_modes(self, store: Store) -> None:
         """Raises DataError unless there are training examples for at least one mode of every stage."""
         there = set(self.targets.modes.tolist())
@@ -182,7 +186,7 @@ class Trainer:
         with (
             contextlib.closing(self.saver),  # waits for a checkpoint that is being written
             contextlib.closing(batches),  # ends the worker processes when the loop ends, for whatever reason
-            Progress("fuse", total, "steps", self.accelerator.is_main_process, start) as bar,
+            Progress("fuse", total, "steps", self.accelerator.is_main_process, start, cost=self._passes) as bar,
             noted() as asked,
         ):
             for step in range(start, total):
