@@ -306,7 +306,7 @@ def test_rows_that_are_written_in_two_ways_are_refused(tmp_path):
     """A row would otherwise have an empty prompt or ground truth, and the text in a column that is not read."""
     rows = {"prompt": "Hi", "response": "Hello."}, {"prompt": "Hi", "completion": "Hello."}
     both = [written(tmp_path / f"{n}.jsonl", row) for n, row in enumerate(rows)]
-    assert "1.jsonl, row 0 (from 0): the column 'response' must be filled" in refusal(tmp_path / "?.jsonl")
+    assert "row 1 (from 0): the column 'response' must be filled" in refusal(written(tmp_path / "one.jsonl", *rows))
     message = refusal(written(tmp_path / "two.jsonl", rows[0], {"question": "Hi", "response": "Hello."}))
     assert "row 1 (from 0): the column 'prompt' must be filled in every row, it has nothing and 'question'" in message
     empty = written(tmp_path / "empty.jsonl", rows[0], {"prompt": "Hi", "response": None}, {"prompt": "Hi"})
@@ -315,6 +315,36 @@ def test_rows_that_are_written_in_two_ways_are_refused(tmp_path):
     assert [row["response"] for row in examples(alike)] == ["Hello.", ""]
     with pytest.raises(DataError, match="must name every file once"):
         load_examples(DataConfig(train="a"), DataLocation(path=[str(both[0]), str(tmp_path / "?.jsonl")]))
+
+
+def test_files_of_a_split_may_be_written_in_different_ways(tmp_path):
+    talk = [user("Hi"), assistant("Hello.")]
+    rows = [
+        {"messages": talk, "id": 7},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+        {"prompt": "Hi", "response": "Hello.", "answer": "x"},
+        {"question": "Hi", "answer": "Hello."},
+        {"instruction": "Hi", "input": "", "output": "Hello."},
+    ]
+    for n, row in enumerate(rows):
+        written(tmp_path / f"{n}.jsonl", row)
+    found = examples(tmp_path / "?.jsonl", drop_duplicates=False)
+    assert [(row["prompt"], row["response"]) for row in found] == [("Hi", "Hello.")] * 5
+    # A column beside those that were read stays where it is, and nobody has one that is nothing but how another file is written.
+    assert [row.get("answer") for row in found] == [None, None, "x", None, None]
+    assert [row.get("id") for row in found] == [7, None, None, None, None]
+    assert not {"messages", "conversations", "question", "instruction"} & {column for row in found for column in row}
+    assert [note.partition(".jsonl: ")[2] for note in found.notes] == [
+        "conversations in 'messages'", "conversations in 'conversations'", "prompts in 'question', responses in 'answer'",
+        "prompts in 'instruction' and 'input', responses in 'output'",
+    ]  # fmt: skip
+    # A file without a column that the others have is read as they are.
+    written(tmp_path / "b0.jsonl", {"prompt": "Hi", "response": "Hello."})
+    written(tmp_path / "b1.jsonl", {"prompt": "Hi"})
+    assert [row["response"] for row in examples(tmp_path / "b?.jsonl", drop_duplicates=False)] == ["Hello.", ""]
+    written(tmp_path / "c1.jsonl", {"text": "Hi"})
+    written(tmp_path / "c0.jsonl", {"x": "Hi"})
+    assert "c0.jsonl must have the columns prompt and response" in refusal(tmp_path / "c?.jsonl")
 
 
 def test_one_system_message_in_two_places_is_one(tmp_path):

@@ -101,7 +101,7 @@ def find_columns(location: str, there: Sequence[str], config: DataConfig) -> Col
     if messages and (beside := others or pair):
         raise DataError(
             f"data {location} must say in one way what its examples are, it has {messages!r} beside {' and '.join(map(repr, beside))}; "
-            f"set data.messages_column: {messages}, or take it out of the data; several files of a split must be of one form"
+            f"set data.messages_column: {messages}, or take it out of the data"
         )
     if messages:
         return Columns(messages=messages, system=system, by_name=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from profuser.disk_list import DiskList
 from profuser.errors import DataError
 from profuser.prepare.chosen import BY_CROSS_ENTROPY, SourceChoice
-from profuser.prepare.columns import check_none_left_out, examples_of, find_columns, text_of
+from profuser.prepare.columns import Columns, check_none_left_out, examples_of, find_columns, text_of
 from profuser.prepare.data_sets import read_tables
 from profuser.recipe.data import DataConfig, DataLocation, Split
 from profuser.text.conversation import Conversation, Prompt, as_messages
@@ -95,10 +95,13 @@ def _examples_in(
     Args:
         table: what messages call each row's file, its number there, and its cells.
     """
-    there = list(dict.fromkeys(column for _, _, cells in table for column in cells))
+    of_files: dict[str, dict[str, None]] = {}
+    for name, _, cells in table:
+        of_files.setdefault(name, {}).update(dict.fromkeys(cells))
+    there = list(dict.fromkeys(column for of_file in of_files.values() for column in of_file))
     if not there:
         raise DataError(f"data {location} must have at least one row, got none; fix the file")
-    columns = find_columns(str(location), there, config)
+    columns = _columns_of_files(str(location), there, of_files, config)
     skill = config.skill_column if config.skill_column in there else None
     if config.skill_column not in (skill, DataConfig.skill_column):  # one that the recipe names must be there
         raise DataError(
@@ -118,16 +121,20 @@ def _examples_in(
     # Name what an example has as everything else expects it, and keep the other columns beside it. What was found by its name
     # is not kept twice, so that the rows are the same however the data set writes them down.
     counts: Counter[str] = Counter()
-    dropped = columns.all if columns.by_name else (columns.system,)
-    kept = [column for column in there if column not in dropped]
+    dropped = {name: found.all if found.by_name else (found.system,) for name, found in columns.items()}
+    of_any = {column for of_file in dropped.values() for column in of_file}
+    kept = {
+        name: [c for c in there if c not in dropped[name] and (c in of_file or c not in of_any)]
+        for name, of_file in of_files.items()
+    }
     seen: set[bytes] = set()
 
     def rows() -> Iterator[Row]:
         for name, number, cells in table:
             cells = dict.fromkeys(there) | cells
             try:
-                check_none_left_out(columns, cells)
-                examples = examples_of(columns, cells, config, counts)
+                check_none_left_out(columns[name], cells)
+                examples = examples_of(columns[name], cells, config, counts)
                 if chosen is not None and not (split != "train" and sources.may_lack(cells[chosen[1]])):
                     sources.check(cells[chosen[1]], chosen[1])
                 of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
@@ -138,11 +145,38 @@ def _examples_in(
                     continue
                 if split == "train" and config.drop_duplicates and _is_twice(prompt, seen, counts):
                     continue
-                others = {column: cells[column] for column in kept}
+                others = {column: cells[column] for column in kept[name]}
                 yield others | {"prompt": prompt, "response": response.strip(), "skill": of_skill}
 
-    found = Examples(rows(), [f"data {location}: {columns}"] if columns.by_name or columns.system else [])
+    alike = len({*map(str, columns.values())}) == 1
+    of_place = {str(location): next(iter(columns.values()))} if alike else columns
+    notes = [f"data {place}: {found}" for place, found in of_place.items() if found.by_name or found.system]
+    found = Examples(rows(), notes)
     found.notes += [f"data {location}: {count} {what}" for what, count in counts.items()]
+    return found
+
+
+def _columns_of_files(
+    location: str, there: Sequence[str], of_files: Mapping[str, Iterable[str]], config: DataConfig
+) -> dict[str, Columns]:
+    """Finds the columns of each file of a split, by its name. Files may be written in several ways.
+
+    Args:
+        there: the columns of all files. of_files: those of each. A file that lacks one which others have is read as all are.
+    Raises:
+        DataError: what find_columns raises.
+    """
+    if len(of_files) == 1:
+        return dict.fromkeys(of_files, find_columns(location, there, config))
+    found = {}
+    for name, of_file in of_files.items():
+        try:
+            found[name] = find_columns(name, [*of_file], config)
+        except DataError as error:
+            try:
+                found[name] = find_columns(location, there, config)
+            except DataError:
+                raise error from None
     return found
 
 

@@ -115,7 +115,8 @@ def no_signal_warning(summary: Mapping[str, Any]) -> str:
     if not found or found["prompts"] <= MUCH_WITHOUT_SIGNAL * examples:
         return ""
     reasons = ", ".join(f"{n} x {reason}" for reason, n in found["reasons"].items())
-    other = FIXES[max(found["reasons"], key=found["reasons"].get)] + (
+    most = max(found["reasons"], key=found["reasons"].get, default=ALIKE)
+    other = FIXES.get(most, FIXES[ALIKE]) + (
         ", or set judging.no_signal: ground_truth" if found["rule"] == "skip" else ""
     )
     return (
