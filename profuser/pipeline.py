@@ -13,7 +13,7 @@ from profuser.errors import ProfuserError
 from profuser.evaluate.match import try_match
 from profuser.evaluate.rewards import Rewards
 from profuser.evaluate.scores import evaluate
-from profuser.evaluate.terminal import closing_examples, score_table
+from profuser.evaluate.terminal import closing_examples, score_table, worse_line
 from profuser.owned_memory import OwnedMemory
 from profuser.plan.plan import make_plan
 from profuser.plan.text import beside
@@ -198,8 +198,11 @@ def print_report(run: Run, processes: int | None) -> None:
     directory = RunDirectory(run)
     page, record = write_report(directory.path, run.store_dir), directory.read()
     if run.recipe.data.location("heldout") is not None:
-        print(score_table(read_measured(directory.path, record, SCORES)))
+        scores = read_measured(directory.path, record, SCORES)
+        print(score_table(scores))
         print(closing_examples(read_measured(directory.path, record, EVALUATION), 3))
+        if line := worse_line(scores):
+            print(line)
     else:
         print("nothing was scored: the recipe has no data.heldout; give one, or set data.heldout_share: 0.05")
     if (run.store_dir / "manifest.json").exists() and (line := Store.open(run.store_dir, complete=False).handled()):

@@ -24,7 +24,7 @@ from test_checkpoint import saved, trained
 from test_store import SETTINGS, TEXTS, TRUTH
 
 from profuser.errors import DataError, ProfuserError
-from profuser.evaluate.terminal import closing_examples, score_table
+from profuser.evaluate.terminal import closing_examples, score_table, worse_line
 from profuser.models.load import chat_format, check_vocabulary, open_model
 from profuser.prepare.responses import read_responses
 from profuser.prepare.summary import no_signal_warning
@@ -194,7 +194,10 @@ def comparison_of(name: str):
 def measured(name: str):
     def make(root: Path):
         run_dir, _ = make_run(root)
-        show = {SCORES: score_table, EVALUATION: lambda content: closing_examples(content, 3)}[name]
+        show = {
+            SCORES: lambda content: score_table(content) + worse_line(content),
+            EVALUATION: lambda content: closing_examples(content, 3),
+        }[name]
 
         def use(value):
             put(run_dir, name, value)

@@ -26,6 +26,17 @@ def score_table(scores: Mapping[str, Any]) -> str:
     return visible("\n".join([head, *lines]))
 
 
+def worse_line(scores: Mapping[str, Any]) -> str:
+    """Returns the line that says where the fused model is worse than the target was; it is empty where it is not."""
+    before, fused = scores["target_before"]["mean"], scores["fused"]["mean"]
+    if fused >= before:
+        return ""
+    return (
+        f'the fused model is worse than the target was ({100 * fused:.1f} after {100 * before:.1f}); docs/models.md, "If the fused model '
+        'is worse", says what to look at'
+    )
+
+
 def closing_examples(evaluation: dict[str, Any], n: int) -> str:
     """Formats the first n examples of evaluation.json: what the target answered before, and what the fused model answers."""
     parts = []
