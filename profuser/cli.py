@@ -33,11 +33,11 @@ COMMANDS = {
     "train": "prepare what is missing, fuse, score, report; without arguments the bundled demo",
     "prepare": "only the store: responses, votes, distributions, alignment",
     "evaluate": "score a finished run again, also on new data, or any models on benchmarks",
-    "report": "draw the report of a finished run again",
+    "report": "draw the report of a finished run again, or set several runs side by side",
     "doctor": "how two tokenizers align on a text; an example in every chat template; which sources are worth combining",
     "generate": "let the sources answer prompts together, without training",
     "merge": "merge models of one architecture into one, without training",
-    "store": "what a store holds, and whether its files are what was written",
+    "store": "what a store holds (info, verify), as a data set (export), beside another (diff); DistillKit's captures (distillkit)",
 }
 
 EXTRAS = {

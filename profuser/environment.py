@@ -58,7 +58,13 @@ def hardware() -> str:
             ),
             cpu,
         )
-    return f"{cpu}, {torch.get_num_threads()} threads"
+    return f"{cpu}, {threads()}"
+
+
+def threads() -> str:
+    """Returns how many threads torch computes with, in words."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count != 1)}"
 
 
 def peak_memory(owned: OwnedMemory) -> dict[str, int]:

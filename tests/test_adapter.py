@@ -58,6 +58,9 @@ def test_the_written_model_is_the_target_with_the_adapter_merged(finished):
         assert torch.equal(tensor, alone[name].to(tensor.dtype)), name
     config = json.loads((run.output_dir / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == resolve("demo:guardian")
+    card = (run.output_dir / "adapter/README.md").read_text()  # peft's own is a form to be filled in
+    assert "A LoRA adapter of rank 4 over demo:guardian" in card
+    assert "More Information Needed" not in card
     record = json.loads((run.output_dir / "run.json").read_text())
     assert "adapter/adapter_model.safetensors" in record["files"]
 

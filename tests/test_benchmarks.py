@@ -17,6 +17,7 @@ from profuser.evaluate import benchmarks
 from profuser.evaluate.benchmarks import run_benchmarks
 from profuser.evaluate.comparison import compare, table
 from profuser.evaluate.contestants import LoadedModel, contestants_of
+from profuser.evaluate.picture import draw
 from profuser.evaluate.results import Column, Result
 from profuser.evaluate.scoring import passages_of
 from profuser.evaluate.statistics import Sample, mcnemar, paired_p, score
@@ -24,6 +25,7 @@ from profuser.evaluate.tasks import PAPER, manager_for, select
 from profuser.generate.methods import open_decoder
 from profuser.recipe.parse import parse_run
 from profuser.report.intervals import wilson
+from profuser.report.theme import LIGHT
 
 pytestmark = pytest.mark.usefixtures("in_run")
 
@@ -282,6 +284,15 @@ def test_where_all_answers_are_right_the_interval_is_not_a_point():
 def test_a_column_of_different_values_has_no_score():
     results = {"a": {"t": result(1.0), "u": result(0.5, primary="bleu,none")}}
     assert [c.name for c in compare(results, [Column("t", ("t",)), Column("both", ("t", "u"))])] == ["t"]
+
+
+def test_a_line_in_the_picture_stands_above_the_score_of_several_tasks():
+    results = {"a": {"t": result(1.0, 0.0), "u": result(0.0, 0.0)}}
+    columns = [Column("t", ("t",)), Column("u", ("u",)), Column("both", ("t", "u"))]
+    figure = draw(compare(results, columns), ["a"], [], LIGHT)
+    (axis,) = figure.axes
+    lines = [np.asarray(line.get_ydata()).tolist() for line in axis.lines if line.get_linestyle() == "-"]
+    assert lines == [[1.5, 1.5]]
 
 
 def test_the_table_says_which_way_is_better_and_escapes_names():

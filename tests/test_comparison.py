@@ -67,7 +67,9 @@ def test_scores_on_the_same_prompts_stand_beside_each_other(two):
     low, high = wilson(scores[0]["fused"]["safety"], 200)[1:]
     assert rows[1][1].split()[1] == f"{100 * low:.0f}–{100 * high:.0f}"
     best = [max(of["sources"].values(), key=lambda values: values["mean"])["mean"] for of in scores]
-    assert [cell.split()[0] for cell in rows[4][1:3]] == [f"{100 * value:.1f}" for value in best]
+    before = [of["target_before"]["mean"] for of in scores]
+    assert rows[4] == ["target before, mean", *(f"{100 * value:.1f}" for value in before), ""]
+    assert [cell.split()[0] for cell in rows[5][1:3]] == [f"{100 * value:.1f}" for value in best]
     means = [
         mean_score(of["fused"]["mean"], [wilson(v, 200) for skill, v in of["fused"].items() if skill != "mean"])
         for of in scores
@@ -176,11 +178,13 @@ def test_the_differing_keys_of_the_recipes_stand_with_their_values(tmp_path):
         record["recipe"] |= {"seed": 4, "output": "elsewhere", "store": "elsewhere-store"}
 
     edit(runs[1] / "run.json", change)
+    edit(runs[2] / "run.json", lambda record: record["recipe"]["optim"].update(steps=400))
     page = Page(compare_runs(runs))
     assert page.tables["Recipes"] == [
         ["key", "one", "two", "three"],
         ["optim.beta", "0.25", "0.5", "0.25"],
         ["optim.log_every changes no weight", "–", "7", "–"],
+        ["optim.steps", "null (400 taken)", "null (400 taken)", "400"],
         ["seed", "–", "4", "–"],
         ["sources.scholar.model", "demo:scholar", "org/other_model", "demo:scholar"],
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from small_tokenizers import pretrained_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, DataError
 from profuser.merge import methods
 from profuser.merge import models as opened
 from profuser.merge.blocks import Blocks
@@ -22,6 +23,7 @@ from profuser.merge.settings import MergedModel, MergeSettings, read_settings, s
 from profuser.merge.weights import Slot, WeightsWriter
 from profuser.recipe.places import resolve
 from profuser.text.token_bytes import TokenBytes
+from profuser.train.run_record import MEASURED, read_run
 
 
 def test_a_merged_model_loads_and_speaks(mergeable, tmp_path):
@@ -39,6 +41,22 @@ def test_a_merged_model_loads_and_speaks(mergeable, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     expected = whole(methods.ties, [base[name], a[name], b[name]], [0.5, 0.5], [0.6, 0.6])
     assert torch.equal(weights(tmp_path / "merged")[name], expected.bfloat16())
+
+
+def test_what_belongs_to_the_first_model_is_copied_and_no_record_of_its_run(mergeable, tmp_path):
+    shutil.copytree(mergeable["a"], first := tmp_path / "first")
+    config = [path.name for path in first.glob("*.json*")]
+    own = ["vocab.json", "merges.txt", "spiece.model", "chat_template.jinja", "preprocessor_config.json", "LICENSE.txt"]
+    records = ["run.json", *MEASURED, "report.html", "trainer_state.json", "log.txt"]
+    for name in (*own, *records):
+        (first / name).write_text("{}")
+    merge(
+        settings_of("slerp", [str(first), mergeable["b"]], None, None, None, {"t": 0.5}, None, 0), tmp_path / "merged"
+    )
+    found = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert found == {*config, *own, "model.safetensors", "merge.json", "README.md"}
+    with pytest.raises(DataError, match=r"run.json"):  # it is no run, and does not say that it is one
+        read_run(tmp_path / "merged")
 
 
 def test_gradients_and_filters_of_mergekits_yaml(mergeable, tmp_path):

@@ -45,6 +45,24 @@ def test_a_vocabulary_that_differs_is_fused_instead(mergeable, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("place", "file", "said"),
+    [
+        ("run/adapter", "adapter_config.json", "is an adapter of peft; name its run, .*run, which holds the model"),
+        ("mine", "adapter_config.json", "is an adapter of peft; merge it into its base"),
+        ("run/checkpoints/step-000031", "state.json", "is a checkpoint; name its run, .*run, which holds the model"),
+    ],
+)
+def test_an_adapter_and_a_checkpoint_are_named_as_what_they_are(mergeable, tmp_path, place, file, said):
+    part = tmp_path / place
+    part.mkdir(parents=True)
+    (part / file).write_text("{}")
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run/run.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"models must be whole to be merged, {part} {said}"):
+        merge(settings_of("linear", [mergeable["a"], str(part)], None, None, None, {}, None, 0), tmp_path / "merged")
+
+
 def test_a_base_that_is_no_ancestor(mergeable, tmp_path):
     tokenizer = pretrained_tokenizer(resolve("demo:guardian"))
     config = AutoModelForCausalLM.from_pretrained(mergeable["a"]).config

@@ -8,7 +8,7 @@ import pytest
 
 from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.schema import SourceConfig, StageConfig
-from profuser.train.model_card import licence, model_card
+from profuser.train.model_card import adapter_card, licence, model_card
 
 
 @pytest.fixture
@@ -39,6 +39,13 @@ def test_stages_that_are_spelt_out_and_an_adapter_are_named(recipe):
     assert "by the schedule **its own stages**" in card
     assert "| 1 | 0 | 2 | 0 |" in card
     assert "A LoRA adapter of rank 8 was trained and merged." in card
+
+
+def test_the_card_of_an_adapter_names_its_base_on_the_hub_alone(recipe):
+    hub = SourceConfig(name="guardian", model="someone/never-downloaded")
+    of_hub = replace(recipe, sources=[hub, *(source for source in recipe.sources if source.name != "guardian")])
+    assert "base_model: someone/never-downloaded\n" in adapter_card(of_hub, rank=8)
+    assert "base_model:" not in adapter_card(recipe, rank=8)
 
 
 @pytest.mark.parametrize(

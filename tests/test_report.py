@@ -223,6 +223,45 @@ def test_a_summary_from_before_the_abstentions_still_gives_a_report(tmp_path):
     assert "no judge preferred a response (" not in page.text
 
 
+def test_a_target_given_by_its_place_and_skills_in_another_order(tmp_path, monkeypatch):
+    run_dir, store_dir = make_run(tmp_path, target="./models/my-target")
+    columns = {
+        skill: {
+            "scores": {model: {"value": 0.5, "low": 0.4, "high": 0.6} for model in ("fused", "guardian")},
+            "pairs": [{"a": "fused", "b": "guardian", "difference": -0.204, "p": 0.5}],
+        }
+        for skill in (*reversed(SKILLS), "mean")
+    }
+    later = {"data": "new.jsonl", "counts": dict.fromkeys(SKILLS, 10), "comparison": columns}
+    (run_dir / "evaluations").mkdir()
+    (run_dir / "evaluations/new.json").write_text(json.dumps(later))
+
+    def change(summary):
+        summary["min_ce_wins"] = dict(reversed(summary["min_ce_wins"].items()))
+        summary["agreement"] = {"alone": {}, "length": {}, "pairs": [], "ties": 0.0}
+
+    edit(store_dir / "summary.json", change)
+    drawn = {}
+
+    def draw(picture, path):
+        if path.stem == "win_min_ce":
+            picture(LIGHT)
+        return {"light": "", "dark": ""}
+
+    monkeypatch.setattr("profuser.report.page._draw", draw)
+    monkeypatch.setattr("profuser.report.figures.draw_wins", lambda wins, *_: drawn.update(order=list(wins)))
+    path = write_report(run_dir, store_dir)
+    page = Page(path)
+    assert ("h1", "guardian, scholar and reckoner fused into my-target") in page.headings
+    assert page.tables["Scores per skill"][0][2] == "my-target (target before)"
+    assert "./models" not in path.read_text().partition("<h2>What it took")[0]
+    assert drawn["order"] == list(SKILLS)
+    head, _, row = page.tables["Scores on new.jsonl"]
+    assert head == ["model", *SKILLS, "mean", "difference"]
+    assert row[-1] == "−20.4 p = 0.500"
+    assert "were a tie" not in page.text
+
+
 def test_a_run_directory_from_before_the_votes_still_gives_a_report(tmp_path):
     run_dir, store_dir = make_run(tmp_path)
     edit(run_dir / "evaluation.json", lambda content: content.pop("votes"))
@@ -254,6 +293,7 @@ def test_what_a_store_took_that_was_there_already_is_not_the_runs_own_time(tmp_p
         with without_pictures():
             said[prepared] = Page(write_report(run_dir, store_dir)).text
     assert "was there already" not in said[True]
+    assert "prepare 43 s (its store was there already), train 1 h 01 min" in re.sub(r" (?=,)", "", said[False])
     assert "the store was there already; what it had taken is not counted: " in said[False]
     page = Page(compare_runs([run_dir, make_run(tmp_path / "other")[0]], tmp_path / "page.html"))
     assert ["its store", "was there already", "–"] in page.tables["Time and memory"]

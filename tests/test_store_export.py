@@ -1,5 +1,6 @@
 """`store export` writes what the audit table holds, in the columns of preference trainers; `store diff` names what differs."""
 
+import io
 import json
 import shutil
 from functools import partial
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from profuser.errors import ConfigError, DataError
@@ -129,6 +132,20 @@ def test_a_difference_names_settings_and_shards(prepared, tmp_path, capsys):
         "settings differ: align.min_reliability",
         "shards differ: targets/train-00000",
         f"only in {store.directory}: truth/train-scholar-00000",
+    ]
+    # Where the training prompts lie in another number of shards, what was said on them is compared by the audit tables.
+    changed._manifest["divided"]["train"] += 1
+    rows = pq.read_table(tmp_path / "store" / "samples.parquet").to_pylist()
+    for row in rows[:3]:
+        row["response_scholar"] += " indeed"
+    content = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), content)
+    changed.put_finding("samples.parquet", content.getvalue())
+    count = store.divided["train"]
+    assert difference(store, changed) == [
+        "settings differ: align.min_reliability",
+        f"shards of train cannot be compared one by one, because their examples are divided among {count} and {count + 1}",
+        f"samples.parquet differs: response_scholar, in 3 of {len(rows)} training prompts",
     ]
     changed._save()
     with pytest.raises(SystemExit) as end:

@@ -32,6 +32,8 @@ class Compared:
     scores: dict[str, Score]
     pairs: dict[tuple[str, str], tuple[float, float]]
     """For every two models the difference of the first to the second, and its p-value."""
+    overall: bool = False
+    """Whether it is the score of several tasks together."""
 
 
 def compare(results: Results, columns: Sequence[Column]) -> list[Compared]:
@@ -70,7 +72,8 @@ def _compared(column: Column, of_model: dict[str, list[Result]]) -> Compared:
         for model, (sample,) in samples.items():
             if sample.values.min() == sample.values.max() and sample.values[0] in (0, 1):
                 scores[model] = wilson(float(sample.values[0]), len(sample))
-    return Compared(column.name, result.primary, is_share, result.higher, sum(map(len, first)), scores, pairs)
+    overall, items = len(column.tasks) > 1, sum(map(len, first))
+    return Compared(column.name, result.primary, is_share, result.higher, items, scores, pairs, overall)
 
 
 def table(compared: Sequence[Compared], models: Sequence[str]) -> str:

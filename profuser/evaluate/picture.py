@@ -72,6 +72,9 @@ def _panel(axis: Axes, panel: Sequence[Compared], looks: dict[str, Look], theme:
         )  # fmt: skip
     for row in range(0, len(panel), 2):
         axis.axhspan(row - 0.5, row + 0.5, color=theme.band, lw=0, zorder=0)
+    for row, column in enumerate(panel):
+        if row and column.overall:  # a line above the score of the tasks before it
+            axis.axhline(row - 0.5, color=theme.text, lw=1.2, zorder=1)
     names = ["\n".join(textwrap.wrap(visible(column.name).replace("_", " "), 18)[:3]) for column in panel]
     axis.set_yticks(range(len(panel)), names)
     axis.set_ylim(len(panel) - 0.5, -0.5)

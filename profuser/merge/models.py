@@ -18,10 +18,12 @@ from profuser.merge.blocks import Blocks
 from profuser.merge.methods import cosine
 from profuser.merge.weights import StoredWeights
 from profuser.models.load import existing, load_tokenizer, read_config
+from profuser.models.merged_adapter import adapter_folder
 from profuser.models.token_ids import check_token_ids
 from profuser.models.weights import HARMLESS, has_no_place
 from profuser.recipe.schema import SourceConfig
 from profuser.text.token_bytes import TokenBytes
+from profuser.train.checkpoint import checkpoints
 
 ENOUGH_SHARED = 0.9
 """A model must have at least this share of the base's tokens."""
@@ -29,6 +31,12 @@ UNRELATED = 0.2
 """A base whose weights have a lower cosine with a model's cannot be its ancestor: trained ones keep above 0.9."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """What a tokenizer is loaded from, if there is a tokenizer.json."""
+MODEL_FILES = (
+    *("config.json", "generation_config.json", *TOKENIZER_FILES, "vocab.*", "merges.txt", "*.model", "tekken.json"),
+    *("*.jinja", "chat_template.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
+)
+"""What belongs to a model beside its weights, as patterns: its configuration, the files of any tokenizer, its chat templates, how
+pictures and sound are prepared, and its licence. What others keep in its directory, such as the records of a run, is not named."""
 FUSE = "fuse them instead: `python -m profuser.train` with a recipe that names them as sources"
 
 
@@ -74,6 +82,7 @@ def open_models(names: list[str]) -> tuple[Architecture, list[Candidate]]:
     architecture: Architecture | None = None
     for name in names:
         location = existing(name, name)
+        check_whole(name, Path(location))
         config = read_config(name, location, {})
         check_token_ids(name, location, config)
         folder = Path(location)
@@ -95,6 +104,21 @@ def open_models(names: list[str]) -> tuple[Architecture, list[Candidate]]:
         check_stored(candidate, found)
     assert architecture is not None
     return architecture, candidates
+
+
+def check_whole(name: str, folder: Path) -> None:
+    """Raises ConfigError for an adapter of peft and for a checkpoint of a run, which hold no model that could be merged."""
+    if adapter_folder(SourceConfig(name=name, model=name)) is not None:
+        run = folder.resolve().parent
+        fix = "merge it into its base by peft's merge_and_unload, save that, and name it"
+        if (run / "run.json").exists():
+            fix = f"name its run, {run}, which holds the model into which it was merged"
+        raise ConfigError(f"models must be whole to be merged, {name} is an adapter of peft; {fix}")
+    if not (folder / "config.json").exists() and folder in checkpoints(folder.parent):
+        raise ConfigError(
+            f"models must be whole to be merged, {name} is a checkpoint; name its run, {folder.resolve().parents[1]}, which holds the "
+            "model when its training is complete"
+        )
 
 
 def architecture_of(name: str, config: PreTrainedConfig) -> Architecture:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from profuser.errors import ConfigError, DataError
 from profuser.merge import methods
 from profuser.merge.blocks import Blocks
-from profuser.merge.models import Architecture, Candidate, blocks_of, check_ancestor, open_models
+from profuser.merge.models import MODEL_FILES, Architecture, Candidate, blocks_of, check_ancestor, open_models
 from profuser.merge.settings import DTYPES, NORMALIZED, WITH_BASE, MergeSettings
 from profuser.merge.weights import NAMES, Slot, WeightsWriter
 from profuser.merge.widen import widen
@@ -166,9 +166,8 @@ def place_of(name: str, config: PreTrainedConfig) -> float:
 
 def write_rest(folder: Path, first: Candidate, dtype: torch.dtype, settings: MergeSettings) -> None:
     """Writes all but the weights: configuration, tokenizer, and how the merge was made."""
-    for path in first.folder.iterdir():
-        is_weights = path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and path.suffix in (".json", ".jinja", ".model", ".txt"):
+    for pattern in (*MODEL_FILES, *first.tokenizer.vocab_files_names.values()):
+        for path in filter(Path.is_file, first.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from profuser.alignment.spans import ENGINE
+from profuser.environment import threads
 from profuser.prepare.data import shared_prompts
 from profuser.prepare.estimate import expected, sentence
 from profuser.prepare.phases import Preparation
@@ -27,7 +26,7 @@ def announce(command: str, preparation: Preparation, processes: int = 1, first_s
     time = sentence(expected(inputs, preparation.unmade, first_step))
     print(
         f"profuser.{command} {inputs.name}: {', '.join(inputs.source_names)} -> {recipe.target}, {size}; {inputs.device}, "
-        f"{torch.get_num_threads()} threads{ranks}; alignment: {ENGINE}; {time}",
+        f"{threads()}{ranks}; alignment: {ENGINE}; {time}",
         flush=True,
     )
     # Which engine "auto" is, as far as anything is still to be answered. Without a GPU nobody expects another than transformers.

@@ -33,6 +33,8 @@ DEFAULT_NAME = "report-comparison.html"
 LOSSES_DEPEND_ON = ("sources", "target", "data", "capture", "align", "judges", "judging", "generation")
 """Groups of a recipe that say what the losses are measured on, and how far apart the models are."""
 
+STEPS = "optim.steps"
+
 
 @dataclass(frozen=True, slots=True)
 class ComparedRun:
@@ -57,6 +59,16 @@ class ComparedRun:
     def single(self) -> dict[str, Any] | None:
         """How the fused model compares with the best single one; None where that is not known."""
         return answer_of(self.models, [])
+
+    @property
+    def before(self) -> Score | None:
+        """The mean of the target before; None where that is not known."""
+        return next((model.scores.get("mean") for model in self.models if model.role == "target"), None)
+
+    @property
+    def steps(self) -> int | None:
+        """How many optimizer steps were taken; None where none was logged."""
+        return self.metrics.training[-1]["step"] if self.metrics.training else None
 
     @property
     def scored_on(self) -> str:
@@ -111,6 +123,9 @@ def compare_runs(directories: Sequence[Path], output: Path | None = None) -> Pat
 
     recipes = [{k: v for k, v in run.record["recipe"].items() if k not in ("output", "store")} for run in runs]
     differing = differing_values([_by_name(recipe) for recipe in recipes])
+    if STEPS in differing:  # null lets the number of examples decide
+        taken = [f"null ({run.steps:,} taken)" if run.steps else None for run in runs]
+        differing[STEPS] = [own if value is None else value for value, own in zip(differing[STEPS], taken)]
     groups = _groups(runs)
     html = render(
         "comparison.html.j2",
@@ -224,9 +239,8 @@ def _curves(runs: Sequence[ComparedRun]) -> dict[str, Markup]:
 def _facts(runs: Sequence[ComparedRun]) -> dict[str, list[str | None]]:
     """Returns what every run took and ran on, a row for each fact. Of the versions only those are shown that differ."""
     records = [run.record for run in runs]
-    steps = [run.metrics.training[-1]["step"] if run.metrics.training else None for run in runs]
     facts: dict[str, list[str | None]] = {
-        "optimizer steps": [None if step is None else f"{step:,}" for step in steps],
+        "optimizer steps": [None if run.steps is None else f"{run.steps:,}" for run in runs],
         "time": [duration(sum(record["seconds"].values())) for record in records],
     }
     for phase in dict.fromkeys(phase for record in records for phase in record["seconds"]):

@@ -9,6 +9,7 @@ from typing import Any
 
 from profuser.errors import DataError
 from profuser.report.intervals import Score
+from profuser.report.scores import in_order
 from profuser.train.run_record import EVALUATIONS
 from profuser.typed import COUNT, NUMBER, checked, parsed
 
@@ -50,8 +51,8 @@ class Evaluation:
     rows: Sequence[Row]
 
 
-def read_evaluations(run_dir: Path) -> list[Evaluation]:
-    """Reads all of a run's evaluations on further files, by the files' names.
+def read_evaluations(run_dir: Path, skills: Sequence[str]) -> list[Evaluation]:
+    """Reads all of a run's evaluations on further files, by the files' names. `skills` are those of the run, which come first.
 
     Raises:
         DataError: one is damaged.
@@ -59,7 +60,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
     found = []
     for path in sorted((run_dir / EVALUATIONS).glob("*.json")):
         try:
-            found.append(_evaluation(checked(parsed(path.read_bytes()), SHAPE)))
+            found.append(_evaluation(checked(parsed(path.read_bytes()), SHAPE), skills))
         except (OSError, ValueError, KeyError) as error:
             raise DataError(
                 f"{path} must hold an evaluation, got {error}; remove it, and `python -m profuser.evaluate {run_dir} --data FILE` "
@@ -68,7 +69,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
     return found
 
 
-def _evaluation(content: dict[str, Any]) -> Evaluation:
+def _evaluation(content: dict[str, Any], skills: Sequence[str]) -> Evaluation:
     columns = content["comparison"]
     differences = {
         pair[other]: (pair["difference"] if other == "b" else -pair["difference"], pair["p"])
@@ -88,4 +89,4 @@ def _evaluation(content: dict[str, Any]) -> Evaluation:
         )
         for model in sorted(models, key=lambda model: model != "fused")
     ]
-    return Evaluation(content["data"], sum(content["counts"].values()), list(columns), rows)
+    return Evaluation(content["data"], sum(content["counts"].values()), in_order(columns, skills), rows)

@@ -21,7 +21,7 @@ from profuser.report import figures
 from profuser.report.evaluations import read_evaluations
 from profuser.report.metrics import read_metrics, stage_table
 from profuser.report.rendering import embedded, render
-from profuser.report.scores import answer_of, models_of, read_scores
+from profuser.report.scores import answer_of, called, in_order, models_of, read_scores
 from profuser.report.theme import DARK, LIGHT, Theme
 from profuser.store.files import write_atomic
 from profuser.store.store import Store
@@ -100,7 +100,8 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
     skills = [skill for skill in scores["fused"] if skill != "mean"]
     models = models_of(scores, counts, target)
     single = {model.name for model in models if model.role == "source"}  # all but one that is shown as the target
-    min_ce, vote = summary.get("min_ce_wins") or {}, summary.get("vote_wins") or {}
+    wins = [summary.get(key) or {} for key in ("min_ce_wins", "vote_wins")]
+    min_ce, vote = ({skill: by_skill[skill] for skill in in_order(by_skill, skills)} for by_skill in wins)
     alignment = {mode: rows for mode, rows in (summary.get("alignment") or {}).items() if rows}
     rows = [*skills, "mean"] if len(skills) > 1 else skills
     pictures: dict[str, Callable[[Theme], Figure]] = {
@@ -112,7 +113,7 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
     }
 
     # What the text and the tables show, and the page itself.
-    bits = evaluation.get("bits_per_byte") or {}
+    bits, align = evaluation.get("bits_per_byte") or {}, run["recipe"].get("align") or {}
     keys = {"fused": "fused", "target": "target_before"}
     bits_of = [(m, bits.get(keys[m.role]) if m.role in keys else bits.get("sources", {}).get(m.name)) for m in models]
     handled = {reason.replace("_", " "): count for reason, count in (summary.get("handled") or {}).items()}
@@ -120,10 +121,11 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
         handled["damaged lines of metrics.jsonl, left out"] = metrics.unreadable
     html = render(
         "report.html.j2",
-        title=_title(sources, target, distilled=run["recipe"].get("schedule") != "sft"),
+        title=_title(sources, called(target), distilled=run["recipe"].get("schedule") != "sft"),
         answer=answer_of(models, skills),
         run=run,
         summary=summary,
+        target=called(target),
         peak=peak_of(run),
         total_seconds=sum(run["seconds"].values()),
         demo=_demo(run["demo_data"]) if run.get("demo_data") else None,
@@ -137,12 +139,15 @@ def write_report(run_dir: Path, store_dir: Path) -> Path:
         agreement=summary.get("agreement"),
         no_signal=summary.get("no_signal") or {"prompts": 0},
         alignment=alignment,
+        least=None if align.get("mode") == "fusellm" else align.get("min_reliability", 0.1),
         heldout={key: evaluation.get(key) for key in ("ce", "kd")},
         curves=figures.curves_caption(metrics) if metrics.training or metrics.validation else None,
         stages=stage_table(metrics, run["recipe"]),
         judged=evaluation.get("votes") or [],
-        later=read_evaluations(run_dir),
-        examples=_examples(evaluation.get("examples") or [], [name for name in sources if name in single], target),
+        later=read_evaluations(run_dir, skills),
+        examples=_examples(
+            evaluation.get("examples") or [], [name for name in sources if name in single], called(target)
+        ),
         handled=handled,
         recipe=yaml.safe_dump(run["recipe"], sort_keys=False, allow_unicode=True, width=100),
         picture={name: _draw(draw, run_dir / f"{name}.png") for name, draw in pictures.items()},

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from profuser.recipe.places import is_path
 from profuser.report.figures import Model
 from profuser.report.intervals import difference, mean_score, wilson
 from profuser.train.run_record import EVALUATION, SCORES, read_measured
@@ -35,7 +36,7 @@ def models_of(scores: Mapping[str, Any], counts: Mapping[str, int], target: str)
     A target that is also a source, with the same scores, appears only once.
     """
     before = scores["target_before"]
-    rows = [("fused", "fused", scores["fused"])] + ([(target, "target", before)] if before else [])
+    rows = [("fused", "fused", scores["fused"])] + ([(called(target), "target", before)] if before else [])
     for name, values in scores["sources"].items():
         if name != target or values != before:
             rows.append((name, "source", values))
@@ -47,6 +48,16 @@ def models_of(scores: Mapping[str, Any], counts: Mapping[str, int], target: str)
         mean = mean_score(_number(values["mean"]), list(per_skill.values())) if "mean" in values else None
         models.append(Model(name, role, per_skill | ({"mean": mean} if mean else {})))
     return models
+
+
+def called(target: str) -> str:
+    """Returns what the page calls a target. One that the recipe gives by its place on the disk has the name of its directory."""
+    return Path(target).resolve().name if is_path(target) else target
+
+
+def in_order(found: Iterable[str], skills: Sequence[str]) -> list[str]:
+    """Returns skills in the order of those that a run was scored on; behind them all others, and "mean", as they were."""
+    return sorted(found, key=lambda skill: skills.index(skill) if skill in skills else len(skills))
 
 
 def _number(value: float | None) -> float:

@@ -91,11 +91,26 @@ def convert(args: argparse.Namespace) -> None:
 
 def difference(one: Store, other: Store) -> list[str]:
     """Says in which settings and shards two stores differ, by what their manifests record, and which of these shards are not there; nothing
-    where they are the same."""
+    where they are the same.
+
+    The shards of a split that is divided among another number of them hold other examples, whatever the models said. What was said on
+    the training prompts is then compared by the audit tables.
+    """
+    from profuser.store.layout import kind_of
     from profuser.store.settings import differing_settings
 
     lines = [f"settings differ: {key}" for key in differing_settings(asdict(one.settings), asdict(other.settings))]
-    digests = [store.digests for store in (one, other)]
+    apart = {split: n for split, n in one.divided.items() if other.divided.get(split, n) != n}
+    for split, count in apart.items():
+        lines.append(
+            f"shards of {split} cannot be compared one by one, because their examples are divided among {count} and {other.divided[split]}"
+        )
+    if "train" in apart and one.complete and other.complete:
+        lines.extend(differing_samples(one, other))
+    digests = [
+        {name: digest for name, digest in store.digests.items() if kind_of(name)[0].split not in apart}
+        for store in (one, other)
+    ]
     for name in sorted({*digests[0], *digests[1]}):
         here, there = (of_store.get(name) for of_store in digests)
         if here is None or there is None:
@@ -103,6 +118,23 @@ def difference(one: Store, other: Store) -> list[str]:
         elif here != there:
             lines.append(f"shards differ: {name}")
     lines += [f"missing in {store.directory}: {name}" for store in (one, other) for name in store.missing()]
+    return lines
+
+
+def differing_samples(one: Store, other: Store) -> list[str]:
+    """Says which columns of the audit tables differ, and in how many training prompts; or that they cannot be read."""
+    from profuser.store.export import audit_rows
+
+    if damaged := [f"{store.directory / name}" for store in (one, other) for name in store.damaged_findings()]:
+        return [f"training prompts cannot be compared, because of {', '.join(damaged)}, damaged or missing"]
+    rows = [audit_rows(store) for store in (one, other)]
+    if len(rows[0]) != len(rows[1]):
+        return [f"samples.parquet differs: it has {len(rows[0]):,} and {len(rows[1]):,} training prompts"]
+    lines = []
+    for column in dict.fromkeys(column for table in rows for row in table[:1] for column in row):
+        # As texts, NaN is itself.
+        if count := sum(str(a.get(column)) != str(b.get(column)) for a, b in zip(*rows)):
+            lines.append(f"samples.parquet differs: {column}, in {count:,} of {len(rows[0]):,} training prompts")
     return lines
 
 

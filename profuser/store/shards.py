@@ -90,6 +90,11 @@ class Shards:
         """The sha256 of every shard, by its name."""
         return {name: entry["sha256"] for name, entry in self._manifest["shards"].items()}
 
+    @property
+    def divided(self) -> dict[str, int]:
+        """Among how many shards the examples of every split are divided."""
+        return self._manifest["divided"]
+
     def totals(self) -> list[Total]:
         """Adds up the shards, examples and bytes by folder and split."""
         totals: dict[tuple[str, str], Total] = {}

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from profuser.recipe.schema import Recipe
 from profuser.store.files import move_into_place, open_to_umask, temporary_beside, writing
 from profuser.train.adapter import FOLDER as ADAPTER
-from profuser.train.adapter import is_adapted, merged, save_adapter
-from profuser.train.model_card import CARD, model_card
+from profuser.train.adapter import merged, save_adapter
+from profuser.train.model_card import CARD, adapter_card, model_card
 
 MAX_SHARD = "5GB"
 """Larger models are written as several files."""
@@ -32,8 +32,9 @@ def save_fused(
     size = model.num_parameters() * dtype.itemsize  # which counts quantised weights one by one
     try:
         with writing(folder, size):
-            if is_adapted(model):
+            if recipe.adapter is not None:
                 save_adapter(model, folder / ADAPTER)
+                (folder / ADAPTER / CARD).write_text(adapter_card(recipe, recipe.adapter.rank), encoding="utf-8")
             save_weights(merged(model, recipe, folder / ADAPTER), folder, dtype)
             tokenizer.save_pretrained(folder)
             (folder / CARD).write_text(model_card(recipe), encoding="utf-8")

@@ -30,6 +30,14 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 """
 
+LOADING_ADAPTER = """\
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("this directory")  # on top of the base that adapter_config.json names
+```
+"""
+
 
 def write_card(directory: Path, recipe: Recipe, scores: Mapping[str, Any]) -> None:
     """Writes the model card of a run again, with the scores of scores.json."""
@@ -71,6 +79,22 @@ def model_card(recipe: Recipe, scores: Mapping[str, Any] | None = None) -> str:
         "In the directory of the run, held-out scores are in `scores.json`, the whole account is in `report.html`, and the recipe and "
         "the versions are in `run.json`.\n\n"
         f"{LOADING}"
+    )
+
+
+def adapter_card(recipe: Recipe, rank: int) -> str:
+    """Returns the card of the adapter alone, which lies in a folder of the fused model."""
+    base = recipe.target_config.model
+    front = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["profuser", "lora"]}
+    if not base.startswith(BUNDLED_PREFIX) and not Path(base).exists():
+        front["base_model"] = base
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
+        f"# The adapter of {recipe.target}, fused with profuser\n\n"
+        f"A LoRA adapter of rank {rank} over {base}, trained on {recipe.data.location('train')}. The model in the folder above has it "
+        "merged into its weights. The card there says from which sources and in which stages it learnt, how well it does, and under "
+        "which licences.\n\n"
+        f"{LOADING_ADAPTER}"
     )
 
 
