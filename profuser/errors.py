@@ -3,6 +3,9 @@
 A message is one line with the rule, the value that broke it, and the fix.
 """
 
+import traceback
+from pathlib import Path
+
 
 class ProfuserError(Exception):
     """Any failure that a command reports in one line instead of a traceback (exit code 1)."""
@@ -69,6 +72,13 @@ def first_line(error: BaseException) -> str:
     """
     line, *others = str(error).strip().splitlines() or [type(error).__name__]
     return (f"{line} {others[0].strip()}" if others and line.endswith(":") else line)[:300]
+
+
+def in_own_function(error: BaseException) -> str:
+    """Says what a function of the user's own raised, and in which line of which file, if not where it was called."""
+    _, *frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}: {first_line(error)}"
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

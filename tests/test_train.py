@@ -503,7 +503,8 @@ def test_bad_input_gets_one_line_and_its_exit_code(tmp_path, arguments, code, ex
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("nothing", "None"), ("a_score", "0.5"), ("a_failure", "KeyError: 'answr'")]
+    ("name", "said"),
+    [("nothing", "None"), ("a_score", "0.5"), ("a_failure", r"KeyError in test_train\.py, line \d+: 'answr'")],
 )
 def test_a_match_that_is_wrong_is_found_before_any_model_runs(tmp_path, monkeypatch, name, said):
     monkeypatch.setattr("profuser.pipeline.Preparation.run", lambda _: pytest.fail("the preparation began"))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from profuser.errors import DataError, first_line, in_short
+from profuser.errors import DataError, in_own_function, in_short
 from profuser.prepare.data import Row, for_functions
 from profuser.recipe.places import load_function
 
@@ -44,7 +44,7 @@ def load_match(path: str | None, fix: str = AGAIN) -> Match:
         try:
             right = function(example, response)
         except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
-            right = f"{type(error).__name__}: {first_line(error)}"
+            right = in_own_function(error)
         if isinstance(right, (bool, np.bool_)):
             return bool(right)
         raise DataError(f"{rule} {in_short(right)}; {fix}")

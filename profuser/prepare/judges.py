@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from profuser.errors import DataError, first_line, in_short
+from profuser.errors import DataError, in_own_function, in_short
 from profuser.models.load import chat_template, check_ids, template_text
 from profuser.models.merged_adapter import model_fingerprint
 from profuser.models.padding import padded
@@ -296,7 +296,7 @@ def _numbers(judge: str, path: str, function: Callable, example: Row, responses:
     try:
         given = function(example, list(responses))
     except (Exception, SystemExit) as error:  # the function is the user's own, which may raise anything
-        raise DataError(f"{rule} raised {type(error).__name__}: {first_line(error)}; fix the function") from error
+        raise DataError(f"{rule} raised {in_own_function(error)}; fix the function") from error
     try:
         # The numbers of a text would be its digits, and those of a set or mapping are in no order.
         numbers = None if isinstance(given, (str, bytes, set, frozenset, dict)) else [float(x) for x in given]
