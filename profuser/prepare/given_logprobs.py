@@ -72,9 +72,8 @@ class GivenLogprobs:
         self.place = f"{key} {path}"
         self._chat, self._top_k = chat, top_k
         self._of: dict[tuple[str, str], list[GivenRow]] = {}
-        for where, row in file_rows(
-            key, path
-        ):  # one at a time: as Python's objects they take many times the memory of what is kept
+        # One row at a time: as Python's objects, all of them would take many times the memory of what is kept.
+        for where, row in file_rows(key, path):
             self._add(where, row)
 
     def _add(self, where: str, row: dict[str, Any]) -> None:
