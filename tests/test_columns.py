@@ -482,3 +482,32 @@ def test_shares_are_held_out_by_a_hash_of_the_first_prompt(tmp_path):
     for settings in wrong:
         with pytest.raises(ConfigError):
             DataConfig(train="a", **settings)
+
+
+def test_bad_rows_are_counted_and_left_out_where_the_recipe_says_so(tmp_path):
+    good = [user("Hi"), assistant("Hello.")]
+    path = written(
+        tmp_path / "a.jsonl",
+        {"messages": good},
+        {"messages": [*good, user("And?")]},
+        {"messages": []},
+        {"messages": [user("Hi")]},
+        {"messages": "no list"},
+        {"messages": [user("Hi"), {"role": "function_call", "content": "f()"}]},
+        {"messages": [*good, user("You?"), assistant("Me.")]},
+    )
+    assert "row 1 (from 0)" in (message := refusal(path))
+    assert message.endswith(", or set data.bad_rows: skip")
+    found = examples(path, bad_rows="skip")
+    assert [row["response"] for row in found] == ["Hello.", "Me."]
+    counts = [note.partition("a.jsonl: ")[2] for note in found.notes if "left out" in note]
+    assert sum(int(count.partition(" ")[0]) for count in counts) == 5
+    assert (
+        "4 x row left out, because the column 'messages' must end with the assistant's turn, the ground truth" in counts
+    )
+    assert len(examples(path, "heldout", bad_rows="skip")) == 2
+    limited = load_examples(DataConfig(train=str(path), bad_rows="skip"), str(path), limit=2)
+    assert [row["response"] for row in limited] == ["Hello.", "Me."]
+    none = refusal(written(tmp_path / "b.jsonl", {"messages": [user("Hi")]}), bad_rows="skip")
+    assert "all were left out: " in none
+    assert "1 x row left out, because the column 'messages' must end with" in none

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -74,6 +75,14 @@ def load_examples(
             f'data {location}: a skill must not be called "mean", which stands for the mean over skills; rename it, or set '
             "data.skill_column: null"
         )
+    if (
+        not rows
+        and config.bad_rows == "skip"
+        and (left_out := [note for note in rows.notes if "x row left out" in note])
+    ):
+        raise DataError(
+            f"data.{split} must have at least one example, all were left out: {'; '.join(left_out)}; fix the file"
+        )
     if not rows:
         raise DataError(
             f"data.{split} must have at least one example, none of {location} is in its share; change data.heldout_share or "
@@ -139,7 +148,11 @@ def _examples_in(
                     sources.check(cells[chosen[1]], chosen[1])
                 of_skill = (text_of(skill, cells[skill]) if skill else "") or "all"
             except DataError as error:
-                raise DataError(f"data {name}, row {number} (from 0): {error}") from None
+                if config.bad_rows == "refuse":
+                    skips = ", or set data.bad_rows: skip" if columns[name].messages else ""
+                    raise DataError(f"data {name}, row {number} (from 0): {error}{skips}") from None
+                counts[f"x row left out, because {_rule(error)}"] += 1
+                continue
             for prompt, response in examples:
                 if not part[0] <= place_of(prompt) < part[1]:
                     continue
@@ -178,6 +191,11 @@ def _columns_of_files(
             except DataError:
                 raise error from None
     return found
+
+
+def _rule(error: DataError) -> str:
+    """The rule that a row breaks, without what it has instead and how to mend it, so that rows are counted by it."""
+    return re.split(", got |; |, it ", str(error), maxsplit=1)[0]
 
 
 def _is_twice(prompt: Prompt, seen: set[bytes], counts: Counter[str]) -> bool:

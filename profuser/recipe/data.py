@@ -66,6 +66,9 @@ class DataConfig:
     """The column that holds conversations, which end with the ground truth. Those of the usual names are found."""
     turns: Literal["last", "all"] = "last"
     """Which turns of the assistant are learnt: all gives an example for each turn, with the conversation before it."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a row that is no example, such as a conversation that ends with the user's turn: refuse ends the command and names
+    the row; skip leaves it out, and counts such rows by what is wrong with them."""
     drop_duplicates: bool = False
     """Whether only the first of several training examples with the same prompt is used."""
     skill_column: str | None = "skill"
