@@ -514,6 +514,18 @@ def test_a_file_is_not_held_in_memory(tmp_path):
     tracemalloc.stop()
 
 
+def test_memory_hardly_grows_with_the_number_of_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}", "response": "x" * 10_000}) + "\n" for n in range(1000)))
+    tracemalloc.start()
+    rows = limited(path, None, drop_duplicates=True)
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == 1000
+    assert held < 500_000  # the responses have ten million characters
+    assert most < 2_000_000
+
+
 @pytest.mark.parametrize("ending", ["arrow", "arrow.gz"])
 def test_a_stream_whose_writer_was_killed_between_two_tables_is_an_error(tmp_path, ending):
     table, content = pyarrow.table({"prompt": ["a", "b"], "response": ["c", "d"]}), pyarrow.BufferOutputStream()

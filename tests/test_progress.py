@@ -145,7 +145,7 @@ def test_the_first_lines_say_what_on_what_and_how_long(prepared, capsys):
     for part in (
         "guardian, scholar, reckoner -> guardian",
         "12 instructions",
-        "3 steps (progressive)",
+        "3 of 4 steps (progressive)",
         "2 processes",
         "expected",
     ):

@@ -116,11 +116,13 @@ def on_new_data(args: argparse.Namespace) -> str:
     from profuser.evaluate.new_data import score_on
     from profuser.evaluate.terminal import score_table
     from profuser.stopping import working
+    from profuser.train.run_record import EVALUATIONS
 
     with working():
         scores, compared = score_on(args.run_dir, args.data, args.models)
     pairs = [(a, b) for a, b in compared[0].pairs if "fused" in (a, b)]
-    return f"{score_table(scores)}\n\n{differences(compared, pairs)}"
+    shown = f"`python -m profuser.report {args.run_dir}` puts them into the run's report"
+    return f"{score_table(scores)}\n\n{differences(compared, pairs)}\n\nthe scores are in {args.run_dir / EVALUATIONS}; {shown}"
 
 
 def on_benchmarks(args: argparse.Namespace) -> str:

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +27,7 @@ from profuser.cli import main_of
 from profuser.environment import environment
 from profuser.errors import ConfigError
 from profuser.experiments.page import write_section
+from profuser.experiments.pool import stoppable_pool
 from profuser.pipeline import train
 from profuser.prepare.phases import prepare
 from profuser.ragged import offsets_of
@@ -35,7 +35,6 @@ from profuser.recipe.data import DataLocation
 from profuser.recipe.parse import Run, parse_run
 from profuser.recipe.places import DEFAULT_RECIPE, resolve
 from profuser.recipe.schema import Recipe, ScheduleName
-from profuser.stopping import working
 from profuser.store import layout
 from profuser.store.files import write_atomic, write_json
 from profuser.store.marks import labels_of, marks_of, rows_of
@@ -283,16 +282,7 @@ def main(argv: list[str]) -> None:
         if data == "fusion" and any(a.data == "shifted" for a in arms):
             shift_rows(store, Path(stores["shifted"][1]))
     runs = {(a.name, s): run_of(base, a, s, args.output, stores) for s in args.seeds for a in arms}
-    with (
-        working(),  # a signal ends the pool
-        ProcessPoolExecutor(
-            args.workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(1,),
-            max_tasks_per_child=1,
-        ) as pool,
-    ):
+    with stoppable_pool(args.workers, initializer=torch.set_num_threads, initargs=(1,), max_tasks_per_child=1) as pool:
         for n, done in enumerate(as_completed([pool.submit(work, run) for run in runs.values()]), start=1):
             print(f"{n}/{len(runs)}: {done.result()}", flush=True)
     results = collect(runs, args.seeds)

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from profuser.environment import environment
 from profuser.errors import ConfigError, ProfuserError
 from profuser.experiments.number_lengths import LONGEST, against, number_lengths
 from profuser.experiments.page import write_section
+from profuser.experiments.pool import stoppable_pool
 from profuser.experiments.sums import Sum, Sums, Training, pretrained, tokenizer_of
 from profuser.models.load import chat_format, load_model
 from profuser.recipe.schema import SourceConfig
@@ -323,7 +323,7 @@ def experiment(
     write_rows(directory / "heldout.jsonl", sums.heldout_rows())
     results: dict[str, Any] = {"seeds": list(seeds), "settings": record, **environment(), "directions": {}}
     for title, (source, target) in DIRECTIONS.items():
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with stoppable_pool(workers) as pool:
             models = [("source", source), ("target", target)]
             for job in [pool.submit(pretrain_one, settings, *model, directory / "-".join(model)) for model in models]:
                 job.result()

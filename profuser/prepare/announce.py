@@ -21,7 +21,8 @@ def announce(command: str, preparation: Preparation, processes: int = 1, first_s
     recipe, rows = inputs.recipe, inputs.rows["train"]
     size = f"{len(rows)} instructions"
     if first_step is not None:
-        size += f", {plan(recipe, len(rows))[-1].stop - first_step} steps ({inputs.schedule})"
+        steps = plan(recipe, len(rows))[-1].stop
+        size += f", {f'{steps - first_step} of ' if first_step else ''}{steps} steps ({inputs.schedule})"
     ranks = f", {processes} processes" if processes > 1 else ""
     time = sentence(expected(inputs, preparation.unmade, first_step))
     print(
