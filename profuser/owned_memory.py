@@ -2,47 +2,63 @@
 
 from __future__ import annotations
 
-import os
+import re
 import threading
 from pathlib import Path
 from types import TracebackType
 
-STATM = Path("/proc/self/statm")
-EVERY_SECONDS = 0.02
+STATUS = Path("/proc/self/status")
+EVERY_SECONDS = 0.05
 
 
-def owned_memory() -> int | None:
-    """Returns the bytes of memory that are this process's own: those of no file and not shared. It is None where /proc is missing."""
-    if not STATM.exists():
+def resident() -> dict[str, int] | None:
+    """Returns the bytes of this process's memory by kind: RssAnon, which no file has and which is not shared, RssFile and RssShmem, and
+    VmHWM, the most that all of them have been together. It is None where /proc is missing."""
+    if not STATUS.exists():
         return None
-    _, resident, shared, *_ = map(int, STATM.read_text().split())
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+    found = re.findall(r"^(VmHWM|RssAnon|RssFile|RssShmem):\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    return {kind: 1024 * int(size) for kind, size in found}
 
 
 class OwnedMemory:
-    """The most memory that this process has owned in a `with` block, looked at fifty times a second."""
+    """The most memory that this process has owned in a `with` block, looked at twenty times a second.
+
+    Where there was a new peak since the last look, it counts without the mapped files that are there now. Memory that comes and goes
+    between two looks is seen in this way, too, also while a library keeps Python waiting.
+    """
 
     def __init__(self) -> None:
-        self._peak = 0
+        self._peak, self._highest = 0, (resident() or {}).get("VmHWM", 0)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="owned memory", daemon=True)
 
     def __enter__(self) -> OwnedMemory:
-        if owned_memory() is not None:
+        if resident() is not None:
             self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._look()
         self._ended.set()
 
     @property
     def peak(self) -> int | None:
-        """The most that was seen so far, in bytes; None where it cannot be seen."""
-        now = owned_memory()
-        return None if now is None else max(self._peak, now)
+        """The most that was seen, in bytes; None where it cannot be seen."""
+        if not self._ended.is_set():
+            self._look()
+        return self._peak or None
+
+    def _look(self) -> None:
+        if (now := resident()) is None:
+            return
+        owned = now["RssAnon"]
+        if now["VmHWM"] > self._highest:
+            self._highest = now["VmHWM"]
+            owned = max(owned, self._highest - now["RssFile"] - now["RssShmem"])
+        self._peak = max(self._peak, owned)
 
     def _watch(self) -> None:
         while not self._ended.wait(EVERY_SECONDS):
-            self._peak = max(self._peak, owned_memory() or 0)
+            self._look()
