@@ -16,7 +16,11 @@ def resident() -> dict[str, int] | None:
     VmHWM, the most that all of them have been together. It is None where /proc is missing."""
     if not STATUS.exists():
         return None
-    found = re.findall(r"^(VmHWM|RssAnon|RssFile|RssShmem):\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    found = re.findall(
+        r"^(VmHWM|RssAnon|RssFile|RssShmem):\s+(\d+) kB",
+        STATUS.read_text(encoding="utf-8", errors="replace"),
+        re.MULTILINE,
+    )
     return {kind: 1024 * int(size) for kind, size in found}
 
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -49,6 +50,7 @@ def select(names: Sequence[str], shots: int | None = None) -> tuple[list[Benchma
         ConfigError: a name is unknown, or two different tasks have one name.
         DataError: a task cannot be loaded, for instance because its data are not there.
     """
+    datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     asked: dict[str, int | None] = {}
     for name in names:
