@@ -165,6 +165,11 @@ def test_another_floor_votes_again_on_the_same_scores(prepared, tmp_path, capsys
     assert store.summary["no_signal"]["reasons"]["every response is below a judge's floor"] >= sum(map(bool, won)) > 0
     assert not sequences(store, Mode.INFERENCE)
     assert prepare(run).complete
+    progressive = replace(run, recipe=replace(run.recipe, schedule="progressive"))
+    with pytest.raises(
+        DataError, match=r"stage 1 needs .* inference, none is left .*, lower the floor of that judge, or set"
+    ):
+        trainer(progressive, store, tmp_path / "run")
 
 
 def test_steps_without_any_target_of_their_stage_change_nothing(prepared, tmp_path):

@@ -18,7 +18,7 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from profuser.pipeline import train
 from profuser.prepare.phases import prepare
 from profuser.ragged import offsets_of
 from profuser.recipe.data import DataLocation
+from profuser.recipe.optim import Combine
 from profuser.recipe.parse import Run, parse_run
 from profuser.recipe.places import DEFAULT_RECIPE, resolve
 from profuser.recipe.schema import Recipe, ScheduleName
@@ -52,7 +53,7 @@ class Arm:
     data: str = "fusion"  # one of fusion, mixed (with the distributions of all sources), wellformed, clean and shifted
     schedule: ScheduleName = "progressive"
     beta: float | None = None
-    combine: Literal["min_ce", "avg_ce", "softmax"] = "min_ce"
+    combine: Combine = "min_ce"
     combine_temperature: float = 1.0
 
 

@@ -92,7 +92,7 @@ def load_examples(
 
 
 def _examples_in(
-    table: Iterable[tuple[str, int, dict[str, Any]]],
+    table: Sequence[tuple[str, int, dict[str, Any]]],
     config: DataConfig,
     location: DataLocation,
     split: Split,

@@ -141,8 +141,8 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
     recipe = inputs.recipe
     target = recipe.target_config
     sizes: dict[str, Size] = {}
-    run = [source for source in recipe.sources if inputs.is_run(source)]
-    for source in (*run, target):
+    loaded = [source for source in recipe.sources if inputs.is_run(source)]
+    for source in (*loaded, target):
         if (size := size_of(source)) is None:
             return None
         sizes[source.name] = size
@@ -166,7 +166,7 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
 
     # The sources score the ground truth and the responses that won, and answer the prompts.
     scoring = answering = 0.0
-    for source in run:
+    for source in loaded:
         batch = recipe.capture.responses_at_once(tokens[source.name])
         for split in inputs.rows:
             if not inputs.scores_given(source, split):

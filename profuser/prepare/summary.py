@@ -15,10 +15,11 @@ from profuser.prepare.agreement import agreement
 from profuser.prepare.data import Row, shared_prompts
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.vote_rules import NOBODY
-from profuser.prepare.votes import ALIKE, BELOW, SAME, UNFINISHED, Ballots, Candidate
+from profuser.prepare.votes import Ballots, Candidate
 from profuser.recipe.schedule import Mode
 from profuser.store import layout
 from profuser.store.files import as_json
+from profuser.store.no_signal import advice
 from profuser.store.store import Store
 from profuser.text.fit import Verdict
 from profuser.text.template import conversation
@@ -27,13 +28,6 @@ NO_SIGNAL = {"skip": "left out of inference mode", "ground_truth": "taught the g
 """What becomes of a prompt without a signal, for every value of judging.no_signal."""
 MUCH_WITHOUT_SIGNAL = 0.2
 """The share of prompts without a signal above which a warning is printed."""
-FIXES = {
-    UNFINISHED: "raise generation.max_new_tokens, or data.max_length if the prompts leave too little of it",
-    BELOW: "lower the floor of that judge",
-    SAME: "use sources that differ more, or let each give several responses with a generation.temperature above 0",
-    ALIKE: "use judges that tell responses apart",
-}
-"""What helps against the most frequent reason why no judge preferred a response."""
 AT_A_TIME = 1024
 """How many rows of the audit table are held in memory."""
 
@@ -43,6 +37,7 @@ def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # The first word of a column's name says what it holds; all others are texts.
     turn = pa.struct({"role": pa.string(), "content": pa.string()})
     types = {"votes": pa.float64(), "score": pa.float64(), "chosen": pa.list_(turn), "rejected": pa.list_(turn)}
     table, writer = io.BytesIO(), None
@@ -115,13 +110,9 @@ def no_signal_warning(summary: Mapping[str, Any]) -> str:
     if not found or found["prompts"] <= MUCH_WITHOUT_SIGNAL * examples:
         return ""
     reasons = ", ".join(f"{n} x {reason}" for reason, n in found["reasons"].items())
-    most = max(found["reasons"], key=found["reasons"].get, default=ALIKE)
-    other = FIXES.get(most, FIXES[ALIKE]) + (
-        ", or set judging.no_signal: ground_truth" if found["rule"] == "skip" else ""
-    )
     return (
         f"warning: on {found['prompts']} of {examples} training prompts no judge preferred a response ({reasons}); they are "
-        f"{NO_SIGNAL[found['rule']]}; {other}"
+        f"{NO_SIGNAL[found['rule']]}; {advice(found['reasons'], found['rule'])}"
     )
 
 

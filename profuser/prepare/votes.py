@@ -20,11 +20,8 @@ from profuser.recipe.data import Split
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import Recipe
 from profuser.store import layout
+from profuser.store.no_signal import ALIKE, BELOW, SAME, UNFINISHED
 from profuser.store.store import Store
-
-UNFINISHED, BELOW = "no response was finished", "every response is below a judge's floor"
-SAME, ALIKE = "all responses are the same text", "the judges scored all alike or abstained"
-"""Why nobody won an example, in words."""
 
 
 class Candidate(NamedTuple):

@@ -11,6 +11,7 @@ from profuser.kernels.tails import BUCKET, RENORMALIZE, Tail
 from profuser.recipe.checks import check_names, check_not_negative, check_positive
 
 EIGHT_BIT = "adamw_8bit"
+Combine = Literal["min_ce", "avg_ce", "softmax"]
 
 
 @dataclass(kw_only=True)
@@ -55,7 +56,7 @@ class OptimConfig:
     (DistiLLM's), or tvd, the total variation distance."""
     divergence_beta: float = 0.5
     """The beta of jsd (0 is forward_kl, 1 is reverse_kl), or the alpha of skew_kl and skew_reverse_kl (0.1 in DistiLLM)."""
-    combine: Literal["min_ce", "avg_ce", "softmax"] = "min_ce"
+    combine: Combine = "min_ce"
     """How a sequence's sources come together in the training mode: min_ce takes the one with the lowest cross-entropy, softmax mixes all
     with the weights softmax(-CE / combine_temperature), and avg_ce is softmax at 1 (FuseLLM's AvgCE). In the inference mode the winner
     of the vote is alone."""

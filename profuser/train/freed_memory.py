@@ -24,8 +24,10 @@ RETURNED, USUAL = 256 << 10, 32 << 20
 @contextlib.contextmanager
 def returns_freed_memory(asked: bool) -> Generator[None]:
     """Lets freed tensors return to the system in a `with` block, if `asked` and if the C library is glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if not asked or mallopt is None or VARIABLE in os.environ:
+    mallopt = None
+    if asked and os.name == "posix" and VARIABLE not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
         yield
         return
     mallopt(MMAP_THRESHOLD, RETURNED)

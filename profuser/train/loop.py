@@ -29,6 +29,7 @@ from profuser.recipe.schema import Recipe
 from profuser.stopping import noted
 from profuser.store import layout
 from profuser.store.files import write_atomic
+from profuser.store.no_signal import advice
 from profuser.store.store import Store
 from profuser.text.chat import ChatFormat
 from profuser.train.capacity import Capacity, LeftOut, is_chosen_on, left_out_metrics
@@ -140,7 +141,8 @@ class Trainer:
             if not there.intersection(stage.modes):
                 fix = "raise data.max_length or check the data"
                 if Mode.INFERENCE in stage.modes and self.recipe.judging.no_signal == "skip":
-                    fix += ", use judges that tell responses apart, or set judging.no_signal: ground_truth"
+                    found = store.summary.get("no_signal") or {"reasons": {}}
+                    fix += f", {advice(found['reasons'], 'skip')}"
                 modes = " or ".join(mode.key for mode in stage.modes)
                 raise DataError(
                     f"stage {i} needs training examples of its mode, {modes}, none is left "
