@@ -1,5 +1,6 @@
 """The comparison with baselines: the control that moves every KD row by one token, and what is said of which data."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -111,6 +112,7 @@ def test_arms_on_the_demos_own_files_are_not_run_on_other_data():
     mine = demo_recipe(train="mine.jsonl")
     assert [arm.name for arm in chosen_arms(None, demo_recipe())] == [arm.name for arm in ARMS]
     assert {arm.name for arm in ARMS} - {arm.name for arm in chosen_arms(None, mine)} == {
+        "route",
         "sft-wellformed",
         "sft-clean",
         "progressive-clean",
@@ -141,3 +143,16 @@ def test_arms_that_mix_the_sources_have_a_store_with_all_of_them(tmp_path):
     assert [(optim[name].combine, optim[name].mixing, runs[name].recipe.keep, runs[name].recipe.store) for name in runs] == [
         ("min_ce", None, "winner", "a"), ("avg_ce", 1.0, "all", "b"), ("softmax", 0.1, "all", "b"),
     ]  # fmt: skip
+
+
+def test_the_routed_arm_asks_the_source_that_is_strong_in_the_prompts_skill(tmp_path):
+    rows = list(compare.routed_rows())
+    assert [{name: value for name, value in row.items() if name != "route"} for row in rows] == compare.demo_rows()
+    assert {(row["skill"], row["route"]) for row in rows} == {
+        ("knowledge", "scholar"), ("safety", "guardian"), ("reasoning", "reckoner"),
+    }  # fmt: skip
+    compare.write_rows(tmp_path / "routed.jsonl", rows)
+    assert [json.loads(line) for line in (tmp_path / "routed.jsonl").read_text().splitlines()] == rows
+    arm = next(arm for arm in ARMS if arm.name == "route")
+    run = compare.run_of(parse_run("train", []), arm, 0, tmp_path, {"routed": (str(tmp_path / "routed.jsonl"), "store")})
+    assert (run.recipe.capture.choice, run.recipe.data.train) == ("route", str(tmp_path / "routed.jsonl"))

@@ -117,6 +117,15 @@ def test_another_column_or_choice_is_another_store(made, tmp_path):
         routed_run(tmp_path, "--optim.combine=avg_ce")
 
 
+def test_a_route_can_be_said_where_the_sources_are_combined(made, tmp_path):
+    run, store, _ = made
+    said = small_run(Path(str(run.recipe.store)).parent, SOURCES, "--target=a", "--optim.combine=route", JUDGE).recipe
+    assert (said.capture, said.optim) == (run.recipe.capture, run.recipe.optim)
+    assert prepare(routed_run(Path(str(run.recipe.store)).parent, "--optim.combine=route")).digests == store.digests
+    with pytest.raises(ConfigError, match=r"optim\.combine must be left out with capture\.choice: weights, .* got route"):
+        routed_run(tmp_path, "--capture.choice=weights", "--optim.combine=route")
+
+
 @pytest.mark.parametrize("value", ["c", "A", "", None, 1, ["a"], {"name": "a"}])
 def test_a_route_that_names_no_source_is_refused_with_its_row(tmp_path, value):
     with pytest.raises(

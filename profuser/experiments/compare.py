@@ -3,9 +3,10 @@
 Every arm trains for the same number of optimizer steps on each seed, and arms on the same data share one store. The baselines are SFT,
 FuseLLM with Min-CE and with AvgCE, SimulFuse, ReverseFuse, progressive fusion that mixes the sources of a ground truth, SFT on the
 well-formed ground truths alone, and SFT and progressive fusion on clean ground truths. Two controls show what the distributions
-contribute: progressive fusion without KD (beta = 0), and with every KD row moved to the next token. The arms on well-formed and on clean
-ground truths train on the demo's own files, so that a recipe on other data has none of them. Finished runs are kept, so after an
-interruption the same command goes on where it stopped.
+contribute: progressive fusion without KD (beta = 0), and with every KD row moved to the next token. A third, progressive fusion in which a
+prompt's route names the source that was trained for its skill, shows what knowing the right source would give. The arms on well-formed,
+on clean and on routed ground truths train on the demo's own files, so that a recipe on other data has none of them. Finished runs are
+kept, so after an interruption the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from profuser.cli import main_of
+from profuser.demo.pretrain import SOURCES
 from profuser.environment import environment
 from profuser.errors import ConfigError
 from profuser.experiments.page import write_section
@@ -50,14 +52,14 @@ class Arm:
 
     name: str
     label: str
-    data: str = "fusion"  # one of fusion, mixed (with the distributions of all sources), wellformed, clean and shifted
+    data: str = "fusion"  # one of fusion, mixed (with the distributions of all sources), routed, wellformed, clean and shifted
     schedule: ScheduleName = "progressive"
     beta: float | None = None
     combine: Combine = "min_ce"
     combine_temperature: float = 1.0
 
 
-DEMOS_OWN = ("wellformed", "clean")
+DEMOS_OWN = ("routed", "wellformed", "clean")
 """The data of arms that there are of the demo alone."""
 
 ARMS = (
@@ -71,6 +73,7 @@ ARMS = (
     Arm(
         "softmax", "ProFuser, sources mixed by softmax(−CE / 0.1)", "mixed", combine="softmax", combine_temperature=0.1
     ),
+    Arm("route", "control: ProFuser, a route names the source of each skill", data="routed"),
     Arm("beta0", "control: progressive without KD (beta = 0)", beta=0.0),
     Arm("shifted", "control: progressive, KD rows moved by one token", data="shifted"),
     Arm("sft-clean", "SFT, clean ground truth", data="clean", schedule="sft"),
@@ -79,12 +82,27 @@ ARMS = (
 
 
 WELLFORMED = "fusion_wellformed.jsonl"
+ROUTED = "fusion_routed.jsonl"
 
 
-def write_wellformed(path: Path) -> None:
-    """Writes the demo's training rows whose ground truth is a worked one to a file of their own."""
-    lines = Path(resolve("demo:fusion.jsonl")).read_text(encoding="utf-8").splitlines()
-    write_atomic(path, "".join(f"{line}\n" for line in lines if json.loads(line)["form"] == "worked").encode())
+def demo_rows() -> list[dict[str, Any]]:
+    """The demo's training rows."""
+    return [json.loads(line) for line in Path(resolve("demo:fusion.jsonl")).read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+
+
+def wellformed_rows() -> Iterator[dict[str, Any]]:
+    """The demo's training rows whose ground truth is a worked one."""
+    return (row for row in demo_rows() if row["form"] == "worked")
+
+
+def routed_rows() -> Iterator[dict[str, Any]]:
+    """The demo's training rows with a route, the source that is strong in the prompt's skill."""
+    strong = {source.skill: source.name for source in SOURCES}
+    return (row | {"route": strong[row["skill"]]} for row in demo_rows())
 
 
 def chosen_arms(names: Sequence[str] | None, recipe: Recipe) -> list[Arm]:
@@ -162,6 +180,7 @@ def run_of(
         data=replace(base.recipe.data, train=train_data),
         judges=[] if arm.data == "wellformed" else base.recipe.judges,
         schedule=arm.schedule,
+        capture=replace(base.recipe.capture, choice="route") if arm.data == "routed" else base.recipe.capture,
         optim=optim,
         store=store,
         output=str(directory / f"{arm.name}-{seed}"),
@@ -270,11 +289,14 @@ def main(argv: list[str]) -> None:
         "fusion": (base.recipe.data.train, str(base.store_dir)),
         "mixed": (base.recipe.data.train, str(args.output / "store-mixed")),
         "wellformed": (str(args.output / WELLFORMED), str(args.output / "store-wellformed")),
+        "routed": (str(args.output / ROUTED), str(args.output / "store-routed")),
         "clean": ("demo:fusion_clean.jsonl", str(args.output / "store-clean")),
         "shifted": (base.recipe.data.train, str(args.output / "store-shifted")),
     }
     if any(arm.data == "wellformed" for arm in arms):
-        write_wellformed(args.output / WELLFORMED)
+        write_rows(args.output / WELLFORMED, wellformed_rows())
+    if any(arm.data == "routed" for arm in arms):
+        write_rows(args.output / ROUTED, routed_rows())
     for data in dict.fromkeys("fusion" if a.data == "shifted" else a.data for a in arms):
         print(f"store for {data} ground truth: {stores[data][1]}", flush=True)
         # A store does not depend on the schedule; it has the distributions of all sources where an arm mixes them.

@@ -11,7 +11,7 @@ from profuser.kernels.tails import BUCKET, RENORMALIZE, Tail
 from profuser.recipe.checks import check_names, check_not_negative, check_positive
 
 EIGHT_BIT = "adamw_8bit"
-Combine = Literal["min_ce", "avg_ce", "softmax"]
+Combine = Literal["min_ce", "avg_ce", "softmax", "route"]
 
 
 @dataclass(kw_only=True)
@@ -59,7 +59,7 @@ class OptimConfig:
     combine: Combine = "min_ce"
     """How a sequence's sources come together in the training mode: min_ce takes the one with the lowest cross-entropy, softmax mixes all
     with the weights softmax(-CE / combine_temperature), and avg_ce is softmax at 1 (FuseLLM's AvgCE). In the inference mode the winner
-    of the vote is alone."""
+    of the vote is alone. route is a short way to say capture.choice: route, which concerns both modes."""
     combine_temperature: float = 1.0
     """The temperature of combine: softmax, in the units of the cross-entropy."""
     z_loss: float = 0.0

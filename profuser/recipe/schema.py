@@ -430,6 +430,9 @@ class Recipe:
                 f"optim.tokens_per_micro_batch must hold a sequence of data.max_length tokens, {longest}, got {budget}; raise it, or "
                 "lower data.max_length"
             )
+        if self.optim.combine == "route" and self.capture.choice != "weights":
+            # Two ways to say the same: where a store or a run remembers its recipe, both are this one.
+            self.capture, self.optim = replace(self.capture, choice="route"), replace(self.optim, combine="min_ce")
         if (choice := self.capture.choice) != "min_ce" and self.optim.combine != "min_ce":
             does = "mixes the sources itself" if choice == "weights" else "leaves one source to learn from"
             raise ConfigError(
