@@ -454,10 +454,16 @@ class FusedLinearFusionLoss(nn.Module):
         labels: Tensor,
         source_ids: Tensor | None = None,
         source_logprobs: Tensor | None = None,
+        *,
+        temperature: Tensor | None = None,
         **tensors: Any,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Shapes are as in `fused_linear_fusion_loss`. `tensors` are its source_tail, source_ce, bias, num_items_in_batch …"""
-        return fused_linear_fusion_loss(hidden, weight, labels, source_ids, source_logprobs, **tensors, **self.options)
+        """Shapes are as in `fused_linear_fusion_loss`. `tensors` are its source_tail, source_ce, bias, num_items_in_batch …
+
+        A `temperature` is one for each row, in place of the one that was given at construction.
+        """
+        options = self.options if temperature is None else self.options | {"temperature": temperature}
+        return fused_linear_fusion_loss(hidden, weight, labels, source_ids, source_logprobs, **tensors, **options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -28,19 +28,16 @@ from profuser.report.page import write_report
 from profuser.store.fresh import check_fresh, start_over
 from profuser.store.sealed import is_intact
 from profuser.store.store import Store, check_place
-from profuser.train.adapter import check_adapter
 from profuser.train.checkpoint import newest_step
-from profuser.train.compiled import check_compile
+from profuser.train.checks import check_training
 from profuser.train.export import save_fused
 from profuser.train.hub import check_hub, upload
 from profuser.train.loop import Trainer
 from profuser.train.model_card import CARD, write_card
-from profuser.train.optimizer import check_optimizer
 from profuser.train.parallel import launch, settled_precision, shards
 from profuser.train.run_directory import RunDirectory
 from profuser.train.run_record import EVALUATION, SCORES, check_data, read_measured, record_files
 from profuser.train.target import whole_target
-from profuser.train.trackers import check_trackers
 from profuser.train.zero import check_zero, is_asked_for
 
 
@@ -114,7 +111,7 @@ def prepare_together(run: Run, accelerator: Accelerator, held: contextlib.ExitSt
             if not takes_part(recipe, PartialState()):
                 return None
             if is_main:
-                check_training(recipe, accelerator)
+                check_launch(recipe, accelerator)
             preparation = Preparation.begin(Inputs.open(run), held)
             if is_main:
                 if not preparation.store.complete:
@@ -142,7 +139,7 @@ def train_and_report(run: Run) -> None:
                 # Whatever is wrong is found before anything is moved.
                 check_fresh(run, "run")
                 inputs = check_unchanged(run)
-                check_training(run.recipe, accelerator)
+                check_launch(run.recipe, accelerator)
                 for example in inputs.rows.get("heldout", [])[:1]:
                     try_match(run.recipe.evaluation.match, example)
                 start_over(run, "run")
@@ -172,22 +169,15 @@ def train_and_report(run: Run) -> None:
             upload(directory, run.recipe.hub)
 
 
-def check_training(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Finds out before anything is prepared or moved whether the target can be trained as the recipe says. It reads no weights.
+def check_launch(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Finds out before anything is prepared or moved whether the target can be trained as recipe and launcher say.
 
-    Raises:
-        ConfigError: the adapter or the optimizer does not fit the target, the launcher or the device, the target cannot be compiled
-            here, or a tracker's package is missing.
-        ModuleNotFoundError: peft or bitsandbytes is missing.
+    It raises what `check_training` raises, and ConfigError for a DeepSpeed configuration that asks for something else than the recipe.
     """
     sharded = shards(recipe.optim, accelerator)
     if is_asked_for():
         check_zero(accelerator, recipe.optim)
-    check_adapter(recipe, accelerator.device, sharded=sharded)
-    check_optimizer(recipe.optim, accelerator.device, sharded=sharded)
-    if recipe.optim.compile:
-        check_compile(accelerator.device, sharded=sharded)
-    check_trackers(recipe.optim.trackers)
+    check_training(recipe, accelerator.device, sharded=sharded)
 
 
 def print_report(run: Run, processes: int | None) -> None:

@@ -24,7 +24,7 @@ from profuser.kernels import common
 from profuser.kernels.left_out_capped import least_capacity
 from profuser.loss import fused_linear_fusion_loss
 from profuser.models.head import head_layer
-from profuser.pipeline import check_training
+from profuser.pipeline import check_launch
 from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.schedule import Stage
 from profuser.report.metrics import read_metrics, stage_table
@@ -134,7 +134,7 @@ def test_it_is_chosen_on_a_gpu_which_the_recipe_may_now_ask_for(prepared):
     assert not is_chosen_on(torch.device("cpu"))
     recipe = prepared[1].recipe
     gpu: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=1, distributed_type=DistributedType.NO)
-    check_training(replace(recipe, optim=replace(recipe.optim, left_out=0.01)), gpu)
+    check_launch(replace(recipe, optim=replace(recipe.optim, left_out=0.01)), gpu)
 
 
 class ItIsTakenError(Exception):

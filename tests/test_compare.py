@@ -154,5 +154,7 @@ def test_the_routed_arm_asks_the_source_that_is_strong_in_the_prompts_skill(tmp_
     compare.write_rows(tmp_path / "routed.jsonl", rows)
     assert [json.loads(line) for line in (tmp_path / "routed.jsonl").read_text().splitlines()] == rows
     arm = next(arm for arm in ARMS if arm.name == "route")
-    run = compare.run_of(parse_run("train", []), arm, 0, tmp_path, {"routed": (str(tmp_path / "routed.jsonl"), "store")})
+    run = compare.run_of(
+        parse_run("train", []), arm, 0, tmp_path, {"routed": (str(tmp_path / "routed.jsonl"), "store")}
+    )
     assert (run.recipe.capture.choice, run.recipe.data.train) == ("route", str(tmp_path / "routed.jsonl"))

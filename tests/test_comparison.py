@@ -324,6 +324,14 @@ def test_a_run_that_cannot_be_used_is_refused_by_name(two, tmp_path):
     assert again("two/scores.json must be what was written")[0] == 3
     (other / "run.json").unlink()
     assert again("two/run.json is missing")[0] == 3
+    write_run(other, record)
+    (other / METRICS).unlink()
+    (other / "run.json").unlink()
+    (other / "config.json").write_text("{}")
+    assert (
+        "this is a model and no run; `python -m profuser.evaluate --tasks TASK --models MODEL`"
+        in refused(one, other)[1]
+    )
     assert refused(one, tmp_path / "nowhere")[0] == 3
 
 

@@ -357,6 +357,10 @@ class TestCommand:
             code, _, err = run("train", "--config", "recipe.yaml", "--dry-run", "--optim.trackers=[wandb]")
             assert (code, err.count("\n")) == (2, 1)
             assert err.startswith("error: optim.trackers: wandb needs the package wandb")
+            monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+            code, _, err = run("train", "--config", "recipe.yaml", "--dry-run", "--optim.name=adamw_8bit")
+            assert (code, err.count("\n")) == (2, 1)
+            assert "bitsandbytes" in err
             Path("train.jsonl").unlink()
             code, _, err = run("train", "--config", "recipe.yaml", "--dry-run")
             assert (code, err.count("\n"), "train.jsonl" in err) == (3, 1, True)

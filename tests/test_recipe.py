@@ -284,6 +284,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     [
         (b"# caf\xe9\n", "line 9 has the byte 0xe9, which is not UTF-8"),
         (b'store: "x\\ud83d"\n', r"store must be Unicode, it has \ud83d"),
+        (b'store: "a\\0b"\n', r"store must be without the character NUL, got a\0b; leave it out"),
         (b"seed: 2024-13-01\n", "must be YAML, got: month must be in 1..12"),
         (b"seed: [1\n", "in line 10"),
     ],

@@ -122,7 +122,9 @@ def test_a_route_can_be_said_where_the_sources_are_combined(made, tmp_path):
     said = small_run(Path(str(run.recipe.store)).parent, SOURCES, "--target=a", "--optim.combine=route", JUDGE).recipe
     assert (said.capture, said.optim) == (run.recipe.capture, run.recipe.optim)
     assert prepare(routed_run(Path(str(run.recipe.store)).parent, "--optim.combine=route")).digests == store.digests
-    with pytest.raises(ConfigError, match=r"optim\.combine must be left out with capture\.choice: weights, .* got route"):
+    with pytest.raises(
+        ConfigError, match=r"optim\.combine must be left out with capture\.choice: weights, .* got route"
+    ):
         routed_run(tmp_path, "--capture.choice=weights", "--optim.combine=route")
 
 

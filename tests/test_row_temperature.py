@@ -10,7 +10,7 @@ from test_divergences import FAMILY, mixed_case, named
 
 from profuser.kernels import fused_loss as op_module
 from profuser.kernels.common import IGNORE_INDEX
-from profuser.loss import fused_linear_fusion_loss
+from profuser.loss import FusedLinearFusionLoss, fused_linear_fusion_loss
 
 pytestmark = [
     pytest.mark.usefixtures("small_blocks"),
@@ -45,6 +45,14 @@ def test_rows_at_one_temperature_are_those_of_the_number(path):
     got = run(fused_linear_fusion_loss, case, temperature=torch.full((ROWS,), 2.5), **path)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_module_takes_it_with_the_rows():
+    case = make_case(N=ROWS)
+    module, of_rows = FusedLinearFusionLoss(temperature=2.0, tail="renormalize"), temperatures()
+    expected = fused_linear_fusion_loss(**case, tail="renormalize", temperature=of_rows)
+    assert torch.equal(module(**case, temperature=of_rows), expected)
+    assert torch.equal(module(**case), fused_linear_fusion_loss(**case, tail="renormalize", temperature=2.0))
 
 
 def test_it_passes_gradcheck():

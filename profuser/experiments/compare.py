@@ -52,7 +52,8 @@ class Arm:
 
     name: str
     label: str
-    data: str = "fusion"  # one of fusion, mixed (with the distributions of all sources), routed, wellformed, clean and shifted
+    data: str = "fusion"
+    """One of fusion, mixed (with the distributions of all sources), routed, wellformed, clean and shifted."""
     schedule: ScheduleName = "progressive"
     beta: float | None = None
     combine: Combine = "min_ce"

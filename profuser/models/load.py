@@ -376,11 +376,21 @@ def check_spread(name: str, model: PreTrainedModel) -> None:
 
 
 def load_without_weights(source: SourceConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns a source's model on the meta device, in evaluation mode."""
+    """Returns a source's model on the meta device, in evaluation mode.
+
+    Raises:
+        DataError: transformers knows no causal language model of this kind.
+    """
     location, options = weights_of(source)
     config = configuration(location, options)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, dtype=dtype)
+    except ValueError as error:
+        raise DataError(
+            f"{source.name}: a model must be a causal language model, {location} is none that transformers knows "
+            f"({first_line(error)}); use another"
+        ) from error
     return model.eval()
 
 

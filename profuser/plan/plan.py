@@ -41,7 +41,7 @@ from profuser.recipe.parse import Run
 from profuser.recipe.places import files_of
 from profuser.recipe.schedule import Stage, plan
 from profuser.recipe.schema import Recipe, SourceConfig
-from profuser.train.trackers import check_trackers
+from profuser.train.checks import check_training
 
 PROCESSES = (1, 8, 16)
 INSTRUCTIONS = 100_000
@@ -198,7 +198,7 @@ def make_plan(
     inputs = Inputs.open(run) if here and instructions is None else None
     opened = time.monotonic() - began
     if inputs is not None and device == default_device().type:  # else the run will be on another machine
-        check_trackers(recipe.optim.trackers)
+        check_training(recipe, default_device(), sharded=False)
     if probed and inputs is None:
         away = [model.name for model in (*models.values(), *judges) if not model.here]
         raise ConfigError(

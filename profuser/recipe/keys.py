@@ -47,6 +47,8 @@ def mistake(value: object, kind: Any, place: str = "", whole: bool = False) -> s
     entries = next((k for k in kinds if get_origin(k) is list), None)
     if isinstance(value, str) and (wrong := defect(value)):
         return f"{place} must be Unicode, it has {wrong}"
+    if isinstance(value, str) and "\0" in value:
+        return f"{place} must be without the character NUL, got {as_yaml(value)}; leave it out"
     if isinstance(value, Argument) and not any(fits(str(value), k) for k in kinds):
         value = parsed(value)
 
@@ -224,7 +226,7 @@ def as_yaml(value: object) -> str:
     """Returns a value nearly as YAML spells it, in one line and not too long for a message."""
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
-    return " ".join(str(value).split())[:200]
+    return " ".join(str(value).split()).replace("\0", r"\0")[:200]
 
 
 def fits(value: object, kind: Any) -> bool:

@@ -121,11 +121,12 @@ def read_run(directory: Path) -> dict[str, Any]:
     """
     path = directory / "run.json"
     again = "start over with `python -m profuser.train --fresh` and its recipe"
-    fix = (
-        f"restore it, or {again}"
-        if path.exists()
-        else "give the directory of a run, or move this one away and run `python -m profuser.train` with its recipe"
-    )
+    if path.exists():
+        fix = f"restore it, or {again}"
+    elif (directory / "config.json").exists() and not (directory / METRICS).exists():
+        fix = "this is a model and no run; `python -m profuser.evaluate --tasks TASK --models MODEL` scores a model by itself"
+    else:
+        fix = "give the directory of a run, or move this one away and run `python -m profuser.train` with its recipe"
     return read_record(path, RUN, SCHEMA_VERSION, what="run", fix=fix, again=again)
 
 

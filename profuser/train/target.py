@@ -70,10 +70,24 @@ def _with_loss(target: PreTrainedModel, recipe: Recipe, chat: ChatFormat) -> Fus
         target = with_adapter(target, recipe.adapter)
     if recipe.optim.gradient_checkpointing:
         target.gradient_checkpointing_enable()
+    return _fusion(target, recipe)
+
+
+def _fusion(target: PreTrainedModel, recipe: Recipe) -> FusionModel:
     try:
         return FusionModel(target, **recipe.optim.loss_options)
     except ValueError as error:  # options of which the target's softcap allows one only
         raise ConfigError(f"optim.{error}") from None
+
+
+def check_loss(recipe: Recipe) -> None:
+    """Finds out before anything is prepared whether the target can be trained with the recipe's loss. It reads no weights.
+
+    Raises:
+        ConfigError: the target's softcap does not go with the loss.
+        DataError: the target is no causal language model, or its loss is not its cross-entropy alone.
+    """
+    _fusion(load_without_weights(recipe.target_config, torch.float32), recipe)
 
 
 @torch.no_grad()
