@@ -22,7 +22,7 @@ from profuser.models.head import head_of
 from profuser.models.load import check_vocabulary, default_device, load_model, runtime_dtype
 from profuser.prepare.data import Row, data_hash
 from profuser.prepare.draws import names_of
-from profuser.prepare.engines import Asked, Source, answering, check_engine, settled_engine
+from profuser.prepare.engines import IN_PROCESS, Asked, Source, answering, check_engine, settled_engine
 from profuser.prepare.inputs import generation_settings, settled_dtype, source_settings
 from profuser.progress import Progress
 from profuser.recipe.generation import Engine
@@ -130,7 +130,7 @@ def kept_or_made(
     name, done, model = source.config.name, len(answers), None
     names = names_of(prompts)
     check_engine(engine, source.config, source.generation)
-    if engine == "transformers":
+    if engine in IN_PROCESS:
         model = load_model(source.config, source.dtype, device, spreads=True)
         check_vocabulary(name, source.chat, len(head_of(model).weight))
     with (

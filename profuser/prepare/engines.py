@@ -1,4 +1,4 @@
-"""What lets a source answer: transformers in this process, vLLM in one of its own, or a server.
+"""What lets a source answer: transformers in this process, in batches or continuously, vLLM in a process of its own, or a server.
 
 Whatever engine answers, a prompt without room for a response gets an empty one, and a response that was not finished, is empty or cannot
 be used is recorded as such. transformers answers a whole shard in batches that follow from the shard alone. Of the others, each response
@@ -18,8 +18,10 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from profuser.errors import ConfigError
+from profuser.models.continuation import Sampling
 from profuser.models.load import weights_of
 from profuser.models.merged_adapter import adapter_folder
+from profuser.prepare.continuous import ContinuousBatches
 from profuser.prepare.draws import names_of, seed_of
 from profuser.prepare.responses import Response, generate, is_answer, response_of
 from profuser.prepare.server import Reply, Server
@@ -97,6 +99,10 @@ class Source(NamedTuple):
         return cls(config, recipe.generation_of(config), chat, recipe.data.max_length, recipe.seed, dtype)
 
 
+IN_PROCESS: tuple[Engine, ...] = ("transformers", "continuous")
+"""The engines that need the model in this process."""
+
+
 def settled_engine(recipe: Recipe, source: SourceConfig, store_dir: Path, device: torch.device) -> Engine:
     """Returns the engine that `generation.engine` means for a source. "auto" is what the store was begun with, or else vllm where it is
     installed and the device is a GPU, and transformers otherwise.
@@ -109,7 +115,7 @@ def settled_engine(recipe: Recipe, source: SourceConfig, store_dir: Path, device
     if (store_dir / "manifest.json").exists():
         made = read_manifest(store_dir)["settings"]["sources"]["sources"].get(source.name)
         engine = made.get("engine", "transformers") if isinstance(made, dict) else "transformers"
-        if engine in ("transformers", "vllm"):
+        if engine in ("transformers", "continuous", "vllm"):
             return engine
     fits = adapter_folder(source) is None and "gguf_file" not in weights_of(source)[1]
     return "vllm" if device.type == "cuda" and fits and has_vllm(generation.python) else "transformers"
@@ -148,11 +154,15 @@ def answering(engine: Engine, source: Source, model: PreTrainedModel | None = No
     """Starts an engine that answers for a source, until the context ends.
 
     Args:
-        model: the source's model, for transformers.
+        model: the source's model, for the engines that run in this process.
     """
     if engine == "transformers":
         assert model is not None
         yield _by_transformers(source, model)
+    elif engine == "continuous":
+        assert model is not None
+        with _batches_of(source, model) as batches:
+            yield _one_by_one(source, partial(_continuously, source, batches))
     elif engine == "server":
         with _server_of(source) as stream:
             yield _one_by_one(source, stream)
@@ -221,6 +231,27 @@ def _is_kept(kept: Unfinished | None, place: tuple[int, int], answers: list[list
         return False
     answers[place[0]][place[1]] = Response(found[0], found[1], Verdict(found[2]))
     return True
+
+
+def _batches_of(source: Source, model: PreTrainedModel) -> ContinuousBatches:
+    generation = source.generation
+    return ContinuousBatches(
+        source.config.name,
+        model,
+        ends=source.chat.end_ids,
+        at_once=generation.batch_size,
+        longest=source.max_length,
+        sampling=Sampling(generation.temperature, generation.top_p) if generation.temperature > 0 else None,
+        seed=source.seed,
+    )
+
+
+def _continuously(source: Source, batches: ContinuousBatches, wanted: Sequence[Wanted]) -> Iterator[Given]:
+    """Lets transformers answer by continuous batching."""
+    prompts, rooms = ({n: one.ids for n, one in enumerate(wanted)}, {n: one.room for n, one in enumerate(wanted)})
+    for n, tokens in batches.answers(prompts, rooms):
+        strip = source.generation.reasoning == "strip"
+        yield wanted[n], response_of(source.chat, tokens, strip_reasoning=strip), len(tokens)
 
 
 def _by_vllm(source: Source, process: VllmProcess, wanted: Sequence[Wanted]) -> Iterator[Given]:

@@ -36,7 +36,7 @@ from profuser.prepare.capture import (
 )
 from profuser.prepare.capture_shards import LoadedSource, captured, load_source, taken
 from profuser.prepare.data import Row
-from profuser.prepare.engines import Answering, Asked, Source, answering
+from profuser.prepare.engines import IN_PROCESS, Answering, Asked, Source, answering
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.judges import judge_fingerprint, load_judge
 from profuser.prepare.origins import Origins
@@ -271,11 +271,11 @@ class Preparation:
         """Lets a source answer the prompts. `loaded` is the source where it has just been loaded for something else."""
         engine = self.inputs.engines[source.name]
         # Another engine may need all memory, so that the model is let go before it starts.
-        model = loaded.model if loaded is not None and engine == "transformers" else None
+        model = loaded.model if loaded is not None and engine in IN_PROCESS else None
         del loaded
 
         def begin() -> Answering:
-            if engine != "transformers":
+            if engine not in IN_PROCESS:
                 free_memory()
                 return engines.enter_context(answering(engine, asked))
             return engines.enter_context(answering(engine, asked, model or load_source(self.inputs, source).model))

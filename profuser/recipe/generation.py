@@ -10,7 +10,7 @@ from profuser.recipe.checks import check_not_negative, check_positive
 
 Reasoning = Literal["keep", "strip"]
 
-Engine = Literal["auto", "transformers", "vllm", "server"]
+Engine = Literal["auto", "transformers", "continuous", "vllm", "server"]
 
 
 @dataclass(kw_only=True)
@@ -18,7 +18,8 @@ class GenerationConfig:
     """How the sources answer the training prompts (for the inference mode) and the held-out prompts (for the scores)."""
 
     engine: Engine = "auto"
-    """What lets the models write: transformers in this process, vllm in a process of its own, or server, for which each source has
+    """What lets the models write: transformers in this process, in batches; continuous, which is transformers' continuous batching, where
+    the next prompt takes the place of an answer that has ended; vllm in a process of its own; or server, for which each source has
     `server`. auto takes vllm on a GPU if it is installed, and transformers otherwise; it is settled when a store is begun."""
     python: str | None = None
     """The Python in which vllm is installed, such as vllm-env/bin/python; null means the one that runs profuser."""
@@ -31,14 +32,14 @@ class GenerationConfig:
     top_p: float = 1.0
     """Only the most probable tokens are sampled from, until they hold this share of the probability; 1 keeps all tokens."""
     batch_size: int = 16
-    """How many prompts are answered at a time. It counts for transformers only."""
+    """How many prompts are answered at a time. It counts for transformers, and for continuous on a CPU."""
     reasoning: Reasoning = "keep"
     """Whether the reasoning that a model writes before its answer (a think block, another channel) is a part of its response."""
 
     def __post_init__(self) -> None:
         check_positive("generation", self, "responses_per_source")
         check_sampling("generation", self)
-        if self.python is not None and self.engine in ("transformers", "server"):
+        if self.python is not None and self.engine in ("transformers", "continuous", "server"):
             raise ConfigError(
                 f"generation.python must go with generation.engine vllm, got engine {self.engine}; take it out"
             )

@@ -493,7 +493,7 @@ class Recipe:
     def generation_of(self, source: SourceConfig) -> GenerationConfig:
         """How a source answers: the recipe's `generation`, with what the source does otherwise."""
         changes = source.generation_changes | {"reasoning": self.reasoning_of(source)}
-        if changes.get("engine") in ("transformers", "server"):
+        if changes.get("engine") in ("transformers", "continuous", "server"):
             changes["python"] = None
         return replace(self.generation, **changes)
 

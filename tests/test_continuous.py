@@ -1,0 +1,168 @@
+"""Continuous batching: the answers of ordinary batches, nothing asked twice, an end at any moment, and no model that it gets wrong."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import small_run
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from profuser.errors import ConfigError, ProfuserError
+from profuser.models.continuation import Sampling, continuations
+from profuser.models.load import chat_format, load_model
+from profuser.prepare.continuous import ContinuousBatches
+from profuser.prepare.engines import Asked, Source, answering
+from profuser.prepare.phases import prepare
+from profuser.prepare.responses import Response
+from profuser.recipe.generation import GenerationConfig
+from profuser.recipe.schema import SourceConfig
+from profuser.store import layout
+from profuser.store.unfinished import Unfinished
+from profuser.text.fit import Verdict
+
+SIZES = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT2 = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 2}
+ARCHITECTURES = {
+    "llama": SIZES | {"intermediate_size": 48, "num_key_value_heads": 1},
+    "gpt_neox": SIZES | {"intermediate_size": 48},
+    "gpt2": GPT2,
+    "gemma3_text": SIZES | {"intermediate_size": 48, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8},
+    "gptj": GPT2 | {"rotary_dim": 8},
+    "falcon": SIZES,
+    "mamba": {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+}
+END = 0
+
+
+def random_model(architecture):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(architecture, **ARCHITECTURES[architecture]), dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= 3  # so that what it writes depends on what it reads
+    return model
+
+
+def batches(model, *, longest=320, sampling=None):
+    return ContinuousBatches("source", model, ends=[END], at_once=2, longest=longest, sampling=sampling, seed=0)
+
+
+def prompts_of(lengths):
+    return {
+        number: [(7 * number + place * place) % 390 + 1 for place in range(length)]
+        for number, length in enumerate(lengths)
+    }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2", "gemma3_text"])
+def test_it_writes_what_batches_write(architecture):
+    model, prompts = random_model(architecture), prompts_of((5, 290, 30, 13))  # a page of the cache holds 256 tokens
+    rooms = {0: 12, 1: 9, 2: 1, 3: 12}
+    expected = continuations(model, list(prompts.values()), ends={END}, pad=END, rooms=list(rooms.values()))
+    with batches(model) as continuous:
+        for _ in range(2):  # it stays ready for further prompts, whose numbers may be the same
+            assert dict(continuous.answers(prompts, rooms)) == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        (
+            "gptj",
+            "source: generation.engine continuous must compute what the model itself computes, for GPTJForCausalLM its log-prob",
+        ),
+        (
+            "mamba",
+            "source: generation.engine continuous must have a model that transformers' continuous batching knows, MambaFor",
+        ),
+        ("falcon", "source: transformers' continuous batching has failed (The size of tensor"),
+    ],
+)
+def test_a_model_that_it_gets_wrong_is_refused(architecture, said, capfd):
+    with batches(random_model(architecture)) as continuous, pytest.raises(ConfigError) as error:
+        list(continuous.answers(prompts_of((5, 9)), {0: 4, 1: 4}))
+    assert str(error.value).startswith(said)
+    assert str(error.value).endswith("set generation.engine: transformers")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_it_ends_at_any_moment_and_leaves_the_model_as_it_was():
+    model, threads = random_model("llama"), threading.active_count()
+    attention = model.config._attn_implementation
+    with batches(model) as continuous:
+        next(iter(continuous.answers(prompts_of([8] * 12), dict.fromkeys(range(12), 200))))
+    assert threading.active_count() == threads
+    assert model.config._attn_implementation == attention
+
+
+def test_an_engine_that_fails_on_the_way_is_one_line_and_lack_of_memory_stays_what_it_is():
+    model = random_model("llama")
+    with batches(model) as continuous:
+        written = continuous.answers(prompts_of([8] * 6), dict.fromkeys(range(6), 50))
+        next(written)
+        model.forward = lambda **_: SimpleNamespace(logits=None)
+        with pytest.raises(
+            ProfuserError, match=r"source: transformers' continuous batching has failed \(.*\); set generation\.engine"
+        ):
+            list(written)
+    model = random_model("llama")
+    with batches(model) as continuous:
+        written = continuous.answers(prompts_of([8] * 6), dict.fromkeys(range(6), 50))
+        next(written)
+
+        def no_memory(**_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        model.forward = no_memory
+        with pytest.raises(torch.OutOfMemoryError):
+            list(written)
+
+
+def test_sampling_follows_its_rule():
+    model, prompts, rooms = (
+        random_model("llama"),
+        prompts_of([9] * 3) | {3: prompts_of([9])[0]},
+        dict.fromkeys(range(4), 8),
+    )
+    with batches(model) as continuous:
+        greedy = dict(continuous.answers(prompts, rooms))
+    with batches(model, sampling=Sampling(1.0, 1e-6)) as continuous:  # of which the most probable token alone is left
+        assert dict(continuous.answers(prompts, rooms)) == greedy
+    with batches(model, sampling=Sampling(5.0, 1.0)) as continuous:
+        sampled = dict(continuous.answers(prompts, rooms))
+    assert sampled[0] != sampled[3]  # to the same prompt
+    assert sampled != greedy
+
+
+def guardian():
+    config = SourceConfig(name="guardian", model="demo:guardian")
+    said = GenerationConfig(engine="continuous", max_new_tokens=20, batch_size=3)
+    return Source(config, said, chat_format(config), 60, 0, torch.float32), load_model(config, torch.float32)
+
+
+def test_what_is_kept_is_not_asked_for_again_and_a_prompt_without_room_gets_an_empty_response(tmp_path):
+    source, model = guardian()
+    prompts = ["What is the season of a vator?", "word " * 80, "Which color has a miwum?"]
+    kept = Response("kept", True, Verdict.OK)
+    with Unfinished(tmp_path, layout.responses("train", "guardian"), 0, "engine") as unfinished:
+        unfinished.add((2, 0), ["kept", True, 0])  # as a file gives it
+        with answering("continuous", source, model) as answer:
+            found = answer(Asked("train", prompts, kept=unfinished))
+        assert unfinished.results[0, 0] == list(found[0][0])
+    assert found[0][0].finished
+    assert found[1:] == [[Response("", True, Verdict.OK)], [kept]]
+
+
+def test_a_store_is_that_of_transformers_but_for_the_name_of_the_engine(prepared, tmp_path):
+    _, run, expected = prepared
+    again = small_run(Path(tmp_path), "--generation.engine=continuous", f"--store={tmp_path / 'store'}")
+    again = replace(again, recipe=replace(again.recipe, data=run.recipe.data))
+    store = prepare(again)
+    for kind in (layout.targets("train"), layout.responses("train", again.recipe.sources[0].name)):
+        assert store.digest(kind) == expected.digest(kind)
