@@ -5,8 +5,8 @@ the handful goes through the phases of a real preparation, into a store that is 
 few steps. What is loaded or opened counts as it is. What grows with the data is multiplied by the characters of all texts for those of
 the handful, answers by the number of batches, training by the number of steps.
 
-Left out are checkpoints, what judges think of the target while it is trained, the report, and what a whole shard would let vLLM or a
-server do at the same time.
+Left out are checkpoints, what judges think of the target while it is trained, the report, and what a whole shard would let other
+engines than transformers do at the same time.
 """
 
 from __future__ import annotations
