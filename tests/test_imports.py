@@ -19,7 +19,7 @@ from conftest import ROOT
 
 FLOORS = (
     ("errors", "kernels", "owned_memory", "ragged", "disk_list", "progress"),
-    ("environment", "loss_arguments", "typed"),
+    ("environment", "loss_arguments", "typed", "disk_table"),
     ("loss",),
     ("recipe", "text", "stopping"),
     ("models", "store"),

@@ -22,7 +22,7 @@ from profuser.prepare.distillkit_files import CONFIG, ROWS_AT_A_TIME, Captured, 
 from profuser.prepare.inputs import load_split, settled_date
 from profuser.recipe.data import SPLITS
 from profuser.recipe.schema import Recipe, SourceConfig
-from profuser.store.files import move_into_place, temporary_beside, writing
+from profuser.store.parquet import write_rows
 from profuser.text.chat import ChatFormat
 from profuser.text.conversation import Conversation, Prompt, as_messages
 from profuser.text.encoded import Encoded
@@ -91,7 +91,6 @@ def convert(recipe: Recipe, source: SourceConfig, folder: Path, output: Path) ->
         DataError: a file is missing or broken, none of the data's rows is in it, or its tokens are not the source's.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     compression, top_k = Compression.read(folder / CONFIG), recipe.capture.top_k
     if top_k > compression.k:
@@ -124,25 +123,17 @@ def convert(recipe: Recipe, source: SourceConfig, folder: Path, output: Path) ->
             ("logprobs", pa.list_(pa.float32())),
         ]
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary, waiting = temporary_beside(output), []
-    try:
-        with writing(temporary, 0), pq.ParquetWriter(temporary, schema) as writer:
-            for sequence in chain([first], captured):
-                for one in prefixes.beginning(sequence.ids.tolist()):
-                    if not one.found and len(one.encoded.input_ids) - 1 <= len(sequence.tokens):
-                        waiting.append(written_row(one, sequence, compression, chat, top_k, counts))
-                        one.found = True
-                        counts.found += 1
-                if len(waiting) >= ROWS_AT_A_TIME:
-                    writer.write_table(pa.Table.from_pylist(waiting, schema))
-                    waiting = []
-            writer.write_table(pa.Table.from_pylist(waiting, schema))
-        if not counts.found:
-            raise nothing_found(folder, first, wanted, chat)
-        move_into_place(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def found() -> Iterator[dict[str, Any]]:
+        for sequence in chain([first], captured):
+            for one in prefixes.beginning(sequence.ids.tolist()):
+                if not one.found and len(one.encoded.input_ids) - 1 <= len(sequence.tokens):
+                    one.found = True
+                    counts.found += 1
+                    yield written_row(one, sequence, compression, chat, top_k, counts)
+
+    if not write_rows(output, found(), schema, ROWS_AT_A_TIME):
+        raise nothing_found(folder, first, wanted, chat)
     counts.missing = next((in_short(str(one.prompt)) for one in wanted if not one.found), "")
     return counts
 

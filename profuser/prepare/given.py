@@ -1,7 +1,8 @@
 """Reads what a user has already: the responses of a source, and the scores of a judge, which are then not asked for.
 
 The files are tables as the data are, in any of their kinds. A row names its prompt as the data do: by `prompt`, or by the `messages`
-before the response. Whitespace in a prompt does not count. In a CSV file everything is a text, and an empty cell is null.
+before the response. Whitespace in a prompt does not count. In a CSV file everything is a text, and an empty cell is null. What a file
+says lies on the disk again, under a digest of prompt and response, so that memory hardly grows with its rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from profuser.disk_table import DiskTable, key_of
 from profuser.errors import DataError, in_short
 from profuser.prepare.columns import text_of
 from profuser.prepare.data import Row, plain
@@ -22,6 +24,7 @@ from profuser.prepare.tables import read_file
 from profuser.recipe.data import Split
 from profuser.recipe.places import files_of
 from profuser.store.files import sha256
+from profuser.store.sealed import digest_of_file
 from profuser.text.fit import Verdict
 
 LARGEST_SCORE = float(np.finfo(np.float32).max)
@@ -40,7 +43,7 @@ class GivenResponses:
     def __init__(self, source: str, path: str):
         key = f"sources: {source}: responses"
         self.place = f"{key} {path}"
-        self._of_prompt: dict[str, list[Response]] = {}
+        self._of_prompt: DiskTable[Response] = DiskTable()
         for where, row in file_rows(key, path):
             response, finished = row.get("response"), _from_text(row.get("finished"))
             if not isinstance(response, str):
@@ -50,7 +53,7 @@ class GivenResponses:
             if not isinstance(finished, bool):
                 raise DataError(f"{where}: `finished` must be true or false, got {in_short(finished)}; fix the row")
             answer = Response(response.strip(), finished, Verdict.OK)
-            self._of_prompt.setdefault(prompt_of_row(where, row), []).append(answer)
+            self._of_prompt.add(key_of(prompt_of_row(where, row)), answer)
 
     def check(self, split: Split, rows: Sequence[Row], count: int, asked: np.ndarray | None = None) -> bool:
         """Whether the file has the responses to a split's prompts. It is false where it has none of them.
@@ -80,7 +83,7 @@ class GivenResponses:
 
     def _answers(self, row: Row, count: int) -> list[Response]:
         """The responses to a row's prompt. Where each prompt has one, equal ones are one: a file may have as many rows as the data."""
-        answers = self._of_prompt.get(plain(row["prompt"]), [])
+        answers = self._of_prompt[key_of(plain(row["prompt"]))]
         return list(dict.fromkeys(answers)) if count == 1 else answers
 
 
@@ -96,7 +99,7 @@ class GivenScores:
     def __init__(self, judge: str, path: str):
         key = f"judges: {judge}: scores"
         self.place = f"{key} {path}"
-        self._of: dict[tuple[str, str], float] = {}
+        self._of: dict[bytes, float] = {}  # a number is not worth a place on the disk
         for where, row in file_rows(key, path):
             response, score = row.get("response"), _from_text(row.get("score"))
             if not isinstance(response, str):
@@ -113,7 +116,7 @@ class GivenScores:
                 raise DataError(
                     f"{where}: `score` must be {LARGEST_SCORE:.1e} at most, got {in_short(score)}; scale the scores"
                 )
-            known = self._of.setdefault((prompt_of_row(where, row), response.strip()), value)
+            known = self._of.setdefault(key_of(prompt_of_row(where, row), response.strip()), value)
             if known != value and not (known != known and value != value):
                 raise DataError(
                     f"{where}: a response must have one score, got {value:g} after {known:g}; take one of them out"
@@ -125,7 +128,7 @@ class GivenScores:
         Raises:
             DataError: there is none.
         """
-        key = plain(example["prompt"]), response
+        key = key_of(plain(example["prompt"]), response)
         if key not in self._of:
             raise DataError(
                 f"{self.place} must have a score for every finished response, it has none for {in_short(response)} to "
@@ -156,7 +159,7 @@ def file_digest(what: str, path: str) -> str:
     """Returns a short hash of a file that a user has given, or of all that fit a pattern. It raises what `given_files` raises, and
     DataError where a file cannot be read."""
     try:
-        digests = [sha256(Path(file).read_bytes()) for file in given_files(what, path)]
+        digests = [digest_of_file(Path(file))["sha256"] for file in given_files(what, path)]
     except OSError as error:
         raise DataError(f"{what} {path} cannot be read ({error.strerror}); fix the file or its path") from None
     return (digests[0] if len(digests) == 1 else sha256("".join(digests).encode()))[:16]

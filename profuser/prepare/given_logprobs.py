@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from profuser.alignment.types import PrefixRanges, SourceCapture
+from profuser.disk_table import DiskTable, key_of
 from profuser.errors import DataError, in_short
 from profuser.prepare.capture import ScoredResponse
 from profuser.prepare.data import plain
@@ -71,8 +72,7 @@ class GivenLogprobs:
         key = f"sources: {source}: logprobs"
         self.place = f"{key} {path}"
         self._chat, self._top_k = chat, top_k
-        self._of: dict[tuple[str, str], list[GivenRow]] = {}
-        # One row at a time: as Python's objects, all of them would take many times the memory of what is kept.
+        self._of: DiskTable[GivenRow] = DiskTable()
         for where, row in file_rows(key, path):
             self._add(where, row)
 
@@ -81,13 +81,13 @@ class GivenLogprobs:
         if not isinstance(response, str):
             raise DataError(f"{where}: `response` must be a text, got {in_short(response)}; fix the row")
         found = _read(where, row, len(self._chat.token_bytes.pieces), self._top_k)
-        known = self._of.setdefault((prompt_of_row(where, row), response.strip()), [])
-        if not any(np.array_equal(other.ids, found.ids) for other in known):
-            known.append(found)
+        key = key_of(prompt_of_row(where, row), response.strip())
+        if not any(np.array_equal(other.ids, found.ids) for other in self._of[key]):
+            self._of.add(key, found)
 
     def has(self, prompt: Prompt, response: str) -> bool:
         """Whether the file has a response to a prompt. Whitespace around a response and in a prompt does not count."""
-        return (plain(prompt), response.strip()) in self._of
+        return key_of(plain(prompt), response.strip()) in self._of
 
     def scored(self, prompt: Prompt, response: str, fitted: Fitted, encoded: Encoded) -> ScoredResponse:
         """Returns what the source says about a response, as if it had been run, but without ranges.
@@ -99,8 +99,8 @@ class GivenLogprobs:
                 capture.top_k.
         """
         response_bytes = len(fitted.text.encode())
-        rows = self._of.get((plain(prompt), response.strip()))
-        if rows is None:
+        rows = self._of[key_of(plain(prompt), response.strip())]
+        if not rows:
             raise DataError(
                 f"{self.place} must have all responses that are learnt, or none of a split, it has not {in_short(response)} to "
                 f"{in_short(str(prompt))}; add the row"

@@ -20,6 +20,7 @@ from profuser.recipe.schedule import Mode
 from profuser.store import layout
 from profuser.store.files import as_json
 from profuser.store.no_signal import advice
+from profuser.store.parquet import AT_A_TIME
 from profuser.store.store import Store
 from profuser.text.fit import Verdict
 from profuser.text.template import conversation
@@ -28,8 +29,6 @@ NO_SIGNAL = {"skip": "left out of inference mode", "ground_truth": "taught the g
 """What becomes of a prompt without a signal, for every value of judging.no_signal."""
 MUCH_WITHOUT_SIGNAL = 0.2
 """The share of prompts without a signal above which a warning is printed."""
-AT_A_TIME = 1024
-"""How many rows of the audit table are held in memory."""
 
 
 def write_summary(inputs: Inputs, store: Store, ballots: Ballots | None, seconds: Mapping[str, float]) -> None:

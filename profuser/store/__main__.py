@@ -130,12 +130,16 @@ def differing_samples(one: Store, other: Store) -> list[str]:
     rows = [audit_rows(store) for store in (one, other)]
     if len(rows[0]) != len(rows[1]):
         return [f"samples.parquet differs: it has {len(rows[0]):,} and {len(rows[1]):,} training prompts"]
-    lines = []
-    for column in dict.fromkeys(column for table in rows for row in table[:1] for column in row):
-        # As texts, NaN is itself.
-        if count := sum(str(a.get(column)) != str(b.get(column)) for a, b in zip(*rows)):
-            lines.append(f"samples.parquet differs: {column}, in {count:,} of {len(rows[0]):,} training prompts")
-    return lines
+    differing: dict[str, int] = {}
+    for a, b in zip(*rows):
+        for column in dict.fromkeys([*a, *b]):
+            # As texts, NaN is itself.
+            differing[column] = differing.get(column, 0) + (str(a.get(column)) != str(b.get(column)))
+    return [
+        f"samples.parquet differs: {column}, in {count:,} of {len(rows[0]):,} training prompts"
+        for column, count in differing.items()
+        if count
+    ]
 
 
 def verified(store: Store) -> str:

@@ -6,16 +6,17 @@ columns of TRL's preference trainers (DPO and its kin): `prompt`, `chosen` and `
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from profuser.disk_list import DiskList
 from profuser.errors import ConfigError, DataError
 from profuser.recipe.schema import JUDGES
 from profuser.store import layout
 from profuser.store.files import write_atomic
+from profuser.store.parquet import AT_A_TIME, write_rows
 from profuser.store.sealed import digest_of
 from profuser.store.store import Store
 from profuser.text.fit import Verdict
@@ -33,7 +34,6 @@ def export(store: Store, output: Path) -> dict[str, int]:
         DataError: the store is not complete, or its audit table is damaged.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output must be a new or empty folder, got {output}; name another one")
@@ -45,26 +45,22 @@ def export(store: Store, output: Path) -> dict[str, int]:
             f"store {store.directory} must hold responses to be exported, it was made without judges, so that no source answered; "
             "nothing is written"
         )
-    tables = {"responses": list(responses_of(store, examples)), "preferences": list(preferences_of(examples))}
-    output.mkdir(parents=True, exist_ok=True)
-    message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    shapes = {
-        "preferences": pa.schema(
-            [("prompt", message), ("chosen", message), ("rejected", message), ("skill", pa.string())]
-        )
+    # The library `datasets` reads no empty file, and none is written.
+    text, message = pa.string(), pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    scores = {f"score_{judge}": pa.float64() for judge in store.settings.votes["asked"]}
+    texts = dict.fromkeys(("prompt", "skill", "source", "response"), text)
+    numbers = {"finished": pa.bool_(), "votes": pa.float64(), **scores}
+    responses = {"example": pa.int64(), **texts, **numbers, "ground_truth": text}
+    preferences = {"prompt": message, "chosen": message, "rejected": message, "skill": text}
+    counts = {
+        "responses": write_rows(output / "responses.parquet", responses_of(store, examples), pa.schema(responses)),
+        "preferences": write_rows(output / "preferences.parquet", preferences_of(examples), pa.schema(preferences)),
     }
-    for name, rows in tables.items():
-        if not rows:  # the library `datasets` reads no empty file
-            continue
-        content = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=shapes.get(name)), content)
-        write_atomic(output / f"{name}.parquet", content.getvalue())
-    counts = {name: len(rows) for name, rows in tables.items()}
     write_atomic(output / "README.md", card(store, counts).encode())
     return counts
 
 
-def audit_rows(store: Store) -> list[dict[str, Any]]:
+def audit_rows(store: Store) -> DiskList[dict[str, Any]]:
     """Reads samples.parquet, which has a row for each training prompt.
 
     Raises:
@@ -77,10 +73,11 @@ def audit_rows(store: Store) -> list[dict[str, Any]]:
             f"{store.directory} must hold its findings as they were written, {', '.join(store.damaged_findings())} is damaged or "
             "missing; run `python -m profuser.prepare` with the recipe, which writes it again"
         )
-    return pq.read_table(store.directory / "samples.parquet").to_pylist()
+    with pq.ParquetFile(store.directory / "samples.parquet") as table:
+        return DiskList(row for some in table.iter_batches(AT_A_TIME) for row in some.to_pylist())
 
 
-def responses_of(store: Store, examples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def responses_of(store: Store, examples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yields a row for each response: the prompt, who wrote it, whether it was finished, and its votes and scores."""
     settings = store.settings
     several = settings.sources["generation"]["responses_per_source"]
@@ -111,7 +108,7 @@ def _written(store: Store, source: str) -> Sequence[list[tuple[str, bool, int]]]
     return store.by_example(kind, lambda number: store.get_json(kind, number))
 
 
-def preferences_of(examples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def preferences_of(examples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yields a row for each prompt on which the judges preferred a response to another one."""
     for row in examples:
         chosen, rejected = row["chosen"], row["rejected"]
