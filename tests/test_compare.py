@@ -151,7 +151,7 @@ def test_the_routed_arm_asks_the_source_that_is_strong_in_the_prompts_skill(tmp_
     assert {(row["skill"], row["route"]) for row in rows} == {
         ("knowledge", "scholar"), ("safety", "guardian"), ("reasoning", "reckoner"),
     }  # fmt: skip
-    compare.write_rows(tmp_path / "routed.jsonl", rows)
+    compare.write_jsonl(tmp_path / "routed.jsonl", rows)
     assert [json.loads(line) for line in (tmp_path / "routed.jsonl").read_text().splitlines()] == rows
     arm = next(arm for arm in ARMS if arm.name == "route")
     run = compare.run_of(

@@ -91,7 +91,7 @@ def demo_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(resolve("demo:fusion.jsonl")).read_text(encoding="utf-8").splitlines()]
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
@@ -295,9 +295,9 @@ def main(argv: list[str]) -> None:
         "shifted": (base.recipe.data.train, str(args.output / "store-shifted")),
     }
     if any(arm.data == "wellformed" for arm in arms):
-        write_rows(args.output / WELLFORMED, wellformed_rows())
+        write_jsonl(args.output / WELLFORMED, wellformed_rows())
     if any(arm.data == "routed" for arm in arms):
-        write_rows(args.output / ROUTED, routed_rows())
+        write_jsonl(args.output / ROUTED, routed_rows())
     for data in dict.fromkeys("fusion" if a.data == "shifted" else a.data for a in arms):
         print(f"store for {data} ground truth: {stores[data][1]}", flush=True)
         # A store does not depend on the schedule; it has the distributions of all sources where an arm mixes them.
