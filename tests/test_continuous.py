@@ -50,7 +50,7 @@ def random_model(architecture):
 
 
 def batches(model, *, longest=320, sampling=None):
-    return ContinuousBatches("source", model, ends=[END], at_once=2, longest=longest, sampling=sampling, seed=0)
+    return ContinuousBatches("source", model, ends=[END], at_once=2, longest=longest, sampling=sampling)
 
 
 def prompts_of(lengths):
@@ -140,9 +140,9 @@ def test_sampling_follows_its_rule():
     assert sampled != greedy
 
 
-def guardian():
+def guardian(**generation):
     config = SourceConfig(name="guardian", model="demo:guardian")
-    said = GenerationConfig(engine="continuous", max_new_tokens=20, batch_size=3)
+    said = GenerationConfig(engine="continuous", **{"max_new_tokens": 20, "batch_size": 3} | generation)
     return Source(config, said, chat_format(config), 60, 0, torch.float32), load_model(config, torch.float32)
 
 
@@ -157,6 +157,25 @@ def test_what_is_kept_is_not_asked_for_again_and_a_prompt_without_room_gets_an_e
         assert unfinished.results[0, 0] == list(found[0][0])
     assert found[0][0].finished
     assert found[1:] == [[Response("", True, Verdict.OK)], [kept]]
+
+
+def test_what_is_sampled_after_an_end_is_no_copy_of_what_was_kept(tmp_path):
+    source, model = guardian(temperature=4.0, max_new_tokens=6, batch_size=4)
+
+    def answers(kept=None):
+        with answering("continuous", source, model) as answer:
+            given = answer(Asked("train", ["Which color has a miwum?", "What is the season of a vator?"], 4, kept))
+            return [[response.text for response in of_prompt] for of_prompt in given]
+
+    first = answers()
+    assert len(set(first[0])) == 4
+    assert answers() == first
+    with Unfinished(tmp_path, layout.responses("train", "guardian"), 0, "engine") as unfinished:
+        for n, text in enumerate(first[0][:2]):
+            unfinished.add((0, n), [text, True, 0])
+        both = answers(unfinished)
+    assert both[0][:2] == first[0][:2]
+    assert len(set(both[0])) == 4
 
 
 def test_a_store_is_that_of_transformers_but_for_the_name_of_the_engine(prepared, tmp_path):

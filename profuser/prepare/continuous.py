@@ -44,7 +44,7 @@ class ContinuousBatches:
     Args:
         name: the model's name in errors. ends: the ids that end a response. at_once: how many responses are computed together on a CPU; a
             GPU takes as many as its free memory holds. longest: the longest sequence in tokens.
-        sampling: None takes the most probable token. seed: what is sampled with.
+        sampling: None takes the most probable token.
     """
 
     def __init__(
@@ -56,10 +56,9 @@ class ContinuousBatches:
         at_once: int,
         longest: int,
         sampling: Sampling | None,
-        seed: int,
     ):
         self.name, self.model, self.ends = name, model, list(ends)
-        self.at_once, self.longest, self.sampling, self.seed = at_once, longest, sampling, seed
+        self.at_once, self.longest, self.sampling = at_once, longest, sampling
         self._manager: Any = None
         self._tried = False
 
@@ -70,12 +69,14 @@ class ContinuousBatches:
         self._stop()
 
     def answers(
-        self, prompts: Mapping[int, Sequence[int]], rooms: Mapping[int, int]
+        self, prompts: Mapping[int, Sequence[int]], rooms: Mapping[int, int], seed: int = 0
     ) -> Iterator[tuple[int, list[int]]]:
         """Yields what the model writes after each prompt, up to and with the first end, in the order in which it is finished.
 
         Args:
             prompts: the tokens of every prompt by its number. rooms: how many tokens may follow each, at least 1.
+            seed: what is sampled with. The engine's random numbers begin again with it, so that the same seed gives the first prompts the
+                same numbers, whichever they are.
         Raises:
             ConfigError: continuous batching does not work with this model, or writes something else than the model.
             ProfuserError: a response failed.
@@ -88,6 +89,7 @@ class ContinuousBatches:
             self._tried = True
         if self._manager is None:
             self._start(self.sampling)
+        torch.manual_seed(seed)
         for number, tokens, _ in self._written(prompts, rooms):
             yield number, tokens
 
@@ -125,7 +127,7 @@ class ContinuousBatches:
             generation.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
         batching = ContinuousBatchingConfig(
             page_size=PAGE,
-            seed=self.seed,
+            seed=0,  # `answers` gives it another before anything is sampled
             return_logprobs=logprobs,
             auto_switch_to_flash=is_flash_attn_2_available(),  # else it would download kernels from the Hub
         )

@@ -242,14 +242,15 @@ def _batches_of(source: Source, model: PreTrainedModel) -> ContinuousBatches:
         at_once=generation.batch_size,
         longest=source.max_length,
         sampling=Sampling(generation.temperature, generation.top_p) if generation.temperature > 0 else None,
-        seed=source.seed,
     )
 
 
 def _continuously(source: Source, batches: ContinuousBatches, wanted: Sequence[Wanted]) -> Iterator[Given]:
     """Lets transformers answer by continuous batching."""
     prompts, rooms = ({n: one.ids for n, one in enumerate(wanted)}, {n: one.room for n, one in enumerate(wanted)})
-    for n, tokens in batches.answers(prompts, rooms):
+    # The seed is that of all responses which are still wanted. If those that are kept left it as it was, the others to the same prompt
+    # would be sampled with the numbers of the kept ones, and be copies of them.
+    for n, tokens in batches.answers(prompts, rooms, sum(one.seed for one in wanted)):
         strip = source.generation.reasoning == "strip"
         yield wanted[n], response_of(source.chat, tokens, strip_reasoning=strip), len(tokens)
 
