@@ -31,16 +31,17 @@ ARCHITECTURES = {
     "gpt2": GPT2,
     "gemma3_text": SIZES | {"intermediate_size": 48, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8},
     "gptj": GPT2 | {"rotary_dim": 8},
-    "falcon": SIZES,
+    "mpt": {"vocab_size": 400, "d_model": 32, "n_layers": 2, "n_heads": 2},
+    "stablelm": SIZES | {"intermediate_size": 48},
     "mamba": {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
 }
 END = 0
 
 
-def random_model(architecture):
+def random_model(architecture, dtype=torch.float32):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(architecture, **ARCHITECTURES[architecture]), dtype=torch.float32
+        AutoConfig.for_model(architecture, **ARCHITECTURES[architecture]), dtype=dtype
     ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -70,26 +71,49 @@ def test_it_writes_what_batches_write(architecture):
             assert dict(continuous.answers(prompts, rooms)) == dict(enumerate(expected))
 
 
+UNKNOWN = "source: generation.engine continuous must have a model that transformers' continuous batching knows, "
+
+
 @pytest.mark.parametrize(
     ("architecture", "said"),
     [
-        (
-            "gptj",
-            "source: generation.engine continuous must compute what the model itself computes, for GPTJForCausalLM its log-prob",
-        ),
-        (
-            "mamba",
-            "source: generation.engine continuous must have a model that transformers' continuous batching knows, MambaFor",
-        ),
-        ("falcon", "source: transformers' continuous batching has failed (The size of tensor"),
+        ("gptj", UNKNOWN + "GPTJForCausalLM is none (its attention"),
+        ("mpt", UNKNOWN + "MptForCausalLM is none (its attention"),
+        ("mamba", UNKNOWN + "MambaForCausalLM is none ("),
+        ("stablelm", "source: transformers' continuous batching has failed ("),
     ],
 )
 def test_a_model_that_it_gets_wrong_is_refused(architecture, said, capfd):
-    with batches(random_model(architecture)) as continuous, pytest.raises(ConfigError) as error:
+    """Also in a dtype whose rounding would hide it."""
+    with batches(random_model(architecture, torch.bfloat16)) as continuous, pytest.raises(ConfigError) as error:
         list(continuous.answers(prompts_of((5, 9)), {0: 4, 1: 4}))
     assert str(error.value).startswith(said)
     assert str(error.value).endswith("set generation.engine: transformers")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_model_that_reads_other_positions_than_its_own_is_refused():
+    model = random_model("llama")
+    own = model.forward
+    model.forward = lambda input_ids, **others: own(
+        input_ids, **others | ({"position_ids": torch.zeros_like(input_ids)} if "position_ids" in others else {})
+    )
+    with (
+        batches(model) as continuous,
+        pytest.raises(ConfigError, match=r"for LlamaForCausalLM its log-probabilities are"),
+    ):
+        list(continuous.answers(prompts_of((5, 9)), {0: 4, 1: 4}))
+
+
+def test_a_gpu_without_room_for_a_page_has_no_memory_left(monkeypatch):
+    model = random_model("llama")
+
+    def none_fits(*_):
+        raise ValueError("Invalid values: max_batch_tokens = 8192, num_sectors = -3")
+
+    monkeypatch.setattr(model, "init_continuous_batching", none_fits)
+    with batches(model) as continuous, pytest.raises(torch.OutOfMemoryError, match="no page"):
+        list(continuous.answers(prompts_of([5]), {0: 4}))
 
 
 def test_it_ends_at_any_moment_and_leaves_the_model_as_it_was():

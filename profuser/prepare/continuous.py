@@ -4,8 +4,8 @@ A static batch takes as long as its longest response. Here the keys and values o
 computes a token of each response that goes on, and the prompts of those that begin. Which responses are computed together depends on
 when others end, so that rounding, and what is sampled, depends on it as well.
 
-An architecture can read its cache in a way of its own, and would then write something else without a word. What it writes after two of
-the first prompts is therefore held against an ordinary forward pass.
+An architecture can read its cache in a way of its own, and would then write something else without a word. One whose attention cannot be
+replaced is therefore refused, and what another writes after two of the first prompts is held against an ordinary forward pass.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from profuser.errors import ConfigError, ProfuserError, first_line, is_lack_of_memory
 from profuser.models.continuation import Sampling
 
 PAGE = 256
-"""How many tokens of a response a page of the cache holds."""
+"""How many tokens of a response a page of the cache holds, unless transformers is told otherwise. Its versions differ in how it is told."""
 TRIED = 16
 """How many tokens are tried after a prompt, before the prompts are answered."""
 LONGEST_TRIED = 2048
@@ -121,16 +121,18 @@ class ContinuousBatches:
         )
 
     def _start(self, sampling: Sampling | None, *, logprobs: bool = False) -> None:
+        if not self.model._can_set_attn_implementation():
+            self._unknown("its attention cannot be replaced by one that reads the pages")
         # What a generation config of the model's own says of sampling and of repetitions would change the answers.
         generation = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.ends[0], max_new_tokens=self.longest)
         if sampling is not None:
             generation.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
         batching = ContinuousBatchingConfig(
-            page_size=PAGE,
             seed=0,  # `answers` gives it another before anything is sampled
             return_logprobs=logprobs,
-            auto_switch_to_flash=is_flash_attn_2_available(),  # else it would download kernels from the Hub
         )
+        if hasattr(batching, "auto_switch_to_flash"):  # transformers 5.17 has no such choice
+            batching.auto_switch_to_flash = _has_flash(self.model.dtype)
         if self.model.device.type == "cpu":  # where it would take nearly all of the machine's memory
             batching.max_requests_per_batch = self.at_once
             batching.num_blocks = self.at_once * math.ceil(self.longest / PAGE) + 1
@@ -139,13 +141,20 @@ class ContinuousBatches:
         try:
             self._manager = self.model.init_continuous_batching(generation, batching)  # pyrefly: ignore[not-callable]
             self._manager.warmup()
-        except (AttributeError, ValueError, NotImplementedError, KeyError) as error:
+        except (AttributeError, ValueError, NotImplementedError, KeyError, ImportError, OSError) as error:
             self._manager = None
-            raise ConfigError(
-                f"{self.name}: generation.engine continuous must have a model that transformers' continuous batching knows, "
-                f"{type(self.model).__name__} is none ({first_line(error)}); set generation.engine: transformers"
-            ) from error
+            if "num_sectors" in str(error) or "num_blocks" in str(
+                error
+            ):  # less than none, which is how it says that none fits
+                raise torch.OutOfMemoryError("no page of continuous batching's cache fits beside the model") from error
+            self._unknown(first_line(error), error)
         self._manager.start()
+
+    def _unknown(self, reason: str, error: Exception | None = None) -> NoReturn:
+        raise ConfigError(
+            f"{self.name}: generation.engine continuous must have a model that transformers' continuous batching knows, "
+            f"{type(self.model).__name__} is none ({reason}); set generation.engine: transformers"
+        ) from error
 
     def _stop(self) -> None:
         """Ends the engine's thread, whatever it is at, and gives back its cache."""
@@ -174,3 +183,15 @@ class ContinuousBatches:
                     f"{self.name}: generation.engine continuous must compute what the model itself computes, for "
                     f"{type(self.model).__name__} its log-probabilities are wrong by {error:.3g}; set generation.engine: transformers"
                 )
+
+
+def _has_flash(dtype: torch.dtype) -> bool:
+    """Whether transformers may look for flash attention: an installed one would be taken, and it computes in the dtype.
+
+    transformers would otherwise download a kernel from the Hub, also in place of flash attention 2 where the package kernels is there.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return is_flash_attn_3_available() or (
+        is_flash_attn_2_available() and not is_flash_attn_3_available(kernels_fallback_ok=True)
+    )
