@@ -167,7 +167,9 @@ def test_sampling_follows_its_rule():
 def guardian(**generation):
     config = SourceConfig(name="guardian", model="demo:guardian")
     said = GenerationConfig(engine="continuous", max_new_tokens=20, batch_size=3)
-    return Source(config, replace(said, **generation), chat_format(config), 60, 0, torch.float32), load_model(config, torch.float32)
+    return Source(config, replace(said, **generation), chat_format(config), 60, 0, torch.float32), load_model(
+        config, torch.float32
+    )
 
 
 def test_what_is_kept_is_not_asked_for_again_and_a_prompt_without_room_gets_an_empty_response(tmp_path):

@@ -110,16 +110,21 @@ def chosen_arms(names: Sequence[str] | None, recipe: Recipe) -> list[Arm]:
     """Returns the arms of these names, or all that a recipe can have.
 
     Raises:
-        ConfigError: an arm needs the demo's data and the recipe has others, or the recipe has no held-out prompts.
+        ConfigError: an arm needs the demo's data or sources and the recipe has others, or the recipe has no held-out prompts.
     """
     if recipe.data.location("heldout") is None:
         raise ConfigError("the comparison needs data.heldout, the recipe names none; add it")
-    others = [arm.name for arm in ARMS if arm.data in DEMOS_OWN and demo_data(recipe) is None]
+    sources = {source.name for source in recipe.sources}
+    impossible = (
+        DEMOS_OWN if demo_data(recipe) is None else () if {spec.name for spec in SOURCES} <= sources else ("routed",)
+    )
+    others = [arm.name for arm in ARMS if arm.data in impossible]
     if names is None:
         return [arm for arm in ARMS if arm.name not in others]
     if wrong := [name for name in names if name in others]:
         raise ConfigError(
-            f"--arms {' '.join(wrong)} must come with the demo's data, the recipe trains on {recipe.data.train}; leave them out"
+            f"--arms {' '.join(wrong)} must come with the demo's data and sources, the recipe has {recipe.data.train} and "
+            f"{', '.join(sorted(sources))}; leave them out"
         )
     return [arm for arm in ARMS if arm.name in names]
 

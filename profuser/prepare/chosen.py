@@ -36,8 +36,8 @@ class SourceChoice(NamedTuple):
             weights_of(value, self.names, column)
         elif value not in self.names:
             raise DataError(
-                f"the column {column!r} must name a source ({', '.join(self.names)}), got {in_short(value)}; correct it, or set "
-                "capture.choice: min_ce"
+                f"the column {column!r} must name a source ({', '.join(self.names)}), got {in_short(value)}; correct it, or take route "
+                "out of the recipe"
             )
 
 

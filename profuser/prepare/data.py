@@ -123,7 +123,7 @@ def _examples_in(
         if split == "train":
             raise DataError(
                 f"data {location} must have the column {chosen[1]!r} ({chosen[0]}) with capture.choice: {sources.choice}, found: "
-                f"{', '.join(there)}; add it, set {chosen[0]} to the right one, or set capture.choice: min_ce"
+                f"{', '.join(there)}; add it, set {chosen[0]} to the right one, or take {sources.choice} out of the recipe"
             )
         chosen = None
 
