@@ -1,5 +1,6 @@
 """What is found out before anything is prepared: whether the target can have the recipe's loss, from its configuration alone."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -39,6 +40,24 @@ def test_a_target_that_the_loss_cannot_train_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"output_router_logits = False"):
         check(tmp_path, "mixtral", output_router_logits=True)
     with pytest.raises(
-        DataError, match=r"target: a model must be a causal language model, .* is none that transformers knows"
+        DataError, match=r"target: a model must be loadable as AutoModelForCausalLM, .* 't5', which is not"
     ):
         check(tmp_path, "t5")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 10**7}, "a model must have at most .* layers"),
+        ({"num_attention_heads": 5}, "no model's configuration could be read"),
+        ({"model_type": "nosuch"}, "no model's configuration could be read"),
+        ({"hidden_act": "nosuch"}, "no causal language model could be built as the configuration of .* says"),
+    ],
+)
+def test_a_target_with_a_wrong_configuration_is_one_line(tmp_path, change, said):
+    """It is the first that a run reads of its target."""
+    config = AutoConfig.for_model("llama", **SIZES).to_dict() | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = replace(parse_run("train", []).recipe, target=str(tmp_path))
+    with pytest.raises(DataError, match=rf"target: {said}"):
+        check_training(recipe, torch.device("cpu"), sharded=False)

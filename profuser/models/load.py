@@ -29,7 +29,7 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
-from profuser.errors import DataError, first_line, in_short
+from profuser.errors import DataError, first_line, in_short, is_lack_of_memory
 from profuser.models.attention import flash_attention
 from profuser.models.gguf_header import gguf_tensors
 from profuser.models.merged_adapter import adapter_folder, base_of, check_adapter_files, merged
@@ -379,17 +379,19 @@ def load_without_weights(source: SourceConfig, dtype: torch.dtype) -> PreTrained
     """Returns a source's model on the meta device, in evaluation mode.
 
     Raises:
-        DataError: transformers knows no causal language model of this kind.
+        DataError: what `open_model` raises, or the model cannot be built as its configuration says.
     """
-    location, options = weights_of(source)
-    config = configuration(location, options)
+    config = open_model(source, weights=False)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, dtype=dtype)
-    except ValueError as error:
+    except Exception as error:  # transformers and the model's own code may raise any
+        if is_lack_of_memory(error):
+            raise
+        location, _ = weights_of(source)
         raise DataError(
-            f"{source.name}: a model must be a causal language model, {location} is none that transformers knows "
-            f"({first_line(error)}); use another"
+            f"{source.name}: no causal language model could be built as the configuration of {location} says ({first_line(error)}); "
+            f"{fix_of(error, 'correct it, or take another model')}"
         ) from error
     return model.eval()
 
