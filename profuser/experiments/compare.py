@@ -115,9 +115,9 @@ def chosen_arms(names: Sequence[str] | None, recipe: Recipe) -> list[Arm]:
     if recipe.data.location("heldout") is None:
         raise ConfigError("the comparison needs data.heldout, the recipe names none; add it")
     sources = {source.name for source in recipe.sources}
-    impossible = (
-        DEMOS_OWN if demo_data(recipe) is None else () if {spec.name for spec in SOURCES} <= sources else ("routed",)
-    )
+    impossible = set(DEMOS_OWN) if demo_data(recipe) is None else set()
+    if not {spec.name for spec in SOURCES} <= sources:
+        impossible.add("routed")
     others = [arm.name for arm in ARMS if arm.data in impossible]
     if names is None:
         return [arm for arm in ARMS if arm.name not in others]

@@ -110,7 +110,7 @@ class ContinuousBatches:
                 left -= 1
                 yield int(result.request_id), list(result.generated_tokens), list(result.logprobs)
 
-    def _fail(self, error: object) -> None:
+    def _fail(self, error: object) -> NoReturn:
         """Raises what has stopped the engine. A lack of memory keeps its own error."""
         if isinstance(error, Exception) and is_lack_of_memory(error):
             raise error
@@ -122,15 +122,12 @@ class ContinuousBatches:
 
     def _start(self, sampling: Sampling | None, *, logprobs: bool = False) -> None:
         if not self.model._can_set_attn_implementation():
-            self._unknown("its attention cannot be replaced by one that reads the pages")
+            self._refuse("its attention cannot be replaced by one that reads the pages")
         # What a generation config of the model's own says of sampling and of repetitions would change the answers.
         generation = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.ends[0], max_new_tokens=self.longest)
         if sampling is not None:
             generation.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
-        batching = ContinuousBatchingConfig(
-            seed=0,  # `answers` gives it another before anything is sampled
-            return_logprobs=logprobs,
-        )
+        batching = ContinuousBatchingConfig(seed=0, return_logprobs=logprobs)  # `answers` gives it another seed
         if hasattr(batching, "auto_switch_to_flash"):  # transformers 5.17 has no such choice
             batching.auto_switch_to_flash = _has_flash(self.model.dtype)
         if self.model.device.type == "cpu":  # where it would take nearly all of the machine's memory
@@ -141,16 +138,18 @@ class ContinuousBatches:
         try:
             self._manager = self.model.init_continuous_batching(generation, batching)  # pyrefly: ignore[not-callable]
             self._manager.warmup()
-        except (AttributeError, ValueError, NotImplementedError, KeyError, ImportError, OSError) as error:
+        except (AttributeError, ValueError, RuntimeError, KeyError, ImportError, OSError) as error:
             self._manager = None
-            if "num_sectors" in str(error) or "num_blocks" in str(
-                error
-            ):  # less than none, which is how it says that none fits
+            if is_lack_of_memory(error):
+                raise
+            # A cache of less than no pages is how it says that none fits.
+            if any(count in str(error) for count in ("num_sectors", "num_blocks")):
                 raise torch.OutOfMemoryError("no page of continuous batching's cache fits beside the model") from error
-            self._unknown(first_line(error), error)
+            self._refuse(first_line(error), error)
         self._manager.start()
 
-    def _unknown(self, reason: str, error: Exception | None = None) -> NoReturn:
+    def _refuse(self, reason: str, error: Exception | None = None) -> NoReturn:
+        """Raises ConfigError for a model with which the engine does not begin."""
         raise ConfigError(
             f"{self.name}: generation.engine continuous must have a model that transformers' continuous batching knows, "
             f"{type(self.model).__name__} is none ({reason}); set generation.engine: transformers"
