@@ -75,11 +75,19 @@ def test_a_flipped_bit_in_a_record_is_survived(places, file):
     assert set(tally.counts) == {("a bit flipped", command, "exit 3")}
 
 
-def test_a_report_blames_the_manifest_where_it_is_another_stores(places):
-    """The walk found that it blamed summary.json, whose advice led to another error."""
-    tally = walk(places, [Trial("good", "report", f"{STORE}/manifest.json", "another run's", 0.618)])
+@pytest.mark.parametrize("command", ["report", "evaluate"])
+def test_the_manifest_is_blamed_where_it_is_another_stores(places, command):
+    """The walk found that a report blamed summary.json, whose advice led to another error, and evaluate the user's data."""
+    tally = walk(places, [Trial("good", command, f"{STORE}/manifest.json", "another run's", 0.618)])
     assert not tally.wrong
-    assert set(tally.counts) == {("another run's", "report", "exit 3")}
+    assert set(tally.counts) == {("another run's", command, "exit 3")}
+
+
+def test_a_file_is_missed_without_which_the_model_is_another(places):
+    """Without tokenizer_config.json the tokenizer is read all the same, and the scores are others."""
+    tally = walk(places, [Trial("good", "evaluate", f"{RUN}/tokenizer_config.json", "deleted", 0.282)])
+    assert not tally.wrong
+    assert set(tally.counts) == {("deleted", "evaluate", "said to differ")}
 
 
 @pytest.mark.long

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
 
 def on_heldout_data(directory: Path) -> str:
     """Scores a run again on its held-out data, and returns the table."""
-    from profuser.errors import DataError
+    from profuser.errors import ConfigError, DataError
     from profuser.evaluate.finished import open_run
     from profuser.evaluate.scores import evaluate
     from profuser.evaluate.terminal import score_table
@@ -99,7 +99,11 @@ def on_heldout_data(directory: Path) -> str:
 
     run, record = open_run(directory)
     store = Store.open(run.store_dir)
-    check_data(directory, record, store.data)
+    try:
+        check_data(directory, record, store.data)
+    except ConfigError:
+        _ = store.summary  # if the manifest is another store's, this says so
+        raise
     try:
         with working():
             scores = evaluate(run, store)

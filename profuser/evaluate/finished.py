@@ -15,7 +15,8 @@ from profuser.train.run_record import check_own, model_files, read_finished
 def open_run(directory: Path) -> tuple[Run, dict[str, Any]]:
     """Returns a finished run and its record.
 
-    A model that was edited on purpose is scored as it is, and a line says so.
+    A model that was edited on purpose is scored as it is, and a line says so. So it does of files that are missing, without which some
+    models are others.
 
     Raises:
         DataError: the directory holds no run, one that is not finished, or another run's files.
@@ -26,6 +27,9 @@ def open_run(directory: Path) -> tuple[Run, dict[str, Any]]:
         recipe = replace(load_recipe(record["recipe"]), output=str(directory), store=record["store"])
     except ConfigError as error:
         raise DataError(str(error)) from None
-    if differing := [name for name in damaged_files(directory, model_files(record)) if (directory / name).exists()]:
-        print(f"{', '.join(differing)} in {directory} is not what training wrote; what is there is scored", flush=True)
+    differing = damaged_files(directory, model_files(record))
+    if changed := [name for name in differing if (directory / name).exists()]:
+        print(f"{', '.join(changed)} in {directory} is not what training wrote; what is there is scored", flush=True)
+    if missing := [name for name in differing if name not in changed]:
+        print(f"{', '.join(missing)} in {directory} is missing, which training wrote", flush=True)
     return Run(recipe=recipe, name=directory.name), record
