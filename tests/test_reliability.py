@@ -211,7 +211,8 @@ written, and checked where a run relies on them.
 - `prepare` and `train` make a damaged shard, `examples.safetensors`, `summary.json` or `samples.parquet` again and say so. `train`
   scores again where scores are damaged, takes lost metrics from a checkpoint, and writes a model that cannot be read again from the
   last checkpoint.
-- The fused model may be edited on purpose. `train` and `evaluate` say which of its files differ, and use them as they are.
+- The fused model may be edited on purpose. `train` and `evaluate` say which of its files differ, and use them as they are,
+  and `evaluate` also which are missing.
 - `evaluate`, `report`, `doctor` and `store` change nothing in a store. Where something is damaged that they need, they end with
   exit code 3 and one line, and what the line advises works.
 - What killed processes leave while they are writing is removed by the next run that holds the directory.

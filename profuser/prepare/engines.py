@@ -115,7 +115,7 @@ def settled_engine(recipe: Recipe, source: SourceConfig, store_dir: Path, device
     if (store_dir / "manifest.json").exists():
         made = read_manifest(store_dir)["settings"]["sources"]["sources"].get(source.name)
         engine = made.get("engine", "transformers") if isinstance(made, dict) else "transformers"
-        if engine in ("transformers", "continuous", "vllm"):
+        if engine in (*IN_PROCESS, "vllm"):
             return engine
     fits = adapter_folder(source) is None and "gguf_file" not in weights_of(source)[1]
     return "vllm" if device.type == "cuda" and fits and has_vllm(generation.python) else "transformers"

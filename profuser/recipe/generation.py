@@ -11,6 +11,8 @@ from profuser.recipe.checks import check_not_negative, check_positive
 Reasoning = Literal["keep", "strip"]
 
 Engine = Literal["auto", "transformers", "continuous", "vllm", "server"]
+WITH_PYTHON: tuple[Engine, ...] = ("auto", "vllm")
+"""The engines with which `generation.python` has a meaning."""
 
 
 @dataclass(kw_only=True)
@@ -39,7 +41,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         check_positive("generation", self, "responses_per_source")
         check_sampling("generation", self)
-        if self.python is not None and self.engine in ("transformers", "continuous", "server"):
+        if self.python is not None and self.engine not in WITH_PYTHON:
             raise ConfigError(
                 f"generation.python must go with generation.engine vllm, got engine {self.engine}; take it out"
             )

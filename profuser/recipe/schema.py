@@ -15,7 +15,7 @@ from profuser.errors import ConfigError
 from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.checks import LARGEST, check_date, check_names, check_not_negative, check_positive
 from profuser.recipe.data import DataConfig
-from profuser.recipe.generation import GenerationConfig, Reasoning, SourceGenerationConfig
+from profuser.recipe.generation import WITH_PYTHON, GenerationConfig, Reasoning, SourceGenerationConfig
 from profuser.recipe.optim import OptimConfig
 from profuser.recipe.places import is_path
 from profuser.recipe.rubric import RubricConfig
@@ -493,7 +493,7 @@ class Recipe:
     def generation_of(self, source: SourceConfig) -> GenerationConfig:
         """How a source answers: the recipe's `generation`, with what the source does otherwise."""
         changes = source.generation_changes | {"reasoning": self.reasoning_of(source)}
-        if changes.get("engine") in ("transformers", "continuous", "server"):
+        if changes.get("engine", self.generation.engine) not in WITH_PYTHON:
             changes["python"] = None
         return replace(self.generation, **changes)
 

@@ -30,9 +30,11 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema,
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, unwritten, count = temporary_beside(path), iter(rows), 0
     try:
-        with writing(path, 0), pq.ParquetWriter(temporary, schema) as writer:
+        with pq.ParquetWriter(temporary, schema) as writer:
             while some := list(islice(unwritten, at_a_time)):
-                writer.write_table(pa.Table.from_pylist(some, schema))
+                table = pa.Table.from_pylist(some, schema)
+                with writing(path, table.nbytes):  # the rows come from elsewhere, where a disk can be full as well
+                    writer.write_table(table)
                 count += len(some)
         if count:
             move_into_place(temporary, path)
