@@ -118,7 +118,7 @@ def test_arms_on_the_demos_own_files_are_not_run_on_other_data():
         "progressive-clean",
     }
     assert [arm.name for arm in chosen_arms(["sft", "shifted"], mine)] == ["sft", "shifted"]
-    with pytest.raises(ConfigError, match=r"--arms sft-clean must come with the demo's data and .* mine\.jsonl and"):
+    with pytest.raises(ConfigError, match=r"--arms sft-clean must come with the demo's data, .* mine\.jsonl; leave"):
         chosen_arms(["sft", "sft-clean"], mine)
     with pytest.raises(ConfigError, match=r"needs data\.heldout"):
         chosen_arms(["sft"], demo_recipe(heldout=None))
@@ -127,8 +127,15 @@ def test_arms_on_the_demos_own_files_are_not_run_on_other_data():
 def test_a_route_to_a_source_that_the_recipe_lacks_is_not_run():
     two = replace(demo_recipe(), sources=demo_recipe().sources[:2])
     assert [arm.name for arm in ARMS if arm not in chosen_arms(None, two)] == ["route"]
-    with pytest.raises(ConfigError, match=r"--arms route must come with .* and guardian, scholar; leave"):
+    with pytest.raises(ConfigError, match=r"--arms route must come with .* has guardian, scholar; leave"):
         chosen_arms(["sft", "route"], two)
+
+
+def test_arms_that_mix_the_sources_are_not_run_where_the_recipe_chooses_them_otherwise():
+    routed = replace(demo_recipe(), capture=replace(demo_recipe().capture, choice="route"))
+    assert [arm.name for arm in ARMS if arm not in chosen_arms(None, routed)] == ["avg-ce", "softmax"]
+    with pytest.raises(ConfigError, match=r"--arms softmax must come with capture\.choice: min_ce, .* has route; leave"):
+        chosen_arms(["softmax"], routed)
 
 
 def test_the_demos_section_of_a_page_is_not_overwritten_with_other_data(tmp_path):

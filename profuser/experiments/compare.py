@@ -110,22 +110,23 @@ def chosen_arms(names: Sequence[str] | None, recipe: Recipe) -> list[Arm]:
     """Returns the arms of these names, or all that a recipe can have.
 
     Raises:
-        ConfigError: an arm needs the demo's data or sources and the recipe has others, or the recipe has no held-out prompts.
+        ConfigError: an arm cannot be had of the recipe, or the recipe has no held-out prompts.
     """
     if recipe.data.location("heldout") is None:
         raise ConfigError("the comparison needs data.heldout, the recipe names none; add it")
+    # What the arms on some data need, where the recipe has something else.
+    lacks: dict[str, str] = {}
+    if recipe.capture.choice != "min_ce":
+        lacks["mixed"] = f"capture.choice: min_ce, the recipe has {recipe.capture.choice}"
     sources = {source.name for source in recipe.sources}
-    impossible = set(DEMOS_OWN) if demo_data(recipe) is None else set()
     if not {spec.name for spec in SOURCES} <= sources:
-        impossible.add("routed")
-    others = [arm.name for arm in ARMS if arm.data in impossible]
+        lacks["routed"] = f"the demo's sources, the recipe has {', '.join(sorted(sources))}"
+    if demo_data(recipe) is None:
+        lacks |= dict.fromkeys(DEMOS_OWN, f"the demo's data, the recipe has {recipe.data.train}")
     if names is None:
-        return [arm for arm in ARMS if arm.name not in others]
-    if wrong := [name for name in names if name in others]:
-        raise ConfigError(
-            f"--arms {' '.join(wrong)} must come with the demo's data and sources, the recipe has {recipe.data.train} and "
-            f"{', '.join(sorted(sources))}; leave them out"
-        )
+        return [arm for arm in ARMS if arm.data not in lacks]
+    if wrong := next((arm for arm in ARMS if arm.name in names and arm.data in lacks), None):
+        raise ConfigError(f"--arms {wrong.name} must come with {lacks[wrong.data]}; leave it out")
     return [arm for arm in ARMS if arm.name in names]
 
 
