@@ -134,7 +134,9 @@ def test_a_route_to_a_source_that_the_recipe_lacks_is_not_run():
 def test_arms_that_mix_the_sources_are_not_run_where_the_recipe_chooses_them_otherwise():
     routed = replace(demo_recipe(), capture=replace(demo_recipe().capture, choice="route"))
     assert [arm.name for arm in ARMS if arm not in chosen_arms(None, routed)] == ["avg-ce", "softmax"]
-    with pytest.raises(ConfigError, match=r"--arms softmax must come with capture\.choice: min_ce, .* has route; leave"):
+    with pytest.raises(
+        ConfigError, match=r"--arms softmax must come with capture\.choice: min_ce, .* has route; leave"
+    ):
         chosen_arms(["softmax"], routed)
 
 

@@ -11,6 +11,7 @@ import pytest
 from profuser.errors import ConfigError, DataError
 from profuser.ragged import ragged, slots_of
 from profuser.store import layout
+from profuser.store.__main__ import answered_by
 from profuser.store.__main__ import main as store_command
 from profuser.store.files import set_aside
 from profuser.store.layout import CAPTURE_COLUMNS, Kind, kind_of, shard_arrays
@@ -23,7 +24,7 @@ VOTES = {"asked": ["rm", "check"], "judges": {"rm": {"files": "1"}, "check": {"f
 SETTINGS = StoreSettings(
     sources={
         "source_names": ["a"],
-        "sources": {"a": 1},
+        "sources": {"a": {"model": "1"}},
         "target": {"name": "a"},
         "capture": {"top_k": 10, "dtype": "float32"},
         "data": {"train": "1"},
@@ -147,8 +148,8 @@ def test_a_missing_shard_is_refused(store):
 
 
 def test_other_capture_settings_need_another_store(store):
-    other = SETTINGS.sources | {"capture": {"top_k": 5, "dtype": "float32"}, "sources": {"a": 2}}
-    with pytest.raises(ConfigError, match=r"capture\.top_k, sources\.a differ"):
+    other = SETTINGS.sources | {"capture": {"top_k": 5, "dtype": "float32"}, "sources": {"a": {"model": "2"}}}
+    with pytest.raises(ConfigError, match=r"capture\.top_k, sources\.a\.model differ"):
         Store.build(store.directory, changed(sources=other), {})
 
 
@@ -326,6 +327,19 @@ def test_the_command_says_what_a_store_holds_and_finds_damage(store, capsys):
     store.drop_damaged()
     with pytest.raises(DataError, match="is not complete, all 3 files that it has are what was written"):
         store_command(["verify", str(store.directory)])
+
+
+@pytest.mark.parametrize(
+    ("of_a", "of_b", "said"),
+    [
+        ({}, {}, "transformers"),
+        ({"engine": "vllm"}, {"engine": "vllm"}, "vllm"),
+        ({}, {"engine": "continuous"}, "a by transformers, b by continuous"),
+        ({"responses": "digest"}, {"engine": "server", "served": "qwen"}, "a by a file, b by qwen"),
+    ],
+)
+def test_a_store_says_what_has_answered_for_its_sources(of_a, of_b, said):
+    assert answered_by({"a": {"model": "x"} | of_a, "b": {"model": "y"} | of_b}) == said
 
 
 def test_set_aside_renames_and_never_overwrites(tmp_path):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from profuser.cli import main_of
 
@@ -174,7 +175,8 @@ def info(store: Store) -> str:
         f"{store.directory}: {state}",
         f"{', '.join(settings.sources['source_names'])} -> {settings.sources['target']['name']}; "
         f"judges: {', '.join(settings.votes['asked']) or 'none'}; top_k {settings.sources['capture']['top_k']}, "
-        f"{settings.sources['capture']['dtype']}; alignment: {settings.targets['mode']}",
+        f"{settings.sources['capture']['dtype']}; alignment: {settings.targets['mode']}; "
+        f"answers: {answered_by(settings.sources['sources'])}",
         "",
         f"{'kind':<12}{'split':<14}{'shards':>8}{'examples':>10}{'MiB':>10}",
     ]
@@ -183,6 +185,17 @@ def info(store: Store) -> str:
             f"{total.folder:<12}{total.split:<14}{total.shards:>8}{total.examples:>10}{total.bytes / 2**20:>10.1f}"
         )
     return "\n".join(lines)
+
+
+def answered_by(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """Says what has answered for the sources, once if it is the same for all: an engine, the model of a server, or a file."""
+    by = {
+        # transformers is not named in a manifest.
+        name: "a file" if "responses" in source else source.get("served", source.get("engine", "transformers"))
+        for name, source in sources.items()
+    }
+    kinds = set(by.values())
+    return kinds.pop() if len(kinds) == 1 else ", ".join(f"{name} by {kind}" for name, kind in by.items())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ SCHEMA_VERSION = 8
 SETTINGS = {
     "sources": {
         "source_names": [str],
-        "sources": {str: Any},
+        "sources": {str: {str: Any}},
         "target": {"name": str},
         "capture": {"top_k": COUNT, "dtype": Rule("float32 or bfloat16", lambda x: x in ("float32", "bfloat16"))},
         "data": {str: Any},
