@@ -305,7 +305,6 @@ def test_a_turn_that_is_not_learnt_is_context(tmp_path):
 def test_rows_that_are_written_in_two_ways_are_refused(tmp_path):
     """A row would otherwise have an empty prompt or ground truth, and the text in a column that is not read."""
     rows = {"prompt": "Hi", "response": "Hello."}, {"prompt": "Hi", "completion": "Hello."}
-    both = [written(tmp_path / f"{n}.jsonl", row) for n, row in enumerate(rows)]
     assert "row 1 (from 0): the column 'response' must be filled" in refusal(written(tmp_path / "one.jsonl", *rows))
     message = refusal(written(tmp_path / "two.jsonl", rows[0], {"question": "Hi", "response": "Hello."}))
     assert "row 1 (from 0): the column 'prompt' must be filled in every row, it has nothing and 'question'" in message
@@ -313,8 +312,20 @@ def test_rows_that_are_written_in_two_ways_are_refused(tmp_path):
     assert [row["response"] for row in examples(empty)] == ["Hello.", "", ""]
     alike = written(tmp_path / "alike.jsonl", rows[0] | {"answer": "x"}, {"prompt": "a", "response": "", "answer": "x"})
     assert [row["response"] for row in examples(alike)] == ["Hello.", ""]
-    with pytest.raises(DataError, match="must name every file once"):
-        load_examples(DataConfig(train="a"), DataLocation(path=[str(both[0]), str(tmp_path / "?.jsonl")]))
+
+
+def test_a_file_is_read_once_by_whatever_names(tmp_path):
+    file = written(tmp_path / "0.jsonl", {"prompt": "Hi", "response": "Hello."})
+    pattern = str(tmp_path / "*.jsonl")
+    with pytest.raises(DataError, match=r"must name every file once, \S+/0\.jsonl is named more than once in"):
+        load_examples(DataConfig(train="a"), DataLocation(path=[str(file), pattern]))
+    (tmp_path / "latest.jsonl").symlink_to("0.jsonl")
+    with pytest.raises(
+        DataError, match=r"must name every file once, \S+/0\.jsonl and \S+/latest\.jsonl are one file in"
+    ):
+        load_examples(DataConfig(train="a"), DataLocation(path=pattern))
+    with pytest.raises(DataError, match="are one file"):
+        load_examples(DataConfig(train="a"), DataLocation(path=str(tmp_path)))
 
 
 def test_files_of_a_split_may_be_written_in_different_ways(tmp_path):

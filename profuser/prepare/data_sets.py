@@ -12,7 +12,6 @@ import difflib
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -66,11 +65,14 @@ def read_tables(
     """
     reading = _Reading(location, split, streams, alone, say, option)
     found = [file for path in location.paths for file in _located(reading, path)]
-    times = Counter(os.path.abspath(file) for file, _, _ in found)
-    if twice := next((name for file, name, _ in found if times[os.path.abspath(file)] > 1), None):
-        raise DataError(
-            f"{reading.key} must name every file once, {twice} is named more than once in {location}; take it out of one place"
-        )
+    names: dict[str, str] = {}  # of the files themselves, which links may name once more
+    for file, name, _ in found:
+        itself = os.path.realpath(file)
+        if itself in names:
+            first = names[itself]
+            twice = f"{name} is named more than once" if name == first else f"{first} and {name} are one file"
+            raise DataError(f"{reading.key} must name every file once, {twice} in {location}; take it out of one place")
+        names[itself] = name
     return [(name, read_file(file, name, delimiter)) for file, name, delimiter in found]
 
 
