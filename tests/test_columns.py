@@ -102,8 +102,37 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
         table.writerows(
             {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows
         )
-    if "as messages" not in form:  # two texts stay texts
-        assert examples(tmp_path / "rows.csv") == usual
+    assert examples(tmp_path / "rows.csv") == usual
+
+
+def test_json_that_is_no_message_stays_a_text(tmp_path):
+    texts = ('[{"role": "user"}]', "[1]", '{"a": 2}', "[", '{"role": "user", "content": "x"}', "[]")
+    for text in texts:
+        path = written(tmp_path / "a.jsonl", {"prompt": text, "completion": text})
+        assert [(row["prompt"], row["response"]) for row in examples(path)] == [(text, text)]
+    about_messages = '[{"role": "user", "content": "x"}]'
+    path = written(tmp_path / "a.jsonl", {"prompt": "Write a call.", "completion": about_messages})
+    assert [row["response"] for row in examples(path)] == [about_messages]
+    one = json.dumps({"role": "assistant", "content": "Hello."})
+    path = written(tmp_path / "a.jsonl", {"prompt": json.dumps(HELLO[:1]), "completion": one})
+    assert [(row["prompt"], row["response"]) for row in examples(path)] == [("Hi", "Hello.")]
+
+
+def test_a_missing_cell_is_empty_however_it_is_written(tmp_path):
+    """pandas writes NaN for what is missing, and so does Python's JSON."""
+    nan = float("nan")
+    rows = {"prompt": "Hi", "response": nan, "skill": nan, "system": nan}, {"prompt": nan, "response": "Hello."}
+    expected = [("Hi", "", "all"), ("", "Hello.", "all")]
+    path = written(tmp_path / "a.jsonl", *rows)
+    assert "NaN" in path.read_text()
+    assert [(row["prompt"], row["response"], row["skill"]) for row in examples(path)] == expected
+    table = pyarrow.table({"prompt": ["Hi"], "response": pyarrow.array([nan])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [row["response"] for row in examples(tmp_path / "a.parquet")] == [""]
+    other = written(
+        tmp_path / "b.jsonl", {"prompt": "Hi", "response": "x"}, {"question": "Hi", "prompt": nan, "response": "x"}
+    )
+    assert "the column 'prompt' must be filled in every row" in refusal(other)
 
 
 def test_what_was_found_is_said_in_one_line(tmp_path):

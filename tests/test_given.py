@@ -14,6 +14,7 @@ import pytest
 from conftest import small_run
 
 from profuser.errors import ConfigError, DataError
+from profuser.plan.asked import Asked, asked_of_each
 from profuser.prepare.data import plain
 from profuser.prepare.given import GivenResponses, GivenScores, file_digest
 from profuser.prepare.given_logprobs import GivenLogprobs
@@ -88,6 +89,8 @@ def test_nobody_is_asked_and_the_targets_are_the_same(prepared, tmp_path, monkey
         candidates_of(expected, names, n) for n in expected.numbers(layout.responses("train", names[0]))
     ]
     assert "12 train prompts have their responses from" in capsys.readouterr().out
+    planned = asked_of_each(recipe, Inputs.open(replace(run, recipe=recipe)))
+    assert [planned[name] for name in names] == [Asked(1.0, scores=True, answers=False, answers_heldout=False)] * 3
 
     # Another file is another store: neither is taken for the other.
     path = Path(str(sources[0].responses))

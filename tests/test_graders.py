@@ -119,11 +119,22 @@ def test_what_a_grader_says(kind, example, responses, expected):
         ("11", "9+3=12. Answer: 12.", 0),
         ("$\\sqrt{8}$", "\\boxed{2\\sqrt{2}}", 1),
         ("3", "I do not know", 0),
+        ("x+1", "The answer is x + 1.", 1),
+        ("x+1", "The answer is x + 2.", 0),
+        ("3 apples", "3 Apples.", 1),
+        ("\\text{Evelyn}", "\\boxed{\\text{Evelyn}}", 1),
     ],
 )
 def test_maths_are_equal_whatever_they_look_like(right, response, expected):
     pytest.importorskip("math_verify")
     assert grader("maths")({"response": "", "answer": right}, [response]) == [expected]
+
+
+@pytest.mark.parametrize("right", ["B", "yes", "yellow", "(C)", "well-known"])
+def test_maths_abstain_where_the_right_answer_is_a_word(right):
+    """math-verify would read a word as a product of letters in the right answer, and as nothing in a response."""
+    pytest.importorskip("math_verify")
+    assert np.isnan(grader("maths")({"response": right}, [right, f"\\boxed{{{right}}}"])).all()
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):

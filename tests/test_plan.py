@@ -305,6 +305,44 @@ class TestStore:
         assert capture_bytes(counts, 7, 10) < capture_bytes(counts, 10, 10)
 
 
+class TestWork:
+    """What the sources compute is what they are asked, and not what a user has already or a route asks of others."""
+
+    @staticmethod
+    def planned(choice: str = "min_ce", **given: str) -> Plan:
+        of = parse_run("train", [])
+        recipe = replace(
+            of.recipe,
+            sources=[replace(source, **given) for source in of.recipe.sources],
+            capture=replace(of.recipe.capture, choice=choice),
+        )
+        of = replace(of, recipe=recipe)
+        return make_plan(of, processes=(1,), instructions=900, tokens=90, timed=False)
+
+    @staticmethod
+    def flops(plan: Plan) -> dict[str, float]:
+        return {work.phase: work.flops for work in plan.work}
+
+    def test_given_responses_are_not_answered(self):
+        usual, given = self.planned(), self.planned(responses="answers.jsonl")
+        assert self.flops(given) == {phase: flops for phase, flops in self.flops(usual).items() if phase != "answer"}
+        assert {model.doing for model in usual.preparing} - {model.doing for model in given.preparing} == {"answers"}
+
+    def test_given_logprobs_are_not_scored_again(self):
+        usual, given = self.flops(self.planned()), self.flops(self.planned(logprobs="top.jsonl"))
+        assert given["score"] == pytest.approx(
+            usual["score"] / 4
+        )  # the third of the responses that each source wins is left
+        assert given | {"score": usual["score"]} == usual
+
+    def test_a_route_asks_one_source_in_place_of_three(self):
+        usual, routed = self.planned(), self.planned("route")
+        flops = {phase: self.flops(routed)[phase] / self.flops(usual)[phase] for phase in ("score", "answer")}
+        assert flops == pytest.approx({"score": (1 / 3 + 1 / 3) / (1 + 1 / 3), "answer": 1 / 3})
+        assert routed.store["targets"] == usual.store["targets"]
+        assert routed.store["scholar"] < 0.8 * usual.store["scholar"]
+
+
 def size_of(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 

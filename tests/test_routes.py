@@ -11,6 +11,7 @@ import pytest
 from conftest import small_run
 
 from profuser.errors import ConfigError, DataError
+from profuser.plan.asked import asked_of_each
 from profuser.prepare import engines
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
@@ -99,6 +100,14 @@ def test_what_is_learnt_comes_from_that_source(made):
     assert Verdict.NOT_WINNER.label not in store.summary["handled"]
     exported = list(responses_of(store, audit_rows(store)))
     assert [(row["example"], row["source"]) for row in exported] == [(e, NAMES[e % 2]) for e in range(len(exported))]
+
+
+def test_the_plan_counts_the_rows_that_each_source_is_asked_about(tmp_path):
+    inputs = Inputs.open(routed_run(tmp_path, routes=("a", "b", "b", "b")))
+    shares = {name: asked.share for name, asked in asked_of_each(inputs.recipe, inputs).items()}
+    routes = [row["route"] for row in inputs.rows["train"]]
+    assert shares == {name: routes.count(name) / len(routes) for name in NAMES}
+    assert shares["a"] < shares["b"]
 
 
 def test_another_column_or_choice_is_another_store(made, tmp_path):

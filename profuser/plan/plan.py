@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from profuser.errors import ConfigError
 from profuser.models.load import default_device
 from profuser.plan.architecture import Architecture, open_architecture
+from profuser.plan.asked import Asked, asked_of_each, won_share
 from profuser.plan.lengths import RANGES, RESPONSE_SHARE, TOKENS, Lengths, assumed, measured
 from profuser.plan.memory import (
     ADAPTER,
@@ -234,6 +235,7 @@ def make_plan(
         notes.append("the sources' answers are as long as the ground truth, for training and in the store")
 
     # The parts of the plan.
+    asked = asked_of_each(recipe, inputs)
     of_target = lengths[target.name]["train"]
     stages = plan(recipe, instructions)
     modes = max(len(stage.modes) for stage in stages)
@@ -272,12 +274,18 @@ def make_plan(
         training=training,
         checkpoint=checkpoint_bytes(target, recipe.optim, cuda=cuda),
         preparing=preparing_memory(
-            recipe, [s for s in recipe.sources if inputs is None or inputs.is_run(s)], models, judges, lengths, cuda
+            recipe,
+            [s for s in recipe.sources if inputs is None or inputs.is_run(s)],
+            asked,
+            models,
+            judges,
+            lengths,
+            cuda,
         ),
-        store=store_bytes(recipe, models, lengths, instructions, inputs),
+        store=store_bytes(recipe, asked, models, lengths, instructions, inputs),
         seconds=seconds,
         timed=probe(inputs, opened, examples) if probed and inputs is not None else None,
-        work=work_of(recipe, models, judges, lengths, stages, instructions, 2 if cuda else 4),
+        work=work_of(recipe, asked, models, judges, lengths, stages, instructions, 2 if cuda else 4),
         assumed=notes,
     )
 
@@ -319,6 +327,7 @@ def largest_pass(recipe: Recipe, modes: int, lengths: Lengths, of_row: tuple[int
 def preparing_memory(
     recipe: Recipe,
     sources: Sequence[SourceConfig],
+    asked: Mapping[str, Asked],
     models: dict[str, Architecture],
     judges: Sequence[Architecture],
     lengths: AllLengths,
@@ -334,7 +343,7 @@ def preparing_memory(
         generation = recipe.generation_of(source)
         prompt = of.longest if recipe.data.max_length <= of.longest else of.longest - round(of.response)
         length = min(recipe.data.max_length, prompt + generation.max_new_tokens)
-        if source.server is None and (recipe.judges or recipe.data.location("heldout") is not None):
+        if asked[source.name].answers or asked[source.name].answers_heldout:
             rows = generation.batch_size * generation.responses_per_source
             found.append(answering(own, source.name, itemsize, rows, length))
         found.append(
@@ -348,6 +357,7 @@ def preparing_memory(
 
 def store_bytes(
     recipe: Recipe,
+    asked: Mapping[str, Asked],
     models: dict[str, Architecture],
     lengths: AllLengths,
     instructions: int,
@@ -365,12 +375,16 @@ def store_bytes(
     parts = {}
     for source in recipe.sources:
         vocabulary, of = models[source.name].vocabulary, lengths[source.name]
-        captured: list[tuple[int, float, Lengths]] = [(number, number, of[split]) for split, number in examples.items()]
-        if recipe.judges:  # every source has a row per prompt, and tokens for those that it won
-            captured.append((instructions, instructions / sources, of["train"]))
+        # Every source has a row per prompt, and tokens for those that it is asked about, or that it won.
+        captured: list[tuple[int, float, Lengths]] = [
+            (number, number * (1.0 if split == "heldout" else asked[source.name].share), of[split])
+            for split, number in examples.items()
+        ]
+        if recipe.judges:
+            captured.append((instructions, instructions * won_share(asked, source.name), of["train"]))
         parts[source.name] = sum(
-            capture_bytes(Counts(number, won * one.response, won * one.ranges, shards(number)), vocabulary, k)
-            for number, won, one in captured
+            capture_bytes(Counts(number, read * one.response, read * one.ranges, shards(number)), vocabulary, k)
+            for number, read, one in captured
         )
     # A shard of targets holds both modes. In inference mode the winner alone is captured on its response.
     keeping = sources if recipe.keep == "all" else 1
@@ -389,6 +403,7 @@ def store_bytes(
 
 def work_of(
     recipe: Recipe,
+    asked: Mapping[str, Asked],
     models: dict[str, Architecture],
     judges: Sequence[Architecture],
     lengths: AllLengths,
@@ -400,16 +415,18 @@ def work_of(
     score = answer = 0.0
     rounds, read = 0, 0.0
     for source in recipe.sources:
-        own, of = models[source.name], lengths[source.name]["train"]
-        captured = instructions * (1 + (1 / len(recipe.sources) if recipe.judges else 0))
+        own, of, one = models[source.name], lengths[source.name]["train"], asked[source.name]
+        prompts = instructions * one.share
+        captured = (prompts if one.scores else 0) + (
+            instructions * won_share(asked, source.name) if recipe.judges else 0
+        )
         score += 2 * own.parameters * captured * of.mean
-        if recipe.judges and source.server is None:
+        if one.answers:
             generation = recipe.generation_of(source)
-            responses = instructions * generation.responses_per_source
-            answer += 2 * own.parameters * responses * of.response
-            of_source = math.ceil(instructions / generation.batch_size) * generation.max_new_tokens
+            answer += 2 * own.parameters * prompts * generation.responses_per_source * of.response
+            of_source = math.ceil(prompts / generation.batch_size) * generation.max_new_tokens
             rounds, read = rounds + of_source, read + of_source * own.parameters * itemsize
-    shown = instructions * len(recipe.sources) * recipe.generation.responses_per_source
+    shown = instructions * sum(one.share for one in asked.values()) * recipe.generation.responses_per_source
     target = recipe.target_config.name
     judging = sum(2 * judge.parameters * shown * lengths[target]["train"].mean for judge in judges)
     # A backward pass costs two forward passes, and gradient checkpointing one more.

@@ -7,12 +7,13 @@ a conversation (`messages.py`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from profuser.errors import DataError, in_short
-from profuser.prepare.messages import Spoken, messages_of, prompt_of
+from profuser.prepare.messages import Spoken, messages_of, prompt_of, unspelt
 from profuser.recipe.data import DataConfig
 from profuser.text.conversation import Prompt
 
@@ -139,20 +140,10 @@ def examples_of(
 
     # The response, as a text or as one message.
     _check_written_alike(columns, row)
-    response = row[columns.response]
-    if _holds_messages(response) or isinstance(response, Mapping):
-        found = messages_of(columns.response, [response] if isinstance(response, Mapping) else response)
-        if [message.role for message in found] != ["assistant"]:
-            raise DataError(
-                f"the column {columns.response!r} must be a text or one message of the assistant, got {in_short(response)}; fix it"
-            )
-        _check_learnt(columns.response, found[0])
-        response = found[0].text
-    else:
-        response = text_of(columns.response, response)
+    response = _response_of(columns.response, row[columns.response])
 
     # The prompt, as messages or as a text with its parts. A text alone may also be empty.
-    prompt = row[columns.prompt]
+    prompt = unspelt(row[columns.prompt])
     if _holds_messages(prompt):
         messages = _with_system(columns, row, messages_of(columns.prompt, prompt, notes))
         return [(prompt_of(columns.prompt, messages), response)]
@@ -160,6 +151,22 @@ def examples_of(
     text = "\n\n".join([first, *(text for text in others if text.strip())])
     messages = _with_system(columns, row, [Spoken("user", text)])
     return [(text if len(messages) == 1 else prompt_of(columns.prompt, messages), response)]
+
+
+def _response_of(column: str, cell: object) -> str:
+    """The response in a cell, a text or one message of the assistant."""
+    spoken = unspelt(cell)
+    if not (_holds_messages(spoken) or isinstance(spoken, Mapping)):
+        return text_of(column, cell)
+    found = messages_of(column, [spoken] if isinstance(spoken, Mapping) else spoken)
+    if [message.role for message in found] != ["assistant"]:
+        if isinstance(cell, str):  # it is about messages
+            return cell
+        raise DataError(
+            f"the column {column!r} must be a text or one message of the assistant, got {in_short(cell)}; fix it"
+        )
+    _check_learnt(column, found[0])
+    return found[0].text
 
 
 def _learnt(column: str, messages: list[Spoken], config: DataConfig) -> list[tuple[Prompt, str]]:
@@ -194,7 +201,7 @@ def _check_written_alike(columns: Columns, row: Mapping[str, Any]) -> None:
     prompts, responses = zip(*PAIRS)
     for column, names in ((columns.prompt, prompts), (columns.response, responses)):
         others = [name for name in (*names, *MESSAGES) if name not in columns.all and _says_something(row.get(name))]
-        if row[column] is None and others:
+        if is_missing(row[column]) and others:
             raise DataError(
                 f"the column {column!r} must be filled in every row, it has nothing and {others[0]!r} has something; write all rows alike"
             )
@@ -225,7 +232,12 @@ def _says_something(value: object) -> bool:
         return bool(value.strip())
     if isinstance(value, (list, Mapping)):
         return any(map(_says_something, value.values() if isinstance(value, Mapping) else value))
-    return value is not None
+    return not is_missing(value)
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell has nothing: null, or the NaN that pandas and Python's JSON write in place of it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _is_found_without_names(columns: Columns, row: Mapping[str, Any], column: str) -> bool:
@@ -238,7 +250,7 @@ def _is_found_without_names(columns: Columns, row: Mapping[str, Any], column: st
 
 
 def text_of(column: str, value: object) -> str:
-    """Returns a cell as the text that stands in the file; null becomes an empty text."""
+    """Returns a cell as the text that stands in the file; one that has nothing becomes an empty text."""
     if isinstance(value, (list, dict, bytes)):
         raise DataError(
             f"the column {column!r} must hold text, got a {type(value).__name__}; take the text out of it, or name it as "
@@ -246,7 +258,7 @@ def text_of(column: str, value: object) -> str:
         )
     if isinstance(value, bool):
         return json.dumps(value)
-    return "" if value is None else str(value)
+    return "" if is_missing(value) else str(value)
 
 
 def _check_there(location: str, there: Sequence[str], key: str, column: str) -> None:

@@ -156,7 +156,7 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
         computing = 2 * size.parameters * examples * tokens[name] / machine.flops
         return computing + calls * size.layers * OPS_PER_LAYER * machine.op
 
-    def generation(source: SourceConfig, prompts: int) -> float:
+    def generation(source: SourceConfig, prompts: float) -> float:
         """Seconds that a model needs to answer so many prompts, one token of a whole batch per step."""
         size, config = sizes[source.name], recipe.generation_of(source)
         batch = min(prompts, config.batch_size)
@@ -169,14 +169,16 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
     for source in loaded:
         batch = recipe.capture.responses_at_once(tokens[source.name])
         for split in inputs.rows:
+            share = inputs.routed(split, source.name).mean()  # of the prompts that this source is asked about
             if not inputs.scores_given(source, split):
-                scoring += forward(source.name, unmade(layout.truth(split, source.name)), batch)
+                scoring += forward(source.name, share * unmade(layout.truth(split, source.name)), batch)
             # How fast a server is, is not known.
             if inputs.answered(split) and source.server is None and inputs.given(source, split) is None:
                 responses = recipe.generation.responses_per_source if split == "train" else 1
-                answering += generation(source, unmade(layout.responses(split, source.name)) * responses)
+                prompts = share * unmade(layout.responses(split, source.name))
+                answering += generation(source, prompts * responses)
         if recipe.judges:
-            won = unmade(layout.winners(source.name)) // len(recipe.sources)
+            won = unmade(layout.winners(source.name)) / len(recipe.sources)
             scoring += forward(source.name, won, batch)
     seconds = {"score": scoring, "answer": answering}
     if first_step is None:

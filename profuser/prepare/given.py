@@ -16,9 +16,9 @@ import numpy as np
 
 from profuser.disk_table import DiskTable, key_of
 from profuser.errors import DataError, in_short
-from profuser.prepare.columns import text_of
+from profuser.prepare.columns import is_missing, text_of
 from profuser.prepare.data import Row, plain
-from profuser.prepare.messages import messages_of, prompt_of
+from profuser.prepare.messages import messages_of, prompt_of, unspelt
 from profuser.prepare.responses import Response
 from profuser.prepare.tables import read_file
 from profuser.recipe.data import Split
@@ -183,12 +183,13 @@ def _from_text(cell: Any) -> Any:
 
 def prompt_of_row(where: str, row: dict[str, Any]) -> str:
     """The row's prompt, in the form in which prompts are compared."""
-    column = "messages" if row.get("messages") not in (None, "") else "prompt"
+    column = "prompt" if is_missing(row.get("messages")) or row["messages"] == "" else "messages"
     cell = row.get(column)
-    if cell is None:
+    if is_missing(cell):
         raise DataError(f"{where} must have a text as `prompt`, or `messages`, got {in_short(row)}; fix the row")
     try:
-        is_text = column == "prompt" and not isinstance(cell, list)
-        return plain(text_of(column, cell) if is_text else prompt_of(column, messages_of(column, cell, {})))
+        messages = cell if column == "messages" else unspelt(cell)
+        is_text = column == "prompt" and not isinstance(messages, list)
+        return plain(text_of(column, cell) if is_text else prompt_of(column, messages_of(column, messages, {})))
     except DataError as error:
         raise DataError(f"{where}: {error}") from None

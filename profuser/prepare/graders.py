@@ -18,6 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from profuser.errors import ConfigError, DataError, in_short
+from profuser.prepare.columns import is_missing
 from profuser.recipe.schema import Grader
 
 Scores = Callable[[dict[str, Any], Sequence[str]], list[float]]
@@ -28,6 +29,8 @@ AROUND = " .*\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
 """What may stand around an answer without being a part of it: full stops, stars and quotes, also those of typesetters."""
 NOT_OF_ITS_KIND = (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError)
 """What some of reasoning-gym's tasks raise where an answer is not of their kind, such as a word in place of numbers."""
+MATHS = re.compile(r"[0-9\\$^_+*/=<>]|^[-\u2212]")
+"""What an answer of mathematics has: a digit, a sign, or LaTeX. Words and letters alone are none."""
 NUMBER = re.compile(
     r"(?<![\w.])(?P<sign>[-+\u2212]?)[$\u20ac\u00a3]?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?"
     r"(?:[eE](?P<power>[-+]?\d{1,3})(?![\w]))?(?:\s?/\s?(?P<below>\d+(?:\.\d+)?))?(?!\d)"
@@ -72,16 +75,18 @@ def _in_braces(text: str) -> str:
 def right_answer(example: dict[str, Any]) -> str:
     """Returns the right answer to an example."""
     own = example.get("answer")
-    if own is not None and str(own).strip():
+    if not is_missing(own) and str(own).strip():
         return str(own).strip()
     return answer_in(example["response"])
 
 
+def plain(answer: str) -> str:
+    """An answer as answers are compared as texts: without case, extra whitespace, and what stands around it."""
+    return " ".join(answer.split()).strip(AROUND).casefold()
+
+
 def exact() -> Scores:
     """The answers are the same text, but for case, whitespace, and what stands around them of quotes, stars and full stops."""
-
-    def plain(text: str) -> str:
-        return " ".join(text.split()).strip(AROUND).casefold()
 
     def score(example: dict[str, Any], responses: Sequence[str]) -> list[float]:
         right = plain(right_answer(example))
@@ -129,8 +134,23 @@ def maths() -> Scores:
 
     def score(example: dict[str, Any], responses: Sequence[str]) -> list[float]:
         right = right_answer(example)
-        gold = parse(right if "$" in right or "\\boxed" in right else f"${right}$") or parse(right)
-        return [float(verify(gold, parse(response))) if gold else math.nan for response in responses]
+        if not MATHS.search(right):  # math-verify would read a word as a product of its letters
+            return [math.nan] * len(responses)
+        gold = parse(as_latex(right)) or parse(right)
+        if not gold:
+            return [math.nan] * len(responses)
+
+        def is_right(response: str) -> bool:
+            # math-verify finds numbers in prose, and terms only where they are marked as LaTeX.
+            answer = answer_in(response)
+            if plain(answer) == plain(right) or verify(gold, parse(response)):
+                return True
+            return answer != response.strip() and verify(gold, parse(as_latex(answer.strip(AROUND))))
+
+        return [float(is_right(response)) for response in responses]
+
+    def as_latex(text: str) -> str:
+        return text if "$" in text or "\\boxed" in text else f"${text}$"
 
     return score
 

@@ -69,6 +69,22 @@ def messages_of(column: str, value: object, notes: dict[str, int] | None = None)
     return messages
 
 
+def unspelt(cell: object) -> object:
+    """Returns the messages, or the one message, whose JSON text a cell is, as a CSV file has them; any other cell as it is."""
+    if not isinstance(cell, str) or cell.lstrip()[:1] not in ("[", "{"):
+        return cell
+    try:
+        value = from_json(cell)
+    except (ValueError, RecursionError):
+        return cell
+    messages = value if isinstance(value, list) else [value]
+    written = all(
+        isinstance(message, Mapping) and ({"role", "content"} <= set(message) or {"from", "value"} <= set(message))
+        for message in messages
+    )
+    return value if messages and written else cell
+
+
 def _message(column: str, number: int, message: Mapping[str, Any]) -> Spoken:
     where = f"message {number} in the column {column!r}"
     unlearnt = ""
