@@ -32,7 +32,7 @@ from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.optim import OptimConfig
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import resolve
-from profuser.recipe.schema import SourceConfig
+from profuser.recipe.schema import Choice, SourceConfig
 from profuser.train.__main__ import without_own
 from profuser.train.adapter import with_adapter
 from profuser.train.optimizer import parameter_groups
@@ -309,11 +309,11 @@ class TestWork:
     """What the sources compute is what they are asked, and not what a user has already or a route asks of others."""
 
     @staticmethod
-    def planned(choice: str = "min_ce", **given: str) -> Plan:
+    def planned(choice: Choice = "min_ce", responses: str | None = None, logprobs: str | None = None) -> Plan:
         of = parse_run("train", [])
         recipe = replace(
             of.recipe,
-            sources=[replace(source, **given) for source in of.recipe.sources],
+            sources=[replace(source, responses=responses, logprobs=logprobs) for source in of.recipe.sources],
             capture=replace(of.recipe.capture, choice=choice),
         )
         of = replace(of, recipe=recipe)
