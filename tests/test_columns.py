@@ -139,6 +139,8 @@ def test_what_was_found_is_said_in_one_line(tmp_path):
     assert examples(written(tmp_path / "a.jsonl", {"prompt": "q", "response": "a"})).notes == []
     found = examples(written(tmp_path / "b.jsonl", {"instruction": "q", "input": "x", "output": "a"}))
     assert found.notes == [f"data {tmp_path / 'b.jsonl'}: prompts in 'instruction' and 'input', responses in 'output'"]
+    found = examples(written(tmp_path / "two.jsonl", {"prompt": "q", "response": "a", "completion": "b"}))
+    assert found.notes == [f"data {tmp_path / 'two.jsonl'}: prompts in 'prompt', responses in 'response'"]
     begun = [*HELLO[1:], *HELLO]
     found = examples(written(tmp_path / "c.jsonl", *[{"conversations": sharegpt(begun), "system": ""}] * 3))
     assert found.notes == [

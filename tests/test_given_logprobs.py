@@ -258,6 +258,16 @@ def test_files_of_every_kind_say_the_same(tmp_path, chat, row):
         assert np.array_equal(found.capture.top_logprobs, expected.capture.top_logprobs)
 
 
+def test_what_bf16_takes_above_1_is_divided_out(tmp_path, chat, row):
+    """Ten tokens of a tenth each, whose logarithms bf16 has rounded up."""
+    first = [math.log(0.1) + 2**-7] * K
+    rounded = row | {"top_logprobs": [first, *row["top_logprobs"][1:]]}
+    assert sum(map(math.exp, first)) == pytest.approx(1.0078, abs=1e-4)
+    found = scored(tmp_path, chat, rounded).capture.top_logprobs
+    np.testing.assert_allclose(found[0], math.log(0.1), rtol=1e-6)
+    np.testing.assert_array_equal(found[1:], np.float32(row["top_logprobs"][1:]))
+
+
 def change(**changes):
     return lambda row: row | {key: value(row[key]) if callable(value) else value for key, value in changes.items()}
 

@@ -120,7 +120,8 @@ def find_columns(location: str, there: Sequence[str], config: DataConfig) -> Col
         )
     prompt, response = pair
     inputs = tuple(c for c in INPUTS if c in there and c != response) if prompt == "instruction" else ()
-    by_name = pair != (usual.prompt_column, usual.response_column)
+    several = sum(set(columns) <= set(there) for columns in PAIRS) > 1
+    by_name = several or pair != (usual.prompt_column, usual.response_column)
     return Columns(prompt=prompt, response=response, inputs=inputs, system=system, by_name=by_name)
 
 

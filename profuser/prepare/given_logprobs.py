@@ -37,7 +37,9 @@ LISTS = ("token_ids", "top_ids", "top_logprobs", "logprobs", "prompt_token_ids",
 LARGEST = 1e6
 """No log-probability is below this with its sign turned, but that of what is impossible."""
 ROUNDING = 1e-3
-"""By so much a probability, or the sum of a row's, may be above 1: servers round them."""
+"""By so much a probability, or the sum of a token's, may be above 1: servers round them."""
+COARSE_ROUNDING = 0.02
+"""So far bf16 may take the sum above 1, which is then divided out."""
 APART = 0.02
 """So far may a token's own log-probability be from what the most probable ones say, as a share of it, or absolutely above -1."""
 
@@ -269,11 +271,12 @@ def _checked(place: str, entries: Iterable[tuple[Any, Any]], vocabulary: int) ->
             raise DataError(f"{place}: a token must come once, got {candidate} twice; fix the row")
         if (value := _logprob(place, logprob)) > -math.inf:
             found[candidate] = value
-    if (total := sum(map(math.exp, found.values()))) > 1 + ROUNDING:
+    if (total := sum(map(math.exp, found.values()))) > 1 + COARSE_ROUNDING:
         raise DataError(
             f"{place}: probabilities must add up to 1 at most, got {total:.4g}; write natural logarithms of what is not cut or scaled"
         )
-    return found
+    above = math.log(total) if total > 1 + ROUNDING else 0.0
+    return {candidate: logprob - above for candidate, logprob in found.items()}
 
 
 def _own(place: str, token: int, best: Mapping[int, float], known: Any) -> float:

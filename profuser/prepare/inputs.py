@@ -28,8 +28,9 @@ from profuser.models.merged_adapter import model_fingerprint
 from profuser.prepare.chosen import SourceChoice, weights_of
 from profuser.prepare.data import Examples, Row, data_hash, load_examples, prompt_digest, row_digest
 from profuser.prepare.engines import check_engine, settled_engine
-from profuser.prepare.given import GivenResponses, GivenScores, file_digest
+from profuser.prepare.given import GivenResponses, file_digest
 from profuser.prepare.given_logprobs import GivenLogprobs
+from profuser.prepare.given_preferences import GivenPreferences, given_scores
 from profuser.prepare.judges import check_conversations, judge_fingerprint, open_judge, try_function_judge
 from profuser.prepare.server import Server
 from profuser.recipe.compare import decides
@@ -257,16 +258,23 @@ class Inputs:
         )
 
     def check_scores(self, judge: JudgeConfig) -> None:
-        """Raises DataError where the file with a judge's scores lacks that of a response which is in a file as well."""
+        """Raises DataError where the file with a judge's scores lacks that of a response which is in a file as well, or has preferences
+        between none of these."""
         if judge.scores is None:
             return
-        scores, count = GivenScores(judge.name, judge.scores), self.responses_per_prompt("train")
+        found: list[float] = []
+        scores, count = given_scores(judge.name, judge.scores), self.responses_per_prompt("train")
         for source in self.recipe.sources:
             if (given := self.given(source, "train")) is not None:
                 for row, asked in zip(self.rows["train"], self.routed("train", source.name)):
                     for response in given.of([row], count)[0] if asked else ():
                         if response.eligible:
-                            scores.score(row, response.text)
+                            found.append(scores.score(row, response.text))
+        if found and isinstance(scores, GivenPreferences) and np.isnan(found).all():
+            raise DataError(
+                f"judges: {judge.name}: scores {judge.scores} must have preferences between the sources' responses, it has none that is "
+                "theirs; fix the prompts and texts of its rows"
+            )
 
     def try_logprobs(self) -> None:
         """Raises DataError where a file with log-probabilities does not fit its source's tokenizer, or lacks a ground truth of a split of

@@ -30,7 +30,8 @@ from profuser.models.padding import padded
 from profuser.models.reward import load_reward_model, open_reward_model
 from profuser.prepare import graders
 from profuser.prepare.data import Row, for_functions
-from profuser.prepare.given import LARGEST_SCORE, GivenScores, file_digest
+from profuser.prepare.given import LARGEST_SCORE, file_digest
+from profuser.prepare.given_preferences import given_scores
 from profuser.prepare.rubric import Judged, RubricJudge, rubric_text
 from profuser.prepare.server import Server
 from profuser.progress import silent
@@ -209,7 +210,7 @@ def load_judge(config: JudgeConfig, device: torch.device | str = "cpu", *, date:
 
 def _given_judge(name: str, path: str) -> Judge:
     """Makes a judge of the scores in a file."""
-    given = GivenScores(name, path)
+    given = given_scores(name, path)
 
     def score(
         examples: Sequence[Row],

@@ -117,7 +117,8 @@ class JudgeConfig:
     rubric: RubricConfig | None = None
     """What the model on the server is asked; null takes a rubric of our own, with scores from 1 to 10."""
     scores: str | None = None
-    """A file with this judge's scores, such as those of people: rows with `prompt`, `response` and `score`; null abstains."""
+    """A file with this judge's scores, such as those of people: rows with `prompt`, `response` and `score`, of which null abstains; or with
+    their preferences: `prompt`, `chosen` and `rejected`."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of a .jinja file, for a reward model whose tokenizer has none, or to replace its own."""
     floor: float | None = None

@@ -1,0 +1,71 @@
+"""Reads what people prefer, of whom nobody then has to judge: which of two responses to a prompt is the better one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from profuser.disk_table import key_of
+from profuser.errors import DataError, in_short
+from profuser.prepare.columns import is_missing, text_of
+from profuser.prepare.data import Row, plain
+from profuser.prepare.given import GivenScores, file_rows, prompt_of_row
+from profuser.prepare.messages import messages_of, prompt_of, unspelt
+
+
+class GivenPreferences:
+    """The preferences of one judge, from a file with `prompt` or `messages`, `chosen` and `rejected`, as trainers of preferences have them.
+
+    Both are texts, or messages that end with the assistant's; messages may begin with the prompt, which then needs no column.
+
+    Args:
+        judge: the judge's name, for messages. path: the file.
+    Raises:
+        DataError: the file is missing or broken, or a row lacks a part or prefers a response to itself.
+    """
+
+    def __init__(self, judge: str, path: str):
+        self._times: dict[bytes, tuple[int, int]] = {}  # how often a response was preferred, and how often compared
+        for where, row in file_rows(f"judges: {judge}: scores", path):
+            try:
+                (own, chosen), (_, rejected) = (_ending(column, row.get(column)) for column in ("chosen", "rejected"))
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            if chosen == rejected:
+                raise DataError(
+                    f"{where}: `chosen` and `rejected` must differ, got {in_short(chosen)} twice; take the row out"
+                )
+            has_prompt = not (is_missing(row.get("prompt")) and is_missing(row.get("messages")))
+            prompt = own if own is not None and not has_prompt else prompt_of_row(where, row)
+            for response, won in ((chosen, 1), (rejected, 0)):
+                key = key_of(prompt, response)
+                before = self._times.get(key, (0, 0))
+                self._times[key] = before[0] + won, before[1] + 1
+
+    def score(self, example: Row, response: str) -> float:
+        """Returns in which share of its comparisons a response to an example's prompt was preferred; NaN without any."""
+        won, compared = self._times.get(key_of(plain(example["prompt"]), response), (0, 0))
+        return won / compared if compared else math.nan
+
+
+def _ending(column: str, cell: Any) -> tuple[str | None, str]:
+    """The prompt before a response, in the form in which prompts are compared, as far as the cell has it, and the response."""
+    if is_missing(cell):
+        raise DataError(f"`{column}` must be a text, or messages that end with the assistant's, it has nothing; fix it")
+    spoken = unspelt(cell)
+    if isinstance(spoken, Mapping):
+        spoken = [spoken]
+    if not isinstance(spoken, list):
+        return None, text_of(column, cell).strip()
+    messages = messages_of(column, spoken)
+    if not messages or messages[-1].role != "assistant":
+        raise DataError(f"`{column}` must end with the assistant's message, got {in_short(cell)}; fix it")
+    before = plain(prompt_of(column, messages[:-1])) if len(messages) > 1 else None
+    return before, messages[-1].text.strip()
+
+
+def given_scores(judge: str, path: str) -> GivenScores | GivenPreferences:
+    """Reads a judge's scores, or preferences where the file has those. It raises what reading them raises."""
+    _, first = next(file_rows(f"judges: {judge}: scores", path), ("", {}))
+    return (GivenPreferences if "chosen" in first else GivenScores)(judge, path)

@@ -1,0 +1,112 @@
+"""What people prefer takes the place of a judge: which of two responses is the better one."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from profuser.errors import DataError
+from profuser.prepare.given_preferences import GivenPreferences, given_scores
+from profuser.prepare.inputs import Inputs
+from profuser.prepare.phases import prepare
+from profuser.prepare.vote_rules import NOBODY
+from profuser.prepare.votes import count_votes
+from profuser.recipe.schema import JudgeConfig
+from profuser.store.export import export
+from profuser.text.conversation import Conversation
+
+USER = {"role": "user", "content": "a"}
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def written(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_response_scores_the_share_of_its_comparisons_that_it_won(tmp_path):
+    pairs = [("a", "x", "y"), ("a ", "x", " z\n"), ("a", "y", "x"), ("b", "y", "x")]
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
+    given = given_scores("j", written(tmp_path / "a.jsonl", *rows))
+    found = [given.score({"prompt": prompt}, text) for prompt in "ab" for text in "xyzw"]
+    np.testing.assert_array_equal(found, [2 / 3, 1 / 2, 0, np.nan, 0, 1, np.nan, np.nan])
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    given = given_scores("j", str(tmp_path / "a.csv"))
+    np.testing.assert_array_equal([given.score({"prompt": "a"}, text) for text in "xyz"], [2 / 3, 1 / 2, 0])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "chosen": [said("x")], "rejected": [said("y")]},
+        {"prompt": [USER], "chosen": said("x"), "rejected": said("y")},
+        {"prompt": "a", "chosen": [USER, said("x")], "rejected": [USER, said("y")]},
+        {"chosen": [USER, said("x")], "rejected": [USER, said("y")]},
+        {"messages": [USER], "prompt": None, "chosen": "x", "rejected": "y"},
+        {"chosen": json.dumps([USER, said("x")]), "rejected": json.dumps([USER, said("y")])},
+    ],
+)
+def test_preferences_may_be_written_as_trainers_have_them(tmp_path, row):
+    given = given_scores("j", written(tmp_path / "a.jsonl", row))
+    assert [given.score({"prompt": "a"}, text) for text in "xy"] == [1, 0]
+
+
+def test_preferences_may_be_about_conversations(tmp_path):
+    talk = [{"role": "system", "content": "Be brief."}, USER]
+    path = written(tmp_path / "a.jsonl", {"chosen": [*talk, said("x")], "rejected": [*talk, said("y")]})
+    given = given_scores("j", path)
+    assert given.score({"prompt": Conversation.of(talk)}, "x") == 1
+    assert np.isnan(given.score({"prompt": "a"}, "x"))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a", "chosen": "x"}, "`rejected` must be a text, or messages that end with the assistant's"),
+        ({"prompt": "a", "chosen": "x", "rejected": "x "}, "must differ, got 'x' twice"),
+        ({"chosen": "x", "rejected": "y"}, "must have a text as `prompt`, or `messages`"),
+        ({"prompt": "a", "chosen": [said("x"), USER], "rejected": "y"}, "`chosen` must end with the assistant's"),
+        ({"prompt": "a", "response": "x", "score": 1}, "`chosen` must be a text, or messages"),
+    ],
+)
+def test_a_wrong_preference_is_named(tmp_path, row, expected):
+    path = written(tmp_path / "a.jsonl", {"prompt": "a", "chosen": "x", "rejected": "y"}, row)
+    with pytest.raises(DataError, match=r"a\.jsonl, row 1 \(from 0\)") as error:
+        given_scores("j", path)
+    assert expected in str(error.value)
+
+
+def test_exported_preferences_elect_the_same_winners(prepared, tmp_path):
+    _, run, expected = prepared
+    counts = export(expected, tmp_path / "out")
+    judge = JudgeConfig(name="people", scores=str(tmp_path / "out/preferences.parquet"))
+    recipe = replace(run.recipe, judges=[judge], store=str(tmp_path / "store"))
+    found = count_votes(prepare(replace(run, recipe=recipe)), recipe).winner
+    decided = found != NOBODY
+    assert decided.sum() == counts["preferences"] > 2
+    np.testing.assert_array_equal(found[decided], count_votes(expected, run.recipe).winner[decided])
+
+
+def test_preferences_between_other_responses_are_missed_before_anything_is_made(prepared, tmp_path):
+    _, run, _ = prepared
+    rows = Inputs.open(run).rows["train"]
+    answers = written(tmp_path / "r.jsonl", *({"prompt": str(row["prompt"]), "response": "Answer: 1."} for row in rows))
+    path = written(tmp_path / "p.jsonl", {"prompt": str(rows[0]["prompt"]), "chosen": "x", "rejected": "y"})
+    recipe = replace(
+        run.recipe,
+        sources=[replace(source, responses=answers) for source in run.recipe.sources],
+        judges=[JudgeConfig(name="people", scores=path)],
+    )
+    with pytest.raises(DataError, match="must have preferences between the sources' responses, it has none"):
+        Inputs.open(replace(run, recipe=recipe))
+    assert isinstance(given_scores("people", path), GivenPreferences)
