@@ -13,10 +13,9 @@ from profuser.errors import DataError
 from profuser.prepare.given_preferences import GivenPreferences, given_scores
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
-from profuser.prepare.vote_rules import NOBODY
 from profuser.prepare.votes import count_votes
 from profuser.recipe.schema import JudgeConfig
-from profuser.store.export import export
+from profuser.store.export import audit_rows, export
 from profuser.text.conversation import Conversation
 
 USER = {"role": "user", "content": "a"}
@@ -36,7 +35,8 @@ def test_a_response_scores_the_share_of_its_comparisons_that_it_won(tmp_path):
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
     given = given_scores("j", written(tmp_path / "a.jsonl", *rows))
     found = [given.score({"prompt": prompt}, text) for prompt in "ab" for text in "xyzw"]
-    np.testing.assert_array_equal(found, [2 / 3, 1 / 2, 0, np.nan, 0, 1, np.nan, np.nan])
+    np.testing.assert_array_equal(found, [2 / 3, 1 / 2, 0, 1 / 2, 0, 1, 1 / 2, 1 / 2])
+    assert np.isnan(given.score({"prompt": "c"}, "x"))
     with open(tmp_path / "a.csv", "w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
@@ -92,9 +92,9 @@ def test_exported_preferences_elect_the_same_winners(prepared, tmp_path):
     judge = JudgeConfig(name="people", scores=str(tmp_path / "out/preferences.parquet"))
     recipe = replace(run.recipe, judges=[judge], store=str(tmp_path / "store"))
     found = count_votes(prepare(replace(run, recipe=recipe)), recipe).winner
-    decided = found != NOBODY
-    assert decided.sum() == counts["preferences"] > 2
-    np.testing.assert_array_equal(found[decided], count_votes(expected, run.recipe).winner[decided])
+    compared = [row["rejected"] is not None for row in audit_rows(expected)]
+    assert sum(compared) == counts["preferences"] > 2
+    np.testing.assert_array_equal(found[compared], count_votes(expected, run.recipe).winner[compared])
 
 
 def test_preferences_between_other_responses_are_missed_before_anything_is_made(prepared, tmp_path):

@@ -27,6 +27,7 @@ class GivenPreferences:
 
     def __init__(self, judge: str, path: str):
         self._times: dict[bytes, tuple[int, int]] = {}  # how often a response was preferred, and how often compared
+        self._prompts: set[bytes] = set()
         for where, row in file_rows(f"judges: {judge}: scores", path):
             try:
                 (own, chosen), (_, rejected) = (_ending(column, row.get(column)) for column in ("chosen", "rejected"))
@@ -38,15 +39,24 @@ class GivenPreferences:
                 )
             has_prompt = not (is_missing(row.get("prompt")) and is_missing(row.get("messages")))
             prompt = own if own is not None and not has_prompt else prompt_of_row(where, row)
+            self._prompts.add(key_of(prompt))
             for response, won in ((chosen, 1), (rejected, 0)):
                 key = key_of(prompt, response)
                 before = self._times.get(key, (0, 0))
                 self._times[key] = before[0] + won, before[1] + 1
 
     def score(self, example: Row, response: str) -> float:
-        """Returns in which share of its comparisons a response to an example's prompt was preferred; NaN without any."""
-        won, compared = self._times.get(key_of(plain(example["prompt"]), response), (0, 0))
-        return won / compared if compared else math.nan
+        """Returns in which share of its comparisons a response to an example's prompt was preferred. One without any has a half, between
+        those that were preferred and those that were not; where no responses to the prompt were compared, all have NaN."""
+        prompt = plain(example["prompt"])
+        if not self.compares(example, response):
+            return 0.5 if key_of(prompt) in self._prompts else math.nan
+        won, compared = self._times[key_of(prompt, response)]
+        return won / compared
+
+    def compares(self, example: Row, response: str) -> bool:
+        """Whether a response to an example's prompt was compared with another."""
+        return key_of(plain(example["prompt"]), response) in self._times
 
 
 def _ending(column: str, cell: Any) -> tuple[str | None, str]:

@@ -262,15 +262,17 @@ class Inputs:
         between none of these."""
         if judge.scores is None:
             return
-        found: list[float] = []
+        compared: list[bool] = []
         scores, count = given_scores(judge.name, judge.scores), self.responses_per_prompt("train")
         for source in self.recipe.sources:
             if (given := self.given(source, "train")) is not None:
                 for row, asked in zip(self.rows["train"], self.routed("train", source.name)):
                     for response in given.of([row], count)[0] if asked else ():
                         if response.eligible:
-                            found.append(scores.score(row, response.text))
-        if found and isinstance(scores, GivenPreferences) and np.isnan(found).all():
+                            scores.score(row, response.text)
+                            if isinstance(scores, GivenPreferences):
+                                compared.append(scores.compares(row, response.text))
+        if compared and not any(compared):
             raise DataError(
                 f"judges: {judge.name}: scores {judge.scores} must have preferences between the sources' responses, it has none that is "
                 "theirs; fix the prompts and texts of its rows"
