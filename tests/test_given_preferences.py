@@ -1,4 +1,4 @@
-"""What people prefer takes the place of a judge: which of two responses is the better one."""
+"""Preferences take the place of a judge: which of two responses to a prompt is the better one."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Reads what people prefer, of whom nobody then has to judge: which of two responses to a prompt is the better one."""
+"""Reads preferences, such as those of people, which take the place of a judge: which of two responses to a prompt is the better one."""
 
 from __future__ import annotations
 
