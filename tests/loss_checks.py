@@ -130,6 +130,23 @@ def assert_close_to_truth(
     return ours
 
 
+def assert_columns_needed_of_the_chunk_that_needs_most(case: Case, **options: Any) -> None:
+    """Checks `columns_needed` of two chunks of 16 rows. The case must have 32 rows, and its own labels and sources are left aside.
+
+    The rows of the first chunk are nearly certain, those of the second are not.
+    """
+    case = {name: case[name] for name in ("hidden", "weight", "bias")} | {"labels": torch.full((32,), 5)}
+    case["hidden"] = case["hidden"] * torch.where(torch.arange(32)[:, None] < 16, 3.0, 0.1)
+
+    def needed(rows: Any) -> float:
+        some = case | {name: case[name][rows] for name in ("hidden", "labels")}
+        return run(fused_linear_fusion_loss, some, chunk_size=16, **options)["columns_needed"].item()
+
+    few, many = needed(slice(16)), needed(slice(16, 32))
+    assert few < many
+    assert needed(slice(None)) == needed([*range(16, 32), *range(16)]) == many
+
+
 def with_logits(logits: Tensor, **case: Any) -> Case:
     """A case with given logits. The hidden states are the logits and the weight is 1, so dhidden is the gradient in them."""
     return {"hidden": logits, "weight": torch.eye(logits.shape[1], dtype=logits.dtype)} | case

@@ -1,6 +1,7 @@
 """How far judges agree, whether they reward length, whether one decides: against values computed by hand and by scipy's formulas."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -70,6 +71,14 @@ def test_correlation_with_length_is_within_a_prompt():
     assert correlation_within(np.full((2, 2), NAN), np.ones((2, 2))) is None
 
 
+def test_an_infinite_score_is_left_out_of_the_correlation_with_length():
+    lengths = np.array([[1.0, 2.0, 9.0], [3.0, 1.0, 2.0]])
+    scores = np.array([[1.0, 2.0, -np.inf], [3.0, 1.0, 2.5]])
+    expected = correlation_within(np.where(np.isfinite(scores), scores, NAN), lengths)
+    assert expected is not None
+    assert correlation_within(scores, lengths) == expected
+
+
 def test_without_prompts_or_with_one_response_there_is_nothing_to_say():
     nothing = {"pairs": [{"judges": ["a", "b"], "tau": None}], "length": {"a": None, "b": None}}
     nothing |= {"alone": {"a": 0.0, "b": 0.0}, "ties": 0.0}
@@ -91,6 +100,17 @@ def test_ties_and_who_decides_alone():
     # Equal texts that share the most points are no tie.
     same = agreement(ballots(scores, [["x", "y"], ["x", "x"], ["x", "y"], ["x", "y"]]), ["a", "b", "c"])
     assert same["ties"] == 0
+
+
+def test_a_response_below_a_floor_makes_no_tie_and_the_winners_source_is_its_responses():
+    some = ballots([[[0, 0, 1, 1]]], [["w", "y", "x", "x"]])
+    some = replace(
+        some, votes=np.array([[0.0, 1, 1, 1]]), admitted=np.array([[True, False, True, True]]), responses_per_source=2
+    )
+    assert (some.winner.tolist(), some.tied.tolist()) == ([2], [True])
+    assert not some.is_tie(0)
+    assert some.winning_source(0) == 1
+    assert [*some.places_of(1)] == [2, 3]
 
 
 def test_warnings_name_the_judge():

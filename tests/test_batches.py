@@ -132,6 +132,15 @@ def test_without_kd_no_distribution_is_collated(targets):
     assert not [name for name in batch if name.startswith("source_")]
 
 
+def test_a_step_with_sequences_of_one_mode_has_their_distributions(targets):
+    """So it is in the first stage of the progressive schedule, in which a mode without sequences weighs 0."""
+    some = next(s for instruction in targets for s in instruction if s.mode == Mode.INFERENCE and s.winner is not None)
+    alone = {Mode.TRAINING: 0.0, Mode.INFERENCE: 1.0}
+    batch = collate([[some]], ONES, alone, pad_id=0, top_k=targets.top_k)
+    assert (batch["source_ids"] >= 0).any()
+    assert same(batch, collate([[some]], ONES, ONES, pad_id=0, top_k=targets.top_k))
+
+
 def test_padding_carries_no_label_and_labels_are_the_masked_tokens(targets):
     sequences = [targets.sequence(0), targets.sequence(1)]
     batch = collate([[s] for s in sequences], ONES, ONES, pad_id=7, top_k=targets.top_k)

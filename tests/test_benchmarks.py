@@ -337,6 +337,11 @@ def test_the_bootstrap_interval_of_a_share_is_near_the_normal_one():
     assert score([Sample(values)], [1.0]) == found
 
 
+def test_items_of_one_value_have_an_interval_of_no_width_whatever_their_sizes():
+    found = score([Sample(np.full(4, 2.0), np.array([1.0, 5.0, 2.0, 9.0]))], [1.0])
+    assert (found.low, found.value, found.high) == pytest.approx((2, 2, 2))
+
+
 def test_a_paired_p_is_near_the_one_of_all_turns_of_signs():
     generator = np.random.default_rng(0)
     a, b = generator.normal(0.4, 1, 10), generator.normal(0, 1, 10)
@@ -346,6 +351,15 @@ def test_a_paired_p_is_near_the_one_of_all_turns_of_signs():
     assert p == pytest.approx(np.mean(turns), abs=0.02)
     assert paired_p([Sample(b)], [Sample(a)], [1.0]) == pytest.approx(p, abs=0.02)
     assert paired_p([Sample(a)], [Sample(a)], [1.0]) == 1
+
+
+def test_a_paired_p_is_never_0_and_weighs_the_tasks():
+    """The signs that were observed count as one of the turns that were drawn."""
+    better = Sample(np.linspace(1, 2, 40)), Sample(np.zeros(40))
+    assert 0 < paired_p([better[0]], [better[1]], [1.0]) < 2e-3
+    # Only the second task has a difference that is no chance, and it weighs nothing.
+    a, b = [Sample(np.array([1.0, -1.0])), better[0]], [Sample(np.zeros(2)), better[1]]
+    assert paired_p(a, b, [1.0, 0.0]) == 1
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

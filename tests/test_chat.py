@@ -162,6 +162,13 @@ def test_end_of_turn_is_found_by_role():
     assert chat.encode("x", "y").input_ids[-1] == chat.end_id == turn
 
 
+def test_the_digest_tells_what_ends_a_turn():
+    """Responses that end at other tokens are other responses."""
+    tokenizer = wrap(byte_level(500), CHATML)
+    one, other = ChatFormat(tokenizer), ChatFormat(tokenizer, end_ids=[*ids_of(tokenizer, "</s>", "<|im_end|>"), 7])
+    assert one.digest == ChatFormat(tokenizer).digest != other.digest
+
+
 def test_first_control_token_after_the_response_ends_the_turn():
     tokenizer = wrap(byte_level(500), CHATML.replace("'<|im_end|>\n'", "' <|im_end|></s>'"))
     end, turn = ids_of(tokenizer, "</s>", "<|im_end|>")

@@ -128,6 +128,12 @@ def test_every_response_has_numbers_of_its_own():
     assert all(0 <= seed_of(*place) < 2**31 for place in places)
 
 
+def test_a_prompt_that_comes_again_has_another_name():
+    one, other, again = names_of(["a", "b", "a"])
+    assert len({one, other, again}) == 3
+    assert names_of(["b", "a"]) == [other, one]
+
+
 def test_responses_depend_neither_on_the_size_of_a_batch_nor_on_where_a_shard_begins():
     source = SourceConfig(name="guardian", model="demo:guardian")
     model, chat = load_model(source, torch.float32), chat_format(source)

@@ -4,6 +4,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,19 @@ def test_it_writes_what_batches_write(architecture):
             assert dict(continuous.answers(prompts, rooms)) == dict(enumerate(expected))
 
 
+def test_the_shortest_prompt_and_the_longest_that_is_not_too_long_are_tried(monkeypatch):
+    """A model may go wrong behind a long prompt alone."""
+    tried: list[Any] = []
+    monkeypatch.setattr(ContinuousBatches, "_try", lambda self, prompts, rooms: tried.append((prompts, rooms)))
+    monkeypatch.setattr(ContinuousBatches, "_start", lambda self, sampling: None)
+    monkeypatch.setattr(ContinuousBatches, "_written", lambda self, prompts, rooms: iter(()))
+    continuous = batches(None, longest=4000)
+    prompts = {number: [7] * length for number, length in enumerate((5, 2, 3000, 9))}
+    for _ in range(2):  # they are tried once
+        assert list(continuous.answers(prompts, {0: 30, 1: 4, 2: 30, 3: 30})) == []
+    assert tried == [({1: [7] * 2, 3: [7] * 9}, {1: 4, 3: 16})]
+
+
 UNKNOWN = "source: generation.engine continuous must have a model that transformers' continuous batching knows, "
 
 
@@ -103,6 +117,13 @@ def test_a_model_that_reads_other_positions_than_its_own_is_refused():
         pytest.raises(ConfigError, match=r"for LlamaForCausalLM its log-probabilities are"),
     ):
         list(continuous.answers(prompts_of((5, 9)), {0: 4, 1: 4}))
+
+
+def test_a_log_probability_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setattr(ContinuousBatches, "_start", lambda self, sampling, **options: None)
+    monkeypatch.setattr(ContinuousBatches, "_written", lambda self, prompts, rooms: iter([(0, [7], [float("nan")])]))
+    with pytest.raises(ConfigError, match="its log-probabilities are wrong by nan"):
+        batches(random_model("gpt2"))._try({0: [5, 6]}, {0: 1})
 
 
 def test_a_gpu_without_room_for_a_page_has_no_memory_left(monkeypatch):

@@ -317,14 +317,19 @@ def test_the_others_are_asked_where_the_entropy_is_above_the_threshold(demo):
     assert 0 < len(asked) < len(steps)
 
 
-def test_what_one_source_cannot_hold_is_never_chosen_whatever_its_weight(demo, monkeypatch):
-    """The last source refuses every text with an `e`. Its judgement has no weight, but it has to read the answer."""
+def refuse_e(monkeypatch, voice: Voice) -> None:
+    """Lets a source refuse every text with an `e`, as if its tokens could not hold it."""
     encoded = Speaker.encoded
 
     def refusing(speaker, response, **options):
-        return None if speaker.voice is demo[2] and "e" in response else encoded(speaker, response, **options)
+        return None if speaker.voice is voice and "e" in response else encoded(speaker, response, **options)
 
     monkeypatch.setattr(Speaker, "encoded", refusing)
+
+
+def test_what_one_source_cannot_hold_is_never_chosen_whatever_its_weight(demo, monkeypatch):
+    """The judgement of the source that refuses some texts has no weight, but it has to read the answer."""
+    refuse_e(monkeypatch, demo[2])
     for prompt in PROMPTS[:3]:
         answer = CoolFusion(demo, DecodeConfig(weights=[1.0, 1.0, 0.0]), 24).answer(prompt)
         assert "e" not in answer.text

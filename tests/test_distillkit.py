@@ -18,7 +18,7 @@ from test_given_logprobs import captured
 
 from profuser.errors import DataError
 from profuser.models.load import chat_format
-from profuser.prepare.distillkit import Prefixes, Wanted
+from profuser.prepare.distillkit import Counts, Prefixes, Wanted, written_row
 from profuser.prepare.distillkit_files import CONFIG, Compression
 from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.inputs import Inputs
@@ -125,6 +125,21 @@ class TestPrefixes:
         assert [found.encoded.input_ids for found in prefixes.beginning([5, 6, 7])] == [[5], [5, 6]]
         assert [found.encoded.input_ids for found in prefixes.beginning([0, 0, 0])] == [[0], [0, 0]]
         assert not list(prefixes.beginning([7, 5, 6]))
+
+
+def test_probabilities_that_come_to_more_than_1_are_scaled():
+    """DistillKit stores a curve through the logarithms, which is not exact."""
+    encoded = SCHOLAR.encode("Hi", "A stone.")
+    count = len(encoded.input_ids)
+    sequence: Any = SimpleNamespace(
+        where="x",
+        ids=np.array(encoded.input_ids),
+        tokens=np.tile([5, 6], (count, 1)),
+        logprobs=np.full((count, 2), -0.5),
+    )
+    compression: Any = SimpleNamespace(tokens=lambda x: x, logprobs=lambda x: x)
+    row = written_row(Wanted("Hi", "A stone.", encoded), sequence, compression, SCHOLAR, 2, Counts())
+    np.testing.assert_allclose(np.exp(row["top_logprobs"]).sum(1), 1)
 
 
 def table_of(sequences: list[dict[str, Any]]) -> pa.Table:

@@ -53,6 +53,13 @@ def test_the_same_prompts_share_a_shard_and_others_do_not_move_them():
     assert {number for number in of_few if of_few[number] != of_more[number]} == changed
 
 
+def test_the_shard_follows_from_the_first_eight_bytes_of_the_prompts_digest():
+    """By another rule the stores that there are would be divided anew."""
+    of_prompts = [bytes([*range(n, n + 32)]) for n in range(5)]
+    expected = [sum((n + i) << 8 * i for i in range(8)) % 1000 for n in range(5)]
+    assert Division.of(of_prompts, of_prompts, 1000).shard_of.tolist() == expected
+
+
 def test_a_division_of_nothing_has_no_part():
     assert Division.of([], [], 3).parts == []
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from small_tokenizers import real_chat
-from test_cool_fusion import PROMPTS, demo, random_voice, written  # noqa: F401  (demo is a fixture)
+from test_cool_fusion import PROMPTS, demo, random_voice, refuse_e, written  # noqa: F401  (demo is a fixture)
 
 from profuser.errors import ConfigError
-from profuser.generate.eva import Eva, faithful
+from profuser.generate.eva import TOP, Eva, _top, faithful
 from profuser.generate.vocabulary_projection import Projection, project
 from profuser.recipe.schema import DecodeConfig
 
@@ -197,6 +197,18 @@ def test_a_source_without_any_weight_changes_nothing_where_all_count(demo, monke
         assert answer.text == alone if answer.finished else alone.startswith(answer.text)
 
 
+def test_a_source_that_cannot_hold_the_answer_is_not_asked(demo, monkeypatch):  # noqa: F811
+    """From the first `e` on, the second source does not follow. What it would say behind its own text is of no use."""
+    monkeypatch.setattr("profuser.generate.eva.faithful", lambda said, _: [row is not None for row in said])
+    refuse_e(monkeypatch, demo[2])
+    for prompt in PROMPTS[:3]:
+        text = ""
+        for step in Eva([demo[0], demo[2]], DecodeConfig(method="eva"), 24).steps(prompt):
+            assert math.isnan(step.winner.perplexities[1]) == ("e" in text)
+            text += step.winner.text
+        assert "e" in text
+
+
 @pytest.mark.parametrize("pair", list(itertools.permutations(("llama2", "qwen2"))), ids="-".join)
 def test_characters_of_several_tokens_are_appended_whole(pair, monkeypatch):
     """Random models write tokens that are parts of characters. The other source reads none of these."""
@@ -225,6 +237,12 @@ def test_which_sources_count():
     assert faithful([a, None, c], 2) == [True, False, True]
     assert faithful([a, a, c], 1) == [True, True, False]
     assert faithful([a], 3) == [True]
+
+
+def test_the_most_probable_tokens_of_a_distribution_count_with_the_sum_1():
+    found = _top(torch.arange(1.0, 1001) / torch.arange(1.0, 1001).sum())
+    assert found.nonzero()[:, 0].tolist() == [*range(1000 - TOP, 1000)]
+    assert found.sum().item() == pytest.approx(1)
 
 
 def test_wrong_settings():

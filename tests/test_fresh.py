@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import shutil
@@ -13,7 +14,8 @@ from command_runs import STORE, folder, run
 from profuser.prepare.inputs import Inputs
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import resolve
-from profuser.store.fresh import check_fresh
+from profuser.recipe.schema import JudgeConfig
+from profuser.store.fresh import check_fresh, needed
 from profuser.store.sealed import write_sealed
 
 TRAIN = ("train", "--config", "recipe.yaml", "--fresh")
@@ -102,6 +104,18 @@ def test_what_the_recipe_needs_stays_in_its_place(command, option):
         message = refused(2, command[0], "--config", "recipes/mine.yaml", "--fresh", option, directory)
         assert f"must leave {name} in its place" in message
         assert option in message
+
+
+def test_whatever_a_recipe_reads_is_needed(tmp_path):
+    paths = {name: f"{tmp_path}/{name}" for name in ("base", "responses", "logprobs", "judges-base", "scores")}
+    run = parse_run("train", ["--config", "recipe.yaml"], {}, "")
+    run.recipe.sources[0] = dataclasses.replace(
+        run.recipe.sources[0], base=paths["base"], responses=paths["responses"], logprobs=paths["logprobs"]
+    )
+    judge = JudgeConfig(name="rm", model="demo:judge-a", base=paths["judges-base"])
+    run.recipe.judges[:] = [judge, JudgeConfig(name="people", scores=paths["scores"])]
+    for what in ("store", "run"):
+        assert {Path(path) for path in paths.values()} <= {path for _, path in needed(run, what)}
 
 
 def test_a_run_that_holds_its_store_stays_where_it_is():

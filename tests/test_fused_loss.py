@@ -132,10 +132,11 @@ def test_duplicate_ids_add_their_mass(loss, K):
             torch.testing.assert_close(twice[name], once[name], rtol=2e-6, atol=1e-6)
 
 
-def test_padding_may_hold_any_log_probability(loss):
+@pytest.mark.parametrize("value", [math.nan, 5.0])
+def test_padding_may_hold_any_log_probability(loss, value):
     case = small_case()
     poisoned = copy.deepcopy(case)
-    poisoned["source_logprobs"][poisoned["source_ids"] < 0] = math.nan
+    poisoned["source_logprobs"][poisoned["source_ids"] < 0] = value
     expected, found = loss(case), loss(poisoned)
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
@@ -180,6 +181,17 @@ def test_mass_above_one_by_rounding_is_divided_out(loss, check):
     case["source_logprobs"] = logits.log_softmax(-1) + 1e-3
     ours, _ = check(case)
     torch.testing.assert_close(ours["dhidden"], loss(case, tail="renormalize")["dhidden"])
+
+
+def test_a_little_more_mass_than_1_is_rounding_and_a_tenth_is_not(loss, path):
+    case = with_logits(torch.zeros(1, 9), labels=torch.tensor([1]), source_ids=torch.tensor([[[2, 3]]]))
+    rounded, wrong = (case | {"source_logprobs": torch.full((1, 1, 2), mass / 2).log()} for mass in (1.04, 1.1))
+    assert loss(rounded)["loss"].isfinite()
+    if path["impl"] == "triton":  # which does not wait for a GPU in order to raise
+        assert loss(wrong)["loss"].isnan()
+    else:
+        with pytest.raises(ValueError, match=r"add up to a mass of 1\.1"):
+            loss(wrong)
 
 
 @pytest.mark.parametrize("height", [-95.0, -120.0])
@@ -297,6 +309,13 @@ def test_source_index_per_sequence_equals_per_row(loss, check):
     assert by_row["winner"].tolist() == per_row.tolist()
     for name in ("loss", "dhidden", "dweight", "dbias", "kd"):
         assert torch.equal(ours[name], by_row[name]), name
+
+
+@pytest.mark.parametrize("index", [3, -2])
+def test_a_number_that_no_source_has_is_refused(index):
+    case = make_case() | {"source_ce": None, "source_index": torch.tensor([0, 2, -1, index])}
+    with pytest.raises(ValueError, match=rf"source_index must be in \[0, 3\) or -1 for no distillation, got {index}"):
+        fused_linear_fusion_loss(**case)
 
 
 @pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64])

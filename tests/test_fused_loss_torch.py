@@ -151,6 +151,18 @@ def test_entries_that_leave_the_bucket_less_than_no_mass_are_an_error():
     assert_as_accurate_as_reference(case | {"source_tail": torch.full((1, 37), 0.25)})
 
 
+def test_a_label_far_above_all_other_logits_costs_a_finite_divergence():
+    """Beside the one entry of the source, the label has all of the target's mass."""
+    hidden = torch.full((1, 1), 1000.0, dtype=torch.float64, requires_grad=True)
+    head = torch.tensor([[1.0], [0.0], [0.0], [0.0]], dtype=torch.float64)
+    sources = {"source_ids": torch.tensor([[[1]]]), "source_logprobs": torch.tensor([[[0.5]]]).log()}
+    loss, stats = fused_linear_fusion_loss(hidden, head, torch.tensor([0]), **sources, beta=1.0, return_stats=True)
+    loss.backward()
+    assert stats["kd"].item() == pytest.approx(500 - math.log(2))
+    assert hidden.grad is not None
+    assert hidden.grad.item() == pytest.approx(0.5)  # half of the mass should be at a logit of 0
+
+
 # Reductions and weights
 
 

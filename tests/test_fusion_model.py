@@ -303,6 +303,13 @@ def test_training_without_sources_is_said(recwarn):
     assert not recwarn
 
 
+def test_weights_of_no_divergence_are_as_good_as_sources(recwarn):
+    """Whoever gives the weights knows that there are no sources, as a trainer does in a stage without distillation."""
+    batch = {name: padded(examples())[name] for name in ("input_ids", "labels", "attention_mask")}
+    FusionModel(demo_model()).train()(**batch, kd_weight=torch.zeros(batch["labels"].shape))
+    assert not recwarn
+
+
 @pytest.mark.parametrize(
     "option",
     [{"tail": "x"}, {"temperature": 0.0}, {"beta": -1.0}, {"divergence": "kl"}, {"combine": "x"}, {"z_loss": -1.0},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loss_checks import Case, make_case, run, with_logits
+from loss_checks import Case, assert_columns_needed_of_the_chunk_that_needs_most, make_case, run, with_logits
 from test_divergences import FAMILY, mixed_case, named
 
 from profuser.kernels import left_out as module
@@ -169,6 +169,11 @@ def test_flat_logits_are_computed_as_a_whole(monkeypatch):
     assert all(torch.equal(got[name], value) for name, value in exact.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_columns_needed_are_those_of_the_chunk_that_needs_most(dtype):
+    assert_columns_needed_of_the_chunk_that_needs_most(peaked(dtype=dtype, N=32), left_out=0.05)
+
+
 # Rows, columns and operands that are easily forgotten
 
 
@@ -186,6 +191,18 @@ def test_ignored_rows_may_hold_anything_and_may_fill_chunks():
     nothing = run(fused_linear_fusion_loss, case, left_out=0.05)
     assert [nothing[name].item() for name in ("left_out_share", "kept_share", "hidden_error_bound")] == [0, 1, 0]
     assert not any(nothing[name].any() for name in ("dhidden", "dweight", "dbias"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_padded_entries_are_no_part_of_the_mass(dtype):
+    """Slots without an entry point at the label, whose gradient counts once."""
+    case = peaked(dtype=dtype)
+    padded = dict(case)
+    for name, value in (("source_ids", -1), ("source_logprobs", 0.0)):
+        padded[name] = torch.nn.functional.pad(case[name], (0, 20), value=value)
+    found, expected = (run(fused_linear_fusion_loss, one, left_out=0.05, chunk_size=8) for one in (padded, case))
+    for name in ("left_out_share", "kept_share", "columns_needed"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=0)
 
 
 def test_a_vocabulary_smaller_than_the_entries():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loss_checks import DIFFERENTIABLE, Case, make_case, on, run
+from loss_checks import DIFFERENTIABLE, Case, assert_columns_needed_of_the_chunk_that_needs_most, make_case, on, run
 from test_divergences import FAMILY, mixed_case, named
 
 from profuser.fusion_model import FusionModel
@@ -94,6 +94,10 @@ def test_a_trainer_that_follows_columns_needed_leaves_out_what_it_asked_for():
     assert got["kept_share"] < 1
 
 
+def test_the_columns_needed_are_those_of_the_chunk_that_needs_most():
+    assert_columns_needed_of_the_chunk_that_needs_most(peaked(N=32), left_out=0.05, left_out_capacity=200)
+
+
 def test_losses_of_single_rows_have_the_gradient_of_their_sum():
     case = peaked(N=24)
     options = {"left_out": 0.01, "left_out_capacity": 100, "chunk_size": 8}
@@ -127,6 +131,14 @@ def test_a_capacity_that_could_leave_out_a_lifted_entry_is_refused(impl):
     with pytest.raises(ValueError, match=message):
         fused_linear_fusion_loss(**case, left_out=0.1, left_out_capacity=39, chunk_size=8, impl=impl)
     fused_linear_fusion_loss(**case, left_out=0.1, left_out_capacity=40, chunk_size=8, impl="torch").backward()
+
+
+def test_all_columns_are_enough_for_any_chunk():
+    case = peaked(N=24, V=50)
+    exact = run(fused_linear_fusion_loss, case, chunk_size=24)
+    # A chunk may lift 24 x 5 entries, which are more than the columns.
+    found = run(fused_linear_fusion_loss, case, chunk_size=24, left_out=0.1, left_out_capacity=50)
+    torch.testing.assert_close(found["dhidden"], exact["dhidden"])
 
 
 def test_a_model_takes_it():

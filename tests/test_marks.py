@@ -1,10 +1,16 @@
-"""The marks of a target's tokens: labels and rows come back as they were written, in the smallest dtype."""
+"""The marks of a target's tokens: labels and rows come back as they were written, in the smallest dtype. Their writer counts rightly."""
+
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from profuser.prepare.target_writer import TargetWriter
+from profuser.alignment.types import Aligned
+from profuser.prepare.capture import ScoredResponse
+from profuser.prepare.target_writer import TargetText, TargetWriter
+from profuser.recipe.schedule import Mode
 from profuser.store.marks import labels_of, mark_dtype, marks_of, rows_of
+from profuser.text.encoded import Encoded
 
 
 @pytest.mark.parametrize("sources", [1, 3, 7, 8, 31, 63])
@@ -37,6 +43,24 @@ def test_a_sequence_without_rows_or_tokens_has_marks():
 
 def test_a_shard_without_sequences_has_marks_of_bytes():
     assert TargetWriter(2, 100, 5, "byte", "all").arrays()["marks"].dtype == np.uint8
+
+
+def test_what_is_counted_of_an_alignment_is_of_the_positions_that_have_entries():
+    """These counts are what summary.json and the report say of the alignment."""
+    encoded = Encoded([5, 6, 7, 8], [(0, 1), (1, 2), (2, 3)], 1, 4, None, [0, 1, 2, 3])
+    scored = ScoredResponse(cast("Any", None), np.zeros(3, np.float32), 3.0, 3, 3)
+    aligned = Aligned(
+        kind=np.array([0, 0, 3], np.uint8), source_position=np.array([0, 1, -1], np.int32), offsets=np.array([0, 1, 3, 3]),
+        ids=np.array([1, 2, 3], np.int32), logprobs=np.full(3, -2, np.float32), tail=np.array([0.25, 0.5, 1], np.float32),
+        reliability=np.array([0.45, 0.65, 0.05], np.float32), skip_reason=np.array([0, 0, 1], np.uint8),
+    )  # fmt: skip
+    writer = TargetWriter(1, 100, 5, "byte", "all")
+    writer.add(TargetText(0, Mode.INFERENCE, "abc", encoded, [scored], [1.0]), [aligned])
+    found = writer.arrays()
+    assert found["covered"].tolist() == [[0], [2]]
+    assert found["mapped_mass"].tolist() == [[0], [1.25]]
+    assert found["kinds"][Mode.INFERENCE, 0].tolist() == [2, 0, 0, 1]
+    assert found["reliability"][Mode.INFERENCE, 0].tolist() == [0, 0, 0, 0, 1, 0, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("source", "position"), [([0, 0], [2, 1]), ([1, 0], [1, 2]), ([0, 0], [1, 1])])

@@ -49,6 +49,12 @@ def test_slerp(tensors, t):
     assert torch.isfinite(whole(methods.slerp, [a, torch.zeros_like(a)], t)).all()
 
 
+def test_opposite_tensors_are_interpolated_linearly(tensors):
+    """Between them there is no shortest way on the sphere."""
+    _, (a, *_) = tensors
+    np.testing.assert_allclose(whole(methods.slerp, [a, -a], 0.25), 0.5 * a, atol=1e-12)
+
+
 def test_task_arithmetic(tensors):
     base, (a, b, _) = tensors
     expected = base + 0.8 * (0.6 * (a - base) + 0.5 * (b - base))
@@ -57,6 +63,12 @@ def test_task_arithmetic(tensors):
     mean = base + (0.6 * (a - base) + 0.5 * (b - base)) / 1.1
     merged = whole(methods.task_arithmetic, [base, a, b], [0.6, 0.5], normalize=True)
     np.testing.assert_allclose(merged, mean, atol=1e-12)
+
+
+def test_task_vectors_whose_weights_add_up_to_0_are_not_normalised(tensors):
+    base, (a, b, _) = tensors
+    merged = whole(methods.task_arithmetic, [base, a, b], [1.0, -1.0], normalize=True)
+    np.testing.assert_allclose(merged, base + a - b, atol=1e-12)
 
 
 def test_ties(tensors):

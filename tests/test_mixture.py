@@ -95,6 +95,11 @@ def test_sources_speak_as_often_as_their_weights_say(confused):
     assert share == pytest.approx(0.75, abs=4 * math.sqrt(0.75 * 0.25 / len(steps)))
 
 
+def test_prompts_have_random_numbers_of_their_own(confused):
+    """Otherwise the same source would speak first behind every prompt."""
+    assert {next(mixture(confused, 9).steps(prompt)).winner.sources for prompt in "abcdefghijkl"} == {(0,), (1,)}
+
+
 @pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("weights", "temperature"), [([1.0, 1.0], 1.0), ([3.0, 1.0], 0.7)])
 def test_tokens_are_distributed_as_in_the_mean(confused, said, count, weights, temperature):

@@ -60,6 +60,16 @@ def test_of_a_models_tensors_the_large_ones_that_are_no_embeddings_have_moments_
     assert [names[id(p)] for p in in_eight_bits(model)] == ["wide.weight"]
 
 
+def test_the_optimizer_takes_the_recipes_numbers_and_only_matrices_decay():
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+    optimizer = make_optimizer(model, OptimConfig(lr=0.5, betas=(0.7, 0.8), weight_decay=0.3))
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        group = group_of[parameter]
+        assert (group["lr"], tuple(group["betas"])) == (0.5, (0.7, 0.8))
+        assert group["weight_decay"] == (0.3 if name == "0.weight" else 0.0)
+
+
 class TestWithBitsandbytes:
     @pytest.fixture(autouse=True)
     def package(self):

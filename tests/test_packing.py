@@ -15,11 +15,11 @@ from profuser.kernels.common import IGNORE_INDEX
 from profuser.models.attention import keeps_apart
 from profuser.models.load import load_model
 from profuser.models.packing import Layout, by_count, by_tokens, first_fit, shares, size_of, tokens_of
-from profuser.recipe.schedule import Mode, plan
+from profuser.recipe.schedule import Mode, Stage, plan
 from profuser.recipe.schema import SourceConfig
 from profuser.train.collate import collate
-from profuser.train.losses import SequenceLosses
-from profuser.train.steps import Steps
+from profuser.train.losses import SequenceLosses, step_losses
+from profuser.train.steps import StepBatch, Steps
 from profuser.train.targets import Targets
 
 ONES = dict.fromkeys(Mode, 1.0)
@@ -310,6 +310,17 @@ def test_a_non_finite_loss_in_a_packed_row_names_its_own_example(prepared, targe
         sums = losses.by_mode()
         assert sums[1, 1 - origin.mode] == 0
         assert sums[1, origin.mode].isnan()
+
+
+def test_the_loss_of_a_step_weighs_what_both_losses_of_a_mode_come_to():
+    stage = Stage(inference_weight=0.1, training_weight=1.0, beta=0.5, first=0, stop=1)
+    found = step_losses([8.0, 6.0, 4.0, 3.0], StepBatch([], {Mode.TRAINING: 4, Mode.INFERENCE: 2}, 6, 6, 36), stage)
+    assert found == {
+        "ce_training": 2, "kd_training": 1, "loss_training": 2.5, "ce_inference": 3, "kd_inference": 1.5, "loss_inference": 3.75,
+        "loss": pytest.approx(2.5 + 0.375),
+    }  # fmt: skip
+    alone = step_losses([8.0, 0.0, 4.0, 0.0], StepBatch([], {Mode.TRAINING: 4, Mode.INFERENCE: 0}, 4, 4, 16), stage)
+    assert alone == {"ce_training": 2, "kd_training": 1, "loss_training": 2.5, "loss": 2.5}
 
 
 def test_the_trainer_says_how_it_packs_and_logs_the_padding(prepared, tmp_path, capsys, monkeypatch):

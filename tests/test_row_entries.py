@@ -78,6 +78,17 @@ def test_an_entry_below_the_floor_belongs_to_the_rest():
         assert got["apart"].tolist() == [[False, False]]
 
 
+def test_a_tail_that_was_rounded_out_of_range_is_nothing_or_all():
+    ids, log_p = torch.tensor([[[4, 2]]]), torch.tensor([[[-0.5, -2.0]]])
+    rule = TailRule(bucket=True, absent_tail=1.0, tail_floor=0.0, entry_floor=0.0, vocabulary=9)
+    for settle in (kept.settled, row_entries.settle):
+        for tail, t in ((-5e-4, 0.0), (1.0005, 1.0)):
+            given = torch.tensor([[tail]], dtype=torch.float64)
+            got = dict(zip(NAMES, settle(ids, log_p, given, torch.tensor([4]), rule), strict=True))
+            assert got["p"][0, 0, -1] == t
+            assert got["p"].sum().item() == pytest.approx(1)
+
+
 def test_threads_change_nothing(monkeypatch):
     case = drawn(3) | {"ids": torch.randint(-1, 50, (3001, 2, 7)), "log_p": torch.randn(3001, 2, 7).log_softmax(-1)}
     case |= {"tail": None, "labels": torch.randint(0, 50, (3001,))}

@@ -75,3 +75,11 @@ def test_learning_rate_warms_up_and_decays_within_each_stage(recipe):
         assert rates.index(max(rates)) in (9, 10)
         assert rates[-1] == pytest.approx(0.2, abs=0.01)
         assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_the_cosine_begins_where_the_warm_up_ends(recipe):
+    optim = OptimConfig(lr=1.0, warmup_ratio=0.1, steps=200, min_lr_ratio=0.2)
+    for stage in plan(replace(recipe, optim=optim), 100):
+        # The warm-up has ten steps. Of the 90 behind it, 45 are half.
+        rates = [learning_rate(optim, stage, stage.first + n) for n in (9, 10, 55)]
+        assert rates == pytest.approx([1.0, 1.0, 0.6])

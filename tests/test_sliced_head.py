@@ -17,7 +17,7 @@ FORKED = Path(__file__).parent / "forked.py"
 @pytest.mark.parametrize(
     ("processes", "options", "members"),
     [
-        (2, [], "9"),
+        (2, [], "12"),
         pytest.param(2, ["--all"], "34", marks=pytest.mark.long),
         pytest.param(4, ["--all"], "34", marks=pytest.mark.long),
     ],

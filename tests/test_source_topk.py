@@ -142,6 +142,17 @@ def test_sums_of_every_length_are_exact(sizes):
     torch.testing.assert_close(logprobs.double(), true, rtol=0, atol=1e-6)
 
 
+def test_merged_masses_that_fp32_cannot_tell_from_0_have_their_logarithm():
+    logits = torch.tensor([[0.0, -100.0, -200.0, 0.5]])
+    ids, logprobs, *_ = source_topk_from_logits(
+        logits.clone(), torch.tensor([0]), 3, vocab_map=torch.tensor([7, 8, 9, 7])
+    )
+    assert ids.tolist() == [[7, 8, 9]]
+    torch.testing.assert_close(
+        logprobs, torch.tensor([[0.0, -100.0, -200.0]]) - torch.tensor([0.0, 0.974077, 0.974077])
+    )
+
+
 def test_results_do_not_depend_on_the_chunk_or_the_other_rows():
     case = make_case()
     options: dict[str, Any] = {"vocab_map": torch.arange(83) // 3, "ranges": make_maps(make_ranges())}
@@ -165,6 +176,15 @@ def test_equal_logits_in_a_range_rank_by_its_order():
     )
     assert ids.tolist() == [[2, 5, 0]]
     assert logmass.item() == pytest.approx(math.log(3 / 8))
+
+
+@pytest.mark.parametrize("V", [5, 83])  # the table of masses holds all tokens of a small vocabulary
+def test_a_token_that_is_in_a_slice_twice_counts_twice(V):
+    logits, labels = torch.randn(1, V, generator=torch.Generator().manual_seed(0)), torch.tensor([4])
+    order, mapped = torch.tensor([4, 1, 4, 3]), torch.tensor([1, 2, 1, 3])
+    ranges = torch.tensor([0]), torch.tensor([0]), torch.tensor([4]), order, torch.tensor([0]), mapped
+    *_, logmass = source_topk_from_logits(logits.clone(), labels, 3, ranges=ranges)
+    torch.testing.assert_close(logmass, logits.log_softmax(-1)[0, order].logsumexp(0, keepdim=True))
 
 
 def test_without_ranges_their_results_are_empty():
@@ -239,6 +259,13 @@ def test_equal_logits_rank_by_ascending_id():
     for k in (1, 7, 49, 50):
         ids, _, _, _ = source_topk_from_logits(coarse, torch.zeros(200, dtype=torch.long), k, chunk_size=64)
         assert torch.equal(ids.long(), coarse.sort(dim=1, descending=True, stable=True).indices[:, :k])
+
+
+def test_equal_masses_of_different_groups_rank_by_ascending_id():
+    """Token 86 is in the group with the largest mass, token 20 in another."""
+    logits = torch.full((1, 200), -5.0).index_copy(1, torch.tensor([20, 85, 86]), torch.tensor([[1.0, 2.0, 1.0]]))
+    ids, *_ = source_topk_from_logits(logits, torch.tensor([0]), 2, vocab_map=torch.arange(200))
+    assert ids.tolist() == [[85, 20]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

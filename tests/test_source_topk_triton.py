@@ -250,6 +250,17 @@ def test_ranges_out_of_bounds_give_nothing_and_spoil_nothing_else(device):
     torch.testing.assert_close(logmass.cpu()[good], truth[6].float())
 
 
+def test_a_range_that_ends_beyond_the_order_gives_nothing_whatever_lies_there(device):
+    """The order is the beginning of a longer tensor, in which ids of tokens follow."""
+    logits, labels = (x.to(device) for x in random_logits(1, 50))
+    rows, lo, hi = torch.tensor([[0], [2], [5]], device=device)
+    order = torch.arange(8, device=device)[:4]
+    *_, ids, logprobs, logmass = source_topk_from_logits(logits, labels, 2, ranges=(rows, lo, hi, order), impl="triton")
+    assert ids.tolist() == [[-1, -1]]
+    assert logprobs.isnan().all()
+    assert logmass.isnan().all()
+
+
 def test_logits_need_not_be_contiguous(device):
     wide, labels = random_logits(3, 300)
     for logits in (wide[:, 7:207], wide.t().contiguous().t(), wide[::2, :100]):

@@ -117,6 +117,15 @@ def test_a_truncated_shard_is_refused_and_dropped_for_rebuilding(store, cut):
     assert not Store.open(store.directory, complete=False).has(TRUTH, 0)
 
 
+def test_a_damaged_shard_that_the_manifest_does_not_list_yet_is_dropped_for_good(store):
+    store.put(TRUTH, 1, {"x": np.ones(5, dtype=np.float16)}, examples=5)
+    (store.directory / f"{TRUTH.shard(1)}.safetensors").write_bytes(b"")
+    again = Store.open(store.directory)
+    again.drop_damaged()
+    assert not again.has(TRUTH, 1)
+    assert not Store.open(store.directory, complete=False).has(TRUTH, 1)
+
+
 def test_every_flipped_byte_is_refused_when_read_and_in_the_index_at_once(store):
     path = store.directory / f"{TARGETS.shard(0)}.safetensors"
     data = path.read_bytes()
@@ -132,6 +141,15 @@ def test_every_flipped_byte_is_refused_when_read_and_in_the_index_at_once(store)
             at_once += 1
     values = 2 * 3 * 4
     assert at_once == len(data) - values
+
+
+def test_a_shard_that_is_written_anew_is_checked_anew(store):
+    store.get(TRUTH, 0)
+    store.put(TRUTH, 0, {"x": np.ones(5, dtype=np.float16)}, examples=5)
+    path = store.directory / f"{TRUTH.shard(0)}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataError, match="its content differs"):
+        store.get(TRUTH, 0)
 
 
 def test_a_changed_text_file_is_refused(store):

@@ -48,6 +48,14 @@ def test_a_complete_tie_goes_to_the_lowest_index():
     assert winner([[1, 1, 0]]) == (0, [0.5, 0.5, 0])
 
 
+def test_sums_that_differ_by_rounding_alone_are_tied():
+    """Responses 1 and 5 have 11/12 of a vote each, added up from other parts."""
+    scores = [[1, 1, 0, 0, 1, 0], [0, 1, 0, 1, 0, 1], [1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1]]
+    found = vote(np.array([scores], np.float32), np.ones((1, 6), bool))
+    assert found.votes[0, 1] != found.votes[0, 5]
+    assert found.tied[0]
+
+
 @pytest.mark.parametrize(
     ("scores", "eligible"),
     [
@@ -210,6 +218,19 @@ def test_the_mean_of_z_scores_weighs_how_much_a_judge_prefers():
     z = mean_z_scores(scores, both)
     assert found.votes[0].tolist() == pytest.approx([z[0, 0] - z[0, 1], 0])
     assert vote(np.ones((1, 2, 3)), np.ones((1, 3), bool), rule="mean_z").winner[0] == NOBODY
+
+
+def test_a_judge_that_abstains_is_left_out_of_the_mean_of_z_scores():
+    scores = np.array([[[0.0, 2.0], [NAN, 9.0]], [[0.0, 2.0], [0.0, 2.0]]])
+    assert mean_z_scores(scores, np.ones((2, 2), bool)).tolist() == [[-1, 1], [-1, 1]]
+
+
+def test_the_mean_of_z_scores_is_counted_from_the_lowest_of_the_eligible():
+    """Two responses are eligible, and the judge scores them alike. That both are above its mean score is no preference."""
+    scores = np.array([[[5.0, 5.0, 9.0]], [[0.0, 1.0, 2.0]]])
+    found = vote(scores, np.array([[True, True, False], [True, True, True]]), rule="mean_z")
+    assert found.winner[0] == NOBODY
+    assert found.votes[0].tolist() == [0, 0, 0]
 
 
 def test_bordas_points_are_those_of_ranks():
