@@ -341,6 +341,9 @@ class TestWork:
         assert flops == pytest.approx({"score": (1 / 3 + 1 / 3) / (1 + 1 / 3), "answer": 1 / 3})
         assert routed.store["targets"] == usual.store["targets"]
         assert routed.store["scholar"] < 0.8 * usual.store["scholar"]
+        assert set(routed.assumed) - set(usual.assumed) == {
+            "the routes name all sources equally often (capture.choice: route)"
+        }
 
 
 def size_of(files: list[Path]) -> int:

@@ -231,6 +231,8 @@ def make_plan(
         )
         if others := [name for name, model in models.items() if model.vocabulary != target.vocabulary]:
             notes.append(f"{', '.join(others)}: {RANGES} prefix ranges for every token, as between two tokenizers")
+    if recipe.capture.choice == "route" and inputs is None:
+        notes.append("the routes name all sources equally often (capture.choice: route)")
     if recipe.judges:
         notes.append("the sources' answers are as long as the ground truth, for training and in the store")
 
