@@ -96,26 +96,45 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
     assert examples(tmp_path / "saved") == usual
     DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "dict"))
     assert examples(tmp_path / "dict") == usual
-    with open(tmp_path / "rows.csv", "w", newline="") as file:
+    spelt = [{key: json.dumps(x) if isinstance(x, list) else x for key, x in row.items()} for row in rows]
+    assert examples(csv_file(tmp_path / "rows.csv", *spelt)) == usual
+
+
+def csv_file(path, *rows: dict[str, Any]):
+    with open(path, "w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
-        table.writerows(
-            {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows
-        )
-    assert examples(tmp_path / "rows.csv") == usual
+        table.writerows(rows)
+    return path
 
 
-def test_json_that_is_no_message_stays_a_text(tmp_path):
-    texts = ('[{"role": "user"}]', "[1]", '{"a": 2}', "[", '{"role": "user", "content": "x"}', "[]")
-    for text in texts:
-        path = written(tmp_path / "a.jsonl", {"prompt": text, "completion": text})
-        assert [(row["prompt"], row["response"]) for row in examples(path)] == [(text, text)]
-    about_messages = '[{"role": "user", "content": "x"}]'
-    path = written(tmp_path / "a.jsonl", {"prompt": "Write a call.", "completion": about_messages})
-    assert [row["response"] for row in examples(path)] == [about_messages]
-    one = json.dumps({"role": "assistant", "content": "Hello."})
-    path = written(tmp_path / "a.jsonl", {"prompt": json.dumps(HELLO[:1]), "completion": one})
-    assert [(row["prompt"], row["response"]) for row in examples(path)] == [("Hi", "Hello.")]
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('[{"role": "user"}]', "[1]", '{"a": "role"}', "[", "[]", '{"role": "user", "content": "x"}'),
+        *('{"from": "Berlin", "value": 12}', '[{"from": "Alice", "value": "10"}]', '[{"role": "engineer", "content": "x"}]'),
+        *('{"role": null, "content": "x"}', '[{"role": "user", "content": null}]', '{"from": 1, "value": "x"}'),
+    ],
+)  # fmt: skip
+def test_json_that_is_no_message_stays_a_text(tmp_path, text):
+    path = csv_file(tmp_path / "a.csv", {"prompt": text, "completion": text})
+    assert [(row["prompt"], row["response"]) for row in examples(path)] == [(text, text)]
+
+
+def test_messages_are_spelt_as_json_in_csv_files_alone(tmp_path):
+    """Elsewhere a text can be told from a list, and is learnt as it stands."""
+    row = {"prompt": json.dumps(HELLO[:1]), "completion": json.dumps(HELLO[1])}
+    assert [(r["prompt"], r["response"]) for r in examples(csv_file(tmp_path / "a.csv", row))] == [("Hi", "Hello.")]
+    for path in (written(tmp_path / "a.jsonl", row), tmp_path / "a.parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+        assert [(r["prompt"], r["response"]) for r in examples(path)] == [tuple(row.values())]
+
+
+def test_an_input_beside_messages_is_refused(tmp_path):
+    path = written(tmp_path / "a.jsonl", {"instruction": HELLO[:1], "input": "x", "output": "Hello."})
+    assert "the column 'input' must be empty where 'instruction' holds messages" in refusal(path)
+    path = written(tmp_path / "a.jsonl", {"instruction": HELLO[:1], "input": " ", "output": "Hello."})
+    assert [row["prompt"] for row in examples(path)] == ["Hi"]
 
 
 def test_a_missing_cell_is_empty_however_it_is_written(tmp_path):

@@ -30,6 +30,14 @@ def written(path: Path, *rows: dict[str, Any]) -> str:
     return str(path)
 
 
+def spelt_in_csv(path: Path, *rows: dict[str, Any]) -> str:
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return str(path)
+
+
 def test_a_response_scores_the_share_of_its_comparisons_that_it_won(tmp_path):
     pairs = [("a", "x", "y"), ("a ", "x", " z\n"), ("a", "y", "x"), ("b", "y", "x")]
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
@@ -37,11 +45,7 @@ def test_a_response_scores_the_share_of_its_comparisons_that_it_won(tmp_path):
     found = [given.score({"prompt": prompt}, text) for prompt in "ab" for text in "xyzw"]
     np.testing.assert_array_equal(found, [2 / 3, 1 / 2, 0, 1 / 2, 0, 1, 1 / 2, 1 / 2])
     assert np.isnan(given.score({"prompt": "c"}, "x"))
-    with open(tmp_path / "a.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-    given = given_scores("j", str(tmp_path / "a.csv"))
+    given = given_scores("j", spelt_in_csv(tmp_path / "a.csv", *rows))
     np.testing.assert_array_equal([given.score({"prompt": "a"}, text) for text in "xyz"], [2 / 3, 1 / 2, 0])
 
 
@@ -53,12 +57,25 @@ def test_a_response_scores_the_share_of_its_comparisons_that_it_won(tmp_path):
         {"prompt": "a", "chosen": [USER, said("x")], "rejected": [USER, said("y")]},
         {"chosen": [USER, said("x")], "rejected": [USER, said("y")]},
         {"messages": [USER], "prompt": None, "chosen": "x", "rejected": "y"},
-        {"chosen": json.dumps([USER, said("x")]), "rejected": json.dumps([USER, said("y")])},
+        {"prompt": "", "chosen": [USER, said("x")], "rejected": "y"},
     ],
 )
 def test_preferences_may_be_written_as_trainers_have_them(tmp_path, row):
-    given = given_scores("j", written(tmp_path / "a.jsonl", row))
-    assert [given.score({"prompt": "a"}, text) for text in "xy"] == [1, 0]
+    spelt = {key: json.dumps(x) if isinstance(x, (list, dict)) else x for key, x in row.items()}
+    for path in (written(tmp_path / "a.jsonl", row), spelt_in_csv(tmp_path / "a.csv", spelt)):
+        given = given_scores("j", path)
+        assert [given.score({"prompt": "a"}, text) for text in "xy"] == [1, 0]
+
+
+def test_a_response_that_is_the_json_of_a_message_stays_a_text(tmp_path):
+    chosen = json.dumps(said("x"))
+    given = given_scores("j", written(tmp_path / "a.jsonl", {"prompt": "a", "chosen": chosen, "rejected": "y"}))
+    assert given.score({"prompt": "a"}, chosen) == 1
+
+
+def test_a_file_with_scores_is_one_of_scores_whatever_its_other_columns(tmp_path):
+    row = {"prompt": "a", "response": "x", "score": 3, "chosen": True, "rejected": False}
+    assert given_scores("j", written(tmp_path / "a.jsonl", row)).score({"prompt": "a"}, "x") == 3
 
 
 def test_preferences_may_be_about_conversations(tmp_path):
@@ -77,6 +94,18 @@ def test_preferences_may_be_about_conversations(tmp_path):
         ({"chosen": "x", "rejected": "y"}, "must have a text as `prompt`, or `messages`"),
         ({"prompt": "a", "chosen": [said("x"), USER], "rejected": "y"}, "`chosen` must end with the assistant's"),
         ({"prompt": "a", "response": "x", "score": 1}, "`chosen` must be a text, or messages"),
+        (
+            {"prompt": "b", "chosen": [USER, said("x")], "rejected": "y"},
+            "the prompt must be the same wherever the row has it",
+        ),
+        (
+            {"chosen": [USER, said("x")], "rejected": [said("h"), USER, said("y")]},
+            "the user first",
+        ),
+        (
+            {"chosen": [USER, said("x")], "rejected": [{"role": "user", "content": "b"}, said("y")]},
+            "must be the same wherever the row has it, got 'a' and 'b'",
+        ),
     ],
 )
 def test_a_wrong_preference_is_named(tmp_path, row, expected):

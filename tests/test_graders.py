@@ -122,6 +122,12 @@ def test_what_a_grader_says(kind, example, responses, expected):
         ("x+1", "The answer is x + 1.", 1),
         ("x+1", "The answer is x + 2.", 0),
         ("3 apples", "3 Apples.", 1),
+        ("5", "Answer: .5", 0),
+        (".5", "Answer: 5", 0),
+        (".5", "\\boxed{.5}", 1),
+        ("x-y", "Answer: $x-y$", 1),
+        ("(x,y)", "Answer: $(x,y)$", 1),
+        ("n!", "Answer: $n!$", 1),
         ("\\text{Evelyn}", "\\boxed{\\text{Evelyn}}", 1),
     ],
 )
@@ -130,7 +136,7 @@ def test_maths_are_equal_whatever_they_look_like(right, response, expected):
     assert grader("maths")({"response": "", "answer": right}, [response]) == [expected]
 
 
-@pytest.mark.parametrize("right", ["B", "yes", "yellow", "(C)", "well-known"])
+@pytest.mark.parametrize("right", ["B", "B.", "yes", "yellow", "(C)", "well-known", "Paris, France", "it's a cat"])
 def test_maths_abstain_where_the_right_answer_is_a_word(right):
     """math-verify would read a word as a product of letters in the right answer, and as nothing in a response."""
     pytest.importorskip("math_verify")

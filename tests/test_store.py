@@ -336,6 +336,7 @@ def test_the_command_says_what_a_store_holds_and_finds_damage(store, capsys):
     store_command(["info", str(store.directory)])
     out = capsys.readouterr().out
     assert "complete" in out
+    assert "answers: transformers" in out
     assert [line.split()[:4] for line in out.splitlines() if line.startswith("truth")] == [["truth", "train", "1", "5"]]
     store_command(["verify", str(store.directory)])
     assert "all 6 files are what was written" in capsys.readouterr().out
@@ -353,7 +354,7 @@ def test_the_command_says_what_a_store_holds_and_finds_damage(store, capsys):
         ({}, {}, "transformers"),
         ({"engine": "vllm"}, {"engine": "vllm"}, "vllm"),
         ({}, {"engine": "continuous"}, "a by transformers, b by continuous"),
-        ({"responses": "digest"}, {"engine": "server", "served": "qwen"}, "a by a file, b by qwen"),
+        ({"responses": "digest"}, {"engine": "server", "served": "qwen"}, "a by a file, as far as it goes, b by qwen"),
     ],
 )
 def test_a_store_says_what_has_answered_for_its_sources(of_a, of_b, said):

@@ -24,6 +24,11 @@ class Asked:
     answers: bool
     answers_heldout: bool
 
+    @property
+    def is_run(self) -> bool:
+        """Whether its model has to be loaded, as far as that is known before the vote."""
+        return self.scores or self.answers or self.answers_heldout
+
 
 def asked_of_each(recipe: Recipe, inputs: Inputs | None) -> Mapping[str, Asked]:
     """Returns what each source is asked, by its name.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from profuser.errors import DataError, in_short
-from profuser.prepare.messages import Spoken, messages_of, prompt_of, unspelt
+from profuser.prepare.messages import Spoken, messages_of, prompt_of
 from profuser.recipe.data import DataConfig
 from profuser.text.conversation import Prompt
 
@@ -144,8 +144,12 @@ def examples_of(
     response = _response_of(columns.response, row[columns.response])
 
     # The prompt, as messages or as a text with its parts. A text alone may also be empty.
-    prompt = unspelt(row[columns.prompt])
+    prompt = row[columns.prompt]
     if _holds_messages(prompt):
+        if inputs := next((column for column in columns.inputs if _says_something(row[column])), None):
+            raise DataError(
+                f"the column {inputs!r} must be empty where {columns.prompt!r} holds messages, it would be left out; join them"
+            )
         messages = _with_system(columns, row, messages_of(columns.prompt, prompt, notes))
         return [(prompt_of(columns.prompt, messages), response)]
     first, *others = (text_of(column, row[column]) for column in (columns.prompt, *columns.inputs))
@@ -156,13 +160,10 @@ def examples_of(
 
 def _response_of(column: str, cell: object) -> str:
     """The response in a cell, a text or one message of the assistant."""
-    spoken = unspelt(cell)
-    if not (_holds_messages(spoken) or isinstance(spoken, Mapping)):
+    if not (_holds_messages(cell) or isinstance(cell, Mapping)):
         return text_of(column, cell)
-    found = messages_of(column, [spoken] if isinstance(spoken, Mapping) else spoken)
+    found = messages_of(column, [cell] if isinstance(cell, Mapping) else cell)
     if [message.role for message in found] != ["assistant"]:
-        if isinstance(cell, str):  # it is about messages
-            return cell
         raise DataError(
             f"the column {column!r} must be a text or one message of the assistant, got {in_short(cell)}; fix it"
         )

@@ -67,13 +67,20 @@ def read_tables(
     found = [file for path in location.paths for file in _located(reading, path)]
     names: dict[str, str] = {}  # of the files themselves, which links may name once more
     for file, name, _ in found:
-        itself = os.path.realpath(file)
+        itself = _behind_links(file)
         if itself in names:
             first = names[itself]
             twice = f"{name} is named more than once" if name == first else f"{first} and {name} are one file"
             raise DataError(f"{reading.key} must name every file once, {twice} in {location}; take it out of one place")
         names[itself] = name
     return [(name, read_file(file, name, delimiter)) for file, name, delimiter in found]
+
+
+def _behind_links(file: str) -> str:
+    """Returns the path of a file itself. The Hub's cache has one file for equal ones, which are several files all the same."""
+    if os.path.islink(file) and Path(os.readlink(file)).parent.name == "blobs":
+        return os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
+    return os.path.realpath(file)
 
 
 class _Reading(NamedTuple):

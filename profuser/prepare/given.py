@@ -18,7 +18,7 @@ from profuser.disk_table import DiskTable, key_of
 from profuser.errors import DataError, in_short
 from profuser.prepare.columns import is_missing, text_of
 from profuser.prepare.data import Row, plain
-from profuser.prepare.messages import messages_of, prompt_of, unspelt
+from profuser.prepare.messages import messages_of, prompt_of
 from profuser.prepare.responses import Response
 from profuser.prepare.tables import read_file
 from profuser.recipe.data import Split
@@ -175,9 +175,9 @@ def file_rows(what: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _from_text(cell: Any) -> Any:
-    """What a cell of a CSV file says where it is no text: nothing if it is empty, true or false; anything else is left as it is."""
+    """What a cell says: nothing if it is missing, or an empty one of a CSV file, true or false; anything else is left as it is."""
     if not isinstance(cell, str):
-        return cell
+        return None if is_missing(cell) else cell
     return {"": None, "true": True, "false": False}.get(cell.strip().lower(), cell)
 
 
@@ -188,8 +188,7 @@ def prompt_of_row(where: str, row: dict[str, Any]) -> str:
     if is_missing(cell):
         raise DataError(f"{where} must have a text as `prompt`, or `messages`, got {in_short(row)}; fix the row")
     try:
-        messages = cell if column == "messages" else unspelt(cell)
-        is_text = column == "prompt" and not isinstance(messages, list)
-        return plain(text_of(column, cell) if is_text else prompt_of(column, messages_of(column, messages, {})))
+        is_text = column == "prompt" and not isinstance(cell, list)
+        return plain(text_of(column, cell) if is_text else prompt_of(column, messages_of(column, cell, {})))
     except DataError as error:
         raise DataError(f"{where}: {error}") from None

@@ -26,7 +26,7 @@ from profuser.errors import DataError, in_short
 from profuser.prepare.capture import ScoredResponse
 from profuser.prepare.data import plain
 from profuser.prepare.given import file_rows, prompt_of_row
-from profuser.prepare.tables import from_json
+from profuser.prepare.spelt_json import from_json
 from profuser.text.chat import ChatFormat
 from profuser.text.conversation import Prompt
 from profuser.text.encoded import Encoded

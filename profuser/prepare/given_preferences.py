@@ -11,7 +11,7 @@ from profuser.errors import DataError, in_short
 from profuser.prepare.columns import is_missing, text_of
 from profuser.prepare.data import Row, plain
 from profuser.prepare.given import GivenScores, file_rows, prompt_of_row
-from profuser.prepare.messages import messages_of, prompt_of, unspelt
+from profuser.prepare.messages import messages_of, prompt_of
 
 
 class GivenPreferences:
@@ -30,15 +30,25 @@ class GivenPreferences:
         self._prompts: set[bytes] = set()
         for where, row in file_rows(f"judges: {judge}: scores", path):
             try:
-                (own, chosen), (_, rejected) = (_ending(column, row.get(column)) for column in ("chosen", "rejected"))
+                endings = [_ending(column, row.get(column)) for column in ("chosen", "rejected")]
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
+            (_, chosen), (_, rejected) = endings
             if chosen == rejected:
                 raise DataError(
                     f"{where}: `chosen` and `rejected` must differ, got {in_short(chosen)} twice; take the row out"
                 )
-            has_prompt = not (is_missing(row.get("prompt")) and is_missing(row.get("messages")))
-            prompt = own if own is not None and not has_prompt else prompt_of_row(where, row)
+            prompts = {prompt for prompt, _ in endings if prompt is not None}
+            if not prompts or any(
+                not is_missing(row.get(column)) and row[column] != "" for column in ("prompt", "messages")
+            ):
+                prompts.add(prompt_of_row(where, row))
+            if len(prompts) > 1:
+                shown = " and ".join(map(in_short, sorted(prompts)))
+                raise DataError(
+                    f"{where}: the prompt must be the same wherever the row has it, got {shown}; fix the row"
+                )
+            (prompt,) = prompts
             self._prompts.add(key_of(prompt))
             for response, won in ((chosen, 1), (rejected, 0)):
                 key = key_of(prompt, response)
@@ -63,12 +73,9 @@ def _ending(column: str, cell: Any) -> tuple[str | None, str]:
     """The prompt before a response, in the form in which prompts are compared, as far as the cell has it, and the response."""
     if is_missing(cell):
         raise DataError(f"`{column}` must be a text, or messages that end with the assistant's, it has nothing; fix it")
-    spoken = unspelt(cell)
-    if isinstance(spoken, Mapping):
-        spoken = [spoken]
-    if not isinstance(spoken, list):
+    if not isinstance(cell, (list, Mapping)):
         return None, text_of(column, cell).strip()
-    messages = messages_of(column, spoken)
+    messages = messages_of(column, [cell] if isinstance(cell, Mapping) else cell)
     if not messages or messages[-1].role != "assistant":
         raise DataError(f"`{column}` must end with the assistant's message, got {in_short(cell)}; fix it")
     before = plain(prompt_of(column, messages[:-1])) if len(messages) > 1 else None
@@ -78,4 +85,5 @@ def _ending(column: str, cell: Any) -> tuple[str | None, str]:
 def given_scores(judge: str, path: str) -> GivenScores | GivenPreferences:
     """Reads a judge's scores, or preferences where the file has those. It raises what reading them raises."""
     _, first = next(file_rows(f"judges: {judge}: scores", path), ("", {}))
-    return (GivenPreferences if "chosen" in first else GivenScores)(judge, path)
+    prefers = {"chosen", "rejected"} <= set(first) and "score" not in first
+    return (GivenPreferences if prefers else GivenScores)(judge, path)

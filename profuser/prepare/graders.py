@@ -25,12 +25,14 @@ Scores = Callable[[dict[str, Any], Sequence[str]], list[float]]
 """What judges that are functions are: it gives an example and some responses one score each."""
 
 NAMED = re.compile(r"\banswer\b\**(?:\s+is\b)?\s*[:=]?\**\s*", re.IGNORECASE)
-AROUND = " .*\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
-"""What may stand around an answer without being a part of it: full stops, stars and quotes, also those of typesetters."""
+AROUND = " *\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
+"""What may stand around an answer without being a part of it: stars and quotes, also those of typesetters."""
+BEHIND = f"{AROUND}."
+"""What may stand behind one. In front, a full stop can begin a number."""
 NOT_OF_ITS_KIND = (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError)
 """What some of reasoning-gym's tasks raise where an answer is not of their kind, such as a word in place of numbers."""
-MATHS = re.compile(r"[0-9\\$^_+*/=<>]|^[-\u2212]")
-"""What an answer of mathematics has: a digit, a sign, or LaTeX. Words and letters alone are none."""
+WORDS = re.compile(r"\(?[^\W\d_]\)?|[^\W\d_]+(?:['\u2019][^\W\d_]+|-[^\W\d_]{2,}|[.,]? [^\W\d_]+)*")
+"""An answer that is none of mathematics: a letter, as of a choice, or words. A hyphen between single letters is a minus."""
 NUMBER = re.compile(
     r"(?<![\w.])(?P<sign>[-+\u2212]?)[$\u20ac\u00a3]?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?"
     r"(?:[eE](?P<power>[-+]?\d{1,3})(?![\w]))?(?:\s?/\s?(?P<below>\d+(?:\.\d+)?))?(?!\d)"
@@ -82,11 +84,16 @@ def right_answer(example: dict[str, Any]) -> str:
 
 def plain(answer: str) -> str:
     """An answer as answers are compared as texts: without case, extra whitespace, and what stands around it."""
-    return " ".join(answer.split()).strip(AROUND).casefold()
+    return bare(" ".join(answer.split())).casefold()
+
+
+def bare(answer: str) -> str:
+    """An answer without what stands around it."""
+    return answer.strip(AROUND).rstrip(BEHIND)
 
 
 def exact() -> Scores:
-    """The answers are the same text, but for case, whitespace, and what stands around them of quotes, stars and full stops."""
+    """The answers are the same text, but for case, whitespace, and the quotes and stars around them or full stops behind them."""
 
     def score(example: dict[str, Any], responses: Sequence[str]) -> list[float]:
         right = plain(right_answer(example))
@@ -134,7 +141,7 @@ def maths() -> Scores:
 
     def score(example: dict[str, Any], responses: Sequence[str]) -> list[float]:
         right = right_answer(example)
-        if not MATHS.search(right):  # math-verify would read a word as a product of its letters
+        if WORDS.fullmatch(bare(right)):  # math-verify would read a word as a product of its letters
             return [math.nan] * len(responses)
         gold = parse(as_latex(right)) or parse(right)
         if not gold:
@@ -145,7 +152,7 @@ def maths() -> Scores:
             answer = answer_in(response)
             if plain(answer) == plain(right) or verify(gold, parse(response)):
                 return True
-            return answer != response.strip() and verify(gold, parse(as_latex(answer.strip(AROUND))))
+            return answer != response.strip() and verify(gold, parse(as_latex(bare(answer))))
 
         return [float(is_right(response)) for response in responses]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from profuser.errors import DataError, in_short
-from profuser.prepare.tables import from_json
+from profuser.prepare.spelt_json import from_json
 from profuser.text.conversation import Conversation, Prompt, content_text
 
 SHAREGPT = {
@@ -17,6 +17,9 @@ SHAREGPT = {
     "bard": "assistant", "bing": "assistant", "system": "system",
 }  # fmt: skip
 """Who speaks, as ShareGPT calls it, in small or capital letters."""
+
+ROLES = ("system", "user", "assistant", "tool")
+"""Who speaks, as OpenAI calls it."""
 
 TEXTS = ("content", "value", "text")
 """Keys of a message under which data sets write what is said."""
@@ -69,20 +72,26 @@ def messages_of(column: str, value: object, notes: dict[str, int] | None = None)
     return messages
 
 
-def unspelt(cell: object) -> object:
-    """Returns the messages, or the one message, whose JSON text a cell is, as a CSV file has them; any other cell as it is."""
-    if not isinstance(cell, str) or cell.lstrip()[:1] not in ("[", "{"):
+def unspelt(cell: str) -> Any:
+    """Returns the messages, or the one message of an assistant, whose JSON text a cell of a CSV file is; any other cell as it is."""
+    if cell.lstrip()[:1] not in ("[", "{") or not ('"role"' in cell or '"from"' in cell):
         return cell
     try:
         value = from_json(cell)
     except (ValueError, RecursionError):
         return cell
-    messages = value if isinstance(value, list) else [value]
-    written = all(
-        isinstance(message, Mapping) and ({"role", "content"} <= set(message) or {"from", "value"} <= set(message))
-        for message in messages
-    )
-    return value if messages and written else cell
+    if isinstance(value, list):
+        return value if value and all(map(_speaker, value)) else cell
+    return value if _speaker(value) == "assistant" else cell
+
+
+def _speaker(message: Any) -> str:
+    """Who speaks in a message with a text; nobody in what is none."""
+    if isinstance(message, Mapping) and isinstance(message.get("content"), str):
+        return message["role"] if message.get("role") in ROLES else ""
+    if isinstance(message, Mapping) and isinstance(message.get("value"), str) and isinstance(message.get("from"), str):
+        return SHAREGPT.get(message["from"].lower(), "")
+    return ""
 
 
 def _message(column: str, number: int, message: Mapping[str, Any]) -> Spoken:

@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from profuser.errors import DataError, first_line, in_short
+from profuser.errors import DataError, first_line
 from profuser.prepare.hub_files import ON_HUB, FileOnHub
+from profuser.prepare.messages import unspelt
+from profuser.prepare.spelt_json import from_json
 from profuser.recipe.places import COMPRESSIONS, file_suffix
 from profuser.recipe.utf8 import decode, defect, text_of, texts_in
 
@@ -35,34 +37,6 @@ Table = Iterator[dict[str, Any]]
 
 Reader = Callable[[Any], Table]
 """Reads an open binary file."""
-
-
-class SpeltNumber(float):
-    """A number from JSON that is no whole number. As a text it is what stands in the file: 2.50, 1e5 or NaN."""
-
-    spelling: str
-
-    def __new__(cls, spelling: str) -> SpeltNumber:
-        number = super().__new__(cls, spelling)
-        number.spelling = spelling
-        return number
-
-    def __str__(self) -> str:
-        return self.spelling
-
-
-def from_json(text: str) -> Any:
-    """Parses JSON, so that every number can be written again as it was spelt. A key that stands twice is an error."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            key = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {key!r} stands in an object twice, {in_short(found)}")
-        return found
-
-    return json.loads(text, parse_float=SpeltNumber, parse_constant=SpeltNumber, object_pairs_hook=once)
 
 
 def read_jsonl(file: Any) -> Table:
@@ -87,7 +61,7 @@ def read_json(file: Any) -> Table:
 
 
 def read_csv(file: Any, delimiter: str = ",") -> Table:
-    """Reads a CSV file whose first row is the header. Every value stays a text."""
+    """Reads a CSV file whose first row is the header. Every value stays a text, but for the JSON text of messages, which becomes these."""
     csv.field_size_limit(2**31 - 1)  # a response may be longer than the default limit of 128 KiB
     reader = csv.reader(text_of(file, newline=""), delimiter=delimiter, strict=True)
     header = next(reader, [])
@@ -103,7 +77,7 @@ def read_csv(file: Any, delimiter: str = ",") -> Table:
             number += 1
             if len(row) != len(header):
                 raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
-            yield dict(zip(header, row))
+            yield dict(zip(header, map(unspelt, row)))
     except csv.Error as error:
         raise ValueError(f"row {number + 1}, counted from the header: {error}") from None
 

@@ -169,18 +169,22 @@ def verified(store: Store) -> str:
 
 def info(store: Store) -> str:
     """Describes a store: a line with its state, a line on what it was made from, and a table of its shards by kind and split."""
-    settings = store.settings
+    settings, totals = store.settings, store.totals()
     state = "complete" if store.complete else "not complete: `python -m profuser.prepare` with its recipe goes on"
     lines = [
         f"{store.directory}: {state}",
         f"{', '.join(settings.sources['source_names'])} -> {settings.sources['target']['name']}; "
         f"judges: {', '.join(settings.votes['asked']) or 'none'}; top_k {settings.sources['capture']['top_k']}, "
-        f"{settings.sources['capture']['dtype']}; alignment: {settings.targets['mode']}; "
-        f"answers: {answered_by(settings.sources['sources'])}",
+        f"{settings.sources['capture']['dtype']}; alignment: {settings.targets['mode']}"
+        + (
+            f"; answers: {answered_by(settings.sources['sources'])}"
+            if any(total.folder == "responses" for total in totals)
+            else ""
+        ),
         "",
         f"{'kind':<12}{'split':<14}{'shards':>8}{'examples':>10}{'MiB':>10}",
     ]
-    for total in store.totals():
+    for total in totals:
         lines.append(
             f"{total.folder:<12}{total.split:<14}{total.shards:>8}{total.examples:>10}{total.bytes / 2**20:>10.1f}"
         )
@@ -191,7 +195,9 @@ def answered_by(sources: Mapping[str, Mapping[str, Any]]) -> str:
     """Says what has answered for the sources, once if it is the same for all: an engine, the model of a server, or a file."""
     by = {
         # transformers is not named in a manifest.
-        name: "a file" if "responses" in source else source.get("served", source.get("engine", "transformers"))
+        name: "a file, as far as it goes"
+        if "responses" in source
+        else source.get("served", source.get("engine", "transformers"))
         for name, source in sources.items()
     }
     kinds = set(by.values())
