@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from profuser.errors import ConfigError, DataError
 from profuser.models.load import chat_format, load_model, load_tokenizer, open_model
-from profuser.models.merged_adapter import model_fingerprint
+from profuser.models.merged_adapter import base_of, model_fingerprint
 from profuser.prepare.engines import check_engine
 from profuser.prepare.phases import prepare
 from profuser.recipe.generation import GenerationConfig
@@ -115,6 +115,16 @@ def test_an_adapter_is_known_by_its_own_files_and_those_of_its_base(place):
         save_file({name: tensor + 1 for name, tensor in weights.items()}, path, metadata={"format": "pt"})
         assert model_fingerprint(one) not in known
         known.add(model_fingerprint(one))
+
+
+def test_a_base_on_the_hub_has_the_revision_of_the_adapter_unless_it_is_another_one(place):
+    folder, _ = place
+    one, path = source(folder / "one"), folder / "one/adapter_config.json"
+    for revision in ("a", "b"):
+        named = {"base_model_name_or_path": "org/base", "revision": revision}
+        path.write_text(json.dumps(json.loads(path.read_text()) | named))
+        bases = [base_of(one), base_of(replace(one, base="org/other"))]
+        assert [base and (base.model, base.revision) for base in bases] == [("org/base", revision), ("org/other", None)]
 
 
 def test_a_base_may_be_given(place):

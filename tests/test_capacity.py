@@ -317,7 +317,8 @@ def test_the_report_shows_what_was_left_out():
 def test_a_line_has_the_largest_share_of_its_steps():
     """A mean would hide a step that left out more than was asked for."""
     window = [
-        {"loss": loss, "left_out_share": share, "kept_share": 0.5} for loss, share in ((1.0, 0.002), (2.0, 0.009))
+        {"loss": loss, "left_out_share": share, "kept_share": kept}
+        for loss, share, kept in ((1.0, 0.002, 0.5), (2.0, 0.009, 0.25))
     ]
     assert summary(window) == {"loss": 1.5, "left_out_share": 0.009, "kept_share": 0.5}
 

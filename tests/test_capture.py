@@ -2,6 +2,7 @@
 
 import collections
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from profuser.alignment.types import DIGITS, WHOLE
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.models.head import head_of
 from profuser.models.load import chat_format, load_model
-from profuser.prepare.capture import CaptureRequest, capture_responses, pack_captures, unpack_captures
+from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.responses import generate
 from profuser.recipe.generation import GenerationConfig as RecipeGeneration
 from profuser.recipe.schema import SourceConfig
@@ -90,6 +91,11 @@ def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_tur
             np.testing.assert_allclose(np.exp(kept.logprobs[r, : len(top)]), [p for _, p in top], atol=1e-4)
             ranges += 1
     assert bool(ranges) == (chat.tokenizer.name_or_path.split("/")[-1] != "guardian")
+
+
+def test_an_empty_response_has_no_cross_entropy_although_it_has_an_end_of_turn(source):
+    one: Any = ScoredResponse(None, None, nll=3.0, tokens=1, response_bytes=0)  # pyrefly: ignore[bad-argument-type]
+    assert [one.cross_entropy(unit) for unit in ("token", "byte")] == [math.inf, math.inf]
 
 
 def test_the_labels_are_the_response_and_one_end_of_turn(source):

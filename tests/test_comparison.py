@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -150,6 +151,12 @@ def test_runs_without_a_digest_are_apart_where_their_files_differ(tmp_path, key)
 
     edit(runs[1] / "evaluation.json", change)
     assert "do not compare" in Page(compare_runs(runs)).text
+
+
+def test_a_run_whose_mean_is_no_number_leaves_the_lead_to_the_others(tmp_path):
+    runs = [make(tmp_path, name, seed=n) for n, name in enumerate(("one", "two", "three"))]
+    edit(runs[1] / "scores.json", lambda scores: scores["fused"].update(mean=math.nan))
+    assert "points (95 %" in Page(compare_runs(runs)).text
 
 
 def test_a_third_run_on_other_prompts_leaves_the_other_two_together(tmp_path):

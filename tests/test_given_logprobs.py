@@ -7,6 +7,8 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -17,14 +19,17 @@ from test_given import given_files, written
 from profuser.errors import ConfigError, DataError
 from profuser.models.load import chat_format
 from profuser.prepare.capture import unpack_captures
+from profuser.prepare.capture_shards import taken
 from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
 from profuser.prepare.votes import count_votes
+from profuser.progress import Progress
 from profuser.ragged import offsets_of
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 from profuser.store import layout
+from profuser.store.division import Part
 from profuser.store.marks import rows_of
 from profuser.text.fit import Fitted, Verdict
 
@@ -268,6 +273,12 @@ def test_what_bf16_takes_above_1_is_divided_out(tmp_path, chat, row):
     np.testing.assert_array_equal(found[1:], np.float32(row["top_logprobs"][1:]))
 
 
+def test_a_probability_that_rounding_takes_above_1_is_1(tmp_path, chat, row):
+    first = [5e-4, *[-50.0] * (K - 1)]
+    found = scored(tmp_path, chat, row | {"top_logprobs": [first, *row["top_logprobs"][1:]]}).capture
+    assert found.top_logprobs[0, 0] == found.own_logprobs[0] == 0
+
+
 def change(**changes):
     return lambda row: row | {key: value(row[key]) if callable(value) else value for key, value in changes.items()}
 
@@ -330,6 +341,19 @@ def test_a_response_that_is_cut_takes_the_tokens_before_the_cut_or_the_line_says
         DataError, match=r"of the response must be .* the response was cut there: raise data\.max_length"
     ):
         said(given, chat, Fitted("A wetab is a sto", cut=True, verdict=Verdict.OK))
+
+
+def test_a_response_that_was_cut_is_found_by_its_whole_text(tmp_path, chat, row):
+    given = opened(tmp_path, chat, row)
+    capturing = SimpleNamespace(capture=SimpleNamespace(top_k=K))
+    rows = {"train": [{"prompt": PROMPT}]}
+    inputs: Any = SimpleNamespace(logprobs=lambda _: given, chats={"g": chat}, target=chat, rows=rows, recipe=capturing)
+    cut = Fitted("A wetab is", cut=True, verdict=Verdict.OK)
+    source = SourceConfig(name="g", model="demo:guardian")
+    part = Part(0, [0], "")
+    with Progress("take", 1, "examples", show=False) as bar:
+        shard = taken(inputs, "train", part, source, [cut], lambda _: RESPONSE, bar)
+    assert shard["ids"].tolist() == row["token_ids"][: len(shard["ids"])] != []
 
 
 def test_of_rows_with_other_tokens_that_one_counts_which_fits(tmp_path, chat, row):

@@ -41,6 +41,7 @@ from profuser.text.conversation import Conversation
         ("The answer is: bitter", "bitter"),
         ("I cannot answer that.", "I cannot answer that."),
         ("48 / 2 = <<48/2=24>>24.\n#### 72", "72"),
+        ("#### 3\nNo, once more:\n#### 4\nDone.", "4"),
         ("so \\boxed{3} or rather \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
         ("\\boxed{never closed", "never closed"),
         ("Answer:", "Answer:"),
@@ -93,6 +94,7 @@ def test_the_last_number_in_a_text(text, value):
         ("exact", {"response": "long words", "answer": "B"}, ["The answer is **B**.", "\u201cb\u201d.", "A or B"], [1, 1, 0]),
         ("exact", {"response": "x", "answer": 7}, ["7", "7.0"], [1, 0]),
         ("exact", {"response": ""}, ["anything"], [math.nan]),
+        ("exact", {"response": "Answer: 7", "answer": " "}, ["7", "8"], [1, 0]),
         ("number", {"response": "4+5=9. Answer: 9."}, ["Answer: 9", "It is 9.0 in all", "4+5=10", "nine"], [1, 1, 0, 0]),
         ("number", {"response": "#### 1,200"}, ["so we have 1200", "\\boxed{2400/2}", "12"], [1, 1, 0]),
         ("number", {"response": "blue"}, ["9"], [math.nan]),
@@ -246,6 +248,7 @@ def no_waiting(monkeypatch):
         ("Score: 3\nOn reflection:\nScore: 4\n", 4),
         ("A score of 10 needs more.\nScore: 2", 2),
         ("Rating: [[9]]", 9),
+        ("Score: 4\nNot [[9]].", 4),
         ('{"reason": "good", "score": 5}', 5),
         ('```json\n{"score": 5}\n```', 5),
         (" 8 ", 8),
@@ -294,13 +297,15 @@ def test_a_judge_on_a_server_reads_the_rubric_with_each_response_once(tmp_path):
         judge = load_judge(of_server(there.url, text=str(rubric), lowest=0, highest=9))
         done = []
         scores = judge(
-            EXAMPLES, [["a {prompt}", "", "a {prompt}"], ["b", "cc", ""]], lambda n=1, *, tokens=0: done.append(n)
+            EXAMPLES,
+            [["a {prompt}", "", "a {prompt}"], ["b", "{ground_truth}", ""]],
+            lambda n=1, *, tokens=0: done.append(n),
         )
     asked = {body["messages"][0]["content"] for body in there.bodies}
     assert asked == {
         "One? | 1 {response} | a {prompt} | 0 to 9 {braces}",
         "system: Count.\nuser: Two? | 2 | b | 0 to 9 {braces}",
-        "system: Count.\nuser: Two? | 2 | cc | 0 to 9 {braces}",
+        "system: Count.\nuser: Two? | 2 | {ground_truth} | 0 to 9 {braces}",
     }
     assert len(there.bodies) == 3
     assert {body["temperature"] for body in there.bodies} == {0.0}

@@ -42,6 +42,9 @@ def test_few_steps_say_nothing_and_a_stage_begins_anew():
     steady(health, 40)
     assert health.notices(1, 9.0, 1.0) == []
     steady(health, 5, stage=2)
+    health = Health()
+    steady(health, 40)
+    assert health.notices(1, 2.0, 60.0) == []  # steps of another stage take another time
 
 
 def test_a_step_without_a_loss_counts_for_the_time_alone():
@@ -56,6 +59,12 @@ def test_equal_losses_have_no_deviation_and_a_little_more_is_no_spike():
     assert spike([1.0] * 20, 1.4) == ""
     assert spike([1.0] * 20, 1.6) != ""
     assert spike([0.0] * 20, 0.0) == ""
+
+
+def test_a_spike_is_six_standard_deviations_above_the_median_which_the_median_distance_estimates():
+    before = [0.9, 1.1] * 10
+    assert spike(before, 1 + 6 * 0.148) == ""
+    assert spike(before, 1 + 6 * 0.149) != ""
 
 
 def test_the_trainer_says_which_examples_were_in_the_step(prepared, tmp_path, capsys):

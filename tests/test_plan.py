@@ -23,6 +23,7 @@ from profuser.kernels.common import chunk_rows
 from profuser.models import packing
 from profuser.models.load import load_model
 from profuser.plan.architecture import CONFIGS, Architecture, open_architecture
+from profuser.plan.asked import asked_of_each
 from profuser.plan.lengths import Lengths
 from profuser.plan.memory import checkpoint_bytes, loss_bytes
 from profuser.plan.plan import Plan, largest_pass, make_plan
@@ -322,6 +323,22 @@ class TestWork:
     @staticmethod
     def flops(plan: Plan) -> dict[str, float]:
         return {work.phase: work.flops for work in plan.work}
+
+    @pytest.mark.parametrize(
+        ("judges", "heldout", "answers"),
+        [
+            (True, True, (True, True)),
+            (True, False, (True, False)),
+            (False, True, (False, True)),
+            (False, False, (False, False)),
+        ],
+    )
+    def test_training_prompts_are_answered_for_judges_and_held_out_ones_for_the_scores(self, judges, heldout, answers):
+        recipe = parse_run("train", []).recipe
+        data = recipe.data if heldout else replace(recipe.data, heldout=None)
+        recipe = replace(recipe, judges=recipe.judges if judges else [], data=data)
+        asked = asked_of_each(recipe, None)["scholar"]
+        assert (asked.answers, asked.answers_heldout) == answers
 
     def test_given_responses_are_not_answered(self):
         usual, given = self.planned(), self.planned(responses="answers.jsonl")

@@ -2,7 +2,9 @@
 
 import contextlib
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,8 +107,6 @@ def test_a_model_that_is_not_here_has_no_size_and_the_line_says_so():
 
 
 def test_what_is_done_already_is_not_expected_again(prepared, tmp_path):
-    from dataclasses import replace
-
     _, run, _ = prepared
     with contextlib.ExitStack() as held:
         preparation = Preparation.begin(Inputs.open(run), held)
@@ -121,6 +121,31 @@ def test_what_is_done_already_is_not_expected_again(prepared, tmp_path):
     assert todo is not None
     assert all(todo[phase] > 0 for phase in ("score", "answer", "fuse", "evaluate"))
     assert todo["fuse"] > done["fuse"]
+
+
+def test_the_sources_are_expected_to_do_what_they_are_asked(prepared, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setattr("profuser.prepare.estimate.probe", lambda *_: Machine(flops=1e9, bandwidth=1e30, op=0.0))
+    inputs = Inputs.open(prepared[1])
+    inputs = replace(inputs, rows={"train": inputs.rows["train"]})
+
+    def seconds(folder: str, count: int, of: Inputs = inputs) -> float:
+        found = expected(of, lambda kind: count if kind.folder == folder else 0)
+        assert found is not None
+        return sum(found.values())
+
+    # Each of the three sources is taken to win a third of the votes.
+    assert seconds("winners", 30) == pytest.approx(seconds("truth", 10))
+    twice = replace(
+        inputs.recipe, generation=replace(inputs.recipe.generation, responses_per_source=2, temperature=1.0)
+    )
+    prompts = inputs.recipe.generation.batch_size
+    two = seconds("responses", prompts, replace(inputs, recipe=twice))
+    assert two == pytest.approx(2 * seconds("responses", prompts))
+    whole = seconds("truth", 10)
+    monkeypatch.setattr(Inputs, "routed", lambda *_: np.array([True, False]))
+    assert seconds("truth", 10) == pytest.approx(whole / 2)
 
 
 def test_gradient_checkpointing_takes_another_forward_pass(prepared, monkeypatch):

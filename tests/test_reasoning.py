@@ -21,7 +21,7 @@ from profuser.recipe.schema import SourceConfig
 from profuser.store import layout
 from profuser.text.chat import ChatFormat
 from profuser.text.fit import Verdict
-from profuser.text.said import Said, said
+from profuser.text.said import Said, said, said_elsewhere
 from profuser.train.targets import Targets
 
 ASSISTANT = "{% elif m['role'] == 'assistant' %}"
@@ -122,6 +122,17 @@ def test_a_block_that_the_generation_prompt_has_begun_is_whole_again(template):
     check_is_what_was_seen(chat, wrote, THOUGHT)
 
 
+@pytest.mark.parametrize("template", [QWEN3_THINKING, R1])
+def test_a_server_may_give_a_begun_block_without_its_beginning_or_whole_or_not_at_all(template):
+    chat = reasoner(template)
+    whole = f"{chat.opening.begun}Need 8-4.\n</think>\n\nAnswer: 4."
+    for text in (whole, whole.removeprefix(chat.opening.begun)):
+        assert said_elsewhere(chat, text, strip_reasoning=True) == ok("Answer: 4.")
+        assert said_elsewhere(chat, text, strip_reasoning=False) == ok(whole)
+    for rule in (True, False):
+        assert said_elsewhere(chat, "Answer: 4.", strip_reasoning=rule) == ok("Answer: 4.")
+
+
 def test_a_ground_truth_with_reasoning_gets_no_empty_block_beside_it_either():
     chat = reasoner(QWEN3)
     assert b"<think>\n\n</think>" in chat.token_bytes.of(chat.encode("x", "Answer: 4.").input_ids)
@@ -141,6 +152,8 @@ def test_of_channels_the_answers_is_taken():
     check(chat, analysis + final, Said(analysis + final, Verdict.CONTROL), ok("Answer: 4."))
     commentary = analysis + "<|channel|>commentary<|message|>Now.<|end|><|start|>assistant"
     check(chat, commentary + final, Said(commentary + final, Verdict.CONTROL), ok("Answer: 4."))
+    again = "Answer: 3.<|end|><|start|>assistant" + final
+    check(chat, final[: -len("Answer: 4.")] + again, Said(again, Verdict.CONTROL), Said(again, Verdict.CONTROL))
     tool = "<|channel|>commentary to=f<|message|>{}"
     check(chat, tool, Said(tool, Verdict.CONTROL), Said(tool, Verdict.CONTROL))
     unfinished = "<|channel|>analysis<|message|>Need 8-4."

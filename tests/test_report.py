@@ -19,9 +19,10 @@ from profuser.cli import main_of
 from profuser.errors import DataError
 from profuser.report.__main__ import main
 from profuser.report.comparison import compare_runs
-from profuser.report.intervals import difference, wilson
+from profuser.report.intervals import Score, difference, mean_score, wilson
 from profuser.report.metrics import Change, Metrics, StageRow, read_metrics, stage_table
 from profuser.report.page import write_report
+from profuser.report.scores import answer_of, models_of
 from profuser.report.theme import DARK, LIGHT, luminance
 from profuser.text.display import visible
 from profuser.train.run_record import read_run, record_files, write_run
@@ -410,6 +411,42 @@ def test_a_loss_against_the_best_source_is_said_plainly(tmp_path):
     assert "cannot tell the two apart" in page.text
 
 
+def answer(fused, before, other) -> dict:
+    """What the page begins with, for the shares of correct answers of each skill, on 200 prompts each."""
+    of = [dict(zip(SKILLS, values)) | {"mean": sum(values) / 3} for values in (fused, before, other)]
+    scores = {"fused": of[0], "target_before": of[1], "sources": {"other": of[2]}}
+    found = answer_of(models_of(scores, dict.fromkeys(SKILLS, 200), "target"), SKILLS)
+    assert found is not None
+    return found
+
+
+def test_a_difference_is_certain_in_either_direction_where_its_interval_leaves_out_zero():
+    low, high = (0.3, 0.3, 0.3), (0.9, 0.9, 0.9)
+    assert answer(high, low, low)["certain"]
+    assert answer(low, low, high)["certain"]
+    assert not answer(low, low, (0.31, 0.31, 0.31))["certain"]
+
+
+def test_skills_in_which_the_target_fell_are_told_from_the_largest_loss_on():
+    found = answer((0.5, 0.79, 0.6), (0.9, 0.8, 0.7), (0.1, 0.1, 0.1))
+    assert found["strongest"][0] == SKILLS[0]
+    assert [(skill, round(change.value, 2)) for skill, change in found["fell"]] == [
+        (SKILLS[2], -0.1),
+        (SKILLS[1], -0.01),
+    ]
+
+
+def test_a_target_that_is_a_source_is_left_out_only_where_its_scores_are_the_same():
+    before = dict.fromkeys(SKILLS, 0.5)
+    for own, names in ((before, ["fused", "a"]), (dict.fromkeys(SKILLS, 0.4), ["fused", "a", "a"])):
+        scores = {"fused": before, "target_before": before, "sources": {"a": own}}
+        assert [model.name for model in models_of(scores, {}, "a")] == names
+
+
+def test_a_model_whose_score_is_no_number_is_not_the_best():
+    assert answer((0.5, 0.5, 0.5), (math.nan, math.nan, math.nan), (0.3, 0.3, 0.3))["best_name"] == "other"
+
+
 def test_model_text_is_escaped_and_control_characters_are_shown(tmp_path):
     run_dir, store_dir = make_run(tmp_path)
     nasty = "<script>alert(1)</script></pre><img src=x onerror=alert(1)> {{ 7 * 7 }} & "
@@ -536,3 +573,5 @@ def test_intervals_match_published_values():
     assert wilson(81 / 263, 263)[1:] == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert difference(wilson(56 / 70, 70), wilson(48 / 80, 80)) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
     assert all(math.isnan(limit) for limit in wilson(0.5, None)[1:])
+    # The mean of four is half as uncertain as each of them.
+    assert mean_score(0.5, [Score(0.5, 0.4, 0.6)] * 4) == pytest.approx((0.5, 0.45, 0.55))

@@ -66,6 +66,18 @@ def test_stages_spelt_out_divide_the_steps_by_their_shares(recipe):
     assert [stage_at(planned, s) for s in (0, 74, 75, 99)] == [0, 0, 1, 1]
 
 
+def test_shares_need_not_sum_to_one(recipe):
+    stages = [StageConfig(inference_weight=1, share=0.3), StageConfig(training_weight=1, share=0.1)]
+    planned = plan(replace(recipe, schedule=stages, optim=replace(recipe.optim, steps=100)), 10)
+    assert [(s.first, s.stop) for s in planned] == [(0, 75), (75, 100)]
+
+
+def test_a_part_of_a_step_of_warm_up_is_a_whole_one(recipe):
+    optim = OptimConfig(lr=1.0, warmup_ratio=0.03, steps=50)
+    (stage,) = plan(replace(recipe, optim=optim, schedule="sft"), 100)
+    assert [learning_rate(optim, stage, n) for n in (0, 1)] == [0.5, 1.0]
+
+
 def test_learning_rate_warms_up_and_decays_within_each_stage(recipe):
     optim = OptimConfig(lr=1.0, warmup_ratio=0.1, steps=200, min_lr_ratio=0.2)
     for stage in plan(replace(recipe, optim=optim), 100):

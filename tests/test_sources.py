@@ -111,6 +111,17 @@ def test_kinship_is_that_of_the_whole_deltas(family, block, monkeypatch):
     assert kin["ann", "bf16"] > 0.8
 
 
+def test_an_embedding_that_is_the_head_as_well_counts_once(tmp_path):
+    base = tmp_path / "base"
+    model_of(base, pretrained_tokenizer(resolve("demo:guardian")), tie_word_embeddings=True)
+    found = {"base": str(base)}
+    for name in ("ann", "ben"):
+        found[name] = changed(tmp_path / name, base, lambda n, w: w + 0.01 * torch.randn_like(w))
+    (pair,) = relation(found, "ann", "ben").pairs
+    a, b = dense(found, "ann"), dense(found, "ben")
+    assert number(pair.cosine) == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
 def test_the_same_delta_is_1_and_no_delta_has_no_kinship(family):
     found = relation(family, "ann", "same")
     (pair,) = found.pairs
@@ -172,6 +183,14 @@ def test_a_base_that_is_no_ancestor_is_said_so_although_its_kinships_are_high(fa
     assert true.least(["ann", "ben"]) == true.pairs[0].cosine
     assert number(true.pairs[0].cosine) > 0.5
     assert 0.2 < true.change["ann"] / 0.5 < 2  # 0.011 of noise on weights of 0.02
+
+
+def test_tables_of_tokens_do_not_count_in_the_size_of_a_delta(family, tmp_path):
+    def change(name, weight):
+        return 10 * weight if "embed_tokens" in name or "lm_head" in name else weight
+
+    large = family | {"large": changed(tmp_path / "large", Path(family["base"]), change)}
+    assert relation(large, "large").change == {"large": 0.0}
 
 
 def test_kinships_near_0_are_pointed_out(family):
