@@ -113,7 +113,7 @@ def csv_file(path, *rows: dict[str, Any]):
     [
         *('[{"role": "user"}]', "[1]", '{"a": "role"}', "[", "[]", '{"role": "user", "content": "x"}'),
         *('{"from": "Berlin", "value": 12}', '[{"from": "Alice", "value": "10"}]', '[{"role": "engineer", "content": "x"}]'),
-        *('{"role": null, "content": "x"}', '[{"role": "user", "content": null}]', '{"from": 1, "value": "x"}'),
+        *('{"role": null, "content": "x"}', '[{"role": ["user"], "content": "x"}]', '{"from": 1, "value": "x"}'),
     ],
 )  # fmt: skip
 def test_json_that_is_no_message_stays_a_text(tmp_path, text):
@@ -128,6 +128,11 @@ def test_messages_are_spelt_as_json_in_csv_files_alone(tmp_path):
     for path in (written(tmp_path / "a.jsonl", row), tmp_path / "a.parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
         assert [(r["prompt"], r["response"]) for r in examples(path)] == [tuple(row.values())]
+
+
+def test_what_a_csv_files_messages_say_beside_their_text_is_refused(tmp_path):
+    call = [*HELLO, {"role": "tool", "content": "7"}, {"role": "user", "content": None, "tool_calls": [1]}]
+    assert "'tool_calls'" in refusal(csv_file(tmp_path / "a.csv", {"prompt": json.dumps(call), "completion": "x"}))
 
 
 def test_an_input_beside_messages_is_refused(tmp_path):

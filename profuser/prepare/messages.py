@@ -86,10 +86,10 @@ def unspelt(cell: str) -> Any:
 
 
 def _speaker(message: Any) -> str:
-    """Who speaks in a message with a text; nobody in what is none."""
-    if isinstance(message, Mapping) and isinstance(message.get("content"), str):
+    """Who speaks in a message, whatever is said; nobody in what is none."""
+    if isinstance(message, Mapping) and "content" in message:
         return message["role"] if message.get("role") in ROLES else ""
-    if isinstance(message, Mapping) and isinstance(message.get("value"), str) and isinstance(message.get("from"), str):
+    if isinstance(message, Mapping) and "value" in message and isinstance(message.get("from"), str):
         return SHAREGPT.get(message["from"].lower(), "")
     return ""
 
