@@ -93,7 +93,7 @@ def test_cross_entropy_is_the_models_own_loss_on_the_response_and_its_end_of_tur
     assert bool(ranges) == (chat.tokenizer.name_or_path.split("/")[-1] != "guardian")
 
 
-def test_an_empty_response_has_no_cross_entropy_although_it_has_an_end_of_turn(source):
+def test_an_empty_response_has_no_cross_entropy_although_it_has_an_end_of_turn():
     one: Any = ScoredResponse(None, None, nll=3.0, tokens=1, response_bytes=0)  # pyrefly: ignore[bad-argument-type]
     assert [one.cross_entropy(unit) for unit in ("token", "byte")] == [math.inf, math.inf]
 

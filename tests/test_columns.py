@@ -125,8 +125,8 @@ def test_messages_are_spelt_as_json_in_csv_files_alone(tmp_path):
     """Elsewhere a text can be told from a list, and is learnt as it stands."""
     row = {"prompt": json.dumps(HELLO[:1]), "completion": json.dumps(HELLO[1])}
     assert [(r["prompt"], r["response"]) for r in examples(csv_file(tmp_path / "a.csv", row))] == [("Hi", "Hello.")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
     for path in (written(tmp_path / "a.jsonl", row), tmp_path / "a.parquet"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
         assert [(r["prompt"], r["response"]) for r in examples(path)] == [tuple(row.values())]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from profuser.errors import DataError
-from profuser.prepare.given_preferences import GivenPreferences, given_scores
+from profuser.prepare.given_preferences import given_scores
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
 from profuser.prepare.votes import count_votes
@@ -138,4 +138,3 @@ def test_preferences_between_other_responses_are_missed_before_anything_is_made(
     )
     with pytest.raises(DataError, match="must have preferences between the sources' responses, it has none"):
         Inputs.open(replace(run, recipe=recipe))
-    assert isinstance(given_scores("people", path), GivenPreferences)

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from profuser.errors import DataError, in_short
-from profuser.prepare.columns import is_missing
+from profuser.prepare.columns import is_empty
 from profuser.prepare.spelt_json import from_json
 from profuser.recipe.data import DataConfig
 from profuser.recipe.schema import Choice
@@ -29,7 +29,7 @@ class SourceChoice(NamedTuple):
 
     def may_lack(self, value: object) -> bool:
         """Whether an example that is not trained on may have this cell, which says nothing: all sources count alike there."""
-        return self.choice == "weights" and (is_missing(value) or value == "")
+        return self.choice == "weights" and is_empty(value)
 
     def check(self, value: object, column: str) -> None:
         """Raises DataError unless a cell says what it should."""

@@ -242,6 +242,11 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def is_empty(value: object) -> bool:
+    """Whether a cell has nothing, or the empty text that a CSV file has in place of it."""
+    return is_missing(value) or value == ""
+
+
 def _is_found_without_names(columns: Columns, row: Mapping[str, Any], column: str) -> bool:
     """Whether a column would be read if the recipe did not name any, and the others as well."""
     try:

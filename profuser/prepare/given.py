@@ -16,7 +16,7 @@ import numpy as np
 
 from profuser.disk_table import DiskTable, key_of
 from profuser.errors import DataError, in_short
-from profuser.prepare.columns import is_missing, text_of
+from profuser.prepare.columns import is_empty, is_missing, text_of
 from profuser.prepare.data import Row, plain
 from profuser.prepare.messages import messages_of, prompt_of
 from profuser.prepare.responses import Response
@@ -183,7 +183,7 @@ def _from_text(cell: Any) -> Any:
 
 def prompt_of_row(where: str, row: dict[str, Any]) -> str:
     """The row's prompt, in the form in which prompts are compared."""
-    column = "prompt" if is_missing(row.get("messages")) or row["messages"] == "" else "messages"
+    column = "prompt" if is_empty(row.get("messages")) else "messages"
     cell = row.get(column)
     if is_missing(cell):
         raise DataError(f"{where} must have a text as `prompt`, or `messages`, got {in_short(row)}; fix the row")

@@ -8,7 +8,7 @@ from typing import Any
 
 from profuser.disk_table import key_of
 from profuser.errors import DataError, in_short
-from profuser.prepare.columns import is_missing, text_of
+from profuser.prepare.columns import is_empty, is_missing, text_of
 from profuser.prepare.data import Row, plain
 from profuser.prepare.given import GivenScores, file_rows, prompt_of_row
 from profuser.prepare.messages import messages_of, prompt_of
@@ -39,9 +39,7 @@ class GivenPreferences:
                     f"{where}: `chosen` and `rejected` must differ, got {in_short(chosen)} twice; take the row out"
                 )
             prompts = {prompt for prompt, _ in endings if prompt is not None}
-            if not prompts or any(
-                not is_missing(row.get(column)) and row[column] != "" for column in ("prompt", "messages")
-            ):
+            if not prompts or not all(is_empty(row.get(column)) for column in ("prompt", "messages")):
                 prompts.add(prompt_of_row(where, row))
             if len(prompts) > 1:
                 shown = " and ".join(map(in_short, sorted(prompts)))

@@ -26,7 +26,7 @@ from profuser.errors import ConfigError, DataError, in_short
 from profuser.models.load import chat_format, check_vocabulary, default_device, open_model, runtime_dtype
 from profuser.models.merged_adapter import model_fingerprint
 from profuser.prepare.chosen import SourceChoice, weights_of
-from profuser.prepare.columns import is_missing
+from profuser.prepare.columns import is_empty
 from profuser.prepare.data import Examples, Row, data_hash, load_examples, prompt_digest, row_digest
 from profuser.prepare.engines import check_engine, settled_engine
 from profuser.prepare.given import GivenResponses, file_digest
@@ -313,7 +313,7 @@ class Inputs:
     def weights(self, row: Row) -> list[float]:
         """How much each source counts on an example: all alike, unless a column says it."""
         column = self.recipe.data.weights_column
-        if self.recipe.capture.choice != "weights" or is_missing(row.get(column)) or row[column] == "":
+        if self.recipe.capture.choice != "weights" or is_empty(row.get(column)):
             return [1.0] * len(self.recipe.sources)
         return weights_of(row[column], self.source_names, column)
 
