@@ -296,7 +296,9 @@ def shard_record(root: Path):
 
 def lease_file(root: Path):
     path = root / "lease.json"
-    original = dataclasses.asdict(lease.Holder("host", "boot", 1, "2026-01-31T10:00:00", "works", "summary", {"a": 1}))
+    original = dataclasses.asdict(
+        lease.Holder("host", "boot", 2, 1, "2026-01-31T10:00:00", "works", "summary", {"a": 1})
+    )
 
     def use(value):
         path.write_text(json.dumps(value))

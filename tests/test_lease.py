@@ -28,6 +28,7 @@ from profuser.store import lease
 from profuser.store.lease import EXPIRES_SECONDS, FOLDER, Use, hold, set_aside
 from profuser.train.loop import Trainer
 from profuser.train.run_directory import RunDirectory
+from profuser.typed import read_json
 
 HOLDER = """\
 import os, sys, time
@@ -214,6 +215,17 @@ def test_a_lease_from_before_a_reboot_or_from_another_machine_counts_until_it_ex
         pass
 
 
+def test_a_lease_from_another_mount_of_the_directory_counts_until_it_expires(tmp_path):
+    """Two mounts on one machine may each have locks of their own, as those of FUSE often have."""
+    path = left_over(tmp_path, device=2**40)
+    with pytest.raises(ConfigError, match=r"mode differ\) by process"), held(tmp_path, "fusellm"):
+        pass
+    old = time.time() - EXPIRES_SECONDS - 5
+    os.utime(path, (old, old))
+    with held(tmp_path, "fusellm"):
+        pass
+
+
 def test_a_lease_is_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "RENEWED_SECONDS", 0.05)
     with held(tmp_path):
@@ -223,12 +235,33 @@ def test_a_lease_is_renewed(tmp_path, monkeypatch):
         assert path.stat().st_mtime > 1
 
 
-def test_a_file_that_is_no_lease_does_no_harm(tmp_path):
+def test_a_file_that_is_no_lease_does_no_harm_and_goes_when_it_is_old(tmp_path, monkeypatch):
+    """Over a network a lease that is being renewed may seem empty, so that a new one stays."""
+    monkeypatch.setattr(lease, "READ_AGAIN_SECONDS", 0)
     (tmp_path / FOLDER).mkdir()
-    (tmp_path / FOLDER / "x.json").write_text("{")
+    for name, age in (("new", 0), ("old", EXPIRES_SECONDS + 5)):
+        (tmp_path / FOLDER / f"{name}.json").write_text("{")
+        os.utime(tmp_path / FOLDER / f"{name}.json", (time.time() - age,) * 2)
     with held(tmp_path):
-        pass
-    assert list(tmp_path.iterdir()) == []
+        assert not (tmp_path / FOLDER / "old.json").exists()
+    assert [path.name for path in (tmp_path / FOLDER).glob("*.json")] == ["new.json"]
+
+
+def test_a_lease_that_seems_empty_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    seen = []
+
+    def empty_at_first(*arguments, **options):
+        seen.append(arguments)
+        if len(seen) < lease.READINGS:
+            raise DataError("is empty")
+        return read_json(*arguments, **options)
+
+    monkeypatch.setattr(lease, "READ_AGAIN_SECONDS", 0)
+    with another_process(tmp_path):
+        monkeypatch.setattr(lease, "read_json", empty_at_first)
+        with pytest.raises(ConfigError, match="in use with other settings"), held(tmp_path, "fusellm"):
+            pass
+    assert len(seen) == lease.READINGS
 
 
 def test_what_cannot_be_written_to_can_be_read_without_a_lease(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from profuser.merge.settings import MergedModel, MergeSettings, read_settings, s
 from profuser.merge.weights import WeightsWriter
 from profuser.recipe.places import resolve
 from profuser.store.files import DiskFull
+from profuser.store.processes import place
 
 
 def test_an_architecture_that_differs_is_fused_instead(mergeable, tmp_path):
@@ -254,7 +255,7 @@ def test_what_may_not_be_the_output(mergeable, tmp_path, monkeypatch):
 def test_what_a_killed_merge_has_left_is_removed_by_the_next_and_what_runs_is_not(mergeable, tmp_path):
     """A process of a container often has the id of the one before it."""
     processes = (2**22 + 1, 10**30, os.getpid(), os.getppid(), "x")  # no id is as large as the first two
-    *left, running, other = (tmp_path / f".merged[1].{process}.tmp" for process in processes)
+    *left, running, other = (tmp_path / f".merged[1].{place()}.{process}.tmp" for process in processes)
     for folder in (*left, running, other):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")

@@ -32,6 +32,7 @@ from transformers import (
 
 from profuser.fusion_model import FusionModel, tied_names
 from profuser.recipe.places import resolve
+from profuser.store.files import temporary_beside
 from profuser.train import checkpoint
 from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from profuser.train.sharding import blocks_of, load_into_shards, whole, whole_model
@@ -236,7 +237,7 @@ def test_the_other_processes_learn_where_to_write_when_an_empty_directory_is_the
     with torch.device("meta"):
         fusion = FusionModel(type(loaded)(loaded.config).eval(), beta=0)
     load_into_shards(fusion, loaded, Accelerator(cpu=True))
-    left = tmp_path / f".step-000002.{os.getpid()}.tmp"
+    left = temporary_beside(tmp_path / "step-000002")
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"of a process that was killed")
     save_checkpoint(tmp_path, Checkpoint(2, "t", b""), fusion, torch.optim.AdamW(fusion.parameters()), 1)

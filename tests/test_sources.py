@@ -31,6 +31,7 @@ from profuser.merge.weights import StoredWeights
 from profuser.prepare import engines
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
+from profuser.store import processes
 
 # --- kinship ----------------------------------------------------------------------------------------------------------
 
@@ -362,7 +363,10 @@ def test_an_interrupted_command_goes_on_and_a_damaged_file_is_made_again(good, m
             assert files[place].read_bytes() == kept[place]
 
         # What killed commands have left goes, and what another one writes stays.
-        left, written = (files[0].with_name(f".{files[0].name}.{process}.tmp") for process in (2**22 + 1, os.getppid()))
+        left, written = (
+            files[0].with_name(f".{files[0].name}.{processes.place()}.{process}.tmp")
+            for process in (2**22 + 1, os.getppid())
+        )
         left.touch()
         written.touch()
         asked.clear()

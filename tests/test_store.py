@@ -4,6 +4,10 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from profuser.ragged import ragged, slots_of
 from profuser.store import layout
 from profuser.store.__main__ import answered_by
 from profuser.store.__main__ import main as store_command
-from profuser.store.files import set_aside
+from profuser.store.files import ABANDONED_SECONDS, TEMPORARY, remove_left_over, set_aside, temporary_beside
 from profuser.store.layout import CAPTURE_COLUMNS, Kind, kind_of, shard_arrays
 from profuser.store.sealed import write_sealed
 from profuser.store.settings import StoreSettings
@@ -297,6 +301,44 @@ def test_what_a_killed_preparation_has_left_is_removed_by_the_next(store):
     assert all(path.exists() for path in left)
     Store.build(store.directory, SETTINGS, {})
     assert [path.exists() for path in (*left, *others)] == [False, False, True, True]
+
+
+def test_what_processes_on_other_machines_have_left_goes_after_a_day(tmp_path):
+    """Nothing is known here of these processes. A directory is as old as the newest file in it."""
+    old, grows, new = (tmp_path / f".model.{'0' * 8}.{process}.tmp" for process in (1, 2, 3))
+    for folder in (old, grows, new):
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"half")
+    for path in (old / "weights", old, grows):
+        os.utime(path, (time.time() - ABANDONED_SECONDS - 60,) * 2)
+    remove_left_over(tmp_path / "model")
+    assert [path.exists() for path in (old, grows, new)] == [False, True, True]
+
+
+def test_what_is_written_beside_a_file_of_a_longer_name_is_left_alone(tmp_path):
+    longer = temporary_beside(tmp_path / "model.safetensors")
+    longer.touch()
+    remove_left_over(tmp_path / "model")
+    assert longer.exists()
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="containers are made by unshare, as root"
+)
+def test_processes_with_the_same_id_in_two_containers_write_under_two_names(tmp_path):
+    code = f"from pathlib import Path; from profuser.store import files; print(files.temporary_beside(Path('{tmp_path}/x'))); input()"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with (
+        subprocess.Popen(command, text=True, **streams) as first,
+        subprocess.Popen(command, text=True, **streams) as second,
+    ):
+        names = [Path(process.stdout.readline().strip()).name for process in (first, second)]
+        said = [process.communicate("\n")[1] for process in (first, second)]
+    if any(process.returncode for process in (first, second)):
+        pytest.skip(said[0])
+    assert all(name.endswith(".1.tmp") and TEMPORARY.fullmatch(name) for name in names)
+    assert names[0] != names[1]
 
 
 def test_no_shard_name_leaves_the_store(store):

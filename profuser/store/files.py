@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Generator, Iterable
 from datetime import datetime
 from mmap import ACCESS_READ, mmap
@@ -19,9 +20,12 @@ from typing import Any
 import numpy as np
 
 from profuser.errors import ProfuserError
+from profuser.store.processes import is_running, place
 
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-"""The names of what is being written: a dot, the final name, the process and `.tmp`."""
+"""The names of what is being written: a dot, the final name, the place of the process, its id and `.tmp`."""
+ABANDONED_SECONDS = 24 * 3600
+"""What a process elsewhere, of which nothing can be known here, has not changed for so long is left over."""
 
 # The dtypes of the safetensors format, by the names that its headers use.
 DTYPES = {
@@ -57,7 +61,7 @@ def writing(path: Path, size: int) -> Generator[None]:
 
 def temporary_beside(path: Path) -> Path:
     """Returns the path under which a file or directory is written before it gets its name. `remove_temporary` knows it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{place()}.{os.getpid()}.tmp")
 
 
 def remove_temporary(folders: Iterable[Path]) -> None:
@@ -65,36 +69,35 @@ def remove_temporary(folders: Iterable[Path]) -> None:
     for folder in folders:
         for path in folder.iterdir() if folder.is_dir() else ():
             if TEMPORARY.fullmatch(path.name):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+                _remove(path)
 
 
 def remove_left_over(path: Path) -> None:
     """Removes what processes that have ended since, by all that is known here, have left beside a path while they were writing it.
 
-    This is for a path that nobody holds a lease on. What a running process writes stays.
+    This is for a path that nobody holds a lease on. What a running process writes stays, and so does for a day what was written on
+    another machine or in another container.
     """
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = temporary.name.removesuffix(".tmp").rpartition(".")[2]
-        # In a container the next process often has the id of the last one.
-        if re.fullmatch(r"[0-9]+", process) and (int(process) == os.getpid() or not is_running(int(process))):
-            if temporary.is_dir() and not temporary.is_symlink():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                temporary.unlink(missing_ok=True)
+        name = re.fullmatch(r"([0-9a-f]{8})\.([0-9]+)\.tmp", temporary.name.removeprefix(f".{path.name}."))
+        if name is not None and _is_left_over(temporary, name[1], int(name[2])):
+            _remove(temporary)
 
 
-def is_running(process: int) -> bool:
-    """Whether there is a process with this id."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+def _is_left_over(temporary: Path, where: str, process: int) -> bool:
+    """Whether the process that wrote a file or a directory has ended."""
+    if where == place():  # this process has not begun to write
+        return process == os.getpid() or not is_running(process)
+    written = [temporary, *temporary.rglob("*")]
+    return time.time() - max(path.lstat().st_mtime for path in written) > ABANDONED_SECONDS
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link, or a directory with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import math
 import os
 import shutil
 import socket
@@ -38,6 +39,7 @@ from filelock import FileLock, Timeout
 from profuser.errors import ConfigError, DataError
 from profuser.store import files
 from profuser.store.files import as_json, write_atomic
+from profuser.store.processes import boot
 from profuser.typed import COUNT, Rule, read_json
 
 FOLDER = ".leases"
@@ -45,9 +47,11 @@ FOLDER = ".leases"
 RENEWED_SECONDS = 20
 """How often a process renews its lease."""
 EXPIRES_SECONDS = 90
-"""A lease from another kernel is left over when it has not been renewed for so long."""
+"""A lease from another kernel or mount is left over when it has not been renewed for so long."""
 POLL_SECONDS = 0.5
 """How often a process that waits looks again."""
+READINGS, READ_AGAIN_SECONDS = 5, 0.05
+"""How often a lease is read until it must be none, and how long the next time is waited for."""
 ATTEMPTS = 1000
 """How often the folder of the leases may be removed by others just as it is entered, before something else must be wrong."""
 
@@ -65,6 +69,7 @@ Use = Literal["reads", "works", "alone"]
 LEASE = {
     "host": str,
     "boot": str,
+    "device": COUNT,
     "pid": COUNT,
     "since": str,
     "use": Rule("reads, works or alone", lambda x: x in get_args(Use)),
@@ -78,12 +83,14 @@ LEASE = {
 class Holder:
     """A process that uses a directory, as its lease describes it.
 
-    boot: the kernel that it runs on, by the id of its boot. since: when it took the lease, in ISO format.
+    boot: the kernel that it runs on, by the id of its boot. device: the number that this kernel gives the directory's file system.
+    since: when it took the lease, in ISO format.
     use: how it uses the directory. claim: the piece of work that it does, or "". settings: with what it uses the directory.
     """
 
     host: str
     boot: str
+    device: int
     pid: int
     since: str
     use: Use
@@ -91,7 +98,7 @@ class Holder:
     settings: Settings
 
     def __str__(self) -> str:
-        there = "" if self.boot == _boot() else f"; if it has ended, this is noticed after {EXPIRES_SECONDS} s"
+        there = "" if self.boot == boot() else f"; if it has ended, this is noticed after {EXPIRES_SECONDS} s"
         return f"process {self.pid} on {self.host} (since {self.since.replace('T', ' ')}{there})"
 
 
@@ -175,7 +182,8 @@ def hold(
     """
     own = Holder(
         host=socket.gethostname(),
-        boot=_boot(),
+        boot=boot(),
+        device=0,  # there may be no directory yet
         pid=os.getpid(),
         since=datetime.now().isoformat(timespec="seconds"),
         use=use,
@@ -235,7 +243,7 @@ def _enter(directory: Path, what: Directory, own: Holder, differing: Differing) 
                     )
             if (use := _room(own.use, [other.use for other in others])) is not None:
                 path = _folder(directory) / f"{own.host}-{own.pid}-{uuid.uuid4().hex[:8]}.json"
-                lease = Lease(replace(own, use=use), directory, path)
+                lease = Lease(replace(own, device=_device(directory), use=use), directory, path)
                 lease._begin()
                 if use == "works":
                     worker = next(other for other in others if other.use == "works")
@@ -276,9 +284,13 @@ def _alone(directory: Path) -> Generator[None]:
         yield
     finally:
         # A process that waits for a lock on a file that is no longer there notices it, and opens the new one (filelock 4).
-        if not list(folder.glob("*.json")):
+        is_last = not list(folder.glob("*.json"))
+        if is_last:
             shutil.rmtree(folder, ignore_errors=True)
         door.release()
+        if is_last:
+            with contextlib.suppress(OSError):  # over a network, an open file keeps its folder until it is closed
+                folder.rmdir()
 
 
 def _holders(directory: Path) -> list[Holder]:
@@ -288,22 +300,19 @@ def _holders(directory: Path) -> list[Holder]:
     now = door.stat().st_mtime  # by the clock of the file system, which also dates the leases
     holders = []
     for path in sorted(_folder(directory).glob("*.json")):
-        lock = FileLock(_lock_of(path))
+        holder, lock = _read(path), FileLock(_lock_of(path))
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            holders.append(_read(path))
-            continue
-        try:
-            holder = _read(path)
-            if holder.boot == _boot() or now - path.stat().st_mtime > EXPIRES_SECONDS:
+            is_left_over = False
+        else:
+            reached = holder is not None and (holder.boot, holder.device) == (boot(), _device(directory))
+            is_left_over = reached or now - _renewed(path) > EXPIRES_SECONDS
+            if is_left_over:
                 _remove(path)
-            else:
-                holders.append(holder)
-        except DataError:  # what nobody holds and nobody can read is of no use
-            _remove(path)
-        finally:
             lock.release()
+        if holder is not None and not is_left_over:
+            holders.append(holder)
     return holders
 
 
@@ -312,10 +321,27 @@ def _write(path: Path, holder: Holder) -> None:
     write_atomic(path, as_json(asdict(holder)), sync=False)
 
 
-def _read(path: Path) -> Holder:
-    """Reads a lease. It raises DataError for a file that is none."""
-    record = read_json(path, LEASE, fix="delete it if no process uses the directory")
-    return Holder(**{name: record[name] for name in Holder.__slots__})
+def _read(path: Path) -> Holder | None:
+    """Reads a lease. It returns None for a file that is none, or that is no longer there.
+
+    A lease that has just been written anew may for a moment seem to be missing or empty on another machine.
+    """
+    for attempt in range(READINGS):
+        try:
+            record = read_json(path, LEASE, fix="delete it if no process uses the directory")
+        except DataError:
+            time.sleep(READ_AGAIN_SECONDS if attempt < READINGS - 1 else 0)
+        else:
+            return Holder(**{name: record[name] for name in Holder.__slots__})
+    return None
+
+
+def _renewed(path: Path) -> float:
+    """Returns when a lease was renewed, by the clock of the file system; long ago if it has just ended."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return -math.inf
 
 
 def _remove(path: Path) -> None:
@@ -329,14 +355,11 @@ def _folder(directory: Path) -> Path:
     return directory / FOLDER
 
 
+def _device(directory: Path) -> int:
+    """Returns the number of a directory's file system. Two mounts may be two file systems to the kernel, each with locks of its own."""
+    return _folder(directory).stat().st_dev
+
+
 def _lock_of(lease: Path) -> Path:
     """Returns the file whose lock lives as long as the process of a lease."""
     return lease.with_suffix(".lock")
-
-
-def _boot() -> str:
-    """Returns the id of this boot of the kernel, which all its containers have in common; elsewhere than on Linux the host."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()
