@@ -1,5 +1,6 @@
 """A store: what was put comes back or is refused, changed settings drop what depends on them, and reading changes nothing."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -328,15 +329,16 @@ def test_what_is_written_beside_a_file_of_a_longer_name_is_left_alone(tmp_path):
 def test_processes_with_the_same_id_in_two_containers_write_under_two_names(tmp_path):
     code = f"from pathlib import Path; from profuser.store import files; print(files.temporary_beside(Path('{tmp_path}/x'))); input()"
     command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with (
-        subprocess.Popen(command, text=True, **streams) as first,
-        subprocess.Popen(command, text=True, **streams) as second,
-    ):
-        names = [Path(process.stdout.readline().strip()).name for process in (first, second)]
-        said = [process.communicate("\n")[1] for process in (first, second)]
-    if any(process.returncode for process in (first, second)):
-        pytest.skip(said[0])
+    with contextlib.ExitStack() as stack:
+        containers = [
+            stack.enter_context(subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            for _ in range(2)
+        ]
+        names = [Path(container.stdout.readline().strip()).name for container in containers if container.stdout]
+        for container in containers:
+            container.communicate("\n")
+    if any(container.returncode for container in containers):
+        pytest.skip("unshare is not allowed here")
     assert all(name.endswith(".1.tmp") and TEMPORARY.fullmatch(name) for name in names)
     assert names[0] != names[1]
 
