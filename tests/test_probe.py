@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,20 @@ class TestHandful:
         arguments = [f"--data.{split}={prepared[0]}/{file}.jsonl" for split, file in FILES.items()]
         alone = Inputs.open(parse_run("train", [*arguments, "--judges=[]", "--schedule=fusellm"]))
         assert list(Handful.of(alone, tmp_path, 4).rows) == ["train", "heldout"]
+
+    def test_it_has_held_out_rows_where_a_file_has_the_other_answers_of_a_source(self, inputs, prepared, tmp_path):
+        answers = tmp_path / "answers.jsonl"
+        own = [{"prompt": row["prompt"], "response": "An answer."} for row in inputs.rows["train"]]
+        answers.write_text("".join(json.dumps(row) + "\n" for row in own))
+        guardian, *others = prepared[1].recipe.sources
+        recipe = replace(prepared[1].recipe, sources=[replace(guardian, responses=str(answers)), *others])
+        handful = Handful.of(Inputs.open(replace(prepared[1], recipe=recipe)), tmp_path / "store", 4)
+        assert list(handful.rows) == ["train", "heldout"]
+        assert handful.answers_of == {
+            "guardian": ["heldout"],
+            "scholar": ["train", "heldout"],
+            "reckoner": ["train", "heldout"],
+        }
 
     def test_it_has_two_of_the_largest_batches_but_no_more_than_a_shard(self):
         def of(*overrides: str) -> int:

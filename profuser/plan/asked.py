@@ -45,7 +45,7 @@ def _asked(recipe: Recipe, source: SourceConfig, inputs: Inputs | None) -> Asked
         if source.server is not None:
             return False
         if inputs is not None:
-            return split in inputs.rows and inputs.answered(split) and inputs.given(source, split) is None
+            return inputs.answers(source, split)
         asked = bool(recipe.judges) if split == "train" else recipe.data.location(split) is not None
         return asked and source.responses is None
 

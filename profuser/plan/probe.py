@@ -118,16 +118,23 @@ class Handful(Inputs):
     """The inputs of a recipe with a few of its rows alone.
 
     first: how many of them every model sees before the others. numbers: how many rows the recipe's splits have.
+    answers_of: the splits whose prompts a source answers, by its name.
     """
 
     first: int
     numbers: dict[Split, int]
+    answers_of: dict[str, list[Split]]
 
     @classmethod
     def of(cls, inputs: Inputs, store_dir: Path, count: int) -> Handful:
         """Takes `count` random rows of a split, because the kinds of rows may take turns, and others that go first."""
-        # Where nobody votes, the held-out prompts are the only ones that are answered.
-        splits: list[Split] = ["train"] if inputs.recipe.judges else ["train", "heldout"]
+        # Held-out answers are like those to the training prompts, which a source may not be asked for: nobody votes on them, a file has
+        # them, or a route leads to other sources.
+        answers_of = {
+            source.name: [split for split in SPLITS if inputs.answers(source, split)]
+            for source in inputs.recipe.sources
+        }
+        splits: list[Split] = ["train", "heldout"] if ["heldout"] in answers_of.values() else ["train"]
         rows: dict[Split, Examples] = {}
         for split in splits:
             if split in inputs.rows:
@@ -136,7 +143,9 @@ class Handful(Inputs):
                 rows[split] = Examples([inputs.rows[split][i] for i in (*first, *order[:count])], ())
         given = {field.name: getattr(inputs, field.name) for field in fields(Inputs)}
         numbers = {split: len(inputs.rows.get(split, ())) for split in SPLITS}
-        return cls(**given | {"rows": rows, "store_dir": store_dir}, first=FIRST, numbers=numbers)
+        return cls(
+            **given | {"rows": rows, "store_dir": store_dir}, first=FIRST, numbers=numbers, answers_of=answers_of
+        )
 
     @cached_property
     def divisions(self) -> dict[Split, Division]:
@@ -230,7 +239,7 @@ def prepared(
 def of_shards(took: Took, handful: Handful, amounts: Amounts) -> Timed | None:
     """Returns what one piece of work of a preparation took, such as a source's answers; None where none of it was timed."""
     timed = [shard for shard in took.shards if shard.part.number == 1]
-    answers = [shard for shard in timed if shard.kind.folder == "responses"]
+    answers = [shard for shard in timed if shard.kind.folder == "responses" and is_answered(shard.kind, handful)]
     # A source's held-out answers are timed where there are no others. Of all else the training split stands for the others.
     timed = answers[:1] or [shard for shard in timed if shard.kind.split == "train"]
     if not timed:
@@ -254,14 +263,19 @@ def factor_of(kind: Kind, handful: Handful, amounts: Amounts) -> float:
     match kind.folder:
         case "truth":
             return amounts.all_texts
-        case "responses":
+        case "responses" if is_answered(kind, handful):
             return answers_factor(kind, handful, amounts)
         case "targets" if recipe.judges:
             return amounts.texts + (amounts.all_texts - amounts.texts) / 2  # the other splits have one mode of two
         case "targets":
             return amounts.all_texts
-        case "scores" | "winners":
+        case "scores" | "winners" | "responses":
             return amounts.texts
+
+
+def is_answered(kind: Kind, handful: Handful) -> bool:
+    """Whether a source answers the prompts of a shard, instead of a file."""
+    return kind.split in handful.answers_of[kind.of]
 
 
 def answers_factor(kind: Kind, handful: Handful, amounts: Amounts) -> float:
@@ -271,16 +285,16 @@ def answers_factor(kind: Kind, handful: Handful, amounts: Amounts) -> float:
     shard. A training prompt may get several responses, which are then batched together.
     """
     source = next(source for source in handful.recipe.sources if source.name == kind.of)
-    timed = len(handful.handful(kind.split))
+    timed, splits = len(handful.handful(kind.split)), handful.answers_of[source.name]
     if handful.engines[source.name] != "transformers":
         several = handful.responses_per_prompt("train") if kind.split == "train" else 1
-        heldout = amounts.heldout * len(handful.handful()) / timed
-        return heldout / several + (amounts.prompts if kind.split == "train" else 0)
+        heldout = amounts.heldout * len(handful.handful()) / timed if "heldout" in splits else 0
+        return heldout / several + (amounts.prompts if "train" in splits else 0)
     config = handful.recipe.generation_of(source)
     size = handful.recipe.capture.shard_size
     return sum(
         math.ceil(min(size, number - first) / config.batch_size)
-        for number in (handful.numbers[split] for split in ("train", "heldout") if handful.answered(split))
+        for number in (handful.numbers[split] for split in splits)
         for first in range(0, number, size)
     ) / math.ceil(timed / config.batch_size)
 

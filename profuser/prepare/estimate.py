@@ -173,7 +173,7 @@ def expected(inputs: Inputs, unmade: Callable[[Kind], int], first_step: int | No
             if not inputs.scores_given(source, split):
                 scoring += forward(source.name, share * unmade(layout.truth(split, source.name)), batch)
             # How fast a server is, is not known.
-            if inputs.answered(split) and source.server is None and inputs.given(source, split) is None:
+            if source.server is None and inputs.answers(source, split):
                 responses = recipe.generation.responses_per_source if split == "train" else 1
                 prompts = share * unmade(layout.responses(split, source.name))
                 answering += generation(source, prompts * responses)

@@ -293,11 +293,15 @@ class Inputs:
                         own = self.chats[source.name].encode(row["prompt"], text.text, complete=not text.cut)
                         given.scored(row["prompt"], row["response"], text, own)
 
+    def answers(self, source: SourceConfig, split: Split) -> bool:
+        """Whether a source is asked to answer the prompts of a split, instead of a file that has its answers."""
+        asked = split in self.rows and self.answered(split) and bool(self.routed(split, source.name).any())
+        return asked and self.given(source, split) is None
+
     def is_run(self, source: SourceConfig) -> bool:
         """Whether a source has to be loaded to score the ground truth or to answer, as far as that is known before the vote."""
         return any(
-            not self.scores_given(source, split)
-            or (self.answered(split) and source.server is None and self.given(source, split) is None)
+            not self.scores_given(source, split) or (source.server is None and self.answers(source, split))
             for split in self.rows
         )
 
