@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, small_run
@@ -26,11 +27,13 @@ from test_lease import another_process, held, leases
 
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation
+from profuser.prepare.responses import Response
 from profuser.prepare.sharing import Sharing, in_turn
 from profuser.store import layout
 from profuser.store.division import Part
 from profuser.store.lease import FOLDER
 from profuser.store.store import Store
+from profuser.text.fit import Verdict
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -155,6 +158,25 @@ def test_two_workers_make_what_one_would(prepared, tmp_path):
     assert content(run.store_dir) == content(prepared[2].directory)
     assert all(len(by) == 1 for by in made.values())
     assert len(set.union(*made.values())) == 2
+
+
+def test_a_process_that_stood_still_keeps_the_shards_that_another_has_made_for_it(tmp_path):
+    """What the others have made of them since, such as scores of responses, is made of theirs."""
+    inputs = Inputs.open(small_run(tmp_path))
+    with contextlib.ExitStack() as held:
+        first, second = (Preparation.begin(inputs, held) for _ in range(2))
+        part, *_ = inputs.parts("train")
+        responses, scores = layout.responses("train", "guardian"), layout.scores("verifier")
+        for preparation, text in ((first, "one"), (second, "two")):
+            preparation._put_responses(responses, part, [[Response(text, True, Verdict.OK)]] * len(part))
+        assert {row[0][0] for row in first.store.get_json(responses, part.number)} == {"one"}
+        for name in ("scholar", "reckoner"):
+            first._put_responses(
+                layout.responses("train", name), part, [[Response("three", True, Verdict.OK)]] * len(part)
+            )
+        for preparation, score in ((first, 1.0), (second, 2.0)):
+            preparation._put(scores, part, {"score": np.full((len(part), 3), score)})
+        assert set(first.store.get(scores, part.number)["score"].flat) == {1.0}
 
 
 PREPARE = ["-m", "profuser.prepare", "--config", "recipe.yaml"]

@@ -192,12 +192,14 @@ class Preparation:
         return [self.inputs.engines[source.name] for source in asked if self._asks(source)]
 
     def _put(self, kind: Kind, part: Part, arrays: dict[str, np.ndarray]) -> None:
-        """Writes the shard of a part."""
-        self.store.put(kind, part.number, arrays, examples=len(part), origin=self._origin(kind, part))
+        """Writes the shard of a part, unless it is there: another machine makes it if this process has stood still for long."""
+        if not self.origins.is_made(kind, part):
+            self.store.put(kind, part.number, arrays, examples=len(part), origin=self._origin(kind, part))
 
     def _put_responses(self, kind: Kind, part: Part, responses: list[list[Response]]) -> None:
-        """Writes the shard of a source's responses to a part."""
-        self.store.put_json(kind, part.number, responses, examples=len(part), origin=self._origin(kind, part))
+        """Writes the shard of a source's responses to a part, unless it is there."""
+        if not self.origins.is_made(kind, part):
+            self.store.put_json(kind, part.number, responses, examples=len(part), origin=self._origin(kind, part))
 
     def _origin(self, kind: Kind, part: Part) -> str:
         """What the shard of a part is made from, all of which is there."""
