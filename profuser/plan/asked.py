@@ -17,17 +17,14 @@ class Asked:
     share: the share of the training prompts that it is asked about, 1 unless a route names the source of each.
     scores: whether its model scores the ground truth, whose log-probabilities are in no file.
     answers: whether its model answers the training prompts here, and not a server or a file. answers_heldout: the same of held-out ones.
+    is_run: whether its model has to be loaded for any of this, as far as that is known before the vote.
     """
 
     share: float
     scores: bool
     answers: bool
     answers_heldout: bool
-
-    @property
-    def is_run(self) -> bool:
-        """Whether its model has to be loaded, as far as that is known before the vote."""
-        return self.scores or self.answers or self.answers_heldout
+    is_run: bool
 
 
 def asked_of_each(recipe: Recipe, inputs: Inputs | None) -> Mapping[str, Asked]:
@@ -53,7 +50,9 @@ def _asked(recipe: Recipe, source: SourceConfig, inputs: Inputs | None) -> Asked
     if recipe.capture.choice == "route":
         share = float(inputs.routed("train", source.name).mean()) if inputs is not None else 1 / len(recipe.sources)
     scores = not inputs.scores_given(source, "train") if inputs is not None else source.logprobs is None
-    return Asked(share, scores, answers("train"), answers("heldout"))
+    answered, heldout = answers("train"), answers("heldout")
+    is_run = inputs.is_run(source) if inputs is not None else scores or answered or heldout
+    return Asked(share, scores, answered, heldout, is_run)
 
 
 def won_share(asked: Mapping[str, Asked], source: str) -> float:

@@ -277,7 +277,7 @@ def make_plan(
         checkpoint=checkpoint_bytes(target, recipe.optim, cuda=cuda),
         preparing=preparing_memory(
             recipe,
-            [s for s in recipe.sources if (asked[s.name].is_run if inputs is None else inputs.is_run(s))],
+            [source for source in recipe.sources if asked[source.name].is_run],
             asked,
             models,
             judges,
