@@ -24,13 +24,18 @@ def whole(method, tensors, *settings, **named):
     return torch.cat([part.reshape(-1) for part in parts]).reshape(tensors[0].shape)
 
 
+def config_of(size: int, *, tied: bool = False) -> LlamaConfig:
+    """The configuration of a small model with so many tokens."""
+    return LlamaConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, tie_word_embeddings=tied
+    )  # fmt: skip
+
+
 def make_models(folder: Path) -> dict[str, str]:
     """A base and three models that were trained from it, all with guardian's tokenizer."""
     tokenizer = pretrained_tokenizer(resolve("demo:guardian"))
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4
-    )
+    config = config_of(len(tokenizer))
     base = AutoModelForCausalLM.from_config(config)
     found = {"base": written(folder / "base", base, tokenizer)}
     for name in "abc":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from small_tokenizers import real_chat
 from test_cool_fusion import PROMPTS, demo, random_voice, refuse_e, written  # noqa: F401  (demo is a fixture)
 
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, DataError
 from profuser.generate.eva import TOP, Eva, _top, faithful
 from profuser.generate.vocabulary_projection import Projection, project
 from profuser.recipe.schema import DecodeConfig
@@ -34,11 +36,12 @@ def dense(source, source_head: np.ndarray, main, main_head: np.ndarray) -> np.nd
     others = [i for i, piece in enumerate(main.pieces[: len(main_head)]) if piece]
     x, z = (unit(head[ids]) for head, ids in ((source_head, own), (main_head, others)))
     x, z = unit(x - x.mean(0)), unit(z - z.mean(0))
-    pairs = []
-    for piece in dict.fromkeys(source.pieces[i] for i in own):
-        at = [n for n, i in enumerate(others) if main.pieces[i] == piece]
-        if at:
-            pairs.append((next(n for n, i in enumerate(own) if source.pieces[i] == piece), at[0]))
+    # The anchors: tokens of equal bytes, byte tokens among themselves; where several have the same, in their order.
+    places = [{}, {}]
+    for known, tokens, ids in zip(places, (source, main), (own, others)):
+        for place, i in enumerate(ids):
+            known.setdefault((tokens.pieces[i], i in tokens.byte_tokens), []).append(place)
+    pairs = [pair for key, at in places[0].items() for pair in zip(at, places[1].get(key, []))]
     a, b = (list(side) for side in zip(*pairs))
     wx, wz = whitening(x[a]), whitening(z[b])
     u, s, vt = np.linalg.svd((x[a] @ wx).T @ (z[b] @ wz))
@@ -106,16 +109,16 @@ def test_a_vocabulary_is_projected_onto_itself_token_by_token():
     assert bool((found.argmax(0) == torch.arange(1199)).all())
 
 
-def test_fewer_anchors_than_dimensions():
-    """What the anchors say nothing about does not become noise of infinite size."""
+@pytest.mark.parametrize("rows", [400, 1000])
+def test_fewer_anchors_than_dimensions(rows):
+    """What the anchors say nothing about does not become noise of infinite size, and LAPACK converges."""
     main, source = real_chat("gpt2", "vicuna").token_bytes, real_chat("llama2", "vicuna").token_bytes
     generator = torch.Generator().manual_seed(0)
-    heads = torch.randn(400, 600, generator=generator), torch.randn(400, 600, generator=generator)
+    heads = torch.randn(rows, 600, generator=generator), torch.randn(rows, 600, generator=generator)
     found = project(source, heads[0], main, heads[1], ([2], 0))
-    assert found.anchors < 400
-    assert found.dropped > 0
+    assert 0 < found.anchors < 600
     assert bool(found.weights.to_dense().isfinite().all())
-    assert float(found.weights.to_dense().max()) <= 1 + 1e-5
+    assert 0 < float(found.weights.to_dense().max()) <= 1 + 1e-5
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -248,3 +251,9 @@ def test_the_most_probable_tokens_of_a_distribution_count_with_the_sum_1():
 def test_wrong_settings():
     with pytest.raises(ConfigError, match=r"decode\.top_n must be > 0"):
         DecodeConfig(top_n=0)
+
+
+def test_a_first_source_that_ends_no_turn_is_refused():
+    voice: Any = SimpleNamespace(name="base", chat=SimpleNamespace(end_id=None))
+    with pytest.raises(DataError, match="needs a first source with an end of turn, base has none; use another method"):
+        Eva([voice, voice], DecodeConfig(method="eva"), 8)

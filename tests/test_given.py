@@ -90,7 +90,9 @@ def test_nobody_is_asked_and_the_targets_are_the_same(prepared, tmp_path, monkey
     ]
     assert "12 train prompts have their responses from" in capsys.readouterr().out
     planned = asked_of_each(recipe, Inputs.open(replace(run, recipe=recipe)))
-    assert [planned[name] for name in names] == [Asked(1.0, scores=True, answers=False, answers_heldout=False)] * 3
+    assert [planned[name] for name in names] == [
+        Asked(1.0, scores=True, answers=False, answers_heldout=False, is_run=True)
+    ] * 3
 
     # Another file is another store: neither is taken for the other.
     path = Path(str(sources[0].responses))

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from command_runs import run
-from merge_models import LAYERS, changed, merged, weights, whole, written
+from merge_models import LAYERS, changed, config_of, merged, weights, whole, written
 from safetensors.torch import save_file
-from small_tokenizers import pretrained_tokenizer
+from small_tokenizers import pretrained_tokenizer, sentencepiece, wrap
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from profuser.errors import ConfigError, DataError
 from profuser.merge import methods
 from profuser.merge import models as opened
 from profuser.merge.blocks import Blocks
-from profuser.merge.run import merge
+from profuser.merge.run import merge, merged_blocks
 from profuser.merge.settings import MergedModel, MergeSettings, read_settings, settings_of
 from profuser.merge.weights import Slot, WeightsWriter
 from profuser.recipe.places import resolve
@@ -57,6 +58,43 @@ def test_what_belongs_to_the_first_model_is_copied_and_no_record_of_its_run(merg
     assert found == {*config, *own, "model.safetensors", "merge.json", "README.md"}
     with pytest.raises(DataError, match=r"run.json"):  # it is no run, and does not say that it is one
         read_run(tmp_path / "merged")
+
+
+def test_the_config_says_the_dtype_of_the_result_and_no_older_one(mergeable, tmp_path):
+    first = changed(mergeable["a"], tmp_path / "first", lambda tensors: None)
+    config = json.loads(Path(first, "config.json").read_text()) | {"torch_dtype": "float16"}
+    Path(first, "config.json").write_text(json.dumps(config))
+    settings = settings_of("linear", [first, mergeable["b"]], None, None, None, {}, "bfloat16", 0)
+    merge(settings, tmp_path / "merged")
+    found = json.loads((tmp_path / "merged/config.json").read_text())
+    assert {key: value for key, value in found.items() if key.endswith("dtype")} == {"dtype": "bfloat16"}
+
+
+def one_parameter(tensors: list[torch.Tensor], number: int = 0, **settings) -> torch.Tensor:
+    """A parameter that is merged by itself, from a base and a model."""
+    of = MergeSettings(base="base", models=[MergedModel(model="a", parameters={"density": 0.5})], **settings)
+    architecture = opened.Architecture({}, {}, frozenset(), "")
+    blocks = Blocks(tensors, [None] * len(tensors))
+    return torch.cat(list(merged_blocks(of, architecture, blocks, LlamaConfig(), "w", number)))
+
+
+def test_no_two_parameters_of_two_seeds_drop_by_the_same_random_numbers():
+    tensors = [torch.zeros(50, 10), torch.ones(50, 10)]
+    found = [
+        one_parameter(tensors, number, method="dare_linear", seed=seed) for seed in range(3) for number in range(3)
+    ]
+    assert len({tuple(merged.flatten().tolist()) for merged in found}) == 9
+
+
+def test_what_is_a_whole_number_is_the_bases():
+    base = torch.tensor([3, 1, 4])
+    assert torch.equal(one_parameter([base, base + 2], method="ties"), base)
+
+
+def test_where_no_filter_of_a_model_fits_the_setting_for_all_counts():
+    model = MergedModel(model="a", parameters={"weight": [{"filter": "mlp", "value": 0.9}]})
+    settings = MergeSettings(method="ties", base="base", models=[model], parameters={"weight": 0.2})
+    assert [settings.value("weight", name, 0.0, model, 1.0) for name in ("layers.0.mlp", "norm")] == [0.9, 0.2]
 
 
 def test_gradients_and_filters_of_mergekits_yaml(mergeable, tmp_path):
@@ -129,6 +167,40 @@ def test_tokens_of_equal_bytes_are_merged_whatever_their_ids(mergeable, tmp_path
     assert all(torch.equal(straight[name], mapped[name]) for name in straight)
 
 
+def test_byte_tokens_and_characters_of_equal_bytes_are_two_tokens(tmp_path):
+    """A model merged with itself is itself, also where its tokenizer has a token more, so that tokens are compared one by one."""
+    folders = []
+    for extra in (0, 1):
+        tokenizer = wrap(Tokenizer.from_str(sentencepiece(400, "first").to_str()))
+        tokenizer.add_tokens([f"<extra{n}>" for n in range(extra)], special_tokens=True)
+        torch.manual_seed(0)
+        folders.append(written(tmp_path / f"{extra}", AutoModelForCausalLM.from_config(config_of(400)), tokenizer))
+    shorter, longer = (pretrained_tokenizer(folder) for folder in folders)
+    assert len(longer) == len(shorter) + 1
+    found = merged(tmp_path, settings_of("linear", folders, None, None, None, {}, None, 0))
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights(folders[0]).items())
+
+
+def test_the_row_of_another_control_token_is_not_merged(mergeable, tmp_path):
+    """Two fine-tunes may have given the same id to different control tokens, and have all text in common.
+
+    The old name stands in the tokenizer's configuration still, and becomes a token that has no row in the model.
+    """
+    folder = changed(mergeable["b"], tmp_path / "renamed", lambda tensors: None)
+    tokenizer = json.loads((Path(folder) / "tokenizer.json").read_text())
+    rows = len(weights(folder)["lm_head.weight"])
+    token = next(token for token in tokenizer["added_tokens"] if token["special"] and token["id"] < rows)
+    text = (Path(folder) / "tokenizer.json").read_text().replace(json.dumps(token["content"]), '"<|another|>"')
+    (Path(folder) / "tokenizer.json").write_text(text)
+    assert len(pretrained_tokenizer(folder)) == rows + 1
+    found = merged(tmp_path, settings_of("linear", [mergeable["a"], folder], None, None, None, {}, None, 0))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        a, b = weights(mergeable["a"])[name], weights(folder)[name]
+        other = torch.arange(rows) != token["id"]
+        assert torch.equal(found[name][token["id"]], a[token["id"]])
+        torch.testing.assert_close(found[name][other], ((a + b) / 2)[other])
+
+
 def test_a_token_that_a_model_lacks_keeps_the_bases_row_exactly(in_blocks):
     """Also where the model is stored in a coarser dtype than the base."""
     torch.manual_seed(0)
@@ -164,10 +236,7 @@ def test_equal_tokenizer_files_are_not_taken_apart(mergeable, tmp_path, monkeypa
 
 def test_tied_embeddings_stay_tied(tmp_path):
     tokenizer = pretrained_tokenizer(resolve("demo:guardian"))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        tie_word_embeddings=True,
-    )  # fmt: skip
+    config = config_of(len(tokenizer), tied=True)
     names = [written(tmp_path / name, AutoModelForCausalLM.from_config(config), tokenizer) for name in "ab"]
     found = merged(tmp_path, settings_of("slerp", names, None, None, None, {"t": 0.5}, None, 0))
     assert "lm_head.weight" not in found
@@ -183,6 +252,8 @@ def test_large_models_are_written_in_several_files(tmp_path):
     assert index["metadata"]["total_size"] == sum(slot.size for slot in slots)
     found = weights(tmp_path)
     assert all(torch.equal(found[slot.name], tensor) for slot, tensor in zip(slots, tensors, strict=True))
+    lengths = [int.from_bytes(path.read_bytes()[:8], "little") for path in tmp_path.glob("*.safetensors")]
+    assert not any(length % 8 for length in lengths)  # so that tensors are aligned where a file is mapped
     assert all(index["weight_map"][name] for name in found)
 
 
@@ -190,10 +261,7 @@ def test_a_head_beside_tied_embeddings_is_merged_or_refused_and_never_lost(tmp_p
     tokenizer, folders = pretrained_tokenizer(resolve("demo:guardian")), []
     for seed, tied in enumerate((True, False)):
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            tie_word_embeddings=tied,
-        )  # fmt: skip
+        config = config_of(len(tokenizer), tied=tied)
         folders.append(written(tmp_path / str(tied), AutoModelForCausalLM.from_config(config), tokenizer))
     tied, own = folders
     found = merged(tmp_path, settings_of("linear", [own, tied], None, None, None, {}, None, 0))
@@ -203,6 +271,29 @@ def test_a_head_beside_tied_embeddings_is_merged_or_refused_and_never_lost(tmp_p
         ConfigError, match=r"has a lm_head\.weight of its own, which would be lost, and .* has not; name .*False first"
     ):
         merge(settings_of("linear", [tied, own], None, None, None, {}, None, 0), tmp_path / "other")
+
+
+def test_a_head_of_its_own_that_the_config_calls_tied_is_merged(tmp_path):
+    """transformers loads such a model untied, with a warning."""
+    tokenizer, folders = pretrained_tokenizer(resolve("demo:guardian")), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = config_of(len(tokenizer), tied=True)
+        folder = written(tmp_path / f"{seed}", AutoModelForCausalLM.from_config(config), tokenizer)
+        own = torch.randn(len(tokenizer), config.hidden_size)
+        folders.append(
+            changed(folder, tmp_path / f"own-{seed}", lambda tensors, own=own: tensors.update({"lm_head.weight": own}))
+        )
+    found = merged(tmp_path, settings_of("linear", folders, None, None, None, {}, None, 0))
+    heads = [weights(folder)["lm_head.weight"] for folder in folders]
+    assert torch.equal(found["lm_head.weight"], (heads[0] + heads[1]) / 2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(model.lm_head.weight, found["lm_head.weight"])
+    # Where the files hold the shared tensor twice, the head is tied as before.
+    embedding = weights(folder)["model.embed_tokens.weight"].clone()
+    same = changed(folder, tmp_path / "same", lambda tensors: tensors.update({"lm_head.weight": embedding}))
+    merge(settings_of("linear", [same, str(folder)], None, None, None, {}, None, 0), tmp_path / "tied")
+    assert "lm_head.weight" not in weights(tmp_path / "tied")
 
 
 def test_the_command(mergeable, tmp_path):

@@ -158,7 +158,7 @@ def shuffled(voice: Voice, order: torch.Tensor) -> Voice:
     chat = SimpleNamespace(
         token_bytes=SimpleNamespace(
             pieces=[voice.chat.token_bytes.pieces[int(old)] for old in order],
-            byte_tokens={place[i] for i in voice.chat.token_bytes.byte_tokens},
+            spellings=[voice.chat.token_bytes.spellings[int(old)] for old in order],
         ),
         end_ids=tuple(place[i] for i in voice.chat.end_ids),
         prompt_ids=lambda prompt: [place[i] for i in voice.chat.prompt_ids(prompt)],

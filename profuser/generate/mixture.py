@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 
 import torch
@@ -19,6 +18,7 @@ from profuser.generate.decoder import Decoder
 from profuser.generate.speaker import Speaker, Voice
 from profuser.generate.steps import Candidate, Step
 from profuser.recipe.schema import DecodeConfig
+from profuser.text.token_bytes import Spelling
 
 
 class Mixture(Decoder):
@@ -62,20 +62,10 @@ class Mixture(Decoder):
                 yield Step((Candidate(text, (chosen,), tuple(perplexities), 0.0),), 0)
 
 
-Spelling = tuple[bytes, bool, int]
-"""A token's bytes, whether it is a byte token, and which one it is of those with the same bytes."""
-
-
 def _spellings(voice: Voice) -> dict[Spelling, int]:
     """The tokens that are text."""
-    found: dict[Spelling, int] = {}
-    tokens, counts = voice.chat.token_bytes, Counter[tuple[bytes, bool]]()
-    for i, piece in enumerate(tokens.pieces[: len(voice.head.weight)]):
-        if piece:
-            kind = (piece, i in tokens.byte_tokens)
-            found[(*kind, counts[kind])] = i
-            counts[kind] += 1
-    return found
+    spellings = voice.chat.token_bytes.spellings[: len(voice.head.weight)]
+    return {spelling: i for i, spelling in enumerate(spellings) if spelling is not None}
 
 
 def _barred(voice: Voice, text: set[int]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The projection of one model's vocabulary onto another's by the rows of their heads (EVA, arXiv 2404.09492).
 
-Tokens of equal bytes are the anchors by which the two spaces of head rows are mapped onto a common one, as VecMap does with a
+Tokens of equal spelling are the anchors by which the two spaces of head rows are mapped onto a common one, as VecMap does with a
 dictionary (Artetxe, Labaka and Agirre, AAAI 2018: whiten, rotate, re-weight, de-whiten). There every token of the source gets
 the most similar tokens of the main model by CSLS (Conneau et al., arXiv 1710.04087), with their similarities as weights.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from profuser.text.token_bytes import TokenBytes
+from profuser.text.token_bytes import Spelling, TokenBytes
 
 NEIGHBOURS = 10
 """The most tokens of the main model that a source token counts for."""
@@ -30,7 +30,7 @@ CHUNK = 512
 class Projection:
     """The weights with which a source's tokens count for the main model's.
 
-    weights: (V_main, V_source) sparse. anchors: how many tokens have equal bytes in both.
+    weights: (V_main, V_source) sparse. anchors: how many tokens are spelt the same in both (TokenBytes.spellings).
     projected, dropped: how many of the source's tokens with bytes count for a token of the main model, and how many for none.
     """
 
@@ -60,13 +60,13 @@ def project(
         dtype: in which the similarities are computed. The common space is found in fp64.
     """
     device = main_head.device
-    own, anchor_own = _rows(source, len(source_head))
-    others, anchor_other = _rows(main, len(main_head))
-    shared = [data for data in anchor_own if data in anchor_other]
+    own, place_own = _rows(source, len(source_head))
+    others, place_other = _rows(main, len(main_head))
+    shared = [spelling for spelling in place_own if spelling in place_other]
     x, z = mapped(
         source_head[own].to(device, torch.float64),
         main_head[others].to(device, torch.float64),
-        torch.tensor([(anchor_own[data], anchor_other[data]) for data in shared], device=device).reshape(-1, 2),
+        torch.tensor([(place_own[known], place_other[known]) for known in shared], device=device).reshape(-1, 2),
     )
     x, z = x.to(dtype), z.to(dtype)
 
@@ -99,15 +99,18 @@ def project(
 
 
 def mapped(x: Tensor, z: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets of vectors in a common space, with length 1. `anchors` (A, 2) are the pairs of rows that mean the same."""
+    """Both sets of vectors in a common space, with length 1. `anchors` (A, 2) are the pairs of rows that mean the same.
+
+    The rotation is found in the coordinates that whitening keeps. In all of them, of which more may be empty than not where anchors are
+    few, LAPACK's decomposition need not converge.
+    """
     x, z = _normalised(x), _normalised(z)
-    xa, za = x[anchors[:, 0]], z[anchors[:, 1]]
-    x_whitened, x_colored = _whitening(xa)
-    z_whitened, z_colored = _whitening(za)
-    u, s, vt = torch.linalg.svd((xa @ x_whitened).T @ (za @ z_whitened), full_matrices=False)
+    xa, x_scale, x_axes = _decomposed(x[anchors[:, 0]])
+    za, z_scale, z_axes = _decomposed(z[anchors[:, 1]])
+    u, s, vt = torch.linalg.svd(xa.T @ za, full_matrices=False)
     v = vt.T
-    x = (x @ x_whitened @ u * s.sqrt()) @ (u.T @ x_colored @ u)
-    z = (z @ z_whitened @ v * s.sqrt()) @ (v.T @ z_colored @ v)
+    x = (x @ (x_axes / x_scale) @ u * s.sqrt()) @ (u.T * x_scale @ u)
+    z = (z @ (z_axes / z_scale) @ v * s.sqrt()) @ (v.T * z_scale @ v)
     return _unit(x), _unit(z)
 
 
@@ -120,21 +123,17 @@ def _unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=1)
 
 
-def _whitening(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The transformation that makes the vectors' dimensions uncorrelated, and the one back.
+def _decomposed(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The vectors with uncorrelated coordinates of one scale (A, R), the scale of each, and the axes (D, R) on which they are measured.
 
     Dimensions in which the vectors do not differ are left out, as where there are fewer anchors than dimensions.
     """
-    _, s, vt = torch.linalg.svd(vectors, full_matrices=False)
+    u, s, vt = torch.linalg.svd(vectors, full_matrices=False)
     kept = s > 1e-10 * (s[0] if len(s) else 0)
-    s, vt = s[kept], vt[kept]
-    return vt.T * (1 / s) @ vt, vt.T * s @ vt
+    return u[:, kept], s[kept], vt[kept].T
 
 
-def _rows(tokens: TokenBytes, size: int) -> tuple[list[int], dict[bytes, int]]:
-    """The tokens that have bytes and a row in the head, and where the first one of each spelling stands among them."""
-    own = [i for i, piece in enumerate(tokens.pieces[:size]) if piece]
-    first: dict[bytes, int] = {}
-    for place, i in enumerate(own):
-        first.setdefault(tokens.pieces[i] or b"", place)
-    return own, first
+def _rows(tokens: TokenBytes, size: int) -> tuple[list[int], dict[Spelling, int]]:
+    """The tokens that have bytes and a row in the head, and where each spelling stands among them."""
+    known = {spelling: i for i, spelling in enumerate(tokens.spellings[:size]) if spelling is not None}
+    return [*known.values()], {spelling: place for place, spelling in enumerate(known)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from profuser.models.merged_adapter import adapter_folder
 from profuser.models.token_ids import check_token_ids
 from profuser.models.weights import HARMLESS, has_no_place
 from profuser.recipe.schema import SourceConfig
-from profuser.text.token_bytes import TokenBytes
+from profuser.text.token_bytes import Spelling, TokenBytes
 from profuser.train.checkpoint import checkpoints
 
 ENOUGH_SHARED = 0.9
@@ -44,7 +44,7 @@ FUSE = "fuse them instead: `python -m profuser.train` with a recipe that names t
 class Candidate:
     """A model that takes part.
 
-    rows: for every token of the base which token of the model has the same bytes, -1 for none; None if the tokens are the same.
+    rows: for every token of the base which token of the model is the same one, -1 for none; None if all have the same ids.
     """
 
     name: str
@@ -94,8 +94,10 @@ def open_models(names: list[str]) -> tuple[Architecture, list[Candidate]]:
                     f"{name}: its weights could not be downloaded ({first_line(error)}); copy them here"
                 ) from None
         found = architecture_of(name, config)
+        weights = StoredWeights(name, folder, found.aliases)
+        found = untied(found, weights)
         architecture = architecture or found
-        candidate = Candidate(name, folder, config, StoredWeights(name, folder, found.aliases))
+        candidate = Candidate(name, folder, config, weights)
         if candidates:
             check_mergeable(candidates[0], candidate, architecture, found)
         else:
@@ -143,6 +145,20 @@ def architecture_of(name: str, config: PreTrainedConfig) -> Architecture:
     return Architecture(shapes, aliases, frozenset(tables), embedding)
 
 
+def untied(architecture: Architecture, weights: StoredWeights) -> Architecture:
+    """The same without the ties of parameters that have values of their own in a model's files. transformers does not tie them either."""
+    own = {
+        name
+        for name, stored in architecture.aliases.items()
+        if name in weights.names and stored in weights.names and not torch.equal(weights.get(name), weights.get(stored))
+    }
+    return replace(
+        architecture,
+        aliases={name: stored for name, stored in architecture.aliases.items() if name not in own},
+        tables=architecture.tables | {name for name in own if architecture.aliases[name] in architecture.tables},
+    )
+
+
 def check_stored(candidate: Candidate, architecture: Architecture) -> None:
     """Raises DataError if a model's files lack a parameter, or hold another one or another shape than its config says."""
     if extra := [x for x in candidate.weights.names if x not in architecture.shapes and not HARMLESS.search(x)]:
@@ -164,9 +180,12 @@ def check_mergeable(first: Candidate, other: Candidate, expected: Architecture, 
             f"models must have tied embeddings where the first's are tied, {other.name} has a {own[0]} of its own, which would be lost, "
             f"and {first.name} has not; name {other.name} first where there is no base, or {FUSE}"
         )
-    same = same_tokenizer_files(first.folder, other.folder) or same_tokens(first.tokens, other.tokens)
+    same = same_tokenizer_files(first.folder, other.folder) or (
+        same_tokens(first.tokens, other.tokens) and first.tokens.specials == other.tokens.specials
+    )
     if not same:
-        other.rows = rows_of(first, other, expected.shapes[expected.embedding][0])
+        rows, rows_other = (model.shapes[model.embedding][0] for model in (expected, found))
+        other.rows = rows_of(first, rows, other, rows_other)
     for name in {**expected.shapes, **found.shapes}:
         ours, theirs = expected.shapes.get(name), found.shapes.get(name)
         if name in expected.tables and not same and ours and theirs and ours[1:] == theirs[1:]:
@@ -188,15 +207,18 @@ def same_tokenizer_files(first: Path, other: Path) -> bool:
     return ours[0] is not None and ours == contents(other)
 
 
-def rows_of(first: Candidate, other: Candidate, rows: int) -> Tensor:
-    """For each of the base's rows the other's row of the same bytes or the same control token, -1 where there is none."""
+def rows_of(first: Candidate, rows: int, other: Candidate, rows_other: int) -> Tensor:
+    """For each of the base's rows the other's row of the same spelling or the same control token, -1 where there is none.
 
-    def keys(candidate: Candidate) -> list[bytes | str | None]:
+    rows, rows_other: how many rows the models' embeddings have. A token may have none, as one that was added later.
+    """
+
+    def keys(candidate: Candidate, rows: int) -> list[Spelling | str | None]:
         tokens = candidate.tokens
-        return [piece if piece else tokens.specials.get(i) for i, piece in enumerate(tokens.pieces)]
+        return [spelling or tokens.specials.get(i) for i, spelling in enumerate(tokens.spellings[:rows])]
 
-    theirs = {key: i for i, key in reversed(list(enumerate(keys(other)))) if key is not None}
-    ours = keys(first)[:rows]
+    theirs = {key: i for i, key in enumerate(keys(other, rows_other)) if key is not None}
+    ours = keys(first, rows)
     found = torch.full((rows,), -1)
     found[: len(ours)] = torch.tensor([-1 if key is None else theirs.get(key, -1) for key in ours])
     used = [i for i, key in enumerate(ours) if key is not None]

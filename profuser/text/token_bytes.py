@@ -15,6 +15,7 @@ character), the text is refused with the reason `normaliser`. WordPiece's contin
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import json
@@ -38,6 +39,10 @@ MAX_ID = 1 << 24
 
 SPACE_MARK = "\u2581"  # stands for a space in SentencePiece's token strings
 WHITESPACE = b" \t\n\r\x0b\x0c"
+
+
+Spelling = tuple[bytes, bool, int]
+"""A token's bytes, whether it is a byte token, and which one it is of those with the same bytes."""
 
 
 class TokenBytesMismatch(DataError):
@@ -152,6 +157,20 @@ class TokenBytes:
                 self._dummy = {"always": "missing", "first": "first"}[part.get("prepend_scheme", "always")]
             elif part["type"] == "ByteLevel" and part["add_prefix_space"]:
                 self._dummy = "missing"
+
+    @functools.cached_property
+    def spellings(self) -> list[Spelling | None]:
+        """By what every token is known in a tokenizer of the same family; None where `pieces` has no bytes.
+
+        Bytes alone are not enough: `a` and the byte token `<0x61>` have the same, and so have two runs of spaces in GPT-NeoX.
+        """
+        counts = collections.Counter[tuple[bytes, bool]]()
+        found: list[Spelling | None] = []
+        for i, piece in enumerate(self.pieces):
+            kind = (piece or b"", i in self.byte_tokens)
+            found.append((*kind, counts[kind]) if piece else None)
+            counts[kind] += 1
+        return found
 
     def _spelt(self, i: int, token: str) -> bytes:
         """The bytes that the decoder makes of the token with this id and string."""
