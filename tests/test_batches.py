@@ -28,7 +28,7 @@ from profuser.recipe.schema import SourceConfig
 from profuser.store import layout
 from profuser.store.store import Store
 from profuser.train.collate import collate
-from profuser.train.steps import Steps, load_steps
+from profuser.train.steps import MicroBatch, Steps, load_steps
 from profuser.train.targets import Targets
 
 ONES = dict.fromkeys(Mode, 1.0)
@@ -67,6 +67,15 @@ def test_a_batch_holds_the_winners_distributions_and_nothing_of_the_others(targe
             assert batch["source_tail"][0, b, t] == s.row_tail[r]
         assert (batch["source_ids"][0, b, ~seen] == -1).all()
         assert (batch["source_tail"][0, b, ~seen] == 0).all()
+
+
+def test_what_a_step_says_of_its_sequences(targets, steps):
+    batch = steps.batch(0)
+    lengths = [n for micro in batch.micro_batches for row in micro.lengths for n in row]
+    assert (batch.tokens, batch.squares) == (sum(lengths), sum(n * n for n in lengths))
+    assert [micro.entries for micro in batch.micro_batches] == [targets.top_k] * len(batch.micro_batches)
+    mixed = MicroBatch({"source_ids": np.zeros((3, 2, 8, 5), np.int64)}, [], [])
+    assert (mixed.entries, MicroBatch({}, [], []).entries) == (15, 0)
 
 
 @pytest.mark.parametrize("mixing", [None, 1.0, 0.3])

@@ -6,6 +6,8 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,17 +15,20 @@ import torch
 from command_runs import rows, run
 
 from profuser.demo.verify import score as verifier
-from profuser.evaluate import benchmarks
+from profuser.errors import DataError
+from profuser.evaluate import benchmarks, judging
 from profuser.evaluate.benchmarks import run_benchmarks
 from profuser.evaluate.comparison import compare, table
-from profuser.evaluate.contestants import LoadedModel, contestants_of
+from profuser.evaluate.contestants import Alone, Joint, LoadedJoint, LoadedModel, contestants_of
 from profuser.evaluate.picture import draw
 from profuser.evaluate.results import Column, Result
-from profuser.evaluate.scoring import passages_of
+from profuser.evaluate.scoring import HarnessTask, passages_of
 from profuser.evaluate.statistics import Sample, mcnemar, paired_p, score
 from profuser.evaluate.tasks import PAPER, manager_for, select
 from profuser.generate.methods import open_decoder
+from profuser.recipe.generation import GenerationConfig
 from profuser.recipe.parse import parse_run
+from profuser.recipe.schema import JudgeConfig
 from profuser.report.intervals import wilson
 from profuser.report.theme import LIGHT
 
@@ -149,6 +154,69 @@ def test_results_are_kept_until_the_model_the_task_or_the_options_change(monkeyp
     assert again() == ["guardian"]
 
 
+def test_the_digest_of_a_task_says_what_it_asks_and_not_where_its_functions_lie():
+    def digest(place: int, question: str, shots: int = 0, shown: str = "") -> str:
+        task: Any = SimpleNamespace(
+            task_name="own",
+            dump_config=lambda: {"process_results": f"<function verdict at 0x{place:x}>"},
+            get_config=lambda key: shots,
+            fewshot_docs=lambda: [{"q": shown}],
+            eval_docs=[{"q": question}],
+        )
+        return HarnessTask(task).digest
+
+    assert digest(0x7F01, "Why?") == digest(0xA2, "Why?") == digest(0xA2, "Why?", shown="not shown")
+    others = [digest(1, "How?"), digest(1, "Why?", 1, "Where?"), digest(1, "Why?", 1, "When?")]
+    assert len({digest(1, "Why?"), *others}) == 4
+
+
+def test_the_score_of_a_task_is_its_usual_value_or_the_first_that_every_item_has():
+    def primary(name: str, *items: list[str]) -> str:
+        task: Any = SimpleNamespace(task_name=name)
+        return HarnessTask(task)._primary([{"values": dict.fromkeys(keys, 1.0)} for keys in items])
+
+    both = ["acc,none", "acc_norm,none"]
+    assert primary("arc_challenge", both, both) == "acc_norm,none"
+    assert primary("arc_challenge", both, ["acc,none"]) == "acc,none"
+    assert primary("own", both, both) == "acc,none"
+    with pytest.raises(DataError, match="task own: a task must give a number for every item"):
+        primary("own", ["a"], ["b"])
+
+
+def test_what_the_harness_gives_is_kept_item_by_item_with_which_way_is_better(monkeypatch):
+    samples = [
+        {"doc_id": n, "arguments": [[f"Q{n}"]], "target": n, "resps": [[f"A{n}"]], "filter": "none", "metrics": ["wer"]}
+        | {"wer": n / 4}
+        for n in (1, 0)
+    ]
+    results = {"alias": "own", "wer,none": 0.125, "wer_stderr,none": 0.1}
+    out = {"samples": {"own": samples}, "results": {"own": results}}
+    monkeypatch.setattr("profuser.evaluate.scoring.evaluate", lambda *args, **options: out)
+    task: Any = SimpleNamespace(
+        task_name="own",
+        OUTPUT_TYPE="generate_until",
+        set_fewshot_seed=lambda seed: None,
+        higher_is_better=lambda: {"wer": False},
+        get_config=lambda key: 2,
+    )
+    lm: Any = None
+    assert HarnessTask(task).scored(lm, None) == {
+        "primary": "wer,none",
+        "higher_is_better": False,
+        "values": {"wer,none": 0.125},
+        "items": [
+            {"id": n, "values": {"wer,none": n / 4}, "prompt": f"Q{n}", "target": f"{n}", "answer": f"A{n}"}
+            for n in (0, 1)
+        ],
+        "shots": 2,
+    }
+
+
+def test_passages_are_measured_in_bytes():
+    Path("text.md").write_text("\n\n".join(["ä" * 500] * 3))
+    assert passages_of(Path("text.md")) == ["ä" * 500] * 3
+
+
 def test_bits_per_byte_are_those_of_the_models_own_log_probabilities():
     text = "\n\n".join(f"A bozun is a song. Answer: bitter. {'How does it taste? ' * n}Sweet." for n in (70, 3, 40))
     Path("text.md").write_text(text)
@@ -219,6 +287,32 @@ def test_judges_score_every_answer_by_itself_and_their_scores_are_kept():
     assert done(*arguments).partition("| task")[2] == out.partition("| task")[2]
     assert {path: path.stat().st_mtime_ns for path in OUT.glob("*/*.json")} == files
     assert (OUT / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_are_judged_again_on_another_day_and_where_that_is_asked_for(monkeypatch, tmp_path):
+    """A judge's template may show it the date."""
+    asked = []
+
+    def judge(rows, answers, progress):
+        asked.append(answers)
+        return np.ones((len(rows), 1))
+
+    monkeypatch.setattr(judging, "load_judge", lambda *args, **options: judge)
+    of_harness: Any = SimpleNamespace(task_name="own", OUTPUT_TYPE="generate_until", eval_docs=[{"q": 1}])
+    item = {"id": 0, "values": {"acc,none": 1.0}, "prompt": "Q", "target": "T", "answer": "A"}
+    columns = [Column("own", ("own",)), Column("all", ("own", "other"))]
+
+    def times(date: str | None, *, fresh: bool = False) -> int:
+        asked.clear()
+        results = {"m": {"own": Result.of({"primary": "acc,none", "items": [item], "higher_is_better": True})}}
+        recipe: Any = SimpleNamespace(judges=[JudgeConfig(name="rm", model="demo:judge-a")], date=date)
+        (column,) = judging.judge_answers(results, [HarnessTask(of_harness)], columns, recipe, tmp_path, fresh)
+        assert column.tasks == ("own, rm",)
+        assert results["m"]["own, rm"].sample.values.tolist() == [1.0]
+        return len(asked)
+
+    assert [times(None), times(None), times("2024-02-03"), times("2024-02-03")] == [1, 0, 1, 0]
+    assert times(None, fresh=True) == 1
 
 
 def test_what_cannot_be_judged_is_said_in_one_line():
@@ -324,6 +418,21 @@ def test_a_score_weighs_tasks_and_items_and_its_interval_holds_it():
     assert found.low < found.value < found.high
 
 
+def test_a_column_whose_tasks_count_alike_is_the_mean_of_their_scores():
+    results = {"a": {"s": result(1.0, 0.0, 0.0, 0.0), "t": result(1.0)}}
+    scores = [
+        compare(results, [Column("all", ("s", "t"), weighted)])[0].scores["a"].value for weighted in (True, False)
+    ]
+    assert scores == pytest.approx([2 / 5, (1 / 4 + 1) / 2])
+
+
+def test_items_with_sizes_are_not_counted_as_right_and_wrong_answers():
+    sizes = np.array([1.0, 1.0, 8.0])
+    a, b = (Sample(np.array(values), sizes) for values in ([1.0, 0.0, 1.0], [0.0, 1.0, 0.0]))
+    assert paired_p([a], [b], [1.0]) == pytest.approx(0.75, abs=0.02)  # six of the eight turns of signs
+    assert paired_p([Sample(a.values)], [Sample(b.values)], [1.0]) == 1
+
+
 def test_a_share_is_exactly_the_count_divided_by_the_items():
     assert all(score([Sample(np.arange(200) < n)], [1.0]).value == n / 200 for n in range(0, 201, 7))
 
@@ -422,6 +531,31 @@ def test_two_models_of_one_name_are_told_apart():
 
     shutil.copytree("other/guardian", "guardian")
     assert [c.name for c in contestants_of(["guardian", "other/guardian"])] == ["guardian", "other/guardian"]
+    assert [c.name for c in contestants_of(["guardian"], taken=["guardian"])] == ["./guardian"]
+
+
+def test_a_directory_with_an_at_in_its_name_has_no_revision():
+    Path("guardian").rename("guardian@new")
+    (contestant,) = contestants_of(["guardian@new"])
+    assert isinstance(contestant, Alone)
+    assert (contestant.name, contestant.source.revision) == ("guardian@new", None)
+
+
+def test_sources_answer_together_by_the_method_that_is_named_and_so_long_as_they_are_let():
+    slow = Path("recipe.yaml").read_text()
+    Path("batched.yaml").write_text(f"{slow}\ndecode: {{ batch_size: 7 }}\n")
+    contestants = contestants_of(["gated:recipe.yaml", "decode:recipe.yaml", "decode:batched.yaml"])
+    joint = [contestant for contestant in contestants if isinstance(contestant, Joint)]
+    assert [contestant.recipe.decode.method for contestant in joint] == ["gated", "cool", "cool"]
+    # What is answered does not depend on how much is answered at a time.
+    assert joint[0].identity != joint[1].identity == joint[2].identity
+
+    fusion: Any = SimpleNamespace(
+        config=SimpleNamespace(batch_size=3), answers=lambda prompts, size: (SimpleNamespace(text=p) for p in prompts)
+    )
+    loaded = LoadedJoint(fusion)
+    assert loaded.answer(["a", "b"], GenerationConfig(max_new_tokens=5), max_length=64) == ["a", "b"]
+    assert fusion.max_new_tokens == 5
 
 
 def test_tasks_of_a_folder_are_taken_together(in_run):

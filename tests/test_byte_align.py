@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from alignment_checks import BARE, TOLERANCE, certain, chain_chat, check_mass, run, token
 from small_tokenizers import VICUNA, capture_of, chained, distribution, ids_of, labels, sentencepiece, wrap
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from profuser.alignment.engine import byte_aligner
 from profuser.alignment.reference import PythonByteAligner
@@ -136,6 +139,22 @@ def test_end_of_turn_within_a_target_token_counts_for_the_bytes_so_far():
     assert distribution(aligned, 0) == pytest.approx(
         {token(target, "hello"): 0.7, token(target, "hel"): 0.3}, abs=TOLERANCE
     )
+
+
+@pytest.mark.parametrize(
+    "spelt", [b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\x80"], ids=["surrogate", "beyond", "overlong"]
+)
+def test_candidate_whose_bytes_no_text_has_stays_in_the_tail(spelt):
+    target, tokenizer = chain_chat(split=False), json.loads(chained(split=False).to_str())
+    vocab, letter_of = tokenizer["model"]["vocab"], bytes_to_unicode()
+    vocab["".join(letter_of[byte] for byte in spelt)] = len(vocab)
+    source = ChatFormat(wrap(Tokenizer.from_str(json.dumps(tokenizer)), BARE))
+    own = labels(source.encode("x", "ab"))
+    rows = certain(source, "ab")
+    rows[1] = {own[1]: 0.6, source.token_bytes.pieces.index(spelt): 0.4}
+    aligned = run(target, source, "ab", rows)
+    assert distribution(aligned, 1) == pytest.approx({token(target, "b"): 0.6}, abs=TOLERANCE)
+    assert aligned.tail[1] == pytest.approx(0.4, abs=TOLERANCE)
 
 
 def test_own_token_outside_the_top_k_is_a_candidate():
@@ -303,6 +322,15 @@ def test_ids_beyond_the_tokenizer_and_padding_stay_in_the_tail():
     rows[0] = {labels(source.encode("x", "a"))[0]: 0.6, len(source.token_bytes.pieces) + 3: 0.4}
     aligned = run(target, source, "a", rows, k=5)
     assert distribution(aligned, 0) == pytest.approx({token(target, "a"): 0.6}, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("template", [BARE, BARE.replace("'</s>'", "' </s>'")])
+def test_ids_beyond_the_tokenizer_do_not_end_a_turn(template):
+    target, source = chain_chat("ab", template=template), chain_chat()
+    rows = certain(source, "a")
+    rows[1] = {source.end_id: 0.6, 2**30: 0.4}
+    aligned = run(target, source, "a", rows, k=5)
+    assert distribution(aligned, 1) == pytest.approx({target.end_id: 0.6}, abs=TOLERANCE)
 
 
 def test_a_token_that_the_target_never_emits_is_no_candidate():

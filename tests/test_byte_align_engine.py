@@ -45,7 +45,7 @@ from profuser.alignment.boundaries import Boundaries
 from profuser.alignment.engine import CppByteAligner, byte_aligner
 from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.spans import ENGINE, _align
-from profuser.alignment.types import ALIGNED, INSIDE, SAME_SPAN, SKIP_NO_PREFIX_RANGE
+from profuser.alignment.types import ALIGNED, INSIDE, SAME_SPAN, SKIP_NO_PREFIX_RANGE, PrefixRanges
 from profuser.errors import DataError
 from profuser.experiments.alignment_pairs import PAIRS
 from profuser.kernels.source_topk import source_topk_from_logits
@@ -363,6 +363,17 @@ def test_bad_input_is_refused_with_the_rule(engine, name):
         engine(target, source).align(b"abc", *change(encoded, capture))
 
 
+@needs_cpp
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_first_sequence_of_a_batch_that_is_refused_is_named(threads):
+    target, source, encoded, capture = case()
+    _, wrong = BAD["range of other bytes"][0](encoded, capture)
+    with pytest.raises(DataError, match=r"\(sequence 1 of the batch\)"):
+        byte_aligner(target, source, threads=threads).align_batch(
+            [b"abc"] * 4, [encoded] * 4, [capture, wrong, capture, wrong]
+        )
+
+
 @pytest.mark.parametrize("which", ["target", "source"])
 def test_tokens_of_another_response_are_refused(which):
     target, source, encoded, capture = case()
@@ -372,6 +383,18 @@ def test_tokens_of_another_response_are_refused(which):
     for engine in (byte_aligner, PythonByteAligner):
         with pytest.raises(DataError, match=f"{which} token must hold the response's bytes"):
             engine(target, source).align(response, encoded, capture)
+
+
+@pytest.mark.parametrize("shorter", ["target", "source"])
+def test_tokens_that_end_before_the_response_are_refused(shorter):
+    target, source, *_ = case()
+    own = {"target": "abcd", "source": "abc"}[shorter]
+    rows = [{i: 1.0} for i in labels(source.encode("x", own))]
+    capture = capture_of(source, source.encode("x", own), 4, rows, 1)
+    encoded = target.encode("x", "abc" if shorter == "target" else "abcd")
+    for engine in (byte_aligner, PythonByteAligner):
+        with pytest.raises(DataError, match=f"the {shorter}'s tokens must reach the response's end, byte 4, got 3"):
+            engine(target, source).align(b"abcd", encoded, capture)
 
 
 @needs_cpp
@@ -392,6 +415,7 @@ def test_another_dtype_is_refused(field):
         ("span_offsets", lambda x: x[:-1], "rows"),
         ("prefix_start", lambda x: x + 1000, "prefix_start"),
         ("prefix_start", lambda x: x - 1000, "prefix_start"),
+        ("prefix_start", lambda x: x[0] + np.array([0, 1, 0], np.int32), "prefix_start must not descend"),
         ("start", lambda x: x + 1, "spans must be one per token"),
         ("start", lambda x: x - 1000, "start must be"),
         ("target_end", lambda x: x * 0 - 9, "target_end"),
@@ -410,6 +434,14 @@ def test_the_engine_never_reads_out_of_bounds(field, change, message):
         aligner.align_arrays(batch | {field: change(batch[field])})
     with pytest.raises(DataError, match=f"needs {field}"):
         aligner.align_arrays({k: v for k, v in batch.items() if k != field})
+
+
+@needs_cpp
+def test_the_engine_takes_a_range_once():
+    target, source, encoded, capture = case()
+    twice = (getattr(capture.ranges, field.name).repeat(2, 0) for field in dataclasses.fields(PrefixRanges))
+    with pytest.raises(DataError, match="come in order"):
+        CppByteAligner(target, source).align(b"abc", encoded, replaced(capture, ranges=PrefixRanges(*twice)))
 
 
 def test_top_k_must_be_positive():

@@ -206,7 +206,8 @@ def test_what_is_kept_is_not_asked_for_again_and_a_prompt_without_room_gets_an_e
     assert found[1:] == [[Response("", True, Verdict.OK)], [kept]]
 
 
-def test_what_is_sampled_after_an_end_is_no_copy_of_what_was_kept(tmp_path):
+@pytest.mark.parametrize("ended", [[0, 1], [1]])
+def test_what_is_sampled_after_an_end_is_no_copy_of_what_was_kept(tmp_path, ended):
     source, model = guardian(temperature=4.0, max_new_tokens=6, batch_size=4)
 
     def answers(kept=None):
@@ -218,10 +219,10 @@ def test_what_is_sampled_after_an_end_is_no_copy_of_what_was_kept(tmp_path):
     assert len(set(first[0])) == 4
     assert answers() == first
     with Unfinished(tmp_path, layout.responses("train", "guardian"), 0, "engine") as unfinished:
-        for n, text in enumerate(first[0][:2]):
-            unfinished.add((0, n), [text, True, 0])
+        for n in ended:
+            unfinished.add((0, n), [first[0][n], True, 0])
         both = answers(unfinished)
-    assert both[0][:2] == first[0][:2]
+    assert [both[0][n] for n in ended] == [first[0][n] for n in ended]
     assert len(set(both[0])) == 4
 
 

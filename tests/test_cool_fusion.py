@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,8 @@ from profuser.generate.boundaries import word_ends
 from profuser.generate.cool_fusion import CoolFusion
 from profuser.generate.gated import Gated
 from profuser.generate.prompts import prompts_of
-from profuser.generate.speaker import Speaker, Voice, Writing
+from profuser.generate.speaker import Speaker, Voice, Writing, segment_of
+from profuser.generate.steps import Answer, Candidate, Step
 from profuser.generate.trace import page
 from profuser.generate.voices import load_voices
 from profuser.models.head import head_of
@@ -235,6 +237,31 @@ def test_random_models_with_real_tokenizers(pair, segment):
     assert compare(voices, PROMPTS, DecodeConfig(segment=segment, max_segment_tokens=6), 10) > 5
 
 
+def test_what_a_source_has_written_beyond_a_segment_stays_with_its_entropies(demo):
+    speaker = Speaker(demo[0], PROMPTS[0])
+    segment = segment_of(alone(speaker.writes(12)))
+    said, entropies = list(speaker._said), list(speaker._entropies)
+    assert segment
+    speaker.goes_on(segment)
+    left = len(speaker._said)
+    assert 0 < left < 12
+    assert (speaker._said, speaker._entropies) == (said[-left:], entropies[-left:])
+
+
+def test_a_segment_that_ends_inside_a_token_is_tokenised_anew(demo):
+    speaker = Speaker(demo[0], PROMPTS[0])
+    text = alone(speaker.writes(20)).text
+    pieces = [demo[0].chat.token_bytes.pieces[token] for token in speaker._said]
+    ends = {len(b"".join(pieces[:n]).decode().lstrip()) for n in range(len(pieces) + 1)}
+    inside = next(n for n in range(1, len(text)) if n not in ends)
+    speaker.goes_on_alone(text[:inside])
+    encoded = speaker.encoded(text[:inside])
+    assert encoded is not None
+    assert speaker.response == text[:inside]
+    assert speaker._base == encoded.input_ids[: encoded.stop]
+    assert speaker.tokens == encoded.stop - encoded.start
+
+
 def test_one_source_writes_what_it_would_write_alone(demo):
     for voice in demo:
         joint = CoolFusion([voice], DecodeConfig(), 40).answer(PROMPTS[0])
@@ -440,6 +467,22 @@ def test_an_interrupted_answer_promises_nothing(monkeypatch):
     monkeypatch.setattr("profuser.generate.__main__.streamed", mock.Mock(side_effect=Interrupted))
     with pytest.raises(Interrupted, match="answers in the terminal are not kept"):
         main(["--prompt", PROMPTS[1]])
+
+
+def test_the_page_shows_the_perplexities_of_those_that_were_asked():
+    steps = tuple(
+        Step((Candidate(text, (0,), perplexities, 0.0),), 0)
+        for text, perplexities in (("One", (1.5, math.nan)), (" two", (math.nan, math.nan)))
+    )
+    found = page(["a", "b"], [("Count.", Answer("One two", True, steps))])
+    assert 'title="One (a): a 1.5"' in found
+    assert 'title="two (a): nobody else was asked"' in found
+
+
+def test_a_gate_has_a_threshold_as_soon_as_eight_tokens_are_written():
+    gated: Any = SimpleNamespace(config=DecodeConfig(method="gated", gate=2.0))
+    assert Gated._threshold(gated, [1.0] * 7) == math.inf
+    assert Gated._threshold(gated, [0.0, 2.0] * 4) == 1.0 + 2.0
 
 
 def test_what_the_page_shows_is_escaped(demo):

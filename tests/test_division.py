@@ -142,6 +142,17 @@ def test_another_held_out_file_leaves_the_training_shards_alone(prepared, tmp_pa
     assert not {name for name in new if "heldout" in name and new[name] == old.get(name)}
 
 
+def test_the_examples_of_every_shard_are_counted_again_where_a_row_comes_before_them(prepared, tmp_path):
+    copied(prepared, tmp_path)
+    data = prepared[1].recipe.data
+    run = with_rows(prepared[1], tmp_path, rows_of(data.train))
+    run = with_rows(run, tmp_path, [NEW, *rows_of(data.validation)], split="validation")
+    store, kind = prepare(run), layout.targets("validation")
+    parts = Inputs.open(run).parts("validation")
+    assert len(parts) > 1
+    assert [store.get(kind, part.number)["example"].tolist() for part in parts] == [part.examples for part in parts]
+
+
 @pytest.mark.long
 def test_a_split_that_is_gone_takes_its_shards_along(prepared, tmp_path):
     copied(prepared, tmp_path)

@@ -24,6 +24,7 @@ from profuser.prepare.phases import prepare
 from profuser.prepare.responses import Response, read_responses
 from profuser.prepare.server import Server
 from profuser.recipe.generation import GenerationConfig
+from profuser.recipe.places import resolve
 from profuser.recipe.schema import SourceConfig
 from profuser.recipe.server import ServerConfig
 from profuser.store import layout
@@ -88,6 +89,14 @@ def test_a_server_is_asked_for_what_the_recipe_says(chat, monkeypatch):
     assert first[0]["messages"] == [{"role": "user", "content": "One?"}]
     assert first[0]["max_tokens"] == 20
     assert [m["role"] for m in second[0]["messages"]] == ["system", "user", "assistant", "user"]
+
+
+def test_a_prompt_is_done_when_all_its_responses_are_there(chat):
+    done = []
+    with chat_server(lambda body: choice("yes")) as there, answering("server", of_server(chat, there.url)) as answer:
+        answer(Asked("train", ["One?", "word " * 300, "Two?"], 3), lambda n=1, *, tokens=0: done.append((n, tokens)))
+    assert sum(n for n, _ in done) == 3
+    assert sum(tokens for _, tokens in done) == 6 * 3
 
 
 def test_a_system_message_goes_where_the_models_template_has_a_place_for_it():
@@ -155,6 +164,19 @@ def test_reasoning_that_a_server_gives_apart_is_said(chat, capsys):
         assert "apart" not in capsys.readouterr().out
 
 
+def test_reasoning_may_be_given_apart_under_either_of_its_names(chat, capsys):
+    with chat_server(lambda body: choice("4", reasoning="2 + 2")) as there:
+        assert answers(of_server(chat, there.url), ["One?", "Two?"]) == [one("4"), one("4")]
+    assert "the reasoning of 2 responses apart" in capsys.readouterr().out
+
+
+def test_spaces_around_a_key_are_not_a_part_of_it(chat, monkeypatch):
+    monkeypatch.setenv("THE_KEY", " s3cret\n")
+    with chat_server(lambda body: choice("yes")) as there:
+        answers(of_server(chat, there.url, key_variable="THE_KEY"), ["One?"])
+    assert there.keys == ["Bearer s3cret"]
+
+
 def test_requests_are_sent_side_by_side(chat):
     together = threading.Barrier(4, timeout=20)
 
@@ -165,6 +187,24 @@ def test_requests_are_sent_side_by_side(chat):
     with chat_server(answer) as there:
         assert answers(of_server(chat, there.url, concurrency=4), [f"{n}?" for n in range(8)]) == [one("yes")] * 8
         assert there.most == 4
+
+
+def test_nothing_more_is_asked_when_nobody_waits_for_the_answers():
+    others, gate, begun = set(threading.enumerate()), threading.Event(), []
+
+    def ask(job):
+        begun.append(job)
+        assert job == 0 or gate.wait(20)
+
+    config = ServerConfig(url="http://127.0.0.1:9/v1", concurrency=1)
+    found = Server(config, "sources: a: server").all(range(9), ask)
+    assert next(found) == (0, None)
+    workers = set(threading.enumerate()) - others
+    found.close()
+    gate.set()
+    for worker in workers:
+        worker.join()
+    assert begun in ([0], [0, 1])
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 529, 408])
@@ -185,6 +225,15 @@ def test_a_server_may_say_how_long_to_wait(chat):
         begin = time.monotonic()
         answers(of_server(chat, there.url), ["One?"])
         assert time.monotonic() - begin >= 0.4
+
+
+def test_a_server_cannot_ask_for_any_wait(chat, monkeypatch):
+    monkeypatch.setattr(server, "LONGEST_ASKED", 0.1)
+    with chat_server(lambda body: (503, "loading"), headers={"Retry-After": "4"}) as there:
+        begin = time.monotonic()
+        with pytest.raises(ProfuserError, match="in 2 tries"):
+            answers(of_server(chat, there.url, model="served", retries=1), ["One?"])
+        assert time.monotonic() - begin < 3
 
 
 @pytest.mark.parametrize(
@@ -213,6 +262,17 @@ def test_what_a_server_refuses_is_one_line(chat, monkeypatch, reply, kind, says)
     assert "\n" not in str(error.value)
     assert "s3cret" not in str(error.value)
     assert str(error.value).startswith("sources: guardian: server: the server http://127.0.0.1:")
+
+
+def test_neither_a_prompt_nor_the_key_follows_a_redirect(chat, monkeypatch):
+    monkeypatch.setenv("THE_KEY", "s3cret")
+    with chat_server(lambda body: choice("yes")) as other:
+        place = f"{other.url}/chat/completions"
+        with chat_server(lambda body: (307, ""), headers={"Location": place}) as there:
+            source = of_server(chat, there.url, model="served", key_variable="THE_KEY")
+            with pytest.raises(ProfuserError, match=f"must not redirect requests, it names {place}; name that url"):
+                answers(source, ["One?"])
+    assert not other.bodies
 
 
 def test_a_server_that_is_not_there_is_one_line(chat):
@@ -380,6 +440,14 @@ def test_a_damaged_line_is_asked_for_again(chat, tmp_path):
             assert ask() == expected
             assert len(there.bodies) == again
             assert ask() == expected
+            assert len(there.bodies) == again  # a line behind a damaged one is whole
+        # A result that is whole, but no response as they are here, is asked for again as well.
+        with pytest.raises(KeyboardInterrupt), Unfinished(tmp_path, kind, 0, "server") as kept:  # noqa: PT012
+            kept.add((1, 0), ["b?", True, 99])
+            raise KeyboardInterrupt
+        there.bodies.clear()
+        assert ask() == expected
+        assert len(there.bodies) == 1
         # What another engine answered counts for nothing.
         with Unfinished(tmp_path, kind, 0, "vllm") as kept:
             assert not kept.results
@@ -401,6 +469,17 @@ def test_auto_is_vllm_on_a_gpu_where_it_is_installed(prepared, monkeypatch, tmp_
     assert settled("cuda", True) == "vllm"
     assert settled("cuda", False) == settled("cpu", True) == "transformers"
     assert settled("cuda", True, store.directory) == "transformers"  # with which the store was begun
+
+
+def test_auto_is_transformers_for_what_vllm_does_not_read(prepared, monkeypatch, tmp_path):
+    recipe = prepared[1].recipe
+    monkeypatch.setattr(engines, "has_vllm", lambda python: True)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": resolve("demo:guardian")}))
+    adapter, gguf = (SourceConfig(name=name, model=str(tmp_path)) for name in ("adapter", "gguf"))
+    assert settled_engine(recipe, adapter, tmp_path, torch.device("cuda")) == "transformers"
+    monkeypatch.setattr(engines, "adapter_folder", lambda source: None)
+    monkeypatch.setattr(engines, "weights_of", lambda source: (source.model, {"gguf_file": "model.gguf"}))
+    assert settled_engine(recipe, gguf, tmp_path, torch.device("cuda")) == "transformers"
 
 
 @pytest.mark.parametrize(

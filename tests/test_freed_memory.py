@@ -4,10 +4,11 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from profuser.train.freed_memory import VARIABLE
+from profuser.train.freed_memory import MMAP_THRESHOLD, RETURNED, USUAL, VARIABLE, returns_freed_memory
 
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 MEASURE = """
@@ -49,3 +50,13 @@ def test_what_is_freed_between_tensors_that_stay_returns_to_the_system():
 def test_it_is_kept_where_nobody_asks_or_the_environment_says_so(environment):
     held, left = held_and_left("asked" if environment else "not asked", **environment)
     assert held >= left >= 200
+
+
+def test_the_usual_setting_comes_back_whatever_happens_meanwhile(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    calls = []
+    library = SimpleNamespace(mallopt=lambda *setting: calls.append(setting))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    with pytest.raises(KeyboardInterrupt), returns_freed_memory(True):
+        raise KeyboardInterrupt
+    assert calls == [(MMAP_THRESHOLD, RETURNED), (MMAP_THRESHOLD, USUAL)]

@@ -107,12 +107,15 @@ def test_what_the_recipe_needs_stays_in_its_place(command, option):
 
 
 def test_whatever_a_recipe_reads_is_needed(tmp_path):
-    paths = {name: f"{tmp_path}/{name}" for name in ("base", "responses", "logprobs", "judges-base", "scores")}
+    names = ("base", "responses", "logprobs", "judges-base", "judges-template", "scores")
+    paths = {name: f"{tmp_path}/{name}" for name in names}
     run = parse_run("train", ["--config", "recipe.yaml"], {}, "")
     run.recipe.sources[0] = dataclasses.replace(
         run.recipe.sources[0], base=paths["base"], responses=paths["responses"], logprobs=paths["logprobs"]
     )
-    judge = JudgeConfig(name="rm", model="demo:judge-a", base=paths["judges-base"])
+    judge = JudgeConfig(
+        name="rm", model="demo:judge-a", base=paths["judges-base"], chat_template=paths["judges-template"]
+    )
     run.recipe.judges[:] = [judge, JudgeConfig(name="people", scores=paths["scores"])]
     for what in ("store", "run"):
         assert {Path(path) for path in paths.values()} <= {path for _, path in needed(run, what)}
@@ -138,6 +141,13 @@ def test_a_directory_of_somebody_elses_is_not_renamed(command, option, content):
     if content is not None:
         wrong = "manifest.json" if option == "--output" else "run.json"
         Path("photos", wrong if content.startswith('{"name') else RECORD[option]).write_text(content)
+    assert "neither" in refused(3, *command, option, "photos")
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["checkpoints", "targets"])
+def test_one_name_that_a_directory_of_ours_has_does_not_make_it_ours(command, option, name):
+    Path("photos", name).mkdir(parents=True)
     assert "neither" in refused(3, *command, option, "photos")
 
 

@@ -33,6 +33,8 @@ def test_linear(tensors):
     np.testing.assert_allclose(merged, expected / 1.5, atol=1e-12)
     merged = whole(methods.linear, [a, b, c], [0.2, 0.3, 1.0], normalize=False)
     np.testing.assert_allclose(merged, expected, atol=1e-12)
+    merged = whole(methods.linear, [a, b, c], [-0.2, -0.3, -1.0])
+    np.testing.assert_allclose(merged, expected / 1.5, atol=1e-12)
     with pytest.raises(ValueError, match="add up to 0"):
         whole(methods.linear, [a, b], [1.0, -1.0])
 
@@ -69,6 +71,12 @@ def test_task_vectors_whose_weights_add_up_to_0_are_not_normalised(tensors):
     base, (a, b, _) = tensors
     merged = whole(methods.task_arithmetic, [base, a, b], [1.0, -1.0], normalize=True)
     np.testing.assert_allclose(merged, base + a - b, atol=1e-12)
+
+
+def test_where_task_vectors_cancel_out_what_is_positive_is_elected():
+    base, a, b = torch.zeros(3), torch.tensor([1.0, 2.0, 0.0]), torch.tensor([-1.0, 1.0, 0.0])
+    merged = whole(methods.ties, [base, a, b], [1.0, 1.0], [1.0, 1.0], normalize=False)
+    assert merged.tolist() == [1.0, 3.0, 0.0]
 
 
 def test_ties(tensors):

@@ -82,6 +82,7 @@ def test_a_base_that_is_no_ancestor(mergeable, tmp_path):
         ({"method": "linear", "base": "base"}, "no base"),
         ({"parameters": {"density": 0.5}}, "has the settings weight, normalize, got density"),
         ({"parameters": {"weight": "much"}}, "weight must be a number"),
+        ({"parameters": {"weight": True}}, "weight must be a number"),
         ({"parameters": {"weight": []}}, "empty list"),
         ({"parameters": {"weight": [{"filter": "mlp"}]}}, "filter, value"),
         ({"parameters": {"weight": math.nan}}, "weight must be a number"),

@@ -16,7 +16,9 @@ from accelerate import Accelerator
 
 from profuser.errors import ConfigError, DataError
 from profuser.prepare.phases import prepare
-from profuser.prepare.summary import no_signal_warning
+from profuser.prepare.summary import loser, no_signal_warning
+from profuser.prepare.vote_rules import NOBODY
+from profuser.prepare.votes import Candidate
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import JudgeConfig, JudgingConfig
@@ -140,6 +142,10 @@ def test_where_judges_prefer_a_response_it_is_taught_and_the_others_fall_back(pr
     assert won - preferred == {i for i, row in enumerate(rows) if eligible(row, "the_longest_of_safety") == 1}
     assert set(sequences(store, Mode.INFERENCE)) == won
     assert store.summary["no_signal"]["prompts"] == len(rows) - len(won)
+    # Where there is but one response, nothing can be preferred, and nobody abstains.
+    contested = sum(eligible(row, "the_longest_of_safety") > 1 for row in rows)
+    abstained = pytest.approx(1 - len(preferred) / contested)
+    assert store.summary["abstentions"] == {"the_longest_of_safety": abstained}
     before = {i: s.input_ids.tolist() for i, s in sequences(store, Mode.INFERENCE).items()}
 
     # Another fall-back aligns again. The judges and the sources are not asked again.
@@ -220,3 +226,19 @@ def test_the_warning_says_what_helps_against_the_most_frequent_reason(reasons, f
     line = no_signal_warning({"examples": 20, "no_signal": no_signal})
     assert f"; {fix}" in line
     assert ("judging.no_signal: ground_truth" in line) == (rule == "skip")
+
+
+def test_a_fifth_of_the_prompts_without_a_signal_is_no_reason_to_warn():
+    found = {"rule": "skip", "reasons": {"every judge scored all responses alike": 4}}
+    lines = [no_signal_warning({"examples": 20, "no_signal": found | {"prompts": prompts}}) for prompts in (4, 5)]
+    assert lines[0] == ""
+    assert "on 5 of 20 training prompts" in lines[1]
+
+
+def test_the_rejected_response_has_another_text_than_the_chosen_one_and_the_fewest_votes():
+    texts = [("x", True), ("x", True), ("y", True), ("z", False), ("w", True)]
+    candidates = [Candidate(text, eligible, "") for text, eligible in texts]
+    assert loser(candidates, np.array([2.0, 0.0, 1.0, 0.0, 1.0]), 0) == candidates[2]
+    assert loser(candidates, np.array([2.0, 0.0, 1.0, 0.0, 0.5]), 0) == candidates[4]
+    assert loser(candidates[:2], np.array([2.0, 0.0]), 0) is None
+    assert loser(candidates, np.zeros(5), NOBODY) is None

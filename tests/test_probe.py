@@ -218,7 +218,10 @@ class TestCommand:
     def test_every_source_and_phase_is_timed_and_nothing_is_kept(self, good, tmp_path, monkeypatch):
         monkeypatch.setenv("TMPDIR", str(tmp_path))
         monkeypatch.setattr("tempfile.tempdir", None)
+        found: list[Timed] = []
+        monkeypatch.setattr("profuser.plan.plan.probe", lambda *given: found.extend(probe.probe(*given)) or found)
         with folder(good) as place:
+            heldout = len(Path("heldout.jsonl").read_text().splitlines())
             before = {path: path.stat().st_mtime_ns for path in Path(place).rglob("*")}
             code, out, err = run("train", "--config", "recipe.yaml", "--dry-run", "--probe", "--examples", "4")
             assert {path: path.stat().st_mtime_ns for path in Path(place).rglob("*")} == before
@@ -230,6 +233,9 @@ class TestCommand:
         said = ("verifier: score the responses", "align", "stage 1, training and inference mode")
         assert all(f"    {what}  " in out for what in (*said, "guardian: answer the held-out prompts"))
         assert "nothing of what was timed was kept" in out
+        # The held-out ground truths are scored before and after fusion.
+        scored = next(line for line in found if line.what == "score the held-out ground truths")
+        assert scored.factor == pytest.approx(2 * heldout / (probe.FIRST + 4))
         assert "--probe" not in out.partition("commands:")[2]
 
     @pytest.mark.parametrize(

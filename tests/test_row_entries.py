@@ -78,6 +78,16 @@ def test_an_entry_below_the_floor_belongs_to_the_rest():
         assert got["apart"].tolist() == [[False, False]]
 
 
+def test_the_floor_is_about_what_the_tail_leaves_of_an_entry():
+    ids, log_p = torch.tensor([[[4, 2]]]), torch.tensor([[[-1e-30, -65.0]]])  # e^-65 is above the floor by itself
+    rule = TailRule(bucket=True, absent_tail=1.0, tail_floor=TAIL_FLOOR, entry_floor=ENTRY_FLOOR, vocabulary=9)
+    for settle in (kept.settled, row_entries.settle):
+        for tail, named in ((0.0, [2, 4]), (1.0, [-1, 4])):
+            given = torch.tensor([[tail]], dtype=torch.float64)
+            got = dict(zip(NAMES, settle(ids, log_p, given, torch.tensor([4]), rule), strict=True))
+            assert got["ids"].tolist() == [named]
+
+
 def test_a_tail_that_was_rounded_out_of_range_is_nothing_or_all():
     ids, log_p = torch.tensor([[[4, 2]]]), torch.tensor([[[-0.5, -2.0]]])
     rule = TailRule(bucket=True, absent_tail=1.0, tail_floor=0.0, entry_floor=0.0, vocabulary=9)
@@ -87,6 +97,12 @@ def test_a_tail_that_was_rounded_out_of_range_is_nothing_or_all():
             got = dict(zip(NAMES, settle(ids, log_p, given, torch.tensor([4]), rule), strict=True))
             assert got["p"][0, 0, -1] == t
             assert got["p"].sum().item() == pytest.approx(1)
+
+
+def test_a_tail_that_is_no_mass_is_out_of_range_where_there_is_a_source():
+    tail, there = torch.tensor([[-0.01, 0.0, 1.0, 1.01, torch.nan]]), torch.ones(1, 5, dtype=torch.bool)
+    assert kept.out_of_range(torch.ones(1, 5), tail, there).tolist() == [[True, False, False, True, True]]
+    assert not kept.out_of_range(torch.ones(1, 5), tail, ~there).any()
 
 
 def test_threads_change_nothing(monkeypatch):

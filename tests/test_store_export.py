@@ -18,7 +18,7 @@ from profuser.prepare.summary import audit_tables
 from profuser.prepare.votes import count_votes
 from profuser.store import layout
 from profuser.store.__main__ import difference, main
-from profuser.store.export import export, responses_of
+from profuser.store.export import card, export, preferences_of, responses_of
 from profuser.store.store import Store
 
 
@@ -77,6 +77,28 @@ def test_an_export_says_which_responses_were_finished():
         row |= {f"response_{label}": text, f"votes_{label}": 0.0, f"score_j_{label}": 0.0}
     rows = list(responses_of(store, [row, row]))
     assert [row["finished"] for row in rows] == [True, False, False, True, False, True, True, False]
+    assert [row["response"] for row in rows] == ["x", "y", "z", "x"] * 2
+
+
+def test_a_prompt_to_which_all_responses_are_the_same_is_no_preference():
+    turn = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "x"}]
+    rows = [
+        {"chosen": chosen, "rejected": rejected, "skill": "all"} for chosen in (turn, None) for rejected in (turn, None)
+    ]
+    assert list(preferences_of(rows)) == [
+        {"prompt": turn[:1], "chosen": turn[1:], "rejected": turn[1:], "skill": "all"}
+    ]
+
+
+def test_a_judge_that_has_no_part_in_the_vote_any_more_is_not_on_the_card(tmp_path):
+    (tmp_path / "samples.parquet").write_bytes(b"")
+    sources = {"source_names": ["a"], "sources": {"a": {"model": "demo:guardian"}}, "date": "2026-01-01"}
+    judges = {name: {"model": f"demo:{name}"} for name in ("judge-a", "judge-b")}
+    settings = SimpleNamespace(sources=sources, votes={"asked": ["judge-b"], "judges": judges})
+    store: Any = SimpleNamespace(settings=settings, directory=tmp_path)
+    text = card(store, {"responses": 2, "preferences": 0})
+    assert "- judge-b: `demo:judge-b`" in text
+    assert "judge-a" not in text
 
 
 def test_a_damaged_table_is_not_exported(prepared, tmp_path):

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from command_runs import run as run_command
+from transformers import LlamaConfig
 
 from profuser.errors import ConfigError, ProfuserError
 from profuser.models.load import chat_format
 from profuser.prepare import engines, vllm_worker
-from profuser.prepare.engines import Asked, Source, answering, check_engine
-from profuser.prepare.vllm_engine import own_environment
+from profuser.prepare.engines import Asked, Source, answering, check_engine, longest_of
+from profuser.prepare.vllm_engine import VllmProcess, own_environment
 from profuser.recipe.generation import GenerationConfig
 from profuser.recipe.schema import SourceConfig
 from profuser.store import layout
@@ -36,6 +37,7 @@ STUB = '''
 """Stands in for vllm: a prompt is answered with its tokens in reverse, the last request first."""
 import os, sys
 
+assert not any(path.endswith("prepare") for path in sys.path), "profuser's modules would come before those of vllm"
 __version__ = "stub"
 print("vllm prints what it likes")
 sys.stdout.flush()
@@ -174,6 +176,23 @@ def test_sampled_requests_have_seeds_of_their_own(chat, stub, monkeypatch):
     assert all(s["stop_token_ids"] == list(chat.end_ids) for s in sampling)
 
 
+def test_greedy_requests_have_no_seed(chat, stub, monkeypatch):
+    sent = []
+    monkeypatch.setattr(engines.VllmProcess, "answers", lambda self, requests: iter(sent.extend(requests) or ()))
+    with answering("vllm", of_stub(chat, stub)) as answer:
+        answer(Asked("train", ["a?"]))
+    (request,) = sent
+    assert request["sampling"].keys() == {"temperature", "top_p", "stop_token_ids", "detokenize", "max_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"), [({}, 64), ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}, 256)]
+)
+def test_vllm_reads_no_more_than_the_positions_of_a_model_unless_these_are_stretched(chat, tmp_path, rope, longest):
+    LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_theta": 1e4, **rope}).save_pretrained(tmp_path)
+    assert longest_of(of_stub(chat, sys.executable), str(tmp_path), {}) == longest
+
+
 def test_the_worker_ends_with_its_parent(stub):
     """It is started by a process that is killed, and must not stay behind with a GPU in its hands."""
     worker = str(Path(vllm_worker.__file__))
@@ -205,6 +224,24 @@ def test_the_worker_needs_the_standard_library_and_vllm_alone():
     )
     assert "profuser" not in found.stdout
     assert "torch" not in found.stdout
+
+
+def test_an_engine_in_another_python_has_its_own_packages_and_what_a_user_has_set(monkeypatch, tmp_path):
+    environments = []
+
+    def begun(*args, env, **options):
+        environments.append(env)
+        raise FileNotFoundError
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("subprocess.Popen", begun)
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    for python in (None, "/nowhere/python"):
+        with pytest.raises(FileNotFoundError), VllmProcess(python, {}):
+            pass
+    assert [environment.get("PYTHONPATH") for environment in environments] == ["/ours", None]
+    assert [environment["VLLM_CPU_KVCACHE_SPACE"] for environment in environments] == ["7", "7"]
 
 
 def test_a_python_without_vllm_and_one_that_is_none_are_refused_at_the_start(chat, tmp_path):
