@@ -88,8 +88,11 @@ def _is_left_over(temporary: Path, where: str, process: int) -> bool:
     """Whether the process that wrote a file or a directory has ended."""
     if where == place():  # this process has not begun to write
         return process == os.getpid() or not is_running(process)
-    written = [temporary, *temporary.rglob("*")]
-    return time.time() - max(path.lstat().st_mtime for path in written) > ABANDONED_SECONDS
+    try:
+        changed = max(path.lstat().st_mtime for path in (temporary, *temporary.rglob("*")))
+    except FileNotFoundError:  # it is changed just now
+        return False
+    return time.time() - changed > ABANDONED_SECONDS
 
 
 def _remove(path: Path) -> None:
