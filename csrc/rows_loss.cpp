@@ -14,6 +14,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kLowest = -1e30;  // maxima start here, as in kernels/common.py
+constexpr double kNoTail = 1e-5;   // a tail that is nothing but rounding, as in kernels/common.py
 constexpr double kTiny = 1e-38;    // the least sum of exponentials that is divided by
 
 struct Part {
@@ -109,6 +110,7 @@ Distilled distil(const Lifted& lifted, double m, double m_dense, double sum_dens
         const auto inside = [&](std::size_t j) { return j < L && named[j]; };
 
         double mass_kept = 0, highest = kLowest, dense_in_rest = 0, log_q_rest = -kInfinity;
+        bool is_nowhere = false;  // the tail, where no column outside the entries can have a probability
         for (std::size_t j = 0; j < slots; ++j) {
             mass_kept += inside(j) ? q_lifted[j] : 0;
         }
@@ -130,6 +132,7 @@ Distilled distil(const Lifted& lifted, double m, double m_dense, double sum_dens
             for (std::size_t j = 0; j < slots; ++j) {
                 m_rest = once(j) && !inside(j) ? std::max(m_rest, lifted.z[j]) : m_rest;
             }
+            is_nowhere = m_rest <= kLowest && p[L] <= kNoTail;
             dense_in_rest = std::exp((m_dense - m_rest) / T);
             double rest = sum_dense_T * dense_in_rest;
             for (std::size_t j = 0; j < slots; ++j) {
@@ -154,7 +157,7 @@ Distilled distil(const Lifted& lifted, double m, double m_dense, double sum_dens
         double value = 0, slope_sum = 0;
         for (std::size_t j = 0; j < slots; ++j) {
             const Part part = divergence_part(options.divergence, options.beta, p[j], log_p[j], q[j], log_q[j]);
-            value += part.value;
+            value += j == L && is_nowhere ? 0 : part.value;
             slope[j] = part.slope;
             slope_sum += part.slope;
         }

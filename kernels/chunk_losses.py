@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .chunk_gradient import ChunkGradient
-from .common import LOWEST, cross_entropy_from_sums
+from .common import LOWEST, NO_TAIL, cross_entropy_from_sums
 from .divergences_torch import divergence_parts
 from .fused_loss_types import Options
 from .kept import Kept
@@ -206,10 +206,13 @@ def kept_losses(
         q_inside = log_q_inside.exp()
         log_q_rest, q_rest = (torch.full_like(total_T, x).expand(*p.shape[:2], 1) for x in (-torch.inf, 0.0))
         in_rest = dense_in_rest = torch.zeros_like(total_T)
+        is_nowhere = torch.zeros_like(total_T, dtype=torch.bool)
     else:
         log_total_T = total_T.log()
         q_inside, log_q_inside = q_lifted * inside, (below - log_total_T).masked_fill(~inside, -torch.inf)
         m_rest = torch.maximum(m_dense, z_lifted.masked_fill(~outside, LOWEST).amax(2, keepdim=True))
+        # A tail that is rounding has nowhere to be if no column outside the entries can have a probability.
+        is_nowhere = (m_rest <= LOWEST) & (p[..., -1:] <= NO_TAIL)
         in_rest = ((z_lifted - m_rest) / T).masked_fill(~outside, -torch.inf).exp()
         dense_in_rest = ((m_dense - m_rest) / T).exp()
         rest = (sum_dense_T * dense_in_rest + in_rest.sum(2, keepdim=True)).clamp_min_(TINY)
@@ -223,6 +226,7 @@ def kept_losses(
     log_q = torch.cat([log_q_inside[..., :-1], log_q_rest], 2)
     value, slope = divergence_parts(options.divergence, options.divergence_beta, p, log_p, q, log_q)
     slope_sum, slope_rest = slope.sum(2, keepdim=True), slope[..., -1:]
+    value[..., -1:] = value[..., -1:].masked_fill(is_nowhere, 0)
     if conditional:
         grad = torch.where(inside, slope - q_inside * slope_sum, 0)
         grad_dense = torch.zeros_like(slope_sum)

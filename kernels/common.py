@@ -33,6 +33,8 @@ LOWEST = -1e30
 LOGPROB_SLACK = 1e-2
 # As much may rounding move a tail out of [0, 1].
 TAIL_SLACK = 1e-3
+# A tail of so much is nothing but rounding, where no column outside the entries can have a probability.
+NO_TAIL = 1e-5
 # As much may rounding to a coarse dtype move a row's mass above 1. Padding with a real id, or logarithms to another base, moves
 # it further.
 MASS_SLACK = 5e-2

@@ -60,6 +60,7 @@ def check_values(operands: Operands, vocabulary: int, valid_rows: int | None) ->
     """Raises ValueError for a value that is out of range. The sources of ignored rows may hold anything."""
     labels, source_ids, source_logprobs = operands.labels, operands.source_ids, operands.source_logprobs
     rows = labels.shape[0]
+    sequences = 1 if operands.cu_seqlens is None else operands.cu_seqlens.shape[0] - 1
     check_label_values(labels, vocabulary)
     if valid_rows is not None and (labelled := int((labels != IGNORE_INDEX).sum())) > valid_rows:
         raise ValueError(
@@ -84,6 +85,8 @@ def check_values(operands: Operands, vocabulary: int, valid_rows: int | None) ->
     if operands.source_index is not None:
         sources = source_ids.shape[0]
         bad = (operands.source_index < -1) | (operands.source_index >= sources)
+        if bad.shape[0] != sequences:  # one for each row, of which ignored ones may hold anything
+            bad = bad & (labels != IGNORE_INDEX)
         if bad.any():
             raise ValueError(
                 f"source_index must be in [0, {sources}) or -1 for no distillation, got "
@@ -92,8 +95,7 @@ def check_values(operands: Operands, vocabulary: int, valid_rows: int | None) ->
     if operands.source_weight is not None:
         weight = operands.source_weight.to(compute_dtype(operands.hidden, operands.weight))
         bad = ~((weight >= 0) & weight.isfinite())  # also true for NaN
-        sequences = 1 if operands.cu_seqlens is None else operands.cu_seqlens.shape[0] - 1
-        if weight.shape[1] != sequences:  # one for each row, of which ignored ones may hold anything
+        if weight.shape[1] != sequences:
             bad = bad & (labels != IGNORE_INDEX)
         if bad.any():
             raise ValueError(
@@ -151,6 +153,8 @@ def choose_winner(operands: Operands, options: Options) -> Winner:
     if operands.source_ids is None:
         return Winner(chosen, None)
     if chosen.shape[0] != sequences:  # source_index names one per row
+        is_source = (chosen >= -1) & (chosen < operands.source_ids.shape[0])
+        chosen = chosen.masked_fill(~is_source & (operands.labels == IGNORE_INDEX), -1)
         return Winner(chosen, chosen)
     return Winner(chosen, of_rows(chosen, operands, outside=-2))
 

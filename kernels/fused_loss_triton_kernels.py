@@ -9,7 +9,7 @@ sources that a row learns from. A row has W·K + 1 slots, the last one for a gol
 import triton
 import triton.language as tl
 
-from .common import IGNORE_INDEX, LOGPROB_SLACK, LOWEST, MASS_SLACK, TAIL_SLACK
+from .common import IGNORE_INDEX, LOGPROB_SLACK, LOWEST, MASS_SLACK, NO_TAIL, TAIL_SLACK
 from .divergences import ENTRY_FLOOR, TAIL_FLOOR
 from .divergences_triton import divergence_parts
 from .triton_math import exact_exp, log1p, tanh
@@ -19,6 +19,7 @@ _LOGPROB_SLACK = tl.constexpr(LOGPROB_SLACK)
 _TAIL_SLACK = tl.constexpr(TAIL_SLACK)
 _MASS_SLACK = tl.constexpr(MASS_SLACK)
 _LOWEST = tl.constexpr(LOWEST)
+_NO_TAIL = tl.constexpr(NO_TAIL)
 _TAIL_FLOOR = tl.constexpr(TAIL_FLOOR)
 _ENTRY_FLOOR = tl.constexpr(ENTRY_FLOOR)
 _TINY = tl.constexpr(1e-37)  # a normal number, because hardware may flush subnormal ones to 0
@@ -510,6 +511,7 @@ def _dense_kernel(
                     part_rest, slope_rest = divergence_parts(
                         t, exact_exp(log_q_rest), log_q_rest, DIVERGENCE, BETA, LOG_P_SHARE, LOG_Q_SHARE
                     )
+                    part_rest = tl.where((m_rest <= _LOWEST) & (t <= _NO_TAIL), 0.0, part_rest)
                     value += weight * (tl.sum(parts, 0) + part_rest)
                     slope_sum = tl.sum(slope, 0) + slope_rest
                     # Divided by the sum of the rest itself, which survives a q_rest that underflows.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .common import IGNORE_INDEX
+from .common import IGNORE_INDEX, LOWEST, NO_TAIL
 from .divergences import FORWARD_KL, JSD, REVERSE_KL, SKEW_KL, SKEW_REVERSE_KL, TVD
 from .fused_loss_types import MIN_CE, SOFTMAX
 from .tails import BUCKET, CONDITIONAL
@@ -226,9 +226,10 @@ def parts_of_row(p: Tensor, inside: Tensor, t: Tensor, log_q: Tensor, tail: str)
     kept = log_q[inside]
     if tail == CONDITIONAL:
         return p[inside], kept.log_softmax(0)
-    if inside.all():
+    rest = log_q[~inside].logsumexp(0)
+    if inside.all() or (rest <= LOWEST and t <= NO_TAIL):  # as of a vocabulary that is padded, whose tail is rounding
         return p[inside], kept
-    return torch.cat([p[inside], t[None]]), torch.cat([kept, log_q[~inside].logsumexp(0)[None]])
+    return torch.cat([p[inside], t[None]]), torch.cat([kept, rest[None]])
 
 
 def divergence_of(divergence: str, beta: float, P: Tensor, log_q: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Dimension letters: C rows of a chunk, L lifted ids.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,11 @@ def local_slice(
                 f"{name}.full_tensor(grad_placements=[Partial('avg')])"
             )
     of_mesh = weight.device_mesh.get_group()  # pyrefly: ignore[missing-attribute]
+    rows, processes = weight.shape[0], of_mesh.size()
+    if math.ceil(rows / processes) * (processes - 1) >= rows:  # by how a DTensor is divided
+        raise ValueError(
+            f"weight must give every process a row, {rows} rows over {processes} processes leave the last without; shard it over fewer"
+        )
     if process_group is not None and process_group is not of_mesh:
         raise ValueError("process_group must be the group of weight's own mesh, got another; leave it out")
     local: Any = [None if x is None else x.to_local() for x in (weight, bias)]  # pyrefly: ignore[missing-attribute]

@@ -370,9 +370,10 @@ def fused_linear_fusion_loss(
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORE_INDEX).sum()
         if isinstance(num_items_in_batch, Tensor):
-            divisor = num_items_in_batch.reshape(()).clamp(min=1)
+            divisor = num_items_in_batch.reshape(())
+            divisor = torch.where(divisor <= 0, 1, divisor)
         else:
-            divisor = max(num_items_in_batch, 1)
+            divisor = num_items_in_batch if num_items_in_batch > 0 else 1
         loss = loss / divisor
     if not return_stats:
         return loss

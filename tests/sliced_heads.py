@@ -104,6 +104,19 @@ def main() -> None:
     refused(r"labels must be in \[0, 83\)", labels=torch.full_like(case["labels"], V), **sliced)
     refused("sharded on V", **{name: DTensor.from_local(case[name], mesh, [Replicate()]) for name in leaves})
     refused("divided alike", weight=leaves["weight"])
+    one_row = {
+        name: DTensor.from_local(
+            x[: int(rank == 0)],
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size([1, *x.shape[1:]]),
+            stride=x.stride(),
+        )
+        for name, x in case.items()
+        if name in leaves
+    }
+    refused(f"1 rows over {world} processes", **one_row)
     for name in ("labels", "source_ids", "ce_weight"):
         whole_rows = DTensor.from_local(case[name], mesh, [Replicate()])
         refused(rf"{name} must be a plain tensor, got a DTensor; pass {name}\.full_tensor\(\)", **{name: whole_rows})

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from loss_checks import DIFFERENTIABLE, assert_as_accurate_as_reference, make_case, run, with_logits
 
+from profuser.kernels import rows
 from profuser.kernels.common import IGNORE_INDEX
 from profuser.kernels.reference import fusion_loss_reference
 from profuser.loss import fused_linear_fusion_loss
@@ -142,6 +143,18 @@ def test_padding_may_hold_any_log_probability(loss, value):
         assert torch.equal(found[name], expected[name]), name
 
 
+def test_ignored_rows_may_name_any_source(loss):
+    case = make_case(N=6, S=2, B=1)
+    del case["source_ce"]
+    case["labels"][2] = IGNORE_INDEX
+    named = torch.tensor([0, 1, -1, 0, 1, 1])
+    expected, found = (loss(case, source_index=named.index_fill(0, torch.tensor(2), n)) for n in (-1, IGNORE_INDEX))
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+    with pytest.raises(ValueError, match="source_index must be in"):
+        loss(case, source_index=torch.tensor([0, IGNORE_INDEX, 0, 0, 1, 1]))
+
+
 # Numerics
 
 
@@ -172,6 +185,26 @@ def test_a_target_without_mass_outside_stays_finite(check):
         source_logprobs=torch.tensor([[[0.6, 0.3]]]).log().expand(1, 2, 2), beta=1.0,
     )  # fmt: skip
     check(case)
+
+
+@pytest.mark.parametrize("padding", [-math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("compiled", [True, False], ids=["extension", "no extension"])
+def test_a_source_that_gives_all_but_the_padded_columns_has_no_tail(loss, monkeypatch, padding, compiled):
+    """What its log-probabilities lack of 1 by rounding would cost 1e22 where the target has nothing."""
+    if not compiled:
+        monkeypatch.setattr(rows, "_rows", None)
+    g, real = torch.Generator().manual_seed(0), 13
+    case = {
+        "hidden": torch.randn(6, 8, generator=g), "weight": torch.randn(16, 8, generator=g), "labels": torch.arange(6),
+        "bias": torch.zeros(16).index_fill(0, torch.arange(real, 16), padding), "beta": 1.0,
+        "source_ids": torch.arange(real, dtype=torch.int32).expand(1, 6, real),
+        "source_logprobs": torch.randn(1, 6, real, generator=g).log_softmax(-1) - 3e-7,
+    }  # fmt: skip
+    padded, whole = loss(case), loss(case | {"weight": case["weight"][:real], "bias": case["bias"][:real]})
+    reference = run(fusion_loss_reference, case, upcast=torch.float64)
+    for name in ("loss", "kd", "dhidden"):
+        torch.testing.assert_close(padded[name], whole[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(padded[name].double(), reference[name].double(), rtol=1e-5, atol=1e-6)
 
 
 def test_mass_above_one_by_rounding_is_divided_out(loss, check):

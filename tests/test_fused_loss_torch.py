@@ -185,13 +185,13 @@ def test_the_default_weights_are_those_of_fusellm():
     torch.testing.assert_close(stats["loss"], stats["ce"].sum() + (kd_weight * stats["kd"]).sum())
 
 
-@pytest.mark.parametrize("number", [5, torch.tensor(5)])
+@pytest.mark.parametrize("number", [5, 0.5, torch.tensor(5), torch.tensor(0.5)])
 def test_num_items_in_batch_divides_the_mean(number):
     case = make_case(torch.float64)
     total = run(fused_linear_fusion_loss, case, reduction="sum")
     mean = run(fused_linear_fusion_loss, case, num_items_in_batch=number)
     for name in ("loss", "dhidden", "dweight", "dbias"):
-        torch.testing.assert_close(mean[name], total[name] / 5)
+        torch.testing.assert_close(mean[name], total[name] / float(number))
     case["labels"][:] = IGNORE_INDEX
     assert run(fused_linear_fusion_loss, case, num_items_in_batch=number * 0)["loss"] == 0
 
