@@ -68,8 +68,12 @@ fi
 # Whether the kernels are right: the tests that otherwise run in Triton's interpreter, here with compiled kernels, with small shapes and
 # every option; and those at sizes that need a GPU. Only files with such a test are given, because the others may import what this
 # Python lacks.
-step 40 native_tests "$PYTHON" -m pytest -q "${tests[@]}" -k "triton" tests/test_fused_loss.py tests/test_fused_loss_triton.py
-step 60 gpu_tests "$PYTHON" -m pytest -q "${tests[@]}" -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
+# Compiling the kernels takes longer than running them, which several processes do at a time where pytest-xdist is there.
+workers=()
+"$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist worksteal)
+step 50 native_tests "$PYTHON" -m pytest -q "${tests[@]}" "${workers[@]}" -k "triton" tests/test_fused_loss.py \
+  tests/test_fused_loss_triton.py tests/test_source_topk_triton.py tests/test_source_topk_triton_merge.py
+step 60 gpu_tests "$PYTHON" -m pytest -q "${tests[@]}" "${workers[@]}" -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
 # What compiles and tunes itself for long is a step of its own, so that it can use up only its own time.
 headline="4k-128k"
 tuned="compiled or quack"
@@ -84,7 +88,7 @@ bench 30 topk benchmarks/bench_source_topk.py
 bench 30 train_step benchmarks/bench_train_step.py
 step 25 trainer_sharded "$PYTHON" -m torch.distributed.run --nproc-per-node 1 "${trainer[@]}" --shard
 CUDA_VISIBLE_DEVICES='' step 20 trainer_cpu "$PYTHON" "${trainer[@]}"
-bench 50 shapes benchmarks/bench_fused_loss.py -k "not $headline and not ($tuned)"
+bench 40 shapes benchmarks/bench_fused_loss.py -k "not $headline and not ($tuned)"
 # With what time others left:
 if [ $SLOWER = 1 ] && command -v compute-sanitizer >/dev/null; then
   step 60 sanitizer compute-sanitizer --target-processes all --error-exitcode 1 "$PYTHON" -m pytest -q -p no:cacheprovider \

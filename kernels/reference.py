@@ -130,8 +130,9 @@ def fusion_loss_reference(
                 tail,
                 endless=bool(divergence_of(divergence, divergence_beta, torch.zeros(1), -torch.ones(1)).isinf()),
             )
+            log_q_of = log_q.unbind(0)  # whose gradient is that of all rows at once
             D = torch.stack([
-                divergence_of(divergence, divergence_beta, *parts_of_row(P.p[i], P.inside[i], P.t[i], log_q[i], tail))
+                divergence_of(divergence, divergence_beta, *parts_of_row(P.p[i], P.inside[i], P.t[i], log_q_of[i], tail))
                 if P.present[i] else log_q.new_zeros(())
                 for i in range(len(valid))
             ]) if len(valid) else kd  # fmt: skip

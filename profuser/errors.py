@@ -81,17 +81,24 @@ def in_own_function(error: BaseException) -> str:
     return f"{type(error).__name__}{where}: {first_line(error)}"
 
 
+LACKS_OF_MEMORY = (
+    *("DefaultCPUAllocator", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What the texts of errors have that say so of pinned memory, of a kernel as it is loaded, and of a library's own memory."""
+
+
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device or the machine ran out of memory.
 
-    torch's errors are recognised by their names and texts, so that torch need not be imported only to ask. For a lack of a CPU's
-    memory it raises a plain RuntimeError.
+    torch's and Triton's errors are recognised by their names and texts, so that torch need not be imported only to ask. For a lack of
+    a CPU's memory, and of a GPU's outside of its own allocator, they raise a plain RuntimeError.
     """
     kind = f"{type(error).__module__}.{type(error).__name__}"
     return (
         isinstance(error, MemoryError)
         or (kind.startswith("torch") and "OutOfMemoryError" in kind)
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in LACKS_OF_MEMORY))
     )
 
 

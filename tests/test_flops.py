@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,20 @@ def test_frozen_weights_cost_4_and_an_adapter_6():
     model = with_adapter(llama(), AdapterConfig(rank=3, target_modules=["q_proj"]))
     adapter = L * 2 * 3 * D
     assert cost_of(model) == Cost(4 * (LLAMA + V * D) + 6 * adapter, 12 * L * D)
+
+
+def test_weights_in_4_bits_count_as_they_are_computed_with():
+    """bitsandbytes packs two of them into a byte, and remembers the shape."""
+    model = with_adapter(llama(), AdapterConfig(rank=3, target_modules=["q_proj"]))
+    expected = cost_of(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad and module.out_features != V:
+            packed: Any = torch.nn.Parameter(
+                torch.zeros(module.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False
+            )
+            packed.quant_state = SimpleNamespace(shape=module.weight.shape)
+            module.weight = packed
+    assert cost_of(model) == expected
 
 
 def test_positions_are_looked_up_too():

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from profuser import IGNORE_INDEX, FusionModel
 from profuser.errors import DataError
 from profuser.kernels.reference import fusion_loss_reference
+from profuser.models.head import head_of
 from profuser.recipe.places import resolve
 
 LENGTHS = (7, 1, 5, 9)
@@ -463,3 +464,17 @@ def test_prompt_tuning_is_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(DataError, match="gives 11 for 8; prompt tuning"):
         FusionModel(peft.get_peft_model(demo_model(), config))
+
+
+def test_a_head_behind_flash_attention_is_tried_in_16_bits(monkeypatch):
+    """It computes in nothing else, and the weights of a target are fp32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(resolve("demo:guardian"), dtype=torch.float32)
+    seen: list[torch.dtype] = []
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda layer, args, out: seen.append(out.dtype))
+    head_of(model)
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    monkeypatch.setattr("profuser.models.head.uses_flash_attention", lambda model: True)
+    head_of(model)
+    assert set(seen) == {torch.bfloat16}

@@ -141,7 +141,7 @@ class NumberFollower:
     @torch.no_grad()
     def _shares(self, read: Branches, branches: Sequence[Branch]) -> np.ndarray:
         """The probabilities of the tokens of numbers behind branches, (n, number of these tokens) float64."""
-        hidden = read.states(branches)
+        hidden = read.states(branches).to(self.head.weight.device)
         none = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         head = self.head
         lse = source_topk(

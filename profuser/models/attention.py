@@ -14,11 +14,8 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from profuser.models.head import evaluating, hidden_states
+from profuser.models.head import FLASH, evaluating, hidden_states, in_its_precision, uses_flash_attention
 from profuser.models.packing import Layout
-
-FLASH = "flash_attention_2"
-"""transformers' name of the implementation that takes the bounds of sequences and computes nothing between them."""
 
 
 def flash_attention(config: PreTrainedConfig, device: torch.device | str) -> str | None:
@@ -26,11 +23,6 @@ def flash_attention(config: PreTrainedConfig, device: torch.device | str) -> str
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     supported = getattr(architecture, "_supports_flash_attn", False)
     return FLASH if supported and torch.device(device).type == "cuda" and is_flash_attn_2_available() else None
-
-
-def uses_flash_attention(model: PreTrainedModel) -> bool:
-    """Whether a model was loaded with flash-attention."""
-    return model.config.get_text_config()._attn_implementation == FLASH
 
 
 def packed_layout(model: PreTrainedModel, apart: bool, budget: int) -> tuple[Layout, str]:
@@ -70,10 +62,8 @@ def keeps_apart(model: PreTrainedModel, flattened: bool) -> bool:
         return embedded[-1]
 
     hook = embedding.register_forward_hook(embed)
-    # flash-attention computes in 16 bits only, as it will under the trainer's autocast.
-    arithmetic = torch.autocast(model.device.type, torch.bfloat16, enabled=uses_flash_attention(model))
     try:
-        with evaluating(model), torch.enable_grad(), arithmetic:
+        with evaluating(model), torch.enable_grad(), in_its_precision(model):
             hidden = hidden_states(model, attention_mask=None, **batch)
             second = torch.cat([of_row[begin:] for of_row, begin in zip(hidden, begins, strict=True)])
             (grad,) = torch.autograd.grad(second.float().square().sum(), embedded[:1])

@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 from profuser.errors import DataError
 from profuser.kernels.head import Head
 
+FLASH = "flash_attention_2"
+"""transformers' name of the implementation that takes the bounds of sequences and computes nothing between them."""
+
 
 def head_of(model: PreTrainedModel) -> Head:
     """Returns the head of a causal language model, after checking it against the model's own logits.
@@ -52,12 +55,24 @@ def head_of(model: PreTrainedModel) -> Head:
     return head
 
 
+def uses_flash_attention(model: PreTrainedModel) -> bool:
+    """Whether a model was loaded with flash-attention."""
+    return model.config.get_text_config()._attn_implementation == FLASH
+
+
+def in_its_precision(model: PreTrainedModel) -> torch.autocast:
+    """The autocast in which a model can be tried: flash-attention computes in 16 bits only, as it will under the trainer's autocast."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=uses_flash_attention(model))
+
+
 @torch.no_grad()
 def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Linear) -> None:
     """Raises DataError unless `head`, which was read from `layer` and the model's config, gives the model's own logits."""
     # Our logits of eight tokens, computed in fp32.
     ids = torch.arange(1, 9, device=model.device)[None] % head.weight.shape[0]
-    product = hidden_states(model, ids, None).to(head.weight.device).float() @ head.weight.float().T
+    with in_its_precision(model):
+        hidden = hidden_states(model, ids, None).to(head.weight.device)
+    product = hidden.float() @ head.weight.float().T
     product = product if head.bias is None else product + head.bias.float()
     # The products are enlarged so that the largest is 50: the small logits of an untrained model would not show a softcap.
     most = min(torch.finfo(dtype).max for dtype in (head.weight.dtype, product.dtype))
@@ -68,7 +83,8 @@ def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Linear) -> N
     # The model's own logits. A hook enlarges the output of its head by the same factor.
     hook = layer.register_forward_hook(lambda layer, args, out: out * enlarge.to(out))
     try:
-        own = model(input_ids=ids, use_cache=False).logits.to(product.device).float()
+        with in_its_precision(model):
+            own = model(input_ids=ids, use_cache=False).logits.to(product.device).float()
     finally:
         hook.remove()
 
@@ -88,7 +104,8 @@ def check_head_logits(head: Head, model: PreTrainedModel, layer: nn.Linear) -> N
             f"a model must give one row of logits per token, {type(model).__name__} gives {own.shape[1]} for "
             f"{ours.shape[1]}; prompt tuning is not supported, use LoRA"
         )
-    rounding = max(8 * torch.finfo(head.weight.dtype).eps, 1e-3)
+    coarsest = torch.bfloat16 if uses_flash_attention(model) else head.weight.dtype
+    rounding = max(8 * torch.finfo(coarsest).eps, 1e-3)
     if not torch.allclose(own, ours, rtol=0, atol=rounding * own.abs().max().item()):
         raise DataError(
             f"a model's logits must be softcap·tanh(scale·head(hidden)/softcap) as its config says, "

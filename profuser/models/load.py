@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import functools
+import gc
 import importlib.util
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
@@ -321,6 +322,13 @@ KINDS: dict[AutoModel, tuple[str, str]] = {
     AutoModelForSequenceClassification: ("reward model", "copy or download it again, or name another"),
 }
 """What each of transformers' classes loads, and what can be done where it does not."""
+
+
+def free_memory() -> None:
+    """Gives back what a model that is no longer needed has left in memory, and what torch keeps of a GPU's."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_model(

@@ -27,10 +27,10 @@ import torch
 from accelerate import Accelerator
 
 from profuser.errors import ConfigError, Stopped
-from profuser.models.load import load_model
+from profuser.models.load import free_memory, load_model
 from profuser.prepare.data import Examples, Row, row_digest
 from profuser.prepare.inputs import Inputs
-from profuser.prepare.phases import Preparation, free_memory
+from profuser.prepare.phases import Preparation
 from profuser.prepare.responses import generate
 from profuser.prepare.sharing import Took
 from profuser.progress import Progress, silenced

@@ -16,7 +16,7 @@ from profuser.alignment.vocab_map import ByteOrder
 from profuser.kernels.head import Head
 from profuser.models.attention import keeps_apart, packed_layout, uses_flash_attention
 from profuser.models.head import head_of
-from profuser.models.load import check_vocabulary, load_model
+from profuser.models.load import check_vocabulary, free_memory, load_model
 from profuser.models.packing import Layout
 from profuser.prepare.capture import BatchSize, CaptureRequest, ScoredResponse, capture_responses, pack_captures
 from profuser.prepare.data import Row
@@ -51,6 +51,7 @@ def load_source(inputs: Inputs, source: SourceConfig) -> LoadedSource:
     config = inputs.recipe.capture
     # flash-attention computes in 16 bits, and takes none of the masks by which numbers are followed.
     packs = config.may_pack and inputs.dtype == torch.bfloat16 and not inputs.recipe.align.follow_numbers
+    free_memory()  # of the source before, which one that is spread over devices leaves in a reference cycle
     model = load_model(source, inputs.dtype, inputs.device, packs=packs, spreads=True)
     head, chat, recipe = head_of(model), inputs.chats[source.name], inputs.recipe
     check_vocabulary(source.name, chat, len(head.weight))

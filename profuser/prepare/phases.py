@@ -29,6 +29,7 @@ from profuser.alignment.engine import CppByteAligner, byte_aligner
 from profuser.alignment.fusellm import FuseLLMAligner
 from profuser.alignment.reference import PythonByteAligner
 from profuser.alignment.types import Aligned
+from profuser.models.load import free_memory
 from profuser.prepare.agreement import warnings_of
 from profuser.prepare.capture import (
     ScoredResponse,
@@ -521,10 +522,3 @@ def align_source(aligner: Aligner, texts: Sequence[TargetText], source: int) -> 
         [response.capture for response in scored.values()],
     )
     return dict(zip(scored, found))
-
-
-def free_memory() -> None:
-    """Gives back what a model that is no longer needed has left in memory, and what torch keeps of a GPU's."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

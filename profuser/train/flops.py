@@ -12,6 +12,7 @@ although it is causal, and the head at every token although the loss computes it
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,7 @@ def cost_of(model: PreTrainedModel) -> Cost | None:
     head = head_layer(model).weight
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(head)}
     per_token = sum(
-        (6 if parameter.requires_grad else 4) * math.prod(shape_of(parameter))
+        (6 if parameter.requires_grad else 4) * math.prod(_shape_of(parameter))
         for parameter in model.parameters()  # a tied one comes once
         if id(parameter) not in looked_up
     )
@@ -75,6 +76,12 @@ def cost_of(model: PreTrainedModel) -> Cost | None:
     types = getattr(config, "layer_types", None)
     layers = sum(kind in ATTENTION for kind in types) if types else config.num_hidden_layers
     return Cost(per_token, 12 * layers * heads * columns)
+
+
+def _shape_of(parameter: nn.Parameter) -> Sequence[int]:
+    """The shape of a weight as it is computed with, which bitsandbytes packs into fewer bytes in 4 bits, and DeepSpeed divides."""
+    quantized = getattr(parameter, "quant_state", None)
+    return shape_of(parameter) if quantized is None else quantized.shape
 
 
 def peak_flops(device: torch.device, *, bf16: bool) -> float | None:

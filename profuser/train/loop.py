@@ -271,8 +271,8 @@ class Trainer:
             if self.optim.left_out:
                 left_out.add(micro, out)
 
-        # The losses over all ranks and the norm of the gradient must be finite, or the weights stay as they are. To read these is the
-        # only time that a step waits for the device.
+        # The losses over all ranks and the norm of the gradient must be finite, or the weights stay as they are. To read these, a step
+        # waits for the device; besides, transformers does as it makes the mask of a forward pass.
         sums = self.accelerator.reduce(losses.by_mode(), reduction="sum")
         # Of what was left out, the largest over all ranks: they must go on with one capacity.
         largest = (
