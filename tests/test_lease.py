@@ -205,20 +205,14 @@ def test_another_container_on_this_kernel_does_not_count_when_it_has_ended(tmp_p
         pass
 
 
-def test_a_lease_from_before_a_reboot_or_from_another_machine_counts_until_it_expires(tmp_path):
-    path = left_over(tmp_path, boot="another")
-    with pytest.raises(ConfigError, match=f"noticed after {EXPIRES_SECONDS} s"), held(tmp_path, "fusellm"):
-        pass
-    old = time.time() - EXPIRES_SECONDS - 5
-    os.utime(path, (old, old))
-    with held(tmp_path, "fusellm"):
-        pass
-
-
-def test_a_lease_from_another_mount_of_the_directory_counts_until_it_expires(tmp_path):
-    """Two mounts on one machine may each have locks of their own, as those of FUSE often have."""
-    path = left_over(tmp_path, device=2**40)
-    with pytest.raises(ConfigError, match=r"mode differ\) by process"), held(tmp_path, "fusellm"):
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"boot": "another"}, f"noticed after {EXPIRES_SECONDS} s"), ({"device": 2**40}, r"mode differ\) by process")],
+    ids=["before a reboot, or on another machine", "another mount, with locks of its own, as of FUSE"],
+)
+def test_a_lease_whose_lock_may_not_be_seen_here_counts_until_it_expires(tmp_path, changes, says):
+    path = left_over(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=says), held(tmp_path, "fusellm"):
         pass
     old = time.time() - EXPIRES_SECONDS - 5
     os.utime(path, (old, old))
