@@ -14,8 +14,8 @@ from profuser.alignment.follow_numbers import NumberFollower, number_rows
 from profuser.alignment.ranges import ranges_needed
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.kernels.head import Head
-from profuser.models.attention import keeps_apart, packed_layout, uses_flash_attention
-from profuser.models.head import head_of
+from profuser.models.attention import keeps_apart, packed_layout
+from profuser.models.head import head_of, uses_flash_attention
 from profuser.models.load import check_vocabulary, free_memory, load_model
 from profuser.models.packing import Layout
 from profuser.prepare.capture import BatchSize, CaptureRequest, ScoredResponse, capture_responses, pack_captures

@@ -11,8 +11,7 @@ import torch
 
 from profuser.errors import ConfigError, first_line, is_lack_of_memory
 from profuser.fusion_model import FusionModel
-from profuser.models.attention import uses_flash_attention
-from profuser.models.head import without_head
+from profuser.models.head import uses_flash_attention, without_head
 
 BACKEND = "inductor"
 

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from profuser.errors import ConfigError
 from profuser.fusion_model import FusionModel
-from profuser.models.attention import packed_layout, uses_flash_attention
-from profuser.models.head import head_layer
+from profuser.models.attention import packed_layout
+from profuser.models.head import head_layer, uses_flash_attention
 from profuser.models.load import check_vocabulary, load_model, load_without_weights
 from profuser.models.packing import Layout
 from profuser.recipe.schema import Recipe
