@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -302,7 +303,11 @@ def lease_file(root: Path):
 
     def use(value):
         path.write_text(json.dumps(value))
-        str(lease._read(path)).encode()
+        with mock.patch.object(lease, "READ_AGAIN_SECONDS", 0):
+            holder = lease._read(path)
+        if holder is None:
+            raise DataError("it is no lease")
+        str(holder).encode()
 
     return original, use
 

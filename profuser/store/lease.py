@@ -66,12 +66,20 @@ Differing = Callable[[Settings, Settings], list[str]]
 Use = Literal["reads", "works", "alone"]
 """How a directory is used: it is read; it is added to, together with others; or it is changed by one alone."""
 
+
+def _is_unicode(value: object) -> bool:
+    """Whether a value is a text that can be printed; half of a surrogate pair cannot."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
+UNICODE = Rule("Unicode text", _is_unicode)
+
 LEASE = {
-    "host": str,
+    "host": UNICODE,
     "boot": str,
     "device": COUNT,
     "pid": COUNT,
-    "since": str,
+    "since": UNICODE,
     "use": Rule("reads, works or alone", lambda x: x in get_args(Use)),
     "claim": str,
     "settings": {},
