@@ -82,10 +82,12 @@ def in_own_function(error: BaseException) -> str:
 
 
 LACKS_OF_MEMORY = (
-    *("DefaultCPUAllocator", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
-    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",  # of pinned memory
+    "Triton Error [CUDA]: out of memory",  # of a kernel as it is loaded
+    "CUBLAS_STATUS_ALLOC_FAILED",  # of a library's own
 )
-"""What the texts of errors have that say so of pinned memory, of a kernel as it is loaded, and of a library's own memory."""
+"""What stands in the texts of such errors."""
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

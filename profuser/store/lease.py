@@ -314,11 +314,13 @@ def _holders(directory: Path) -> list[Holder]:
         except Timeout:
             is_left_over = False
         else:
-            reached = holder is not None and (holder.boot, holder.device) == (boot(), _device(directory))
-            is_left_over = reached or now - _renewed(path) > EXPIRES_SECONDS
-            if is_left_over:
-                _remove(path)
-            lock.release()
+            try:
+                reached = holder is not None and (holder.boot, holder.device) == (boot(), _device(directory))
+                is_left_over = reached or now - _renewed(path) > EXPIRES_SECONDS
+                if is_left_over:
+                    _remove(path)
+            finally:
+                lock.release()
         if holder is not None and not is_left_over:
             holders.append(holder)
     return holders
