@@ -124,8 +124,6 @@ def test_what_is_done_already_is_not_expected_again(prepared, tmp_path):
 
 
 def test_the_sources_are_expected_to_do_what_they_are_asked(prepared, monkeypatch):
-    from dataclasses import replace
-
     monkeypatch.setattr("profuser.prepare.estimate.probe", lambda *_: Machine(flops=1e9, bandwidth=1e30, op=0.0))
     inputs = Inputs.open(prepared[1])
     inputs = replace(inputs, rows={"train": inputs.rows["train"]})
@@ -149,8 +147,6 @@ def test_the_sources_are_expected_to_do_what_they_are_asked(prepared, monkeypatc
 
 
 def test_gradient_checkpointing_takes_another_forward_pass(prepared, monkeypatch):
-    from dataclasses import replace
-
     monkeypatch.setattr("profuser.prepare.estimate.probe", lambda *_: Machine(flops=1e9, bandwidth=1e30, op=0.0))
     inputs = Inputs.open(prepared[1])
     inputs = replace(inputs, rows={"train": inputs.rows["train"]})
