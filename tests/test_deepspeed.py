@@ -20,7 +20,7 @@ import pytest
 import yaml
 from command_runs import children
 from conftest import ROOT
-from test_sharding import tied
+from test_sharding import guardian
 
 from profuser.cli import explained
 from profuser.errors import ConfigError
@@ -125,7 +125,7 @@ def test_the_configurations_for_accelerate_ask_for_their_stage():
     ],
 )
 def test_gradients_steps_and_checkpoints_are_those_of_a_whole_target(prepared, tmp_path, stage, is_tied, precision):
-    model = tied(tmp_path / "tied") if is_tied else "demo:guardian"
+    model = guardian(tmp_path / "guardian", is_tied=is_tied)
     command = [sys.executable, str(ROOT / "tests/forked.py"), "2", "zero_steps", str(prepared[2].directory)]
     output = finished([*command, str(tmp_path), model, precision], asking_for(stage))
     found = json.loads(output.splitlines()[-1])

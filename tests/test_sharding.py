@@ -53,14 +53,21 @@ def launched(processes: int, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def tied(place: Path) -> str:
-    """The demo's target with a head that shares the embedding's weights."""
+BLOCKS = 2
+
+
+def guardian(place: Path, *, is_tied: bool) -> str:
+    """Writes the first blocks of the demo's target, whose head may share the embedding's weights."""
     shutil.copytree(resolve("demo:guardian"), place)
+    changes = {"num_hidden_layers": BLOCKS, "tie_word_embeddings": is_tied}
     config = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    (place / "config.json").write_text(json.dumps(config | changes))
     model = AutoModelForCausalLM.from_pretrained(resolve("demo:guardian"))
-    model.config.tie_word_embeddings = True
-    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    model.model.layers = model.model.layers[:BLOCKS]
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    if is_tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     model.save_pretrained(place)
     return str(place)
 
@@ -84,9 +91,9 @@ def test_a_sharded_targets_gradients_and_checkpoints_are_those_of_a_whole_one(
     prepared, tmp_path, processes, is_tied, precision
 ):
     """Also with an adapter: then the frozen weights are divided, too, and checkpoints hold the adapter's alone."""
-    model = tied(tmp_path / "tied") if is_tied else "demo:guardian"
+    model = guardian(tmp_path / "guardian", is_tied=is_tied)
     of_kinds = steps(prepared, tmp_path, processes, model, precision)
-    assert of_kinds["adapter"]["trained"] == of_kinds["adapter"]["stored"] == 4 * 7 * 2
+    assert of_kinds["adapter"]["trained"] == of_kinds["adapter"]["stored"] == BLOCKS * 7 * 2
     for kind, found in of_kinds.items():
         check_sharded(found, processes, is_tied, exact=precision == "float64" and processes == 2)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / kind / "exported")
@@ -99,7 +106,7 @@ def check_sharded(found: dict[str, Any], processes: int, is_tied: bool, exact: b
     Tokens have weights in fp32, which a number of processes that is no power of two rounds in another way.
     """
     assert found["world"] == processes
-    assert found["blocks"] == 4
+    assert found["blocks"] == BLOCKS
     assert found["names"]
     assert found["share"] < 1.05 / processes  # of the weights, of which a process holds its share
     assert found["gradient"] <= (1e-12 if exact else 1e-5)
