@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def test_the_written_model_is_the_target_with_the_adapter_merged(finished):
         assert torch.equal(tensor, alone[name].to(tensor.dtype)), name
     config = json.loads((run.output_dir / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == resolve("demo:guardian")
+    assert config["target_modules"] == sorted(config["target_modules"])  # the same bytes in every run
     card = (run.output_dir / "adapter/README.md").read_text()  # peft's own is a form to be filled in
     assert "A LoRA adapter of rank 4 over demo:guardian" in card
     assert "More Information Needed" not in card
@@ -147,8 +149,11 @@ def test_modules_that_the_target_has_not_are_refused(modules, said):
         with_adapter(guardian(), AdapterConfig(target_modules=modules))
 
 
-def test_only_the_named_layers_are_adapted():
-    model = with_adapter(guardian(), AdapterConfig(target_modules=["q_proj", "v_proj"], rank=2))
+def test_only_the_named_layers_are_adapted_as_the_recipe_says():
+    config = AdapterConfig(target_modules=["q_proj", "v_proj"], rank=2, alpha=6.0, dropout=0.25)
+    model = with_adapter(guardian(), config)
+    layer: Any = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert (layer.scaling["default"], layer.lora_dropout["default"].p) == (3.0, 0.25)
     trained = {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"q_proj", "v_proj"}
 

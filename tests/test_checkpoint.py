@@ -12,7 +12,7 @@ from torch import nn
 from profuser.errors import DataError
 from profuser.store.sealed import digest_of_file, write_sealed
 from profuser.train import checkpoint
-from profuser.train.checkpoint import RANDOM, WHOLE, Checkpoint, load_newest, save_checkpoint
+from profuser.train.checkpoint import RANDOM, WHOLE, Checkpoint, load_newest, newest_step, save_checkpoint
 
 
 def trained(steps=3, seed=0):
@@ -50,8 +50,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
 
 
-def test_without_a_checkpoint_nothing_is_loaded(tmp_path):
+def test_without_a_checkpoint_nothing_is_loaded_and_nothing_said(tmp_path, capsys):
     assert load_newest(tmp_path, *trained()) is None
+    assert capsys.readouterr().out == ""
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
@@ -98,6 +99,7 @@ def test_the_newest_is_the_one_with_the_highest_step(tmp_path):
 def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_that_is_saved_after_it(tmp_path):
     model, optimizer = trained()
     (saved(tmp_path, 4, model, optimizer, keep=1) / "state.json").unlink()
+    assert newest_step(tmp_path) == 0
     assert load_newest(tmp_path, model, optimizer) is None
     saved(tmp_path, 2, model, optimizer, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]

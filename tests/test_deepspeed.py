@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from command_runs import children
 from conftest import ROOT
@@ -26,7 +27,7 @@ from profuser.cli import explained
 from profuser.errors import ConfigError
 from profuser.recipe.optim import OptimConfig
 from profuser.train.parallel import launch
-from profuser.train.zero import check_zero
+from profuser.train.zero import check_zero, is_zero, put_state, shape_of
 
 with_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
@@ -89,6 +90,30 @@ def test_a_configuration_that_asks_for_something_else_is_refused_in_one_line(con
     with pytest.raises(ConfigError, match=said) as error:
         check_zero(asked(**config), OptimConfig())
     assert "\n" not in str(error.value)
+
+
+def test_a_configuration_may_say_what_the_recipe_and_its_launcher_say():
+    config = {"gradient_clipping": 0.5, "train_batch_size": 2, "bf16": {"enabled": True}, "scheduler": None}
+    check_zero(asked("bf16", **config), OptimConfig(grad_clip=0.5))
+    with pytest.raises(ConfigError, match=r"set it to 1\.0$"):
+        check_zero(asked("bf16", **config), OptimConfig())
+
+
+def test_a_parameter_is_divided_where_deepspeed_has_marked_it():
+    """ZeRO-3 has its shape elsewhere, and ZeRO-2 leaves it whole."""
+    parameters: list[Any] = [torch.nn.Parameter(torch.ones(0)) for _ in range(3)]
+    plain, whole, divided = parameters
+    whole._hp_mapping = divided.ds_id = 1
+    divided.ds_shape = torch.Size([2, 3])
+    assert list(map(is_zero, parameters)) == [False, True, True]
+    assert [is_zero(torch.nn.ParameterList([plain, parameter])) for parameter in (plain, whole)] == [False, True]
+    assert (shape_of(divided), shape_of(whole)) == ((2, 3), (0,))
+
+
+def test_weights_that_were_changed_a_different_number_of_times_are_refused():
+    steps = {"a/step": torch.tensor(2.0), "b/step": torch.tensor(3.0)}
+    with pytest.raises(ConfigError, match="changed equally often under DeepSpeed, got 2 different counts"):
+        put_state(torch.nn.Linear(1, 1), None, {}, steps)
 
 
 def test_without_a_launcher_or_deepspeed_a_line_says_what_to_do(monkeypatch):

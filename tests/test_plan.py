@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,19 +22,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from profuser.kernels.common import chunk_rows
 from profuser.models import packing
-from profuser.models.load import load_model
+from profuser.models.load import chat_format, load_model
 from profuser.plan.architecture import CONFIGS, Architecture, open_architecture
 from profuser.plan.asked import asked_of_each
-from profuser.plan.lengths import Lengths
-from profuser.plan.memory import checkpoint_bytes, loss_bytes
+from profuser.plan.lengths import Lengths, measured
+from profuser.plan.memory import Pass, TrainingMemory, answering, checkpoint_bytes, loss_bytes, reading, training_memory
 from profuser.plan.plan import Plan, largest_pass, make_plan
-from profuser.plan.store_size import Counts, capture_bytes, targets_bytes
-from profuser.plan.text import commands, plan_text, remedies, size
+from profuser.plan.probe import Timed
+from profuser.plan.store_size import PER_SEQUENCE, Counts, capture_bytes, targets_bytes
+from profuser.plan.text import beside, commands, plan_text, remedies, size
 from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.optim import OptimConfig
 from profuser.recipe.parse import parse_run
 from profuser.recipe.places import resolve
 from profuser.recipe.schema import Choice, SourceConfig
+from profuser.store.layout import TARGET_COLUMNS
 from profuser.train.__main__ import without_own
 from profuser.train.adapter import with_adapter
 from profuser.train.optimizer import parameter_groups
@@ -261,6 +264,75 @@ class TestMemory:
         )
         assert hot - cold == another_chunk * chunk_rows(65_536, 32_000, 4) * 32_000 * 4
 
+    def test_the_softcap_of_a_target_needs_another_chunk_of_logits(self):
+        with_it, without = (
+            small("gemma2", head_dim=8, num_key_value_heads=2, vocab_size=4099, final_logit_softcapping=softcap)
+            for softcap in (30.0, None)
+        )
+        a, b = (loss_bytes(of, OptimConfig(), 640, top_k=10, cuda=False, bf16=False) for of in (with_it, without))
+        assert a - b == chunk_rows(640, 4099, 4) * 4099 * 4
+
+    def test_the_loss_in_16_bits_multiplies_its_gradients_into_new_tensors(self):
+        model = open_architecture(SourceConfig(name="m", model="lmsys/vicuna-7b-v1.5"))
+        assert loss_bytes(model, OptimConfig(), 64, top_k=10, cuda=False, bf16=True) == 2 * 4 * (32_000 + 64) * 4096
+
+    def test_the_peak_is_when_the_backward_pass_begins_or_ends_or_at_the_update(self):
+        usual = TrainingMemory(
+            processes=1, sharded=False, weights=1000, gradients=100, moments=10, exchange=1,
+            activations=50, copies=5, loss=20, ending=0, update=0, single=True,
+        )  # fmt: skip
+
+        def beside_what_lasts(**parts: Any) -> int:
+            return replace(usual, **parts).peak - 1011
+
+        assert beside_what_lasts() == 100
+        assert beside_what_lasts(loss=60) == 50 + 5 + 60  # there are no gradients yet
+        assert beside_what_lasts(loss=60, single=False) == 100 + 50 + 5 + 60
+        assert beside_what_lasts(ending=30) == 100 + 30
+        assert beside_what_lasts(update=40, ending=30) == 100 + 40
+
+    def test_the_parts_of_a_small_target(self):
+        plain, tied = (small("llama", tie_word_embeddings=t) for t in (False, True))
+        adapted, head = replace(plain, adapter=ADAPTER), 4 * 101 * 32
+        frozen = adapted.parameters - adapted.trained
+
+        def of(target, processes=1, sharded=False, cuda=False, copies=0, in_step=1):
+            one = Pass(2, 40, 1000, copies, in_step)
+            optim = OptimConfig()
+            return training_memory(target, optim, one, processes=processes, sharded=sharded, cuda=cuda, top_k=10)
+
+        # Under DDP the buffers of the gradients are always there, and of several passes the second finds gradients.
+        assert (of(plain).single, of(plain, 4, True).single) == (True, True)
+        assert not any(memory.single for memory in (of(plain, 4), of(plain, in_step=2), of(plain, 4, True, in_step=2)))
+        # The embeddings' gradient is added to another one: to that of the head, or of the pass before.
+        assert [of(plain).ending, of(plain, in_step=2).ending, of(tied).ending] == [0, head, head]
+        assert of(adapted, in_step=2).ending == 0
+        assert of(plain).update == 2 * head
+        assert of(plain, 4, True, cuda=True).update == of(plain, 4, True).weights == plain.parameters
+        # A sharded target gathers two blocks and what is outside of them, and has no copies of its own.
+        whole, half = (of(plain, 4, True, copies=copies) for copies in (0, 7))
+        assert whole.exchange - half.exchange == 2 * (2 * plain.block + plain.root)
+        assert whole.exchange == 4 * (2 * plain.block + plain.root) + 4 * plain.block
+        assert (of(plain, copies=7).copies, half.copies, of(adapted, copies=7).copies) == (7, 0, 0)
+        # Weights that an adapter freezes are in 16 bits where the passes are.
+        assert of(adapted).weights - of(adapted, copies=7).weights == 2 * frozen
+
+    def test_a_checkpoint_is_copied_from_a_gpu(self):
+        model = small("llama")
+        on_cpu, on_gpu = (checkpoint_bytes(model, OptimConfig(), cuda=cuda) for cuda in (False, True))
+        assert (on_cpu, on_gpu) == (20 * model.parameters, 32 * model.parameters)
+
+    def test_the_models_that_make_the_store(self):
+        model = small("llama", num_key_value_heads=2)  # 2 * 3 * 2 * 8 keys and values of a token
+        answers = answering(model, "m", 2, 5, 40)
+        assert (answers.weights, answers.working) == (2 * model.parameters, 5 * 40 * 96 * 2 + 3 * 5 * 101 * 4)
+        assert answers.piece == 5 * 40 * 2 * 8 * 2
+        reads = reading(model, "m", "is captured", 4, 5, 40)
+        assert reads.working == 5 * 40 * (4 * 32 + 3 * 48) * 4 + 2048 * 101 * 4
+        assert reading(replace(model, kind="scores"), "m", "judges", 4, 5, 40).working == 5 * 40 * (4 * 32 + 3 * 48) * 4
+        assert reads.peak == reads.weights + reads.working
+        assert (reads.kept, replace(reads, piece=32 << 20).kept) == (reads.working, 0)
+
 
 class TestStore:
     def test_captures_have_the_bytes_that_their_counts_say(self, prepared):
@@ -304,6 +376,26 @@ class TestStore:
         assert capture_bytes(counts, 1 << 16, 20) - capture_bytes(counts, 1 << 16, 10) == 10 * (50_000 * 4 + 20_000 * 6)
         assert capture_bytes(counts, (1 << 16) + 1, 10) - capture_bytes(counts, 1 << 16, 10) == 50_000 * 2 * 11
         assert capture_bytes(counts, 7, 10) < capture_bytes(counts, 10, 10)
+
+    def test_every_source_adds_its_cross_entropy_its_weight_and_a_bit_of_the_marks(self):
+        one, two = (targets_bytes(Counts(1000, 0, 0, 0), 1152, 10, sources) for sources in (1, 2))
+        assert one == 1000 * sum(np.dtype(TARGET_COLUMNS[name]).itemsize for name in PER_SEQUENCE)
+        assert two - one == 1000 * 2 * 4
+        seven, eight = (targets_bytes(Counts(0, 1000, 0, 0), 1152, 10, sources) for sources in (7, 8))
+        assert eight - seven == 1000
+
+
+def test_lengths_are_those_of_a_random_sample_up_to_the_limit():
+    target, source = (chat_format(SourceConfig(name=name, model=f"demo:{name}")) for name in ("guardian", "scholar"))
+    short, long = ({"prompt": "Hi.", "response": "sea " * n, "skill": "s"} for n in (1, 40))
+    one, other = (measured(target, source, [row], 448, 1000) for row in (short, long))
+    both = measured(target, source, [short] * 400 + [long] * 400, 448, 1000)
+    assert both.longest == other.longest > one.longest
+    assert both.mean == pytest.approx((one.mean + other.mean) / 2, rel=0.1)  # the first 256 are all short
+    assert (one.ranges > 0, measured(source, source, [long], 448, 1000).ranges) == (True, 0)
+    limited = measured(target, source, [short, long], 448, other.longest - 5)
+    assert (limited.longest, limited.mean) == (other.longest - 5, (one.mean + other.mean - 5) / 2)
+    assert measured(target, source, [], 448, 1000) == Lengths(0, 0, 0, 0)
 
 
 class TestWork:
@@ -456,6 +548,54 @@ class TestCommand:
         assert commands(paper, ["--seed", "1"])[-1].split("  # ")[0].strip() == two
         on_cpu = commands(replace(paper, device="cpu"), ["--seed", "1"])[-1]
         assert on_cpu.strip() == "torchrun --nproc-per-node 16 -m profuser.train --seed 1"
+        odd = replace(paper, training=[replace(paper.training[0], processes=20)])
+        assert commands(odd, []) == ["commands:", "  torchrun --nproc-per-node 20 -m profuser.train"]
+
+    def test_what_the_device_has_and_what_checkpointing_saves_is_said(self, paper):
+        def said(of: Plan) -> str:
+            return plan_text(of, [], None, 100.0)
+
+        on_cpu = replace(paper, device="cpu")
+        for available, fits in ((on_cpu.peak(1), "enough"), (on_cpu.peak(1) - 1, "TOO LITTLE")):
+            assert f"{fits} for one process" in said(replace(on_cpu, available=available))
+        assert ("not the GPU's" in said(paper), "not the GPU's" in said(on_cpu)) == (True, False)
+        with_it, without = (size(n) for n in (paper.one.activations, paper.other_activations))
+        activations = (
+            f"activations of {with_it} with optim.gradient_checkpointing, {without} without; the recipe has it"
+        )
+        assert f"{activations} on" in said(paper)
+        off = replace(paper.recipe, optim=replace(paper.recipe.optim, gradient_checkpointing=False))
+        other = replace(paper.one, activations=paper.other_activations)
+        assert f"{activations} off" in said(
+            replace(paper, recipe=off, one=other, other_activations=paper.one.activations)
+        )
+
+    def test_times_that_were_measured_give_way_to_a_speed_and_are_added_up(self, paper):
+        probed = replace(paper, seconds={"score": 60.0, "fuse": 120.0})
+        assert "by short probes: 3 min (score 1 min, fuse 2 min)" in plan_text(probed, [], None, 100.0)
+        assert "time at 200 TFLOP/s per process (as given)" in plan_text(probed, [], 200.0, 100.0)
+        timed = [
+            Timed("train", "steps", "8 steps", tokens=500, seconds=10.0, start=2.0, factor=5.0),
+            Timed("train", "validation", seconds=4.0, factor=2.0),
+        ]
+        lines = plan_text(replace(paper, timed=timed), [], None, 100.0).splitlines()
+        first = next(n for n, line in enumerate(lines) if "timed with the models themselves: 1 min" in line)
+        assert [line.split() for line in lines[first + 2 : first + 5]] == [
+            ["train", "60.0", "s"],
+            ["steps", "8", "steps", "in", "10.0", "s", "50", "2.00", "s", "52.0", "s"],
+            ["validation", "8.00", "s"],
+        ]
+
+    def test_a_run_is_set_beside_its_estimate(self, paper):
+        seconds = {"score": 600.0, "answer": 1200.0, "fuse": 2400.0, "evaluate": 300.0}
+        plan, memory = replace(paper, seconds=seconds), size(paper.peak(8))
+        record = {"peak_device_bytes": 3 << 30, "seconds": {"prepare": 240, "train": 360, "evaluate": 600}}
+        line = beside(plan, record, 8)
+        assert line.startswith("memory of the GPU: 3.0 GiB at most, ")
+        assert f"estimated {memory}; time: prepare 4 min, estimated 4 min, " in line
+        assert line.endswith("train 6 min, estimated 5 min, evaluate 10 min, estimated 5 min")
+        assert "time: train 6 min" in beside(plan, record | {"prepared": False}, 8)
+        assert beside(paper, record, 8).endswith(memory)
 
 
 class TestLackOfMemory:
@@ -484,6 +624,19 @@ class TestLackOfMemory:
         text = remedies(paper, 1)
         assert "optim.tokens_per_micro_batch (now 4096)" in text
         assert not {"micro_batch_size", "gradient_checkpointing"} & set(re.findall(r"optim\.(\w+)", text))
+
+    def test_the_settings_are_those_of_what_needs_most_and_shards_come_first(self, paper):
+        optim = replace(paper.recipe.optim, shard=False, gradient_checkpointing=False, tokens_per_micro_batch=None)
+        capture = replace(paper.recipe.capture, tokens_per_batch=99)
+        plan = replace(paper, recipe=replace(paper.recipe, optim=optim, capture=capture))
+        first = "set optim.gradient_checkpointing: true, a lower optim.micro_batch_size"
+        assert first in remedies(plan, 1)
+        assert "set optim.shard: true, optim.gradient_checkpointing: true or" in remedies(plan, 8)
+        assert "optim.shard" not in remedies(paper, 8)
+        large = replace(plan, preparing=[replace(plan.preparing[0], weights=1 << 40)])
+        assert "set a lower generation.batch_size (now 32), a lower capture.tokens_per_batch (now 99)" in remedies(
+            large, 1
+        )
 
     def test_another_error_stays_what_it_is(self, good, monkeypatch):
         def fail(run):

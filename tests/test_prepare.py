@@ -1,9 +1,10 @@
 """Preparation: what becomes a target, what is cut or left out, and when a store is used again."""
 
 import contextlib
+import datetime
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from profuser.prepare.data import load_examples
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import Preparation, prepare
 from profuser.prepare.summary import handled
+from profuser.recipe.compare import differing_keys
 from profuser.recipe.data import DataConfig, DataLocation
+from profuser.recipe.generation import SourceGenerationConfig
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import JudgeConfig, SourceConfig
 from profuser.store import layout
@@ -84,6 +87,43 @@ def test_what_a_source_reads_at_a_time_is_no_setting_of_the_store(prepared):
     of_tokens = replace(capture, tokens_per_batch=100)
     for changed in (replace(capture, batch_size=3), of_tokens, replace(of_tokens, layout="packed")):
         assert replace(inputs, recipe=replace(inputs.recipe, capture=changed)).settings() == inputs.settings()
+
+
+def test_what_decides_what_a_store_holds_is_a_setting_of_it_and_only_that(prepared, monkeypatch):
+    inputs = Inputs.open(prepared[1])
+    recipe, before = inputs.recipe, asdict(inputs.settings())
+    first, *rest = recipe.sources
+
+    def differing(**changes) -> list[str]:
+        return differing_keys(before, asdict(replace(inputs, recipe=replace(recipe, **changes)).settings()))
+
+    def of_source(**changes) -> list[str]:
+        return differing(sources=[replace(first, **changes), *rest])
+
+    hot, source = replace(recipe.generation, temperature=0.7), "sources.sources.guardian"
+    assert differing(seed=recipe.seed + 1) == []  # nothing is drawn by it
+    assert differing(generation=hot) == ["sources.generation.seed", "sources.generation.temperature"]
+    its = SourceGenerationConfig(temperature=0.7, batch_size=3)
+    assert of_source(generation=its) == [f"{source}.generation"]
+    assert of_source(generation=SourceGenerationConfig(batch_size=3, engine="transformers")) == []
+    warm = asdict(replace(inputs, recipe=replace(recipe, sources=[replace(first, generation=its), *rest])).settings())
+    assert warm["sources"]["sources"]["guardian"]["generation"] == {"temperature": 0.7, "seed": recipe.seed}
+    assert of_source(revision="v2") == [f"{source}.revision"]
+    assert of_source(reasoning="strip") == [f"{source}.reasoning"]
+    assert differing(data=replace(recipe.data, max_length=99)) == ["sources.data.max_length"]
+    routed, weighed = replace(recipe.capture, choice="route"), replace(recipe.capture, choice="weights")
+    found = differing(capture=routed, data=replace(recipe.data, route_column="its"))
+    assert found == ["sources.capture.choice", "sources.data.route_column"]
+    found = differing(capture=weighed, data=replace(recipe.data, weights_column="its"))
+    assert found == ["sources.capture.choice", "sources.data.weights_column"]
+    judges = [replace(recipe.judges[0], floor=0.5), *recipe.judges[1:]]
+    assert differing(judges=judges) == [f"votes.floors.{judges[0].name}"]
+    assert differing(judging=replace(recipe.judging, rule="borda")) == ["votes.judging.rule"]
+    assert differing(judging=replace(recipe.judging, no_signal="ground_truth")) == ["targets.judging.no_signal"]
+    another_day = replace(inputs, date=inputs.date + datetime.timedelta(days=1))
+    assert differing_keys(before, asdict(another_day.settings())) == ["sources.date"]
+    monkeypatch.setattr(inputs.target.tokenizer, "chat_template", "another")  # that of the first source as well
+    assert differing() == [f"{source}.template", "sources.target.template"]
 
 
 def test_a_cut_response_has_no_end_of_turn_to_learn(chats):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from command_runs import children
 from conftest import ROOT
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
@@ -32,9 +34,10 @@ from transformers import (
 
 from profuser.fusion_model import FusionModel, tied_names
 from profuser.recipe.places import resolve
-from profuser.store.files import temporary_beside
+from profuser.store.files import DiskFull, temporary_beside
 from profuser.train import checkpoint
 from profuser.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from profuser.train.shard_files import save_shares
 from profuser.train.sharding import blocks_of, load_into_shards, whole, whole_model
 
 
@@ -213,6 +216,7 @@ def group():
 @pytest.mark.parametrize("kind", ["llama", "llama, tied", "gpt2", "biogpt", "mamba", "zamba"])
 def test_a_sharded_model_is_the_loaded_one_whatever_its_config_says_of_ties(group, kind):
     loaded, accelerator = small(kind), Accelerator(cpu=True)
+    loaded.generation_config.max_new_tokens = 7
     with torch.device("meta"):
         empty = type(loaded)(loaded.config).eval()
     plain, fusion = FusionModel(loaded, beta=0), FusionModel(empty, beta=0)
@@ -223,6 +227,7 @@ def test_a_sharded_model_is_the_loaded_one_whatever_its_config_says_of_ties(grou
     assert tied_names(fusion.model) == tied_names(loaded)
     exported = whole_model(fusion.model, torch.bfloat16, accelerator)
     assert exported is not None
+    assert (fusion.model.generation_config.max_new_tokens, exported.generation_config.max_new_tokens) == (7, 7)
     assert tied_names(exported) == tied_names(loaded)
     expected = nn.Module.to(loaded, torch.bfloat16).state_dict()
     assert exported.state_dict().keys() == expected.keys()
@@ -251,6 +256,15 @@ def test_the_other_processes_learn_where_to_write_when_an_empty_directory_is_the
     assert seen == [[]]
 
 
+def test_a_disk_that_is_full_for_one_process_is_a_full_disk_for_all(group, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
+    with pytest.raises(DiskFull):
+        save_shares(tmp_path, {"weight": torch.ones(3)}, {})
+
+
 @pytest.mark.parametrize("validated", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "llama, tied", "biogpt"])
 def test_a_checkpoint_after_a_validation_holds_the_moments_of_every_weight(group, tmp_path, kind, validated):
@@ -268,7 +282,9 @@ def test_a_checkpoint_after_a_validation_holds_the_moments_of_every_weight(group
     if validated:
         with torch.no_grad():
             fusion(ids, labels=ids)
-    save_checkpoint(tmp_path, Checkpoint(2, "t", b""), fusion, optimizer, 1)
+    path = save_checkpoint(tmp_path, Checkpoint(2, "t", b""), fusion, optimizer, 1)
+    files = json.loads((path / "state.json").read_text())["files"]
+    assert {*files, "state.json"} == {file.name for file in path.iterdir()}  # so that damage to any is noticed
     load_newest(tmp_path, plain, again)
     for ours, other in zip(fusion.parameters(), plain.parameters(), strict=True):
         assert torch.equal(whole(ours.detach()), other.detach())
