@@ -102,6 +102,7 @@ def test_gradient_checkpointing_keeps_the_adapters_gradients(prepared, tmp_path)
         run = adapted(prepared[1], tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
         (tmp_path / str(checkpointing)).mkdir()
         t = Trainer(run.recipe, prepared[2], tmp_path / str(checkpointing), Accelerator(cpu=True))
+        assert any(getattr(m, "gradient_checkpointing", False) for m in t.fusion.modules()) == checkpointing
         (micro, *_) = t.steps.batch(0).micro_batches
         t.fusion(**micro.tensors(torch.device("cpu")), reduction="sum")["loss"].backward()
         found.append({n: p.grad for n, p in t.fusion.named_parameters() if p.grad is not None})
@@ -118,6 +119,8 @@ def test_the_frozen_weights_are_in_bf16_where_it_computes_in_bf16(prepared, tmp_
         dtypes = {p.requires_grad: p.dtype for p in t.fusion.parameters()}
         assert dtypes == {True: torch.float32, False: torch.bfloat16}
         assert t._step(0, t.stages[0], t.steps.batch(0))["loss"] > 0
+        without = Trainer(prepared[1].recipe, prepared[2], tmp_path, t.accelerator)
+        assert {p.dtype for p in without.fusion.parameters()} == {torch.float32}
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -207,6 +210,7 @@ def test_a_sharded_target_with_an_adapter_takes_the_steps_of_a_whole_one(
             accelerator = Accelerator(cpu=True, mixed_precision=precision)
             t = Trainer(run.recipe, prepared[2], tmp_path, accelerator)
             assert t.sharded == shard
+            assert t.fusion.keeps_apart.keys() == {False, True}  # as the main process has found with its weights
             assert all(isinstance(p, DTensor) == shard for p in t.fusion.parameters())
             frozen = torch.bfloat16 if precision == "bf16" else torch.float32
             assert {(p.requires_grad, p.dtype) for p in t.fusion.parameters()} == {

@@ -76,6 +76,8 @@ def test_what_a_step_says_of_its_sequences(targets, steps):
     assert [micro.entries for micro in batch.micro_batches] == [targets.top_k] * len(batch.micro_batches)
     mixed = MicroBatch({"source_ids": np.zeros((3, 2, 8, 5), np.int64)}, [], [])
     assert (mixed.entries, MicroBatch({}, [], []).entries) == (15, 0)
+    rows = MicroBatch({}, [], [[2, 3], [4]])  # the first token of a row is not predicted
+    assert rows.sequence_of_token().tolist() == [0, 1, 1, 1, 2, 2, 2, -1]
 
 
 @pytest.mark.parametrize("mixing", [None, 1.0, 0.3])
@@ -186,7 +188,10 @@ def test_the_ranks_share_a_step_and_make_as_many_passes(steps, world):
     whole = steps.batch(2)
     ranks = [replace(steps, world=world, rank=rank).batch(2) for rank in range(world)]
     assert len({len(rank.micro_batches) for rank in ranks}) == 1
-    assert all((rank.labels, rank.tokens) == (whole.labels, whole.tokens) for rank in ranks)
+    said = (whole.labels, whole.tokens, whole.squares)
+    assert all((rank.labels, rank.tokens, rank.squares) == said for rank in ranks)
+    sizes = [m.arrays["input_ids"].size for rank in ranks for m in rank.micro_batches]
+    assert {rank.computed for rank in ranks} == {sum(sizes)}  # of all ranks, padding included
 
     def labels(batches) -> int:
         return sum(int((m.arrays["labels"] != IGNORE_INDEX).sum()) for batch in batches for m in batch.micro_batches)
@@ -198,6 +203,25 @@ def test_the_ranks_share_a_step_and_make_as_many_passes(steps, world):
     assert labels(ranks) == labels([whole])
     # DDP averages the ranks' gradients, so that each rank's weights are `world` times as large.
     assert weight(ranks) / world == pytest.approx(weight([whole]), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_step_mixes_the_sources_as_the_recipe_says(steps, targets, temperature):
+    optim = replace(steps.optim, combine="softmax", combine_temperature=temperature)
+    (micro, *_) = replace(steps, optim=optim).batch(2).micro_batches
+    of_sequence = [
+        sequence.weights(temperature)
+        for origin in micro.origins
+        for sequence in targets[origin.example]
+        if sequence.mode == origin.mode
+    ]
+    assert np.array_equal(micro.arrays["source_weight"][:, :, 0].T, np.array(of_sequence, np.float32))
+
+
+def test_beta_is_the_weight_of_the_distributions_beside_that_of_the_labels(steps):
+    stages = [replace(stage, beta=0.25) for stage in steps.stages]
+    for micro in replace(steps, stages=stages).batch(2).micro_batches:
+        assert np.array_equal(micro.arrays["kd_weight"], micro.arrays["ce_weight"] / 4)
 
 
 def test_a_rank_without_a_sequence_of_its_own_makes_a_pass_with_nothing_to_learn(steps):

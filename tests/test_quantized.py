@@ -79,8 +79,11 @@ class TestWithBitsandbytes:
             name: m.weight for name, m in held.named_modules() if type(m).__name__ == "Linear4bit"
         }
         assert len(weights) == 4 * 7
+        assert {(w.quant_state.quant_type, w.quant_state.nested) for w in weights.values()} == {("nf4", True)}
         for name, weight in weights.items():
-            layer: Any = plain.get_submodule(name)
+            layer: Any = held.get_submodule(name)
+            assert layer.compute_dtype == torch.float32
+            layer = plain.get_submodule(name)
             layer.weight.data = bnb.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
         ids = torch.arange(5, 45)[None]
         found = []
@@ -132,12 +135,17 @@ class TestWithBitsandbytes:
         target = Architecture("guardian", t.fusion.config, "generates", True, True, adapter=QLORA)
         assert target.quantized == sum(2 * parameter.numel() for parameter in held)  # two in a byte
 
-    def test_weights_that_are_quantised_already_are_refused(self, tmp_path):
+    def test_weights_that_are_quantised_already_or_an_adapters_are_refused(self, finished, tmp_path, monkeypatch):
         model = load_quantized(GUARDIAN, torch.float32, CPU, packs=False)
         model.config.save_pretrained(tmp_path)
         with pytest.raises(ConfigError, match=r"adapter\.quantize must go with weights that are not quantised yet"):
             check_quantize(SourceConfig(name="q", model=str(tmp_path)), CPU)
         check_quantize(GUARDIAN, CPU)
+        with pytest.raises(ConfigError, match=r"must go with a whole model, the target .* is itself an adapter"):
+            check_quantize(SourceConfig(name="a", model=str(finished[0].output_dir / "adapter")), CPU)
+        monkeypatch.setattr("profuser.train.quantized.weights_of", lambda target: ("m", {"gguf_file": "m.gguf"}))
+        with pytest.raises(ConfigError, match="those of m are"):
+            check_quantize(GUARDIAN, CPU)
 
     def test_a_device_that_bitsandbytes_does_not_know_is_refused_in_one_line(self):
         with pytest.raises(ConfigError, match="a device on which bitsandbytes works, xla is none") as found:

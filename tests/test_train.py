@@ -1,6 +1,7 @@
 """The whole chain on the bundled models with a handful of prompts, and what the trainer promises."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -344,6 +345,13 @@ def test_a_large_gradient_is_clipped_to_the_norm_that_was_asked_for():
     assert updates.update() == pytest.approx(float(true), rel=1e-7)
     change = torch.cat([p.detach().flatten() for p in layer.parameters()]) - before
     assert float(change.double().norm()) == pytest.approx(0.5, rel=1e-5)
+    # It is then forgotten, and one that is not finite leaves the weights as they are.
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    for number in (math.inf, math.nan):
+        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+            parameter.grad = torch.full_like(gradient, number)
+        assert not math.isfinite(updates.update())
+    assert torch.equal(torch.cat([p.detach().flatten() for p in layer.parameters()]) - before, change)
 
 
 def test_padding_and_batch_mates_do_not_change_a_sequences_loss(prepared):
