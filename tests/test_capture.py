@@ -2,7 +2,9 @@
 
 import collections
 import math
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,11 +17,14 @@ from profuser.alignment.types import DIGITS, WHOLE
 from profuser.alignment.vocab_map import ByteOrder
 from profuser.models.head import head_of
 from profuser.models.load import chat_format, load_model
+from profuser.prepare import capture_shards
 from profuser.prepare.capture import CaptureRequest, ScoredResponse, capture_responses, pack_captures, unpack_captures
 from profuser.prepare.responses import generate
 from profuser.recipe.generation import GenerationConfig as RecipeGeneration
 from profuser.recipe.schema import SourceConfig
+from profuser.store.division import Part
 from profuser.text.fit import Fitted, Verdict
+from profuser.text.token_bytes import TokenBytesMismatch
 
 PAIRS = [
     ("How does a bozun taste?", "A bozun is a stone. Answer: bitter."),
@@ -161,3 +166,54 @@ def test_the_room_for_an_answer_does_not_depend_on_the_batch(source):
     together = generate(model, chat, prompts, config, max_length=limit)
     alone = [generate(model, chat, [p], config, max_length=limit)[0] for p in prompts]
     assert together == alone
+
+
+def test_of_a_part_the_texts_are_asked_for_as_they_were_cut_and_each_answer_is_its_own(monkeypatch):
+    """One text is too long, and of another a tokenizer does not hold the bytes."""
+
+    def encode(prompt: str, text: str, *, complete: bool) -> Any:
+        if text == "ill":
+            raise TokenBytesMismatch("no", "normaliser")
+        return SimpleNamespace(input_ids=[0], said=(prompt, text, complete))
+
+    requests: list[CaptureRequest] = []
+
+    def answered(model, head, asked, *arguments, **options):
+        requests.extend(asked)
+        return [(i, f"answer {i}") for i in reversed(range(len(asked)))]
+
+    monkeypatch.setattr(capture_shards, "capture_responses", answered)
+    monkeypatch.setattr(capture_shards, "ranges_needed", lambda target, theirs, source, own, order: theirs.said)
+    monkeypatch.setattr(capture_shards, "pack_captures", lambda fitted, verdicts, scored, *sizes: (verdicts, scored))
+    given, head = (
+        mock.Mock(scored=lambda prompt, whole, fitted, own: (whole, own.said)),
+        mock.Mock(weight=torch.ones(9, 2)),
+    )
+    inputs: Any = mock.Mock(
+        rows={"train": [{"prompt": f"p{n}"} for n in range(9)]},
+        chats={"s": mock.Mock(encode=encode)},
+        logprobs=lambda s: given,
+    )
+    inputs.target.encode = encode
+    inputs.chats["s"].tokenizer = "vocabulary"
+    source: Any = mock.Mock(chat=inputs.chats["s"], head=head, follower=None)
+    source.name = "s"
+    fitted = [
+        Fitted("né", False, Verdict.OK),
+        Fitted.unused(Verdict.TOO_LONG),
+        Fitted("ill", False, Verdict.OK),
+        Fitted("cut", True, Verdict.OK),
+    ]
+    part, bar = Part(0, [1, 3, 4, 8], ""), mock.Mock()
+    verdicts, scored = capture_shards.captured(inputs, "train", part, source, fitted, bar)
+    says = [("p1", "né", True), ("p8", "cut", False)]
+    assert [(r.encoded.said, r.response_bytes, r.ranges) for r in requests] == [
+        (says[0], 3, says[0]),
+        (says[1], 3, says[1]),
+    ]
+    assert verdicts == [Verdict.OK, Verdict.TOO_LONG, Verdict.NORMALISER, Verdict.OK]
+    assert scored == {0: "answer 0", 3: "answer 1"}
+    assert sum(call.args[0] for call in bar.update.call_args_list) == len(part)
+    verdicts, scored = capture_shards.taken(inputs, "train", part, source, fitted, lambda n: f"whole {n}", bar)
+    assert verdicts == [Verdict.OK, Verdict.TOO_LONG, Verdict.NORMALISER, Verdict.OK]
+    assert scored == {0: ("whole 1", says[0]), 3: ("whole 8", says[1])}

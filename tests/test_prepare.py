@@ -3,14 +3,17 @@
 import contextlib
 import datetime
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import small_run
 
 from profuser.errors import ConfigError, DataError
@@ -18,7 +21,8 @@ from profuser.models.load import chat_format
 from profuser.prepare.announce import announce
 from profuser.prepare.data import load_examples
 from profuser.prepare.inputs import Inputs
-from profuser.prepare.phases import Preparation, prepare
+from profuser.prepare.judges import judge_fingerprint
+from profuser.prepare.phases import Preparation, align_source, prepare
 from profuser.prepare.summary import handled
 from profuser.recipe.compare import differing_keys
 from profuser.recipe.data import DataConfig, DataLocation
@@ -132,6 +136,16 @@ def test_a_cut_response_has_no_end_of_turn_to_learn(chats):
     assert e.stop == len(e.input_ids)
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_of_a_cut_text_the_target_learns_no_end_of_turn(prepared, is_cut):
+    inputs: Any = Inputs.open(prepared[1])
+    inputs.fitted = {"train": [Fitted("A bozun is", is_cut, Verdict.OK)]}
+    row, lease = inputs.rows["train"][0], cast(Any, None)
+    text: Any = Preparation(inputs, prepared[2], lease)._target_text("train", Mode.TRAINING, 0, row, [])
+    expected = inputs.target.encode(row["prompt"], "A bozun is", complete=not is_cut)
+    assert list(text.encoded.input_ids) == list(expected.input_ids)
+
+
 def test_an_overlong_prompt_and_an_empty_response_are_left_out_with_their_reason(chats):
     target, *sources = chats
     assert fit(target, sources, "word " * 100, "Answer: x.", 32).verdict == Verdict.TOO_LONG
@@ -175,6 +189,62 @@ def test_every_row_is_a_distribution_and_its_gold_token_is_likely_under_the_targ
                     s.input_ids[s.row_position[r]] == s.entry_ids[part][s.entry_logprobs[part].argmax()]
                 )
     assert np.mean([x for v in own.values() for x in v]) > 0.97
+
+
+def test_a_winners_response_need_not_fit_into_the_sources_that_did_not_win(prepared):
+    inputs, lease = Inputs.open(prepared[1]), cast(Any, None)
+    ballots = Preparation(inputs, prepared[2], lease).ballots
+    assert ballots is not None
+    example = next(n for n in range(len(ballots.winner)) if ballots.winning_source(n) == 0)
+    prompt, text = inputs.rows["train"][example]["prompt"], ballots.winning_text(example)
+    own, other = (len(inputs.chats[name].encode(prompt, text).input_ids) for name in NAMES[:2])
+    assert own < other
+    recipe = replace(inputs.recipe, data=replace(inputs.recipe.data, max_length=own))
+    fitted = Preparation(replace(inputs, recipe=recipe), prepared[2], lease)._winning(example)
+    assert fitted == Fitted(text, cut=False, verdict=Verdict.OK)
+
+
+def test_the_aligners_are_those_that_the_recipe_asks_for(prepared):
+    inputs, lease = Inputs.open(prepared[1]), cast(Any, None)
+    recipe, source = inputs.recipe, inputs.chats["scholar"]
+    found = []
+    for changes in ({"min_reliability": 0.3}, {"mode": "fusellm", "fallback": "label"}):
+        changed = replace(recipe, align=replace(recipe.align, **changes), capture=replace(recipe.capture, top_k=4))
+        preparation = Preparation(replace(inputs, recipe=changed), prepared[2], lease)
+        with (
+            mock.patch("profuser.prepare.phases.byte_aligner") as ours,
+            mock.patch("profuser.prepare.phases.FuseLLMAligner") as fusellm,
+        ):
+            preparation._aligner(source)
+        found.append((ours.call_args, fusellm.call_args))
+    threads = torch.get_num_threads()
+    assert found == [
+        (mock.call(inputs.target, source, top_k=4, min_reliability=0.3, threads=threads), None),
+        (None, mock.call(inputs.target, source, top_k=4, fallback="label")),
+    ]
+
+
+def test_what_is_kept_of_an_unfinished_shard_is_that_of_its_prompts_responses_and_judge(prepared, monkeypatch):
+    inputs = Inputs.open(prepared[1])
+    preparation: Any = Preparation(inputs, prepared[2], cast(Any, None))
+    part, source, judge = inputs.parts("train")[0], inputs.recipe.sources[0], inputs.recipe.judges[0]
+    kind, bar = layout.scores(judge.name), mock.Mock()
+    preparation.sharing = mock.Mock(claimed=lambda *_: (one for one in [(kind, part, mock.Mock(), bar)]))
+    monkeypatch.setattr(preparation.origins, "is_made", lambda *_: True)  # nothing is written
+    with mock.patch("profuser.prepare.phases.Unfinished") as unfinished:
+        preparation._judge_by(judge)
+        preparation._answer("train", part, source, lambda asked, progress: [[]] * len(asked.prompts), bar)
+    assert [call.args[1:] for call in unfinished.call_args_list] == [
+        (kind, part.number, f"{judge_fingerprint(judge)} {preparation.origins.of(kind, part)}"),
+        (layout.responses("train", source.name), part.number, f"transformers {part.digest}"),
+    ]
+
+
+def test_a_source_that_gave_no_number_is_not_aligned():
+    scored = [None, *(mock.Mock(nll=nll) for nll in (1.0, math.nan, math.inf))]
+    texts: Any = [mock.Mock(text=str(n), scored=[response]) for n, response in enumerate(scored)]
+    aligner = mock.Mock(align_batch=lambda texts, encoded, captures: texts)
+    assert align_source(aligner, texts, 0) == {1: b"1"}
 
 
 def test_a_second_preparation_does_nothing(prepared):
