@@ -176,7 +176,7 @@ def test_of_a_part_the_texts_are_asked_for_as_they_were_cut_and_each_answer_is_i
             raise TokenBytesMismatch("no", "normaliser")
         return SimpleNamespace(input_ids=[0], said=(prompt, text, complete))
 
-    requests: list[CaptureRequest] = []
+    requests: list[Any] = []
 
     def answered(model, head, asked, *arguments, **options):
         requests.extend(asked)

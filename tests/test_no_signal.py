@@ -7,6 +7,8 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,10 +17,11 @@ import torch
 from accelerate import Accelerator
 
 from profuser.errors import ConfigError, DataError
+from profuser.prepare import summary
 from profuser.prepare.phases import prepare
 from profuser.prepare.summary import loser, no_signal_warning
 from profuser.prepare.vote_rules import NOBODY
-from profuser.prepare.votes import Candidate
+from profuser.prepare.votes import Ballots, Candidate
 from profuser.recipe.parse import Run
 from profuser.recipe.schedule import Mode
 from profuser.recipe.schema import JudgeConfig, JudgingConfig
@@ -242,3 +245,44 @@ def test_the_rejected_response_has_another_text_than_the_chosen_one_and_the_fewe
     assert loser(candidates, np.array([2.0, 0.0, 1.0, 0.0, 0.5]), 0) == candidates[4]
     assert loser(candidates[:2], np.array([2.0, 0.0]), 0) is None
     assert loser(candidates, np.zeros(5), NOBODY) is None
+
+
+def test_the_summary_and_the_table_of_a_vote_on_several_responses_of_a_source(monkeypatch):
+    """One prompt has a vote, on one the judge abstains, and on one a single response is finished."""
+    judged, lone = [True] * 4, [False, False, True, False]
+    eligible, choices = np.array([judged, judged, lone]), np.zeros((3, 1, 4))
+    choices[0, 0, 3] = 1
+    scores = np.where(eligible, np.arange(12.0).reshape(3, 4), np.nan)[:, None]
+    scores[1] = np.nan
+    texts = ["a0", "a1", "b0", "b1"]
+    ballots = Ballots(
+        candidates=[[Candidate(text, bool(ok)) for text, ok in zip(texts, row, strict=True)] for row in eligible],
+        winner=np.array([3, NOBODY, 2]), votes=choices[:, 0], tied=np.zeros(3, bool), scores=scores, choices=choices,
+        eligible=eligible, admitted=eligible, responses_per_source=2,
+    )  # fmt: skip
+    inputs: Any = SimpleNamespace(
+        rows={"train": [{"prompt": f"p{n}", "response": "r", "skill": "s"} for n in range(3)]},
+        source_names=["a", "b"],
+        recipe=SimpleNamespace(
+            target="a",
+            judges=[SimpleNamespace(name="j")],
+            judging=SimpleNamespace(no_signal="skip"),
+            align=SimpleNamespace(min_ce_unit="byte"),
+        ),
+    )
+    monkeypatch.setattr(summary, "target_shards", lambda store: [])
+    for name in ("alignment_summary", "handled"):
+        monkeypatch.setattr(summary, name, lambda *_: {})
+    store: Any = None
+    (table,) = summary.audit_tables(inputs, store, ballots)
+    assert [table[f"response_{label}"][0] for label in ("a_0", "a_1", "b_0", "b_1")] == texts
+    assert (table["votes_b_1"], table["score_j_b_1"][0]) == ([1, 0, 0], 3)
+    assert table["vote_winner"] == ["b", None, "b"]
+    ends = [[turns and turns[-1]["content"] for turns in table[column]] for column in ("chosen", "rejected")]
+    assert ends == [["b1", None, None], ["a0", None, None]]
+    said = summary.summarise(inputs, store, ballots, {})
+    assert said["vote_wins"] == {"s": {"b": 2, "none": 1}}
+    assert (said["judges"], said["abstentions"]) == ({"j": {"a": 0.0, "b": 1.0}}, {"j": 0.5})
+    assert said["no_signal"]["prompts"] == 1
+    assert said["handled"]["prompt with one finished response, which won without a vote"] == 1
+    assert said["handled"]["unfinished response of a source, kept from the judges"] == 3

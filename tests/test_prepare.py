@@ -16,14 +16,15 @@ import pytest
 import torch
 from conftest import small_run
 
+from profuser.alignment.types import KINDS
 from profuser.errors import ConfigError, DataError
 from profuser.models.load import chat_format
 from profuser.prepare.announce import announce
 from profuser.prepare.data import load_examples
-from profuser.prepare.inputs import Inputs
+from profuser.prepare.inputs import Inputs, check_ground_truth, load_split, settled_dtype
 from profuser.prepare.judges import judge_fingerprint
 from profuser.prepare.phases import Preparation, align_source, prepare
-from profuser.prepare.summary import handled
+from profuser.prepare.summary import alignment_summary, handled
 from profuser.recipe.compare import differing_keys
 from profuser.recipe.data import DataConfig, DataLocation
 from profuser.recipe.generation import SourceGenerationConfig
@@ -126,8 +127,52 @@ def test_what_decides_what_a_store_holds_is_a_setting_of_it_and_only_that(prepar
     assert differing(judging=replace(recipe.judging, no_signal="ground_truth")) == ["targets.judging.no_signal"]
     another_day = replace(inputs, date=inputs.date + datetime.timedelta(days=1))
     assert differing_keys(before, asdict(another_day.settings())) == ["sources.date"]
+    with mock.patch("profuser.prepare.inputs.judge_fingerprint", return_value="another"):
+        names = [judge.name for judge in recipe.judges]
+        assert differing() == sorted(f"votes.judges.{name}.files" for name in names)
+        filed = JudgeConfig(name=names[0], scores="scores.jsonl")
+        assert f"votes.judges.{names[0]}.scores" in differing(judges=[filed, *recipe.judges[1:]])
     monkeypatch.setattr(inputs.target.tokenizer, "chat_template", "another")  # that of the first source as well
     assert differing() == [f"{source}.template", "sources.target.template"]
+
+
+def test_held_out_prompts_are_asked_of_all_sources_once_whatever_the_route_and_the_limit(prepared):
+    inputs = Inputs.open(prepared[1])
+    recipe = inputs.recipe
+    recipe = replace(
+        recipe,
+        capture=replace(recipe.capture, choice="route"),
+        data=replace(recipe.data, route_column="by", limit=2),
+        generation=replace(recipe.generation, responses_per_source=3, temperature=0.7),
+    )
+    rows: Any = {split: [{"by": "scholar"}] * 2 for split in ("train", "heldout")}
+    routed = replace(inputs, recipe=recipe, rows=rows)
+    asked = [routed.routed(split, source).all() for split in ("train", "heldout") for source in NAMES[:2]]
+    assert asked == [False, True, True, True]
+    assert (routed.responses_per_prompt("train"), routed.responses_per_prompt("heldout")) == (3, 1)
+    assert len(load_split(recipe, "heldout")) == len(inputs.rows["heldout"]) > 2  # which have no such column
+    with pytest.raises(DataError, match="by"):
+        load_split(recipe, "train")
+    limited = replace(inputs.recipe, data=replace(inputs.recipe.data, limit=2))
+    assert [len(load_split(limited, split)) for split in ("train", "heldout")] == [2, len(inputs.rows["heldout"])]
+    recipe = replace(recipe, evaluation=replace(recipe.evaluation, match=None))
+    check_ground_truth(recipe, cast(Any, [{"response": ""}, {"response": "4"}]))
+    with pytest.raises(DataError, match="every response is empty"):
+        check_ground_truth(recipe, cast(Any, [{"response": ""}]))
+
+
+def test_a_store_that_is_there_keeps_its_arithmetic_its_division_and_its_date(prepared, tmp_path):
+    directory, on_gpu = prepared[2].directory, torch.device("cuda")
+    assert [settled_dtype("auto", place, on_gpu) for place in (directory, tmp_path)] == ["float32", "bfloat16"]
+    inputs = Inputs.open(prepared[1])
+    finer = replace(inputs, recipe=replace(inputs.recipe, capture=replace(inputs.recipe.capture, shard_size=1)))
+    elsewhere = replace(finer, store_dir=tmp_path)
+    numbers = [len(one.parts("train")) for one in (inputs, finer, elsewhere)]
+    assert numbers[0] == numbers[1] < numbers[2]
+    with mock.patch("profuser.prepare.inputs.settled_date", return_value=inputs.date) as settled:
+        for fresh in (False, True):
+            Inputs.open(prepared[1], fresh=fresh)
+    assert [call.args[1] for call in settled.call_args_list] == [directory, None]
 
 
 def test_a_cut_response_has_no_end_of_turn_to_learn(chats):
@@ -208,8 +253,8 @@ def test_the_aligners_are_those_that_the_recipe_asks_for(prepared):
     inputs, lease = Inputs.open(prepared[1]), cast(Any, None)
     recipe, source = inputs.recipe, inputs.chats["scholar"]
     found = []
-    for changes in ({"min_reliability": 0.3}, {"mode": "fusellm", "fallback": "label"}):
-        changed = replace(recipe, align=replace(recipe.align, **changes), capture=replace(recipe.capture, top_k=4))
+    for align in (replace(recipe.align, min_reliability=0.3), replace(recipe.align, mode="fusellm", fallback="label")):
+        changed = replace(recipe, align=align, capture=replace(recipe.capture, top_k=4))
         preparation = Preparation(replace(inputs, recipe=changed), prepared[2], lease)
         with (
             mock.patch("profuser.prepare.phases.byte_aligner") as ours,
@@ -238,6 +283,19 @@ def test_what_is_kept_of_an_unfinished_shard_is_that_of_its_prompts_responses_an
         (kind, part.number, f"{judge_fingerprint(judge)} {preparation.origins.of(kind, part)}"),
         (layout.responses("train", source.name), part.number, f"transformers {part.digest}"),
     ]
+
+
+def test_the_alignment_is_summed_over_the_shards():
+    shape = (len(Mode), 2)
+    shard = {"kinds": np.zeros((*shape, len(KINDS)), int), "reliability": np.zeros((*shape, 10), int)}
+    shard |= {"covered": np.zeros(shape, int), "mapped_mass": np.zeros(shape)}
+    place = int(Mode.TRAINING), 1
+    shard["kinds"][place][:2] = 6, 2
+    shard["covered"][place], shard["mapped_mass"][place], shard["reliability"][place][9] = 4, 3.0, 4
+    found = alignment_summary([shard, shard], ["a", "b"])
+    shares = dict(zip(KINDS, (0.75, 0.25, *[0.0] * len(KINDS)), strict=False))
+    sums = {"positions": 16, "coverage": 0.5, "mapped_mass": 0.75, "reliability": [0] * 9 + [8]}
+    assert found == {"training": {"b": shares | sums}}
 
 
 def test_a_source_that_gave_no_number_is_not_aligned():

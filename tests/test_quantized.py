@@ -81,9 +81,9 @@ class TestWithBitsandbytes:
         assert len(weights) == 4 * 7
         assert {(w.quant_state.quant_type, w.quant_state.nested) for w in weights.values()} == {("nf4", True)}
         for name, weight in weights.items():
-            layer: Any = held.get_submodule(name)
-            assert layer.compute_dtype == torch.float32
-            layer = plain.get_submodule(name)
+            in_4_bits: Any = held.get_submodule(name)
+            assert in_4_bits.compute_dtype == torch.float32
+            layer: Any = plain.get_submodule(name)
             layer.weight.data = bnb.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
         ids = torch.arange(5, 45)[None]
         found = []
