@@ -18,7 +18,7 @@ from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mamba2Config
 
 from profuser.cli import explained
 from profuser.errors import ConfigError
@@ -150,6 +150,21 @@ def guardian():
 def test_modules_that_the_target_has_not_are_refused(modules, said):
     with pytest.raises(ConfigError, match=said):
         with_adapter(guardian(), AdapterConfig(target_modules=modules))
+
+
+def test_layers_that_peft_does_not_adapt_are_refused():
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "head_dim": 8,
+        "num_heads": 8,
+        "state_size": 4,
+        "num_hidden_layers": 1,
+        "vocab_size": 9,
+    }
+    with pytest.raises(
+        ConfigError, match=r"adapter must fit the target, .*'out_proj'.*; name other layers in adapter\.target_modules"
+    ):
+        with_adapter(AutoModelForCausalLM.from_config(Mamba2Config(**sizes)), ADAPTER)
 
 
 def test_only_the_named_layers_are_adapted_as_the_recipe_says():

@@ -50,6 +50,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
 
 
+def test_a_weight_whose_first_gradient_came_later_has_no_moments_again(tmp_path):
+    model, optimizer = trained(steps=0)
+    first, *_, last = model.parameters()
+    train(model[:2], optimizer, 1)
+    saved(tmp_path, 1, model, optimizer)
+    train(model, optimizer, 1)
+    assert last in optimizer.state
+    assert loaded_step(tmp_path, model, optimizer) == 1
+    assert last not in optimizer.state
+    assert optimizer.state[first]["step"] == 1
+
+
 def test_without_a_checkpoint_nothing_is_loaded_and_nothing_said(tmp_path, capsys):
     assert load_newest(tmp_path, *trained()) is None
     assert capsys.readouterr().out == ""

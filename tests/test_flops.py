@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import AutoConfig, GPT2Config, LlamaConfig, MambaConfig, MixtralConfig, PreTrainedModel
 from transformers import AutoModelForCausalLM as Auto
-from transformers import GPT2Config, LlamaConfig, MambaConfig, MixtralConfig, PreTrainedModel
 
 from profuser.recipe.adapter import AdapterConfig
 from profuser.train.adapter import with_adapter
@@ -86,6 +86,17 @@ def test_only_layers_with_attention_are_counted_where_the_configuration_names_th
     cost = cost_of(model)
     assert cost is not None
     assert cost.per_square == 12 * 2 * D
+
+
+def test_layers_may_have_heads_of_their_own():
+    sizes: dict[str, Any] = {"vocab_size": V, "hidden_size": D, "intermediate_size": M, "num_hidden_layers": 6}
+    sizes |= {"num_attention_heads": 4, "head_dim": 8, "global_head_dim": 12, "vocab_size_per_layer_input": V}
+    model = Auto.from_config(AutoConfig.for_model("gemma4_text", **sizes))
+    widths = [layer.head_dim for layer in model.config.per_layer_config]
+    assert {*widths} == {8, 12}
+    cost = cost_of(model)
+    assert cost is not None
+    assert cost.per_square == 12 * 4 * sum(widths)
 
 
 def test_a_mixture_of_experts_is_not_counted():

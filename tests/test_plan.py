@@ -117,11 +117,41 @@ class TestArchitectures:
     def test_the_cache_of_keys_and_values(self):
         assert small("llama", num_key_value_heads=2).cache == 2 * 3 * 2 * 8
         assert small("llama", num_key_value_heads=2, head_dim=16).cache == 2 * 3 * 2 * 16
+        assert small("mamba", num_attention_heads=None).cache == 0
+
+    def test_layers_may_differ(self):
+        model = small(
+            "gemma4_text", num_hidden_layers=6, num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=101
+        )
+        found = {
+            (layer.head_dim, layer.num_key_value_heads, layer.intermediate_size)
+            for layer in model.config.per_layer_config
+        }
+        assert len(found) > 1
+        layers = model.config.per_layer_config
+        assert model.cache == sum(2 * layer.num_key_value_heads * layer.head_dim for layer in layers)
+        assert model.inner == max(layer.intermediate_size for layer in layers)
+        assert small("gemma3n_text", num_hidden_layers=5, vocab_size_per_layer_input=101).inner == 48
+
+    def test_what_is_in_no_block_is_counted_where_blocks_differ(self):
+        model = small("jamba", num_hidden_layers=8, num_key_value_heads=2, num_experts=4, use_mamba_kernels=False)
+        assert model.block * model.layers > model.parameters
+        outside = [p.numel() for name, p in model.model.named_parameters() if ".layers." not in name]
+        assert model.root == sum(outside) == 2 * 101 * 32 + 32
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     @pytest.mark.parametrize("bf16", [False, True])
     def test_activations_are_what_a_real_pass_keeps(self, checkpointing, bf16):
         model = small("llama", num_key_value_heads=2, head_dim=8)
+        copies = self.check_saved(model, checkpointing, bf16)
+        linear = 2 * (model.block - 2 * 32) * model.layers  # all of a block but its two norms
+        assert copies == (linear if bf16 and not checkpointing else 0)
+
+    def test_activations_of_a_mixture_of_experts_are_what_a_real_pass_keeps(self):
+        self.check_saved(small("mixtral", num_key_value_heads=2, num_local_experts=4), checkpointing=False, bf16=True)
+
+    def check_saved(self, model: Architecture, checkpointing: bool, bf16: bool) -> int:
+        """Compares what the plan says with what a pass keeps. Returns the bytes of copies in bf16 that are in it."""
         real = AutoModelForCausalLM.from_config(model.config).train()
         if checkpointing:
             real.gradient_checkpointing_enable()
@@ -141,8 +171,7 @@ class TestArchitectures:
         assert hidden is not None  # what it keeps lives as long as its graph
         activations, copies = model.saved(3, 40, bf16=bf16, checkpointing=checkpointing)
         assert activations + copies == pytest.approx(total, rel=0.05)
-        linear = 2 * (model.block - 2 * 32) * model.layers  # all of a block but its two norms
-        assert copies == (linear if bf16 and not checkpointing else 0)
+        return copies
 
 
 class TestMemory:
@@ -395,6 +424,10 @@ def test_lengths_are_those_of_a_random_sample_up_to_the_limit():
     assert (one.ranges > 0, measured(source, source, [long], 448, 1000).ranges) == (True, 0)
     limited = measured(target, source, [short, long], 448, other.longest - 5)
     assert (limited.longest, limited.mean) == (other.longest - 5, (one.mean + other.mean - 5) / 2)
+    cut = measured(target, source, [long], 448, other.longest - 5)  # of what does not fit the response loses its end
+    assert cut.response == other.response - 5
+    assert cut.ranges == round(other.ranges * cut.response / other.response) < other.ranges
+    assert measured(target, source, [long], 448, 3).response == 0
     assert measured(target, source, [], 448, 1000) == Lengths(0, 0, 0, 0)
 
 
@@ -633,6 +666,10 @@ class TestLackOfMemory:
         assert first in remedies(plan, 1)
         assert "set optim.shard: true, optim.gradient_checkpointing: true or" in remedies(plan, 8)
         assert "optim.shard" not in remedies(paper, 8)
+        whole = [
+            memory for memory in plan.training if not memory.sharded
+        ]  # where no target of such a recipe is sharded
+        assert "optim.shard" not in remedies(replace(plan, training=whole), 8)
         large = replace(plan, preparing=[replace(plan.preparing[0], weights=1 << 40)])
         assert "set a lower generation.batch_size (now 32), a lower capture.tokens_per_batch (now 99)" in remedies(
             large, 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -24,9 +25,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import moe
 
 from profuser.errors import ConfigError, DataError, first_line
 from profuser.models.head import head_layer, hidden_states
+from profuser.models.layers import configs_of_layers
 from profuser.models.load import read_config, weights_of
 from profuser.recipe.adapter import AdapterConfig
 from profuser.recipe.schema import SourceConfig
@@ -136,7 +139,8 @@ class Architecture:
     @property
     def root(self) -> int:
         """The number of parameters outside of the decoder blocks: embeddings, head and the last norm."""
-        return self.parameters - self.block * self.layers
+        inside = {parameter for block in self._blocks for parameter in block}
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter not in inside)
 
     @property
     def layers(self) -> int:
@@ -156,15 +160,20 @@ class Architecture:
     @property
     def inner(self) -> int:
         """The width of the largest activation, that inside of an MLP."""
-        return getattr(self.config.get_text_config(), "intermediate_size", None) or 4 * self.width
+        sizes = [
+            getattr(layer, "intermediate_size", None) or 4 * self.width for layer in configs_of_layers(self.config)
+        ]
+        return max(max(size) if isinstance(size, list | tuple) else size for size in sizes)
 
     @property
     def cache(self) -> int:
         """How many numbers generation keeps for a token: the keys and values of all layers."""
-        config = self.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * self.layers * heads * size
+        numbers = 0
+        for layer in configs_of_layers(self.config):
+            if heads := getattr(layer, "num_attention_heads", None):  # a Mamba has none, and a state that does not grow
+                size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+                numbers += 2 * (getattr(layer, "num_key_value_heads", None) or heads) * size
+        return numbers
 
     def saved(self, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> tuple[int, int]:
         """What a forward pass keeps for its backward pass, in bytes. An adapter keeps the same inputs, and little beside them.
@@ -178,7 +187,8 @@ class Architecture:
             DataError: the model cannot be traced without values.
         """
         try:
-            with FakeTensorMode():
+            # transformers multiplies the experts of a mixture by an operation that has no shape without values, or by one that has.
+            with FakeTensorMode(), patch.object(moe, "_can_use_grouped_mm", lambda *_: False, create=True):
                 return saved_bytes(self._build(), rows, length, bf16, checkpointing)
         except Exception as error:  # a model that looks at its activations' values, in whatever way
             raise DataError(

@@ -49,7 +49,9 @@ def measured(target: ChatFormat, source: ChatFormat, rows: Sequence[Row], vocabu
         with contextlib.suppress(TokenBytesMismatch):
             own, theirs = (chat.encode(row["prompt"], row["response"]) for chat in (source, target))
             ranges = ranges_needed(target.token_bytes, theirs, source.token_bytes, own, order)
-            found.append((min(len(own.input_ids), limit), len(own.label_positions), len(ranges.rows)))
+            tokens, response = len(own.input_ids), len(own.label_positions)
+            left = max(0, response - max(0, tokens - limit))  # of the response, of which the end is cut
+            found.append((min(tokens, limit), left, round(len(ranges.rows) * left / max(1, response))))
     conversations, responses, ranges = np.array(found or [(0, 0, 0)]).T
     return Lengths(float(conversations.mean()), int(conversations.max()), float(responses.mean()), float(ranges.mean()))
 

@@ -258,7 +258,7 @@ def remedies(plan: Plan, processes: int) -> str:
     else:
         of_training.append(f"a lower optim.micro_batch_size (now {optim.micro_batch_size})")
     of_training.append(f"a lower data.max_length (now {recipe.data.max_length})")
-    if processes > 1 and hasattr(optim, "shard") and not is_sharded(recipe):
+    if processes > 1 and not optim.compile and any(one.sharded for one in plan.training) and not is_sharded(recipe):
         of_training.insert(0, "optim.shard: true")
     capture = recipe.capture
     counted = "batch_size" if capture.tokens_per_batch is None else "tokens_per_batch"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from profuser.errors import ConfigError
+from profuser.errors import ConfigError, first_line
 from profuser.models.head import head_layer
 from profuser.models.load import load_model, load_without_weights
 from profuser.recipe.adapter import ALL_LINEAR, AdapterConfig
@@ -72,7 +72,12 @@ def with_adapter(target: PreTrainedModel, config: AdapterConfig) -> PreTrainedMo
         lora_dropout=config.dropout,
         target_modules=sorted(linear),
     )
-    adapted = peft.get_peft_model(target, lora)
+    try:
+        adapted = peft.get_peft_model(target, lora)
+    except ValueError as error:  # such as layers of a Mamba, which peft does not adapt
+        raise ConfigError(
+            f"adapter must fit the target, {first_line(error)}; name other layers in adapter.target_modules"
+        ) from None
     return adapted  # pyrefly: ignore[bad-return]  # it stands for the model wherever FusionModel uses it
 
 

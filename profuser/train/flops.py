@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from profuser.models.head import head_layer
+from profuser.models.layers import configs_of_layers
 from profuser.train.zero import shape_of
 
 # Dense bf16 products with fp32 sums, in 10^12 operations per second, from NVIDIA's data sheets of A100 (June 2021), H100 (SXM, PCIe and
@@ -71,11 +72,14 @@ def cost_of(model: PreTrainedModel) -> Cost | None:
         for parameter in model.parameters()  # a tied one comes once
         if id(parameter) not in looked_up
     )
-    heads = getattr(config, "num_attention_heads", None) or 0
-    columns = (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
-    types = getattr(config, "layer_types", None)
-    layers = sum(kind in ATTENTION for kind in types) if types else config.num_hidden_layers
-    return Cost(per_token, 12 * layers * heads * columns)
+    layers = configs_of_layers(config)
+    types = getattr(config, "layer_types", None) or ATTENTION[:1] * len(layers)
+    columns = 0  # of all heads of all layers with attention
+    for kind, layer in zip(types, layers, strict=True):
+        heads = getattr(layer, "num_attention_heads", None)
+        if heads and kind in ATTENTION:
+            columns += heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+    return Cost(per_token, 12 * columns)
 
 
 def _shape_of(parameter: nn.Parameter) -> Sequence[int]:

@@ -85,11 +85,15 @@ def in_eight_bits(model: nn.Module) -> list[nn.Parameter]:
 
 
 def begin_moments(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
-    """Gives an optimizer the state of parameters that it has not changed yet, which a checkpoint's is then copied into."""
+    """Gives an optimizer the state of these parameters, as if it had not changed them yet, and of no others.
+
+    A checkpoint's is then copied into it. A parameter whose first gradient came after the checkpoint has none there.
+    """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
     wanted = set(parameters)
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
+            optimizer.state.pop(parameter, None)
             if parameter not in wanted:
                 continue
             if is_of_torch(optimizer):
