@@ -70,6 +70,7 @@ def test_an_adapter_is_the_model_that_peft_makes_of_it(place):
     model = load_model(one, torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not any("lora" in name for name, _ in model.named_modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())  # it may be the target
     assert open_model(one).model_type == "llama"
 
 

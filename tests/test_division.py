@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -169,6 +170,26 @@ def test_data_of_which_nothing_can_stay_are_refused_and_the_store_stays(prepared
     with pytest.raises(ConfigError, match=r"other data \(data\.train differ\), of which no shard can stay; .*--fresh"):
         prepare(with_rows(prepared[1], tmp_path, others))
     assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("files", [0, 1, 2])
+def test_a_store_that_was_lost_as_it_was_begun_is_begun_again(prepared, tmp_path, monkeypatch, files):
+    settings, divisions = prepared[2].settings, Inputs.open(prepared[1]).divisions
+    put, left = os.replace, files
+
+    def put_some(*places):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        put(*places)
+
+    monkeypatch.setattr(os, "replace", put_some)
+    with pytest.raises(KeyboardInterrupt):
+        Store.build(tmp_path / "store", settings, divisions)
+    monkeypatch.undo()
+    store = Store.build(tmp_path / "store", settings, divisions)
+    assert np.array_equal(store.shard_of("train"), divisions["train"].shard_of)
 
 
 def test_training_does_not_make_shards_again_unasked(prepared, tmp_path):

@@ -26,6 +26,7 @@ from profuser.store import layout
 from profuser.store.export import export
 from profuser.store.files import sha256
 from profuser.text.conversation import Conversation
+from profuser.text.fit import Verdict
 
 
 def written(path, *rows: dict) -> str:
@@ -118,13 +119,16 @@ def test_responses_are_found_by_their_prompts(tmp_path):
     path = written(
         tmp_path / "a.jsonl",
         {"prompt": "c", "response": " two \n", "finished": False},
-        {"prompt": "a b", "response": "one"},
-        {"messages": talk, "response": "three"},
+        {"prompt": "a b", "response": "one", "left_out": None},
+        {"messages": talk, "response": "three", "left_out": "response with control tokens, skipped"},
     )
     given = GivenResponses("s", path)
     rows = [*ROWS, {"prompt": Conversation.of(talk)}]
     assert given.check("train", rows, 1)
-    assert [(r.text, r.finished) for (r,) in given.of(rows, 1)] == [("one", True), ("two", False), ("three", True)]
+    found = [response for (response,) in given.of(rows, 1)]
+    assert [(r.text, r.finished) for r in found] == [("one", True), ("two", False), ("three", True)]
+    assert [r.verdict for r in found] == [Verdict.OK, Verdict.OK, Verdict.CONTROL]
+    assert [r.eligible for r in found] == [True, False, False]
     assert not given.check("heldout", [{"prompt": "other"}], 1)
     with pytest.raises(DataError, match=r"1 response to each heldout prompt, it has 0 to example 1 \(from 0\)"):
         given.check("heldout", [ROWS[0], {"prompt": "other"}], 1)
@@ -142,6 +146,10 @@ def test_responses_are_found_by_their_prompts(tmp_path):
         ({"response": "a"}, "must have a text as `prompt`, or `messages`"),
         ({"messages": [{"role": "assistant", "content": "a"}], "response": "a"}, "the user first"),
         ({"prompt": "a", "response": "b", "finished": "yes"}, "`finished` must be true or false"),
+        (
+            {"prompt": "a", "response": "b", "left_out": "bad"},
+            "`left_out` must be empty, or one of 'empty response, skipped', ",
+        ),
     ],
 )
 def test_a_wrong_row_of_responses_is_named(tmp_path, row, expected):

@@ -14,12 +14,14 @@ import pytest
 
 from profuser.errors import ConfigError, DataError
 from profuser.prepare.inputs import Inputs
+from profuser.prepare.responses import Response
 from profuser.prepare.summary import audit_tables
 from profuser.prepare.votes import count_votes
 from profuser.store import layout
 from profuser.store.__main__ import difference, main
 from profuser.store.export import card, export, preferences_of, responses_of
 from profuser.store.store import Store
+from profuser.text.fit import Verdict
 
 
 def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys, monkeypatch):
@@ -43,7 +45,8 @@ def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys, mon
     for row in responses.to_list():
         e, name = row["example"], row["source"]
         assert row["response"] == table[f"response_{name}"][e]
-        assert row["finished"] == written[name][e][0][1]
+        answer = Response(*written[name][e][0])
+        assert (row["finished"], row["left_out"] or "") == (answer.finished, answer.left_out)
         assert row["votes"] == table[f"votes_{name}"][e]
         assert row["prompt"] == table["prompt"][e]
         for judge in run.recipe.judges:
@@ -63,9 +66,12 @@ def test_an_export_is_a_data_set_with_two_tables(prepared, tmp_path, capsys, mon
         export(store, tmp_path / "out")
 
 
-def test_an_export_says_which_responses_were_finished():
-    """A user who takes them as given responses would otherwise let those vote that were cut."""
-    answers = {"a": [["x", True, 0], ["y", False, 0]], "b": [["z", False, 0], ["x", True, 0]]}
+def test_an_export_says_which_responses_were_finished_and_which_cannot_be_used():
+    """A user who takes them as given responses would otherwise let those vote that were cut or left out."""
+    answers = {
+        "a": [["x", True, 0], ["y", False, 0]],
+        "b": [["z", False, Verdict.BROKEN], ["x", True, Verdict.CONTROL]],
+    }
     store: Any = SimpleNamespace(
         settings=SimpleNamespace(
             sources={"source_names": ["a", "b"], "generation": {"responses_per_source": 2}}, votes={"asked": ["j"]}
@@ -78,6 +84,8 @@ def test_an_export_says_which_responses_were_finished():
     rows = list(responses_of(store, [row, row]))
     assert [row["finished"] for row in rows] == [True, False, False, True, False, True, True, False]
     assert [row["response"] for row in rows] == ["x", "y", "z", "x"] * 2
+    broken, control = "response whose bytes are not UTF-8, skipped", "response with control tokens, skipped"
+    assert [row["left_out"] for row in rows] == [None, None, broken, control, None, None, control, broken]
 
 
 def test_a_prompt_to_which_all_responses_are_the_same_is_no_preference():

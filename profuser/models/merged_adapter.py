@@ -120,7 +120,7 @@ def merged(name: str, folder: Path, model: PreTrainedModel) -> PreTrainedModel:
             lacking = sorted(expected - set(weights))
             over = sorted(peft.set_peft_model_state_dict(wrapped, weights).unexpected_keys)
             if not lacking and not over:
-                return wrapped.merge_and_unload(safe_merge=True).to(dtype)
+                return wrapped.merge_and_unload(safe_merge=True).to(dtype).requires_grad_()  # peft has frozen it
         fault = f"it lacks {lacking[0]}" if lacking else f"there is no place for {over[0]}"
     except Exception as error:  # peft and torch each raise their own kinds for what does not fit
         if is_lack_of_memory(error):

@@ -34,6 +34,8 @@ LARGEST_SCORE = float(np.finfo(np.float32).max)
 class GivenResponses:
     """The responses of one source, from a file with `prompt` or `messages`, `response`, and `finished` (true where it is missing).
 
+    A row may say in `left_out`, in the words of an exported store, why its response cannot be used.
+
     Args:
         source: the source's name, for messages. path: the file.
     Raises:
@@ -52,7 +54,7 @@ class GivenResponses:
                 finished = True
             if not isinstance(finished, bool):
                 raise DataError(f"{where}: `finished` must be true or false, got {in_short(finished)}; fix the row")
-            answer = Response(response.strip(), finished, Verdict.OK)
+            answer = Response(response.strip(), finished, _verdict(where, row))
             self._of_prompt.add(key_of(prompt_of_row(where, row)), answer)
 
     def check(self, split: Split, rows: Sequence[Row], count: int, asked: np.ndarray | None = None) -> bool:
@@ -85,6 +87,19 @@ class GivenResponses:
         """The responses to a row's prompt. Where each prompt has one, equal ones are one: a file may have as many rows as the data."""
         answers = self._of_prompt[key_of(plain(row["prompt"]))]
         return list(dict.fromkeys(answers)) if count == 1 else answers
+
+
+def _verdict(where: str, row: dict[str, Any]) -> Verdict:
+    """What a row says of whether its response can be used. It raises DataError for other words than ours."""
+    said = row.get("left_out")
+    if is_empty(said):
+        return Verdict.OK
+    known = {verdict.label: verdict for verdict in Verdict if verdict not in (Verdict.OK, Verdict.NOT_WINNER)}
+    if not isinstance(said, str) or said not in known:
+        raise DataError(
+            f"{where}: `left_out` must be empty, or one of {', '.join(map(repr, known))}, got {in_short(said)}; take it out, or the row"
+        )
+    return known[said]
 
 
 class GivenScores:

@@ -60,7 +60,8 @@ class SourceConfig:
     reasoning: Reasoning | None = None
     """What becomes of the reasoning before this source's answers; null takes generation.reasoning."""
     responses: str | None = None
-    """A file with this source's responses, which it is then not asked for: rows with `prompt`, `response` and, optionally, `finished`."""
+    """A file with this source's responses, which it is then not asked for: rows with `prompt`, `response` and, optionally, `finished` and
+    `left_out`."""
     logprobs: str | None = None
     """A file, or a pattern of files, with the top-k log-probabilities of this source's tokens, for which it is then not run: rows with
     `prompt`, `response` and what docs/data.md lists."""

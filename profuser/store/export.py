@@ -49,8 +49,8 @@ def export(store: Store, output: Path) -> dict[str, int]:
     text, message = pa.string(), pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     scores = {f"score_{judge}": pa.float64() for judge in store.settings.votes["asked"]}
     texts = dict.fromkeys(("prompt", "skill", "source", "response"), text)
-    numbers = {"finished": pa.bool_(), "votes": pa.float64(), **scores}
-    responses = {"example": pa.int64(), **texts, **numbers, "ground_truth": text}
+    found = {"finished": pa.bool_(), "left_out": text, "votes": pa.float64(), **scores}
+    responses = {"example": pa.int64(), **texts, **found, "ground_truth": text}
     preferences = {"prompt": message, "chosen": message, "rejected": message, "skill": text}
     counts = {
         "responses": write_rows(output / "responses.parquet", responses_of(store, examples), pa.schema(responses)),
@@ -78,16 +78,15 @@ def audit_rows(store: Store) -> DiskList[dict[str, Any]]:
 
 
 def responses_of(store: Store, examples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields a row for each response: the prompt, who wrote it, whether it was finished, and its votes and scores."""
+    """Yields a row for each response: the prompt, who wrote it, whether it was finished, why it is left out, and its votes and scores."""
     settings = store.settings
     several = settings.sources["generation"]["responses_per_source"]
     written = {source: _written(store, source) for source in settings.sources["source_names"]}
     for number, row in enumerate(examples):
         for source, n in product(settings.sources["source_names"], range(several)):
             label = f"{source}_{n}" if several > 1 else source
-            if (
-                written[source][number][n][2] == Verdict.NOT_WINNER
-            ):  # the prompt is another source's, and this one was not asked
+            _, finished, verdict = written[source][number][n]
+            if verdict == Verdict.NOT_WINNER:  # the prompt is another source's, and this one was not asked
                 continue
             yield {
                 "example": number,
@@ -95,7 +94,8 @@ def responses_of(store: Store, examples: Sequence[dict[str, Any]]) -> Iterator[d
                 "skill": row["skill"],
                 "source": source,
                 "response": row[f"response_{label}"],
-                "finished": written[source][number][n][1],
+                "finished": finished,
+                "left_out": None if verdict == Verdict.OK else Verdict(verdict).label,
                 "votes": row[f"votes_{label}"],
                 **{f"score_{judge}": row[f"score_{judge}_{label}"] for judge in settings.votes["asked"]},
                 "ground_truth": row["ground_truth"],

@@ -103,6 +103,7 @@ class Store(Shards):
         check_place(directory)
         if not (directory / "manifest.json").exists():
             store = cls(directory, new_manifest(asdict(settings)))
+            store._save()  # first of all, because it is what tells a store from anybody's folder
             store._divide(divisions)
             return store
 
