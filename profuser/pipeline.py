@@ -27,7 +27,7 @@ from profuser.recipe.schema import Recipe
 from profuser.report.page import write_report
 from profuser.store.fresh import check_fresh, start_over
 from profuser.store.sealed import is_intact
-from profuser.store.store import Store, check_place
+from profuser.store.store import Store
 from profuser.train.checkpoint import newest_step
 from profuser.train.checks import check_training
 from profuser.train.export import save_fused
@@ -214,12 +214,10 @@ def check_unchanged(run: Run) -> Inputs:
     The store is only compared with them, and stays as it is.
 
     Raises:
-        ConfigError, DataError: what Inputs.open, check_place and Store.checked_changes raise.
+        ConfigError, DataError: what Inputs.open and Inputs.changes raise.
     """
     inputs = Inputs.open(run)
-    check_place(run.store_dir)
-    if (run.store_dir / "manifest.json").exists():
-        Store.open(run.store_dir, complete=False).checked_changes(inputs.settings())
+    inputs.changes()
     return inputs
 
 

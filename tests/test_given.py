@@ -1,5 +1,6 @@
 """Responses and scores that a user has already take the place of sources and judges: nobody is asked, and the store is the same."""
 
+import contextlib
 import csv
 import json
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from profuser.prepare.data import plain
 from profuser.prepare.given import GivenResponses, GivenScores, file_digest
 from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.inputs import Inputs
-from profuser.prepare.phases import prepare
+from profuser.prepare.phases import Preparation, prepare
 from profuser.prepare.votes import candidates_of, count_votes
 from profuser.recipe.schema import JudgeConfig
 from profuser.store import layout
@@ -95,11 +96,21 @@ def test_nobody_is_asked_and_the_targets_are_the_same(prepared, tmp_path, monkey
         Asked(1.0, scores=True, answers=False, answers_heldout=False, is_run=True)
     ] * 3
 
-    # Another file is another store: neither is taken for the other.
-    path = Path(str(sources[0].responses))
-    path.write_text(path.read_text().replace('"prompt": " ', '"prompt": "  '))
-    with pytest.raises(ConfigError, match="responses differ"):
-        prepare(replace(run, recipe=recipe))
+    # A file that says the same in another order changes nothing, but the training does not take it unasked.
+    path, before = Path(str(sources[0].responses)), store.digests
+    table = [json.loads(line) for line in path.read_text().splitlines()][::-1]
+    written(path, *table)
+    with contextlib.ExitStack() as held, pytest.raises(ConfigError, match=rf"sources\.{names[0]}\.responses differ"):
+        Preparation.begin(Inputs.open(replace(run, recipe=recipe)), held)
+    assert prepare(replace(run, recipe=recipe)).digests == before
+    # Of one that says something else, the shard is made again, and what follows from it.
+    next(row for row in reversed(table) if row["finished"])["finished"] = False
+    written(path, *table)
+    store = prepare(replace(run, recipe=recipe))
+    changed = {name for name, digest in store.digests.items() if digest != before[name]}
+    (number,) = {name.rpartition("-")[2] for name in changed}
+    assert layout.responses("train", names[0]).shard(int(number)) in changed
+    assert all(layout.kind_of(name)[0].folder != "truth" for name in changed)
 
     # A response without a score is missed before anything is made.
     path.write_text(path.read_text().replace("Answer", "answer"))

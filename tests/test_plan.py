@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from profuser.kernels.common import chunk_rows
 from profuser.models import packing
 from profuser.models.load import chat_format, load_model
+from profuser.errors import ConfigError
 from profuser.plan.architecture import CONFIGS, Architecture, open_architecture
 from profuser.plan.asked import asked_of_each
 from profuser.plan.lengths import Lengths, measured
@@ -172,6 +173,18 @@ class TestArchitectures:
         activations, copies = model.saved(3, 40, bf16=bf16, checkpointing=checkpointing)
         assert activations + copies == pytest.approx(total, rel=0.05)
         return copies
+
+
+def test_a_store_that_does_not_fit_is_found(prepared, tmp_path):
+    _, run, _ = prepared
+    other = replace(run.recipe, capture=replace(run.recipe.capture, top_k=3))
+    with pytest.raises(ConfigError, match=r"captured with other settings \(capture\.top_k differ\)"):
+        make_plan(replace(run, recipe=other), timed=False)
+    rows = Path(str(run.recipe.data.train)).read_text().splitlines(keepends=True)
+    (tmp_path / "fewer.jsonl").write_text("".join(rows[1:]))
+    fewer = replace(run.recipe, data=replace(run.recipe.data, train=str(tmp_path / "fewer.jsonl")))
+    first, *_ = make_plan(replace(run, recipe=fewer), timed=False).notes
+    assert first == "data.train changed since the store was made: run `python -m profuser.prepare` before the training"
 
 
 class TestMemory:

@@ -200,6 +200,10 @@ def make_plan(
     opened = time.monotonic() - began
     if inputs is not None and device == default_device().type:  # else the run will be on another machine
         check_training(recipe, default_device(), sharded=False)
+        if (changes := inputs.changes(renews=True)) is not None and changes.data:
+            notes.append(
+                f"{', '.join(changes.data)} changed since the store was made: run `python -m profuser.prepare` before the training"
+            )
     if probed and inputs is None:
         away = [model.name for model in (*models.values(), *judges) if not model.here]
         raise ConfigError(

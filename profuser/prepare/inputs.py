@@ -44,7 +44,8 @@ from profuser.recipe.schema import JudgeConfig, Recipe, SourceConfig
 from profuser.recipe.server import ServerConfig
 from profuser.store.division import Division, Part
 from profuser.store.manifest import read_manifest
-from profuser.store.settings import StoreSettings
+from profuser.store.settings import Changes, StoreSettings
+from profuser.store.store import Store, check_place
 from profuser.text.chat import ChatFormat
 from profuser.text.conversation import Prompt
 from profuser.text.fit import Fitted, Verdict, fit
@@ -225,9 +226,11 @@ class Inputs:
             return None
         if source.name not in self._given:
             self._given[source.name] = GivenResponses(source.name, source.responses)
-        given = self._given[source.name]
-        routed = self.routed(split, source.name)
-        return given if given.check(split, self.rows[split], self.responses_per_prompt(split), routed) else None
+        given, key = self._given[source.name], (source.name, split)
+        if key not in self._has_given:
+            count, routed = self.responses_per_prompt(split), self.routed(split, source.name)
+            self._has_given[key] = given.check(split, self.rows[split], count, routed)
+        return given if self._has_given[key] else None
 
     def logprobs(self, source: SourceConfig) -> GivenLogprobs | None:
         """The file that has a source's log-probabilities; None where there is none. It raises what GivenLogprobs raises."""
@@ -334,6 +337,11 @@ class Inputs:
         return {}
 
     @cached_property
+    def _has_given(self) -> dict[tuple[str, Split], bool]:
+        """Whether these files have responses to the prompts of a split, by source and split."""
+        return {}
+
+    @cached_property
     def _given_logprobs(self) -> dict[str, GivenLogprobs]:
         return {}
 
@@ -361,6 +369,19 @@ class Inputs:
         """Returns what is learnt of a response: `profuser.text.fit.fit` to the target and some sources, as the recipe asks for it."""
         data = self.recipe.data
         return fit(self.target, sources, prompt, response, data.max_length, cuts=data.too_long == "cut")
+
+    def changes(self, *, renews: bool = False) -> Changes | None:
+        """Compares the recipe's store with these inputs; None where there is no store yet. Nothing is changed.
+
+        Args:
+            renews: whether the store may have been made of other data.
+        Raises:
+            ConfigError, DataError: what check_place, Store.open and Store.checked_changes raise.
+        """
+        check_place(self.store_dir)
+        if not (self.store_dir / "manifest.json").exists():
+            return None
+        return Store.open(self.store_dir, complete=False).checked_changes(self.settings(), renews=renews)
 
     def settings(self) -> StoreSettings:
         """Returns the settings that decide each layer of the store, for its manifest. Batch sizes are not among them."""

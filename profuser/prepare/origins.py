@@ -48,8 +48,10 @@ class Origins:
         return self._known.get(name)
 
     def _origin(self, kind: Kind, part: Part) -> str | None:
-        if kind.folder in ("truth", "responses"):
+        if kind.folder == "truth":
             return part.digest
+        if kind.folder == "responses":
+            return self._of_responses(kind, part)
         names = self.inputs.source_names
         if kind.folder == "scores":
             return self._joined(part, [layout.responses("train", name) for name in names])
@@ -65,6 +67,16 @@ class Origins:
             return self._joined(part, [], texts)
         captures += [layout.winners(name) for name in names]
         return self._joined(part, captures, [part.examples, ballots.winner[part.examples].tolist()])
+
+    def _of_responses(self, kind: Kind, part: Part) -> str:
+        """Returns the digest of a part's rows, and of the responses to them where a file has these."""
+        (source,) = (source for source in self.inputs.recipe.sources if source.name == kind.of)
+        if (given := self.inputs.given(source, kind.split)) is None:
+            return part.digest
+        asked, rows = self.inputs.routed(kind.split, source.name), self.inputs.rows[kind.split]
+        answered = [rows[example] for example in part.examples if asked[example]]
+        responses = given.of(answered, self.inputs.responses_per_prompt(kind.split))
+        return hashlib.sha256(json.dumps([part.digest, responses]).encode()).hexdigest()
 
     def _made(self, kind: Kind) -> bool:
         """Whether all shards of a kind are made."""

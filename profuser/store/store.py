@@ -121,7 +121,7 @@ class Store(Shards):
             print(
                 f"store: {', '.join(changes.data)} changed: making shards again ({store._renew(divisions)})", flush=True
             )
-            store._manifest["settings"]["sources"]["data"] = settings.sources["data"]
+            store._manifest["settings"]["sources"] = settings.sources  # of which nothing else differs
         store._divide(divisions)
         if changes.vote:
             same = not changes.judges and store.settings.votes["asked"] == settings.votes["asked"]
