@@ -21,7 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 # Without a GPU, Triton's kernels run in its interpreter. Triton reads this when it is imported, which transformers does.
-if not torch.cuda.is_available():
+# With PROFUSER_EMULATED_GPU=90 they are compiled for sm_90 instead, and what comes out of that is run.
+if not torch.cuda.is_available() and "PROFUSER_EMULATED_GPU" not in os.environ:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from profuser.recipe.parse import Run, parse_run
@@ -29,6 +30,12 @@ from profuser.recipe.places import resolve
 from profuser.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
+
+if EMULATED := os.environ.get("PROFUSER_EMULATED_GPU"):
+    import emulated_gpu
+
+    emulated_gpu.install(int(EMULATED))
+    os.environ["TRITON_INTERPRET"] = "1"  # from now on this only says that the kernels need no GPU
 
 # A shell lets what it starts in the background ignore Ctrl-C. Tests send it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -174,7 +181,7 @@ def lean_commands(request):
 @pytest.fixture(scope="session", autouse=True)
 def lean_interpreter():
     with pytest.MonkeyPatch.context() as patch:
-        if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") and not EMULATED:
             from lean_interpreter import make_lean
 
             make_lean(patch)

@@ -20,10 +20,10 @@ from safetensors.numpy import load_file
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from profuser.errors import ConfigError
 from profuser.kernels.common import chunk_rows
 from profuser.models import packing
 from profuser.models.load import chat_format, load_model
-from profuser.errors import ConfigError
 from profuser.plan.architecture import CONFIGS, Architecture, open_architecture
 from profuser.plan.asked import asked_of_each
 from profuser.plan.lengths import Lengths, measured
@@ -183,7 +183,7 @@ def test_a_store_that_does_not_fit_is_found(prepared, tmp_path):
     rows = Path(str(run.recipe.data.train)).read_text().splitlines(keepends=True)
     (tmp_path / "fewer.jsonl").write_text("".join(rows[1:]))
     fewer = replace(run.recipe, data=replace(run.recipe.data, train=str(tmp_path / "fewer.jsonl")))
-    first, *_ = make_plan(replace(run, recipe=fewer), timed=False).notes
+    first, *_ = make_plan(replace(run, recipe=fewer), timed=False).assumed
     assert first == "data.train changed since the store was made: run `python -m profuser.prepare` before the training"
 
 
