@@ -73,7 +73,7 @@ EVERY_KERNEL = "test_values_and_gradients or 1000-64 or 83-4 or by_hand"
     [("90", ["-k", EVERY_KERNEL]), *(pytest.param(of, [], marks=pytest.mark.long) for of in ("80", "90", "100"))],
 )
 def test_compiled_kernels_pass_the_tests_that_the_interpreted_ones_pass(capability, chosen):
-    """An instruction that only another version of Triton gives is an error, too, and has to be added to emulated_gpu.py."""
+    """An instruction that only another version of Triton gives is an error, too, and has to be added to ptx_arithmetic.py."""
     names = [
         "fused_loss_triton",
         "fused_loss_triton_autograd",
