@@ -1,9 +1,9 @@
 """Run by test_sharding.py in several processes: a sharded target's gradients and checkpoints beside those of a whole one.
 
-    python tests/forked.py 2 sharded_steps STORE DIRECTORY MODEL PRECISION
+    python tests/forked.py 2 sharded_steps STORE DIRECTORY MODEL PRECISION KIND...
 
 It fails unless several processes really run, and prints what the main process has found as JSON: of the target whose own weights are
-trained, and of the target with an adapter.
+trained (`whole`), and of the target with an adapter (`adapter`).
 """
 
 import json
@@ -58,15 +58,17 @@ def adapted(model, adapter):
     return model
 
 
+ADAPTERS = {"whole": None, "adapter": AdapterConfig(rank=4, alpha=8.0)}
+
+
 def main() -> None:
-    store, directory, name, precision = sys.argv[1:]
+    store, directory, name, precision, *kinds = sys.argv[1:]
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes > 1
     targets = Targets(Store.open(Path(store)), "train")
     source, dtype = SourceConfig(name="guardian", model=name), getattr(torch, precision)
     found = {
-        kind: compared(targets, Path(directory) / kind, source, dtype, accelerator, adapter)
-        for kind, adapter in (("whole", None), ("adapter", AdapterConfig(rank=4, alpha=8.0)))
+        kind: compared(targets, Path(directory) / kind, source, dtype, accelerator, ADAPTERS[kind]) for kind in kinds
     }
     if accelerator.is_main_process:
         print(json.dumps(found))

@@ -39,7 +39,7 @@ def without_interpreter(program, *arguments):
     return json.loads(run_without_interpreter([str(HERE / program), *arguments]))
 
 
-@pytest.mark.parametrize("every", [24, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [36, pytest.param(1, marks=pytest.mark.long)])
 def test_launches_have_types_that_the_compiler_accepts(every):
     launches = without_interpreter("lowered_launches.py", str(every))
     assert not launches["failures"], json.dumps(launches["failures"], indent=1)[:3000]
@@ -47,7 +47,7 @@ def test_launches_have_types_that_the_compiler_accepts(every):
 
 
 @pytest.mark.parametrize(
-    ("target", "every"), [("sm_90", 2), *(pytest.param(target, 1, marks=pytest.mark.long) for target in TARGETS)]
+    ("target", "every"), [("sm_90", 3), *(pytest.param(target, 1, marks=pytest.mark.long) for target in TARGETS)]
 )
 def test_kernels_fit_the_registers_and_stream_16_bytes_at_a_time_without_a_barrier(target, every):
     for name, report in without_interpreter("compiled_kernels.py", target, str(every)).items():
