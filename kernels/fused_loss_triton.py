@@ -49,12 +49,13 @@ ENTROPY_BLOCK = 4096
 SLOT_BLOCK = 32
 
 
-def dense_config(vocabulary: int, warp_size: int = 32) -> tuple[int, int]:
+def dense_config(vocabulary: int, sources: int, warp_size: int = 32) -> tuple[int, int]:
     """How many columns a program of `dense` holds at a time, and how many warps it has: one thread per 16 columns.
 
-    The block is the larger one where a row is many of the smaller ones.
+    The block is the larger one where a row is many of the smaller ones, and learns from one source: several take more registers than
+    each of its 1,024 threads can have.
     """
-    block = 8192 if vocabulary < 1 << 16 else 16384
+    block = 8192 if vocabulary < 1 << 16 or sources > 1 else 16384
     block = min(block, max(1024, triton.next_power_of_2(vocabulary)))
     return block, block // (16 * warp_size)
 
@@ -125,7 +126,7 @@ def fused_loss_triton(operands: Operands, options: Options, winner: Winner) -> O
         "SMOOTHING": options.label_smoothing, "EVEN_APART": caps,
     }  # fmt: skip
     elementwise = {"SCALE": head.logit_scale, "SOFTCAP": head.softcap}
-    block, warps = dense_config(V, 64 if torch.version.hip else 32)
+    block, warps = dense_config(V, W, 64 if torch.version.hip else 32)
     slot_block = min(SLOT_BLOCK, triton.next_power_of_2(slots))
 
     with torch.cuda.device_of(hidden):

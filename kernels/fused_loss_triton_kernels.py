@@ -500,6 +500,7 @@ def _dense_kernel(
                 else:
                     outside = lifted & (inside == 0)
                     m_rest = tl.maximum(m_dense, tl.max(tl.where(outside, lifted_z, _LOWEST), 0))
+                    no_rest = (m_rest <= _LOWEST) & (t <= _NO_TAIL)
                     in_rest = tl.where(outside, exact_exp((lifted_z - m_rest) * inv_T), 0.0)
                     dense_in_rest = exact_exp((m_dense - m_rest) * inv_T)
                     rest = sum_dense_T * dense_in_rest + tl.sum(in_rest, 0)
@@ -511,8 +512,7 @@ def _dense_kernel(
                     part_rest, slope_rest = divergence_parts(
                         t, exact_exp(log_q_rest), log_q_rest, DIVERGENCE, BETA, LOG_P_SHARE, LOG_Q_SHARE
                     )
-                    part_rest = tl.where((m_rest <= _LOWEST) & (t <= _NO_TAIL), 0.0, part_rest)
-                    value += weight * (tl.sum(parts, 0) + part_rest)
+                    value += weight * tl.sum(parts, 0) + tl.where(no_rest, 0.0, weight * part_rest)
                     slope_sum = tl.sum(slope, 0) + slope_rest
                     # Divided by the sum of the rest itself, which survives a q_rest that underflows.
                     slope = tl.where(inside, slope, slope_rest * (in_rest / rest))

@@ -81,7 +81,7 @@ def fused_loss_kernels(warp_size: int) -> dict[str, Kernel]:
         return slots(source._scatter_kernel, K, pointers)
 
     def dense(V, K=10, dtype="bf16", **changes):
-        block, warps = driver.dense_config(V, warp_size)
+        block, warps = driver.dense_config(V, changes.get("W", 1), warp_size)
         floats = ("lifted_z", "lifted_grad", "p", "t", "ce_weight", "kd_weight", "loss", "ce", "kd")
         arguments = {f"{name}_ptr": "*fp32" for name in ("logits", *floats, "target_mass")} | {
             "grad_ptr": f"*{dtype}", "bias_ptr": None, "gold_slot_ptr": "*i32", "lifted_ids_ptr": "*i32",
