@@ -75,7 +75,7 @@ def cost_of(model: PreTrainedModel) -> Cost | None:
     layers = configs_of_layers(config)
     types = getattr(config, "layer_types", None) or ATTENTION[:1] * len(layers)
     columns = 0  # of all heads of all layers with attention
-    for kind, layer in zip(types, layers, strict=True):
+    for kind, layer in zip(types, layers, strict=False):
         heads = getattr(layer, "num_attention_heads", None)
         if heads and kind in ATTENTION:
             columns += heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
