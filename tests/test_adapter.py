@@ -211,8 +211,15 @@ def group():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointing", "precision"),
+    [
+        (True, "bf16"),
+        (False, "no"),
+        pytest.param(True, "no", marks=pytest.mark.long),
+        pytest.param(False, "bf16", marks=pytest.mark.long),
+    ],
+)
 def test_a_sharded_target_with_an_adapter_takes_the_steps_of_a_whole_one(
     prepared, tmp_path, group, precision, checkpointing
 ):
