@@ -187,7 +187,7 @@ TOGETHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def recipe(tmp_path_factory) -> Path:
     """A folder with a recipe whose store has many shards, and in `whole` the store that one worker makes of it."""
     place = tmp_path_factory.mktemp("workers")
-    small = small_run(place, "--capture.shard_size=2").recipe
+    small = small_run(place, "--capture.shard_size=2", "--date=2026-01-31").recipe  # it may be midnight meanwhile
     (place / "recipe.yaml").write_text(yaml.safe_dump(small.to_dict() | {"store": "whole"}))
     assert subprocess.run([sys.executable, *PREPARE], cwd=place, env=ENVIRONMENT, check=False).returncode == 0
     return place
