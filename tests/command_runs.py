@@ -82,7 +82,7 @@ def without_pictures() -> Generator[None]:
 
 
 def without_plan() -> contextlib.AbstractContextManager[object]:
-    """Leaves out the plan that is set beside what a training took. It takes a second, and tests/test_plan.py looks at it."""
+    """Leaves out the plan that is set beside what a training took. It takes a second, and tests/test_plan_memory.py looks at it."""
     return mock.patch("profuser.pipeline.make_plan", side_effect=DataError("left out"))
 
 

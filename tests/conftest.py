@@ -268,3 +268,13 @@ def poisoned_memory(monkeypatch):
 
 
 __all__ = ["ROOT", "Recipe", "small_data", "small_run"]
+
+
+@pytest.fixture(scope="session")
+def paper():
+    """The plan of the paper's recipe, without its models and data."""
+    from plan_models import PAPER
+
+    from profuser.plan.plan import make_plan
+
+    return make_plan(parse_run("train", ["--config", PAPER]), timed=False)
