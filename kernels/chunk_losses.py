@@ -225,9 +225,8 @@ def kept_losses(
     q = torch.cat([q_inside[..., :-1], q_rest], 2)
     log_q = torch.cat([log_q_inside[..., :-1], log_q_rest], 2)
     value, slope = divergence_parts(options.divergence, options.divergence_beta, p, log_p, q, log_q)
-    value = torch.cat(
-        [value[..., :-1], value[..., -1:].masked_fill(is_nowhere, 0)], 2
-    )  # not in place: it may be the slope as well
+    # Not in place, because it may be the slope as well.
+    value = torch.cat([value[..., :-1], value[..., -1:].masked_fill(is_nowhere, 0)], 2)
     slope_sum, slope_rest = slope.sum(2, keepdim=True), slope[..., -1:]
     if conditional:
         grad = torch.where(inside, slope - q_inside * slope_sum, 0)

@@ -185,10 +185,8 @@ def test_of_a_part_the_texts_are_asked_for_as_they_were_cut_and_each_answer_is_i
     monkeypatch.setattr(capture_shards, "capture_responses", answered)
     monkeypatch.setattr(capture_shards, "ranges_needed", lambda target, theirs, source, own, order: theirs.said)
     monkeypatch.setattr(capture_shards, "pack_captures", lambda fitted, verdicts, scored, *sizes: (verdicts, scored))
-    given, head = (
-        mock.Mock(scored=lambda prompt, whole, fitted, own: (whole, own.said)),
-        mock.Mock(weight=torch.ones(9, 2)),
-    )
+    given, head = mock.Mock(), mock.Mock(weight=torch.ones(9, 2))
+    given.scored = lambda prompt, whole, fitted, own: (whole, own.said)
     inputs: Any = mock.Mock(
         rows={"train": [{"prompt": f"p{n}"} for n in range(9)]},
         chats={"s": mock.Mock(encode=encode)},

@@ -23,14 +23,14 @@ from profuser.train.__main__ import without_own
 
 
 def test_a_store_that_does_not_fit_is_found(prepared, tmp_path):
-    _, run, _ = prepared
-    other = replace(run.recipe, capture=replace(run.recipe.capture, top_k=3))
+    _, of, _ = prepared
+    other = replace(of.recipe, capture=replace(of.recipe.capture, top_k=3))
     with pytest.raises(ConfigError, match=r"captured with other settings \(capture\.top_k differ\)"):
-        make_plan(replace(run, recipe=other), timed=False)
-    rows = Path(str(run.recipe.data.train)).read_text().splitlines(keepends=True)
+        make_plan(replace(of, recipe=other), timed=False)
+    rows = Path(str(of.recipe.data.train)).read_text().splitlines(keepends=True)
     (tmp_path / "fewer.jsonl").write_text("".join(rows[1:]))
-    fewer = replace(run.recipe, data=replace(run.recipe.data, train=str(tmp_path / "fewer.jsonl")))
-    first, *_ = make_plan(replace(run, recipe=fewer), timed=False).assumed
+    fewer = replace(of.recipe, data=replace(of.recipe.data, train=str(tmp_path / "fewer.jsonl")))
+    first, *_ = make_plan(replace(of, recipe=fewer), timed=False).assumed
     assert first == "data.train changed since the store was made: run `python -m profuser.prepare` before the training"
 
 

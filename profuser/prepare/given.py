@@ -30,6 +30,9 @@ from profuser.text.fit import Verdict
 LARGEST_SCORE = float(np.finfo(np.float32).max)
 """The largest finite score: all are kept in fp32, in which a larger one would be infinite, and equal to others that are."""
 
+LEFT_OUT = {verdict.label: verdict for verdict in Verdict if verdict not in (Verdict.OK, Verdict.NOT_WINNER)}
+"""What an exported store says of the responses that cannot be used."""
+
 
 class GivenResponses:
     """The responses of one source, from a file with `prompt` or `messages`, `response`, and `finished` (true where it is missing).
@@ -94,12 +97,11 @@ def _verdict(where: str, row: dict[str, Any]) -> Verdict:
     said = row.get("left_out")
     if is_empty(said):
         return Verdict.OK
-    known = {verdict.label: verdict for verdict in Verdict if verdict not in (Verdict.OK, Verdict.NOT_WINNER)}
-    if not isinstance(said, str) or said not in known:
+    if not isinstance(said, str) or said not in LEFT_OUT:
         raise DataError(
-            f"{where}: `left_out` must be empty, or one of {', '.join(map(repr, known))}, got {in_short(said)}; take it out, or the row"
+            f"{where}: `left_out` must be empty, or one of {', '.join(map(repr, LEFT_OUT))}, got {in_short(said)}; take it out, or the row"
         )
-    return known[said]
+    return LEFT_OUT[said]
 
 
 class GivenScores:
