@@ -1,5 +1,6 @@
 """Top-k log-probabilities that a user has already: the source is not run, and what does not fit its tokenizer is named."""
 
+import copy
 import csv
 import json
 import math
@@ -20,6 +21,7 @@ from profuser.errors import ConfigError, DataError
 from profuser.models.load import chat_format
 from profuser.prepare.capture import unpack_captures
 from profuser.prepare.capture_shards import taken
+from profuser.prepare.data import plain
 from profuser.prepare.given_logprobs import GivenLogprobs
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.phases import prepare
@@ -159,14 +161,46 @@ def source_of_rows(shard):
     return np.concatenate([rows_of(shard["marks"][slice(*at)], 3)[0] for at in pairwise(shard["offsets"])])
 
 
-def test_another_file_is_another_store(given, tmp_path):
-    run, _ = given
-    source = run.recipe.sources[0]
-    parts = [Path(source.logprobs.replace("*", part)).read_text() for part in "10"]
-    (tmp_path / "other.jsonl").write_text("".join(parts))
-    changed = replace(source, logprobs=str(tmp_path / "other.jsonl"))
-    with pytest.raises(ConfigError, match="logprobs differ"):
-        prepare(replace(run, recipe=replace(run.recipe, sources=[changed, *run.recipe.sources[1:]])))
+def test_where_the_file_changes_the_shards_are_made_again_that_it_says_something_else_about(given, tmp_path):
+    """Nothing of the store differs from what a preparation makes that begins with the changed file."""
+    run, first = given
+    source = next(source for source in run.recipe.sources if source.name == run.recipe.target)
+    texts = [Path(source.logprobs.replace("*", part)).read_text() for part in "01"]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
+    inputs, mine = Inputs.open(run), [s.name for s in run.recipe.sources].index(source.name)
+    ballots = count_votes(first, run.recipe)
+    example = next(e for e in range(len(inputs.rows["train"])) if ballots.winning_source(e) == mine)
+
+    def prepared_from(rows, store):
+        file = written(tmp_path / "changed.jsonl", *rows)
+        sources = [replace(s, logprobs=str(file)) if s is source else s for s in run.recipe.sources]
+        return prepare(replace(run, recipe=replace(run.recipe, sources=sources, store=str(tmp_path / store))))
+
+    def less_sure(split, e, text):
+        """The rows, of which that about one text says less of its first token."""
+        key = (plain(inputs.rows[split][e]["prompt"]), text)
+        changed = copy.deepcopy(rows)
+        (row,) = (row for row in changed if (row["prompt"].strip(), row["response"]) == key)
+        if "top_logprobs" in row:
+            row["top_logprobs"][0] = [x - 1 for x in row["top_logprobs"][0]]
+        else:
+            for entry in next(filter(None, row["prompt_logprobs"])).values():
+                entry["logprob"] -= 1
+        return changed
+
+    shutil.copytree(first.directory, tmp_path / "store")
+    assert prepared_from(rows[::-1], "store").digests == first.digests
+    for kind, changed in (
+        (layout.truth("train", source.name), less_sure("train", 0, inputs.rows["train"][0]["response"])),
+        (layout.winners(source.name), less_sure("train", example, ballots.winning_text(example))),
+    ):
+        before = prepared_from(rows, "store").digests
+        assert before == first.digests
+        store = prepared_from(changed, "store")
+        ours = {name for name, digest in store.digests.items() if digest != before[name]}
+        assert {layout.kind_of(name)[0] for name in ours} == {kind, layout.targets("train")}
+        assert len(ours) == 2
+        assert store.digests == prepared_from(changed, f"fresh-{kind.folder}").digests
 
 
 @pytest.fixture(scope="module")

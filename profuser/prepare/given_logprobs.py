@@ -13,6 +13,7 @@ source's token are skipped (docs/alignment.md, "The top k alone, as a server giv
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,16 @@ class GivenLogprobs:
     def has(self, prompt: Prompt, response: str) -> bool:
         """Whether the file has a response to a prompt. Whitespace around a response and in a prompt does not count."""
         return key_of(plain(prompt), response.strip()) in self._of
+
+    def digest(self, prompt: Prompt, response: str) -> str | None:
+        """Returns a digest of what the file says about a response to a prompt, in whatever row; None where it has not this response."""
+        rows = self._of[key_of(plain(prompt), response.strip())]
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(str(row.top_ids.shape).encode())
+            for array in (row.ids, row.own, row.top_ids, row.top_logprobs):
+                digest.update(array.tobytes())
+        return digest.hexdigest() if rows else None
 
     def scored(self, prompt: Prompt, response: str, fitted: Fitted, encoded: Encoded) -> ScoredResponse:
         """Returns what the source says about a response, as if it had been run, but without ranges.

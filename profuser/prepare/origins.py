@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from profuser.prepare.inputs import Inputs
 from profuser.prepare.votes import Ballots, count_votes
+from profuser.recipe.schema import SourceConfig
 from profuser.store import layout
 from profuser.store.division import Part
 from profuser.store.layout import Kind
@@ -49,7 +51,7 @@ class Origins:
 
     def _origin(self, kind: Kind, part: Part) -> str | None:
         if kind.folder == "truth":
-            return part.digest
+            return self._of_truth(kind, part)
         if kind.folder == "responses":
             return self._of_responses(kind, part)
         names = self.inputs.source_names
@@ -64,13 +66,34 @@ class Origins:
             source = names.index(kind.of)
             won = [ballots.winning_source(example) == source for example in part.examples]
             texts = [ballots.winning_text(example) if own else None for example, own in zip(part.examples, won)]
-            return self._joined(part, [], texts)
+            return self._joined(part, [], [texts, said] if (said := self._said(kind, part, texts)) else texts)
         captures += [layout.winners(name) for name in names]
         return self._joined(part, captures, [part.examples, ballots.winner[part.examples].tolist()])
 
+    def _of_truth(self, kind: Kind, part: Part) -> str:
+        """Returns the digest of a part's rows, and behind it that of what a file says about their ground truths, if it has any."""
+        if not self.inputs.scores_given(self._source(kind), kind.split):
+            return part.digest
+        return part.digest + self._said(kind, part, [row["response"] for row in part.of(self.inputs.rows[kind.split])])
+
+    def _said(self, kind: Kind, part: Part, texts: Sequence[str | None]) -> str:
+        """Returns a digest of what the file with a source's log-probabilities says about a text for each example of a part.
+
+        It is empty where there is no such file, or where it has none of them.
+        """
+        if (given := self.inputs.logprobs(self._source(kind))) is None:
+            return ""
+        rows = part.of(self.inputs.rows[kind.split])
+        said = [None if text is None else given.digest(row["prompt"], text) for row, text in zip(rows, texts)]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest() if any(said) else ""
+
+    def _source(self, kind: Kind) -> SourceConfig:
+        (source,) = (source for source in self.inputs.recipe.sources if source.name == kind.of)
+        return source
+
     def _of_responses(self, kind: Kind, part: Part) -> str:
         """Returns the digest of a part's rows, and of the responses to them where a file has these."""
-        (source,) = (source for source in self.inputs.recipe.sources if source.name == kind.of)
+        source = self._source(kind)
         if (given := self.inputs.given(source, kind.split)) is None:
             return part.digest
         asked, rows = self.inputs.routed(kind.split, source.name), self.inputs.rows[kind.split]

@@ -32,8 +32,8 @@ class Changes:
     """How a store's settings differ from those that it is to be used with.
 
     foreign: the differing keys of the sources' layer that stand for a model's files or its chat template.
-    data: those that stand for the rows of a split, or for a file with a source's responses to them. sources: the other differing keys of
-        the sources' layer.
+    data: those that stand for the rows of a split, or for a file with a source's responses to them or its log-probabilities.
+    sources: the other differing keys of the sources' layer.
     judges: the names of the judges that have become others, by their weights or their code.
     asked: whether the list of judges, their order or the rule of the vote is another one.
     captured: whether the sources have to be captured again, because what the alignment wants to know of them is another thing.
@@ -93,7 +93,8 @@ def changes_between(old: StoreSettings, new: StoreSettings) -> Changes:
     keys = differing_keys(old.sources, new.sources)
     foreign = [key for key in keys if key.endswith((".files", ".template"))]
     rows = [f"data.{split}" for split in SPLITS]
-    data = [key for key in keys if key in rows or (key.startswith("sources.") and key.endswith(".responses"))]
+    given = (".responses", ".logprobs")
+    data = [key for key in keys if key in rows or (key.startswith("sources.") and key.endswith(given))]
     known = old.votes["judges"]
     return Changes(
         foreign=foreign,

@@ -118,9 +118,12 @@ class Store(Shards):
             )
         store._tidy()
         if changes.data:
-            print(
-                f"store: {', '.join(changes.data)} changed: making shards again ({store._renew(divisions)})", flush=True
+            counts = store._renew(divisions)
+            are_rows = any(key.startswith("data.") for key in changes.data)
+            again = (
+                f"making shards again ({counts})" if are_rows else "making the shards again that hold other things now"
             )
+            print(f"store: {', '.join(changes.data)} changed: {again}", flush=True)
             store._manifest["settings"]["sources"] = settings.sources  # of which nothing else differs
         store._divide(divisions)
         if changes.vote:
@@ -311,7 +314,10 @@ class Store(Shards):
     def _stays(self, part: Part, split: Split = "train") -> bool:
         """Whether the sources have said something about just these rows."""
         names = self.settings.sources["source_names"]
-        return any(self.has(truth(split, name), part.number, part.digest) for name in names)
+        kinds = [truth(split, name) for name in names]
+        return any(
+            self.has(kind, part.number) and self.origin(kind, part.number).startswith(part.digest) for kind in kinds
+        )
 
 
 def check_place(directory: Path) -> None:
