@@ -79,6 +79,20 @@ def test_every_option_keeps_within_the_bound(dtype, options):
     assert got["error"] > 0
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 2.0}, {"softcap": 6.0}, {"softcap": 6.0, "temperature": 1.5}], ids=str
+)
+def test_the_rows_of_the_extension_leave_out_what_torchs_do(options):
+    """fp32 goes through the C++ extension, which also adds up the columns, and fp64 through torch."""
+    ours, theirs = (
+        run(fused_linear_fusion_loss, peaked(dtype=dtype), chunk_size=8, left_out=0.05, **options)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert 0 < theirs["left_out_share"] < 0.05
+    for name in ("left_out_share", "kept_share", "hidden_error_bound"):
+        torch.testing.assert_close(ours[name].double(), theirs[name], rtol=1e-4, atol=0)
+
+
 def test_the_lifted_entries_are_exact():
     """Each row's gradient at its gold and kept ids is that of the exact loss, and the row's sum is kept."""
     case = peaked(dtype=torch.float64)
