@@ -20,6 +20,7 @@ from profuser.store.__main__ import answered_by
 from profuser.store.__main__ import main as store_command
 from profuser.store.files import ABANDONED_SECONDS, TEMPORARY, remove_left_over, set_aside, temporary_beside
 from profuser.store.layout import CAPTURE_COLUMNS, Kind, kind_of, shard_arrays
+from profuser.store.manifest import SCHEMA_VERSION
 from profuser.store.sealed import write_sealed
 from profuser.store.settings import StoreSettings
 from profuser.store.store import Store
@@ -236,6 +237,24 @@ def test_another_schema_is_refused_with_the_command(store, schema):
     for use in (lambda: Store.build(store.directory, SETTINGS, {}), lambda: Store.open(store.directory)):
         with pytest.raises(DataError, match=rf"schema {schema}, this version reads .*profuser\.prepare --fresh"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (4, "schema 4, this version reads"),
+        (SCHEMA_VERSION, "must hold sha256, which is missing"),
+        (0, "must hold"),
+        (-3, "must hold"),
+    ],
+)
+def test_a_manifest_without_a_seal_is_one_of_an_earlier_schema_or_damaged(store, schema, message):
+    path = store.directory / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"schema": schema}
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=message):
+        Store.open(store.directory)
 
 
 def test_a_broken_manifest_is_refused(store):
