@@ -53,7 +53,7 @@ Part divergence_part(Divergence divergence, double beta, double p, double log_p,
     if (divergence == Divergence::skew_kl) {
         return {p_against_m, (1 - beta) * (1 - beta) * q_over_m * (q - p)};
     }
-    return {q_against_m, q_against_m - beta * q_over_m * q};
+    return {q_against_m, q_against_m + beta * (1 - beta) * q_over_m * (p - q)};
 }
 
 // What was read in place of the lifted columns, one slot for each id and the last one for the label.

@@ -36,4 +36,5 @@ def divergence_parts(
     if divergence == SKEW_KL:
         # q·(1 − β)·(1 − p/m), with c = 1 − β
         return p_against_m, (1 - beta) ** 2 * q_over_m * (q - p)
-    return q_against_m, q_against_m - beta * q_over_m * q
+    # q·log(q/m) + q·β·(1 − q/m), with c = β − 1
+    return q_against_m, q_against_m + beta * (1 - beta) * q_over_m * (p - q)

@@ -52,5 +52,5 @@ def divergence_parts(
             slope = (1 - BETA) * (1 - BETA) * q_over_m * (q - p)
         else:
             value = q_against_m
-            slope = q_against_m - BETA * q_over_m * q
+            slope = q_against_m + BETA * (1 - BETA) * q_over_m * (p - q)
     return value, slope

@@ -370,8 +370,8 @@ def fused_linear_fusion_loss(
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORE_INDEX).sum()
         if isinstance(num_items_in_batch, Tensor):
-            divisor = num_items_in_batch.reshape(())
-            divisor = torch.where(divisor <= 0, 1, divisor)
+            divisor = num_items_in_batch.reshape(()).to(loss.dtype)
+            divisor = torch.where(divisor == 0, 1, torch.where(divisor < 0, torch.nan, divisor))
         else:
             divisor = num_items_in_batch if num_items_in_batch > 0 else 1
         loss = loss / divisor

@@ -10,6 +10,7 @@ import pytest
 import torch
 from loss_checks import (
     DIFFERENTIABLE,
+    FLOOR,
     assert_as_accurate_as_reference,
     assert_close_to_truth,
     make_case,
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from profuser.kernels import fused_loss as op_module
 from profuser.kernels.divergences import DIVERGENCES, canonical, infinite_at_zero
 from profuser.kernels.reference import fusion_loss_reference
+from profuser.kernels.row_losses import RowLosses
 from profuser.kernels.tails import TAILS
 from profuser.loss import FusedLinearFusionLoss, fused_linear_fusion_loss
 
@@ -164,6 +166,39 @@ def test_a_target_that_agrees_has_no_divergence_and_no_gradient(member):
     assert loss.item() == pytest.approx(0, abs=1e-12)
     assert logits.grad is not None
     assert logits.grad.abs().max() < 1e-12
+
+
+NEAR = [(d, beta) for d, beta in [*MEMBERS, ("skew_reverse_kl", 0.5)] if d != "tvd" and canonical(d, beta) == d]
+
+
+def assert_accurate_near(apart, rows, divergence, beta, **options):
+    """Checks the gradient of a divergence alone, from sources whose logits are about `apart` from the target's.
+
+    Its large parts cancel. They must do so as well as autograd has them cancel in the dense formula of the same dtype.
+    """
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(rows, 16, generator=g), torch.randn(50, 16, generator=g)
+    logits = hidden.double() @ weight.double().T
+    logprobs, ids = (logits + apart * torch.randn(logits.shape, generator=g)).log_softmax(1).topk(8)
+    case = {
+        "hidden": hidden, "weight": weight, "labels": torch.zeros(rows, dtype=torch.long), "source_ids": ids[None],
+        "source_logprobs": logprobs.float()[None], "ce_weight": torch.zeros(rows), "kd_weight": torch.ones(rows),
+        "divergence": divergence, "divergence_beta": beta,
+    }  # fmt: skip
+    true = run(fusion_loss_reference, case, upcast=torch.float64)["dhidden"]
+    ours, dense = (
+        (run(function, case, **of)["dhidden"].double() - true).norm()
+        for function, of in ((fused_linear_fusion_loss, options), (fusion_loss_reference, {}))
+    )
+    assert ours <= 2 * dense + FLOOR[torch.float32] * true.norm()
+
+
+@pytest.mark.parametrize("apart", [1.0, 0.01])
+@pytest.mark.parametrize(("divergence", "beta"), NEAR)
+def test_near_a_source_the_gradient_is_as_accurate_as_the_dense_formulas(monkeypatch, divergence, beta, apart):
+    assert_accurate_near(apart, 96, divergence, beta)
+    monkeypatch.setattr(RowLosses, "take", lambda *args: False)  # so that torch computes what the extension would
+    assert_accurate_near(apart, 96, divergence, beta)
 
 
 @pytest.mark.parametrize("member", FAMILY[:: len(FAMILY) // 6], ids=named)
@@ -362,6 +397,10 @@ class TestTriton:
     @pytest.mark.parametrize("member", SLOW_FAMILY, ids=named)
     def test_every_member_is_as_accurate_as_the_dense_formula(self, triton_check, member):
         triton_check(make_case(N=self.ROWS, B=2), scale=1.0, **member)
+
+    @pytest.mark.parametrize(("divergence", "beta"), NEAR)
+    def test_near_a_source_the_gradient_is_as_accurate_as_the_dense_formulas(self, device, divergence, beta):
+        assert_accurate_near(0.01, 12, divergence, beta, impl="triton", device=device)
 
     @pytest.mark.parametrize("member", SLOW_FAMILY, ids=named)
     def test_every_member_of_mixed_sources_is_as_accurate(self, triton_check, member):

@@ -61,6 +61,12 @@ def test_the_shard_follows_from_the_first_eight_bytes_of_the_prompts_digest():
     assert Division.of(of_prompts, of_prompts, 1000).shard_of.tolist() == expected
 
 
+def test_rows_of_one_prompt_in_another_order_are_another_part():
+    prompts, rows = [bytes(32)] * 2, [b"a" * 32, b"b" * 32]
+    ((first,), (second,)) = (Division.of(prompts, of, 3).parts for of in (rows, rows[::-1]))
+    assert first.digest != second.digest
+
+
 def test_a_division_of_nothing_has_no_part():
     assert Division.of([], [], 3).parts == []
 

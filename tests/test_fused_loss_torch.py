@@ -196,6 +196,13 @@ def test_num_items_in_batch_divides_the_mean(number):
     assert run(fused_linear_fusion_loss, case, num_items_in_batch=number * 0)["loss"] == 0
 
 
+def test_a_number_of_items_as_a_tensor_neither_widens_the_loss_nor_is_negative():
+    case = make_case()
+    loss = run(fused_linear_fusion_loss, case, num_items_in_batch=torch.tensor([7.0], dtype=torch.float64))["loss"]
+    assert loss.dtype == torch.float32
+    assert run(fused_linear_fusion_loss, case, num_items_in_batch=torch.tensor(-7))["loss"].isnan()
+
+
 def test_splitting_a_batch_adds_up():
     """With reduction="sum" and the step's weights, the gradients of two halves add up to those of the whole."""
     case = make_case(torch.float64, B=2, reduction="sum")

@@ -82,7 +82,7 @@ def test_rows_without_a_label_are_left_out_by_a_bound(device, poisoned_buffers, 
     case = small_case(reduction=reduction)
     if mixed:
         del case["source_ce"]
-        case["source_weight"] = torch.rand(3, ROWS)
+        case |= {"source_weight": torch.rand(3, ROWS), "source_tail": torch.rand(3, ROWS) / 2}
     labelled = int((case["labels"] != -100).sum())
     assert labelled < ROWS - 1
     computed = []
