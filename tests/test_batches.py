@@ -305,7 +305,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_workers_end_when_the_trainer_was_killed(workers):
     """Also while they hand over a batch, which nobody will take any more."""
     code = KILLED.replace("WORKERS", str(workers))

@@ -80,9 +80,15 @@ def resolves(name: str) -> bool:
     return name == "profuser.kernels"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_is_cited_is_there(path):
+def missing(path: Path) -> list[str]:
+    """What a file cites that is not there."""
     text = prose(path)
-    cited = set(PATH.findall(text)) - EXAMPLES - OTHERS
-    assert not sorted(c for c in cited if not is_there(c, path))
-    assert not sorted(name for name in set(NAME.findall(text)) if not resolves(name))
+    files = [cited for cited in set(PATH.findall(text)) - EXAMPLES - OTHERS if not is_there(cited, path)]
+    return sorted([*files, *(name for name in set(NAME.findall(text)) if not resolves(name))])
+
+
+@pytest.mark.parametrize("tree", [*TREES, "."])
+def test_what_is_cited_is_there(tree):
+    files = [path for path in FILES if path.is_relative_to(ROOT / tree) and (tree != "." or path.parent == ROOT)]
+    assert files
+    assert not {str(path.relative_to(ROOT)): names for path in files if (names := missing(path))}

@@ -231,7 +231,7 @@ REAL = ("llama2", "mistral_v1", "gpt_neox", "gpt2", "qwen2", "deepseek_v3")
     ],
     ids="-".join,
 )
-@pytest.mark.parametrize("segment", ["shortest", "aligned"])
+@pytest.mark.parametrize("segment", ["shortest", pytest.param("aligned", marks=pytest.mark.long)])
 def test_random_models_with_real_tokenizers(pair, segment):
     voices = [random_voice(name, seed) for seed, name in enumerate(pair)]
     assert compare(voices, PROMPTS, DecodeConfig(segment=segment, max_segment_tokens=6), 10) > 5

@@ -482,7 +482,9 @@ def test_no_more_is_read_than_the_examples_that_are_asked_for(tmp_path, ending):
             limited(path, limit)
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet", "arrow"])
+@pytest.mark.parametrize(
+    "ending", [pytest.param("jsonl", marks=pytest.mark.long), "parquet", pytest.param("arrow", marks=pytest.mark.long)]
+)
 def test_the_examples_are_those_of_all_rows_however_far_is_read(tmp_path, ending):
     rows = [{"prompt": f"Question {n // 2}?", "response": f"Answer {n}."} for n in range(2600)]
     table, path = pyarrow.Table.from_pylist(rows), tmp_path / f"data.{ending}"

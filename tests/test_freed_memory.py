@@ -46,7 +46,7 @@ def test_what_is_freed_between_tensors_that_stay_returns_to_the_system():
 
 
 @GLIBC
-@pytest.mark.parametrize("environment", [{}, {VARIABLE: str(16 << 20)}])
+@pytest.mark.parametrize("environment", [{}, pytest.param({VARIABLE: str(16 << 20)}, marks=pytest.mark.long)])
 def test_it_is_kept_where_nobody_asks_or_the_environment_says_so(environment):
     held, left = held_and_left("asked" if environment else "not asked", **environment)
     assert min(held, left) >= 200

@@ -288,7 +288,9 @@ def estimate_beside(place: Path, monkeypatch) -> tuple[float, int]:
     return estimated, record["peak_owned_bytes"]
 
 
-@pytest.mark.parametrize(("optim", "share"), [([], 0.75), (["--optim.tokens_per_micro_batch", "512"], 0)])
+@pytest.mark.parametrize(
+    ("optim", "share"), [([], 0.75), pytest.param(["--optim.tokens_per_micro_batch", "512"], 0, marks=pytest.mark.long)]
+)
 def test_an_adapter_adds_its_libraries_and_on_padded_passes_the_gaps_between_its_tensors(monkeypatch, optim, share):
     plan = make_plan(parse_run("train", ["--adapter.rank", "16", *optim]), processes=(1,), timed=False)
     counted = plan.peak(1)

@@ -63,6 +63,7 @@ class TestWithBitsandbytes:
         for name, tensor in written.state_dict().items():
             assert torch.equal(tensor, alone[name].to(tensor.dtype)), name
 
+    @pytest.mark.long
     def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(self, prepared, finished, tmp_path, monkeypatch):
         run = quantized(prepared[1], tmp_path / "run", lr=2e-2, checkpoint_every=1)
         check_resumed(run, finished, monkeypatch)

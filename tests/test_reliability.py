@@ -67,7 +67,9 @@ def test_a_sample_of_all_damages_is_survived(places):
 
 
 # What is most likely to be believed wrongly: in each, one bit is flipped, and every command must still be right.
-@pytest.mark.parametrize("file", [f"{RUN}/run.json", f"{STORE}/manifest.json", f"{STORE}/summary.json"])
+@pytest.mark.parametrize(
+    "file", [f"{RUN}/run.json", pytest.param(f"{STORE}/manifest.json", marks=pytest.mark.long), f"{STORE}/summary.json"]
+)
 def test_a_flipped_bit_in_a_record_is_survived(places, file):
     command = {"run.json": "evaluate", "manifest.json": "doctor", "summary.json": "report"}[Path(file).name]
     tally = walk(places, [Trial("good", command, file, "a bit flipped", 0.4)])

@@ -91,7 +91,7 @@ def make_maps(ranges, V=83, top=12, seed=0) -> Ranges:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.long), 2.5])
-@pytest.mark.parametrize("k", [1, 10, 83])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.long), 10, 83])
 def test_merged_masses_are_as_accurate_as_the_dense_reference(dtype, temperature, k):
     """With a map of the vocabulary, with maps of ranges, and with both."""
     case = make_case(dtype, spread=2.0)

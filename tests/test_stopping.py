@@ -181,8 +181,14 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        pytest.param(command, number, marks=pytest.mark.long if (c + n) % 2 else ())
+        for c, command in enumerate(COMMANDS)
+        for n, number in enumerate(CODES)
+    ],
+)
 def test_an_import_that_swallows_everything_does_not_swallow_a_signal(fake, command, number):
     path = fake(f"""
         import os, time

@@ -66,7 +66,7 @@ def losses(done: Trainer) -> list[float]:
     return [line["loss"] for line in done.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("make", [demo_model, tied_model], ids=["untied", "tied"])
+@pytest.mark.parametrize("make", [demo_model, pytest.param(tied_model, marks=pytest.mark.long)], ids=["untied", "tied"])
 def test_gradient_accumulation_and_checkpointing_change_nothing(make, tmp_path):
     whole = trained(FusionModel(make()), tmp_path / "whole", optim="sgd")
     torch.testing.assert_close(
@@ -78,7 +78,7 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(make, tmp_path):
         torch.testing.assert_close(model_of(parts).state_dict(), model_of(whole).state_dict(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [demo_model, tied_model], ids=["untied", "tied"])
+@pytest.mark.parametrize("make", [pytest.param(demo_model, marks=pytest.mark.long), tied_model], ids=["untied", "tied"])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(make, tmp_path):
     trained(FusionModel(make()), tmp_path, max_steps=1)
     resumed = trained(FusionModel(make()), tmp_path, resume=True)
