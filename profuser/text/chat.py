@@ -7,9 +7,9 @@ the response. If a text contains the string of a control token, this string stay
 control tokens are control tokens. The end of turn is found by its role and not by its string. The template's bytes between
 the response and the end of turn are part of no label, and what follows the end of turn is dropped.
 
-Conversations of several turns are rendered as they are (`turns.py`). Left out on purpose is what a template does to a prompt and
-a response, but for the stripping of the prompt (some templates also cut the reasoning out of a response). The response is
-compared byte by byte, so it is always put in as it is. If it begins with reasoning, an empty block of reasoning does not stand
+Conversations of several turns are rendered as they are (`turns.py`), and so is a prompt of which a template makes something else than
+to show it, stripped at most. Left out on purpose is what a template does to a response (some cut the reasoning out of it): it is
+compared byte by byte, so that it is always put in as it is. If it begins with reasoning, an empty block of reasoning does not stand
 before it (`reasoning.py`).
 """
 
@@ -23,12 +23,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from profuser.errors import DataError
-from profuser.text.conversation import Conversation, Prompt, as_messages
+from profuser.text.conversation import Conversation, Prompt, Turn, as_messages
 from profuser.text.encoded import Encoded, encode_response
 from profuser.text.reasoning import opening_of
 from profuser.text.template import FIX_IN_RECIPE, ChatTemplate, conversation
 from profuser.text.token_bytes import TokenBytes
-from profuser.text.turns import Waiting, around_response, waiting
+from profuser.text.turns import Waiting, around_response, rendered, waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +84,7 @@ class ChatFormat:
         self._strip_right = not padded_after.startswith("\n " + after)
         self._generation = self._generation_frame(name)
         self._rendered = functools.lru_cache(RENDERED)(self._render)
+        self._alters = functools.lru_cache(RENDERED)(self._makes_other)
         self.opening = opening_of(
             self.template,
             finished=self._between,
@@ -156,9 +157,11 @@ class ChatFormat:
         return encode_response(self.token_bytes, before, response, after, self.end_ids)
 
     def _waiting(self, prompt: Prompt) -> Waiting:
-        """The template's text around the response to a prompt. A single turn is put into the frame and not rendered again."""
+        """The template's text around the response to a prompt. A single turn is put into the frame, if the template shows it so."""
         if isinstance(prompt, Conversation) and not prompt.is_prompt:
             return self._rendered(prompt)
+        if not self.template.shows_alone and self._alters(str(prompt)):
+            return self._rendered(Conversation((Turn("user", str(prompt)),)))
         text = self._prompt(str(prompt))
         before, after = self._generation
         # The prompt is used in the form that its tokens hold, because only the response must be kept byte by byte.
@@ -168,6 +171,11 @@ class ChatFormat:
             for between in (self.opening.finished, self.opening.bare)
         )
         return Waiting([(before, False), (text, True), (after, False)], finished, bare, self._suffix)
+
+    def _makes_other(self, prompt: str) -> bool:
+        """Whether the template makes something else of a prompt than the frame with it."""
+        shown = rendered(self.template, [{"role": "user", "content": prompt}], generation=True)
+        return shown != self._prompt(prompt).join(self._asked)
 
     def _render(self, prompt: Conversation) -> Waiting:
         """The template's text around the response to a conversation."""
@@ -212,7 +220,7 @@ class ChatFormat:
             raise DataError(
                 f"a chat template must show the prompt once, {name}'s renders {text!r}; {self.template.fix}"
             )
-        before, after = text.split(PROMPT)
+        self._asked = before, after = text.split(PROMPT)
         if text == self.template.text(user) and self._between.rstrip() != after.rstrip():
             # The template ignores add_generation_prompt.
             after = self._between.rstrip(" ")

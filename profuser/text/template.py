@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from profuser.errors import DataError, first_line, in_short
 from profuser.text.bounded import BoundedRenderer, Render, renderer_of
 from profuser.text.conversation import Conversation, Prompt, Turn, as_messages
+from profuser.text.shows_alone import shows_texts_alone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,10 +87,12 @@ class ChatTemplate:
                 f"a chat template must have at most {TEMPLATE_CHARACTERS:,} characters, {self.name}'s has {len(self._template):,}; "
                 f"{fix}"
             )
+        self._renders_as_all_do = _renders_as_all_do(tokenizer)
+        self._own = self._template
         if "strftime_now" in self._template:
             self._template = _clock_at(date or datetime.date.today()) + self._template
         render, renderer = partial(tokenizer.apply_chat_template, chat_template=self._template, tokenize=False), None
-        if _renders_as_all_do(tokenizer):
+        if self._renders_as_all_do:
             special = dict(tokenizer.special_tokens_map)
             renderer = renderer_of(self._template, json.dumps(special, sort_keys=True, default=str))
             # Whoever changes the tokenizer later, these are rendered.
@@ -123,6 +126,11 @@ class ChatTemplate:
             return self._render(list(map(self._with_system, conversations)), add_generation_prompt=False)
         except Exception:  # one by one, so that the conversation can be named
             return list(map(self._text_of, conversations))
+
+    @cached_property
+    def shows_alone(self) -> bool:
+        """Whether it is certain to do nothing with the text of a message but show it, stripped at most."""
+        return self._renders_as_all_do and shows_texts_alone(self._own)
 
     @cached_property
     def has_system(self) -> bool:

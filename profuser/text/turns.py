@@ -47,7 +47,7 @@ def around_response(
     # Nothing was written behind a response that was cut, so that the template may strip the whitespace with which it ends.
     shown = response if complete else response.rstrip()
     expected = bare + shown + behind
-    found = _rendered(template, [*earlier, last | {"content": shown}])
+    found = rendered(template, [*earlier, last | {"content": shown}])
     if found not in (expected, before + shown + behind):
         n = next((n for n, (a, b) in enumerate(zip(found, expected)) if a != b), len(expected))
         raise DataError(
@@ -86,8 +86,8 @@ def waiting(
     earlier, last = [dict(message) for message in messages], {"role": "assistant"}
 
     def generation(turns: list[Message]) -> str:
-        text = _rendered(template, turns, generation=True)
-        if text == _rendered(template, turns):
+        text = rendered(template, turns, generation=True)
+        if text == rendered(template, turns):
             before = _around(template, turns, last)[0]
             if text.rstrip() != before.rstrip():  # the template ignores add_generation_prompt
                 return before.rstrip(" ")
@@ -107,7 +107,7 @@ def waiting(
 def _around(template: ChatTemplate, turns: list[Message], last: Message) -> tuple[str, str]:
     """Renders turns and a sentinel in place of the last message's content. The text around the sentinel is returned."""
     sentinel = TURN.format(len(turns))
-    text = _rendered(template, [*turns, last | {"content": sentinel}])
+    text = rendered(template, [*turns, last | {"content": sentinel}])
     if text.count(sentinel) != 1:
         raise DataError(
             f"a chat template must show the response once, {template.name}'s renders {text!r}; {template.fix}"
@@ -190,7 +190,8 @@ def _bare(before: str, opening: Opening, response: str) -> str:
     return before.removesuffix(opening.finished) + opening.before(response)
 
 
-def _rendered(template: ChatTemplate, messages: list[Message], *, generation: bool = False) -> str:
+def rendered(template: ChatTemplate, messages: list[Message], *, generation: bool = False) -> str:
+    """Returns the text of messages. It raises DataError where the template does not render them."""
     try:
         return template.text(messages, generation=generation)
     except DataError:
