@@ -81,7 +81,7 @@ def test_an_infinite_score_is_left_out_of_the_correlation_with_length():
 
 def test_without_prompts_or_with_one_response_there_is_nothing_to_say():
     nothing = {"pairs": [{"judges": ["a", "b"], "tau": None}], "length": {"a": None, "b": None}}
-    nothing |= {"alone": {"a": 0.0, "b": 0.0}, "ties": 0.0}
+    nothing |= {"alone": {"a": 0.0, "b": 0.0}, "ties": 0.0, "prompts": 0, "preferences": {"a": 0, "b": 0}}
     for scores in (np.zeros((0, 2, 3)), [[[1], [2]]]):
         assert agreement(ballots(scores), ["a", "b"]) == nothing
 
@@ -96,6 +96,8 @@ def test_ties_and_who_decides_alone():
     found = agreement(ballots(scores), ["a", "b", "c"])
     assert found["alone"] == {"a": pytest.approx(1 / 3), "b": 0, "c": 0}
     assert found["ties"] == pytest.approx(1 / 3)
+    assert found["prompts"] == 3
+    assert found["preferences"] == {"a": 3, "b": 2, "c": 1}
     assert [pair["judges"] for pair in found["pairs"]] == [["a", "b"], ["a", "c"], ["b", "c"]]
     # Equal texts that share the most points are no tie.
     same = agreement(ballots(scores, [["x", "y"], ["x", "x"], ["x", "y"], ["x", "y"]]), ["a", "b", "c"])
@@ -123,7 +125,11 @@ def test_warnings_name_the_judge():
     assert "judge a alone has a preference on 100% of the prompts" in one
     assert "explains 100% of judge a's variance" in two
     assert "longer responses" in two
-    assert warnings_of(found | {"vote_wins": {"all": {"x": 9}}}) == []
+    few = agreement(ballots([*long[:9], *[[[1.0, 1.0], [0, 0]]] * 11], [["a long text", "short"]] * 20), ["a", "b"])
+    assert warnings_of(found | {"agreement": few}) == []
+    earlier = {key: found["agreement"][key] for key in ("pairs", "length", "alone", "ties")}
+    assert warnings_of(found | {"agreement": earlier}) == [one, two]
+    assert warnings_of({"agreement": earlier, "vote_wins": {"all": {"x": 9}}}) == []
     assert warnings_of({"agreement": None}) == warnings_of({}) == []
     shorter = {
         "agreement": agreement(ballots(long, [["short", "a long text"]] * 20), ["a", "b"]),

@@ -365,6 +365,11 @@ def test_rows_that_are_written_in_two_ways_are_refused(tmp_path):
     assert "row 1 (from 0): the column 'prompt' must be filled in every row, it has nothing and 'question'" in message
     empty = written(tmp_path / "empty.jsonl", rows[0], {"prompt": "Hi", "response": None}, {"prompt": "Hi"})
     assert [row["response"] for row in examples(empty)] == ["Hello.", "", ""]
+    # A CSV file has no other way to say that there is nothing.
+    for n, (column, row) in enumerate({"prompt": ",q2,r2,", "response": "p2,,,c2"}.items()):
+        path = tmp_path / f"{n}.csv"
+        path.write_text(f"prompt,question,response,completion\np1,,r1,\n{row}\n")
+        assert f"row 1 (from 0): the column {column!r} must be filled in every row, it has nothing and" in refusal(path)
     alike = written(tmp_path / "alike.jsonl", rows[0] | {"answer": "x"}, {"prompt": "a", "response": "", "answer": "x"})
     assert [row["response"] for row in examples(alike)] == ["Hello.", ""]
 

@@ -149,6 +149,30 @@ def test_responses_are_found_by_their_prompts(tmp_path):
         given.check("train", ROWS, 2)
 
 
+def test_reasoning_is_taken_out_of_responses_where_the_recipe_says_so(prepared, tmp_path):
+    """As of a source that answers itself. What cannot be told from its reasoning is left out, and nothing else is changed."""
+    said = {
+        "<think>\nWhich? This.\n</think>\n\nAnswer: 11.": ("Answer: 11.", Verdict.OK),
+        "Answer: 12.": ("Answer: 12.", Verdict.OK),
+        "<think>\nWhich? I": ("", Verdict.REASONING),
+        "<think>a</think> b </think> c": ("", Verdict.REASONING),
+        "": ("", Verdict.OK),
+        "Is </s> an end?": ("Is </s> an end?", Verdict.OK),
+    }
+    _, run, _ = prepared
+    asked = Inputs.open(run).rows["train"][: len(said)]
+    rows = [{"prompt": plain(row["prompt"]), "response": text} for row, text in zip(asked, said)]
+    rows += [{"prompt": plain(row["prompt"]), "response": "x"} for row in Inputs.open(run).rows["train"][len(said) :]]
+    first, *others = run.recipe.sources
+    for reasoning in ("strip", "keep"):
+        source = replace(first, responses=str(written(tmp_path / "a.jsonl", *rows)), reasoning=reasoning)
+        inputs = Inputs.open(replace(run, recipe=replace(run.recipe, sources=[source, *others])))
+        given = inputs.given(source, "train")
+        assert given is not None
+        found = [(response.text, response.verdict) for (response,) in given.of(asked, 1)]
+        assert found == [*said.values()] if reasoning == "strip" else [(text, Verdict.OK) for text in said]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

@@ -26,7 +26,8 @@ def agreement(ballots: Ballots, judges: Sequence[str]) -> dict[str, Any]:
         A mapping of `pairs`: for every two judges Kendall's tau-b over pairs of responses to the same prompt; `length`: each judge's
         correlation with the length of the responses, both less their means over a prompt; `alone`: for each judge the share of the
         prompts with a winner on which it is the only one with a preference; `ties`: the share of them on which several responses of
-        different texts had the most points. What has no variance is None.
+        different texts had the most points; `prompts`: how many prompts with a winner there are; `preferences`: on how many prompts each
+        judge has a preference. What has no variance is None.
     """
     scores = np.where(ballots.eligible[:, None], ballots.scores.astype(np.float64), np.nan)
     lengths = np.array([[float(len(candidate.text)) for candidate in row] for row in ballots.candidates])
@@ -44,6 +45,8 @@ def agreement(ballots: Ballots, judges: Sequence[str]) -> dict[str, Any]:
             name: float((won & prefers[:, r] & (prefers.sum(1) == 1)).sum() / count) for r, name in enumerate(judges)
         },
         "ties": sum(map(ballots.is_tie, range(len(ballots.winner)))) / count,
+        "prompts": int(won.sum()),
+        "preferences": {name: int(prefers[:, r].sum()) for r, name in enumerate(judges)},
     }
 
 
@@ -87,12 +90,13 @@ def correlation_within(scores: np.ndarray, lengths: np.ndarray) -> float | None:
 
 def warnings_of(summary: Mapping[str, Any]) -> list[str]:
     """Returns the lines that warn of judges whose vote says less than it seems to."""
-    found = summary.get("agreement")
-    prompts = sum(sum(of_skill.values()) for of_skill in (summary.get("vote_wins") or {}).values())
-    if not found or prompts < FEWEST:
+    if not (found := summary.get("agreement")):
         return []
+    # Stores of earlier versions say of no judge how often it had a preference.
+    every = sum(sum(of_skill.values()) for of_skill in (summary.get("vote_wins") or {}).values())
+    preferences = found.get("preferences", {})
     lines = []
-    if len(found["alone"]) > 1:
+    if len(found["alone"]) > 1 and found.get("prompts", every) >= FEWEST:
         lines += [
             f"warning: judge {name} alone has a preference on {share:.0%} of the prompts with a winner, so that it decides the vote; "
             "look at the other judges, or take them out"
@@ -103,6 +107,6 @@ def warnings_of(summary: Mapping[str, Any]) -> list[str]:
         f"warning: the length of the responses explains {r * r:.0%} of judge {name}'s variance within a prompt (correlation {r:+.2f}); it "
         f"may reward {'longer' if r > 0 else 'shorter'} responses for their length"
         for name, r in found["length"].items()
-        if r is not None and r * r > EXPLAINED
+        if r is not None and r * r > EXPLAINED and preferences.get(name, every) >= FEWEST
     ]
     return lines

@@ -199,11 +199,16 @@ def _check_learnt(column: str, message: Spoken) -> None:
 
 
 def _check_written_alike(columns: Columns, row: Mapping[str, Any]) -> None:
-    """Raises DataError where a row has nothing in a column and something in another that is called as such columns are."""
+    """Raises DataError where a row has nothing in a column and something in another that is called as such columns are.
+
+    What graders compare with is called `answer`, too, so that an empty text may stand beside it.
+    """
     prompts, responses = zip(*PAIRS)
     for column, names in ((columns.prompt, prompts), (columns.response, responses)):
         others = [name for name in (*names, *MESSAGES) if name not in columns.all and _says_something(row.get(name))]
-        if is_missing(row[column]) and others:
+        if not is_missing(row[column]):
+            others = [name for name in others if name != "answer"]
+        if not _says_something(row[column]) and others:
             raise DataError(
                 f"the column {column!r} must be filled in every row, it has nothing and {others[0]!r} has something; write all rows alike"
             )

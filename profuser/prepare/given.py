@@ -8,7 +8,7 @@ says lies on the disk again, under a digest of prompt and response, so that memo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from profuser.recipe.places import files_of
 from profuser.store.files import sha256
 from profuser.store.sealed import digest_of_file
 from profuser.text.fit import Verdict
+from profuser.text.said import Said
 
 LARGEST_SCORE = float(np.finfo(np.float32).max)
 """The largest finite score: all are kept in fp32, in which a larger one would be infinite, and equal to others that are."""
@@ -41,11 +42,12 @@ class GivenResponses:
 
     Args:
         source: the source's name, for messages. path: the file.
+        answer: what makes an answer of a response that can be used, by taking the reasoning out of it; None leaves it as it is.
     Raises:
         DataError: the file is missing or broken, or a row lacks a part.
     """
 
-    def __init__(self, source: str, path: str):
+    def __init__(self, source: str, path: str, answer: Callable[[str], Said] | None = None):
         key = f"sources: {source}: responses"
         self.place = f"{key} {path}"
         self._of_prompt: DiskTable[Response] = DiskTable()
@@ -57,8 +59,10 @@ class GivenResponses:
                 finished = True
             if not isinstance(finished, bool):
                 raise DataError(f"{where}: `finished` must be true or false, got {in_short(finished)}; fix the row")
-            answer = Response(response.strip(), finished, _verdict(where, row))
-            self._of_prompt.add(key_of(prompt_of_row(where, row)), answer)
+            text, verdict = response.strip(), _verdict(where, row)
+            if answer is not None and verdict == Verdict.OK:
+                text, verdict = answer(text)
+            self._of_prompt.add(key_of(prompt_of_row(where, row)), Response(text, finished, verdict))
 
     def check(self, split: Split, rows: Sequence[Row], count: int, asked: np.ndarray | None = None) -> bool:
         """Whether the file has the responses to a split's prompts. It is false where it has none of them.

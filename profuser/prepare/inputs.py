@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from profuser.store.store import Store, check_place
 from profuser.text.chat import ChatFormat
 from profuser.text.conversation import Prompt
 from profuser.text.fit import Fitted, Verdict, fit
+from profuser.text.said import without_reasoning
 from profuser.text.token_bytes import TokenBytesMismatch
 
 ALIGNMENT_RULES = 3
@@ -225,7 +226,9 @@ class Inputs:
         if source.responses is None or not self.answered(split):
             return None
         if source.name not in self._given:
-            self._given[source.name] = GivenResponses(source.name, source.responses)
+            strips = self.recipe.reasoning_of(source) == "strip"
+            answer = partial(without_reasoning, self.chats[source.name]) if strips else None
+            self._given[source.name] = GivenResponses(source.name, source.responses, answer)
         given, key = self._given[source.name], (source.name, split)
         if key not in self._has_given:
             count, routed = self.responses_per_prompt(split), self.routed(split, source.name)

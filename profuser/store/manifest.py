@@ -66,6 +66,8 @@ SUMMARY = {
             "length": {str: (NUMBER, None)},
             "alone": {str: SHARE},
             "ties": SHARE,
+            "prompts?": COUNT,
+            "preferences?": {str: COUNT},
         },
         None,
     ),

@@ -62,18 +62,32 @@ def said_elsewhere(chat: ChatFormat, text: str, *, strip_reasoning: bool) -> Sai
     Such a program leaves control tokens out. Where one is spelt in the text, or a character stands for broken bytes, it cannot be known
     whether the model wrote just this, and the text is not used.
     """
-    # The generation prompt may have opened a block of reasoning, in which the text then begins. Or the program took all of it out.
-    opening = chat.opening
-    ends = any(block.end in text for block in opening.blocks)
-    answer = opening.kept(opening.begun + text if ends and not text.lstrip().startswith(opening.begun) else text)
+    answer = _turn(chat, text)
     if strip_reasoning:
-        stripped = opening.stripped(answer)
-        if not stripped:
-            return Said("", Verdict.REASONING if answer.strip() else Verdict.OK)
-        answer = stripped
+        found = without_reasoning(chat, text)
+        if not found.text:
+            return found
+        answer = found.text
     if chat.token_bytes.has_control(answer):
         return Said(answer.strip(), Verdict.CONTROL)
     return Said(answer.strip(), Verdict.BROKEN if "\ufffd" in answer else Verdict.OK)
+
+
+def without_reasoning(chat: ChatFormat, text: str) -> Said:
+    """Returns the answer in a text that a program or a user has written down, without the reasoning before it."""
+    turn = _turn(chat, text)
+    answer = (chat.opening.stripped(turn) or "").strip()
+    return Said(answer, Verdict.REASONING if turn.strip() and not answer else Verdict.OK)
+
+
+def _turn(chat: ChatFormat, text: str) -> str:
+    """The turn whose text was written down elsewhere.
+
+    The generation prompt may have opened a block of reasoning, in which the text then begins. Or all of the block was taken out.
+    """
+    opening = chat.opening
+    ends = any(block.end in text for block in opening.blocks)
+    return opening.kept(opening.begun + text if ends and not text.lstrip().startswith(opening.begun) else text)
 
 
 def _is_utf8(data: bytes) -> bool:
