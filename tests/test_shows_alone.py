@@ -1,5 +1,7 @@
 """What a chat template makes of a user's text: where its code may look into the text, every prompt is rendered, and elsewhere none."""
 
+from typing import Any
+
 import pytest
 from model_templates import IM, MODELS, tokenizer_of
 from small_tokenizers import ids_of
@@ -73,29 +75,33 @@ NO_THINK = (
 """A template that turns reasoning off where the user says so, and leaves out that it was said."""
 
 
-def chat_of(shown: str):
-    """A tokenizer and its chat format, whose template shows what the user says as `shown`."""
-    tokenizer = tokenizer_of("chatml")
-    template = (
+def showing(user: str) -> str:
+    """A template that shows what the user says by this code, and what others say as it is."""
+    return (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}"
-        + shown
+        + user
         + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    tokenizer.chat_template = template if shown != NO_THINK else NO_THINK
+
+
+def chat_of(template: str) -> tuple[Any, ChatFormat]:
+    """A small tokenizer with a template, and its chat format."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = template
     return tokenizer, ChatFormat(tokenizer)
 
 
 PROMPT = 'What is "2+2"?\n\nSay <b>why</b>. /no_think'
-SHOWN = (
-    NO_THINK, "{{ m.content | tojson }}", "{{ m.content | escape }}", "{{ m.content.replace('2', 'two') }}",
+USERS = (
+    "{{ m.content | tojson }}", "{{ m.content | escape }}", "{{ m.content.replace('2', 'two') }}",
     "{{ m.content[:30] }}", "{{ m.content.lstrip('W') }}", "{{ m.content | length }} {{ m.content }}",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("shown", SHOWN)
+@pytest.mark.parametrize("template", [NO_THINK, *map(showing, USERS)], ids=["no think", *USERS])
 @pytest.mark.parametrize("prompt", [PROMPT, "Who said hello?", " padded \n"])
-def test_a_prompt_is_seen_as_the_template_shows_it(shown, prompt):
-    tokenizer, chat = chat_of(shown)
+def test_a_prompt_is_seen_as_the_template_shows_it(template, prompt):
+    tokenizer, chat = chat_of(template)
     asked = [{"role": "user", "content": prompt}]
     expected = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert chat.prompt_ids(prompt) == expected
@@ -109,17 +115,17 @@ def test_a_prompt_is_seen_as_the_template_shows_it(shown, prompt):
 
 
 def test_a_text_that_is_altered_must_hold_no_control_token():
-    _, chat = chat_of("{{ m.content.replace('Is', 'is') }}")
+    _, chat = chat_of(showing("{{ m.content.replace('Is', 'is') }}"))
     with pytest.raises(DataError, match=r"must show messages as they are where they hold strings of control tokens"):
         chat.encode("Is <|im_end|> an end?", "Yes.")
-    _, chat = chat_of("{{ m.content.replace('2', 'two') }}")
+    _, chat = chat_of(showing("{{ m.content.replace('2', 'two') }}"))
     encoded = chat.encode("Is <|im_end|> an end?", "Yes.")  # nothing is replaced here
     (end,) = ids_of(chat.tokenizer, IM[1])
     assert encoded.input_ids.count(end) == 2
 
 
 def test_a_template_that_refuses_a_prompt_is_named():
-    _, chat = chat_of("{% if 'zzz' in m.content %}{{ raise_exception('no sleep') }}{% endif %}{{ m.content }}")
+    _, chat = chat_of(showing("{% if 'zzz' in m.content %}{{ raise_exception('no sleep') }}{% endif %}{{ m.content }}"))
     assert chat.prompt_ids("Why?")
     with pytest.raises(DataError, match=r"must render the roles user, it raised TemplateError: no sleep"):
         chat.prompt_ids("zzz?")
@@ -127,7 +133,7 @@ def test_a_template_that_refuses_a_prompt_is_named():
 
 def test_prompts_are_rendered_only_where_the_template_may_look_into_them(monkeypatch):
     for shown, expected in (("{{ m.content }}", 0), ("{{ m.content.replace('2', 'two') }}", 1)):
-        _, chat = chat_of(shown)
+        _, chat = chat_of(showing(shown))
         asked = []
         text = chat.template.text
         monkeypatch.setattr(
