@@ -34,6 +34,9 @@ LOOKS = {
     "replaced": "{{ m.content.replace('a', 'b') }}",
     "split": "{{ m['content'].split('\n')[0] }}",
     "stripped of something": "{{ m.content.lstrip('\n') }}",
+    "trimmed of something": "{{ m.content | trim('x') }}",
+    "put into another": "{{ '<x>' | replace('x', m.content) }}",
+    "called by a method": "{{ m.content.upper() }}",
     "counted": "{{ m.content | length }}",
     "repeated": "{{ m.content * 2 }}",
     "kept first": "{% set text = m.content %}{% set more = text ~ '' %}{{ more | upper }}",
@@ -48,6 +51,9 @@ LOOKS = {
     "in a block": "{% set x %}{{ m.content }}{% endset %}{{ x[:3] }}",
     "in a filter's block": "{% filter upper %}{{ m.content }}{% endfilter %}",
     "no template": "{% if %}",
+    "a text that goes a long way": "".join(f"{{% set a{n} = a{n + 1} %}}" for n in range(500))
+    + "{% set a500 = m.content %}",
+    "a deep expression": "{{ " + "(" * 5000 + "m.role" + ")" * 5000 + " }}",
 }
 
 

@@ -16,6 +16,8 @@ TESTS = {"string", "defined", "undefined", "none", "mapping", "iterable", "seque
 """Tests that ask what a content is, and not what it says."""
 FILTERS = {"trim", "length", "count", "string", "first", "last", "list"}
 """Filters that show messages no otherwise than their texts."""
+PASSES = 20
+"""So often at most is a text followed from one variable to the next. The templates in use take three passes."""
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 """The tags by which a template marks what the assistant says. Only transformers knows them."""
 
@@ -24,9 +26,9 @@ def shows_texts_alone(template: str) -> bool:
     """Whether it is certain that a template shows the texts of messages as they are, but for the whitespace around them."""
     try:
         body = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", template))
-    except TemplateSyntaxError:
+        return not _Reading(body).looks_in(body)
+    except (TemplateSyntaxError, RecursionError):
         return False
-    return not _Reading(body).looks_in(body)
 
 
 class _Reading:
@@ -34,27 +36,28 @@ class _Reading:
 
     def __init__(self, body: nodes.Template):
         self._names: set[str] = set()
-        known = -1
-        while known < len(self._names):
-            known = len(self._names)
-            for name, value in _assigned(body):
-                if self._holds(value):
-                    self._names.add(name)
+        assigned = [*_assigned(body)]
+        for _ in range(PASSES):
+            found = {name for name, value in assigned if self._holds(value)}
+            self._are_all = found <= self._names
+            if self._are_all:
+                break
+            self._names |= found
 
     def looks_in(self, node: nodes.Node) -> bool:
         """Whether code may do more with a text than join, strip, keep and show it."""
-        if isinstance(node, (nodes.FilterBlock, nodes.AssignBlock, nodes.Macro, nodes.CallBlock)):
+        if not self._are_all or isinstance(node, (nodes.FilterBlock, nodes.AssignBlock, nodes.Macro, nodes.CallBlock)):
             return True
-        if isinstance(node, nodes.Filter) and node.name not in FILTERS:
-            return not isinstance(node.node, nodes.Const)
+        if isinstance(node, nodes.Filter) and node.name not in FILTERS and not isinstance(node.node, nodes.Const):
+            return True
         harmless = [*_shown_by(node)]
         if isinstance(node, (nodes.Assign, nodes.For)):
             harmless.append(node.target)
         elif isinstance(node, nodes.Test) and node.name in TESTS:
             harmless.append(node.node)
+        known = set(map(id, harmless))  # equal nodes may stand in several places
         return any(
-            (isinstance(child, nodes.Expr) and self._holds(child) and not any(child is one for one in harmless))
-            or self.looks_in(child)
+            (isinstance(child, nodes.Expr) and id(child) not in known and self._holds(child)) or self.looks_in(child)
             for child in node.iter_child_nodes()
         )
 
@@ -79,10 +82,10 @@ def _shown_by(node: nodes.Node) -> Iterator[nodes.Node]:
         yield from (node.left, node.right)
     elif isinstance(node, nodes.CondExpr):
         yield from filter(None, (node.expr1, node.expr2))
-    elif isinstance(node, nodes.Assign) or (isinstance(node, nodes.Filter) and node.name == "trim"):
-        yield from filter(None, (node.node,))
-    elif isinstance(node, nodes.Call) and not (node.args or node.kwargs):
-        if isinstance(node.node, nodes.Getattr) and node.node.attr in STRIPS:
+    elif isinstance(node, nodes.Assign):
+        yield node.node
+    elif isinstance(node, (nodes.Filter, nodes.Call)) and node.node is not None and not (node.args or node.kwargs):
+        if getattr(node, "name", None) == "trim" or getattr(node.node, "attr", None) in STRIPS:
             yield node.node
     elif isinstance(node, nodes.Getattr) and node.attr in STRIPS:
         yield node.node
