@@ -247,8 +247,11 @@ class Inputs:
 
     def scores_given(self, source: SourceConfig, split: Split) -> bool:
         """Whether a source's log-probabilities of the ground truth of a split are in a file. They are where it has any of them."""
-        given = self.logprobs(source)
-        return given is not None and any(given.has(row["prompt"], row["response"]) for row in self.rows[split])
+        if (given := self.logprobs(source)) is None:
+            return False
+        if (key := (source.name, split)) not in self._has_scores:
+            self._has_scores[key] = any(given.has(row["prompt"], row["response"]) for row in self.rows[split])
+        return self._has_scores[key]
 
     def check_logprobs(self, source: SourceConfig) -> None:
         """Raises DataError where the file with a source's log-probabilities is broken, or has nothing that is asked for."""
@@ -342,6 +345,11 @@ class Inputs:
     @cached_property
     def _has_given(self) -> dict[tuple[str, Split], bool]:
         """Whether these files have responses to the prompts of a split, by source and split."""
+        return {}
+
+    @cached_property
+    def _has_scores(self) -> dict[tuple[str, Split], bool]:
+        """Whether the files with log-probabilities have ground truths of a split, by source and split."""
         return {}
 
     @cached_property
