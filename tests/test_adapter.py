@@ -215,7 +215,7 @@ def group():
     ("checkpointing", "precision"),
     [
         (True, "bf16"),
-        (False, "no"),
+        pytest.param(False, "no", marks=pytest.mark.long),
         pytest.param(True, "no", marks=pytest.mark.long),
         pytest.param(False, "bf16", marks=pytest.mark.long),
     ],

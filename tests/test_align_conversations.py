@@ -59,7 +59,12 @@ CONVERSATIONS = {
 conversations = pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=list(CONVERSATIONS))
 pairs = pytest.mark.parametrize(
     "pair",
-    [("llama-2 prepend", "byte-level"), ("byte-level", "llama-2 prepend"), ("llama2", "qwen2"), ("qwen2", "llama2")],
+    [
+        ("llama-2 prepend", "byte-level"),
+        ("byte-level", "llama-2 prepend"),
+        ("llama2", "qwen2"),
+        pytest.param(("qwen2", "llama2"), marks=pytest.mark.long),
+    ],
     ids="<-".join,
 )
 

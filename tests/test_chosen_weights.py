@@ -163,6 +163,7 @@ def test_a_wrong_row_is_named_before_anything_runs(tmp_path):
         weighted_run(tmp_path, "--optim.combine=softmax")
 
 
+@pytest.mark.long
 def test_a_run_learns_from_weights(in_run):
     rows = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
     names = ["guardian", "scholar"]

@@ -51,6 +51,7 @@ def test_a_compiled_run_writes_what_an_uncompiled_one_does_from_a_few_graphs(tra
     assert not counters["graph_break"]
 
 
+@pytest.mark.long
 def test_passes_of_other_sizes_use_the_same_graph_also_with_an_adapter_and_gradient_checkpointing(
     traced, prepared, tmp_path
 ):

@@ -329,6 +329,7 @@ def test_a_gate_that_never_opens_leaves_the_first_sources_own_answer(demo):
             assert text.strip() == alone.text.strip()
 
 
+@pytest.mark.long
 def test_a_gate_that_is_always_open_asks_for_every_segment(demo, monkeypatch):
     """It then is Cool-Fusion."""
     monkeypatch.setattr(Gated, "_threshold", lambda *_: -1.0)

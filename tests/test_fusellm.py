@@ -411,6 +411,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.long
 def test_real_tokenizers_agree_on_english_and_not_on_chinese(tmp_path_factory):
     target, source = real_chat("llama2", "llama2"), real_chat("gpt_neox", "vicuna")
     token_map = vocabulary_map(target, source, cache_dir=tmp_path_factory.getbasetemp())

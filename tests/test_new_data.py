@@ -140,6 +140,7 @@ def test_a_mapping_that_is_no_place_is_one_line(given):
     )
 
 
+@pytest.mark.long
 def test_without_held_out_data_a_run_says_that_nothing_was_scored():
     places = ["--store", "runs/other-store", "--output", "runs/other"]
     code, out, err = run("train", "--config", "recipe.yaml", "--data.heldout", "null", *places)

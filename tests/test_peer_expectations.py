@@ -176,7 +176,7 @@ def test_per_row_loss_errs_no_more_than_torch(shape, dtype, tolerance, softcap, 
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("reduction", ["none", "mean", pytest.param("sum", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("dtype", "tolerance"), CCE_DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", CCE_SHAPES, ids=str)
 def test_gradients_err_no_more_than_torch(shape, dtype, tolerance, reduction, softcap, biased, ignored):

@@ -77,7 +77,7 @@ def test_a_flipped_bit_in_a_record_is_survived(places, file):
     assert set(tally.counts) == {("a bit flipped", command, "exit 3")}
 
 
-@pytest.mark.parametrize("command", ["report", "evaluate"])
+@pytest.mark.parametrize("command", [pytest.param("report", marks=pytest.mark.long), "evaluate"])
 def test_the_manifest_is_blamed_where_it_is_another_stores(places, command):
     """The walk found that a report blamed summary.json, whose advice led to another error, and evaluate the user's data."""
     tally = walk(places, [Trial("good", command, f"{STORE}/manifest.json", "another run's", 0.618)])

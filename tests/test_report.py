@@ -491,7 +491,7 @@ MANY_SOURCES = tuple(f"Llama-{i}-7b-chat-hf" for i in range(6))
         pytest.param({"method": "simultaneous", "sources": ("one",), "skills": ("all",)}, marks=pytest.mark.long),
         pytest.param({"method": "reverse", "target": "another/model-7b", "demo": False}, marks=pytest.mark.long),
         pytest.param({"method": "progressive", "skills": MANY_SKILLS, "sources": MANY_SOURCES}, marks=pytest.mark.long),
-        {"method": "progressive", "scored": False},
+        pytest.param({"method": "progressive", "scored": False}, marks=pytest.mark.long),
     ],
     ids=["sft", "fusellm", "one-source-one-skill", "target-is-no-source", "twenty-skills-six-sources", "no-heldout"],
 )

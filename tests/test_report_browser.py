@@ -150,6 +150,7 @@ def test_a_comparison_loads_fits_and_can_be_read(browser, comparison, view, sche
     page.close()
 
 
+@pytest.mark.long
 def test_a_printed_comparison_cuts_nothing_off(browser, comparison):
     page, _ = load(browser, comparison, A4_WIDTH, 900, "light")
     page.emulate_media(media="print", color_scheme="light")
