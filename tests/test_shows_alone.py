@@ -41,6 +41,10 @@ LOOKS = {
     "repeated": "{{ m.content * 2 }}",
     "kept first": "{% set text = m.content %}{% set more = text ~ '' %}{{ more | upper }}",
     "kept in a namespace": "{% set ns = namespace(x='') %}{% set ns.x = m.content %}{% if ns.x == 'x' %}y{% endif %}",
+    "kept in a namespace and read by its key": "{% set ns.u = m.content %}{% if 'x' in ns['u'] %}y{% endif %}",
+    "escaped by what stands before it": "{{ '<x>' | safe + m.content }}",
+    "kept beside another of all fields": "{% set r, t = m.values() %}{{ 'Q' if t == 'hello' }}",
+    "in the text of all messages": "{% if '/no_think' in messages | string %}x{% endif %}",
     "kept beside another": "{% set a, b = m.content, 1 %}{{ a | upper }}",
     "gone through": "{% for c in m.content %}{{ c }}.{% endfor %}",
     "all fields": "{% for k, v in m.items() %}{{ v }}{% endfor %}",
@@ -100,11 +104,12 @@ def chat_of(template: str) -> tuple[Any, ChatFormat]:
 PROMPT = 'What is "2+2"?\n\nSay <b>why</b>. /no_think'
 USERS = (
     "{{ m.content | tojson }}", "{{ m.content | escape }}", "{{ m.content.replace('2', 'two') }}",
-    "{{ m.content[:30] }}", "{{ m.content.lstrip('W') }}", "{{ m.content | length }} {{ m.content }}",
+    "{{ m.content[:30] }}", "{{ m.content if loop.last else m.content.strip() }}",
+    "{{ m.content.lstrip('W') }}", "{{ m.content | length }} {{ m.content }}",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("template", [NO_THINK, *map(showing, USERS)], ids=["no think", *USERS])
+@pytest.mark.parametrize("template", [*map(showing, USERS)], ids=USERS)
 @pytest.mark.parametrize("prompt", [PROMPT, "Who said hello?", " padded \n"])
 def test_a_prompt_is_seen_as_the_template_shows_it(template, prompt):
     tokenizer, chat = chat_of(template)
@@ -118,6 +123,14 @@ def test_a_prompt_is_seen_as_the_template_shows_it(template, prompt):
     learnt = [i for i, label in zip(encoded.input_ids, encoded.label_mask, strict=True) if label]
     assert chat.token_bytes.of(learnt[:-1]) == b"Because."
     assert learnt[-1:] == ids_of(tokenizer, IM[1])
+
+
+def test_the_assistants_turn_is_opened_alike_whatever_a_prompt_says():
+    """The template would open it with an empty block here. What is written then could not be read by the one known opening."""
+    _, chat = chat_of(NO_THINK)
+    opened = chat.token_bytes.encode("<|im_start|>assistant\n<think>\n")
+    for prompt in ("Why?", "Why? /no_think"):
+        assert chat.prompt_ids(prompt)[-len(opened) :] == opened
 
 
 def test_a_text_that_is_altered_must_hold_no_control_token():

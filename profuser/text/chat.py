@@ -8,7 +8,8 @@ control tokens are control tokens. The end of turn is found by its role and not 
 the response and the end of turn are part of no label, and what follows the end of turn is dropped.
 
 Conversations of several turns are rendered as they are (`turns.py`), and so is a prompt of which a template makes something else than
-to show it, stripped at most. Left out on purpose is what a template does to a response (some cut the reasoning out of it): it is
+to show it, stripped at most. Left out is how a template opens the assistant's turn because of what the prompt says (some turn
+reasoning off at `/no_think`), and, on purpose, what it does to a response (some cut the reasoning out of it): a response is
 compared byte by byte, so that it is always put in as it is. If it begins with reasoning, an empty block of reasoning does not stand
 before it (`reasoning.py`).
 """
@@ -84,6 +85,8 @@ class ChatFormat:
         self._strip_right = not padded_after.startswith("\n " + after)
         self._generation = self._generation_frame(name)
         self._rendered = functools.lru_cache(RENDERED)(self._render)
+        # A template may strip a prompt that waits for its response otherwise than one that has it.
+        self._shows_alone = self.template.shows_alone and not self._makes_other(f" \n{PROMPT}\n ")
         self._alters = functools.lru_cache(RENDERED)(self._makes_other)
         self.opening = opening_of(
             self.template,
@@ -160,7 +163,7 @@ class ChatFormat:
         """The template's text around the response to a prompt. A single turn is put into the frame, if the template shows it so."""
         if isinstance(prompt, Conversation) and not prompt.is_prompt:
             return self._rendered(prompt)
-        if not self.template.shows_alone and self._alters(str(prompt)):
+        if not self._shows_alone and self._alters(str(prompt)):
             return self._rendered(Conversation((Turn("user", str(prompt)),)))
         text = self._prompt(str(prompt))
         before, after = self._generation
@@ -173,9 +176,13 @@ class ChatFormat:
         return Waiting([(before, False), (text, True), (after, False)], finished, bare, self._suffix)
 
     def _makes_other(self, prompt: str) -> bool:
-        """Whether the template makes something else of a prompt than the frame with it."""
+        """Whether the template makes something else of a prompt than the frame with it.
+
+        Where it also opens the assistant's turn otherwise, the frame is kept: what was written after another opening could not be told from
+        its reasoning, because `opening` is one for all prompts.
+        """
         shown = rendered(self.template, [{"role": "user", "content": prompt}], generation=True)
-        return shown != self._prompt(prompt).join(self._asked)
+        return shown != self._prompt(prompt).join(self._asked) and shown.endswith(self._asked[1])
 
     def _render(self, prompt: Conversation) -> Waiting:
         """The template's text around the response to a conversation."""

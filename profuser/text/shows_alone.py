@@ -1,7 +1,7 @@
 """Whether a chat template does nothing with a message's text but show it, which its code tells.
 
-Of such a template one rendering with a sentinel tells what it makes of every text. Another may look into a text, as those do that turn
-reasoning off where the user writes `/no_think`, or may alter it. What such a template makes of a text is known only once it is rendered.
+Of such a template one rendering with a sentinel tells what it makes of every text. Another may look into a text, or may escape, cut or
+replace a part of it. What such a template makes of a text is known only once it is rendered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jinja2 import Environment, TemplateSyntaxError, nodes
 STRIPS = {"strip", "lstrip", "rstrip"}
 TESTS = {"string", "defined", "undefined", "none", "mapping", "iterable", "sequence"}
 """Tests that ask what a content is, and not what it says."""
-FILTERS = {"trim", "length", "count", "string", "first", "last", "list"}
+FILTERS = {"trim", "length", "count", "first", "last", "list"}
 """Filters that show messages no otherwise than their texts."""
 PASSES = 20
 """So often at most is a text followed from one variable to the next. The templates in use take three passes."""
@@ -48,7 +48,7 @@ class _Reading:
         """Whether code may do more with a text than join, strip, keep and show it."""
         if not self._are_all or isinstance(node, (nodes.FilterBlock, nodes.AssignBlock, nodes.Macro, nodes.CallBlock)):
             return True
-        if isinstance(node, nodes.Filter) and node.name not in FILTERS and not isinstance(node.node, nodes.Const):
+        if isinstance(node, nodes.Filter) and node.name not in FILTERS:
             return True
         harmless = [*_shown_by(node)]
         if isinstance(node, (nodes.Assign, nodes.For)):
@@ -63,7 +63,7 @@ class _Reading:
 
     def _holds(self, node: nodes.Node) -> bool:
         """Whether an expression may be a text, or be made of one by joining and stripping alone."""
-        if isinstance(node, (nodes.Name, nodes.NSRef, nodes.Getattr)) and _name_of(node) in self._names:
+        if _name_of(node) in self._names:
             return True
         if isinstance(node, nodes.Getattr) and node.attr == "content":
             return True
@@ -83,7 +83,7 @@ def _shown_by(node: nodes.Node) -> Iterator[nodes.Node]:
     elif isinstance(node, nodes.CondExpr):
         yield from filter(None, (node.expr1, node.expr2))
     elif isinstance(node, nodes.Assign):
-        yield node.node
+        yield from [node.node] if _name_of(node.target) is not None else []
     elif isinstance(node, (nodes.Filter, nodes.Call)) and node.node is not None and not (node.args or node.kwargs):
         if getattr(node, "name", None) == "trim" or getattr(node.node, "attr", None) in STRIPS:
             yield node.node
@@ -109,4 +109,6 @@ def _name_of(node: nodes.Node) -> str | None:
         return f"{node.name}.{node.attr}"
     if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
         return f"{node.node.name}.{node.attr}"
+    if isinstance(node, nodes.Getitem) and isinstance(node.node, nodes.Name) and isinstance(node.arg, nodes.Const):
+        return f"{node.node.name}.{node.arg.value}"
     return None
