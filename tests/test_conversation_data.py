@@ -31,6 +31,7 @@ def rewritten(path, row) -> None:
     Path(path).write_text("".join(json.dumps(row(old)) + "\n" for old in rows))
 
 
+@pytest.mark.long
 def test_a_store_of_conversations_is_that_of_prompts_and_responses(prepared, tmp_path):
     _, _, expected = prepared
     run = small_run(tmp_path)

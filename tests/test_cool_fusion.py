@@ -225,10 +225,7 @@ REAL = ("llama2", "mistral_v1", "gpt_neox", "gpt2", "qwen2", "deepseek_v3")
 
 @pytest.mark.parametrize(
     "pair",
-    [
-        pytest.param(pair, marks=[] if pair == ("llama2", "qwen2") else pytest.mark.long)
-        for pair in itertools.combinations(REAL, 2)
-    ],
+    [pytest.param(pair, marks=pytest.mark.long) for pair in itertools.combinations(REAL, 2)],
     ids="-".join,
 )
 @pytest.mark.parametrize("segment", ["shortest", pytest.param("aligned", marks=pytest.mark.long)])

@@ -49,6 +49,7 @@ class TestWithBitsandbytes:
     def package(self):
         pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 
+    @pytest.mark.long
     def test_the_written_model_has_the_adapter_merged_into_the_weights_as_they_were(self, finished):
         from peft import PeftModel
 
