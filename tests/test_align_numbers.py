@@ -97,13 +97,8 @@ def test_where_nothing_is_known_of_what_follows_a_number_stays_in_the_tail():
     assert aligned.tail[2] == pytest.approx(0.5, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("target_name", "source_name"),
-    [
-        pytest.param("llama2", "deepseek_v3", marks=pytest.mark.long),
-        pytest.param("qwen2", "gpt_neox", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("target_name", "source_name"), [("llama2", "deepseek_v3"), ("qwen2", "gpt_neox")])
 def test_real_single_digits_get_all_of_the_mass_of_a_sources_long_numbers(target_name, source_name):
     target, source = real_chat(target_name, "vicuna"), real_chat(source_name, "vicuna")
     response = "It costs $734 today."

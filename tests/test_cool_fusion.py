@@ -223,12 +223,9 @@ def random_voice(name: str, seed: int) -> Voice:
 REAL = ("llama2", "mistral_v1", "gpt_neox", "gpt2", "qwen2", "deepseek_v3")
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [pytest.param(pair, marks=pytest.mark.long) for pair in itertools.combinations(REAL, 2)],
-    ids="-".join,
-)
-@pytest.mark.parametrize("segment", ["shortest", pytest.param("aligned", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("pair", [*itertools.combinations(REAL, 2)], ids="-".join)
+@pytest.mark.parametrize("segment", ["shortest", "aligned"])
 def test_random_models_with_real_tokenizers(pair, segment):
     voices = [random_voice(name, seed) for seed, name in enumerate(pair)]
     assert compare(voices, PROMPTS, DecodeConfig(segment=segment, max_segment_tokens=6), 10) > 5

@@ -87,12 +87,11 @@ class ChatTemplate:
                 f"a chat template must have at most {TEMPLATE_CHARACTERS:,} characters, {self.name}'s has {len(self._template):,}; "
                 f"{fix}"
             )
-        self._renders_as_all_do = _renders_as_all_do(tokenizer)
-        self._own = self._template
+        self._code = self._template if _renders_as_all_do(tokenizer) else None  # None: its code does not tell all
         if "strftime_now" in self._template:
             self._template = _clock_at(date or datetime.date.today()) + self._template
         render, renderer = partial(tokenizer.apply_chat_template, chat_template=self._template, tokenize=False), None
-        if self._renders_as_all_do:
+        if self._code is not None:
             special = dict(tokenizer.special_tokens_map)
             renderer = renderer_of(self._template, json.dumps(special, sort_keys=True, default=str))
             # Whoever changes the tokenizer later, these are rendered.
@@ -130,7 +129,7 @@ class ChatTemplate:
     @cached_property
     def shows_alone(self) -> bool:
         """Whether it is certain to do nothing with the text of a message but show it, stripped at most."""
-        return self._renders_as_all_do and shows_texts_alone(self._own)
+        return self._code is not None and shows_texts_alone(self._code)
 
     @cached_property
     def has_system(self) -> bool:
